@@ -1,0 +1,120 @@
+//! `cargo xtask ci`: everything that a change has to pass, in one command, here as in CI.
+
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use crate::backend::Backend;
+use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place};
+use crate::test;
+
+/// Formatting, lints and types of every backend, documentation, tests; stops at the first that fails.
+///
+/// The GPU backends are compiled twice at most: once as metadata for clippy and rustdoc, which share it, with every
+/// backend that this platform has, and once to run, with `wgpu`. Clippy is a `cargo check` that also warns, so the
+/// CUDA, SPIR-V and MSL code is checked there and needs no pass of its own.
+pub fn run() -> Result<ExitCode> {
+    let started = Instant::now();
+    let mut format = cargo::cargo("fmt");
+    format.args(["--all", "--", "--check"]);
+    if let Some(code) = step("formatting", &mut format)? {
+        eprintln!("xtask: `cargo fmt --all` puts it right");
+        return Ok(code);
+    }
+
+    let features = checked_features()?;
+    let mut clippy = cargo::cargo("clippy");
+    clippy
+        .args(["--release", "--workspace", "--all-targets"])
+        .args(cargo::features(&features))
+        .args(["--", "--deny", "warnings"]);
+    let heading = format!("lints, with {}", features.join(" "));
+    if let Some(code) = step(&heading, &mut clippy)? {
+        return Ok(code);
+    }
+
+    let mut docs = cargo::cargo("doc");
+    docs.args(["--release", "--workspace", "--no-deps"])
+        .args(cargo::features(&features))
+        .env("RUSTDOCFLAGS", "--deny warnings");
+    if let Some(code) = step("documentation", &mut docs)? {
+        return Ok(code);
+    }
+
+    announce("tests");
+    let since = Instant::now();
+    let code = test::run(Vec::new())?;
+    eprintln!(
+        "xtask: tests took {}, everything {}",
+        clock(since.elapsed()),
+        clock(started.elapsed())
+    );
+    Ok(code)
+}
+
+/// Features for lints and documentation: all backends that this platform can build.
+fn checked_features() -> Result<Vec<String>> {
+    let cuda = match llvm_is_in_place() {
+        Some(false) if test::in_ci() => {
+            eprintln!("{LLVM_HINT}");
+            bail!("CI has to check the CUDA code, and LLVM 23 is not in place")
+        }
+        Some(false) => {
+            eprintln!(
+                "xtask: NOT CHECKED: the CUDA code, because LLVM 23 is not in place\n{LLVM_HINT}"
+            );
+            false
+        }
+        _ => Backend::Cuda.missing_on_this_platform().is_none(),
+    };
+    let backends = Backend::ALL
+        .into_iter()
+        .filter(|&backend| backend.missing_on_this_platform().is_none())
+        .filter(|&backend| backend != Backend::Cuda || cuda)
+        .filter_map(Backend::feature);
+    let mut features = Vec::new();
+    for backend in backends {
+        features.push(format!("trainer/{backend}"));
+        features.push(format!("tests/{backend}"));
+    }
+    features.push("trainer/autotune".to_owned());
+    Ok(features)
+}
+
+/// Runs one step under a heading; an exit code if it failed.
+fn step(name: &str, command: &mut Command) -> Result<Option<ExitCode>> {
+    announce(name);
+    let since = Instant::now();
+    let status = command
+        .status()
+        .with_context(|| format!("cannot start cargo for {name}"))?;
+    let took = clock(since.elapsed());
+    if status.success() {
+        eprintln!("xtask: {name}: passed in {took}");
+        return Ok(None);
+    }
+    eprintln!("xtask: {name}: FAILED after {took}");
+    Ok(Some(ExitCode::from(exit_code(status).max(1))))
+}
+
+fn announce(name: &str) {
+    eprintln!("\nxtask: ──── {name} ────");
+}
+
+/// `12 min 05 s`
+fn clock(time: Duration) -> String {
+    let seconds = time.as_secs();
+    format!("{} min {:02} s", seconds / 60, seconds % 60)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_duration_reads_as_minutes_and_seconds() {
+        assert_eq!(clock(Duration::from_secs(725)), "12 min 05 s");
+        assert_eq!(clock(Duration::from_millis(900)), "0 min 00 s");
+    }
+}

@@ -1,0 +1,111 @@
+//! `cargo xtask …`: builds the trainer for the backend asked for and runs it; tests; continuous integration.
+//!
+//! It is thin on purpose: it knows cargo features, drivers and exit codes, and depends on none of the other crates,
+//! so that the first thing a new user types compiles in seconds. What a sub-command of the trainer means, and every
+//! flag but `--backend` and `--backends`, is the trainer's own business.
+
+mod backend;
+mod cargo;
+mod ci;
+mod detect;
+mod test;
+mod trainer;
+
+use std::ffi::OsString;
+use std::process::ExitCode;
+
+use clap::{Args, Parser, Subcommand};
+
+use crate::backend::Backend;
+use crate::cargo::USAGE;
+
+/// What `cargo xtask` says when it is not told what to do.
+const WELCOME: &str = "\
+Two commands do everything on a fresh machine:
+
+  cargo xtask train    train the small model that comes with the repository
+  cargo xtask test     run every test
+
+Then `cargo xtask train --config configs/FILE` for a model of your own, and `cargo xtask --help` for the rest.";
+
+const TRAIN_HELP: &str = "\
+Fine-tunes a model with LoRA; without --config, the small model that comes with the repository.
+
+Usage: cargo xtask train [OPTIONS]
+
+  --backend BACKEND   auto (default), cpu, cuda, wgpu, vulkan or metal
+  --config FILE       a TOML or JSON file; `configs/` holds commented examples
+  --run NAME          one of the named runs of a FinLoRA config file
+  --set KEY=VALUE     overrides one key of the config; may be repeated
+  --output-dir DIR    where the adapter, the metrics and the resolved config go
+
+Only the backend asked for is compiled. Every flag goes to the trainer as it is; `trainer train --help` has them all.";
+
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = WELCOME)]
+/// Fine-tunes Llama-family models with LoRA over 8-bit weights, on the hardware you have.
+struct Cli {
+    #[command(subcommand)]
+    task: Option<Task>,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Train: [--backend auto|cpu|cuda|wgpu|vulkan|metal] [--config FILE] [--run NAME] [--set KEY=VALUE]
+    #[command(override_help = TRAIN_HELP)]
+    Train(Trainer),
+    /// Print rows of a data set with their tokens and the loss mask: --config FILE
+    InspectData(Trainer),
+    /// Parameters and predicted peak memory of a model, without its weights: --config FILE
+    Plan(Trainer),
+    /// Compare with a reference or across backends: [--reference DIR] [--backends cpu,wgpu,…]
+    Parity(Trainer),
+    /// Make the embedded model, tokenizer and data set again, from their seed
+    MakeAssets(Trainer),
+    /// Run every test; words after it select tests by name
+    Test(Filter),
+    /// Formatting, lints, documentation and tests, as continuous integration runs them
+    Ci,
+    /// Ask the drivers (a process of its own, see detect.rs)
+    #[command(name = detect::PROBE, hide = true)]
+    Probe,
+}
+
+/// Arguments that go to the trainer as they are.
+#[derive(Args)]
+struct Trainer {
+    /// Arguments for the trainer
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    args: Vec<OsString>,
+}
+
+/// Arguments that go to the test harness.
+#[derive(Args)]
+struct Filter {
+    /// Names, or parts of names, of the tests to run
+    #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+    filter: Vec<OsString>,
+}
+
+fn main() -> ExitCode {
+    let Some(task) = Cli::parse().task else {
+        println!("{WELCOME}");
+        return ExitCode::from(USAGE);
+    };
+    let outcome = match task {
+        Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
+        // These two compute nothing on a GPU, so they need not wait for its build.
+        Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
+        Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
+        // The embedded model has to come out the same on every machine.
+        Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),
+        Task::Parity(it) => trainer::parity(it.args),
+        Task::Test(it) => test::run(it.filter),
+        Task::Ci => ci::run(),
+        Task::Probe => detect::probe().map(|()| ExitCode::SUCCESS),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("xtask: {error:#}");
+        ExitCode::from(USAGE)
+    })
+}

@@ -1,0 +1,178 @@
+//! `cargo xtask test`: every test there is, on every backend that this machine can run them on.
+
+use std::env;
+use std::ffi::OsString;
+use std::io::{BufRead, BufReader, IsTerminal, Write};
+use std::process::{Command, ExitCode, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use crate::cargo::{self, exit_code, trainer_binary};
+use crate::detect::Machine;
+
+/// Whether a missing piece is a failure here rather than a skip.
+pub fn in_ci() -> bool {
+    env::var("CI").is_ok_and(|ci| ci == "true" || ci == "1")
+}
+
+/// Builds and runs the tests of all crates; `filter` goes to cargo's test harness.
+///
+/// `cargo build --all-targets` and `cargo test` name the same profile, packages and features, so the libraries,
+/// the tests and the trainer's binary that the end-to-end tests start come from one build of Burn.
+pub fn run(filter: Vec<OsString>) -> Result<ExitCode> {
+    let machine = Machine::ask();
+    let wgpu = machine.has_wgpu();
+    if in_ci() && !wgpu {
+        bail!(
+            "CI has to run the wgpu tests, and no Vulkan driver answers: install mesa-vulkan-drivers"
+        );
+    }
+    let adapter = match machine.gpu().or(machine.vulkan.first()) {
+        Some(adapter) if adapter.software => format!("{} (software)", adapter.name),
+        Some(adapter) => adapter.name.clone(),
+        None => "the platform's own graphics API".to_owned(),
+    };
+    if wgpu {
+        eprintln!("xtask: testing the CPU and wgpu on {adapter}");
+    } else {
+        eprintln!("{}", without_wgpu());
+    }
+
+    let mut build = cargo::cargo("build");
+    build
+        .args(["--release", "--all-targets"])
+        .args(packages(wgpu));
+    let status = build.status().context("cannot start cargo")?;
+    if !status.success() {
+        return Ok(ExitCode::from(exit_code(status)));
+    }
+
+    // xtask's own tests are apart: a build of the whole workspace would replace the running xtask.
+    let mut own = cargo::cargo("test");
+    own.args(["--release", "--package", "xtask"]);
+    let mut tests = cargo::cargo("test");
+    tests
+        .args(["--release", "--no-fail-fast"])
+        .args(packages(wgpu))
+        .env("TRAINER_BIN", trainer_binary()?);
+    if wgpu && in_ci() {
+        tests.env("LORA_REQUIRE_WGPU", "1");
+    }
+    let mut totals = Totals::default();
+    let mut worst = 0;
+    for mut suite in [own, tests] {
+        suite.arg("--").args(&filter);
+        if std::io::stdout().is_terminal() {
+            suite.args(["--color", "always"]);
+        }
+        worst = worst.max(run_and_count(&mut suite, &mut totals)?);
+    }
+    if !wgpu {
+        eprintln!("{}", without_wgpu());
+    }
+    // The last line of a log, in a form that programs read too.
+    println!(
+        "\n{} passed, {} failed, {} skipped",
+        totals.passed, totals.failed, totals.ignored
+    );
+    Ok(ExitCode::from(worst))
+}
+
+/// Which packages and features every cargo command of the tests names.
+fn packages(wgpu: bool) -> Vec<OsString> {
+    let mut args: Vec<OsString> = ["--workspace", "--exclude", "xtask"]
+        .map(Into::into)
+        .to_vec();
+    if wgpu {
+        args.extend(cargo::features(
+            &["trainer/wgpu", "tests/wgpu"].map(str::to_owned),
+        ));
+    }
+    args
+}
+
+fn without_wgpu() -> &'static str {
+    "xtask: ************************************************************************\n\
+     xtask: NOT TESTED: everything that runs on a GPU. No Vulkan driver answers here.\n\
+     xtask: On Debian or Ubuntu: apt install mesa-vulkan-drivers (a software driver).\n\
+     xtask: ************************************************************************"
+}
+
+/// Sums of libtest's summary lines.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Totals {
+    passed: usize,
+    failed: usize,
+    ignored: usize,
+}
+
+impl Totals {
+    /// Adds `test result: ok. 12 passed; 0 failed; 1 ignored; …`; any other line counts nothing.
+    fn add(&mut self, line: &str) {
+        let Some((_, counts)) = line.split_once("test result: ") else {
+            return;
+        };
+        for part in counts.split([';', '.']) {
+            let mut words = part.split_whitespace();
+            let (Some(Ok(count)), Some(what)) =
+                (words.next().map(str::parse::<usize>), words.next())
+            else {
+                continue;
+            };
+            match what {
+                "passed" => self.passed += count,
+                "failed" => self.failed += count,
+                "ignored" => self.ignored += count,
+                _ => {}
+            }
+        }
+    }
+}
+
+/// Runs a test command, shows its output as it comes, and returns its exit code.
+fn run_and_count(command: &mut Command, totals: &mut Totals) -> Result<u8> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .context("cannot start cargo")?;
+    let output = child.stdout.take().context("the tests have no output")?;
+    for line in BufReader::new(output).split(b'\n') {
+        let line = line.context("cannot read the tests' output")?;
+        totals.add(&String::from_utf8_lossy(&line));
+        let mut stdout = std::io::stdout().lock();
+        stdout.write_all(&line)?;
+        stdout.write_all(b"\n")?;
+    }
+    Ok(exit_code(child.wait().context("cannot wait for cargo")?))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_summary_lines_of_several_binaries_add_up() {
+        let mut totals = Totals::default();
+        totals.add("test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.10s");
+        totals.add("test result: \u{1b}[31mFAILED\u{1b}[m. 4 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
+        totals.add("test frozen::passes ... ok");
+        assert_eq!(
+            totals,
+            Totals {
+                passed: 16,
+                failed: 2,
+                ignored: 1
+            }
+        );
+    }
+
+    #[test]
+    fn without_an_adapter_no_gpu_feature_is_built() {
+        assert_eq!(packages(false), ["--workspace", "--exclude", "xtask"]);
+        assert!(
+            packages(true)
+                .iter()
+                .any(|arg| arg == "trainer/wgpu,tests/wgpu")
+        );
+    }
+}

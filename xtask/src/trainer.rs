@@ -1,0 +1,421 @@
+//! Building the trainer with the backend asked for, and running it with the user's own arguments.
+
+use std::ffi::{OsStr, OsString};
+use std::path::Path;
+use std::process::{Command, ExitCode};
+
+use anyhow::{Context, Result, bail};
+
+use crate::backend::Backend;
+use crate::cargo::{
+    self, LLVM_HINT, exit_code, llvm_is_in_place, quiet_display_server, trainer_binary,
+};
+use crate::detect::Machine;
+
+/// One build of the trainer and the arguments of the run that follows it.
+#[derive(Debug, PartialEq, Eq)]
+struct Job {
+    features: Vec<String>,
+    args: Vec<OsString>,
+}
+
+/// Runs a sub-command of the trainer on one backend: the one that `--backend` in `args` names, else `default`.
+pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<ExitCode> {
+    config_exists(&args)?;
+    let asked = match value_of(&args, "--backend")? {
+        Some(word) => word.parse()?,
+        None => default,
+    };
+    let machine = Machine::ask();
+    let backend = match asked {
+        Backend::Auto => {
+            let (backend, why) = machine.auto();
+            eprintln!("xtask: backend {backend} ({why})");
+            backend
+        }
+        named => named,
+    };
+    if let Some(why) = backend.missing_on_this_platform() {
+        bail!(
+            "--backend {backend}: {why}; this platform has {}",
+            Backend::on_this_platform()
+        );
+    }
+    if let Some(why) = missing_on_this_machine(backend, &machine) {
+        bail!("--backend {backend}: {why}");
+    }
+    let job = Job {
+        features: features(&[backend], &machine),
+        args,
+    };
+    match job.build()? {
+        Some(failed) => Ok(failed),
+        None => job.replace_this_process(subcommand),
+    }
+}
+
+/// What keeps `backend` from running here, and what to do about it: known before a build is spent on it.
+fn missing_on_this_machine(backend: Backend, machine: &Machine) -> Option<String> {
+    match backend {
+        Backend::Cuda if machine.cuda_devices == 0 => Some(
+            "no NVIDIA driver answers (libcuda is missing or finds no device); install NVIDIA's driver, or take \
+             --backend wgpu or --backend cpu"
+                .to_owned(),
+        ),
+        Backend::Wgpu if !machine.has_wgpu() => Some(
+            "no Vulkan driver answers; install your GPU's (Debian, Ubuntu: mesa-vulkan-drivers, which also brings a \
+             slow software one), or take --backend cpu"
+                .to_owned(),
+        ),
+        // lavapipe crashes on SPIR-V kernels, SwiftShader computes wrong numbers with them.
+        Backend::Vulkan if machine.gpu().is_none() => Some(match machine.vulkan.first() {
+            Some(software) => format!(
+                "the only Vulkan adapter, {}, is software, and such drivers fail on SPIR-V kernels; take --backend \
+                 wgpu, whose WGSL works on it, or --backend cpu",
+                software.name
+            ),
+            None => "no Vulkan driver answers; install your GPU's, or take --backend cpu".to_owned(),
+        }),
+        _ => None,
+    }
+}
+
+/// Runs `parity` on every backend that `--backends` lists, in as many builds as they need.
+pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
+    let machine = Machine::ask();
+    let jobs = parity_jobs(args, &machine)?;
+    if let [job] = jobs.as_slice() {
+        return match job.build()? {
+            Some(failed) => Ok(failed),
+            None => job.replace_this_process("parity"),
+        };
+    }
+    eprintln!(
+        "xtask: WGSL and the native shaders (SPIR-V, MSL) cannot share a build, so each is compared with the CPU in \
+         a run of its own"
+    );
+    let mut worst = 0;
+    for job in &jobs {
+        if let Some(failed) = job.build()? {
+            return Ok(failed);
+        }
+        let status = job.command("parity")?.status();
+        worst = worst.max(exit_code(status.context("cannot start the trainer")?));
+    }
+    Ok(ExitCode::from(worst))
+}
+
+/// Splits `--backends` into builds.
+///
+/// A build that has `vulkan` (or `metal`) compiles every kernel for that graphics API to SPIR-V (MSL), on the
+/// device that `wgpu` means as well: cubecl-wgpu's `AutoCompiler` goes by what was compiled in. `wgpu` therefore
+/// gets a build without them. The CPU is in each build and is what all are compared with.
+fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
+    let Some(list) = value_of(&args, "--backends")? else {
+        return Ok(vec![Job {
+            features: Vec::new(),
+            args,
+        }]);
+    };
+    let mut backends = Vec::new();
+    for word in list.split(',').filter(|word| !word.is_empty()) {
+        let backend = match word.trim().parse()? {
+            Backend::Auto => machine.auto().0,
+            named => named,
+        };
+        if !backends.contains(&backend) {
+            backends.push(backend);
+        }
+    }
+    // What is not on this machine stays in the arguments: the trainer prints a line for it.
+    let buildable = |backend: Backend| {
+        backend.missing_on_this_platform().is_none()
+            && missing_on_this_machine(backend, machine).is_none()
+    };
+    let present: Vec<_> = backends.iter().copied().filter(|&b| buildable(b)).collect();
+    let native = |&backend: &Backend| matches!(backend, Backend::Vulkan | Backend::Metal);
+    if !(present.contains(&Backend::Wgpu) && present.iter().any(native)) {
+        return Ok(vec![Job {
+            features: features(&present, machine),
+            args,
+        }]);
+    }
+    let (second, mut first): (Vec<_>, Vec<_>) = backends
+        .into_iter()
+        .partition(|b| native(b) && buildable(*b));
+    if !first.contains(&Backend::Cpu) {
+        first.insert(0, Backend::Cpu);
+    }
+    let second = [vec![Backend::Cpu], second].concat();
+    Ok([first, second]
+        .map(|group| Job {
+            features: features(
+                &group
+                    .iter()
+                    .copied()
+                    .filter(|&b| buildable(b))
+                    .collect::<Vec<_>>(),
+                machine,
+            ),
+            args: with_backends(&args, &group),
+        })
+        .into())
+}
+
+/// The trainer's cargo features for `backends`.
+///
+/// `autotune` times several kernels for each new shape and keeps the fastest. CubeCL has no switch for it at run
+/// time (`CUBECL_AUTOTUNE_LEVEL` only says how many candidates there are, never none), so it is decided here: a
+/// real GPU earns it back within seconds, a software adapter compiles giant candidates for minutes. The tests are
+/// built without it, which also makes them repeatable.
+fn features(backends: &[Backend], machine: &Machine) -> Vec<String> {
+    let gpus: Vec<_> = backends
+        .iter()
+        .copied()
+        .filter(|b| b.feature().is_some())
+        .collect();
+    let mut names: Vec<_> = gpus
+        .iter()
+        .filter_map(|backend| backend.feature())
+        .map(str::to_owned)
+        .collect();
+    if !gpus.is_empty() && gpus.iter().all(|&backend| machine.is_hardware(backend)) {
+        names.push("autotune".to_owned());
+    }
+    names
+}
+
+impl Job {
+    /// `cargo build` of the trainer with this job's features; cargo's exit code if it failed.
+    fn build(&self) -> Result<Option<ExitCode>> {
+        let what = if self.features.is_empty() {
+            "for the CPU".to_owned()
+        } else {
+            format!("for the CPU and {}", self.features.join(", "))
+        };
+        let patience = match (trainer_binary()?.exists(), self.features.is_empty()) {
+            (true, _) => "what is built already is kept",
+            (false, true) => "the first build takes a few minutes, later ones seconds",
+            (false, false) => {
+                "the first build compiles Burn's GPU kernels: about 15 minutes on 2 cores, 3 on 16; later ones take \
+                 seconds"
+            }
+        };
+        eprintln!("xtask: building the trainer {what} ({patience})");
+        let mut build = cargo::cargo("build");
+        build.args(["--release", "--package", "trainer", "--no-default-features"]);
+        if !self.features.is_empty() {
+            build.args(cargo::features(&self.features));
+        }
+        let status = build.status().context("cannot start cargo")?;
+        if status.success() {
+            return Ok(None);
+        }
+        if self.features.iter().any(|f| f == "cuda") && llvm_is_in_place() == Some(false) {
+            eprintln!("{LLVM_HINT}");
+        }
+        eprintln!("xtask: the trainer was not built; cargo's messages are above");
+        Ok(Some(ExitCode::from(exit_code(status))))
+    }
+
+    fn command(&self, subcommand: &str) -> Result<Command> {
+        let mut command = Command::new(trainer_binary()?);
+        command.arg(subcommand).args(&self.args);
+        quiet_display_server(&mut command);
+        Ok(command)
+    }
+
+    /// Becomes the trainer, so that Ctrl-C, signals and the exit code are its own. Windows has no such call:
+    /// there xtask waits and hands the exit code on.
+    fn replace_this_process(&self, subcommand: &str) -> Result<ExitCode> {
+        let mut command = self.command(subcommand)?;
+        #[cfg(unix)]
+        {
+            let error = std::os::unix::process::CommandExt::exec(&mut command);
+            Err(error)
+                .with_context(|| format!("cannot start {}", trainer_binary().unwrap().display()))
+        }
+        #[cfg(not(unix))]
+        {
+            let status = command.status().context("cannot start the trainer")?;
+            Ok(ExitCode::from(exit_code(status)))
+        }
+    }
+}
+
+/// The value of `--flag VALUE` or `--flag=VALUE`; the last one where there are several.
+fn value_of(args: &[OsString], flag: &str) -> Result<Option<String>> {
+    let mut value = None;
+    let mut rest = args.iter().map(OsString::as_os_str);
+    while let Some(arg) = rest.next() {
+        let found = if arg == OsStr::new(flag) {
+            match rest.next() {
+                Some(next) => next,
+                None => bail!("{flag} wants a value"),
+            }
+        } else {
+            match arg
+                .to_str()
+                .and_then(|arg| arg.strip_prefix(flag)?.strip_prefix('='))
+            {
+                Some(inline) => OsStr::new(inline),
+                None => continue,
+            }
+        };
+        match found.to_str() {
+            Some(text) => value = Some(text.to_owned()),
+            None => bail!("{flag}: {found:?} is not readable text"),
+        }
+    }
+    Ok(value)
+}
+
+/// `args` with the value of `--backends` replaced.
+fn with_backends(args: &[OsString], backends: &[Backend]) -> Vec<OsString> {
+    let names = backends
+        .iter()
+        .map(|b| b.name())
+        .collect::<Vec<_>>()
+        .join(",");
+    let mut replaced: Vec<OsString> = Vec::with_capacity(args.len());
+    let mut rest = args.iter();
+    while let Some(arg) = rest.next() {
+        if arg == "--backends" {
+            rest.next();
+        } else if !arg
+            .to_str()
+            .is_some_and(|arg| arg.starts_with("--backends="))
+        {
+            replaced.push(arg.clone());
+        }
+    }
+    replaced.extend(["--backends".into(), names.into()]);
+    replaced
+}
+
+/// A mistyped path should not cost a build: says so before cargo starts.
+fn config_exists(args: &[OsString]) -> Result<()> {
+    match value_of(args, "--config")? {
+        Some(path) if !Path::new(&path).exists() => {
+            bail!("--config {path}: there is no such file; `configs/` holds commented examples")
+        }
+        _ => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::detect::Adapter;
+
+    fn os(words: &[&str]) -> Vec<OsString> {
+        words.iter().map(OsString::from).collect()
+    }
+
+    fn machine(cuda_devices: usize, software: &[bool]) -> Machine {
+        Machine {
+            cuda_devices,
+            cuda_toolkit: true,
+            vulkan: software
+                .iter()
+                .map(|&software| Adapter {
+                    name: "adapter".to_owned(),
+                    software,
+                })
+                .collect(),
+            trouble: None,
+        }
+    }
+
+    #[test]
+    fn a_flag_is_read_in_both_spellings() {
+        let args = os(&["--set", "a=1", "--backend", "cpu", "--backend=wgpu"]);
+        assert_eq!(
+            value_of(&args, "--backend").unwrap().as_deref(),
+            Some("wgpu")
+        );
+        assert_eq!(value_of(&args, "--config").unwrap(), None);
+        assert!(value_of(&os(&["--backend"]), "--backend").is_err());
+        assert_eq!(
+            value_of(&os(&["--backends=cpu"]), "--backend").unwrap(),
+            None
+        );
+    }
+
+    #[test]
+    fn autotune_is_for_real_hardware_only() {
+        assert_eq!(features(&[Backend::Cpu], &machine(1, &[false])), [""; 0]);
+        assert_eq!(features(&[Backend::Wgpu], &machine(0, &[true])), ["wgpu"]);
+        assert_eq!(
+            features(&[Backend::Cuda], &machine(1, &[])),
+            ["cuda", "autotune"]
+        );
+        let both = [Backend::Cpu, Backend::Cuda, Backend::Wgpu];
+        assert_eq!(features(&both, &machine(1, &[true])), ["cuda", "wgpu"]);
+    }
+
+    #[test]
+    fn parity_without_backends_is_a_build_for_the_cpu() {
+        let args = os(&["--reference", "fixtures"]);
+        let jobs = parity_jobs(args.clone(), &machine(1, &[false])).unwrap();
+        assert_eq!(
+            jobs,
+            [Job {
+                features: Vec::new(),
+                args
+            }]
+        );
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn parity_builds_only_what_this_machine_can_run_and_keeps_the_arguments() {
+        let args = os(&["--backends", "cpu,wgpu,vulkan,cuda,metal"]);
+        let jobs = parity_jobs(args.clone(), &machine(0, &[true])).unwrap();
+        let features = vec!["wgpu".to_owned()];
+        assert_eq!(jobs, [Job { features, args }]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn parity_gives_wgsl_and_spirv_a_build_each() {
+        let args = os(&["--backends=cpu,wgpu,vulkan,cuda", "--reference", "r"]);
+        let jobs = parity_jobs(args, &machine(1, &[false])).unwrap();
+        assert_eq!(jobs.len(), 2);
+        assert_eq!(jobs[0].features, ["wgpu", "cuda", "autotune"]);
+        assert_eq!(
+            jobs[0].args,
+            os(&["--reference", "r", "--backends", "cpu,wgpu,cuda"])
+        );
+        assert_eq!(jobs[1].features, ["vulkan", "autotune"]);
+        assert_eq!(
+            jobs[1].args,
+            os(&["--reference", "r", "--backends", "cpu,vulkan"])
+        );
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_backend_without_its_driver_is_refused_with_what_to_do() {
+        let bare = machine(0, &[]);
+        let why = |backend, machine| missing_on_this_machine(backend, machine).unwrap_or_default();
+        assert!(why(Backend::Cuda, &bare).contains("--backend cpu"));
+        assert!(why(Backend::Wgpu, &bare).contains("mesa-vulkan-drivers"));
+        assert!(why(Backend::Vulkan, &machine(0, &[true])).contains("software"));
+        assert_eq!(why(Backend::Wgpu, &machine(0, &[true])), "");
+        assert_eq!(why(Backend::Cpu, &bare), "");
+    }
+
+    #[test]
+    fn a_backend_unknown_to_parity_is_an_error() {
+        assert!(parity_jobs(os(&["--backends", "cpu,opencl"]), &machine(0, &[])).is_err());
+    }
+
+    #[test]
+    fn a_missing_config_is_noticed_before_the_build() {
+        let error = config_exists(&os(&["--config", "no/such.toml"]))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("no/such.toml"), "{error}");
+    }
+}
