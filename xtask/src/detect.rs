@@ -130,6 +130,32 @@ impl Machine {
         }
     }
 
+    /// What keeps `backend` from running here, and what to do about it: known before a build is spent on it.
+    pub fn missing(&self, backend: Backend) -> Option<String> {
+        match backend {
+        Backend::Cuda if self.cuda_devices == 0 => Some(
+            "no NVIDIA driver answers (libcuda is missing or finds no device); install NVIDIA's driver, or take \
+             --backend wgpu or --backend cpu"
+                .to_owned(),
+        ),
+        Backend::Wgpu if !self.has_wgpu() => Some(
+            "no Vulkan driver answers; install your GPU's (Debian, Ubuntu: mesa-vulkan-drivers, which also brings a \
+             slow software one), or take --backend cpu"
+                .to_owned(),
+        ),
+        // lavapipe crashes on SPIR-V kernels, SwiftShader computes wrong numbers with them.
+        Backend::Vulkan if self.gpu().is_none() => Some(match self.vulkan.first() {
+            Some(software) => format!(
+                "the only Vulkan adapter, {}, is software, and such drivers fail on SPIR-V kernels; take --backend \
+                 wgpu, whose WGSL works on it, or --backend cpu",
+                software.name
+            ),
+            None => "no Vulkan driver answers; install your GPU's, or take --backend cpu".to_owned(),
+        }),
+        _ => None,
+    }
+    }
+
     /// Whether `backend` would run on real hardware here.
     pub fn is_hardware(&self, backend: Backend) -> bool {
         match backend {
@@ -295,6 +321,19 @@ mod tests {
         let real = machine(1, &[("Some GPU", false)]);
         assert!(real.is_hardware(Backend::Wgpu) && real.is_hardware(Backend::Cuda));
         assert!(!real.is_hardware(Backend::Cpu));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_backend_without_its_driver_is_refused_with_what_to_do() {
+        let why = |machine: &Machine, backend| machine.missing(backend).unwrap_or_default();
+        let bare = machine(0, &[]);
+        assert!(why(&bare, Backend::Cuda).contains("--backend cpu"));
+        assert!(why(&bare, Backend::Wgpu).contains("mesa-vulkan-drivers"));
+        assert_eq!(why(&bare, Backend::Cpu), "");
+        let soft = machine(0, &[("llvmpipe", true)]);
+        assert!(why(&soft, Backend::Vulkan).contains("llvmpipe, is software"));
+        assert_eq!(why(&soft, Backend::Wgpu), "");
     }
 
     #[test]

@@ -41,7 +41,7 @@ pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<Ex
             Backend::on_this_platform()
         );
     }
-    if let Some(why) = missing_on_this_machine(backend, &machine) {
+    if let Some(why) = machine.missing(backend) {
         bail!("--backend {backend}: {why}");
     }
     let job = Job {
@@ -51,32 +51,6 @@ pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<Ex
     match job.build()? {
         Some(failed) => Ok(failed),
         None => job.replace_this_process(subcommand),
-    }
-}
-
-/// What keeps `backend` from running here, and what to do about it: known before a build is spent on it.
-fn missing_on_this_machine(backend: Backend, machine: &Machine) -> Option<String> {
-    match backend {
-        Backend::Cuda if machine.cuda_devices == 0 => Some(
-            "no NVIDIA driver answers (libcuda is missing or finds no device); install NVIDIA's driver, or take \
-             --backend wgpu or --backend cpu"
-                .to_owned(),
-        ),
-        Backend::Wgpu if !machine.has_wgpu() => Some(
-            "no Vulkan driver answers; install your GPU's (Debian, Ubuntu: mesa-vulkan-drivers, which also brings a \
-             slow software one), or take --backend cpu"
-                .to_owned(),
-        ),
-        // lavapipe crashes on SPIR-V kernels, SwiftShader computes wrong numbers with them.
-        Backend::Vulkan if machine.gpu().is_none() => Some(match machine.vulkan.first() {
-            Some(software) => format!(
-                "the only Vulkan adapter, {}, is software, and such drivers fail on SPIR-V kernels; take --backend \
-                 wgpu, whose WGSL works on it, or --backend cpu",
-                software.name
-            ),
-            None => "no Vulkan driver answers; install your GPU's, or take --backend cpu".to_owned(),
-        }),
-        _ => None,
     }
 }
 
@@ -129,8 +103,7 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
     }
     // What is not on this machine stays in the arguments: the trainer prints a line for it.
     let buildable = |backend: Backend| {
-        backend.missing_on_this_platform().is_none()
-            && missing_on_this_machine(backend, machine).is_none()
+        backend.missing_on_this_platform().is_none() && machine.missing(backend).is_none()
     };
     let present: Vec<_> = backends.iter().copied().filter(|&b| buildable(b)).collect();
     let native = |&backend: &Backend| matches!(backend, Backend::Vulkan | Backend::Metal);
@@ -392,18 +365,6 @@ mod tests {
             jobs[1].args,
             os(&["--reference", "r", "--backends", "cpu,vulkan"])
         );
-    }
-
-    #[cfg(target_os = "linux")]
-    #[test]
-    fn a_backend_without_its_driver_is_refused_with_what_to_do() {
-        let bare = machine(0, &[]);
-        let why = |backend, machine| missing_on_this_machine(backend, machine).unwrap_or_default();
-        assert!(why(Backend::Cuda, &bare).contains("--backend cpu"));
-        assert!(why(Backend::Wgpu, &bare).contains("mesa-vulkan-drivers"));
-        assert!(why(Backend::Vulkan, &machine(0, &[true])).contains("software"));
-        assert_eq!(why(Backend::Wgpu, &machine(0, &[true])), "");
-        assert_eq!(why(Backend::Cpu, &bare), "");
     }
 
     #[test]
