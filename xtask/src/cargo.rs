@@ -29,15 +29,16 @@ pub fn workspace_root() -> Option<PathBuf> {
 
 /// Where cargo puts (or will put) the trainer's release binary.
 ///
-/// xtask is built with the same profile into the same folder, so it lies beside xtask itself, whatever
+/// xtask is built with the same profile into the same folder, so it lies beside xtask itself,
+/// whatever
 /// `CARGO_TARGET_DIR` or the user's cargo configuration say.
 pub fn trainer_binary() -> Result<PathBuf> {
     let xtask = env::current_exe().context("cannot tell where xtask itself is")?;
     Ok(xtask.with_file_name(format!("trainer{}", env::consts::EXE_SUFFIX)))
 }
 
-/// Gives a child process an `XDG_RUNTIME_DIR` where there is none (containers, CI): graphics drivers print a
-/// warning without one, although nothing is ever drawn.
+/// Gives a child process an `XDG_RUNTIME_DIR` where there is none (containers, CI): graphics
+/// drivers print a warning without one, although nothing is ever drawn.
 pub fn quiet_display_server(command: &mut Command) {
     if cfg!(target_os = "linux") && env::var_os("XDG_RUNTIME_DIR").is_none() {
         command.env("XDG_RUNTIME_DIR", env::temp_dir());
@@ -62,7 +63,8 @@ pub fn features(names: &[String]) -> [OsString; 2] {
     ["--features".into(), names.join(",").into()]
 }
 
-/// Whether LLVM 23, which the CUDA backend links, is where its build script looks (tracel-llvm-bundler's
+/// Whether LLVM 23, which the CUDA backend links, is where its build script looks
+/// (tracel-llvm-bundler's
 /// `llvm_path`). `None` where the lock file does not say which version that is.
 pub fn llvm_is_in_place() -> Option<bool> {
     let lock = std::fs::read_to_string(workspace_root()?.join("Cargo.lock")).ok()?;

@@ -9,11 +9,13 @@ use crate::backend::Backend;
 use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place};
 use crate::test;
 
-/// Formatting, lints and types of every backend, documentation, tests; stops at the first that fails.
+/// Formatting, lints and types of every backend, documentation, tests; stops at the first that
+/// fails.
 ///
-/// The GPU backends are compiled twice at most: once as metadata for clippy and rustdoc, which share it, with every
-/// backend that this platform has, and once to run, with `wgpu`. Clippy is a `cargo check` that also warns, so the
-/// CUDA, SPIR-V and MSL code is checked there and needs no pass of its own.
+/// The GPU backends are compiled twice at most: once as metadata for clippy and rustdoc, which
+/// share it, with every backend that this platform has, and once to run, with `wgpu`. Clippy is a
+/// `cargo check` that also warns, so the CUDA, SPIR-V and MSL code is checked there and needs no
+/// pass of its own.
 pub fn run() -> Result<ExitCode> {
     let started = Instant::now();
     let mut format = cargo::cargo("fmt");

@@ -1,7 +1,8 @@
 //! What this machine can run on: asked of its drivers, before anything of Burn is compiled.
 //!
-//! Drivers are other people's code and some crash while they load. They are asked in a process of their own
-//! ([`probe`], which `cargo xtask` starts as `xtask __probe`), so that the worst one can do is to be left out.
+//! Drivers are other people's code and some crash while they load. They are asked in a process of
+//! their own ([`probe`], which `cargo xtask` starts as `xtask __probe`), so that the worst one can
+//! do is to be left out.
 
 use std::env;
 use std::path::Path;
@@ -86,8 +87,9 @@ impl Machine {
 
     /// What `--backend auto` means here, with the reason.
     ///
-    /// CUDA where an NVIDIA driver answers, else a real GPU through wgpu, else the CPU. A software adapter is never
-    /// taken: the CPU itself is many times faster than a graphics driver that imitates a GPU on it.
+    /// CUDA where an NVIDIA driver answers, else a real GPU through wgpu, else the CPU. A software
+    /// adapter is never taken: the CPU itself is many times faster than a graphics driver that
+    /// imitates a GPU on it.
     pub fn auto(&self) -> (Backend, String) {
         if cfg!(target_vendor = "apple") {
             return (Backend::Metal, "an Apple machine has Metal".to_owned());
@@ -113,8 +115,8 @@ impl Machine {
         };
         match (self.gpu(), self.vulkan.first()) {
             (Some(gpu), _) => (Backend::Wgpu, format!("{cuda}; Vulkan offers {}", gpu.name)),
-            // Without a Vulkan loader a Windows machine still has Direct3D 12. The trainer looks at the adapter
-            // itself and goes on with the CPU where it is Microsoft's software one.
+            // Without a Vulkan loader a Windows machine still has Direct3D 12. The trainer looks at
+            // the adapter itself and goes on with the CPU where it is Microsoft's software one.
             (None, None) if cfg!(windows) => (Backend::Wgpu, format!("{cuda}; Direct3D 12")),
             (None, Some(software)) => (
                 Backend::Cpu,
@@ -130,7 +132,8 @@ impl Machine {
         }
     }
 
-    /// What keeps `backend` from running here, and what to do about it: known before a build is spent on it.
+    /// What keeps `backend` from running here, and what to do about it: known before a build is
+    /// spent on it.
     pub fn missing(&self, backend: Backend) -> Option<String> {
         match backend {
         Backend::Cuda if self.cuda_devices == 0 => Some(
@@ -168,8 +171,8 @@ impl Machine {
     }
 }
 
-/// The CUDA toolkit's `libdevice.10.bc`: `exp`, `sin` and their like for kernels that LLVM compiles. The places are
-/// cubecl-llvm's (`nvptx/libdevice.rs`).
+/// The CUDA toolkit's `libdevice.10.bc`: `exp`, `sin` and their like for kernels that LLVM
+/// compiles. The places are cubecl-llvm's (`nvptx/libdevice.rs`).
 fn libdevice() -> Option<std::path::PathBuf> {
     let roots = match env::var_os("CUDA_PATH") {
         Some(root) => vec![root],
@@ -201,7 +204,8 @@ fn cuda_devices() -> usize {
     } else {
         "libcuda.so.1"
     };
-    // SAFETY: both functions have had these signatures since CUDA's first release (`cuda.h`: `CUresult` is an
+    // SAFETY: both functions have had these signatures since CUDA's first release (`cuda.h`:
+    // `CUresult` is an
     // `int`), `count` outlives the call, and the library stays loaded while they are used.
     unsafe {
         let Ok(driver) = libloading::Library::new(file) else {
@@ -226,8 +230,8 @@ fn cuda_devices() -> usize {
 fn vulkan_adapters() -> Vec<Adapter> {
     use ash::vk;
 
-    // SAFETY: the loader is the system's own, the instance is destroyed before the library is unloaded (`entry` is
-    // dropped last), and nothing made from it outlives it.
+    // SAFETY: the loader is the system's own, the instance is destroyed before the library is
+    // unloaded (`entry` is dropped last), and nothing made from it outlives it.
     unsafe {
         let Ok(entry) = ash::Entry::load() else {
             return Vec::new();

@@ -1,8 +1,9 @@
 //! `cargo xtask …`: builds the trainer for the backend asked for and runs it; tests; continuous integration.
 //!
-//! It is thin on purpose: it knows cargo features, drivers and exit codes, and depends on none of the other crates,
-//! so that the first thing a new user types compiles in seconds. What a sub-command of the trainer means, and every
-//! flag but `--backend` and `--backends`, is the trainer's own business.
+//! It is thin on purpose: it knows cargo features, drivers and exit codes, and depends on none of
+//! the other crates, so that the first thing a new user types compiles in seconds. What a
+//! sub-command of the trainer means, and every flag but `--backend` and `--backends`, is the
+//! trainer's own business.
 
 mod backend;
 mod cargo;
@@ -51,7 +52,8 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Task {
-    /// Train: [--backend auto|cpu|cuda|wgpu|vulkan|metal] [--config FILE] [--run NAME] [--set KEY=VALUE]
+    /// Train: [--backend auto|cpu|cuda|wgpu|vulkan|metal] [--config FILE] [--run NAME] [--set
+    /// KEY=VALUE]
     #[command(override_help = TRAIN_HELP)]
     Train(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE

@@ -19,7 +19,8 @@ struct Job {
     args: Vec<OsString>,
 }
 
-/// Runs a sub-command of the trainer on one backend: the one that `--backend` in `args` names, else `default`.
+/// Runs a sub-command of the trainer on one backend: the one that `--backend` in `args` names, else
+/// `default`.
 pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<ExitCode> {
     config_exists(&args)?;
     let asked = match value_of(&args, "--backend")? {
@@ -81,9 +82,10 @@ pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
 
 /// Splits `--backends` into builds.
 ///
-/// A build that has `vulkan` (or `metal`) compiles every kernel for that graphics API to SPIR-V (MSL), on the
-/// device that `wgpu` means as well: cubecl-wgpu's `AutoCompiler` goes by what was compiled in. `wgpu` therefore
-/// gets a build without them. The CPU is in each build and is what all are compared with.
+/// A build that has `vulkan` (or `metal`) compiles every kernel for that graphics API to SPIR-V
+/// (MSL), on the device that `wgpu` means as well: cubecl-wgpu's `AutoCompiler` goes by what was
+/// compiled in. `wgpu` therefore gets a build without them. The CPU is in each build and is what
+/// all are compared with.
 fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
     let Some(list) = value_of(&args, "--backends")? else {
         return Ok(vec![Job {
@@ -138,9 +140,9 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
 /// The trainer's cargo features for `backends`.
 ///
 /// `autotune` times several kernels for each new shape and keeps the fastest. CubeCL has no switch for it at run
-/// time (`CUBECL_AUTOTUNE_LEVEL` only says how many candidates there are, never none), so it is decided here: a
-/// real GPU earns it back within seconds, a software adapter compiles giant candidates for minutes. The tests are
-/// built without it, which also makes them repeatable.
+/// time (`CUBECL_AUTOTUNE_LEVEL` only says how many candidates there are, never none), so it is
+/// decided here: a real GPU earns it back within seconds, a software adapter compiles giant
+/// candidates for minutes. The tests are built without it, which also makes them repeatable.
 fn features(backends: &[Backend], machine: &Machine) -> Vec<String> {
     let gpus: Vec<_> = backends
         .iter()
@@ -198,8 +200,8 @@ impl Job {
         Ok(command)
     }
 
-    /// Becomes the trainer, so that Ctrl-C, signals and the exit code are its own. Windows has no such call:
-    /// there xtask waits and hands the exit code on.
+    /// Becomes the trainer, so that Ctrl-C, signals and the exit code are its own. Windows has no
+    /// such call: there xtask waits and hands the exit code on.
     fn replace_this_process(&self, subcommand: &str) -> Result<ExitCode> {
         let mut command = self.command(subcommand)?;
         #[cfg(unix)]
