@@ -1,0 +1,92 @@
+//! What can keep a device from being used, in words for the user.
+
+use thiserror::Error;
+
+use super::Backend;
+#[cfg(doc)]
+use super::{SELF_TEST_TOLERANCE, self_test};
+
+/// Why there is no such device. Each message is one line that also says what to do.
+#[derive(Debug, Clone, PartialEq, Error)]
+pub enum DeviceError {
+    /// `--backend` with a word that names none.
+    #[error("there is no backend {word:?}; the known ones are {}", Backend::ALL.map(Backend::name).join(", "))]
+    Unknown {
+        /// What was given.
+        word: String,
+    },
+    /// No build for this operating system has it.
+    #[error("backend {backend}: {why}; use --backend auto or --backend cpu")]
+    WrongPlatform {
+        /// What was asked for.
+        backend: Backend,
+        /// The reason.
+        why: &'static str,
+    },
+    /// This binary was built without it.
+    #[error(
+        "backend {backend} is not in this build; `cargo xtask train --backend {backend}` builds it in \
+         (cargo feature `{backend}` of the package `trainer`)"
+    )]
+    NotCompiled {
+        /// What was asked for.
+        backend: Backend,
+    },
+    /// WGSL was asked of a build whose native shader compiler takes over its devices.
+    #[error(
+        "backend wgpu is not in a build with `{native}`, which compiles every shader natively; use --backend \
+         {native}, or build without it: `cargo xtask train --backend wgpu`"
+    )]
+    NativeShaders {
+        /// The backend that is in the build.
+        native: Backend,
+    },
+    /// No driver, or a driver without a device.
+    #[error("backend {backend}: {missing}; {advice}")]
+    NoHardware {
+        /// What was asked for.
+        backend: Backend,
+        /// What is not there.
+        missing: String,
+        /// What to install, or to use instead.
+        advice: String,
+    },
+    /// The device is there and did not start.
+    #[error("{name} did not start: {message}; use --backend cpu, or update its driver")]
+    Initialization {
+        /// The backend or the device.
+        name: String,
+        /// The driver's words.
+        message: String,
+    },
+    /// [`self_test`] found numbers that are not the CPU's.
+    #[error(
+        "{name} computes wrong numbers: the {quantity} of a small quantized product differs from the CPU's by \
+         {difference:.1e} relative (at most {tolerance:.0e} is right; first value {got}, expected {expected}); its \
+         driver cannot be trusted: update it, or use --backend cpu"
+    )]
+    WrongNumbers {
+        /// The device, its driver included.
+        name: String,
+        /// `result` or `gradient`.
+        quantity: &'static str,
+        /// Relative Frobenius distance; not a number where the device gave none.
+        difference: f32,
+        /// [`SELF_TEST_TOLERANCE`].
+        tolerance: f32,
+        /// The value that is furthest off, as the device computed it.
+        got: f32,
+        /// The same value on the CPU.
+        expected: f32,
+    },
+    /// A `compute_dtype` that the device does not have.
+    #[error("compute_dtype {requested}: {name} has no {requested} arithmetic; use {allowed}")]
+    Precision {
+        /// What was asked for.
+        requested: &'static str,
+        /// The device.
+        name: String,
+        /// What it has.
+        allowed: String,
+    },
+}
