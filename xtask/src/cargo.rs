@@ -86,6 +86,7 @@ pub fn llvm_is_in_place() -> Option<bool> {
 }
 
 /// What to do when a build with `cuda` fails for want of LLVM.
-pub const LLVM_HINT: &str = "xtask: the CUDA backend links LLVM 23. Its build script downloads a bundle from GitHub; \
-    where that is out of reach, `.ci/llvm-for-cuda` puts the same together from Debian's packages (as root, about a \
-    minute), and the build then goes through.";
+pub const LLVM_HINT: &str =
+    "xtask: the CUDA backend links LLVM 23, which its build script downloads from GitHub.
+xtask: Where that is out of reach, `.ci/llvm-for-cuda` puts the same together from Debian's packages
+xtask: (as root, about a minute); the build then goes through.";

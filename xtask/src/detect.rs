@@ -135,28 +135,28 @@ impl Machine {
     /// What keeps `backend` from running here, and what to do about it: known before a build is
     /// spent on it.
     pub fn missing(&self, backend: Backend) -> Option<String> {
-        match backend {
-        Backend::Cuda if self.cuda_devices == 0 => Some(
-            "no NVIDIA driver answers (libcuda is missing or finds no device); install NVIDIA's driver, or take \
-             --backend wgpu or --backend cpu"
-                .to_owned(),
-        ),
-        Backend::Wgpu if !self.has_wgpu() => Some(
-            "no Vulkan driver answers; install your GPU's (Debian, Ubuntu: mesa-vulkan-drivers, which also brings a \
-             slow software one), or take --backend cpu"
-                .to_owned(),
-        ),
-        // lavapipe crashes on SPIR-V kernels, SwiftShader computes wrong numbers with them.
-        Backend::Vulkan if self.gpu().is_none() => Some(match self.vulkan.first() {
-            Some(software) => format!(
-                "the only Vulkan adapter, {}, is software, and such drivers fail on SPIR-V kernels; take --backend \
-                 wgpu, whose WGSL works on it, or --backend cpu",
-                software.name
-            ),
-            None => "no Vulkan driver answers; install your GPU's, or take --backend cpu".to_owned(),
-        }),
-        _ => None,
-    }
+        let why = match backend {
+            Backend::Cuda if self.cuda_devices == 0 => {
+                "no NVIDIA driver answers (libcuda is missing or finds no device); install \
+                 NVIDIA's driver, or take --backend wgpu or --backend cpu"
+            }
+            Backend::Cuda if !self.cuda_toolkit => {
+                "an NVIDIA driver answers, but the CUDA toolkit (nvvm/libdevice/libdevice.10.bc) is \
+                 not found; install it, or set CUDA_PATH to its folder, or take --backend wgpu"
+            }
+            Backend::Wgpu if !self.has_wgpu() => {
+                "no Vulkan driver answers; install your GPU's (Debian, Ubuntu: \
+                 mesa-vulkan-drivers, which also brings a slow software one), or take --backend \
+                 cpu"
+            }
+            // lavapipe crashes on SPIR-V kernels, SwiftShader computes wrong numbers with them.
+            Backend::Vulkan if self.gpu().is_none() => {
+                "no GPU answers to Vulkan, and software drivers fail on SPIR-V kernels; install \
+                 your GPU's driver, or take --backend wgpu or --backend cpu"
+            }
+            _ => return None,
+        };
+        Some(why.to_owned())
     }
 
     /// Whether `backend` would run on real hardware here.
@@ -335,8 +335,13 @@ mod tests {
         assert!(why(&bare, Backend::Cuda).contains("--backend cpu"));
         assert!(why(&bare, Backend::Wgpu).contains("mesa-vulkan-drivers"));
         assert_eq!(why(&bare, Backend::Cpu), "");
+        let half = Machine {
+            cuda_toolkit: false,
+            ..machine(1, &[])
+        };
+        assert!(why(&half, Backend::Cuda).contains("CUDA_PATH"));
         let soft = machine(0, &[("llvmpipe", true)]);
-        assert!(why(&soft, Backend::Vulkan).contains("llvmpipe, is software"));
+        assert!(why(&soft, Backend::Vulkan).contains("software drivers fail on SPIR-V"));
         assert_eq!(why(&soft, Backend::Wgpu), "");
     }
 

@@ -1,4 +1,5 @@
-//! `cargo xtask …`: builds the trainer for the backend asked for and runs it; tests; continuous integration.
+//! `cargo xtask …`: builds the trainer for the backend asked for and runs it; tests; continuous
+//! integration.
 //!
 //! It is thin on purpose: it knows cargo features, drivers and exit codes, and depends on none of
 //! the other crates, so that the first thing a new user types compiles in seconds. What a
@@ -27,7 +28,8 @@ Two commands do everything on a fresh machine:
   cargo xtask train    train the small model that comes with the repository
   cargo xtask test     run every test
 
-Then `cargo xtask train --config configs/FILE` for a model of your own, and `cargo xtask --help` for the rest.";
+Then `cargo xtask train --config configs/FILE` for a model of your own;
+`cargo xtask --help` lists the rest.";
 
 const TRAIN_HELP: &str = "\
 Fine-tunes a model with LoRA; without --config, the small model that comes with the repository.
@@ -40,7 +42,7 @@ Usage: cargo xtask train [OPTIONS]
   --set KEY=VALUE     overrides one key of the config; may be repeated
   --output-dir DIR    where the adapter, the metrics and the resolved config go
 
-Only the backend asked for is compiled. Every flag goes to the trainer as it is; `trainer train --help` has them all.";
+Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = WELCOME)]

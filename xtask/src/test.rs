@@ -17,14 +17,16 @@ pub fn in_ci() -> bool {
 
 /// Builds and runs the tests of all crates; `filter` goes to cargo's test harness.
 ///
-/// `cargo build --all-targets` and `cargo test` name the same profile, packages and features, so the libraries,
-/// the tests and the trainer's binary that the end-to-end tests start come from one build of Burn.
+/// `cargo build --all-targets` and `cargo test` name the same profile, packages and features, so
+/// the libraries, the tests and the trainer's binary that the end-to-end tests start come from one
+/// build of Burn.
 pub fn run(filter: Vec<OsString>) -> Result<ExitCode> {
     let machine = Machine::ask();
     let wgpu = machine.has_wgpu();
     if in_ci() && !wgpu {
         bail!(
-            "CI has to run the wgpu tests, and no Vulkan driver answers: install mesa-vulkan-drivers"
+            "CI has to run the wgpu tests, and no Vulkan driver answers: install \
+             mesa-vulkan-drivers"
         );
     }
     let adapter = match machine.gpu().or(machine.vulkan.first()) {
@@ -153,8 +155,10 @@ mod tests {
     #[test]
     fn the_summary_lines_of_several_binaries_add_up() {
         let mut totals = Totals::default();
-        totals.add("test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out; finished in 0.10s");
-        totals.add("test result: \u{1b}[31mFAILED\u{1b}[m. 4 passed; 2 failed; 0 ignored; 0 measured; 0 filtered out");
+        totals.add("test result: ok. 12 passed; 0 failed; 1 ignored; 0 measured; 3 filtered out");
+        totals.add(
+            "test result: \u{1b}[31mFAILED\u{1b}[m. 4 passed; 2 failed; 0 ignored; 0 measured",
+        );
         totals.add("test frozen::passes ... ok");
         assert_eq!(
             totals,

@@ -66,8 +66,8 @@ pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
         };
     }
     eprintln!(
-        "xtask: WGSL and the native shaders (SPIR-V, MSL) cannot share a build, so each is compared with the CPU in \
-         a run of its own"
+        "xtask: WGSL and the native shaders (SPIR-V, MSL) cannot share a build, so each is \
+         compared with the CPU in a run of its own"
     );
     let mut worst = 0;
     for job in &jobs {
@@ -139,10 +139,11 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
 
 /// The trainer's cargo features for `backends`.
 ///
-/// `autotune` times several kernels for each new shape and keeps the fastest. CubeCL has no switch for it at run
-/// time (`CUBECL_AUTOTUNE_LEVEL` only says how many candidates there are, never none), so it is
-/// decided here: a real GPU earns it back within seconds, a software adapter compiles giant
-/// candidates for minutes. The tests are built without it, which also makes them repeatable.
+/// `autotune` times several kernels for each new shape and keeps the fastest. CubeCL has no switch
+/// for it at run time (`CUBECL_AUTOTUNE_LEVEL` only says how many candidates there are, never
+/// none), so it is decided here: a real GPU earns it back within seconds, a software adapter
+/// compiles giant candidates for minutes. The tests are built without it, which also makes them
+/// repeatable.
 fn features(backends: &[Backend], machine: &Machine) -> Vec<String> {
     let gpus: Vec<_> = backends
         .iter()
@@ -172,8 +173,8 @@ impl Job {
             (true, _) => "what is built already is kept",
             (false, true) => "the first build takes a few minutes, later ones seconds",
             (false, false) => {
-                "the first build compiles Burn's GPU kernels: about 15 minutes on 2 cores, 3 on 16; later ones take \
-                 seconds"
+                "the first build compiles Burn's GPU kernels: about 15 minutes on 2 cores, 3 on \
+                 16; later ones take seconds"
             }
         };
         eprintln!("xtask: building the trainer {what} ({patience})");

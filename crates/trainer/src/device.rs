@@ -1,8 +1,8 @@
 //! The device that a run computes on. Nothing outside this module names a backend.
 //!
-//! [`select`] turns the word after `--backend` into a Burn [`Device`] that is known to start, or into
-//! one sentence that says what is missing and what to do. [`self_test`] then compares it with the
-//! CPU.
+//! [`select`] turns the word after `--backend` into a Burn [`Device`] that is known to start, or
+//! into one sentence that says what is missing and what to do. [`self_test`] then compares it with
+//! the CPU.
 
 mod backend;
 mod cuda;
@@ -52,15 +52,16 @@ impl Selected {
 
 /// Selects and starts a device.
 ///
-/// `Auto` takes the first of CUDA, Metal, Vulkan and wgpu that is in this build and has real hardware, else the
-/// CPU; never a software adapter, and it never fails. An adapter of a certain kind can be forced
-/// with CubeCL's
-/// `CUBECL_WGPU_DEFAULT_DEVICE` (say `IntegratedGpu(0)`), a CUDA device with `CUDA_VISIBLE_DEVICES`.
+/// `Auto` takes the first of CUDA, Metal, Vulkan and wgpu that is in this build and has real
+/// hardware, else the CPU; never a software adapter, and it never fails. An adapter of a certain
+/// kind can be forced with CubeCL's `CUBECL_WGPU_DEFAULT_DEVICE` (say `IntegratedGpu(0)`), a CUDA
+/// device with `CUDA_VISIBLE_DEVICES`.
 ///
 /// # Errors
 ///
-/// [`DeviceError`], where a backend asked for by its name is not in this build or not on this machine, or does
-/// not start. A panic inside a driver's Rust bindings is caught and becomes such an error.
+/// [`DeviceError`], where a backend asked for by its name is not in this build or not on this
+/// machine, or does not start. A panic inside a driver's Rust bindings is caught and becomes such
+/// an error.
 pub fn select(asked: Backend) -> Result<Selected, DeviceError> {
     match asked {
         Backend::Auto => Ok(automatic()),

@@ -45,7 +45,8 @@ pub fn driver() -> Result<Driver, DeviceError> {
                 "{} is there, but the CUDA toolkit's nvvm/libdevice/libdevice.10.bc is not",
                 driver.name
             ),
-            "install the CUDA toolkit, or set CUDA_PATH to its folder, or use --backend wgpu or --backend cpu",
+            "install the CUDA toolkit, or set CUDA_PATH to its folder, or use --backend wgpu or \
+             --backend cpu",
         ));
     }
     Ok(driver)

@@ -10,7 +10,10 @@ use super::{SELF_TEST_TOLERANCE, self_test};
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum DeviceError {
     /// `--backend` with a word that names none.
-    #[error("there is no backend {word:?}; the known ones are {}", Backend::ALL.map(Backend::name).join(", "))]
+    #[error(
+        "there is no backend {word:?}; the known ones are {}",
+        Backend::ALL.map(Backend::name).join(", ")
+    )]
     Unknown {
         /// What was given.
         word: String,
@@ -25,8 +28,8 @@ pub enum DeviceError {
     },
     /// This binary was built without it.
     #[error(
-        "backend {backend} is not in this build; `cargo xtask train --backend {backend}` builds it in \
-         (cargo feature `{backend}` of the package `trainer`)"
+        "backend {backend} is not in this build; `cargo xtask train --backend {backend}` builds \
+         it in (cargo feature `{backend}` of the package `trainer`)"
     )]
     NotCompiled {
         /// What was asked for.
@@ -34,8 +37,8 @@ pub enum DeviceError {
     },
     /// WGSL was asked of a build whose native shader compiler takes over its devices.
     #[error(
-        "backend wgpu is not in a build with `{native}`, which compiles every shader natively; use --backend \
-         {native}, or build without it: `cargo xtask train --backend wgpu`"
+        "backend wgpu is not in a build with `{native}`, which compiles every shader natively; \
+         use --backend {native}, or build without it: `cargo xtask train --backend wgpu`"
     )]
     NativeShaders {
         /// The backend that is in the build.
@@ -61,9 +64,10 @@ pub enum DeviceError {
     },
     /// [`self_test`] found numbers that are not the CPU's.
     #[error(
-        "{name} computes wrong numbers: the {quantity} of a small quantized product differs from the CPU's by \
-         {difference:.1e} relative (at most {tolerance:.0e} is right; first value {got}, expected {expected}); its \
-         driver cannot be trusted: update it, or use --backend cpu"
+        "{name} computes wrong numbers: the {quantity} of a small quantized product differs from \
+         the CPU's by {difference:.1e} relative (at most {tolerance:.0e} is right; the worst value is \
+         {got}, the CPU says {expected}); its driver cannot be trusted: update it, or use --backend \
+         cpu"
     )]
     WrongNumbers {
         /// The device, its driver included.

@@ -14,7 +14,8 @@ const CHOSEN_BY_USER: &str = "CUBECL_WGPU_DEFAULT_DEVICE";
 ///
 /// # Errors
 ///
-/// [`DeviceError::NoHardware`] if there is none, or only a software one that cannot run the backend's shaders.
+/// [`DeviceError::NoHardware`] if there is none, or only a software one that cannot run the
+/// backend's shaders.
 fn find(backend: Backend) -> Result<DeviceKind, DeviceError> {
     let missing = |missing: &str, advice: &str| DeviceError::NoHardware {
         backend,
@@ -36,13 +37,14 @@ fn find(backend: Backend) -> Result<DeviceKind, DeviceError> {
         // wrong numbers.
         Some(DeviceKind::Cpu) if backend == Backend::Vulkan => Err(missing(
             "the only adapter is a software one, and such drivers fail on SPIR-V kernels",
-            "install your GPU's driver, or use --backend wgpu (slow there, but right) or --backend cpu",
+            "install your GPU's driver, or use --backend wgpu (slow there, but right) or \
+             --backend cpu",
         )),
         Some(kind) => Ok(kind),
         None => Err(missing(
             "no graphics adapter answers",
-            "install your GPU's Vulkan driver (Debian, Ubuntu: mesa-vulkan-drivers, which also brings a slow software \
-             one), or use --backend cpu",
+            "install your GPU's Vulkan driver (Debian, Ubuntu: mesa-vulkan-drivers, which also \
+             brings a slow software one), or use --backend cpu",
         )),
     }
 }
