@@ -25,13 +25,15 @@ pub fn run() -> Result<ExitCode> {
         return Ok(code);
     }
 
-    let features = checked_features()?;
+    let backends = checked_backends()?;
+    let features = features(&backends);
     let mut clippy = cargo::cargo("clippy");
     clippy
         .args(["--release", "--workspace", "--all-targets"])
         .args(cargo::features(&features))
         .args(["--", "--deny", "warnings"]);
-    let heading = format!("lints, with {}", features.join(" "));
+    let names: Vec<_> = backends.iter().map(|backend| backend.name()).collect();
+    let heading = format!("lints and types, with {}", names.join(", "));
     if let Some(code) = step(&heading, &mut clippy)? {
         return Ok(code);
     }
@@ -55,33 +57,35 @@ pub fn run() -> Result<ExitCode> {
     Ok(code)
 }
 
-/// Features for lints and documentation: all backends that this platform can build.
-fn checked_features() -> Result<Vec<String>> {
+/// The GPU backends to check: all that this platform can build.
+fn checked_backends() -> Result<Vec<Backend>> {
     let cuda = match llvm_is_in_place() {
         Some(false) if test::in_ci() => {
             eprintln!("{LLVM_HINT}");
             bail!("CI has to check the CUDA code, and LLVM 23 is not in place")
         }
         Some(false) => {
-            eprintln!(
-                "xtask: NOT CHECKED: the CUDA code, because LLVM 23 is not in place\n{LLVM_HINT}"
-            );
+            eprintln!("xtask: NOT CHECKED: the CUDA code, because LLVM 23 is not in place");
+            eprintln!("{LLVM_HINT}");
             false
         }
-        _ => Backend::Cuda.missing_on_this_platform().is_none(),
+        _ => true,
     };
-    let backends = Backend::ALL
+    Ok(Backend::ALL
         .into_iter()
-        .filter(|&backend| backend.missing_on_this_platform().is_none())
+        .filter(|backend| backend.feature().is_some())
+        .filter(|backend| backend.missing_on_this_platform().is_none())
         .filter(|&backend| backend != Backend::Cuda || cuda)
-        .filter_map(Backend::feature);
-    let mut features = Vec::new();
-    for backend in backends {
-        features.push(format!("trainer/{backend}"));
-        features.push(format!("tests/{backend}"));
-    }
-    features.push("trainer/autotune".to_owned());
-    Ok(features)
+        .collect())
+}
+
+/// Their features, as the workspace's packages name them.
+fn features(backends: &[Backend]) -> Vec<String> {
+    backends
+        .iter()
+        .flat_map(|backend| ["trainer", "tests"].map(|package| format!("{package}/{backend}")))
+        .chain(["trainer/autotune".to_owned()])
+        .collect()
 }
 
 /// Runs one step under a heading; an exit code if it failed.
@@ -113,6 +117,14 @@ fn clock(time: Duration) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_backend_is_a_feature_of_both_packages() {
+        assert_eq!(
+            features(&[Backend::Wgpu]),
+            ["trainer/wgpu", "tests/wgpu", "trainer/autotune"]
+        );
+    }
 
     #[test]
     fn a_duration_reads_as_minutes_and_seconds() {
