@@ -1,0 +1,298 @@
+//! `metrics.jsonl`: a JSON object a line, for plots and for programs that watch a run.
+
+use std::fs::{File, OpenOptions};
+use std::io::{self, Read, Seek, SeekFrom, Write};
+use std::path::{Path, PathBuf};
+
+use serde::Serialize;
+
+/// The file of metrics cannot be written.
+#[derive(Debug, thiserror::Error)]
+#[error("cannot write the metrics to {}: {source}", path.display())]
+pub struct MetricsError {
+    /// The file.
+    pub path: PathBuf,
+    /// What the system says: a full disk, missing rights.
+    pub source: io::Error,
+}
+
+/// What an optimizer step did. A float that is not finite becomes `null` in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct TrainLine {
+    /// Optimizer steps so far, this one included.
+    pub step: usize,
+    /// Passes over the training rows so far, with a fraction.
+    pub epoch: f64,
+    /// Cross entropy a supervised token, in nats, before the step.
+    pub loss: f64,
+    /// The rate that the step used.
+    pub learning_rate: f64,
+    /// Norm of all gradients together, before clipping.
+    pub grad_norm: f64,
+    /// Tokens of this step's rows, prompts and targets, without padding.
+    pub tokens: usize,
+    /// `tokens` over `step_s`.
+    pub tokens_per_s: f64,
+    /// Seconds that the step took, data and optimizer included.
+    pub step_s: f64,
+    /// The most resident memory of this process so far, in MiB.
+    pub memory_mib: f64,
+    /// Memory that the device has reserved, in MiB; absent on the CPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub device_memory_mib: Option<f64>,
+}
+
+/// What a validation found. A float that is not finite becomes `null` in the file.
+#[derive(Debug, Clone, Copy, PartialEq, Serialize)]
+pub struct ValidationLine {
+    /// Optimizer steps before it; 0 is the base model.
+    pub step: usize,
+    /// Passes over the training rows before it, with a fraction.
+    pub epoch: f64,
+    /// Cross entropy a supervised token, in nats.
+    pub val_loss: f64,
+    /// Share of the supervised tokens that the model ranks first.
+    pub val_accuracy: f64,
+    /// Supervised tokens.
+    pub val_tokens: usize,
+    /// Seconds it took.
+    pub val_s: f64,
+}
+
+/// Appends lines to a run's metrics. Each line is in the file when its call returns.
+#[derive(Debug)]
+pub struct MetricsWriter {
+    path: PathBuf,
+    file: File,
+}
+
+impl MetricsWriter {
+    /// Opens the file for appending, or makes it. A last line without its end, which a killed run
+    /// leaves, is cut off: every line that is there is then whole.
+    ///
+    /// # Errors
+    ///
+    /// [`MetricsError`] with the path.
+    pub fn append(path: &Path) -> Result<Self, MetricsError> {
+        let open = || {
+            let mut options = OpenOptions::new();
+            let mut file = options.create(true).read(true).append(true).open(path)?;
+            let whole = whole_lines(&mut file)?;
+            if whole < file.metadata()?.len() {
+                file.set_len(whole)?;
+            }
+            Ok(file)
+        };
+        match open() {
+            Ok(file) => Ok(Self {
+                path: path.into(),
+                file,
+            }),
+            Err(source) => Err(MetricsError {
+                path: path.into(),
+                source,
+            }),
+        }
+    }
+
+    /// Adds a training line.
+    ///
+    /// # Errors
+    ///
+    /// [`MetricsError`], on a full disk for example.
+    pub fn train(&mut self, line: &TrainLine) -> Result<(), MetricsError> {
+        self.write(line)
+    }
+
+    /// Adds a validation line.
+    ///
+    /// # Errors
+    ///
+    /// [`MetricsError`], on a full disk for example.
+    pub fn validation(&mut self, line: &ValidationLine) -> Result<(), MetricsError> {
+        self.write(line)
+    }
+
+    fn write(&mut self, line: &impl Serialize) -> Result<(), MetricsError> {
+        // One call to the system a line, so that a reader never sees half of one.
+        let result = serde_json::to_vec(line)
+            .map_err(io::Error::from)
+            .and_then(|mut bytes| {
+                bytes.push(b'\n');
+                self.file.write_all(&bytes)
+            });
+        result.map_err(|source| MetricsError {
+            path: self.path.clone(),
+            source,
+        })
+    }
+}
+
+/// Bytes up to the end of the last line that has one, looked for from the back.
+fn whole_lines(file: &mut File) -> io::Result<u64> {
+    let mut end = file.metadata()?.len();
+    let mut block = [0u8; 4096];
+    while end > 0 {
+        let start = end.saturating_sub(block.len() as u64);
+        let block = &mut block[..(end - start) as usize];
+        file.seek(SeekFrom::Start(start))?;
+        file.read_exact(block)?;
+        if let Some(newline) = block.iter().rposition(|byte| *byte == b'\n') {
+            return Ok(start + newline as u64 + 1);
+        }
+        end = start;
+    }
+    Ok(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::Value;
+
+    fn line(step: usize) -> TrainLine {
+        TrainLine {
+            step,
+            epoch: 0.25,
+            loss: 1.5,
+            learning_rate: 2e-4,
+            grad_norm: 0.75,
+            tokens: 456,
+            tokens_per_s: 912.0,
+            step_s: 0.5,
+            memory_mib: 312.5,
+            device_memory_mib: None,
+        }
+    }
+
+    fn validation() -> ValidationLine {
+        ValidationLine {
+            step: 2,
+            epoch: 0.5,
+            val_loss: 0.5,
+            val_accuracy: 0.875,
+            val_tokens: 16,
+            val_s: 0.125,
+        }
+    }
+
+    fn read(path: &Path) -> Vec<Value> {
+        let text = std::fs::read_to_string(path).unwrap();
+        assert!(text.is_empty() || text.ends_with('\n'));
+        text.lines()
+            .map(|line| serde_json::from_str(line).unwrap())
+            .collect()
+    }
+
+    #[test]
+    fn every_line_is_an_object_with_the_documented_keys() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = MetricsWriter::append(&path).unwrap();
+        metrics.train(&line(1)).unwrap();
+        assert_eq!(read(&path).len(), 1, "written before the next line");
+        metrics.validation(&validation()).unwrap();
+        let lines = read(&path);
+        let keys = |line: &Value| {
+            line.as_object()
+                .unwrap()
+                .keys()
+                .cloned()
+                .collect::<Vec<_>>()
+        };
+        assert_eq!(
+            keys(&lines[0]),
+            [
+                "step",
+                "epoch",
+                "loss",
+                "learning_rate",
+                "grad_norm",
+                "tokens",
+                "tokens_per_s",
+                "step_s",
+                "memory_mib"
+            ]
+        );
+        assert_eq!(
+            keys(&lines[1]),
+            [
+                "step",
+                "epoch",
+                "val_loss",
+                "val_accuracy",
+                "val_tokens",
+                "val_s"
+            ]
+        );
+        assert_eq!(
+            (&lines[0]["loss"], &lines[0]["tokens"]),
+            (&1.5.into(), &456.into())
+        );
+    }
+
+    #[test]
+    fn floats_that_are_not_finite_are_null() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = MetricsWriter::append(&path).unwrap();
+        for value in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let line = TrainLine {
+                loss: value,
+                device_memory_mib: Some(value),
+                ..line(1)
+            };
+            metrics.train(&line).unwrap();
+        }
+        for line in read(&path) {
+            assert!(line["loss"].is_null() && line["device_memory_mib"].is_null());
+        }
+    }
+
+    #[test]
+    fn a_resumed_run_appends_and_a_torn_line_is_cut_off() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        MetricsWriter::append(&path)
+            .unwrap()
+            .train(&line(1))
+            .unwrap();
+        let whole = std::fs::read(&path).unwrap();
+        for torn in ["", "{\"step\":2,\"epo", &"x".repeat(10_000)] {
+            std::fs::write(&path, [&whole, torn.as_bytes()].concat()).unwrap();
+            MetricsWriter::append(&path)
+                .unwrap()
+                .train(&line(2))
+                .unwrap();
+            let steps: Vec<Value> = read(&path)
+                .iter()
+                .map(|line| line["step"].clone())
+                .collect();
+            assert_eq!(steps, [1, 2]);
+        }
+        std::fs::write(&path, "no end of line").unwrap();
+        MetricsWriter::append(&path).unwrap();
+        assert!(read(&path).is_empty());
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = MetricsWriter::append(folder.path())
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains(&folder.path().display().to_string()),
+            "{error}"
+        );
+        #[cfg(target_os = "linux")]
+        {
+            // The device that is always full. It has no end to look at, so it is opened by hand.
+            let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
+            let path = PathBuf::from("/dev/full");
+            let error = MetricsWriter { path, file }.train(&line(1)).unwrap_err();
+            assert_eq!(error.source.kind(), io::ErrorKind::StorageFull);
+            assert!(error.to_string().contains("/dev/full"));
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! The folder that a run writes into.
+//!
+//! ```text
+//! runs/NAME/
+//!   adapter/        the adapter in PEFT's layout
+//!   config.toml     every setting of the run, as it was used
+//!   metrics.jsonl   one line a step, one a validation
+//! ```
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// Why the output folder cannot be used, or a file in it not be written.
+#[derive(Debug, thiserror::Error)]
+pub enum OutputError {
+    /// The folder cannot be made or written to.
+    #[error("cannot write to the output folder {}: {source}; choose another with --output-dir", folder.display())]
+    NotWritable {
+        /// The folder.
+        folder: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// There is a run in the folder.
+    #[error(
+        "{} already holds a run; choose another folder with --output-dir, or replace it with --overwrite",
+        folder.display()
+    )]
+    Taken {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says: a full disk, missing rights.
+        source: io::Error,
+    },
+}
+
+/// What to do where the folder holds a run already.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Existing {
+    /// Take `NAME-2`, `NAME-3`, … instead. For a folder that the user did not name on the command
+    /// line: the same command typed twice works, and the first result stays.
+    Number,
+    /// Say so and stop. For a folder that the user named.
+    Refuse,
+    /// Delete that run's files, and no others, and take its place (`--overwrite`).
+    Replace,
+}
+
+/// The output folder of a run. It exists and can be written to.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct OutputFolder {
+    path: PathBuf,
+}
+
+impl OutputFolder {
+    /// Makes the folder, after a look at what is there, and proves that it can be written to.
+    ///
+    /// A folder holds a run once a step was recorded or an adapter written in it; one that a run
+    /// left before its first step is used again. What else lies in the folder is never touched; a
+    /// `config.toml` that no run wrote counts as a run, so that it is not lost.
+    ///
+    /// Call it before any long work, after everything that can be checked without it.
+    ///
+    /// # Errors
+    ///
+    /// [`OutputError::NotWritable`] and [`OutputError::Taken`].
+    pub fn prepare(path: &Path, existing: Existing) -> Result<Self, OutputError> {
+        let folder = |path: &Path| Self { path: path.into() };
+        let mut chosen = folder(path);
+        match existing {
+            Existing::Refuse if chosen.is_taken() => {
+                return Err(OutputError::Taken {
+                    folder: chosen.path,
+                });
+            }
+            Existing::Refuse => {}
+            Existing::Number => {
+                let mut number = 2u64;
+                while chosen.is_taken() {
+                    chosen = folder(&numbered(path, number));
+                    number += 1;
+                }
+            }
+            Existing::Replace => chosen.clear()?,
+        }
+        chosen.open()?;
+        Ok(chosen)
+    }
+
+    /// The folder.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The adapter's folder, for PEFT; it is made when the adapter is first written.
+    pub fn adapter(&self) -> PathBuf {
+        self.path.join("adapter")
+    }
+
+    /// The resolved configuration.
+    pub fn config(&self) -> PathBuf {
+        self.path.join("config.toml")
+    }
+
+    /// The metrics, a JSON object a line.
+    pub fn metrics(&self) -> PathBuf {
+        self.path.join("metrics.jsonl")
+    }
+
+    fn is_taken(&self) -> bool {
+        let adapter = fs::read_dir(self.adapter()).is_ok_and(|mut files| files.next().is_some());
+        let metrics = fs::metadata(self.metrics());
+        let started = metrics.as_ref().is_ok_and(|file| file.len() > 0);
+        adapter || started || (metrics.is_err() && self.config().exists())
+    }
+
+    fn clear(&self) -> Result<(), OutputError> {
+        let adapter = self.adapter();
+        let files = [
+            adapter.join(crate::peft::CONFIG_FILE),
+            adapter.join(crate::peft::WEIGHTS_FILE),
+            self.metrics(),
+            self.config(),
+        ];
+        for file in files {
+            match fs::remove_file(&file) {
+                Err(error) if !is_absent(&error) => return Err(self.not_writable(error)),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// The metrics file is the proof that the folder can be written to, and the mark of a run's folder.
+    fn open(&self) -> Result<(), OutputError> {
+        let open = || {
+            fs::create_dir_all(&self.path)?;
+            OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(self.metrics())
+        };
+        open().map(drop).map_err(|error| self.not_writable(error))
+    }
+
+    fn not_writable(&self, source: io::Error) -> OutputError {
+        let folder = self.path.clone();
+        OutputError::NotWritable { folder, source }
+    }
+}
+
+/// Whether nothing is there, also because a parent is a file: then creating the folder will tell.
+fn is_absent(error: &io::Error) -> bool {
+    matches!(
+        error.kind(),
+        io::ErrorKind::NotFound | io::ErrorKind::NotADirectory
+    )
+}
+
+/// `runs/name` → `runs/name-2`.
+fn numbered(path: &Path, number: u64) -> PathBuf {
+    match path.file_name() {
+        Some(name) => {
+            let mut name = name.to_os_string();
+            name.push(format!("-{number}"));
+            path.with_file_name(name)
+        }
+        // A path that ends in `..` or is the root.
+        None => path.join(format!("run-{number}")),
+    }
+}
+
+/// Writes a file so that a reader, and a crash or a full disk on the way, finds the old content or
+/// the new, never a part: into a temporary file in the same folder, to the disk, then renamed.
+///
+/// The folder is made if it is missing.
+///
+/// # Errors
+///
+/// [`OutputError::Write`] with the file's path; the temporary file is removed.
+pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), OutputError> {
+    let failed = |source| OutputError::Write {
+        path: path.into(),
+        source,
+    };
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let Some(name) = path.file_name() else {
+        return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)));
+    };
+    fs::create_dir_all(folder).map_err(failed)?;
+    // The process's number keeps two processes apart; within one, a file has one writer.
+    let mut temporary = std::ffi::OsString::from(".");
+    temporary.push(name);
+    temporary.push(format!(".{}.tmp", std::process::id()));
+    let temporary = folder.join(temporary);
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(bytes)?;
+        file.sync_all()?;
+        drop(file);
+        fs::rename(&temporary, path)?;
+        sync_folder(folder)
+    };
+    write().map_err(|error| {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+        failed(error)
+    })
+}
+
+/// A rename is on the disk once its folder is.
+#[cfg(unix)]
+fn sync_folder(folder: &Path) -> io::Result<()> {
+    match File::open(folder)?.sync_all() {
+        // Some network and container file systems cannot; the rename is done all the same.
+        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
+        result => result,
+    }
+}
+
+#[cfg(not(unix))]
+fn sync_folder(_folder: &Path) -> io::Result<()> {
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::peft::{CONFIG_FILE, WEIGHTS_FILE};
+
+    fn finish(folder: &OutputFolder) {
+        fs::create_dir_all(folder.adapter()).unwrap();
+        fs::write(folder.adapter().join(CONFIG_FILE), "{}").unwrap();
+        fs::write(folder.adapter().join(WEIGHTS_FILE), "old").unwrap();
+        fs::write(folder.config(), "lora_r = 8").unwrap();
+        fs::write(folder.metrics(), "{}\n").unwrap();
+    }
+
+    #[test]
+    fn a_second_run_gets_a_number_and_the_first_stays() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("runs/name");
+        for expected in ["name", "name-2", "name-3"] {
+            let folder = OutputFolder::prepare(&path, Existing::Number).unwrap();
+            assert_eq!(folder.path(), root.path().join("runs").join(expected));
+            finish(&folder);
+        }
+    }
+
+    #[test]
+    fn a_run_that_took_no_step_leaves_its_folder_free() {
+        let root = tempfile::tempdir().unwrap();
+        for existing in [Existing::Number, Existing::Refuse, Existing::Number] {
+            let folder = OutputFolder::prepare(root.path(), existing).unwrap();
+            fs::write(folder.config(), "lora_r = 8").unwrap();
+            assert_eq!(folder.path(), root.path());
+        }
+    }
+
+    #[test]
+    fn a_named_folder_with_a_run_is_refused_with_what_to_do() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = OutputFolder::prepare(root.path(), Existing::Refuse).unwrap();
+        finish(&folder);
+        let error = OutputFolder::prepare(root.path(), Existing::Refuse).unwrap_err();
+        assert!(matches!(error, OutputError::Taken { .. }));
+        let error = error.to_string();
+        assert!(
+            error.contains("--overwrite") && error.contains("--output-dir"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn overwriting_removes_the_run_and_nothing_else() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = OutputFolder::prepare(root.path(), Existing::Refuse).unwrap();
+        finish(&folder);
+        fs::write(folder.adapter().join("README.md"), "notes").unwrap();
+        fs::write(root.path().join("notes.txt"), "notes").unwrap();
+        let folder = OutputFolder::prepare(root.path(), Existing::Replace).unwrap();
+        assert_eq!(fs::read(folder.metrics()).unwrap(), b"");
+        assert!(!folder.config().exists());
+        assert!(!folder.adapter().join(WEIGHTS_FILE).exists());
+        assert!(folder.adapter().join("README.md").exists());
+        assert!(root.path().join("notes.txt").exists());
+        // Nothing there at all is fine too.
+        OutputFolder::prepare(&root.path().join("new"), Existing::Replace).unwrap();
+    }
+
+    #[test]
+    fn a_config_that_no_run_wrote_is_not_lost() {
+        let root = tempfile::tempdir().unwrap();
+        fs::write(root.path().join("config.toml"), "mine").unwrap();
+        let error = OutputFolder::prepare(root.path(), Existing::Refuse).unwrap_err();
+        assert!(matches!(error, OutputError::Taken { .. }));
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_written_is_named_before_any_work() {
+        let root = tempfile::tempdir().unwrap();
+        let file = root.path().join("file");
+        fs::write(&file, "").unwrap();
+        for existing in [Existing::Number, Existing::Refuse, Existing::Replace] {
+            let error = OutputFolder::prepare(&file.join("run"), existing).unwrap_err();
+            assert!(matches!(error, OutputError::NotWritable { .. }));
+            let error = error.to_string();
+            assert!(
+                error.contains("file") && error.contains("--output-dir"),
+                "{error}"
+            );
+        }
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_read_only_place_is_an_error() {
+        // Rights do not stop root, which tests often are; the kernel's own file system does.
+        let error = OutputFolder::prepare(Path::new("/proc/run"), Existing::Number).unwrap_err();
+        assert!(matches!(error, OutputError::NotWritable { .. }), "{error}");
+    }
+
+    #[test]
+    fn numbers_go_behind_the_whole_name() {
+        assert_eq!(
+            numbered(Path::new("runs/v1.2"), 2),
+            Path::new("runs/v1.2-2")
+        );
+        assert_eq!(numbered(Path::new("runs/x/"), 3), Path::new("runs/x-3"));
+        assert_eq!(numbered(Path::new(".."), 2), Path::new("../run-2"));
+    }
+
+    #[test]
+    fn an_atomic_write_replaces_the_file_and_leaves_nothing_beside_it() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("deep/file.toml");
+        for content in [&b"first"[..], b"second, longer", b""] {
+            write_atomically(&path, content).unwrap();
+            assert_eq!(fs::read(&path).unwrap(), content);
+        }
+        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_failed_write_names_the_file_and_keeps_what_was_there() {
+        let root = tempfile::tempdir().unwrap();
+        // A folder that is not empty cannot be replaced by a file.
+        let path = root.path().join("taken");
+        fs::create_dir_all(path.join("inside")).unwrap();
+        let error = write_atomically(&path, b"x").unwrap_err();
+        assert!(error.to_string().contains("taken"), "{error}");
+        assert!(path.join("inside").exists());
+        assert_eq!(
+            fs::read_dir(root.path()).unwrap().count(),
+            1,
+            "no temporary file"
+        );
+        assert!(write_atomically(Path::new("/"), b"x").is_err());
+    }
+}

@@ -1,0 +1,420 @@
+//! What the user sees of a run: on a terminal a progress bar that keeps to the bottom, elsewhere
+//! plain lines.
+//!
+//! Everything goes to standard output. A screen that nobody reads any more (`| head`) is no reason
+//! to stop a run, so errors of writing to it are ignored.
+
+mod curve;
+mod result;
+mod run;
+mod style;
+mod summary;
+
+use std::fmt;
+use std::io::Write;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use console::Term;
+use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
+use indicatif_log_bridge::LogWrapper;
+
+use self::run::Run;
+use self::style::Style;
+use crate::human;
+use crate::metrics::{TrainLine, ValidationLine};
+
+pub use result::{RunResult, Scores};
+pub use summary::{AdapterSummary, DataSummary, RunSummary, StepSummary};
+
+/// Where the screen is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum ScreenKind {
+    /// A terminal: progress bar, colours unless `NO_COLOR` is set.
+    Terminal,
+    /// A file, a pipe, a dumb terminal: lines.
+    Plain,
+}
+
+impl ScreenKind {
+    /// What standard output is.
+    pub fn detect() -> Self {
+        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+        match Term::stdout().is_term() && !dumb {
+            true => Self::Terminal,
+            false => Self::Plain,
+        }
+    }
+}
+
+/// Lines without a terminal are this wide.
+const PLAIN_WIDTH: usize = 100;
+
+/// Shows a run. Its methods are called in the order of a run: [`start`](Self::start),
+/// [`step`](Self::step) and [`validation`](Self::validation), [`finish`](Self::finish).
+pub struct Screen {
+    style: Style,
+    /// Draws nothing where there is no terminal.
+    bars: MultiProgress,
+    /// Where lines go where there is no terminal.
+    plain: Option<Mutex<Box<dyn Write + Send>>>,
+    run: Option<Run>,
+}
+
+impl Screen {
+    /// A screen on standard output.
+    pub fn new(kind: ScreenKind) -> Self {
+        match kind {
+            ScreenKind::Plain => Self::writing_to(Box::new(std::io::stdout())),
+            ScreenKind::Terminal => Self {
+                style: Style::of_terminal(),
+                bars: MultiProgress::with_draw_target(ProgressDrawTarget::stdout()),
+                plain: None,
+                run: None,
+            },
+        }
+    }
+
+    /// A screen of plain lines that go to `writer`.
+    pub fn writing_to(writer: Box<dyn Write + Send>) -> Self {
+        Self {
+            style: Style::plain(),
+            bars: MultiProgress::with_draw_target(ProgressDrawTarget::hidden()),
+            plain: Some(Mutex::new(writer)),
+            run: None,
+        }
+    }
+
+    /// Makes `logger` the program's, its lines above the progress bar rather than through it.
+    ///
+    /// # Errors
+    ///
+    /// If the program has a logger already.
+    pub fn install_logger(&self, logger: env_logger::Logger) -> Result<(), log::SetLoggerError> {
+        let level = logger.filter();
+        LogWrapper::new(self.bars.clone(), logger).try_init()?;
+        // The bridge asks the logger for the level of an empty target only.
+        log::set_max_level(level);
+        Ok(())
+    }
+
+    /// Prints a line, above the progress bar if there is one.
+    pub fn line(&self, text: &str) {
+        match &self.plain {
+            Some(writer) => {
+                let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
+                let _ = writeln!(writer, "{text}").and_then(|()| writer.flush());
+            }
+            // Not `MultiProgress::println`, which cuts lines at the terminal's width.
+            None => self.bars.suspend(|| {
+                let _ = writeln!(std::io::stdout(), "{text}");
+            }),
+        }
+    }
+
+    /// Shows the progress of something of known length that comes before the run, such as loading weights.
+    pub fn task(&self, name: &str, length: usize) -> Task<'_> {
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        bar.set_length(length as u64);
+        bar.set_style(style(
+            "{msg} [{bar:30}] {pos}/{len}, {elapsed_text}",
+            &[("elapsed_text", elapsed)],
+        ));
+        let bar = self.bars.add(bar);
+        bar.set_message(name.to_string());
+        Task {
+            screen: self,
+            bar,
+            name: name.into(),
+            started: Instant::now(),
+        }
+    }
+
+    /// Says what will be trained, and puts up the progress bar.
+    pub fn start(&mut self, summary: &RunSummary) {
+        for line in summary.lines(self.style, self.width()) {
+            self.line(&line);
+        }
+        let end = Arc::new(AtomicU64::new(0));
+        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+        bar.set_length(summary.steps.total as u64);
+        let end_of_run = Arc::clone(&end);
+        let times = move |state: &ProgressState, out: &mut dyn fmt::Write| {
+            let left = match end_of_run.load(Ordering::Relaxed) {
+                0 => String::new(),
+                end => {
+                    let left = Duration::from_millis(end).saturating_sub(state.elapsed());
+                    format!(", {} left", human::clock(left))
+                }
+            };
+            let elapsed = human::clock(state.elapsed());
+            let _ = write!(out, "{elapsed}{left}");
+        };
+        bar.set_style(
+            style(
+                "[{wide_bar:.green/dim}] {pos}/{len}  {percent} %  {times}\n{wide_msg}",
+                &[],
+            )
+            .with_key("times", times),
+        );
+        bar.set_message("the first step takes longest on a GPU: its kernels are compiled");
+        let bar = self.bars.add(bar);
+        if self.plain.is_none() {
+            // The times go on during a long step.
+            bar.enable_steady_tick(Duration::from_secs(1));
+        }
+        self.run = Some(Run::new(bar, end, &summary.steps));
+    }
+
+    /// Shows a step: on the bar, or as a line every `logging_steps`.
+    pub fn step(&mut self, line: &TrainLine) {
+        let width = self.width();
+        let Some(run) = &mut self.run else {
+            return;
+        };
+        run.record(line);
+        run.bar.set_position(line.step as u64);
+        run.bar.set_message(run.numbers(line, width).join("  "));
+        let due = line.step.is_multiple_of(run.logging_steps) || line.step == run.total;
+        if self.plain.is_some() && (due || run.losses.len() == 1) {
+            let text = run.plain_line(line);
+            self.line(&text);
+        }
+    }
+
+    /// Shows how far a validation is.
+    pub fn validating(&self, done: usize, total: usize) {
+        if let Some(run) = &self.run {
+            run.bar
+                .set_message(format!("validating: {done}/{total} rows"));
+        }
+    }
+
+    /// Shows a validation, with its change since the last one.
+    pub fn validation(&mut self, line: &ValidationLine) {
+        let style = self.style;
+        let Some(run) = &mut self.run else {
+            return;
+        };
+        let text = run.validation(line, style);
+        self.line(&text);
+    }
+
+    /// Takes the bar away and says what came of the run.
+    pub fn finish(&mut self, result: &RunResult) {
+        let (losses, validations) = match self.run.take() {
+            Some(run) => {
+                run.bar.finish_and_clear();
+                (run.losses, run.validations)
+            }
+            None => Default::default(),
+        };
+        for line in result.lines(&losses, &validations, self.style, self.width()) {
+            self.line(&line);
+        }
+    }
+
+    fn width(&self) -> usize {
+        match self.plain {
+            Some(_) => PLAIN_WIDTH,
+            None => usize::from(Term::stdout().size().1).clamp(40, 120),
+        }
+    }
+}
+
+/// An error's message must not be drawn over: the bar stays where it was, and lines go below it.
+impl Drop for Screen {
+    fn drop(&mut self) {
+        if let Some(run) = &self.run {
+            run.bar.abandon();
+        }
+    }
+}
+
+/// Something with a known length that is under way; dropping it takes its bar away.
+pub struct Task<'a> {
+    screen: &'a Screen,
+    bar: ProgressBar,
+    name: String,
+    started: Instant,
+}
+
+impl Task<'_> {
+    /// So much of it is done.
+    pub fn at(&self, done: usize) {
+        self.bar.set_position(done as u64);
+    }
+
+    /// It is done: `text` says with what.
+    pub fn done(self, text: &str) {
+        self.bar.finish_and_clear();
+        let took = human::duration(self.started.elapsed());
+        self.screen.line(&format!("{}: {text} ({took})", self.name));
+    }
+}
+
+impl Drop for Task<'_> {
+    fn drop(&mut self) {
+        self.bar.finish_and_clear();
+    }
+}
+
+type Key = fn(&ProgressState, &mut dyn fmt::Write);
+
+fn elapsed(state: &ProgressState, out: &mut dyn fmt::Write) {
+    let _ = out.write_str(&human::clock(state.elapsed()));
+}
+
+/// A style with these keys. The templates are constants of this file; if one were wrong, the bar
+/// would have indicatif's look.
+fn style(template: &str, keys: &[(&'static str, Key)]) -> ProgressStyle {
+    let style = ProgressStyle::with_template(template)
+        .unwrap_or_else(|_| ProgressStyle::default_bar())
+        .progress_chars("=> ");
+    keys.iter()
+        .fold(style, |style, (name, key)| style.with_key(name, *key))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What a plain screen has printed.
+    #[derive(Clone, Default)]
+    struct Printed(Arc<Mutex<Vec<u8>>>);
+
+    impl Write for Printed {
+        fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
+            self.0.lock().unwrap().extend_from_slice(bytes);
+            Ok(bytes.len())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+
+    impl Printed {
+        fn text(&self) -> String {
+            String::from_utf8(self.0.lock().unwrap().clone()).unwrap()
+        }
+    }
+
+    fn screen() -> (Screen, Printed) {
+        let printed = Printed::default();
+        (Screen::writing_to(Box::new(printed.clone())), printed)
+    }
+
+    fn line(step: usize) -> TrainLine {
+        TrainLine {
+            step,
+            epoch: step as f64 / 10.0,
+            loss: 3.0 / step as f64,
+            learning_rate: 2e-4,
+            grad_norm: 0.5,
+            tokens: 456,
+            tokens_per_s: 912.0,
+            step_s: 0.5,
+            memory_mib: 812.0,
+            device_memory_mib: None,
+        }
+    }
+
+    fn validation(step: usize, val_loss: f64, val_accuracy: f64) -> ValidationLine {
+        ValidationLine {
+            step,
+            epoch: 0.0,
+            val_loss,
+            val_accuracy,
+            val_tokens: 10,
+            val_s: 1.0,
+        }
+    }
+
+    #[test]
+    fn without_a_terminal_a_run_is_plain_lines() {
+        let (mut screen, printed) = screen();
+        let mut summary = summary::tests::summary();
+        summary.steps.total = 25;
+        summary.steps.logging_steps = 10;
+        screen.start(&summary);
+        screen.validation(&validation(0, 3.0, 0.0));
+        for step in 1..=25 {
+            screen.step(&line(step));
+            screen.validating(step, 25);
+        }
+        screen.validation(&validation(25, 0.5, 0.75));
+        screen.validation(&validation(25, 0.6, 0.75));
+        screen.finish(&result::tests::result());
+        let text = printed.text();
+        assert!(
+            !text.contains('\u{1b}') && !text.contains('\r'),
+            "no control characters"
+        );
+        let steps: Vec<&str> = text
+            .lines()
+            .filter(|line| line.starts_with("step "))
+            .collect();
+        let start = |line: &&str| line.split("  ").next().unwrap().to_string();
+        assert_eq!(
+            steps.iter().map(start).collect::<Vec<_>>(),
+            [
+                "step 1/25",
+                "step 10/25",
+                "step 20/25",
+                "step 25/25",
+                "step 25/25",
+                "step 25/25"
+            ]
+        );
+        for part in ["loss 0.3000", "912 tokens/s", "812 MiB", "lr 2e-4", "left"] {
+            assert!(steps[1].contains(part), "{part:?} in {}", steps[1]);
+        }
+        assert!(text.contains("before training  validation loss 3.0000  accuracy 0.0 %\n"));
+        assert!(text.contains("loss 0.5000 (-2.5000)  accuracy 75.0 % (+75.0)  best\n"));
+        assert!(text.contains("loss 0.6000 (+0.1000)  accuracy 75.0 % (±0.0)\n"));
+        assert!(text.contains("Done: 175 steps"));
+    }
+
+    #[test]
+    fn a_task_says_when_it_is_done_and_nothing_when_it_is_not() {
+        let (screen, printed) = screen();
+        let task = screen.task("loading", 10);
+        task.at(3);
+        drop(task);
+        assert_eq!(printed.text(), "");
+        screen.task("loading", 10).done("10 tensors");
+        assert!(printed.text().starts_with("loading: 10 tensors ("));
+    }
+
+    #[test]
+    fn calls_out_of_order_do_nothing() {
+        let (mut screen, printed) = screen();
+        screen.step(&line(1));
+        screen.validation(&validation(1, 1.0, 0.5));
+        assert_eq!(printed.text(), "");
+        screen.finish(&RunResult::default());
+    }
+
+    /// Refuses everything, as a closed pipe does.
+    struct Closed;
+
+    impl Write for Closed {
+        fn write(&mut self, _bytes: &[u8]) -> std::io::Result<usize> {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+
+        fn flush(&mut self) -> std::io::Result<()> {
+            Err(std::io::ErrorKind::BrokenPipe.into())
+        }
+    }
+
+    #[test]
+    fn a_screen_that_nobody_reads_does_not_stop_the_run() {
+        let mut screen = Screen::writing_to(Box::new(Closed));
+        screen.start(&summary::tests::summary());
+        screen.step(&line(1));
+        screen.finish(&RunResult::default());
+    }
+}
