@@ -1,0 +1,36 @@
+//! Llama-family models in Burn, with Hugging Face's configuration, weights and module names.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `config` | [`LlamaConfig`] from `config.json` |
+//! | `weights`, `load` | safetensors, one tensor at a time, quantized as they come |
+//! | `packed` | rows packed into one sequence, each attending within itself |
+//! | `rope`, `rms_norm`, `attention`, `mlp`, `decoder_layer` | the parts, as in `modeling_llama.py` |
+//! | `vocab_table` | the embedding and the output layer |
+//! | `model` | [`Llama`] |
+//!
+//! The reference is `transformers`' `LlamaForCausalLM`; the workspace's tests compare with it.
+
+mod attention;
+mod config;
+mod decoder_layer;
+mod load;
+mod mlp;
+mod model;
+mod packed;
+mod rms_norm;
+mod rope;
+mod vocab_table;
+mod weights;
+
+pub use attention::Attention;
+pub use config::{ConfigError, LlamaConfig, RopeScaling};
+pub use decoder_layer::DecoderLayer;
+pub use load::{LoadError, LoadOptions, TensorReport, load};
+pub use mlp::Mlp;
+pub use model::Llama;
+pub use packed::{PackedContext, PackedError, PackedTokens};
+pub use rms_norm::RmsNorm;
+pub use rope::inverse_frequencies;
+pub use vocab_table::VocabTable;
+pub use weights::{Weights, WeightsError};

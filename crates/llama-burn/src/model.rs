@@ -1,0 +1,327 @@
+//! The model.
+
+use burn::module::{Module, Param};
+use burn::nn::Linear;
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use lora_core::{CounterRng, LoraConfig, LoraError, LoraLinear, ParameterCounts};
+
+use crate::{
+    Attention, DecoderLayer, LlamaConfig, Mlp, PackedContext, PackedTokens, RmsNorm, VocabTable,
+};
+
+/// A Llama (`LlamaForCausalLM`). Made by [`load`](crate::load) or [`Llama::random`].
+#[derive(Module, Debug)]
+#[allow(missing_docs)] // Hugging Face's names.
+pub struct Llama {
+    pub embed_tokens: VocabTable,
+    pub layers: Vec<DecoderLayer>,
+    pub norm: RmsNorm,
+    /// None where the head is tied to the embedding.
+    pub lm_head: Option<VocabTable>,
+    /// The shape it was made from.
+    #[module(skip)]
+    pub config: LlamaConfig,
+}
+
+impl Llama {
+    /// A model with random weights: normal with Hugging Face's `initializer_range`, norms 1, biases 0.
+    ///
+    /// The numbers depend on `seed` only, so every device starts from the same model. All of it is
+    /// frozen; `unfreeze()` makes every weight trainable.
+    pub fn random(config: &LlamaConfig, seed: u64, device: &Device) -> Self {
+        let root = CounterRng::new(seed);
+        let mut tensor = 0;
+        let mut normal = |rows, cols| {
+            tensor += 1;
+            let std = config.initializer_range;
+            lora_core::normal([rows, cols], std, &mut root.fork(tensor), device)
+        };
+        let frozen = |tensor| Param::from_tensor(tensor).set_require_grad(false);
+        let zeros = |count| {
+            let data = TensorData::zeros::<f32, _>([count]);
+            Param::from_tensor(Tensor::<1>::from_data(data, (device, DType::F32)))
+                .set_require_grad(false)
+        };
+        let norm = || RmsNorm {
+            weight: Param::from_tensor(Tensor::ones([config.hidden_size], (device, DType::F32)))
+                .set_require_grad(false),
+            eps: config.rms_norm_eps,
+        };
+        let rows_per_piece = VocabTable::rows_per_piece(config.hidden_size, 4);
+        let table = |normal: &mut dyn FnMut(usize, usize) -> Tensor<2>| VocabTable {
+            pieces: (0..config.vocab_size)
+                .step_by(rows_per_piece)
+                .map(|start| {
+                    let rows = rows_per_piece.min(config.vocab_size - start);
+                    frozen(normal(rows, config.hidden_size))
+                })
+                .collect(),
+            rows_per_piece,
+        };
+        let embed_tokens = table(&mut normal);
+        let layers = (0..config.num_hidden_layers).map(|_| {
+            let [q, k, v, o, gate, up, down] =
+                config.layer_linears().map(|(_, d_in, d_out, bias)| {
+                    LoraLinear::frozen(Linear {
+                        weight: frozen(normal(d_in, d_out)),
+                        bias: bias.then(|| zeros(d_out)),
+                    })
+                });
+            decoder_layer(config, [norm(), norm()], [q, k, v, o, gate, up, down])
+        });
+        let layers = layers.collect();
+        Self {
+            embed_tokens,
+            layers,
+            norm: norm(),
+            lm_head: (!config.tie_word_embeddings).then(|| table(&mut normal)),
+            config: config.clone(),
+        }
+    }
+
+    /// Gives every linear module that `lora` selects a fresh adapter.
+    ///
+    /// An adapter's start depends on `seed` and the module's name, not on which others are adapted.
+    ///
+    /// # Errors
+    ///
+    /// If `lora` is invalid, selects nothing, or a selected module has an adapter.
+    pub fn with_lora(mut self, lora: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
+        // Counting tells an invalid configuration and one that selects nothing.
+        self.count(lora)?;
+        let selector = lora.selector()?;
+        let root = CounterRng::new(seed);
+        for (index, layer) in self.layers.iter_mut().enumerate() {
+            for (module, (name, linear)) in layer.linears_mut().into_iter().enumerate() {
+                if selector.matches(&format!("model.layers.{index}.{name}")) {
+                    let seed = root.fork(index as u64).fork(module as u64).next_u64();
+                    *linear = linear.clone().with_new_adapter(lora, seed)?;
+                }
+            }
+        }
+        Ok(self)
+    }
+
+    /// Counts the parameters that `lora` would train, from shapes.
+    ///
+    /// # Errors
+    ///
+    /// As [`ParameterCounts::new`].
+    pub fn count(&self, lora: &LoraConfig) -> Result<ParameterCounts, LoraError> {
+        let quantization = lora_core::Quantization::None;
+        ParameterCounts::new(&self.config.module_shapes(), lora, quantization, 4)
+    }
+
+    /// Every linear module of the decoder with its full name, `model.layers.0.self_attn.q_proj` and so on.
+    pub fn linears(&self) -> impl Iterator<Item = (String, &LoraLinear)> {
+        self.layers.iter().enumerate().flat_map(|(index, layer)| {
+            let named = layer.linears().into_iter();
+            named.map(move |(name, linear)| (format!("model.layers.{index}.{name}"), linear))
+        })
+    }
+
+    /// As [`linears`](Self::linears), to be changed.
+    pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
+        self.layers
+            .iter_mut()
+            .enumerate()
+            .flat_map(|(index, layer)| {
+                let named = layer.linears_mut().into_iter();
+                named.map(move |(name, linear)| (format!("model.layers.{index}.{name}"), linear))
+            })
+    }
+
+    /// Where the model is, with the tape its tensors are on or not.
+    pub fn device(&self) -> Device {
+        self.embed_tokens.pieces[0].lazy_device()
+    }
+
+    /// The type it computes in.
+    pub fn dtype(&self) -> DType {
+        self.embed_tokens.pieces[0].val().dtype()
+    }
+
+    /// Prepares a packed batch for [`embed`](Self::embed) and the layers.
+    pub fn context(&self, packed: &PackedTokens) -> PackedContext {
+        PackedContext::new(packed, &self.config, self.dtype(), &self.device())
+    }
+
+    /// The embeddings of the tokens, `[n, hidden]`.
+    ///
+    /// # Panics
+    ///
+    /// If a token is outside the vocabulary; [`PackedTokens::check`] tells before.
+    pub fn embed(&self, packed: &PackedTokens) -> Tensor<2> {
+        self.embed_tokens.rows(&packed.ids)
+    }
+
+    /// The last layer's output, before the final norm.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[n, hidden]`
+    pub fn hidden_states(&self, packed: &PackedTokens) -> Tensor<2> {
+        let context = self.context(packed);
+        let mut hidden = self.embed(packed);
+        if self.device().is_autodiff() {
+            hidden = hidden.autodiff();
+        }
+        for layer in &self.layers {
+            hidden = layer.forward(hidden, &context, None);
+        }
+        hidden
+    }
+
+    /// Final norm and head: the score of every token, in f32.
+    ///
+    /// Give it only the positions whose scores are needed: the head is most of a small model.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[m, hidden]`
+    /// - output: `[m, vocab]`
+    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
+        head.scores(self.norm.forward(hidden)).cast(DType::F32)
+    }
+}
+
+/// Puts a layer together from its norms (input, post-attention) and linear modules in
+/// [`LlamaConfig::layer_linears`]' order.
+pub(crate) fn decoder_layer(
+    config: &LlamaConfig,
+    [input_layernorm, post_attention_layernorm]: [RmsNorm; 2],
+    [
+        q_proj,
+        k_proj,
+        v_proj,
+        o_proj,
+        gate_proj,
+        up_proj,
+        down_proj,
+    ]: [LoraLinear; 7],
+) -> DecoderLayer {
+    DecoderLayer {
+        input_layernorm,
+        self_attn: Attention {
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            num_attention_heads: config.num_attention_heads,
+            num_key_value_heads: config.num_key_value_heads,
+            head_dim: config.head_dim,
+        },
+        post_attention_layernorm,
+        mlp: Mlp {
+            gate_proj,
+            up_proj,
+            down_proj,
+        },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::RopeScaling;
+    use burn::tensor::Tolerance;
+    use lora_core::{Init, TargetModules};
+
+    fn config() -> LlamaConfig {
+        LlamaConfig {
+            vocab_size: 48,
+            hidden_size: 32,
+            intermediate_size: 64,
+            num_hidden_layers: 2,
+            num_attention_heads: 4,
+            num_key_value_heads: 2,
+            head_dim: 8,
+            max_position_embeddings: 64,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: false,
+            attention_bias: true,
+            mlp_bias: false,
+            initializer_range: 0.2,
+            bos_token_id: None,
+            eos_token_ids: vec![],
+        }
+    }
+
+    #[test]
+    fn packed_rows_give_what_each_row_gives_alone() {
+        let model = Llama::random(&config(), 1, &Device::flex());
+        let rows: [&[u32]; 3] = [&[1, 2, 3, 4, 5], &[7, 8], &[9, 10, 11]];
+        let packed = model.logits(model.hidden_states(&PackedTokens::from_rows(rows)));
+        let alone =
+            rows.map(|row| model.logits(model.hidden_states(&PackedTokens::from_rows([row]))));
+        packed.into_data().assert_approx_eq::<f32>(
+            &Tensor::cat(alone.to_vec(), 0).into_data(),
+            Tolerance::absolute(1e-5),
+        );
+    }
+
+    #[test]
+    fn a_position_does_not_see_what_follows() {
+        let model = Llama::random(&config(), 1, &Device::flex());
+        let run = |row: &[u32]| {
+            model
+                .hidden_states(&PackedTokens::from_rows([row]))
+                .narrow(0, 0, 3)
+        };
+        let (a, b) = (run(&[1, 2, 3, 4]), run(&[1, 2, 3, 40]));
+        a.into_data().assert_eq(&b.into_data(), true);
+    }
+
+    #[test]
+    fn targets_decide_which_modules_are_adapted() {
+        let lora = LoraConfig {
+            target_modules: TargetModules::Names(vec!["q_proj".into(), "down_proj".into()]),
+            layers_to_transform: Some(vec![1]),
+            init: Init::Gaussian,
+            ..LoraConfig::default()
+        };
+        let model = Llama::random(&config(), 1, &Device::flex())
+            .with_lora(&lora, 3)
+            .unwrap();
+        let adapted: Vec<String> = model
+            .linears()
+            .filter(|(_, linear)| linear.adapter().is_some())
+            .map(|(name, _)| name)
+            .collect();
+        assert_eq!(
+            adapted,
+            [
+                "model.layers.1.self_attn.q_proj",
+                "model.layers.1.mlp.down_proj"
+            ]
+        );
+        let wrong = LoraConfig {
+            target_modules: TargetModules::Names(vec!["c_attn".into()]),
+            ..LoraConfig::default()
+        };
+        let error = Llama::random(&config(), 1, &Device::flex())
+            .with_lora(&wrong, 3)
+            .unwrap_err();
+        assert!(error.to_string().contains("q_proj"), "{error}");
+    }
+
+    #[test]
+    fn unfreezing_trains_every_weight() {
+        let device = Device::flex().autodiff();
+        let model = Llama::random(&config(), 1, &device).unfreeze();
+        let packed = PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+        let gradients = model.logits(model.hidden_states(&packed)).sum().backward();
+        let weight = model.layers[0].mlp.gate_proj.weight.val();
+        assert!(weight.grad(&gradients).is_some());
+        assert!(
+            model.embed_tokens.pieces[0]
+                .val()
+                .grad(&gradients)
+                .is_some()
+        );
+        assert!(model.norm.weight.val().grad(&gradients).is_some());
+    }
+}

@@ -1,0 +1,121 @@
+//! The embedding and the output layer: one row a token.
+
+use burn::module::{Module, Param};
+use burn::tensor::{Int, Tensor, TensorData};
+
+/// A `[vocab, hidden]` table in pieces of at most [`PIECE_BYTES`], because graphics adapters limit how
+/// large one buffer may be.
+#[derive(Module, Debug)]
+pub struct VocabTable {
+    /// Rows in order, `[rows, hidden]` each; all but the last have `rows_per_piece` rows.
+    pub pieces: Vec<Param<Tensor<2>>>,
+    /// Rows of every piece but the last.
+    pub rows_per_piece: usize,
+}
+
+/// WebGPU's default limit for a buffer that a shader reads is 128 MiB; some room is left.
+pub(crate) const PIECE_BYTES: usize = 120 << 20;
+
+impl VocabTable {
+    /// How many rows of `hidden` elements of `element_bytes` bytes a piece holds.
+    pub fn rows_per_piece(hidden: usize, element_bytes: usize) -> usize {
+        (PIECE_BYTES / (hidden * element_bytes)).max(1)
+    }
+
+    /// The rows of these tokens.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[ids.len(), hidden]`
+    ///
+    /// # Panics
+    ///
+    /// If an id is outside the table; [`PackedTokens::check`](crate::PackedTokens::check) tells before.
+    pub fn rows(&self, ids: &[u32]) -> Tensor<2> {
+        let device = self.pieces[0].lazy_device().without_autodiff();
+        let indices = |values: Vec<i32>| {
+            let count = values.len();
+            Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
+        };
+        let per_piece = self.rows_per_piece;
+        let mut found = Vec::new();
+        let mut order = vec![0i32; ids.len()];
+        let mut next = 0;
+        for (piece, table) in self.pieces.iter().enumerate() {
+            let here: Vec<usize> = (0..ids.len())
+                .filter(|i| ids[*i] as usize / per_piece == piece)
+                .collect();
+            if here.is_empty() {
+                continue;
+            }
+            for position in &here {
+                order[*position] = next;
+                next += 1;
+            }
+            let local = here.iter().map(|i| (ids[*i] as usize % per_piece) as i32);
+            found.push(value(table).select(0, indices(local.collect())));
+        }
+        assert_eq!(next as usize, ids.len(), "a token id is outside the table");
+        match found.len() {
+            1 => found.remove(0),
+            _ => Tensor::cat(found, 0).select(0, indices(order)),
+        }
+    }
+
+    /// The score of every token for each row of `hidden`.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[m, hidden]`
+    /// - output: `[m, vocab]`
+    pub fn scores(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let products = self.pieces.iter().map(|piece| {
+            let piece = match hidden.is_autodiff() {
+                true => value(piece).autodiff(),
+                false => value(piece),
+            };
+            hidden.clone().matmul(piece.transpose())
+        });
+        Tensor::cat(products.collect(), 1)
+    }
+}
+
+/// The piece, off the tape unless it is being trained.
+fn value(piece: &Param<Tensor<2>>) -> Tensor<2> {
+    let tensor = piece.val();
+    match tensor.is_require_grad() {
+        true => tensor,
+        false => tensor.without_autodiff(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+
+    #[test]
+    fn pieces_act_as_one_table() {
+        let device = Device::flex();
+        let values: Vec<f32> = (0..10 * 4).map(|i| (i as f32).sin()).collect();
+        let whole = Tensor::<2>::from_data(TensorData::new(values, [10, 4]), &device);
+        let pieces = [(0, 4), (4, 4), (8, 2)]
+            .map(|(start, rows)| Param::from_tensor(whole.clone().narrow(0, start, rows)));
+        let table = VocabTable {
+            pieces: pieces.to_vec(),
+            rows_per_piece: 4,
+        };
+        let ids = [9u32, 0, 4, 3, 9, 5];
+        let index = Tensor::<1, Int>::from_data([9, 0, 4, 3, 9, 5], &device);
+        let expected = whole.clone().select(0, index);
+        table
+            .rows(&ids)
+            .into_data()
+            .assert_eq(&expected.clone().into_data(), true);
+        let scores = table.scores(expected.clone());
+        scores.into_data().assert_approx_eq::<f32>(
+            &expected.matmul(whole.transpose()).into_data(),
+            burn::tensor::Tolerance::absolute(1e-6),
+        );
+    }
+}

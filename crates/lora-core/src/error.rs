@@ -1,0 +1,55 @@
+//! What can be wrong with a LoRA configuration or with the tensors it is applied to.
+
+/// An invalid configuration, or tensors that do not fit it.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum LoraError {
+    /// The rank is zero.
+    #[error("the LoRA rank r is 0; it must be at least 1 (8 is a usual value)")]
+    ZeroRank,
+    /// `lora_alpha` is not a positive, finite number.
+    #[error("lora_alpha is {0}; it must be a positive number (16 is a usual value)")]
+    InvalidAlpha(f64),
+    /// `lora_dropout` is outside `[0, 1)`.
+    #[error("lora_dropout is {0}; it must be at least 0 and below 1")]
+    InvalidDropout(f64),
+    /// `target_modules` names no module.
+    #[error("target_modules is empty; name modules such as q_proj, or use \"all-linear\"")]
+    NoTargets,
+    /// The regular expression in `target_modules` does not compile.
+    #[error("target_modules is not a valid regular expression: {pattern:?}: {reason}")]
+    InvalidPattern {
+        /// The expression as written.
+        pattern: String,
+        /// What the regex engine says.
+        reason: String,
+    },
+    /// PEFT does not allow `layers_to_transform` together with a string in `target_modules`.
+    #[error(
+        "layers_to_transform cannot be used when target_modules is a string ({0:?}); list the module names instead"
+    )]
+    LayersWithPattern(String),
+    /// No module of the model is selected.
+    #[error("target_modules {targets} selects none of the model's linear modules ({available})")]
+    NothingSelected {
+        /// The targets as configured.
+        targets: String,
+        /// The kinds of module that exist.
+        available: String,
+    },
+    /// A tensor has another shape than the layer needs.
+    #[error("{name} has shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// Which tensor.
+        name: &'static str,
+        /// The shape the layer needs.
+        expected: Vec<usize>,
+        /// The shape it was given.
+        got: Vec<usize>,
+    },
+    /// The layer is quantized or has an adapter already.
+    #[error("this layer already {0}")]
+    Already(&'static str),
+    /// The layer has no adapter to merge or to read.
+    #[error("this layer has no adapter")]
+    NoAdapter,
+}

@@ -1,0 +1,12 @@
+//! CubeCL backends (CUDA, ROCm, Vulkan, Metal, WebGPU).
+//!
+//! Dequantize, then the backend's float product, in both directions: the trait's bodies. The dense
+//! weight lives for the one product only and its buffer is used again for the next. Burn's fused
+//! quantized product reads fewer bytes, but its kernel is chosen for single rows; see
+//! ARCHITECTURE.md for the measurement.
+
+use burn_cubecl::CubeBackend;
+
+use super::FrozenLinearOps;
+
+impl FrozenLinearOps for CubeBackend {}

@@ -1,0 +1,51 @@
+//! LoRA over frozen, optionally 8-bit weights, for any Burn model on any Burn device.
+//!
+//! | item | what it is |
+//! | --- | --- |
+//! | [`LoraConfig`], [`TargetModules`], [`Init`] | what to adapt and how, with PEFT's names and meaning |
+//! | [`LoraLinear`] | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
+//! | [`frozen_linear`] | the product with a frozen weight, dense or quantized; its tape keeps only the packed weight |
+//! | [`Quantization`], [`quantize`] | 8- or 4-bit weights, the same bytes on every device |
+//! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | between adapters and plain `Linear`s |
+//! | [`ParameterCounts`] | trainable and frozen parameters from shapes alone |
+//!
+//! This crate knows nothing of Llama, of files or of command lines, and names no backend: the
+//! device of a tensor decides where the work runs.
+//!
+//! ```
+//! use burn::nn::LinearConfig;
+//! use burn::tensor::{Device, Tensor};
+//! use lora_core::{LoraConfig, LoraLinear, Quantization};
+//!
+//! let device = Device::flex().autodiff();
+//! let linear = LinearConfig::new(64, 64).init(&device);
+//! let config = LoraConfig { r: 4, ..LoraConfig::default() };
+//! let layer = LoraLinear::new(linear, &config, 42)?.quantize(Quantization::Bits8)?;
+//! let y = layer.forward(Tensor::<2>::ones([3, 64], &device));
+//! let gradients = y.sum().backward();
+//! let (a, b) = layer.adapter().map(|x| (x.a.val(), x.b.val())).expect("an adapter");
+//! assert!(a.grad(&gradients).is_some() && b.grad(&gradients).is_some());
+//! assert!(layer.weight.base().grad(&gradients).is_none());
+//! # Ok::<(), lora_core::LoraError>(())
+//! ```
+
+mod config;
+mod count;
+mod dropout;
+mod error;
+mod frozen_linear;
+mod init;
+mod linear;
+mod merge;
+mod quantize;
+mod random;
+
+pub use config::{Init, LoraConfig, ModuleSelector, TargetModules};
+pub use count::{ModuleShape, ParameterCounts};
+pub use dropout::AdapterDropout;
+pub use error::LoraError;
+pub use frozen_linear::frozen_linear;
+pub use init::{kaiming_uniform, normal};
+pub use linear::LoraLinear;
+pub use quantize::{BLOCK, Quantization, QuantizationError, quantize, quantize_data};
+pub use random::CounterRng;

@@ -1,0 +1,468 @@
+//! A linear layer with a frozen weight and a trainable low-rank path beside it.
+
+use burn::module::{LoraAdapter, Module, Param, Reparameterizer};
+use burn::nn::Linear;
+use burn::tensor::Tensor;
+
+use crate::{
+    AdapterDropout, CounterRng, Init, LoraConfig, LoraError, Quantization, frozen_linear, init,
+    quantize,
+};
+
+/// A linear layer whose weight is frozen, with or without a LoRA adapter:
+/// `h = x·W₀ + b + γ·(x·A)·B`.
+///
+/// The second path is computed from its factors; `W₀ + γ·A·B` is never built. The adapter is stored
+/// as Burn stores its own ([`LoraAdapter`] on the weight's [`Param`]), so records, `valid()`,
+/// `materialize()`, module visitors and optimizer groups work as they do there; only the forward
+/// and the backward pass differ.
+#[derive(Module, Debug)]
+pub struct LoraLinear {
+    /// The frozen weight W₀, `[d_in, d_out]`, float or quantized. It carries the adapter:
+    /// [`base`](Param::base) is W₀ alone, [`val`](Param::val) would build `W₀ + γ·A·B`.
+    pub weight: Param<Tensor<2>>,
+    /// The frozen bias, `[d_out]`.
+    pub bias: Option<Param<Tensor<1>>>,
+    /// Acts on the adapter's input in training.
+    pub dropout: AdapterDropout,
+}
+
+impl LoraLinear {
+    /// Freezes `linear`, without an adapter.
+    pub fn frozen(linear: Linear) -> Self {
+        Self {
+            weight: linear.weight.set_require_grad(false),
+            bias: linear.bias.map(|bias| bias.set_require_grad(false)),
+            dropout: AdapterDropout::new(0.0),
+        }
+    }
+
+    /// Freezes `linear` and gives it an adapter, whose `A` depends on `seed` only and whose `B` is
+    /// zero: the output is that of `linear`, bit for bit, until `B` is trained.
+    ///
+    /// # Errors
+    ///
+    /// If `config` is invalid. Its `target_modules` are the caller's affair: they select layers by
+    /// name ([`LoraConfig::selector`]), which a layer does not know.
+    pub fn new(linear: Linear, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
+        Self::frozen(linear).with_new_adapter(config, seed)
+    }
+
+    /// Adds a fresh adapter as [`new`](Self::new) does.
+    ///
+    /// # Errors
+    ///
+    /// If `config` is invalid or the layer has an adapter.
+    pub fn with_new_adapter(self, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
+        config.validate()?;
+        let [d_in, d_out] = self.weight.lazy_shape().dims();
+        let device = self.weight.lazy_device();
+        // Burn keeps parameters in their own memory pools when it is told that they are parameters.
+        let (a, b) = device.memory_persistent_allocations((), |_| {
+            let mut rng = CounterRng::new(seed);
+            let a = match config.init {
+                Init::Kaiming => init::kaiming_uniform(d_in, config.r, &mut rng, &device),
+                Init::Gaussian => {
+                    init::normal([d_in, config.r], 1.0 / config.r as f64, &mut rng, &device)
+                }
+            };
+            let options = (&device, a.dtype());
+            (a, Tensor::zeros([config.r, d_out], options))
+        });
+        let mut layer = self.with_adapter(a, b, config.scale())?;
+        layer.dropout = AdapterDropout::new(config.lora_dropout);
+        Ok(layer)
+    }
+
+    /// Adds an adapter with these factors and the scale γ.
+    ///
+    /// # Shapes
+    ///
+    /// - `a`: `[d_in, r]`
+    /// - `b`: `[r, d_out]`
+    ///
+    /// # Errors
+    ///
+    /// If the shapes do not fit the weight, or the layer has an adapter.
+    pub fn with_adapter(
+        mut self,
+        a: Tensor<2>,
+        b: Tensor<2>,
+        scale: f64,
+    ) -> Result<Self, LoraError> {
+        if self.adapter().is_some() {
+            return Err(LoraError::Already("has an adapter"));
+        }
+        let [d_in, d_out] = self.weight.lazy_shape().dims();
+        let r = a.dims()[1];
+        check_shape("lora_A (transposed)", &a, [d_in, r])?;
+        check_shape("lora_B (transposed)", &b, [r, d_out])?;
+        if r == 0 {
+            return Err(LoraError::ZeroRank);
+        }
+        let adapter = LoraAdapter {
+            a: Param::from_tensor(a),
+            b: Param::from_tensor(b),
+            scale,
+        };
+        self.weight = self.weight.apply_reparameterization(Attach(Some(adapter)));
+        Ok(self)
+    }
+
+    /// Replaces the frozen weight by its quantized form; the adapter stays.
+    ///
+    /// # Errors
+    ///
+    /// If it is quantized already.
+    pub fn quantize(mut self, quantization: Quantization) -> Result<Self, LoraError> {
+        let adapter = self.adapter().cloned();
+        let base = quantize(self.weight.base(), quantization)?;
+        let base = match self.weight.base().is_autodiff() {
+            true => base.autodiff(),
+            false => base,
+        };
+        let (id, _, mapper) = self.weight.consume();
+        let weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
+        self.weight = weight.apply_reparameterization(Attach(adapter));
+        Ok(self)
+    }
+
+    /// The adapter, if there is one: `a` is `[d_in, r]`, `b` is `[r, d_out]`.
+    pub fn adapter(&self) -> Option<&LoraAdapter> {
+        self.weight.adapter()
+    }
+
+    /// The layer without its adapter.
+    pub fn without_adapter(mut self) -> Self {
+        let base = self.weight.base();
+        let (id, _, mapper) = self.weight.consume();
+        self.weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
+        self
+    }
+
+    /// `[d_in, d_out]`.
+    pub fn dims(&self) -> [usize; 2] {
+        self.weight.lazy_shape().dims()
+    }
+
+    /// The layer's output. In training, with dropout, each call draws a mask of its own.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[..., d_in]`
+    /// - output: `[..., d_out]`
+    ///
+    /// # Panics
+    ///
+    /// If the last dimension of `x` is not `d_in`.
+    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
+        self.forward_seeded(x, None)
+    }
+
+    /// As [`forward`](Self::forward), with the dropout mask fixed by `dropout_seed`: the same on every
+    /// device and in a recomputation.
+    pub fn forward_seeded<const D: usize>(
+        &self,
+        x: Tensor<D>,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<D> {
+        let mut shape = x.dims();
+        let [d_in, d_out] = self.dims();
+        assert_eq!(
+            shape[D - 1],
+            d_in,
+            "x is {shape:?}, the layer takes [..., {d_in}]"
+        );
+        let rows = shape[..D - 1].iter().product::<usize>();
+        let x = x.reshape([rows, d_in]);
+        let mut y = frozen_linear(x.clone(), self.weight.base());
+        if let Some(bias) = &self.bias {
+            y = y + bias.val().unsqueeze();
+        }
+        if let Some(adapter) = self.adapter() {
+            let x = self.dropout.forward(x, dropout_seed);
+            let dtype = x.dtype();
+            // γ goes onto the [n, r] product, the smallest tensor of the chain.
+            let low = x
+                .matmul(adapter.a.val().cast(dtype))
+                .mul_scalar(adapter.scale);
+            y = y + low.matmul(adapter.b.val().cast(dtype));
+        }
+        shape[D - 1] = d_out;
+        y.reshape(shape)
+    }
+}
+
+fn check_shape(
+    name: &'static str,
+    tensor: &Tensor<2>,
+    expected: [usize; 2],
+) -> Result<(), LoraError> {
+    match tensor.dims() == expected {
+        true => Ok(()),
+        false => Err(LoraError::Shape {
+            name,
+            expected: expected.to_vec(),
+            got: tensor.dims().to_vec(),
+        }),
+    }
+}
+
+/// Puts an adapter that exists already onto a parameter: Burn's own reparameterizers only make new ones.
+struct Attach(Option<LoraAdapter>);
+
+impl Reparameterizer for Attach {
+    type Reparam = LoraAdapter;
+
+    fn reparameterize<const D: usize>(
+        &mut self,
+        _path: &str,
+        param: Param<Tensor<D>>,
+    ) -> (Param<Tensor<D>>, Option<LoraAdapter>) {
+        (param, self.0.take())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::module::{ModuleVisitor, ParamId};
+    use burn::nn::LinearConfig;
+    use burn::optim::AdamWConfig;
+    use burn::tensor::{DType, Device, TensorData, Tolerance};
+
+    fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
+        x.clone().into_data().to_vec().unwrap()
+    }
+
+    fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
+        init::normal(shape, 0.3, &mut CounterRng::new(seed), device)
+    }
+
+    fn config(r: usize) -> LoraConfig {
+        LoraConfig {
+            r,
+            ..LoraConfig::default()
+        }
+    }
+
+    /// A layer with B ≠ 0, γ = 4, and its dense weight, factors and bias.
+    fn adapted(device: &Device, quantization: Quantization) -> LoraLinear {
+        let linear = LinearConfig::new(64, 96).init(device);
+        LoraLinear::frozen(linear)
+            .with_adapter(random([64, 4], 1, device), random([4, 96], 2, device), 4.0)
+            .unwrap()
+            .quantize(quantization)
+            .unwrap()
+    }
+
+    #[test]
+    fn a_new_adapter_leaves_the_output_unchanged_bit_for_bit() {
+        let device = Device::flex();
+        for quantization in [Quantization::None, Quantization::Bits8, Quantization::Bits4] {
+            let linear = LinearConfig::new(64, 96).init(&device);
+            let base = LoraLinear::frozen(linear).quantize(quantization).unwrap();
+            let x = random([9, 64], 3, &device);
+            let before = values(&base.forward(x.clone()));
+            let after = values(&base.with_new_adapter(&config(8), 5).unwrap().forward(x));
+            let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert_eq!(bits(&before), bits(&after));
+        }
+    }
+
+    #[test]
+    fn forward_is_the_frozen_product_plus_bias_plus_the_scaled_adapter() {
+        let device = Device::flex();
+        let layer = adapted(&device, Quantization::None);
+        let x = random([2 * 3, 64], 3, &device);
+        let adapter = layer.adapter().unwrap();
+        let weight = layer.weight.base() + adapter.a.val().matmul(adapter.b.val()) * 4.0;
+        let expected = x.clone().matmul(weight) + layer.bias.as_ref().unwrap().val().unsqueeze();
+        let got = layer.forward(x.reshape([2, 3, 64]));
+        assert_eq!(got.dims(), [2, 3, 96]);
+        let tolerance = Tolerance::absolute(2e-5);
+        got.reshape([6, 96])
+            .into_data()
+            .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
+    }
+
+    #[test]
+    fn gradients_are_those_of_the_dense_formula_and_the_frozen_weight_has_none() {
+        let device = Device::flex().autodiff();
+        for quantization in [Quantization::None, Quantization::Bits8] {
+            let layer = adapted(&device, quantization);
+            let (a, b) = layer.adapter().map(|x| (x.a.val(), x.b.val())).unwrap();
+            let x = random([7, 64], 3, &device).require_grad();
+            let grad = random([7, 96], 4, &device);
+            let gradients = (layer.forward(x.clone()) * grad.clone()).sum().backward();
+
+            let (plain_a, plain_b) = (a.clone().inner(), b.clone().inner());
+            let (plain_x, grad) = (x.clone().inner(), grad.inner());
+            let base = match quantization {
+                Quantization::None => layer.weight.base().inner(),
+                _ => layer.weight.base().inner().dequantize(),
+            };
+            // h = x·W₀ + 4·x·A·B: the textbook derivatives, on the dense weight.
+            let through_b = grad.clone().matmul(plain_b.transpose()) * 4.0;
+            let expected_a = plain_x.clone().transpose().matmul(through_b.clone());
+            let expected_b = (plain_x.matmul(plain_a.clone()) * 4.0)
+                .transpose()
+                .matmul(grad.clone());
+            let expected_x = grad.matmul(base.transpose()) + through_b.matmul(plain_a.transpose());
+            for (got, expected) in [
+                (a.grad(&gradients), expected_a),
+                (b.grad(&gradients), expected_b),
+                (x.grad(&gradients), expected_x),
+            ] {
+                let (got, expected) = (got.unwrap(), expected);
+                let norm = expected
+                    .clone()
+                    .powf_scalar(2.)
+                    .sum()
+                    .sqrt()
+                    .into_scalar::<f32>();
+                let difference = (got - expected)
+                    .powf_scalar(2.)
+                    .sum()
+                    .sqrt()
+                    .into_scalar::<f32>();
+                assert!(
+                    difference / norm < 2e-6,
+                    "{quantization:?}: {}",
+                    difference / norm
+                );
+            }
+            assert!(layer.weight.base().grad(&gradients).is_none());
+            assert!(
+                layer
+                    .bias
+                    .as_ref()
+                    .unwrap()
+                    .val()
+                    .grad(&gradients)
+                    .is_none()
+            );
+        }
+    }
+
+    #[test]
+    fn records_keep_weight_bias_and_adapter() {
+        let device = Device::flex();
+        let layer = adapted(&device, Quantization::None);
+        let other =
+            LoraLinear::new(LinearConfig::new(64, 96).init(&device), &config(4), 9).unwrap();
+        let x = random([5, 64], 3, &device);
+        let mut loaded = other.load_record(layer.clone().into_record());
+        // The scale is configuration, not a tensor: Burn's records leave it to the module.
+        assert_eq!(loaded.adapter().unwrap().scale, 4.0);
+        assert_eq!(
+            values(&layer.forward(x.clone())),
+            values(&loaded.forward(x))
+        );
+        loaded = loaded.without_adapter();
+        assert!(loaded.adapter().is_none());
+    }
+
+    #[test]
+    fn valid_keeps_the_packed_weight_and_train_restores_only_the_factors() {
+        let device = Device::flex().autodiff();
+        let layer = adapted(&device, Quantization::Bits8);
+        let valid = layer.valid();
+        assert!(matches!(valid.weight.base().dtype(), DType::QFloat(_)));
+        assert!(!valid.weight.base().is_autodiff());
+        let x = random([5, 64], 3, &Device::flex());
+        let y = valid.forward(x.clone());
+        assert_eq!(values(&layer.forward(x.autodiff()).inner()), values(&y));
+        let restored = valid.train();
+        let adapter = restored.adapter().unwrap();
+        assert!(adapter.a.val().is_require_grad() && adapter.b.val().is_require_grad());
+        assert!(!restored.weight.base().is_require_grad());
+    }
+
+    #[test]
+    fn burns_materialize_gives_the_merged_weight() {
+        let device = Device::flex();
+        let layer = adapted(&device, Quantization::None);
+        let x = random([5, 64], 3, &device);
+        let expected = layer.forward(x.clone());
+        let merged = layer.materialize();
+        assert!(merged.adapter().is_none());
+        let tolerance = Tolerance::absolute(2e-5);
+        merged
+            .forward(x)
+            .into_data()
+            .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
+    }
+
+    #[test]
+    fn visitors_and_optimizers_see_the_factors() {
+        #[derive(Default)]
+        struct Trainable(Vec<ParamId>);
+        impl ModuleVisitor for Trainable {
+            fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+                if param.is_require_grad() {
+                    self.0.push(param.id);
+                }
+            }
+        }
+        let device = Device::flex().autodiff();
+        let layer = adapted(&device, Quantization::Bits8);
+        let mut trainable = Trainable::default();
+        layer.visit(&mut trainable);
+        let adapter = layer.adapter().unwrap();
+        assert_eq!(trainable.0, [adapter.a.id, adapter.b.id]);
+
+        let x = random([5, 64], 3, &device);
+        let gradients = layer.forward(x).powf_scalar(2.0).sum().backward();
+        let gradients = burn::optim::GradientsParams::from_grads(gradients, &layer);
+        let before = values(&adapter.b.val());
+        let mut optimizer = AdamWConfig::new().init();
+        let trained = optimizer.step(0.01, layer.clone(), gradients);
+        assert_ne!(values(&trained.adapter().unwrap().b.val()), before);
+        assert_eq!(
+            trained.weight.base().into_data().bytes,
+            layer.weight.base().into_data().bytes
+        );
+    }
+
+    #[test]
+    fn dropout_acts_in_training_only_and_a_seed_fixes_it() {
+        let device = Device::flex().autodiff();
+        let mut layer = adapted(&device, Quantization::None);
+        layer.dropout = AdapterDropout::new(0.5);
+        let x = random([5, 64], 3, &device);
+        let run = |seed| values(&layer.forward_seeded(x.clone(), seed).inner());
+        assert_eq!(run(Some(1)), run(Some(1)));
+        assert_ne!(run(Some(1)), run(Some(2)));
+        let mut undropped = layer.clone();
+        undropped.dropout = AdapterDropout::new(0.0);
+        let valid = values(&layer.valid().forward(x.clone().inner()));
+        assert_eq!(valid, values(&undropped.forward(x.clone()).inner()));
+        assert_ne!(valid, run(Some(1)));
+    }
+
+    #[test]
+    fn what_does_not_fit_is_a_typed_error() {
+        let device = Device::flex();
+        let layer = || LoraLinear::frozen(LinearConfig::new(8, 16).init(&device));
+        let zeros =
+            |rows, cols| Tensor::<2>::from_data(TensorData::zeros::<f32, _>([rows, cols]), &device);
+        assert!(matches!(
+            layer().with_adapter(zeros(9, 2), zeros(2, 16), 1.0).unwrap_err(),
+            LoraError::Shape { expected, got, .. } if expected == [8, 2] && got == [9, 2]
+        ));
+        assert!(matches!(
+            layer()
+                .with_adapter(zeros(8, 2), zeros(3, 16), 1.0)
+                .unwrap_err(),
+            LoraError::Shape { .. }
+        ));
+        let adapted = layer()
+            .with_adapter(zeros(8, 2), zeros(2, 16), 1.0)
+            .unwrap();
+        assert!(matches!(
+            adapted.with_new_adapter(&config(2), 0).unwrap_err(),
+            LoraError::Already(_)
+        ));
+    }
+}
