@@ -1,0 +1,428 @@
+//! What a run will need, from shapes alone: parameters, and peak memory by part.
+//!
+//! Memory in use is highest in one of a step's phases: the loss, or the backward pass through the
+//! feed-forward or the attention block of the last layer. The plan adds up what lives in each and
+//! takes the largest. How many copies of what a phase holds was measured with a counting allocator
+//! on the CPU; the tests at the end of `plan/activations.rs` hold those measurements.
+
+mod activations;
+mod report;
+
+use llama_burn::LlamaConfig;
+use lora_core::{LoraConfig, LoraError, ParameterCounts, Quantization, TargetModules};
+
+pub use report::{alternatives, shape};
+
+/// Everything that the memory of a run depends on.
+#[derive(Debug, Clone, PartialEq)]
+pub struct PlanOptions {
+    /// The adapters.
+    pub lora: LoraConfig,
+    /// How the decoder's linear weights are stored.
+    pub quantization: Quantization,
+    /// Bytes of a float in the computation: 4 for f32, 2 for bf16 and f16.
+    pub float_bytes: usize,
+    /// Whether a layer's activations are recomputed in the backward pass.
+    pub gradient_checkpointing: bool,
+    /// Whether the model is on a GPU; then the program's own memory is not part of the sum.
+    pub on_gpu: bool,
+    /// The largest micro-batch.
+    pub workload: Workload,
+}
+
+/// The size of a micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Workload {
+    /// Rows.
+    pub rows: usize,
+    /// Tokens of the longest row.
+    pub longest_row: usize,
+    /// Tokens of all rows.
+    pub tokens: usize,
+    /// Positions that the loss is on.
+    pub supervised: usize,
+}
+
+impl Workload {
+    /// A micro-batch of `batch_size` rows of `max_seq_len` tokens, the loss on all of them: the most
+    /// that a configuration allows, for when the data is not known.
+    pub fn largest(batch_size: usize, max_seq_len: usize, max_batch_tokens: Option<usize>) -> Self {
+        let fitting = max_batch_tokens.map_or(batch_size, |tokens| tokens / max_seq_len.max(1));
+        let rows = batch_size.min(fitting).max(1);
+        let tokens = rows * max_seq_len;
+        Self {
+            rows,
+            longest_row: max_seq_len,
+            tokens,
+            supervised: tokens,
+        }
+    }
+
+    /// A micro-batch of rows of these token counts with so many supervised positions in all.
+    pub fn of_rows(lengths: &[usize], supervised: usize) -> Self {
+        Self {
+            rows: lengths.len(),
+            longest_row: lengths.iter().copied().max().unwrap_or(0),
+            tokens: lengths.iter().sum(),
+            supervised,
+        }
+    }
+}
+
+/// One line of a plan.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Part {
+    /// What it is.
+    pub name: String,
+    /// Parameters of the model in it; none for what only training needs.
+    pub parameters: Option<u64>,
+    /// Bytes.
+    pub bytes: u64,
+}
+
+/// What a run will need.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Plan {
+    /// Trainable and frozen parameters.
+    pub counts: ParameterCounts,
+    /// The base model, part by part.
+    pub base: Vec<Part>,
+    /// The adapters and what training keeps of them: weights, gradients, moments.
+    pub adapters: Vec<Part>,
+    /// What lives at the peak of a step besides.
+    pub step: Vec<Part>,
+    /// The phase of a step that has the peak.
+    pub phase: &'static str,
+    /// The program itself; 0 on a GPU.
+    pub program: u64,
+    /// What loading needs beside the base model for a moment: the weight files, which are mapped
+    /// and which the system takes back when memory is short, and the largest tensor in f32.
+    pub loading: Part,
+}
+
+/// Resident memory of the program with its thread pool, before a model is loaded, and what the
+/// allocator holds back.
+const PROGRAM: u64 = 40 << 20;
+
+impl Plan {
+    /// Plans a run of `model`.
+    ///
+    /// # Errors
+    ///
+    /// If the adapters' configuration is invalid or selects no module.
+    pub fn new(model: &LlamaConfig, options: &PlanOptions) -> Result<Self, LoraError> {
+        let modules = model.module_shapes();
+        let quantization = options.stored();
+        let counts =
+            ParameterCounts::new(&modules, &options.lora, quantization, options.float_bytes)?;
+        let base = base_parts(model, options, &counts);
+        let adapter = |name: &str, copies: u64| Part {
+            name: name.into(),
+            parameters: None,
+            bytes: copies * counts.adapter_bytes,
+        };
+        let adapters = vec![
+            Part {
+                parameters: Some(counts.trainable),
+                ..adapter(&options.adapter_name(), 1)
+            },
+            adapter("their gradients", 1),
+            adapter("AdamW's two moments of each", 2),
+        ];
+        let (phase, step) = activations::peak(model, options)?;
+        Ok(Self {
+            counts,
+            base,
+            adapters,
+            step,
+            phase,
+            program: if options.on_gpu { 0 } else { PROGRAM },
+            loading: loading(model),
+        })
+    }
+
+    /// Bytes at the peak of training.
+    pub fn peak(&self) -> u64 {
+        let parts = self.base.iter().chain(&self.adapters).chain(&self.step);
+        parts.map(|part| part.bytes).sum::<u64>() + self.program
+    }
+
+    /// Bytes at the peak of loading, the mapped weight files included.
+    pub fn loading_peak(&self) -> u64 {
+        self.base_bytes() + self.loading.bytes + self.program
+    }
+
+    /// Bytes of the base model.
+    pub fn base_bytes(&self) -> u64 {
+        self.base.iter().map(|part| part.bytes).sum()
+    }
+
+    /// The peak in a few words and numbers, for the start of a run.
+    pub fn summary(&self) -> Vec<(String, u64)> {
+        let sum = |parts: &[Part]| parts.iter().map(|part| part.bytes).sum();
+        vec![
+            ("base model".into(), self.base_bytes()),
+            ("adapters and optimizer".into(), sum(&self.adapters)),
+            ("activations".into(), sum(&self.step)),
+            ("program".into(), self.program),
+        ]
+    }
+}
+
+impl PlanOptions {
+    /// Burn's CPU backend widens 4-bit integers to a byte each.
+    fn stored(&self) -> Quantization {
+        match (self.quantization, self.on_gpu) {
+            (Quantization::Bits4, false) => Quantization::Bits8,
+            (quantization, _) => quantization,
+        }
+    }
+
+    fn adapter_name(&self) -> String {
+        format!(
+            "adapters: {}, r {}, f32",
+            targets(&self.lora.target_modules),
+            self.lora.r
+        )
+    }
+}
+
+/// The targets as a user writes them: `q_proj, k_proj, v_proj`.
+pub fn targets(targets: &TargetModules) -> String {
+    match targets {
+        TargetModules::Names(names) => names.join(", "),
+        TargetModules::Regex(pattern) => pattern.clone(),
+        TargetModules::AllLinear => "all-linear".into(),
+    }
+}
+
+/// The base model's parts; their sums are those of `counts`.
+fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCounts) -> Vec<Part> {
+    let float = options.float_bytes as u64;
+    let table = (model.vocab_size * model.hidden_size) as u64;
+    let tied = model.tie_word_embeddings;
+    let linear: u64 = model
+        .layer_linears()
+        .iter()
+        .map(|(_, d_in, d_out, _)| (d_in * d_out * model.num_hidden_layers) as u64)
+        .sum();
+    let bits = match (options.quantization, options.stored()) {
+        (Quantization::Bits4, Quantization::Bits8) => "4 bits in bytes".into(),
+        (Quantization::Bits4, _) => "4 bits".into(),
+        (Quantization::Bits8, _) => "8 bits".into(),
+        (Quantization::None, _) => format!("{} bits", 8 * options.float_bytes),
+    };
+    let embedding = match tied {
+        true => "embedding and, tied to it, output layer",
+        false => "embedding",
+    };
+    let part = |name: String, parameters: u64, bytes: u64| Part {
+        name,
+        parameters: Some(parameters),
+        bytes,
+    };
+    let mut parts = vec![
+        part(embedding.into(), table, table * float),
+        part(
+            format!("linear weights of the layers, {bits}"),
+            linear,
+            counts.linear_bytes,
+        ),
+    ];
+    if !tied {
+        parts.push(part("output layer".into(), table, table * float));
+    }
+    let rest = counts.frozen - parts.iter().filter_map(|part| part.parameters).sum::<u64>();
+    // Norms are f32 whatever is computed in.
+    parts.push(part("norms and biases".into(), rest, rest * 4));
+    parts
+}
+
+/// Tensors are read one at a time: the file's bytes, the f32 values, and those turned.
+fn loading(model: &LlamaConfig) -> Part {
+    let shapes = model.tensor_shapes();
+    let sizes = shapes
+        .iter()
+        .map(|(_, shape)| shape.iter().product::<usize>() as u64);
+    let all: u64 = sizes.sum();
+    let linears = model.layer_linears();
+    let largest = linears
+        .iter()
+        .map(|(_, d_in, d_out, _)| (d_in * d_out) as u64)
+        .max();
+    Part {
+        name: "while loading: weight files (16 bits) mapped, one tensor in f32".into(),
+        parameters: None,
+        bytes: 2 * all + 8 * largest.unwrap_or(0),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    pub(super) fn llama(
+        [
+            vocab_size,
+            hidden_size,
+            intermediate_size,
+            num_hidden_layers,
+        ]: [usize; 4],
+        [num_attention_heads, num_key_value_heads]: [usize; 2],
+        tie_word_embeddings: bool,
+    ) -> LlamaConfig {
+        LlamaConfig {
+            vocab_size,
+            hidden_size,
+            intermediate_size,
+            num_hidden_layers,
+            num_attention_heads,
+            num_key_value_heads,
+            head_dim: hidden_size / num_attention_heads,
+            max_position_embeddings: 8192,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: llama_burn::RopeScaling::Default,
+            tie_word_embeddings,
+            attention_bias: false,
+            mlp_bias: false,
+            initializer_range: 0.02,
+            bos_token_id: None,
+            eos_token_ids: vec![],
+        }
+    }
+
+    pub(super) fn smollm2() -> LlamaConfig {
+        llama([49_152, 576, 1536, 30], [9, 3], true)
+    }
+
+    pub(super) fn options(r: usize) -> PlanOptions {
+        PlanOptions {
+            lora: LoraConfig {
+                r,
+                ..LoraConfig::default()
+            },
+            quantization: Quantization::Bits8,
+            float_bytes: 4,
+            gradient_checkpointing: true,
+            on_gpu: false,
+            workload: Workload::of_rows(&[64; 8], 16),
+        }
+    }
+
+    #[test]
+    fn llama_70b_trains_11_141_120_of_70_553_706_496_parameters() {
+        let model = llama([128_256, 8192, 28_672, 80], [64, 8], false);
+        let plan = Plan::new(&model, &options(4)).unwrap();
+        assert_eq!(plan.counts.trainable, 11_141_120);
+        assert_eq!(plan.counts.frozen, 70_553_706_496);
+        assert_eq!(format!("{:.1}", plan.counts.ratio()), "6332.7");
+    }
+
+    #[test]
+    fn totals_are_the_published_ones_and_the_parts_add_up() {
+        let cases = [
+            (
+                "Llama 3.1 8B",
+                [128_256, 4096, 14_336, 32],
+                [32, 8],
+                false,
+                8_030_261_248,
+            ),
+            (
+                "Llama 3.2 1B",
+                [128_256, 2048, 8192, 16],
+                [32, 8],
+                true,
+                1_235_814_400,
+            ),
+            (
+                "TinyLlama 1.1B",
+                [32_000, 2048, 5632, 22],
+                [32, 4],
+                false,
+                1_100_048_384,
+            ),
+            (
+                "SmolLM2-135M",
+                [49_152, 576, 1536, 30],
+                [9, 3],
+                true,
+                134_515_008,
+            ),
+        ];
+        for (name, sizes, heads, tied, total) in cases {
+            for on_gpu in [false, true] {
+                let options = PlanOptions {
+                    on_gpu,
+                    float_bytes: if on_gpu { 2 } else { 4 },
+                    ..options(8)
+                };
+                let plan = Plan::new(&llama(sizes, heads, tied), &options).unwrap();
+                assert_eq!(plan.counts.frozen, total, "{name}");
+                let parameters = plan.base.iter().filter_map(|part| part.parameters);
+                assert_eq!(parameters.sum::<u64>(), total, "{name}");
+            }
+        }
+    }
+
+    #[test]
+    fn eight_bits_take_nine_bytes_for_eight_weights() {
+        let plan = Plan::new(&smollm2(), &options(8)).unwrap();
+        assert_eq!(plan.base[1].parameters, Some(106_168_320));
+        assert_eq!(plan.base[1].bytes, 106_168_320 * 9 / 8);
+        assert_eq!(plan.base[0].bytes, 28_311_552 * 4);
+        assert_eq!(plan.adapters[0].bytes, 4 * plan.counts.trainable);
+    }
+
+    #[test]
+    fn four_bits_save_nothing_on_the_cpu_and_half_on_a_gpu() {
+        let bytes = |quantization, on_gpu| {
+            let options = PlanOptions {
+                quantization,
+                on_gpu,
+                ..options(8)
+            };
+            Plan::new(&smollm2(), &options).unwrap().base[1].bytes
+        };
+        let (four, eight) = (Quantization::Bits4, Quantization::Bits8);
+        assert_eq!(bytes(four, false), bytes(eight, false));
+        assert_eq!(bytes(four, true), 106_168_320 * 5 / 8);
+    }
+
+    #[test]
+    fn the_summary_adds_up_to_the_peak() {
+        for on_gpu in [false, true] {
+            let options = PlanOptions {
+                on_gpu,
+                ..options(8)
+            };
+            let plan = Plan::new(&smollm2(), &options).unwrap();
+            let sum: u64 = plan.summary().iter().map(|(_, bytes)| bytes).sum();
+            assert_eq!(sum, plan.peak());
+        }
+    }
+
+    #[test]
+    fn the_largest_workload_keeps_to_the_token_limit() {
+        let workload = Workload::largest(8, 512, Some(1100));
+        assert_eq!((workload.rows, workload.tokens), (2, 1024));
+        assert_eq!(Workload::largest(8, 512, None).tokens, 4096);
+        assert_eq!(
+            Workload::largest(8, 512, Some(100)).rows,
+            1,
+            "a row is never cut"
+        );
+    }
+
+    #[test]
+    fn a_target_that_the_model_lacks_is_an_error() {
+        let mut options = options(8);
+        options.lora.target_modules = TargetModules::Names(vec!["c_attn".into()]);
+        let error = Plan::new(&smollm2(), &options).unwrap_err().to_string();
+        assert!(
+            error.contains("c_attn") && error.contains("q_proj"),
+            "{error}"
+        );
+    }
+}

@@ -1,0 +1,183 @@
+//! A plan as text.
+
+use llama_burn::LlamaConfig;
+use lora_core::{LoraError, Quantization};
+
+use super::{Part, Plan, PlanOptions};
+use crate::human;
+
+impl Plan {
+    /// The plan as a table: parameters and memory by part, then the peak.
+    pub fn lines(&self, model: &LlamaConfig, options: &PlanOptions) -> Vec<String> {
+        let row = |part: &Part| {
+            let parameters = part.parameters.map_or(String::new(), human::count);
+            vec![
+                format!("  {}", part.name),
+                parameters,
+                human::bytes(part.bytes),
+            ]
+        };
+        let total = |name: &str, parameters: Option<u64>, bytes: u64| {
+            let parameters = parameters.map_or(String::new(), human::count);
+            vec![name.to_string(), parameters, human::bytes(bytes)]
+        };
+        let heading = |texts: [&str; 3]| texts.map(String::from).to_vec();
+        let sum = |parts: &[Part]| parts.iter().map(|part| part.bytes).sum();
+
+        let mut rows = vec![heading(["", "parameters", "memory"])];
+        rows.push(total(
+            "base model, frozen",
+            Some(self.counts.frozen),
+            self.base_bytes(),
+        ));
+        rows.extend(self.base.iter().map(row));
+        rows.push(total(
+            "training",
+            Some(self.counts.trainable),
+            sum(&self.adapters),
+        ));
+        rows.extend(self.adapters.iter().map(row));
+        let step = format!("peak of a step, in {}", self.phase);
+        rows.push(total(&step, None, sum(&self.step)));
+        rows.extend(self.step.iter().map(row));
+        if self.program > 0 {
+            rows.push(total("program", None, self.program));
+        }
+        rows.push(total("predicted peak", None, self.peak()));
+
+        let mut lines = vec![shape(model), String::new()];
+        lines.extend(human::columns(&rows, &[1, 2]));
+        lines.push(String::new());
+        lines.push(format!(
+            "trained: {} parameters in {}, 1 in {} ({} frozen)",
+            human::count(self.counts.trainable),
+            human::counted(self.counts.adapted_modules as u64, "module"),
+            ratio(self.counts.ratio()),
+            human::count(self.counts.frozen),
+        ));
+        let workload = options.workload;
+        lines.push(format!(
+            "a micro-batch: {}, {} in all, the longest {}, the loss on {}",
+            human::counted(workload.rows as u64, "row"),
+            human::counted(workload.tokens as u64, "token"),
+            human::count(workload.longest_row as u64),
+            human::count(workload.supervised as u64),
+        ));
+        if !options.on_gpu {
+            lines.push(format!(
+                "{}: {} with the base model",
+                self.loading.name,
+                human::bytes(self.loading_peak()),
+            ));
+        }
+        lines
+    }
+}
+
+/// What other settings would need: a table of the peak for each number of bits, with and without
+/// gradient checkpointing.
+///
+/// # Errors
+///
+/// As [`Plan::new`].
+pub fn alternatives(model: &LlamaConfig, options: &PlanOptions) -> Result<Vec<String>, LoraError> {
+    let peak = |quantization, gradient_checkpointing| {
+        let options = PlanOptions {
+            quantization,
+            gradient_checkpointing,
+            ..options.clone()
+        };
+        Plan::new(model, &options).map(|plan| human::bytes(plan.peak()))
+    };
+    let heading = ["predicted peak with", "checkpointing", "without"];
+    let mut rows = vec![heading.map(String::from).to_vec()];
+    for (bits, quantization) in [
+        (4, Quantization::Bits4),
+        (8, Quantization::Bits8),
+        (16, Quantization::None),
+    ] {
+        let name = format!("  quant_bits = {bits}");
+        rows.push(vec![
+            name,
+            peak(quantization, true)?,
+            peak(quantization, false)?,
+        ]);
+    }
+    Ok(human::columns(&rows, &[1, 2]))
+}
+
+/// The model's shape in a line.
+pub fn shape(model: &LlamaConfig) -> String {
+    format!(
+        "{} layers, hidden {}, feed-forward {}, {} query and {} key heads of {}, vocabulary {}{}",
+        model.num_hidden_layers,
+        human::count(model.hidden_size as u64),
+        human::count(model.intermediate_size as u64),
+        model.num_attention_heads,
+        model.num_key_value_heads,
+        model.head_dim,
+        human::count(model.vocab_size as u64),
+        match model.tie_word_embeddings {
+            true => ", tied",
+            false => "",
+        },
+    )
+}
+
+/// With one decimal and thousands separators: `6,332.7`.
+fn ratio(ratio: f64) -> String {
+    let tenths = (ratio * 10.0).round() as u64;
+    format!("{}.{}", human::count(tenths / 10), tenths % 10)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{llama, options, smollm2};
+    use super::*;
+
+    #[test]
+    fn the_table_has_every_number_with_separators_in_columns() {
+        let model = llama([128_256, 8192, 28_672, 80], [64, 8], false);
+        let options = options(4);
+        let lines = Plan::new(&model, &options).unwrap().lines(&model, &options);
+        let text = lines.join("\n");
+        for part in [
+            "80 layers, hidden 8,192",
+            "70,553,706,496",
+            "11,141,120",
+            "1 in 6,332.7",
+            "240 modules",
+            "adapters: q_proj, k_proj, v_proj, r 4, f32",
+            "predicted peak",
+        ] {
+            assert!(text.contains(part), "{part:?} in\n{text}");
+        }
+        let start = lines
+            .iter()
+            .position(|line| line.contains("memory"))
+            .unwrap();
+        let rows = lines[start..].iter().take_while(|line| !line.is_empty());
+        let ends: Vec<usize> = rows.map(|row| console::measure_text_width(row)).collect();
+        assert!(
+            ends.iter().all(|end| *end == ends[0] && *end <= 100),
+            "{text}"
+        );
+    }
+
+    #[test]
+    fn alternatives_rise_with_bits_and_without_checkpointing() {
+        let lines = alternatives(&smollm2(), &options(8)).unwrap();
+        assert_eq!(lines.len(), 4);
+        assert!(lines[3].contains("quant_bits = 16"));
+        let plan = |quantization, gradient_checkpointing| {
+            let options = PlanOptions {
+                quantization,
+                gradient_checkpointing,
+                ..options(8)
+            };
+            Plan::new(&smollm2(), &options).unwrap().peak()
+        };
+        assert!(plan(Quantization::None, true) > plan(Quantization::Bits8, true));
+        assert!(plan(Quantization::Bits8, false) > plan(Quantization::Bits8, true));
+    }
+}
