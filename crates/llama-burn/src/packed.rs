@@ -219,7 +219,8 @@ mod tests {
         let device = Device::flex();
         let lengths = [3, 1, 2];
         let (places, back) = padding(&lengths, 3, &device).unwrap();
-        let values = |t: Tensor<1, Int>| t.into_data().convert::<i32>().to_vec::<i32>().unwrap();
+        let values =
+            |t: Tensor<1, Int>| t.into_data().convert::<i32>().try_to_vec::<i32>().unwrap();
         let (places, back) = (values(places), values(back));
         let restored: Vec<i32> = back.iter().map(|place| places[*place as usize]).collect();
         assert_eq!(restored, [0, 1, 2, 3, 4, 5]);

@@ -89,7 +89,7 @@ mod tests {
             let x = Tensor::<3>::from_data(TensorData::new(values.to_vec(), [1, 1, 4]), &device);
             rotate(x, &table(cos), &table(sin))
                 .into_data()
-                .to_vec::<f32>()
+                .try_to_vec::<f32>()
                 .unwrap()
         };
         let dot = |a: &[f32], b: &[f32]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();

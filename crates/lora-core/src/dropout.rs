@@ -75,7 +75,7 @@ mod tests {
             dropout
                 .forward(x.clone(), seed)
                 .into_data()
-                .to_vec::<f32>()
+                .try_to_vec::<f32>()
                 .unwrap()
         };
         assert_eq!(run(Some(3)), run(Some(3)));
@@ -97,7 +97,7 @@ mod tests {
         ] {
             assert!(
                 y.into_data()
-                    .to_vec::<f32>()
+                    .try_to_vec::<f32>()
                     .unwrap()
                     .iter()
                     .all(|v| *v == 1.0)

@@ -4,7 +4,7 @@
 //! and scales, so that their results can be compared; and a device never sees the dense weight.
 
 use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{Bytes, DType, Tensor, TensorData};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
@@ -109,12 +109,35 @@ pub fn quantize_data(
         .with_value(value)
         .with_store(QuantStore::PackedU32(0))
         .per_block([block as u8], ScaleDtype::F32);
-    let data = TensorData::quantized(integers, [d_in, d_out], scheme, &scales, None);
+    let bits = scheme.size_bits_value();
+    let mut words = pack(&integers, bits);
+    drop(integers);
+    // Burn's layout of quantized data: the packed values, then the blocks' scales.
+    words.extend(scales.iter().map(|scale| scale.to_bits()));
+    let data = TensorData::from_bytes(
+        Bytes::from_elems(words),
+        [d_in, d_out],
+        DType::QFloat(scheme),
+    );
     let relative = match norm > 0.0 {
         true => (difference / norm).sqrt() as f32,
         false => 0.0,
     };
     Some((data, QuantizationError { max_abs, relative }))
+}
+
+/// Integers of 4 or 8 bits in 32-bit words, the first in the lowest bits.
+///
+/// `TensorData::quantized` packs 8 bits only.
+fn pack(integers: &[i8], bits: usize) -> Vec<u32> {
+    let mask = (1u32 << bits) - 1;
+    let in_word = |word: &[i8]| {
+        let shifted = word.iter().enumerate();
+        shifted.fold(0, |packed, (i, x)| {
+            packed | (*x as u32 & mask) << (i * bits)
+        })
+    };
+    integers.par_chunks(32 / bits).map(in_word).collect()
 }
 
 fn quantize_row(
@@ -202,7 +225,7 @@ mod tests {
             let values = weight(48, 96);
             let (data, error) = quantize_data(&values, [48, 96], quantization).unwrap();
             let tensor = Tensor::<2>::from_data(data, &Device::flex());
-            let back = tensor.dequantize().into_data().to_vec::<f32>().unwrap();
+            let back = tensor.dequantize().into_data().try_to_vec::<f32>().unwrap();
             let max_abs = values
                 .iter()
                 .zip(&back)

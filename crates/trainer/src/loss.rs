@@ -84,7 +84,7 @@ fn piece(model: &Llama, hidden: Tensor<2>, targets: &[u32]) -> (LossSums, Tensor
     let loss = log_probabilities.sum().neg();
     // One read for both numbers: each waits for the device.
     let both = Tensor::cat(vec![loss.clone().inner(), hits], 0).into_data().convert::<f32>();
-    let both = both.to_vec::<f32>().unwrap_or_default();
+    let both = both.try_to_vec::<f32>().unwrap_or_default();
     let sums = LossSums {
         loss: both.first().map_or(f64::NAN, |loss| *loss as f64),
         correct: both.get(1).map_or(0, |hits| *hits as usize),
