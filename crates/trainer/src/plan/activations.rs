@@ -284,7 +284,11 @@ mod tests {
     /// `(([vocab, hidden, feed-forward, layers], [heads, key heads]), ([rows, tokens a row, supervised
     /// a row], r, all-linear, 8 bits, checkpointing), MB)`: the peak of what `gradients::accumulate`
     /// allocates on the CPU in a second micro-batch, counted in a global allocator.
-    type Measured = (([usize; 4], [usize; 2]), ([usize; 3], usize, bool, bool, bool), f64);
+    type Measured = (
+        ([usize; 4], [usize; 2]),
+        ([usize; 3], usize, bool, bool, bool),
+        f64,
+    );
 
     #[rustfmt::skip]
     const MEASURED: &[Measured] = &[
@@ -370,7 +374,10 @@ mod tests {
             let predicted = (step + plan.adapters[1].bytes) as f64 / 1e6 + THREADS;
             let off = predicted / mb - 1.0;
             if off.abs() > 0.1 {
-                wrong.push(format!("{off:+.3} {predicted:.2} {measured:?} {}", plan.phase));
+                wrong.push(format!(
+                    "{off:+.3} {predicted:.2} {measured:?} {}",
+                    plan.phase
+                ));
             }
         }
         assert!(wrong.is_empty(), "{}", wrong.join("\n"));
