@@ -1,0 +1,182 @@
+//! What can be wrong with a configuration.
+
+use std::fmt;
+use std::path::PathBuf;
+
+/// Why there is no valid configuration.
+#[derive(Debug, thiserror::Error)]
+pub enum ConfigError {
+    /// The file cannot be read.
+    #[error("cannot read the configuration {path}: {source}", path = path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The file is not text.
+    #[error("{path}:{line}: this is not UTF-8 text", path = path.display())]
+    NotUtf8 {
+        /// The file.
+        path: PathBuf,
+        /// The first line that is not.
+        line: usize,
+    },
+    /// The file is neither valid TOML nor valid JSON.
+    #[error("{file} is not valid {format}:{}", list(errors))]
+    Syntax {
+        /// The file.
+        file: String,
+        /// `TOML` or `JSON`.
+        format: &'static str,
+        /// Every error that the parser found.
+        errors: Vec<SyntaxError>,
+    },
+    /// The file holds several runs and none was named.
+    #[error("{file} holds {} runs; name one with --run NAME:{}", names.len(), list(names))]
+    RunNeeded {
+        /// The file.
+        file: String,
+        /// Its runs.
+        names: Vec<String>,
+    },
+    /// The file has no run of this name.
+    #[error(
+        "{file} holds no run {run:?}{}; its runs are:{}",
+        did_you_mean(nearest),
+        list(names)
+    )]
+    UnknownRun {
+        /// The file.
+        file: String,
+        /// The name asked for.
+        run: String,
+        /// The most similar name, if one is similar.
+        nearest: Option<String>,
+        /// The file's runs.
+        names: Vec<String>,
+    },
+    /// A run was named, but the file holds one without a name.
+    #[error("{file} holds one run that has no name; leave out --run {run}")]
+    UnnamedRun {
+        /// The file.
+        file: String,
+        /// The name asked for.
+        run: String,
+    },
+    /// Keys or values are wrong.
+    #[error(transparent)]
+    Invalid(#[from] Problems),
+}
+
+/// Where the text of a file stops making sense.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SyntaxError {
+    /// Line, from 1.
+    pub line: usize,
+    /// Column, from 1.
+    pub column: usize,
+    /// What the parser says.
+    pub message: String,
+}
+
+impl fmt::Display for SyntaxError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "line {}, column {}: {}",
+            self.line, self.column, self.message
+        )
+    }
+}
+
+/// One wrong key.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Problem {
+    /// `file:line`, `file`, or `--set`.
+    pub location: String,
+    /// The key.
+    pub key: String,
+    /// The value as given; `None` for a key that is missing.
+    pub value: Option<String>,
+    /// What would be right.
+    pub message: String,
+}
+
+impl fmt::Display for Problem {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}: {}", self.location, self.key)?;
+        if let Some(value) = &self.value {
+            write!(f, " = {value}")?;
+        }
+        write!(f, ": {}", self.message)
+    }
+}
+
+/// Everything that is wrong with a configuration, in the order of the file.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("the configuration has {}:{}", count(.0.len()), list(.0))]
+pub struct Problems(
+    /// The problems; at least one.
+    pub Vec<Problem>,
+);
+
+fn count(problems: usize) -> String {
+    match problems {
+        1 => "a problem".into(),
+        several => format!("{several} problems"),
+    }
+}
+
+fn list(items: &[impl fmt::Display]) -> String {
+    items.iter().map(|item| format!("\n  {item}")).collect()
+}
+
+fn did_you_mean(nearest: &Option<String>) -> String {
+    match nearest {
+        Some(name) => format!(" (did you mean {name:?}?)"),
+        None => String::new(),
+    }
+}
+
+/// The known name most similar to `name`, where one is similar enough that a slip is likely.
+pub(super) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    known
+        .map(|candidate| {
+            let similarity = strsim::jaro_winkler(&name.to_lowercase(), &candidate.to_lowercase());
+            (similarity, candidate)
+        })
+        .filter(|(similarity, _)| *similarity > 0.8)
+        .max_by(|(a, _), (b, _)| a.total_cmp(b))
+        .map(|(_, candidate)| candidate)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_slip_finds_its_name_and_noise_finds_none() {
+        let known = ["learning_rate", "lora_r", "batch_size"];
+        let nearest = |name| nearest(name, known.into_iter());
+        assert_eq!(nearest("learning_rat"), Some("learning_rate"));
+        assert_eq!(nearest("Batchsize"), Some("batch_size"));
+        assert_eq!(nearest("lora_rank"), Some("lora_r"));
+        assert_eq!(nearest("zebra"), None);
+    }
+
+    #[test]
+    fn problems_are_listed_one_a_line() {
+        let problem = |key: &str, value: Option<&str>| Problem {
+            location: "x.toml:3".into(),
+            key: key.into(),
+            value: value.map(String::from),
+            message: "must be 1".into(),
+        };
+        let problems = Problems(vec![problem("a", Some("0")), problem("b", None)]);
+        assert_eq!(
+            problems.to_string(),
+            "the configuration has 2 problems:\n  x.toml:3: a = 0: must be 1\n  x.toml:3: b: must be 1"
+        );
+    }
+}

@@ -1,0 +1,321 @@
+//! Where the paths of a configuration lead, and whether something is there.
+
+use std::path::{Path, PathBuf};
+
+use super::error::{Problem, Problems};
+use super::{Config, EMBEDDED, Source};
+
+/// The places where a path of this configuration may lead, best first.
+///
+/// A relative path starts at the current directory. In a file of named runs, FinLoRA's form, it starts
+/// at the file's own folder first: FinLoRA writes `../data/train/….jsonl` beside `configs/`.
+fn places(path: &Path, source: &Source) -> Vec<PathBuf> {
+    let folder = source.file.as_deref().and_then(Path::parent);
+    match (&source.run, folder) {
+        (Some(_), Some(folder)) if path.is_relative() && folder != Path::new("") => {
+            vec![folder.join(path), path.into()]
+        }
+        _ => vec![path.into()],
+    }
+}
+
+/// The first of the possible places where something is, else the path as it was written.
+pub(super) fn resolve(path: &str, source: &Source) -> PathBuf {
+    let path = Path::new(path);
+    if path == Path::new(EMBEDDED) {
+        return path.into();
+    }
+    let found = places(path, source)
+        .into_iter()
+        .find(|place| place.exists());
+    found.unwrap_or_else(|| path.into())
+}
+
+/// The file of a configuration in messages.
+pub(super) fn location(source: &Source) -> String {
+    match (&source.file, &source.run) {
+        (None, _) => "the built-in configuration".into(),
+        (Some(file), None) => file.display().to_string(),
+        (Some(file), Some(run)) => format!("{} ({run})", file.display()),
+    }
+}
+
+/// The folder in which Hugging Face's own programs keep what they downloaded.
+fn hugging_face_cache() -> Option<PathBuf> {
+    let variable = |name| {
+        std::env::var_os(name)
+            .filter(|value| !value.is_empty())
+            .map(PathBuf::from)
+    };
+    variable("HF_HUB_CACHE")
+        .or_else(|| variable("HF_HOME").map(|home| home.join("hub")))
+        .or_else(|| std::env::home_dir().map(|home| home.join(".cache/huggingface/hub")))
+}
+
+/// Whether this could be a Hugging Face name: `owner/model`.
+fn is_hugging_face_name(name: &str) -> bool {
+    let parts: Vec<&str> = name.split('/').collect();
+    let plain = |part: &&str| {
+        !part.is_empty()
+            && !part.starts_with('.')
+            && part
+                .chars()
+                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
+    };
+    parts.len() == 2 && parts.iter().all(plain)
+}
+
+/// The folder of a model in a Hugging Face cache, in its `main` version.
+fn in_cache(name: &str, cache: &Path) -> Option<PathBuf> {
+    if !is_hugging_face_name(name) {
+        return None;
+    }
+    let folder = cache.join(format!("models--{}", name.replace('/', "--")));
+    let version = std::fs::read_to_string(folder.join("refs/main")).ok()?;
+    Some(folder.join("snapshots").join(version.trim())).filter(|folder| folder.is_dir())
+}
+
+impl Config {
+    /// The folder of the model: `base_model` itself, or its place in the local Hugging Face cache where
+    /// `base_model` is a name such as `meta-llama/Llama-3.1-8B-Instruct` and no folder. `None` for the
+    /// embedded model. The folder need not exist.
+    pub fn model_folder(&self) -> Option<PathBuf> {
+        if self.embedded_model() {
+            return None;
+        }
+        let folder = resolve(&self.base_model, &self.source);
+        if folder.exists() {
+            return Some(folder);
+        }
+        let cached = hugging_face_cache().and_then(|cache| in_cache(&self.base_model, &cache));
+        Some(cached.unwrap_or(folder))
+    }
+
+    /// Checks that the model and the data are where the configuration says.
+    ///
+    /// # Errors
+    ///
+    /// Every file that is missing, with the places that were looked at.
+    pub fn check_files(&self) -> Result<(), Problems> {
+        let mut problems = Vec::new();
+        let mut problem = |key: &str, value: &str, message: Option<String>| {
+            problems.extend(message.map(|message| Problem {
+                location: location(&self.source),
+                key: key.into(),
+                value: Some(format!("{value:?}")),
+                message,
+            }));
+        };
+        if let Some(folder) = self.model_folder() {
+            problem("base_model", &self.base_model, self.model_problem(&folder));
+        }
+        if !self.embedded_data() {
+            let path = &self.dataset_path;
+            problem(
+                "dataset_path",
+                &path.to_string_lossy(),
+                self.data_problem(path),
+            );
+        }
+        if let Some(path) = &self.val_dataset_path {
+            problem(
+                "val_dataset_path",
+                &path.to_string_lossy(),
+                self.data_problem(path),
+            );
+        }
+        match problems.is_empty() {
+            true => Ok(()),
+            false => Err(Problems(problems)),
+        }
+    }
+
+    fn model_problem(&self, folder: &Path) -> Option<String> {
+        if !folder.exists() {
+            let mut message = format!(
+                "there is no such folder; looked at {}",
+                self.looked_at(folder)
+            );
+            if is_hugging_face_name(&self.base_model) {
+                let short = self.base_model.rsplit('/').next().unwrap_or_default();
+                message.push_str(&format!(
+                    ", and in the local Hugging Face cache. Fetch the model first: hf download {} --local-dir \
+                     models/{short}, then --set base_model=models/{short}",
+                    self.base_model
+                ));
+            }
+            return Some(message);
+        }
+        if !folder.is_dir() {
+            return Some(
+                "must be a folder with config.json, tokenizer.json and *.safetensors, not a file"
+                    .into(),
+            );
+        }
+        let has = |name: &str| folder.join(name).is_file();
+        let weights = has("model.safetensors") || has("model.safetensors.index.json");
+        let missing: Vec<&str> = [
+            ("config.json", has("config.json")),
+            ("tokenizer.json", has("tokenizer.json")),
+            (
+                "model.safetensors (or model.safetensors.index.json)",
+                weights,
+            ),
+        ]
+        .into_iter()
+        .filter_map(|(name, there)| (!there).then_some(name))
+        .collect();
+        (!missing.is_empty())
+            .then(|| format!("{} has no {}", folder.display(), missing.join(", no ")))
+    }
+
+    fn data_problem(&self, path: &Path) -> Option<String> {
+        if path.is_dir() {
+            return Some("must be a JSON-lines file, not a folder".into());
+        }
+        (!path.is_file())
+            .then(|| format!("there is no such file; looked at {}", self.looked_at(path)))
+    }
+
+    fn looked_at(&self, path: &Path) -> String {
+        let absolute =
+            |place: &PathBuf| std::path::absolute(place).unwrap_or_else(|_| place.clone());
+        let places = places(path, &self.source);
+        let shown: Vec<String> = places
+            .iter()
+            .map(|place| absolute(place).display().to_string())
+            .collect();
+        shown.join(" and ")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+
+    fn load(file: &Path, run: Option<&str>) -> Config {
+        Config::load(Some(file), run, &[]).unwrap()
+    }
+
+    /// A folder like FinLoRA's: `lora/runs.json` and `data/train.jsonl`.
+    fn finlora() -> (tempfile::TempDir, PathBuf) {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("lora")).unwrap();
+        fs::create_dir_all(folder.path().join("data")).unwrap();
+        fs::write(folder.path().join("data/train.jsonl"), "{}").unwrap();
+        let file = folder.path().join("lora/runs.json");
+        let run = |data: &str| {
+            format!(r#"{{"base_model": "nobody/no-model", "dataset_path": "{data}"}}"#)
+        };
+        let text = format!(
+            r#"{{"there": {}, "missing": {}}}"#,
+            run("../data/train.jsonl"),
+            run("../data/none.jsonl")
+        );
+        fs::write(&file, text).unwrap();
+        (folder, file)
+    }
+
+    #[test]
+    fn named_runs_find_their_data_beside_their_file() {
+        let (_folder, file) = finlora();
+        let config = load(&file, Some("there"));
+        assert!(config.dataset_path.is_file(), "{:?}", config.dataset_path);
+        let error = config.check_files().unwrap_err();
+        assert_eq!(error.0.len(), 1, "{error}");
+        assert!(
+            error.to_string().contains("hf download nobody/no-model"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn missing_data_say_where_was_looked() {
+        let (folder, file) = finlora();
+        let error = load(&file, Some("missing"))
+            .check_files()
+            .unwrap_err()
+            .to_string();
+        let beside = folder.path().join("lora/../data/none.jsonl");
+        let here = std::path::absolute("../data/none.jsonl").unwrap();
+        assert!(
+            error.contains(&format!(
+                "looked at {} and {}",
+                beside.display(),
+                here.display()
+            )),
+            "{error}"
+        );
+        assert!(
+            error.contains("runs.json (missing): dataset_path"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_single_run_looks_in_the_current_directory_only() {
+        let (folder, _) = finlora();
+        let file = folder.path().join("lora/one.toml");
+        fs::write(
+            &file,
+            "base_model = \"embedded\"\ndataset_path = \"../data/train.jsonl\"",
+        )
+        .unwrap();
+        let config = load(&file, None);
+        assert_eq!(config.dataset_path, Path::new("../data/train.jsonl"));
+        let error = config.check_files().unwrap_err().to_string();
+        assert!(!error.contains(" and "), "{error}");
+    }
+
+    #[test]
+    fn a_model_folder_must_hold_its_files() {
+        let folder = tempfile::tempdir().unwrap();
+        let data = folder.path().join("train.jsonl");
+        fs::write(&data, "{}").unwrap();
+        let check = |model: &Path| {
+            let sets = [
+                format!("base_model='{}'", model.display()),
+                format!("dataset_path='{}'", data.display()),
+            ];
+            Config::load(None, None, &sets).unwrap().check_files()
+        };
+        let error = check(folder.path()).unwrap_err().to_string();
+        assert!(
+            error.contains("has no config.json, no tokenizer.json, no model.safetensors"),
+            "{error}"
+        );
+        let error = check(&data).unwrap_err().to_string();
+        assert!(error.contains("not a file"), "{error}");
+        let error = check(&folder.path().join("none")).unwrap_err().to_string();
+        assert!(
+            error.contains("there is no such folder") && !error.contains("hf download"),
+            "{error}"
+        );
+        for name in [
+            "config.json",
+            "tokenizer.json",
+            "model.safetensors.index.json",
+        ] {
+            fs::write(folder.path().join(name), "").unwrap();
+        }
+        assert_eq!(check(folder.path()), Ok(()));
+    }
+
+    #[test]
+    fn a_name_is_found_in_the_hugging_face_cache() {
+        let cache = tempfile::tempdir().unwrap();
+        let folder = cache.path().join("models--owner--model-1.5");
+        fs::create_dir_all(folder.join("snapshots/abc")).unwrap();
+        fs::create_dir_all(folder.join("refs")).unwrap();
+        assert_eq!(in_cache("owner/model-1.5", cache.path()), None);
+        fs::write(folder.join("refs/main"), "abc\n").unwrap();
+        assert_eq!(
+            in_cache("owner/model-1.5", cache.path()),
+            Some(folder.join("snapshots/abc"))
+        );
+        assert_eq!(in_cache("../model-1.5", cache.path()), None);
+        assert_eq!(in_cache("models/owner/x", cache.path()), None);
+    }
+}

@@ -1,0 +1,307 @@
+//! The configuration of a run: read raw (TOML or JSON, everything optional), checked as a whole, then used.
+//!
+//! Keys have FinLoRA's names; a file may hold one run, or many named ones as FinLoRA's own does. A file
+//! that is wrong in five places yields five problems at once, each with key, value and what would be right.
+//!
+//! ```text
+//! raw.rs       the file's runs and the --set overrides, as keys with values and line numbers
+//! reader.rs    takes one key after another, collects problems and what nobody asked for
+//! validate.rs  from raw to Config: every key, its default, its range
+//! files.rs     where paths lead, and whether the files are there (not needed to plan)
+//! write.rs     Config to TOML with every key; the same parser reads it back
+//! ```
+
+mod error;
+mod files;
+mod raw;
+mod reader;
+mod validate;
+mod value;
+mod words;
+mod write;
+
+use std::path::{Path, PathBuf};
+
+use lora_core::{Init, LoraConfig, TargetModules};
+
+use crate::schedule::Decay;
+
+pub use error::{ConfigError, Problem, Problems, SyntaxError};
+pub use words::{Checkpointing, ComputeDtype, PromptTemplate};
+
+/// The word that stands for the model or the data built into this program.
+pub const EMBEDDED: &str = "embedded";
+
+/// The configuration built into this program: what `cargo xtask train` without `--config` runs.
+pub const EMBEDDED_CONFIG: &str = include_str!("../../../../configs/embedded.toml");
+
+/// Where a configuration came from; it decides where relative paths are looked for.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Source {
+    /// The file; `None` for the built-in configuration.
+    pub file: Option<PathBuf>,
+    /// The name of the run within a file of several.
+    pub run: Option<String>,
+}
+
+/// A validated configuration. Every public field but `source` is the config key of that name.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Config {
+    /// The folder of the model, a Hugging Face name that is in the local cache, or `embedded`;
+    /// [`model_folder`](Self::model_folder) finds the folder.
+    pub base_model: String,
+    /// JSON lines of `{"context", "target"}`, or `embedded`.
+    pub dataset_path: PathBuf,
+    /// A file of its own for validation; then nothing is split off `dataset_path`.
+    pub val_dataset_path: Option<PathBuf>,
+    /// What to split off `dataset_path` for validation: a fraction below 1, or a number of rows from 1. 0: nothing.
+    pub val_set_size: f64,
+    /// How a row's context becomes the prompt.
+    pub prompt_template: PromptTemplate,
+    /// Tokens of the longest row that is trained on; longer rows are left out and reported, never cut.
+    pub max_seq_len: usize,
+
+    /// Rank of the adapters.
+    pub lora_r: usize,
+    /// Numerator of the adapters' scale.
+    pub lora_alpha: f64,
+    /// Probability with which an element of an adapter's input is dropped in training, in `[0, 1)`.
+    pub lora_dropout: f64,
+    /// Scale by α/√r instead of α/r.
+    pub peft_use_rslora: bool,
+    /// Which linear modules are adapted.
+    pub target_modules: TargetModules,
+    /// Adapt these decoder layers only; all where `None`.
+    pub layers_to_transform: Option<Vec<usize>>,
+    /// How the adapters' `A` starts.
+    pub init_lora_weights: Init,
+    /// Bits of a frozen weight: 4, 8, or 16 for none quantized.
+    pub quant_bits: u8,
+    /// Whether the output layer is quantized as well.
+    pub quantize_lm_head: bool,
+    /// The number format of the computation.
+    pub compute_dtype: ComputeDtype,
+
+    /// The peak learning rate.
+    pub learning_rate: f64,
+    /// Passes over the training rows; a fraction is allowed.
+    pub num_epochs: f64,
+    /// Optimizer steps in all; overrides `num_epochs` where given, as in transformers.
+    pub max_steps: Option<usize>,
+    /// Rows of a micro-batch.
+    pub batch_size: usize,
+    /// Tokens of a micro-batch at most: one with more is split, which changes no result. `None`: no limit.
+    pub max_batch_tokens: Option<usize>,
+    /// Micro-batches of an optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Steps of the linear warm-up. See [`warmup`](Self::warmup).
+    pub warmup_steps: usize,
+    /// The warm-up as a fraction of all steps; only where `warmup_steps` is 0.
+    pub warmup_ratio: f64,
+    /// What the learning rate does after the warm-up.
+    pub lr_scheduler: Decay,
+    /// AdamW's decoupled weight decay.
+    pub weight_decay: f64,
+    /// AdamW's β₁.
+    pub adam_beta1: f64,
+    /// AdamW's β₂.
+    pub adam_beta2: f64,
+    /// AdamW's ε.
+    pub adam_epsilon: f64,
+    /// Largest norm of all gradients together; 0 switches clipping off.
+    pub max_grad_norm: f64,
+    /// Whether a layer's activations are recomputed in the backward pass.
+    pub gradient_checkpointing: Checkpointing,
+    /// Decides the split, the order of the rows, the adapters' start and the dropout.
+    pub seed: u64,
+
+    /// Optimizer steps between two validations; `None`: after every epoch. There is always one at the end.
+    pub eval_steps: Option<usize>,
+    /// Optimizer steps between two progress lines.
+    pub logging_steps: usize,
+    /// Keep the adapter with the lowest validation loss rather than the last one.
+    pub save_best: bool,
+    /// Where the adapter, the metrics and this configuration are written.
+    pub output_dir: PathBuf,
+
+    /// Where the values came from; not a key.
+    pub source: Source,
+}
+
+impl Config {
+    /// Reads a configuration file (the built-in one where `path` is `None`), picks a run, applies
+    /// `KEY=VALUE` overrides (the value in TOML, else a string) and checks everything.
+    ///
+    /// No file that the configuration names is touched except to find which of the possible places
+    /// it is in; [`check_files`](Self::check_files) is for the rest.
+    ///
+    /// # Errors
+    ///
+    /// [`ConfigError::Invalid`] holds every wrong key at once; the other variants say why the file has
+    /// no run to look at.
+    pub fn load(
+        path: Option<&Path>,
+        run: Option<&str>,
+        overrides: &[String],
+    ) -> Result<Self, ConfigError> {
+        match path {
+            None => Self::parse(EMBEDDED_CONFIG, None, run, overrides),
+            Some(path) => {
+                let bytes = std::fs::read(path).map_err(|source| ConfigError::Read {
+                    path: path.into(),
+                    source,
+                })?;
+                let text = String::from_utf8(bytes).map_err(|error| ConfigError::NotUtf8 {
+                    path: path.into(),
+                    line: 1 + error.as_bytes()[..error.utf8_error().valid_up_to()]
+                        .iter()
+                        .filter(|byte| **byte == b'\n')
+                        .count(),
+                })?;
+                Self::parse(&text, Some(path), run, overrides)
+            }
+        }
+    }
+
+    /// [`load`](Self::load) for the text of a file. `path` tells the format by its extension, appears in
+    /// messages, and its folder is where a file of named runs looks for its data.
+    ///
+    /// # Errors
+    ///
+    /// See [`load`](Self::load).
+    pub fn parse(
+        text: &str,
+        path: Option<&Path>,
+        run: Option<&str>,
+        overrides: &[String],
+    ) -> Result<Self, ConfigError> {
+        let mut raw = raw::RawConfig::parse(text, path, run)?;
+        let problems = raw.apply(overrides);
+        validate::validate(raw, problems)
+    }
+
+    /// The adapters that this configuration asks for.
+    pub fn lora_config(&self) -> LoraConfig {
+        LoraConfig {
+            r: self.lora_r,
+            lora_alpha: self.lora_alpha,
+            lora_dropout: self.lora_dropout,
+            use_rslora: self.peft_use_rslora,
+            target_modules: self.target_modules.clone(),
+            init: self.init_lora_weights,
+            layers_to_transform: self.layers_to_transform.clone(),
+        }
+    }
+
+    /// Warm-up steps of a run of `total_steps`: `warmup_steps`, else `warmup_ratio` of them, rounded up.
+    pub fn warmup(&self, total_steps: usize) -> usize {
+        match self.warmup_steps {
+            0 => (self.warmup_ratio * total_steps as f64).ceil() as usize,
+            steps => steps,
+        }
+    }
+
+    /// Whether the model is the one built into this program.
+    pub fn embedded_model(&self) -> bool {
+        self.base_model == EMBEDDED
+    }
+
+    /// Whether the data are the ones built into this program.
+    pub fn embedded_data(&self) -> bool {
+        self.dataset_path == Path::new(EMBEDDED)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn without_a_file_the_built_in_configuration_runs() {
+        let config = Config::load(None, None, &[]).unwrap();
+        assert!(config.embedded_model() && config.embedded_data());
+        assert_eq!(config.output_dir, Path::new("runs/embedded"));
+        assert_eq!(config.source, Source::default());
+        config.check_files().unwrap();
+    }
+
+    #[test]
+    fn every_file_in_configs_is_valid_and_opens_with_its_command() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../configs");
+        let mut names = Vec::new();
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_none_or(|extension| extension != "toml") {
+                continue;
+            }
+            let name = path.file_name().unwrap().to_string_lossy().into_owned();
+            if let Err(error) = Config::load(Some(&path), None, &[]) {
+                panic!("{error}");
+            }
+            let text = std::fs::read_to_string(&path).unwrap();
+            let opening: String = text.lines().take(4).collect::<Vec<_>>().join("\n");
+            assert!(
+                opening.contains("cargo xtask train"),
+                "{name} opens with {opening}"
+            );
+            names.push(name);
+        }
+        assert!(names.len() >= 5, "{names:?}");
+    }
+
+    #[test]
+    fn the_finlora_sentiment_file_says_what_finlora_says() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .join("../../configs/llama-3.1-8b-finlora-sentiment.toml");
+        let config = Config::load(Some(&path), None, &[]).unwrap();
+        assert_eq!(
+            (config.lora_r, config.quant_bits, config.batch_size),
+            (8, 8, 8)
+        );
+        assert_eq!((config.learning_rate, config.num_epochs), (1e-4, 4.0));
+        assert_eq!(config.gradient_accumulation_steps, 2);
+        assert!(config.peft_use_rslora);
+    }
+
+    #[test]
+    fn a_file_that_is_missing_or_not_text_says_so() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.toml");
+        let error = Config::load(Some(&path), None, &[]).unwrap_err();
+        assert!(error.to_string().contains("config.toml"), "{error}");
+        std::fs::write(&path, b"lora_r = 8\nbase_model = \"\xff\"").unwrap();
+        let error = Config::load(Some(&path), None, &[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("config.toml:2") && error.contains("UTF-8"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn the_warm_up_is_given_in_steps_or_as_a_ratio() {
+        let warmup = |set: &str| Config::load(None, None, &[set.into()]).unwrap().warmup(101);
+        assert_eq!(warmup("warmup_steps=7"), 7);
+        assert_eq!(warmup("warmup_ratio=0.03"), 4);
+        assert_eq!(warmup("warmup_ratio=0"), 0);
+    }
+
+    #[test]
+    fn the_adapters_are_those_of_the_keys() {
+        let sets = [
+            "lora_r=4",
+            "lora_alpha=32",
+            "peft_use_rslora=true",
+            "lora_dropout=0.25",
+        ];
+        let config = Config::load(None, None, &sets.map(String::from)).unwrap();
+        let lora = config.lora_config();
+        assert_eq!(
+            (lora.r, lora.lora_alpha, lora.lora_dropout),
+            (4, 32.0, 0.25)
+        );
+        assert_eq!(lora.scale(), 16.0);
+        assert_eq!(lora.validate(), Ok(()));
+    }
+}

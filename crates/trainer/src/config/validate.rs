@@ -1,0 +1,618 @@
+//! From a raw configuration to a valid one: every key, its default and its range.
+
+use std::path::PathBuf;
+
+use lora_core::{Init, LoraConfig, LoraError, TargetModules};
+
+use super::error::{ConfigError, Problem, Problems, nearest};
+use super::raw::RawConfig;
+use super::reader::{Parsed, Reader, boolean, number, text, whole, word};
+use super::value::Value;
+use super::words::{Checkpointing, PromptTemplate};
+use super::{Config, files};
+use crate::schedule::Decay;
+
+/// The linear modules of a Llama's decoder layers.
+const LINEAR_MODULES: [&str; 7] = [
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+];
+
+const MODEL: &str = "the folder of a Hugging Face model, or \"embedded\"";
+const DATA: &str = "the path of a JSON-lines file, or \"embedded\"";
+const POSITIVE: &str = "a number above 0";
+const FRACTION: &str = "a number of at least 0 and below 1";
+const NOT_NEGATIVE: &str = "a number of at least 0";
+
+/// Checks every key and says everything that is wrong; `problems` are those found before.
+pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config, ConfigError> {
+    let source = raw.source.clone();
+    let default_output = PathBuf::from("runs").join(&raw.name);
+    let mut reader = Reader::new(raw, problems);
+    let r = &mut reader;
+
+    let positive = || number(POSITIVE, |x| x > 0.0);
+    let fraction = || number(FRACTION, |x| (0.0..1.0).contains(&x));
+    let not_negative = || number(NOT_NEGATIVE, |x| x >= 0.0);
+    let path = |path: String| files::resolve(&path, &source);
+
+    let base_model = r.required("base_model", MODEL, text(MODEL));
+    let dataset_path = r.required("dataset_path", DATA, text(DATA)).map(path);
+    let val_dataset_path = r
+        .optional("val_dataset_path", text("the path of a JSON-lines file"))
+        .map(path);
+    let default_val_size = if val_dataset_path.is_some() {
+        0.0
+    } else {
+        0.05
+    };
+    let val_set_size = r.or("val_set_size", default_val_size, val_set_size);
+    if val_dataset_path.is_some() && val_set_size > 0.0 {
+        r.problem(
+            "val_set_size",
+            "must be 0, or left out, beside val_dataset_path: rows for \
+            validation come from one of the two",
+        );
+    }
+    let max_seq_len = r.or("max_seq_len", 4096, whole(2));
+    let max_batch_tokens = r.optional("max_batch_tokens", whole(2));
+    if max_batch_tokens.is_some_and(|tokens| tokens < max_seq_len) {
+        r.problem(
+            "max_batch_tokens",
+            &format!(
+                "must be at least max_seq_len, which is {max_seq_len}: \
+            a row is never cut"
+            ),
+        );
+    }
+
+    let target_modules = r.or(
+        "target_modules",
+        LoraConfig::default().target_modules,
+        target_modules,
+    );
+    let layers_to_transform = r.optional("layers_to_transform", layers);
+    if layers_to_transform.is_some() && !matches!(target_modules, TargetModules::Names(_)) {
+        r.problem(
+            "layers_to_transform",
+            "cannot be used when target_modules is a string (as in PEFT); \
+            list the module names, as in [\"q_proj\", \"v_proj\"]",
+        );
+    }
+    if r.or("peft_use_dora", false, boolean) {
+        r.problem(
+            "peft_use_dora",
+            "DoRA is not supported yet; set it to false, or leave it out, for LoRA",
+        );
+    }
+
+    let warmup_steps = r.or("warmup_steps", 0, whole(0));
+    let default_ratio = if r.has("warmup_steps") { 0.0 } else { 0.03 };
+    let warmup_ratio = r.or("warmup_ratio", default_ratio, fraction());
+    if warmup_steps > 0 && warmup_ratio > 0.0 {
+        r.problem(
+            "warmup_ratio",
+            "must be 0, or left out, beside warmup_steps: the warm-up has one length",
+        );
+    }
+
+    let config = Config {
+        base_model: base_model.unwrap_or_default(),
+        dataset_path: dataset_path.unwrap_or_default(),
+        val_dataset_path,
+        val_set_size,
+        prompt_template: r.or("prompt_template", PromptTemplate::Raw, prompt_template),
+        max_seq_len,
+        lora_r: r.or("lora_r", 8, whole(1)),
+        lora_alpha: r.or("lora_alpha", 16.0, positive()),
+        lora_dropout: r.or("lora_dropout", 0.0, fraction()),
+        peft_use_rslora: r.or("peft_use_rslora", false, boolean),
+        target_modules,
+        layers_to_transform,
+        init_lora_weights: r.or("init_lora_weights", Init::Kaiming, init),
+        quant_bits: r.or("quant_bits", 8, quant_bits),
+        quantize_lm_head: r.or("quantize_lm_head", false, boolean),
+        compute_dtype: r.or("compute_dtype", Default::default(), word),
+        learning_rate: r.or("learning_rate", 1e-4, positive()),
+        num_epochs: r.or("num_epochs", 4.0, positive()),
+        max_steps: r.optional("max_steps", whole(1)),
+        batch_size: r.or("batch_size", 8, whole(1)),
+        max_batch_tokens,
+        gradient_accumulation_steps: r.or("gradient_accumulation_steps", 1, whole(1)),
+        warmup_steps,
+        warmup_ratio,
+        lr_scheduler: r.or("lr_scheduler", Decay::Cosine, word),
+        weight_decay: r.or("weight_decay", 0.0, not_negative()),
+        adam_beta1: r.or("adam_beta1", 0.9, fraction()),
+        adam_beta2: r.or("adam_beta2", 0.999, fraction()),
+        adam_epsilon: r.or("adam_epsilon", 1e-8, positive()),
+        max_grad_norm: r.or("max_grad_norm", 1.0, not_negative()),
+        gradient_checkpointing: r.or("gradient_checkpointing", Checkpointing::Auto, checkpointing),
+        seed: r.or("seed", 42, whole(0)) as u64,
+        eval_steps: r.optional("eval_steps", whole(1)),
+        logging_steps: r.or("logging_steps", 1, whole(1)),
+        save_best: r.or("save_best", true, boolean),
+        output_dir: r
+            .get("output_dir", text("the path of a folder"))
+            .map_or(default_output, PathBuf::from),
+        source: source.clone(),
+    };
+    reader.finish()?;
+    // The ranges above are lora-core's own; should they ever part, it has the last word.
+    config
+        .lora_config()
+        .validate()
+        .map_err(|error| lora_problem(&config, &error))?;
+    Ok(config)
+}
+
+fn lora_problem(config: &Config, error: &LoraError) -> Problems {
+    Problems(vec![Problem {
+        location: files::location(&config.source),
+        key: "lora".into(),
+        value: None,
+        message: error.to_string(),
+    }])
+}
+
+fn val_set_size(value: &Value) -> Parsed<f64> {
+    number(
+        "a fraction of the rows (at least 0, below 1) or a whole number of rows",
+        |x| (0.0..1.0).contains(&x) || (x >= 1.0 && x.fract() == 0.0),
+    )(value)
+}
+
+fn prompt_template(value: &Value) -> Parsed<PromptTemplate> {
+    match value {
+        Value::String(text) => PromptTemplate::parse(text),
+        _ => PromptTemplate::parse(""),
+    }
+}
+
+fn quant_bits(value: &Value) -> Parsed<u8> {
+    match whole(0)(value) {
+        Ok(4) => Ok(4),
+        Ok(8) => Ok(8),
+        Ok(16) => Ok(16),
+        _ => Err("must be 4, 8, or 16 (not quantized)".into()),
+    }
+}
+
+/// PEFT writes `true` for its default, Kaiming-uniform.
+fn init(value: &Value) -> Parsed<Init> {
+    match value {
+        Value::Bool(true) => Ok(Init::Kaiming),
+        _ => word(value),
+    }
+}
+
+fn checkpointing(value: &Value) -> Parsed<Checkpointing> {
+    match value {
+        Value::Bool(true) => Ok(Checkpointing::On),
+        Value::Bool(false) => Ok(Checkpointing::Off),
+        _ => word(value),
+    }
+}
+
+/// A list of layer numbers, or one number.
+fn layers(value: &Value) -> Parsed<Vec<usize>> {
+    let right = || "must be a list of layer numbers, counted from 0, as in [0, 1, 2]".to_string();
+    match value {
+        Value::Integer(_) => whole(0)(value)
+            .map(|layer| vec![layer])
+            .map_err(|_| right()),
+        Value::List(items) if !items.is_empty() => {
+            let layers: Result<Vec<usize>, String> = items.iter().map(whole(0)).collect();
+            layers.map_err(|_| right())
+        }
+        _ => Err(right()),
+    }
+}
+
+/// PEFT's meaning: a list of names, `all-linear`, or one expression for the whole module name.
+fn target_modules(value: &Value) -> Parsed<TargetModules> {
+    let right = "must be a list of module names such as [\"q_proj\", \"v_proj\"], \"all-linear\", or one \
+        regular expression that matches whole module names";
+    match value {
+        Value::String(word) if word == "all-linear" => Ok(TargetModules::AllLinear),
+        // A module's full name has dots (model.layers.0.self_attn.q_proj) and no commas; a plain word or
+        // several with commas would be an expression that matches nothing.
+        Value::String(text)
+            if text
+                .chars()
+                .all(|c| c.is_alphanumeric() || "_-, ".contains(c)) =>
+        {
+            let names: Vec<String> = text
+                .split([',', ' '])
+                .filter(|name| !name.is_empty())
+                .map(|name| format!("{name:?}"))
+                .collect();
+            match names.is_empty() {
+                true => Err(right.into()),
+                false => Err(format!(
+                    "is read as a regular expression for the whole module name and matches none; for names \
+                     write [{}]",
+                    names.join(", ")
+                )),
+            }
+        }
+        Value::String(pattern) => {
+            let targets = TargetModules::Regex(pattern.clone());
+            let config = LoraConfig {
+                target_modules: targets.clone(),
+                ..LoraConfig::default()
+            };
+            match config.selector() {
+                Ok(_) => Ok(targets),
+                Err(LoraError::InvalidPattern { reason, .. }) => {
+                    // The engine draws the place over several lines; its last line says what is wrong.
+                    let reason = reason.lines().last().unwrap_or_default();
+                    let reason = reason.trim_start_matches("error: ");
+                    Err(format!("is not a valid regular expression: {reason}"))
+                }
+                Err(other) => Err(other.to_string()),
+            }
+        }
+        Value::List(items) if !items.is_empty() => items
+            .iter()
+            .map(module_name)
+            .collect::<Parsed<_>>()
+            .map(TargetModules::Names),
+        _ => Err(right.into()),
+    }
+}
+
+/// One of the model's linear modules, perhaps with a part of the path before it.
+fn module_name(value: &Value) -> Parsed<String> {
+    let Value::String(name) = value else {
+        return Err(format!("must be a list of module names; {value} is none"));
+    };
+    let last = name.rsplit('.').next().unwrap_or_default();
+    if LINEAR_MODULES.contains(&last) {
+        return Ok(name.clone());
+    }
+    Err(match nearest(last, LINEAR_MODULES.into_iter()) {
+        Some(known) => {
+            format!("{name:?} is no linear module of a Llama layer; did you mean {known:?}?")
+        }
+        None => format!(
+            "{name:?} is no linear module of a Llama layer; these are {}",
+            LINEAR_MODULES.join(", ")
+        ),
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::reader::KEYS;
+
+    const LEAST: &str = "base_model = \"m\"\ndataset_path = \"d.jsonl\"\n";
+
+    fn parse(text: &str) -> Result<Config, ConfigError> {
+        Config::parse(
+            &format!("{LEAST}{text}"),
+            Some(Path::new("runs.toml")),
+            None,
+            &[],
+        )
+    }
+
+    fn problems(text: &str) -> Vec<String> {
+        match parse(text) {
+            Err(ConfigError::Invalid(problems)) => {
+                problems.0.iter().map(|p| p.to_string()).collect()
+            }
+            Err(error) => panic!("{error}"),
+            Ok(_) => Vec::new(),
+        }
+    }
+
+    #[test]
+    fn absent_keys_have_finlora_s_and_peft_s_defaults() {
+        let config = parse("").unwrap();
+        assert_eq!(
+            (config.lora_r, config.lora_alpha, config.quant_bits),
+            (8, 16.0, 8)
+        );
+        assert_eq!(config.lora_config(), LoraConfig::default());
+        assert_eq!(
+            (config.adam_beta1, config.adam_beta2, config.adam_epsilon),
+            (0.9, 0.999, 1e-8)
+        );
+        assert_eq!(
+            (config.weight_decay, config.max_grad_norm, config.seed),
+            (0.0, 1.0, 42)
+        );
+        assert_eq!(config.output_dir, Path::new("runs/runs"));
+        assert_eq!(
+            (config.max_steps, config.eval_steps, config.logging_steps),
+            (None, None, 1)
+        );
+    }
+
+    #[test]
+    fn every_wrong_value_is_caught() {
+        for wrong in [
+            "lora_r = 0",
+            "lora_r = -1",
+            "lora_r = 1.5",
+            "lora_r = true",
+            "lora_r = \"eight\"",
+            "lora_r = [8]",
+            "lora_alpha = 0",
+            "lora_alpha = -16",
+            "lora_alpha = nan",
+            "lora_alpha = inf",
+            "lora_dropout = 1",
+            "lora_dropout = -0.1",
+            "lora_dropout = nan",
+            "quant_bits = 5",
+            "quant_bits = 32",
+            "quant_bits = -8",
+            "quantize_lm_head = 1",
+            "learning_rate = 0",
+            "learning_rate = -1e-4",
+            "learning_rate = nan",
+            "num_epochs = 0",
+            "num_epochs = -1",
+            "batch_size = 0",
+            "gradient_accumulation_steps = 0",
+            "max_steps = 0",
+            "max_steps = -1",
+            "eval_steps = 0",
+            "logging_steps = 0",
+            "max_seq_len = 1",
+            "max_batch_tokens = 0",
+            "warmup_steps = -1",
+            "warmup_ratio = 1.0",
+            "warmup_ratio = -0.1",
+            "lr_scheduler = \"cosin\"",
+            "lr_scheduler = 1",
+            "compute_dtype = \"fp16\"",
+            "gradient_checkpointing = \"yes\"",
+            "weight_decay = -0.1",
+            "adam_beta1 = 1.0",
+            "adam_beta2 = -0.5",
+            "adam_epsilon = 0",
+            "max_grad_norm = -1",
+            "val_set_size = -0.1",
+            "val_set_size = 1.5",
+            "seed = -1",
+            "seed = 99999999999999999999",
+            "prompt_template = \"custom:x\"",
+            "prompt_template = 3",
+            "init_lora_weights = false",
+            "init_lora_weights = \"pissa\"",
+            "peft_use_rslora = 1",
+            "peft_use_dora = true",
+            "peft_use_dora = \"no\"",
+            "save_best = 0",
+            "output_dir = \"\"",
+            "target_modules = []",
+            "target_modules = \"(\"",
+            "target_modules = \"\"",
+            "target_modules = [1]",
+            "target_modules = \"q_proj\"",
+            "target_modules = \"q_proj,v_proj\"",
+            "target_modules = [\"qproj\"]",
+            "target_modules = [\"self_attn\"]",
+            "layers_to_transform = []",
+            "layers_to_transform = [-1]",
+            "layers_to_transform = \"all\"",
+            "val_dataset_path = 1",
+            "logging_steps = 2026-01-01",
+        ] {
+            let found = problems(wrong);
+            assert_eq!(found.len(), 1, "{wrong}: {found:?}");
+            let (key, value) = wrong.split_once(" = ").unwrap();
+            assert!(
+                found[0].starts_with(&format!("runs.toml:3: {key} = ")),
+                "{wrong}: {}",
+                found[0]
+            );
+            assert!(
+                found[0].contains(value.trim_matches('"')) || value.contains('e'),
+                "{wrong}: {}",
+                found[0]
+            );
+        }
+    }
+
+    #[test]
+    fn all_problems_come_at_once_in_the_order_of_the_file() {
+        let found = problems("lora_r = 0\nlearnig_rate = 1\n\nquant_bits = \"8\"\nbanana = {}\n");
+        assert_eq!(found.len(), 4, "{found:?}");
+        assert_eq!(
+            found[0],
+            "runs.toml:3: lora_r = 0: must be a whole number of at least 1"
+        );
+        assert_eq!(
+            found[1],
+            "runs.toml:4: learnig_rate = 1: unknown key; did you mean learning_rate?"
+        );
+        assert_eq!(
+            found[2],
+            "runs.toml:6: quant_bits = \"8\": must be 4, 8, or 16 (not quantized) (write it without quotes)"
+        );
+        assert!(
+            found[3]
+                .starts_with("runs.toml:7: banana = { … }: unknown key; the keys are base_model")
+        );
+    }
+
+    #[test]
+    fn the_model_and_the_data_must_be_named() {
+        let error = Config::parse(
+            "lora_r = 0",
+            Some(Path::new("a.toml")),
+            None,
+            &["seed".into()],
+        )
+        .unwrap_err()
+        .to_string();
+        assert!(error.contains("4 problems"), "{error}");
+        assert!(
+            error.contains("a.toml: base_model: is missing; it must be the folder"),
+            "{error}"
+        );
+        assert!(
+            error.contains("a.toml: dataset_path: is missing"),
+            "{error}"
+        );
+        assert!(
+            error.contains("--set: seed: must have the form KEY=VALUE"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn overrides_are_checked_like_the_file() {
+        let sets = ["lora_r=0".to_string(), "lerning_rate=1".into()];
+        let error = Config::parse(LEAST, None, None, &sets)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("--set: lora_r = 0: must be"), "{error}");
+        assert!(
+            error.contains("--set: lerning_rate = 1: unknown key; did you mean learning_rate?"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn names_of_other_trainers_are_recognised() {
+        for (theirs, ours) in [
+            ("lr", "learning_rate"),
+            ("load_in_8bit", "quant_bits"),
+            ("r", "lora_r"),
+        ] {
+            let found = problems(&format!("{theirs} = 1"));
+            assert!(
+                found[0].ends_with(&format!("did you mean {ours}?")),
+                "{found:?}"
+            );
+        }
+    }
+
+    #[test]
+    fn keys_that_exclude_each_other_are_caught() {
+        for (text, key) in [
+            ("warmup_steps = 5\nwarmup_ratio = 0.1", "warmup_ratio"),
+            (
+                "val_dataset_path = \"v.jsonl\"\nval_set_size = 0.1",
+                "val_set_size",
+            ),
+            (
+                "max_seq_len = 512\nmax_batch_tokens = 511",
+                "max_batch_tokens",
+            ),
+            (
+                "target_modules = \"all-linear\"\nlayers_to_transform = [0]",
+                "layers_to_transform",
+            ),
+        ] {
+            let found = problems(text);
+            assert_eq!(found.len(), 1, "{text}: {found:?}");
+            assert!(
+                found[0].starts_with(&format!("runs.toml:4: {key} = ")),
+                "{found:?}"
+            );
+        }
+        assert_eq!(parse("warmup_steps = 0").unwrap().warmup(100), 0);
+        assert_eq!(
+            parse("val_dataset_path = \"v.jsonl\"")
+                .unwrap()
+                .val_set_size,
+            0.0
+        );
+    }
+
+    #[test]
+    fn target_modules_have_peft_s_three_forms() {
+        let targets = |text: &str| {
+            parse(&format!("target_modules = {text}"))
+                .unwrap()
+                .target_modules
+        };
+        assert_eq!(targets("\"all-linear\""), TargetModules::AllLinear);
+        let names = ["q_proj", "mlp.up_proj"].map(String::from).to_vec();
+        assert_eq!(
+            targets("[\"q_proj\", \"mlp.up_proj\"]"),
+            TargetModules::Names(names)
+        );
+        let pattern = r".*\.[02]\..*q_proj";
+        assert_eq!(
+            targets(&format!("'{pattern}'")),
+            TargetModules::Regex(pattern.into())
+        );
+        let found = problems("target_modules = \"q_proj, v_proj\"");
+        assert!(
+            found[0].ends_with("for names write [\"q_proj\", \"v_proj\"]"),
+            "{found:?}"
+        );
+        let found = problems("target_modules = [\"qproj\"]");
+        assert!(found[0].ends_with("did you mean \"q_proj\"?"), "{found:?}");
+        assert_eq!(problems("target_modules = \".*(q\"")[0].lines().count(), 1);
+    }
+
+    #[test]
+    fn other_spellings_are_accepted() {
+        let config = parse(
+            "init_lora_weights = true\ngradient_checkpointing = true\nlora_r = 4.0\nlora_alpha = 8\n\
+             peft_use_dora = false\nlayers_to_transform = 3\nmax_steps = \"none\"\nval_set_size = 100",
+        )
+        .unwrap();
+        assert_eq!(config.init_lora_weights, Init::Kaiming);
+        assert_eq!(config.gradient_checkpointing, Checkpointing::On);
+        assert_eq!((config.lora_r, config.lora_alpha), (4, 8.0));
+        assert_eq!(
+            (config.layers_to_transform, config.max_steps),
+            (Some(vec![3]), None)
+        );
+        assert_eq!(config.val_set_size, 100.0);
+    }
+
+    #[test]
+    fn null_in_json_is_an_absent_key() {
+        let json = r#"{"base_model": "m", "dataset_path": "d", "max_steps": null, "lora_r": null}"#;
+        let config = Config::parse(json, None, None, &[]).unwrap();
+        assert_eq!((config.max_steps, config.lora_r), (None, 8));
+        let json = r#"{"base_model": null, "dataset_path": "d", "nonsense": null}"#;
+        let error = Config::parse(json, None, None, &[])
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("2 problems"), "{error}");
+    }
+
+    #[test]
+    fn finlora_s_run_with_dora_is_refused_by_name() {
+        let json =
+            r#"{"a": {"base_model": "m", "dataset_path": "d", "peft_use_dora": true}, "b": {}}"#;
+        let error = Config::parse(json, None, Some("a"), &[])
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("peft_use_dora = true: DoRA is not supported yet"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn every_key_is_asked_for() {
+        // A known key with an impossible value is one problem; one that nobody reads would be "unknown".
+        for key in KEYS {
+            let text = format!("{key} = 1979-05-27\n");
+            let error = Config::parse(&text, None, None, &[])
+                .unwrap_err()
+                .to_string();
+            assert!(!error.contains("unknown"), "{key}: {error}");
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! The keys whose values are words.
+
+use std::fmt;
+
+use lora_core::Init;
+
+use crate::schedule::Decay;
+
+/// The number format that the layers compute in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum ComputeDtype {
+    /// What suits the device: bf16 on CUDA, f32 elsewhere.
+    #[default]
+    Auto,
+    /// 32 bits.
+    F32,
+    /// 16 bits with the range of f32 (CUDA).
+    Bf16,
+    /// 16 bits (GPUs that have it).
+    F16,
+}
+
+/// Whether a layer's activations are kept for the backward pass or computed again there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Checkpointing {
+    /// Recompute: about a third more time, and the memory of one layer instead of all.
+    On,
+    /// Keep everything.
+    Off,
+    /// Recompute where keeping would not fit.
+    #[default]
+    Auto,
+}
+
+/// How a row's context becomes the prompt.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub enum PromptTemplate {
+    /// The context as it is (FinLoRA's contexts hold the whole instruction).
+    #[default]
+    Raw,
+    /// `[INST] context [/INST]`.
+    Inst,
+    /// The model's own chat template, the context as the user's message.
+    Chat,
+    /// A text in which `{context}` is replaced.
+    Custom(String),
+}
+
+/// What a custom template replaces by the row's context.
+pub(crate) const PLACEHOLDER: &str = "{context}";
+
+impl PromptTemplate {
+    /// Reads `raw`, `inst`, `chat` or `custom:` with a text around `{context}`; the error says what
+    /// would be right.
+    pub(super) fn parse(text: &str) -> Result<Self, String> {
+        match text {
+            "raw" => Ok(Self::Raw),
+            "inst" => Ok(Self::Inst),
+            "chat" => Ok(Self::Chat),
+            _ => match text.strip_prefix("custom:") {
+                Some(template) if template.contains(PLACEHOLDER) => {
+                    Ok(Self::Custom(template.into()))
+                }
+                Some(_) => Err(format!("a custom template must contain {PLACEHOLDER}")),
+                None => Err(format!(
+                    "must be \"raw\", \"inst\", \"chat\", or \"custom:\" followed by a text that \
+                     contains {PLACEHOLDER}"
+                )),
+            },
+        }
+    }
+}
+
+/// As in a config file.
+impl fmt::Display for PromptTemplate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Raw => f.write_str("raw"),
+            Self::Inst => f.write_str("inst"),
+            Self::Chat => f.write_str("chat"),
+            Self::Custom(template) => write!(f, "custom:{template}"),
+        }
+    }
+}
+
+/// A type whose values are one word each in a config file.
+pub(super) trait Word: Copy + PartialEq + 'static {
+    /// Each value with its word.
+    const WORDS: &'static [(&'static str, Self)];
+
+    /// The word of this value.
+    fn word(self) -> &'static str {
+        let found = Self::WORDS.iter().find(|(_, value)| *value == self);
+        found.map_or("", |(word, _)| word)
+    }
+}
+
+impl Word for ComputeDtype {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("auto", Self::Auto),
+        ("f32", Self::F32),
+        ("bf16", Self::Bf16),
+        ("f16", Self::F16),
+    ];
+}
+
+impl Word for Checkpointing {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("auto", Self::Auto), ("on", Self::On), ("off", Self::Off)];
+}
+
+impl Word for Decay {
+    const WORDS: &'static [(&'static str, Self)] = &[
+        ("cosine", Self::Cosine),
+        ("linear", Self::Linear),
+        ("constant", Self::Constant),
+    ];
+}
+
+impl Word for Init {
+    const WORDS: &'static [(&'static str, Self)] =
+        &[("kaiming", Self::Kaiming), ("gaussian", Self::Gaussian)];
+}
+
+/// As in a config file.
+impl fmt::Display for ComputeDtype {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+/// As in a config file.
+impl fmt::Display for Checkpointing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.word())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_template_is_read_as_it_is_shown() {
+        for text in ["raw", "inst", "chat", "custom:Q: {context}\nA:"] {
+            assert_eq!(PromptTemplate::parse(text).unwrap().to_string(), text);
+        }
+        assert!(
+            PromptTemplate::parse("custom:no place")
+                .unwrap_err()
+                .contains("{context}")
+        );
+        assert!(
+            PromptTemplate::parse("alpaca")
+                .unwrap_err()
+                .contains("\"inst\"")
+        );
+    }
+
+    #[test]
+    fn every_value_has_a_word() {
+        assert_eq!(ComputeDtype::Bf16.to_string(), "bf16");
+        assert_eq!(Checkpointing::Off.to_string(), "off");
+        assert_eq!(
+            (Decay::Linear.word(), Init::Gaussian.word()),
+            ("linear", "gaussian")
+        );
+    }
+}

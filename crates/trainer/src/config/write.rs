@@ -1,0 +1,152 @@
+//! A configuration as TOML, with every key.
+
+use lora_core::TargetModules;
+use toml::{Table, Value};
+
+use super::Config;
+use super::words::Word;
+
+impl Config {
+    /// The configuration as a TOML file that names every key; the same parser reads it back as the same
+    /// configuration. A key that is off says `"none"`.
+    pub fn to_toml(&self) -> String {
+        let path = |path: &std::path::Path| Value::from(path.to_string_lossy().into_owned());
+        let whole = |number: usize| Value::from(number as i64);
+        let optional = |number: Option<usize>| number.map_or_else(none, whole);
+        let mut table = Table::new();
+        let mut set = |key: &str, value: Value| {
+            table.insert(key.into(), value);
+        };
+        set("base_model", self.base_model.clone().into());
+        set("dataset_path", path(&self.dataset_path));
+        set(
+            "val_dataset_path",
+            self.val_dataset_path.as_deref().map_or_else(none, path),
+        );
+        set("val_set_size", self.val_set_size.into());
+        set("prompt_template", self.prompt_template.to_string().into());
+        set("max_seq_len", whole(self.max_seq_len));
+        set("lora_r", whole(self.lora_r));
+        set("lora_alpha", self.lora_alpha.into());
+        set("lora_dropout", self.lora_dropout.into());
+        set("peft_use_rslora", self.peft_use_rslora.into());
+        set("peft_use_dora", false.into());
+        set(
+            "target_modules",
+            match &self.target_modules {
+                TargetModules::Names(names) => names.clone().into(),
+                TargetModules::Regex(pattern) => pattern.clone().into(),
+                TargetModules::AllLinear => "all-linear".into(),
+            },
+        );
+        let layers =
+            |layers: &Vec<usize>| Value::Array(layers.iter().map(|layer| whole(*layer)).collect());
+        set(
+            "layers_to_transform",
+            self.layers_to_transform.as_ref().map_or_else(none, layers),
+        );
+        set("init_lora_weights", self.init_lora_weights.word().into());
+        set("quant_bits", whole(self.quant_bits.into()));
+        set("quantize_lm_head", self.quantize_lm_head.into());
+        set("compute_dtype", self.compute_dtype.word().into());
+        set("learning_rate", self.learning_rate.into());
+        set("num_epochs", self.num_epochs.into());
+        set("max_steps", optional(self.max_steps));
+        set("batch_size", whole(self.batch_size));
+        set("max_batch_tokens", optional(self.max_batch_tokens));
+        set(
+            "gradient_accumulation_steps",
+            whole(self.gradient_accumulation_steps),
+        );
+        set("warmup_steps", whole(self.warmup_steps));
+        set("warmup_ratio", self.warmup_ratio.into());
+        set("lr_scheduler", self.lr_scheduler.word().into());
+        set("weight_decay", self.weight_decay.into());
+        set("adam_beta1", self.adam_beta1.into());
+        set("adam_beta2", self.adam_beta2.into());
+        set("adam_epsilon", self.adam_epsilon.into());
+        set("max_grad_norm", self.max_grad_norm.into());
+        set(
+            "gradient_checkpointing",
+            self.gradient_checkpointing.word().into(),
+        );
+        set("seed", Value::from(self.seed as i64));
+        set("eval_steps", optional(self.eval_steps));
+        set("logging_steps", whole(self.logging_steps));
+        set("save_best", self.save_best.into());
+        set("output_dir", path(&self.output_dir));
+        table.to_string()
+    }
+}
+
+fn none() -> Value {
+    "none".into()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::Path;
+
+    use super::*;
+    use crate::config::reader::KEYS;
+
+    fn round_trip(config: &Config) {
+        let written = config.to_toml();
+        let read = Config::parse(&written, Some(Path::new("elsewhere.toml")), None, &[]);
+        let read = read.unwrap_or_else(|error| panic!("{error}\n{written}"));
+        let source = read.source.clone();
+        assert_eq!(
+            read,
+            Config {
+                source,
+                ..config.clone()
+            },
+            "{written}"
+        );
+    }
+
+    #[test]
+    fn the_written_configuration_reads_back_as_the_same() {
+        let load = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+            Config::load(None, None, &sets).unwrap()
+        };
+        round_trip(&load(&[]));
+        round_trip(&load(&[
+            "target_modules=all-linear",
+            "max_steps=3",
+            "learning_rate=1.2345678901234567e-5",
+            "num_epochs=0.1",
+            "prompt_template=\"custom:a\\n\\\"'\\\\{context}\\t'''\"",
+            "val_dataset_path=C:\\data\\v.jsonl",
+            "val_set_size=0",
+            "seed=9007199254740993",
+            "eval_steps=none",
+            "warmup_ratio=0",
+            "warmup_steps=9",
+            "lr_scheduler=linear",
+            "compute_dtype=bf16",
+            "init_lora_weights=gaussian",
+        ]));
+        round_trip(&load(&[
+            "layers_to_transform=[0, 5]",
+            "target_modules=[\"o_proj\"]",
+            "quant_bits=16",
+        ]));
+        round_trip(&load(&[
+            r"target_modules='.*\.layers\.[0-3]\..*_proj'",
+            "adam_epsilon=1e-300",
+        ]));
+    }
+
+    #[test]
+    fn every_key_is_written() {
+        let written: Table = Config::load(None, None, &[])
+            .unwrap()
+            .to_toml()
+            .parse()
+            .unwrap();
+        let written: Vec<&str> = written.keys().map(String::as_str).collect();
+        assert_eq!(written, KEYS);
+    }
+}
