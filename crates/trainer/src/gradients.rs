@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::{Param, ParamId};
+use burn::module::{Module, Param, ParamId};
 use burn::optim::GradientsParams;
 use burn::tensor::{DType, Gradients, Tensor};
 use llama_burn::{DecoderLayer, Llama, PackedContext};
@@ -32,7 +32,10 @@ impl AdapterGradients {
     }
 
     fn collect(&mut self, layer: &DecoderLayer, gradients: &mut Gradients) {
-        let adapters = layer.linears().into_iter().filter_map(|(_, linear)| linear.adapter());
+        let adapters = layer
+            .linears()
+            .into_iter()
+            .filter_map(|(_, linear)| linear.adapter());
         for param in adapters.flat_map(|adapter| [&adapter.a, &adapter.b]) {
             self.add(param, gradients);
         }
@@ -53,7 +56,10 @@ impl AdapterGradients {
     ///
     /// A `max_norm` of 0 does not clip.
     pub fn into_mean(self, max_norm: f64) -> (GradientsParams, f64) {
-        let squares = self.sums.values().map(|sum| sum.clone().cast(DType::F32).square().sum());
+        let squares = self
+            .sums
+            .values()
+            .map(|sum| sum.clone().cast(DType::F32).square().sum());
         let squares: Vec<Tensor<1>> = squares.collect();
         // One number is read from the device, not one a tensor.
         let sum = match squares.is_empty() {
@@ -96,23 +102,26 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let mut kept = Vec::new();
     for (index, layer) in model.layers.iter().enumerate() {
         if index < lowest {
-            hidden = layer.valid_forward(hidden, &context);
+            hidden = forward_plain(layer, hidden, &context);
             continue;
         }
         let input = hidden.autodiff().require_grad();
         let output = layer.forward(input.clone(), &context, seed(index));
         hidden = output.clone().inner();
         // With checkpointing the output, and with it the layer's tape, is dropped here.
-        let output = (!options.gradient_checkpointing).then_some(output);
-        kept.push((index, input.inner_if(options.gradient_checkpointing), output));
+        kept.push(match options.gradient_checkpointing {
+            true => (index, input.inner(), None),
+            false => (index, input, Some(output)),
+        });
     }
 
     let positions = loss::token_ids(&batch.target_positions, &hidden.device().without_autodiff());
     let supervised = hidden.clone().select(0, positions.clone());
-    let (sums, gradient) = loss::loss_and_gradient(model, supervised, &batch.target_ids);
+    let (sums, gradient) = loss::loss_and_gradient(model, supervised, batch);
     into.totals.add(sums);
     let nowhere = hidden.zeros_like();
-    let mut gradient = nowhere.select_assign(0, positions, gradient, burn::tensor::IndexingUpdateOp::Add);
+    let mut gradient =
+        nowhere.select_assign(0, positions, gradient, burn::tensor::IndexingUpdateOp::Add);
 
     while let Some((index, input, output)) = kept.pop() {
         let layer = &model.layers[index];
@@ -138,10 +147,10 @@ pub fn evaluate(model: &Llama, batch: &Batch) -> LossSums {
     let context = model.context(&batch.tokens);
     let mut hidden = model.embed(&batch.tokens).inner();
     for layer in &model.layers {
-        hidden = layer.valid_forward(hidden, &context);
+        hidden = forward_plain(layer, hidden, &context);
     }
     let positions = loss::token_ids(&batch.target_positions, &hidden.device());
-    loss::loss(model, hidden.select(0, positions), &batch.target_ids)
+    loss::loss(model, hidden.select(0, positions), batch)
 }
 
 /// The first layer with an adapter; nothing below it needs a gradient.
@@ -150,30 +159,15 @@ fn lowest_adapted(model: &Llama) -> usize {
         let linears = layer.linears();
         linears.iter().any(|(_, linear)| linear.adapter().is_some())
     };
-    model.layers.iter().position(adapted).unwrap_or(model.layers.len())
+    model
+        .layers
+        .iter()
+        .position(adapted)
+        .unwrap_or(model.layers.len())
 }
 
-trait WithoutTape {
-    fn valid_forward(&self, hidden: Tensor<2>, context: &PackedContext) -> Tensor<2>;
-}
-
-impl WithoutTape for DecoderLayer {
-    fn valid_forward(&self, hidden: Tensor<2>, context: &PackedContext) -> Tensor<2> {
-        use burn::module::Module;
-        // One layer at a time: a snapshot of the whole model would hold all block scales twice.
-        self.valid().forward(hidden, context, None)
-    }
-}
-
-trait InnerIf {
-    fn inner_if(self, condition: bool) -> Self;
-}
-
-impl InnerIf for Tensor<2> {
-    fn inner_if(self, condition: bool) -> Self {
-        match condition {
-            true => self.inner(),
-            false => self,
-        }
-    }
+/// A layer without a tape and without dropout.
+fn forward_plain(layer: &DecoderLayer, hidden: Tensor<2>, context: &PackedContext) -> Tensor<2> {
+    // One layer at a time: a snapshot of the whole model would hold all block scales twice.
+    layer.valid().forward(hidden, context, None)
 }

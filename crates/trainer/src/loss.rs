@@ -4,6 +4,8 @@ use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use llama_burn::Llama;
 
+use crate::data::Batch;
+
 /// Scores exist for this many positions at a time: with a vocabulary of 128,256 that is 125 MiB.
 const POSITIONS_AT_ONCE: usize = 256;
 
@@ -16,6 +18,10 @@ pub struct LossSums {
     pub correct: usize,
     /// Positions.
     pub tokens: usize,
+    /// Rows whose every position is predicted right.
+    pub correct_rows: usize,
+    /// Rows.
+    pub rows: usize,
 }
 
 impl LossSums {
@@ -24,6 +30,8 @@ impl LossSums {
         self.loss += other.loss;
         self.correct += other.correct;
         self.tokens += other.tokens;
+        self.correct_rows += other.correct_rows;
+        self.rows += other.rows;
     }
 
     /// Cross entropy a token, in nats; not a number without tokens.
@@ -35,36 +43,43 @@ impl LossSums {
     pub fn accuracy(&self) -> f64 {
         self.correct as f64 / self.tokens as f64
     }
+
+    /// Share of rows predicted right as a whole: the answer, word for word, and its end.
+    pub fn row_accuracy(&self) -> f64 {
+        self.correct_rows as f64 / self.rows as f64
+    }
 }
 
-/// Loss at the positions whose hidden states are given, without a tape.
+/// Loss of a batch whose supervised hidden states are given, without a tape.
 ///
 /// # Shapes
 ///
-/// - `hidden`: `[m, hidden]`, the last layer's output at the `m` positions that predict
-/// - `targets`: `m` token ids
-pub fn loss(model: &Llama, hidden: Tensor<2>, targets: &[u32]) -> LossSums {
-    let mut sums = LossSums::default();
-    for (start, targets) in pieces(targets) {
+/// - `hidden`: `[m, hidden]`, the last layer's output at the batch's `m` positions that predict
+pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> LossSums {
+    let mut total = 0.0;
+    let mut predicted = Vec::new();
+    for (start, targets) in pieces(&batch.target_ids) {
         let hidden = hidden.clone().narrow(0, start, targets.len());
-        sums.add(piece(model, hidden, targets).0);
+        let (loss, _) = piece(model, hidden, targets, &mut predicted);
+        total += loss;
     }
-    sums
+    sums(total, &predicted, batch)
 }
 
 /// As [`loss`], and the gradient of the summed loss with respect to `hidden`.
-pub fn loss_and_gradient(model: &Llama, hidden: Tensor<2>, targets: &[u32]) -> (LossSums, Tensor<2>) {
-    let mut sums = LossSums::default();
+pub fn loss_and_gradient(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, Tensor<2>) {
+    let mut total = 0.0;
+    let mut predicted = Vec::new();
     let mut gradients = Vec::new();
-    for (start, targets) in pieces(targets) {
+    for (start, targets) in pieces(&batch.target_ids) {
         let hidden = hidden.clone().narrow(0, start, targets.len());
         let hidden = hidden.autodiff().require_grad();
-        let (piece_sums, loss) = piece(model, hidden.clone(), targets);
-        let gradient = hidden.grad(&loss.backward());
+        let (loss, tape) = piece(model, hidden.clone(), targets, &mut predicted);
+        let gradient = hidden.grad(&tape.backward());
         gradients.push(gradient.expect("the loss depends on the hidden states"));
-        sums.add(piece_sums);
+        total += loss;
     }
-    (sums, Tensor::cat(gradients, 0))
+    (sums(total, &predicted, batch), Tensor::cat(gradients, 0))
 }
 
 fn pieces(targets: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
@@ -72,25 +87,51 @@ fn pieces(targets: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
     starts.zip(targets.chunks(POSITIONS_AT_ONCE))
 }
 
-/// The sums, and the summed loss as a tensor for the backward pass.
-fn piece(model: &Llama, hidden: Tensor<2>, targets: &[u32]) -> (LossSums, Tensor<1>) {
-    let device = hidden.device().without_autodiff();
-    let targets = token_ids(targets, &device);
-    let tokens = targets.dims()[0];
+/// The summed loss as a number and as a tensor for the backward pass; adds the best-scored tokens.
+fn piece(
+    model: &Llama,
+    hidden: Tensor<2>,
+    targets: &[u32],
+    predicted: &mut Vec<u32>,
+) -> (f64, Tensor<1>) {
+    let tokens = targets.len();
+    let targets = token_ids(targets, &hidden.device().without_autodiff());
     let logits = model.logits(hidden);
-    let predicted = logits.clone().inner().argmax(1).reshape([tokens]);
-    let hits = predicted.equal(targets.clone()).float().sum().cast(DType::F32);
+    let best = logits.clone().inner().argmax(1).reshape([tokens]);
     let log_probabilities = log_softmax(logits, 1).gather(1, targets.reshape([tokens, 1]));
     let loss = log_probabilities.sum().neg();
-    // One read for both numbers: each waits for the device.
-    let both = Tensor::cat(vec![loss.clone().inner(), hits], 0).into_data().convert::<f32>();
-    let both = both.try_to_vec::<f32>().unwrap_or_default();
-    let sums = LossSums {
-        loss: both.first().map_or(f64::NAN, |loss| *loss as f64),
-        correct: both.get(1).map_or(0, |hits| *hits as usize),
-        tokens,
+    // One read for all numbers, since each read waits for the device; f32 holds ids below 2^24 exactly.
+    let best = best.float().cast(DType::F32);
+    let read = Tensor::cat(vec![loss.clone().inner(), best], 0).into_data();
+    let read = read
+        .try_to_vec::<f32>()
+        .unwrap_or_else(|_| vec![f32::NAN; tokens + 1]);
+    predicted.extend(read[1..].iter().map(|id| *id as u32));
+    (read[0] as f64, loss)
+}
+
+/// Counts what was predicted right, position by position and row by row.
+fn sums(loss: f64, predicted: &[u32], batch: &Batch) -> LossSums {
+    let mut sums = LossSums {
+        loss,
+        tokens: predicted.len(),
+        ..LossSums::default()
     };
-    (sums, loss)
+    let mut next = 0;
+    let mut end = 0;
+    for length in &batch.tokens.segment_lengths {
+        end += length;
+        let mut right = true;
+        while next < predicted.len() && (batch.target_positions[next] as usize) < end {
+            let hit = predicted[next] == batch.target_ids[next];
+            sums.correct += usize::from(hit);
+            right &= hit;
+            next += 1;
+        }
+        sums.rows += 1;
+        sums.correct_rows += usize::from(right);
+    }
+    sums
 }
 
 /// Token or position indices on a device.

@@ -53,6 +53,8 @@ pub struct ValidationLine {
     pub val_loss: f64,
     /// Share of the supervised tokens that the model ranks first.
     pub val_accuracy: f64,
+    /// Share of the rows whose every supervised token is right: the whole answer and its end.
+    pub val_row_accuracy: f64,
     /// Supervised tokens.
     pub val_tokens: usize,
     /// Seconds it took.
@@ -171,6 +173,7 @@ mod tests {
             epoch: 0.5,
             val_loss: 0.5,
             val_accuracy: 0.875,
+            val_row_accuracy: 0.75,
             val_tokens: 16,
             val_s: 0.125,
         }
@@ -221,6 +224,7 @@ mod tests {
                 "epoch",
                 "val_loss",
                 "val_accuracy",
+                "val_row_accuracy",
                 "val_tokens",
                 "val_s"
             ]

@@ -327,6 +327,7 @@ mod tests {
             epoch: 0.0,
             val_loss,
             val_accuracy,
+            val_row_accuracy: val_accuracy / 2.0,
             val_tokens: 10,
             val_s: 1.0,
         }
@@ -371,9 +372,15 @@ mod tests {
         for part in ["loss 0.3000", "912 tokens/s", "812 MiB", "lr 2e-4", "left"] {
             assert!(steps[1].contains(part), "{part:?} in {}", steps[1]);
         }
-        assert!(text.contains("before training  validation loss 3.0000  accuracy 0.0 %\n"));
-        assert!(text.contains("loss 0.5000 (-2.5000)  accuracy 75.0 % (+75.0)  best\n"));
-        assert!(text.contains("loss 0.6000 (+0.1000)  accuracy 75.0 % (±0.0)\n"));
+        assert!(text.contains(
+            "before training  validation loss 3.0000  accuracy 0.0 %  answers right 0.0 %\n"
+        ));
+        assert!(text.contains(
+            "loss 0.5000 (-2.5000)  accuracy 75.0 % (+75.0)  answers right 37.5 %  best\n"
+        ));
+        assert!(
+            text.contains("loss 0.6000 (+0.1000)  accuracy 75.0 % (±0.0)  answers right 37.5 %\n")
+        );
         assert!(text.contains("Done: 175 steps"));
     }
 

@@ -7,13 +7,15 @@ use super::curve;
 use super::style::Style;
 use crate::human;
 
-/// A validation's two numbers.
+/// A validation's numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scores {
     /// Cross entropy a supervised token, in nats.
     pub loss: f64,
     /// Share of the supervised tokens that the model ranks first.
     pub accuracy: f64,
+    /// Share of the rows whose whole answer is right.
+    pub row_accuracy: f64,
 }
 
 /// What a run ended with. Plain data: the loop fills it in.
@@ -121,6 +123,8 @@ impl RunResult {
         let loss = change(|scores| scores.loss).map(|by| signed(by, &human::number(by.abs())));
         let accuracy = change(|scores| scores.accuracy)
             .map(|by| signed(by, &format!("{:.1} points", by.abs() * 100.0)));
+        let whole = change(|scores| scores.row_accuracy)
+            .map(|by| signed(by, &format!("{:.1} points", by.abs() * 100.0)));
         let rows = [
             vec![
                 String::new(),
@@ -137,6 +141,11 @@ impl RunResult {
                 "validation accuracy",
                 &|scores| human::percent(scores.accuracy),
                 accuracy.unwrap_or_default(),
+            ),
+            row(
+                "answers right",
+                &|scores| human::percent(scores.row_accuracy),
+                whole.unwrap_or_default(),
             ),
         ];
         let mut lines = human::columns(&rows, &[1, 2, 3]);
@@ -169,12 +178,14 @@ pub(super) mod tests {
             base: Some(Scores {
                 loss: 3.12,
                 accuracy: 0.0,
+                row_accuracy: 0.0,
             }),
             kept: Some((
                 150,
                 Scores {
                     loss: 0.4,
                     accuracy: 0.875,
+                    row_accuracy: 0.75,
                 },
             )),
             stopped: None,

@@ -141,7 +141,10 @@ impl Run {
         }
         self.validations.push((line.step, line.val_loss));
         self.last_validation = Some(*line);
-        format!("{when}  validation loss {loss}  accuracy {accuracy}{best}")
+        let answers = human::percent(line.val_row_accuracy);
+        format!(
+            "{when}  validation loss {loss}  accuracy {accuracy}  answers right {answers}{best}"
+        )
     }
 }
 

@@ -1,0 +1,224 @@
+//! The command line: raw arguments to calls into the library, errors to sentences and exit codes.
+
+use std::io::Write;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::{Context, anyhow};
+use clap::{Args, Parser, Subcommand};
+use llama_burn::LlamaConfig;
+
+use crate::config::Config;
+use crate::device::Backend;
+use crate::output::Existing;
+use crate::parity::ParityOptions;
+use crate::plan::{Plan, PlanOptions, Workload};
+use crate::screen::{Screen, ScreenKind};
+use crate::train::{self, RunFiles};
+use crate::{data, make_assets, parity, plan};
+
+/// Fine-tunes Llama-family models with LoRA over 8-bit weights.
+#[derive(Parser)]
+#[command(name = "trainer", version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Train an adapter
+    Train(Train),
+    /// Print rows with their tokens and the loss mask
+    InspectData(InspectData),
+    /// Parameters and predicted peak memory of a model, without its weights
+    Plan(PlanArgs),
+    /// Compare with a reference that transformers and PEFT computed, or backends with each other
+    Parity(Parity),
+    /// Make the embedded model, tokenizer and data again from their seed
+    MakeAssets(MakeAssets),
+}
+
+#[derive(Args)]
+struct ConfigArgs {
+    /// TOML or JSON; FinLoRA's file with many runs too. Without one: the embedded default
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// One of the named runs of a file
+    #[arg(long, value_name = "NAME")]
+    run: Option<String>,
+    /// Overrides a key of the configuration; may be repeated
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+}
+
+impl ConfigArgs {
+    fn load(&self) -> anyhow::Result<Config> {
+        let config = Config::load(self.config.as_deref(), self.run.as_deref(), &self.set)?;
+        Ok(config)
+    }
+}
+
+#[derive(Args)]
+struct Train {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
+    #[arg(long, default_value = "auto")]
+    backend: Backend,
+    /// Where the adapter, the metrics and the resolved configuration go
+    #[arg(long, value_name = "DIR")]
+    output_dir: Option<PathBuf>,
+    /// Take the place of a run that is in the output folder
+    #[arg(long)]
+    overwrite: bool,
+}
+
+#[derive(Args)]
+struct InspectData {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// How many rows
+    #[arg(long, default_value_t = 3)]
+    rows: usize,
+}
+
+#[derive(Args)]
+struct PlanArgs {
+    #[command(flatten)]
+    config: ConfigArgs,
+    /// Predict for a GPU's memory instead of the CPU's
+    #[arg(long)]
+    gpu: bool,
+}
+
+#[derive(Args)]
+struct Parity {
+    /// A folder that peft_reference.py wrote
+    #[arg(long, value_name = "DIR")]
+    reference: Option<PathBuf>,
+    /// The reference's model, where the folder does not hold it
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Backends to run on
+    #[arg(long, value_delimiter = ',', default_value = "cpu")]
+    backends: Vec<Backend>,
+    /// The learning rate of the reference's training steps
+    #[arg(long, default_value_t = 1e-3)]
+    lr: f64,
+}
+
+#[derive(Args)]
+struct MakeAssets {
+    /// Where to write them
+    #[arg(long, default_value = "assets")]
+    output: PathBuf,
+    /// Decides everything
+    #[arg(long, default_value_t = make_assets::SEED)]
+    seed: u64,
+}
+
+/// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage gives 2.
+pub fn main() -> ExitCode {
+    let command = Cli::parse().command;
+    let mut screen = Screen::new(ScreenKind::detect());
+    let logger =
+        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
+    let logger = { logger }.build();
+    // Only a second logger makes this fail, and then there is one.
+    let _ = screen.install_logger(logger);
+    match run(command, &mut screen) {
+        Ok(code) => code,
+        Err(error) => {
+            drop(screen);
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
+    match command {
+        Command::Train(args) => {
+            let mut config = args.config.load()?;
+            let existing = match (args.overwrite, &args.output_dir) {
+                (true, _) => Existing::Replace,
+                (false, Some(_)) => Existing::Refuse,
+                (false, None) => Existing::Number,
+            };
+            if let Some(folder) = args.output_dir {
+                config.output_dir = folder;
+            }
+            train::train(&config, args.backend, existing, screen)?;
+        }
+        Command::InspectData(args) => {
+            let config = args.config.load()?;
+            let files = RunFiles::find(&config)?;
+            let model = LlamaConfig::from_file(&files.model)?;
+            let rows = files.data(&config, &model)?;
+            let colour = console::colors_enabled();
+            let mut out = std::io::stdout().lock();
+            // A reader that went away (`| head`) is no error.
+            let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
+        }
+        Command::Plan(args) => show_plan(&args)?,
+        Command::Parity(args) => {
+            let report = parity::parity(&ParityOptions {
+                reference: args.reference,
+                model: args.model,
+                backends: args.backends,
+                learning_rate: args.lr,
+            })?;
+            screen.line(&report.to_string());
+            return Ok(ExitCode::from(u8::from(!report.passed())));
+        }
+        Command::MakeAssets(args) => {
+            make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))
+                .with_context(|| format!("cannot make {}", args.output.display()))?;
+        }
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// A configuration's plan, or that of a bare `config.json` of a model under the default settings.
+fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
+    let bare =
+        args.config.config.as_deref().filter(|path| {
+            path.is_dir() || path.file_name().is_some_and(|name| name == "config.json")
+        });
+    let (config, model) = match bare {
+        Some(path) => {
+            let config = Config::load(None, None, &args.config.set)?;
+            (config, LlamaConfig::from_file(path)?)
+        }
+        None => {
+            let config = args.config.load()?;
+            let folder = match config.embedded_model() {
+                true => RunFiles::find(&config)?.model,
+                false => config
+                    .model_folder()
+                    .ok_or_else(|| anyhow!("no model folder"))?,
+            };
+            let model = LlamaConfig::from_file(&folder)?;
+            (config, model)
+        }
+    };
+    let length = config.max_seq_len.min(model.max_position_embeddings);
+    let options = PlanOptions {
+        lora: config.lora_config(),
+        quantization: train::quantization(&config),
+        float_bytes: if args.gpu { 2 } else { 4 },
+        gradient_checkpointing: config.gradient_checkpointing != crate::config::Checkpointing::Off,
+        on_gpu: args.gpu,
+        workload: Workload::largest(config.batch_size, length, config.max_batch_tokens),
+    };
+    let plan = Plan::new(&model, &options)?;
+    let mut out = std::io::stdout().lock();
+    for line in plan.lines(&model, &options) {
+        let _ = writeln!(out, "{line}");
+    }
+    for line in plan::alternatives(&model, &options)? {
+        let _ = writeln!(out, "{line}");
+    }
+    Ok(())
+}

@@ -1,0 +1,35 @@
+//! Fine-tunes Llama-family models with LoRA over 8-bit weights.
+//!
+//! | module | what it holds |
+//! | --- | --- |
+//! | [`cli`] | the command line |
+//! | [`config`] | a run's settings: read raw, checked as a whole |
+//! | [`data`] | rows, prompts, tokens, packed batches |
+//! | [`device`] | the only place that names a backend |
+//! | [`train`] | the loop |
+//! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
+//! | [`peft`] | adapters in Hugging Face PEFT's format |
+//! | [`plan`] | parameters and memory from shapes alone |
+//! | [`parity`] | our numbers against others' |
+//! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
+
+pub mod cli;
+pub mod config;
+pub mod data;
+pub mod device;
+pub mod embedded;
+pub mod gradients;
+pub mod human;
+pub mod loss;
+pub mod make_assets;
+pub mod memory;
+pub mod metrics;
+pub mod optimizer;
+pub mod output;
+pub mod parity;
+pub mod peft;
+pub mod plan;
+pub mod schedule;
+pub mod screen;
+pub mod train;

@@ -1,0 +1,200 @@
+//! One device against the numbers of transformers and PEFT.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::{DType, Device, Tensor};
+use llama_burn::{Llama, LlamaConfig, LoadOptions, Weights};
+use lora_core::Quantization;
+
+use super::difference::{curves, max_abs, relative};
+use super::reference::Reference;
+use super::run;
+use super::{Check, ParityError, Section};
+use crate::peft::{AdapterTensors, tensor_names};
+
+// Why these tolerances: both sides compute in f32 and differ in the order of their sums only. On
+// models of this kind that gives 1e-6 to 1e-5 on logits of size 1 to 10, 1e-6 relative on gradients;
+// a wrong scale, a missing bias or a position shifted by one gives 1e-2 and more.
+const LOGITS: f64 = 1e-4;
+const LOSS: f64 = 1e-5;
+const GRADIENT: f64 = 1e-4;
+const TRAIN_LOSSES: f64 = 1e-3;
+const MERGED: f64 = 1e-6;
+/// AdamW divides by the gradient's size: elements whose gradient is rounding noise move by a full
+/// step in a direction that rounding decides. That is a few elements of a matrix.
+const TRAINED: f64 = 1e-2;
+
+/// Checks every quantity of `reference` on `device`, in f32 with dense weights.
+pub(super) fn check(
+    reference: &Reference,
+    learning_rate: f64,
+    device: &Device,
+    name: &str,
+) -> Result<Section, ParityError> {
+    let config = LlamaConfig::from_file(&reference.model)?;
+    reference.batch.tokens.check(&config)?;
+    if reference.vocab != config.vocab_size {
+        return Err(ParityError::Vocabulary {
+            expected: config.vocab_size,
+            got: reference.vocab,
+        });
+    }
+    let options = LoadOptions {
+        quantization: Quantization::None,
+        dtype: DType::F32,
+    };
+    let device = device.clone().autodiff();
+    let base = llama_burn::load(&reference.model, &config, options, &device, |_| {})?;
+    let lora = &reference.config.lora;
+    let adapted = reference.adapter.put_on(base.clone(), lora)?;
+
+    let mut checks = Vec::new();
+    let mut left_out = Vec::new();
+    let base_logits = run::logits(&base, &reference.batch)?;
+    checks.push(logits(
+        "base_logits",
+        &base_logits,
+        &reference.base_logits,
+        reference.vocab,
+    ));
+    let with_adapter = run::logits(&adapted, &reference.batch)?;
+    checks.push(logits(
+        "logits",
+        &with_adapter,
+        &reference.logits,
+        reference.vocab,
+    ));
+    let loss = run::loss(&adapted, &reference.batch);
+    checks.push(Check {
+        quantity: "loss".into(),
+        difference: (loss - reference.loss).abs(),
+        tolerance: LOSS,
+        note: format!("absolute; {loss:.6}, reference {:.6}", reference.loss),
+    });
+    for (gradient_checkpointing, quantity) in [
+        (false, "LoRA gradients"),
+        (true, "LoRA gradients, layers run again"),
+    ] {
+        let got = run::gradients(&adapted, &reference.batch, gradient_checkpointing)?;
+        checks.push(tensors(quantity, GRADIENT, &got, &reference.gradients)?);
+    }
+    let steps = reference.train_losses.len();
+    let (trained, losses) = run::train(adapted, &reference.batch, steps, learning_rate);
+    let (difference, step) = curves(&losses, &reference.train_losses);
+    checks.push(Check {
+        quantity: format!("train_losses, {steps} AdamW steps"),
+        difference,
+        tolerance: TRAIN_LOSSES,
+        note: format!("relative; largest at step {step}, learning rate {learning_rate}"),
+    });
+    let got = by_tensor(&AdapterTensors::from_model(&trained)?);
+    let expected = by_tensor(&reference.trained);
+    checks.push(tensors("adapter after training", TRAINED, &got, &expected)?);
+    match &reference.merged {
+        None => left_out.push("merged weights: the folder has no merged/".into()),
+        Some(folder) => {
+            // The reference's trained adapter, so that only the merge is compared.
+            let model = reference.trained.put_on(base, lora)?;
+            let mut merged = Weights::open(folder)?;
+            merged.check(&config.tensor_shapes())?;
+            checks.push(merged_weights(&model, &mut merged)?);
+        }
+    }
+    Ok(Section {
+        title: format!(
+            "{name} against transformers and PEFT ({})",
+            reference.model.display()
+        ),
+        checks,
+        left_out,
+    })
+}
+
+fn logits(quantity: &str, got: &[f32], expected: &[f32], vocab: usize) -> Check {
+    let (difference, worst) = max_abs(got, expected);
+    Check {
+        quantity: quantity.into(),
+        difference,
+        tolerance: LOGITS,
+        note: format!(
+            "largest absolute; packed position {}, token {}",
+            worst / vocab,
+            worst % vocab
+        ),
+    }
+}
+
+/// Compares named tensors; the reported difference is the worst tensor's.
+pub(super) fn tensors(
+    quantity: &str,
+    tolerance: f64,
+    got: &BTreeMap<String, Vec<f32>>,
+    expected: &BTreeMap<String, Vec<f32>>,
+) -> Result<Check, ParityError> {
+    if let Some(name) = expected.keys().find(|name| !got.contains_key(*name)) {
+        return Err(ParityError::OneSided {
+            quantity: quantity.into(),
+            name: name.clone(),
+            side: "the reference",
+        });
+    }
+    if let Some(name) = got.keys().find(|name| !expected.contains_key(*name)) {
+        return Err(ParityError::OneSided {
+            quantity: quantity.into(),
+            name: name.clone(),
+            side: "this device",
+        });
+    }
+    let mut worst = (0.0f64, "");
+    for (name, expected) in expected {
+        let difference = relative(&got[name], expected);
+        if difference.is_nan() || difference >= worst.0 {
+            worst = (difference, name);
+        }
+        if difference.is_nan() {
+            break;
+        }
+    }
+    Ok(Check {
+        quantity: format!("{quantity} ({} tensors)", expected.len()),
+        difference: worst.0,
+        tolerance,
+        note: format!("largest relative Frobenius; {}", worst.1),
+    })
+}
+
+/// An adapter's matrices by PEFT's tensor name.
+fn by_tensor(adapter: &AdapterTensors) -> BTreeMap<String, Vec<f32>> {
+    let pairs = adapter.modules.iter();
+    let named = pairs.flat_map(|(module, pair)| {
+        let [a, b] = tensor_names(module);
+        [(a, pair.a.clone()), (b, pair.b.clone())]
+    });
+    named.collect()
+}
+
+/// Merges each linear module and compares it with the merged model's weight, element by element.
+fn merged_weights(model: &Llama, merged: &mut Weights) -> Result<Check, ParityError> {
+    let mut worst = (0.0f64, String::new());
+    let mut count = 0;
+    for (module, linear) in model.linears() {
+        let name = format!("{module}.weight");
+        let expected = merged.read(&name)?;
+        // Hugging Face stores [d_out, d_in].
+        let weight: Tensor<2> = linear.merge().weight.val().transpose();
+        let (difference, _) = max_abs(&run::values(weight, &name)?, &expected);
+        count += 1;
+        if difference.is_nan() || difference >= worst.0 {
+            worst = (difference, name);
+        }
+        if difference.is_nan() {
+            break;
+        }
+    }
+    Ok(Check {
+        quantity: format!("merged weights ({count} tensors)"),
+        difference: worst.0,
+        tolerance: MERGED,
+        note: format!("largest absolute; {}", worst.1),
+    })
+}

@@ -1,0 +1,225 @@
+//! `trainer parity`: the trainer's numbers against those of someone else's code, or of another device.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `reference` | a folder that `peft_reference.py` wrote |
+//! | `against_reference` | one device against such a folder |
+//! | `between_devices` | a quantized model on each pair of devices |
+//! | `run` | forward, backward, training steps: the trainer's own parts |
+//! | `difference`, `report` | how far apart, and the table |
+
+mod against_reference;
+mod between_devices;
+mod difference;
+mod reference;
+mod report;
+mod run;
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+
+use crate::device::{self, Backend, DeviceError, Selected};
+use crate::peft::AdapterError;
+use reference::Reference;
+
+pub use report::{Check, Report, Section};
+
+/// What to compare.
+#[derive(Debug, Clone)]
+pub struct ParityOptions {
+    /// A folder that `peft_reference.py` wrote; without one, devices are compared with each other.
+    pub reference: Option<PathBuf>,
+    /// The reference's model, where it is not in the folder (`peft_reference.py --model`).
+    pub model: Option<PathBuf>,
+    /// The backends to run on; those that are not there are reported, not failed.
+    pub backends: Vec<Backend>,
+    /// The learning rate of the reference's training steps; the folder does not say it.
+    pub learning_rate: f64,
+}
+
+impl Default for ParityOptions {
+    /// The CPU, without a reference, and `peft_reference.py`'s learning rate.
+    fn default() -> Self {
+        Self {
+            reference: None,
+            model: None,
+            backends: vec![Backend::Cpu],
+            learning_rate: 1e-3,
+        }
+    }
+}
+
+/// Why nothing could be compared.
+#[derive(Debug, thiserror::Error)]
+pub enum ParityError {
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// What the system says.
+        source: std::io::Error,
+    },
+    /// The reference numbers are not a safetensors file, or cut off.
+    #[error("{} is not a valid safetensors file: {reason}", path.display())]
+    Safetensors {
+        /// The file.
+        path: PathBuf,
+        /// What the parser says.
+        reason: String,
+    },
+    /// A tensor of the reference is missing or not as expected.
+    #[error("{}: {name}: {reason}", path.display())]
+    Tensor {
+        /// The file.
+        path: PathBuf,
+        /// The tensor's name.
+        name: String,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The folder holds no model and none was named.
+    #[error(
+        "{} has no model/ folder; say with --model where the reference's model is",
+        folder.display()
+    )]
+    NoModel {
+        /// The reference's folder.
+        folder: PathBuf,
+    },
+    /// The reference was made with another model.
+    #[error(
+        "the reference's logits have {got} scores a position, but the model's vocabulary has {expected} entries: this is another model"
+    )]
+    Vocabulary {
+        /// The model's vocabulary.
+        expected: usize,
+        /// The reference's.
+        got: usize,
+    },
+    /// A tensor that only one side has.
+    #[error("{quantity}: only {side} has {name}")]
+    OneSided {
+        /// What was being compared.
+        quantity: String,
+        /// The tensor.
+        name: String,
+        /// Who has it.
+        side: &'static str,
+    },
+    /// The backward pass gave an adapter no gradient.
+    #[error("{name} has no gradient")]
+    NoGradient {
+        /// PEFT's name of the tensor.
+        name: String,
+    },
+    /// A device does not give a tensor back.
+    #[error("{name} cannot be read from the device: {reason}")]
+    Unreadable {
+        /// What the tensor is.
+        name: String,
+        /// What the device says.
+        reason: String,
+    },
+    /// The model's configuration.
+    #[error(transparent)]
+    Config(#[from] llama_burn::ConfigError),
+    /// The model's weights.
+    #[error(transparent)]
+    Load(#[from] llama_burn::LoadError),
+    /// The merged model's weights.
+    #[error("merged model: {0}")]
+    Merged(#[from] llama_burn::WeightsError),
+    /// The reference's tokens.
+    #[error("input_ids: {0}")]
+    Tokens(#[from] llama_burn::PackedError),
+    /// An adapter.
+    #[error(transparent)]
+    Adapter(#[from] AdapterError),
+    /// A layer of the model that devices are compared with.
+    #[error(transparent)]
+    Lora(#[from] lora_core::LoraError),
+    /// None of the backends is there.
+    #[error("no backend to run on: {0}")]
+    NoBackend(String),
+}
+
+/// Selects the backends and compares what `options` asks for.
+///
+/// A backend that is not in this build or not on this machine gets a line in the report; it fails
+/// nothing, unless nothing is left to compare.
+///
+/// # Errors
+///
+/// What is missing or wrong in the reference's folder, or that no backend is there. Differences past
+/// their tolerance are no error of this function: ask [`Report::passes`].
+pub fn parity(options: &ParityOptions) -> Result<Report, ParityError> {
+    let mut absent = Vec::new();
+    let mut devices: Vec<(String, Device)> = Vec::new();
+    for backend in &options.backends {
+        match start(*backend) {
+            Ok(selected) => {
+                // `auto` may be a backend that is in the list already.
+                let name = format!("{} [{}]", selected.backend, selected.name);
+                if devices.iter().all(|(known, _)| *known != name) {
+                    devices.push((name, selected.device));
+                }
+            }
+            Err(error) => absent.push(format!("{backend}: left out: {error}")),
+        }
+    }
+    if devices.is_empty() {
+        return Err(ParityError::NoBackend(absent.join("; ")));
+    }
+    let mut report = match &options.reference {
+        Some(folder) => {
+            let model = options.model.as_deref();
+            against_reference(folder, model, options.learning_rate, &devices)?
+        }
+        None => between_devices(&devices)?,
+    };
+    report.absent = absent;
+    Ok(report)
+}
+
+/// A device that starts and that passes its self-test.
+fn start(backend: Backend) -> Result<Selected, DeviceError> {
+    let selected = device::select(backend)?;
+    device::self_test(&selected)?;
+    Ok(selected)
+}
+
+/// Compares each device with the numbers that `peft_reference.py` wrote into `folder`, in f32 with
+/// dense weights: logits with and without the adapter, loss, the gradient of every LoRA matrix, the
+/// losses of AdamW steps, the trained adapter, and the merged weights.
+///
+/// # Errors
+///
+/// What is missing or wrong in the folder.
+pub fn against_reference(
+    folder: &Path,
+    model: Option<&Path>,
+    learning_rate: f64,
+    devices: &[(String, Device)],
+) -> Result<Report, ParityError> {
+    let reference = Reference::read(folder, model)?;
+    let sections = devices
+        .iter()
+        .map(|(name, device)| against_reference::check(&reference, learning_rate, device, name));
+    Ok(Report {
+        sections: sections.collect::<Result<_, _>>()?,
+        absent: vec![],
+    })
+}
+
+/// Compares every pair of devices on a small LoRA Llama with 8-bit weights that is made from a seed
+/// and is the same, integer by integer, on all of them: logits, loss, gradients, and the losses of
+/// ten training steps.
+///
+/// # Errors
+///
+/// [`ParityError::Unreadable`] where a device does not give its numbers back.
+pub fn between_devices(devices: &[(String, Device)]) -> Result<Report, ParityError> {
+    between_devices::compare(devices)
+}

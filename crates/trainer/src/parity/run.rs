@@ -1,0 +1,89 @@
+//! The quantities that parity compares, computed with the trainer's own parts.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Tensor;
+use llama_burn::Llama;
+
+use super::ParityError;
+use crate::data::Batch;
+use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::optimizer::AdamW;
+use crate::peft::tensor_names;
+
+/// The scores at every position, `[n, vocab]` row by row.
+pub(super) fn logits(model: &Llama, batch: &Batch) -> Result<Vec<f32>, ParityError> {
+    let logits = model.logits(model.hidden_states(&batch.tokens));
+    values(logits, "logits")
+}
+
+/// The mean loss a supervised token.
+pub(super) fn loss(model: &Llama, batch: &Batch) -> f64 {
+    gradients::evaluate(model, batch).mean()
+}
+
+/// The gradients of the mean loss by PEFT's tensor name and in its layout: A `[r, d_in]`, B `[d_out, r]`.
+pub(super) fn gradients(
+    model: &Llama,
+    batch: &Batch,
+    gradient_checkpointing: bool,
+) -> Result<BTreeMap<String, Vec<f32>>, ParityError> {
+    let mut sums = AdapterGradients::default();
+    gradients::accumulate(model, batch, options(gradient_checkpointing), &mut sums);
+    let tokens = sums.totals.tokens as f64;
+    let mut named = BTreeMap::new();
+    for (module, linear) in model.linears() {
+        let Some(adapter) = linear.adapter() else {
+            continue;
+        };
+        for (name, param) in tensor_names(&module)
+            .into_iter()
+            .zip([&adapter.a, &adapter.b])
+        {
+            let sum = sums
+                .get(param.id)
+                .ok_or_else(|| ParityError::NoGradient { name: name.clone() })?;
+            let mean = sum.clone().div_scalar(tokens).transpose();
+            named.insert(name.clone(), values(mean, &name)?);
+        }
+    }
+    Ok(named)
+}
+
+fn options(gradient_checkpointing: bool) -> PassOptions {
+    PassOptions {
+        gradient_checkpointing,
+        dropout_seed: 0,
+    }
+}
+
+/// A tensor's elements, row by row.
+pub(super) fn values<const D: usize>(
+    tensor: Tensor<D>,
+    name: &str,
+) -> Result<Vec<f32>, ParityError> {
+    let data = tensor.into_data().convert::<f32>();
+    data.try_to_vec().map_err(|error| ParityError::Unreadable {
+        name: name.into(),
+        reason: format!("{error:?}"),
+    })
+}
+
+/// Trains on one batch and gives the loss of each step, before it.
+pub(super) fn train(
+    mut model: Llama,
+    batch: &Batch,
+    steps: usize,
+    learning_rate: f64,
+) -> (Llama, Vec<f64>) {
+    let mut optimizer = AdamW::default().init();
+    let mut losses = Vec::new();
+    for _ in 0..steps {
+        let mut sums = AdapterGradients::default();
+        gradients::accumulate(&model, batch, options(true), &mut sums);
+        losses.push(sums.totals.mean());
+        let (mean, _) = sums.into_mean(0.0);
+        model = optimizer.step(learning_rate, model, mean);
+    }
+    (model, losses)
+}

@@ -1,0 +1,326 @@
+//! Reads and writes adapters in PEFT's layout: a folder with `adapter_config.json` and
+//! `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads as it is.
+//!
+//! Reading is strict. A field or a tensor that would change what the adapter computes, and that is
+//! not supported here, is an error that names it; nothing is ignored silently.
+
+mod config;
+mod model;
+mod tensors;
+
+use std::fs;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+pub use config::AdapterConfig;
+pub(crate) use tensors::read_floats;
+pub use tensors::{AdapterPair, AdapterTensors, tensor_names};
+
+/// Name of the settings in an adapter's folder.
+pub const CONFIG_FILE: &str = "adapter_config.json";
+/// Name of the weights in an adapter's folder.
+pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
+
+/// Why an adapter cannot be read, written or put on a model.
+#[derive(Debug, thiserror::Error)]
+pub enum AdapterError {
+    /// A file cannot be read or written.
+    #[error("cannot {action} {}: {source}", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+    /// The folder holds an adapter in PyTorch's pickle format only.
+    #[error(
+        "{} has no {WEIGHTS_FILE}, only adapter_model.bin; load it with PEFT and save it again with save_pretrained, which writes safetensors",
+        folder.display()
+    )]
+    Pickle {
+        /// The adapter's folder.
+        folder: PathBuf,
+    },
+    /// What is wrong in which of the adapter's files.
+    #[error("{}: {source}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong in it.
+        source: Box<AdapterError>,
+    },
+    /// `adapter_config.json` is not a JSON object.
+    #[error("not a valid adapter configuration: {reason}")]
+    Json {
+        /// What the JSON parser says.
+        reason: String,
+    },
+    /// A field of `adapter_config.json` is wrong or not supported.
+    #[error("{field} is {got}; expected {expected}")]
+    Config {
+        /// The field's name.
+        field: String,
+        /// Its value, as JSON.
+        got: String,
+        /// What is possible.
+        expected: String,
+    },
+    /// A setting of the LoRA is invalid.
+    #[error(transparent)]
+    Lora(#[from] lora_core::LoraError),
+    /// The weights are not a safetensors file, or cut off.
+    #[error("not a valid safetensors file: {reason}")]
+    Safetensors {
+        /// What the parser says.
+        reason: String,
+    },
+    /// A tensor that the adapter needs is not in the file.
+    #[error("tensor {name} is missing")]
+    Missing {
+        /// PEFT's name of the tensor.
+        name: String,
+    },
+    /// A tensor that no adapted module has.
+    #[error("tensor {name} is unexpected: the model has no adapter there")]
+    Unexpected {
+        /// The tensor's name.
+        name: String,
+    },
+    /// A tensor of another shape.
+    #[error("tensor {name} has shape {got:?}, expected {expected:?}")]
+    Shape {
+        /// The tensor's name.
+        name: String,
+        /// The shape that the model and the rank ask for.
+        expected: Vec<usize>,
+        /// The shape in the file.
+        got: Vec<usize>,
+    },
+    /// A tensor that is no matrix.
+    #[error("tensor {name} has shape {got:?}, expected a matrix")]
+    Rank {
+        /// The tensor's name.
+        name: String,
+        /// The shape in the file.
+        got: Vec<usize>,
+    },
+    /// A tensor whose elements are not floats.
+    #[error("tensor {name} has type {got}, expected F32, F16 or BF16")]
+    Dtype {
+        /// The tensor's name.
+        name: String,
+        /// The type in the file.
+        got: String,
+    },
+    /// A layer does not take its adapter.
+    #[error("{module}: {source}")]
+    Module {
+        /// The module's full name.
+        module: String,
+        /// What the layer says.
+        source: lora_core::LoraError,
+    },
+    /// A device does not give a tensor back.
+    #[error("tensor {name} cannot be read from the device: {reason}")]
+    Unreadable {
+        /// PEFT's name of the tensor.
+        name: String,
+        /// What the device says.
+        reason: String,
+    },
+    /// NaN or infinity in a tensor.
+    #[error(
+        "tensor {name} holds {value} at element {index}; the training that made it has diverged"
+    )]
+    NotFinite {
+        /// The tensor's name.
+        name: String,
+        /// Which element, counted row by row.
+        index: usize,
+        /// NaN, or an infinity.
+        value: f32,
+    },
+}
+
+impl AdapterError {
+    fn shape(name: String, expected: &[usize], got: &[usize]) -> Self {
+        Self::Shape {
+            name,
+            expected: expected.to_vec(),
+            got: got.to_vec(),
+        }
+    }
+
+    fn in_file(self, path: &Path) -> Self {
+        Self::File {
+            path: path.into(),
+            source: Box::new(self),
+        }
+    }
+}
+
+/// Writes an adapter into `folder`, which is made if need be.
+///
+/// Each file is replaced as a whole (temporary file, sync, rename), the weights before the
+/// configuration: an interrupted run leaves the adapter that was there, never half of one.
+///
+/// # Errors
+///
+/// [`AdapterError::Io`] for a folder that cannot be written; [`AdapterError::NotFinite`].
+pub fn write_adapter(
+    folder: &Path,
+    config: &AdapterConfig,
+    tensors: &AdapterTensors,
+) -> Result<(), AdapterError> {
+    let weights = tensors.to_bytes()?;
+    fs::create_dir_all(folder).map_err(|source| AdapterError::Io {
+        action: "make the folder",
+        path: folder.into(),
+        source,
+    })?;
+    replace_file(&folder.join(WEIGHTS_FILE), &weights)?;
+    let text = format!("{:#}\n", config.to_json());
+    replace_file(&folder.join(CONFIG_FILE), text.as_bytes())
+}
+
+/// Reads the adapter in `folder`.
+///
+/// The tensors are checked against each other and against `r` here, and against a model in
+/// [`AdapterTensors::put_on`].
+///
+/// # Errors
+///
+/// Which file is missing, or wrong, and where; see [`AdapterConfig::from_json`] and
+/// [`AdapterTensors::from_bytes`].
+pub fn read_adapter(folder: &Path) -> Result<(AdapterConfig, AdapterTensors), AdapterError> {
+    let config = read_adapter_config(folder)?;
+    let path = folder.join(WEIGHTS_FILE);
+    if !path.exists() && folder.join("adapter_model.bin").exists() {
+        return Err(AdapterError::Pickle {
+            folder: folder.into(),
+        });
+    }
+    let bytes = fs::read(&path).map_err(|source| cannot_read(&path, source))?;
+    let tensors = AdapterTensors::from_bytes(&bytes, config.lora.r);
+    Ok((config, tensors.map_err(|error| error.in_file(&path))?))
+}
+
+/// Reads `adapter_config.json` in `folder`.
+///
+/// # Errors
+///
+/// As [`read_adapter`].
+pub fn read_adapter_config(folder: &Path) -> Result<AdapterConfig, AdapterError> {
+    let path = folder.join(CONFIG_FILE);
+    let text = fs::read_to_string(&path).map_err(|source| cannot_read(&path, source))?;
+    AdapterConfig::from_json(&text).map_err(|error| error.in_file(&path))
+}
+
+fn cannot_read(path: &Path, source: io::Error) -> AdapterError {
+    AdapterError::Io {
+        action: "read",
+        path: path.into(),
+        source,
+    }
+}
+
+/// Replaces a file in one step: whoever opens it sees the old content or the new one.
+fn replace_file(path: &Path, content: &[u8]) -> Result<(), AdapterError> {
+    let name = path.file_name().unwrap_or_default().to_string_lossy();
+    // The process number keeps two runs apart that write into the same folder.
+    let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
+    let write = || {
+        let mut file = fs::File::create(&temporary)?;
+        file.write_all(content)?;
+        file.sync_all()?;
+        fs::rename(&temporary, path)
+    };
+    write().map_err(|source| {
+        // What is left of a failed write is worth nothing; the first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+        AdapterError::Io {
+            action: "write",
+            path: path.into(),
+            source,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn config() -> AdapterConfig {
+        AdapterConfig {
+            lora: lora_core::LoraConfig {
+                r: 3,
+                ..lora_core::LoraConfig::default()
+            },
+            base_model_name_or_path: None,
+        }
+    }
+
+    #[test]
+    fn an_adapter_reads_back_as_it_was_written_and_leaves_no_temporary_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let adapter = folder.path().join("deep/adapter");
+        for _ in 0..2 {
+            write_adapter(&adapter, &config(), &tensors::tests::example()).unwrap();
+        }
+        let read = read_adapter(&adapter).unwrap();
+        assert_eq!(read, (config(), tensors::tests::example()));
+        assert_eq!(fs::read_dir(&adapter).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn a_refused_adapter_leaves_the_one_that_was_there() {
+        let folder = tempfile::tempdir().unwrap();
+        write_adapter(folder.path(), &config(), &tensors::tests::example()).unwrap();
+        let mut broken = tensors::tests::example();
+        broken.modules.values_mut().next().unwrap().a[0] = f32::NAN;
+        assert!(write_adapter(folder.path(), &config(), &broken).is_err());
+        assert_eq!(
+            read_adapter(folder.path()).unwrap().1,
+            tensors::tests::example()
+        );
+    }
+
+    #[test]
+    fn errors_name_the_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = || read_adapter(folder.path()).unwrap_err().to_string();
+        assert!(error().contains(CONFIG_FILE));
+        fs::write(folder.path().join(CONFIG_FILE), "{}").unwrap();
+        assert!(
+            error().contains(CONFIG_FILE) && error().contains("peft_type"),
+            "{}",
+            error()
+        );
+        fs::write(
+            folder.path().join(CONFIG_FILE),
+            config().to_json().to_string(),
+        )
+        .unwrap();
+        assert!(error().contains(WEIGHTS_FILE));
+        fs::write(folder.path().join(WEIGHTS_FILE), "short").unwrap();
+        assert!(
+            error().contains(WEIGHTS_FILE) && error().contains("safetensors"),
+            "{}",
+            error()
+        );
+        fs::remove_file(folder.path().join(WEIGHTS_FILE)).unwrap();
+        fs::write(folder.path().join("adapter_model.bin"), "").unwrap();
+        assert!(error().contains("save_pretrained"));
+    }
+
+    #[test]
+    fn a_folder_that_cannot_be_made_is_an_error_that_names_it() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("file");
+        fs::write(&file, "").unwrap();
+        let error = write_adapter(&file.join("adapter"), &config(), &AdapterTensors::default());
+        assert!(error.unwrap_err().to_string().contains("adapter"));
+    }
+}

@@ -1,0 +1,225 @@
+//! Between an adapter on the host and one on a model.
+
+use burn::tensor::{DType, Tensor, TensorData};
+use llama_burn::Llama;
+use lora_core::{AdapterDropout, LoraConfig, LoraError};
+
+use super::{AdapterError, AdapterPair, AdapterTensors, tensor_names};
+
+impl AdapterTensors {
+    /// Reads every adapter of `model` to the host, in f32.
+    ///
+    /// # Errors
+    ///
+    /// [`AdapterError::Unreadable`] where the device does not give a matrix back.
+    pub fn from_model(model: &Llama) -> Result<Self, AdapterError> {
+        let mut adapter = Self::default();
+        for (module, linear) in model.linears() {
+            let Some(factors) = linear.adapter() else {
+                continue;
+            };
+            let [a_name, b_name] = tensor_names(&module);
+            let ([d_in, r], [_, d_out]) = (factors.a.val().dims(), factors.b.val().dims());
+            let a = read(&a_name, factors.a.val())?;
+            let b = read(&b_name, factors.b.val())?;
+            let pair = AdapterPair::new(d_in, r, d_out, a, b);
+            adapter.modules.insert(module, pair);
+        }
+        Ok(adapter)
+    }
+
+    /// Puts this adapter on every module of `model` that `lora` selects, in place of the adapters
+    /// that the model has. The factors are trainable, in f32.
+    ///
+    /// # Errors
+    ///
+    /// A selected module whose tensors are missing, a tensor that no selected module has, or one of
+    /// another shape, by PEFT's name; an invalid `lora`, or one that selects nothing.
+    pub fn put_on(&self, mut model: Llama, lora: &LoraConfig) -> Result<Llama, AdapterError> {
+        // Counting tells an invalid configuration and one that selects nothing.
+        model.count(lora)?;
+        let selector = lora.selector()?;
+        let unselected = |module: &&String| !selector.matches(module);
+        let known: Vec<String> = model.linears().map(|(module, _)| module).collect();
+        let unknown = |module: &&String| !known.contains(module);
+        let stray = self.modules.keys().find(|m| unselected(m) || unknown(m));
+        if let Some(module) = stray {
+            let [name, _] = tensor_names(module);
+            return Err(AdapterError::Unexpected { name });
+        }
+        let device = model.device();
+        for (module, linear) in model.linears_mut() {
+            *linear = linear.clone().without_adapter();
+            if !selector.matches(&module) {
+                continue;
+            }
+            let [a_name, b_name] = tensor_names(&module);
+            let Some(pair) = self.modules.get(&module) else {
+                return Err(AdapterError::Missing { name: a_name });
+            };
+            let [d_in, d_out] = linear.dims();
+            // Named and shaped as in the file, where the matrices are transposed.
+            if (pair.r, pair.d_in) != (lora.r, d_in) {
+                return Err(AdapterError::shape(
+                    a_name,
+                    &[lora.r, d_in],
+                    &[pair.r, pair.d_in],
+                ));
+            }
+            if pair.d_out != d_out {
+                return Err(AdapterError::shape(
+                    b_name,
+                    &[d_out, lora.r],
+                    &[pair.d_out, pair.r],
+                ));
+            }
+            let place = |values: &[f32], shape: [usize; 2]| {
+                let data = TensorData::new(values.to_vec(), shape);
+                Tensor::<2>::from_data(data, (&device, DType::F32))
+            };
+            let a = place(&pair.a, [d_in, pair.r]);
+            let b = place(&pair.b, [pair.r, d_out]);
+            let adapted = linear.clone().with_adapter(a, b, lora.scale());
+            *linear = adapted.map_err(|error| name_of(error, &module))?;
+            linear.dropout = AdapterDropout::new(lora.lora_dropout);
+        }
+        Ok(model)
+    }
+}
+
+fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
+    let data = tensor.into_data().convert::<f32>();
+    data.try_to_vec().map_err(|error| AdapterError::Unreadable {
+        name: name.into(),
+        reason: format!("{error:?}"),
+    })
+}
+
+/// An error of a layer, which does not know its name, with the name.
+fn name_of(error: LoraError, module: &str) -> AdapterError {
+    AdapterError::Module {
+        module: module.into(),
+        source: error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::Device;
+    use llama_burn::{LlamaConfig, PackedTokens, RopeScaling};
+    use lora_core::{CounterRng, TargetModules};
+
+    fn config() -> LlamaConfig {
+        LlamaConfig {
+            vocab_size: 16,
+            hidden_size: 8,
+            intermediate_size: 12,
+            num_hidden_layers: 2,
+            num_attention_heads: 2,
+            num_key_value_heads: 1,
+            head_dim: 4,
+            max_position_embeddings: 32,
+            rms_norm_eps: 1e-5,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: true,
+            attention_bias: false,
+            mlp_bias: false,
+            initializer_range: 0.3,
+            bos_token_id: None,
+            eos_token_ids: vec![],
+        }
+    }
+
+    fn lora() -> LoraConfig {
+        LoraConfig {
+            r: 2,
+            ..LoraConfig::default()
+        }
+    }
+
+    fn model() -> Llama {
+        Llama::random(&config(), 1, &Device::flex())
+    }
+
+    /// An adapter whose B is not zero.
+    fn adapter() -> AdapterTensors {
+        let fresh = model().with_lora(&lora(), 2).unwrap();
+        let mut adapter = AdapterTensors::from_model(&fresh).unwrap();
+        let mut rng = CounterRng::new(3);
+        let numbers = adapter.modules.values_mut().flat_map(|pair| &mut pair.b);
+        numbers.for_each(|value| *value = rng.normal() as f32);
+        adapter
+    }
+
+    #[test]
+    fn what_is_put_on_a_model_reads_back_the_same_and_replaces_what_was_there() {
+        let once = adapter().put_on(model(), &lora()).unwrap();
+        assert_eq!(AdapterTensors::from_model(&once).unwrap(), adapter());
+        let other = LoraConfig {
+            target_modules: TargetModules::Names(vec!["q_proj".into()]),
+            ..lora()
+        };
+        let mut fewer = adapter();
+        fewer.modules.retain(|module, _| module.ends_with("q_proj"));
+        let twice = fewer.put_on(once, &other).unwrap();
+        assert_eq!(AdapterTensors::from_model(&twice).unwrap(), fewer);
+    }
+
+    #[test]
+    fn the_scale_of_the_configuration_counts() {
+        let packed = PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+        let run = |lora_alpha| {
+            let lora = LoraConfig {
+                lora_alpha,
+                ..lora()
+            };
+            let model = adapter().put_on(model(), &lora).unwrap();
+            model.logits(model.hidden_states(&packed))
+        };
+        let difference = (run(16.0) - run(8.0)).abs().max().into_scalar::<f32>();
+        assert!(difference > 1e-3, "{difference}");
+    }
+
+    #[test]
+    fn missing_unexpected_and_misshapen_tensors_are_named() {
+        const Q: &str = "model.layers.0.self_attn.q_proj";
+        let error = |change: fn(&mut AdapterTensors)| {
+            let mut adapter = adapter();
+            change(&mut adapter);
+            adapter.put_on(model(), &lora()).unwrap_err().to_string()
+        };
+        let missing = error(|adapter| drop(adapter.modules.remove(Q)));
+        assert!(
+            missing.contains("q_proj.lora_A") && missing.contains("missing"),
+            "{missing}"
+        );
+        let stray = error(|adapter| {
+            let pair = adapter.modules[Q].clone();
+            adapter
+                .modules
+                .insert("model.layers.2.self_attn.q_proj".into(), pair);
+        });
+        assert!(
+            stray.contains("layers.2") && stray.contains("unexpected"),
+            "{stray}"
+        );
+        let wide = error(|adapter| {
+            let pair = AdapterPair::new(8, 2, 6, vec![0.0; 16], vec![0.0; 12]);
+            adapter.modules.insert(Q.into(), pair);
+        });
+        assert!(
+            wide.contains("lora_B") && wide.contains("[6, 2]") && wide.contains("[8, 2]"),
+            "{wide}"
+        );
+        let rank = error(|adapter| {
+            let pair = AdapterPair::new(8, 1, 8, vec![0.0; 8], vec![0.0; 8]);
+            adapter.modules.insert(Q.into(), pair);
+        });
+        assert!(
+            rank.contains("lora_A") && rank.contains("[1, 8]") && rank.contains("[2, 8]"),
+            "{rank}"
+        );
+    }
+}
