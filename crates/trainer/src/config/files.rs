@@ -52,7 +52,7 @@ fn hugging_face_cache() -> Option<PathBuf> {
         .or_else(|| std::env::home_dir().map(|home| home.join(".cache/huggingface/hub")))
 }
 
-/// Whether this could be a Hugging Face name: `owner/model`.
+/// Whether this could be a Hugging Face name: `owner/model`. `models/…` is a folder that is missing.
 fn is_hugging_face_name(name: &str) -> bool {
     let parts: Vec<&str> = name.split('/').collect();
     let plain = |part: &&str| {
@@ -62,7 +62,7 @@ fn is_hugging_face_name(name: &str) -> bool {
                 .chars()
                 .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
     };
-    parts.len() == 2 && parts.iter().all(plain)
+    parts.len() == 2 && parts.iter().all(plain) && !["models", "model"].contains(&parts[0])
 }
 
 /// The folder of a model in a Hugging Face cache, in its `main` version.
@@ -114,14 +114,14 @@ impl Config {
             problem(
                 "dataset_path",
                 &path.to_string_lossy(),
-                self.data_problem(path),
+                self.data_problem("dataset_path", path),
             );
         }
         if let Some(path) = &self.val_dataset_path {
             problem(
                 "val_dataset_path",
                 &path.to_string_lossy(),
-                self.data_problem(path),
+                self.data_problem("val_dataset_path", path),
             );
         }
         match problems.is_empty() {
@@ -136,13 +136,18 @@ impl Config {
                 "there is no such folder; looked at {}",
                 self.looked_at(folder)
             );
-            if is_hugging_face_name(&self.base_model) {
-                let short = self.base_model.rsplit('/').next().unwrap_or_default();
-                message.push_str(&format!(
-                    ", and in the local Hugging Face cache. Fetch the model first: hf download {} --local-dir \
-                     models/{short}, then --set base_model=models/{short}",
-                    self.base_model
-                ));
+            match is_hugging_face_name(&self.base_model) {
+                true => {
+                    let short = self.base_model.rsplit('/').next().unwrap_or_default();
+                    message.push_str(&format!(
+                        ", and in the local Hugging Face cache. Fetch the model first: hf download {} \
+                         --local-dir models/{short}, then --set base_model=models/{short}",
+                        self.base_model
+                    ));
+                }
+                false => message.push_str(
+                    ". Name the folder of a Hugging Face model, as in --set base_model=FOLDER",
+                ),
             }
             return Some(message);
         }
@@ -169,12 +174,16 @@ impl Config {
             .then(|| format!("{} has no {}", folder.display(), missing.join(", no ")))
     }
 
-    fn data_problem(&self, path: &Path) -> Option<String> {
+    fn data_problem(&self, key: &str, path: &Path) -> Option<String> {
         if path.is_dir() {
             return Some("must be a JSON-lines file, not a folder".into());
         }
-        (!path.is_file())
-            .then(|| format!("there is no such file; looked at {}", self.looked_at(path)))
+        (!path.is_file()).then(|| {
+            let places = self.looked_at(path);
+            format!(
+                "there is no such file; looked at {places}. Name the file, as in --set {key}=FILE"
+            )
+        })
     }
 
     fn looked_at(&self, path: &Path) -> String {
@@ -290,7 +299,9 @@ mod tests {
         assert!(error.contains("not a file"), "{error}");
         let error = check(&folder.path().join("none")).unwrap_err().to_string();
         assert!(
-            error.contains("there is no such folder") && !error.contains("hf download"),
+            error.contains("there is no such folder")
+                && !error.contains("hf download")
+                && error.contains("--set base_model"),
             "{error}"
         );
         for name in [
@@ -317,5 +328,6 @@ mod tests {
         );
         assert_eq!(in_cache("../model-1.5", cache.path()), None);
         assert_eq!(in_cache("models/owner/x", cache.path()), None);
+        assert!(!is_hugging_face_name("models/SmolLM2") && is_hugging_face_name("owner/SmolLM2"));
     }
 }

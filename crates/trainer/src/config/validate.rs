@@ -41,7 +41,8 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
     let not_negative = || number(NOT_NEGATIVE, |x| x >= 0.0);
     let path = |path: String| files::resolve(&path, &source);
 
-    let base_model = r.required("base_model", MODEL, text(MODEL));
+    let base_model = r.required("base_model", MODEL, text(MODEL)).map(path);
+    let base_model = base_model.map(|path| path.to_string_lossy().into_owned());
     let dataset_path = r.required("dataset_path", DATA, text(DATA)).map(path);
     let val_dataset_path = r
         .optional("val_dataset_path", text("the path of a JSON-lines file"))
