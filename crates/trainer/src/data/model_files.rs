@@ -1,0 +1,268 @@
+//! The small files of a model's folder that say how text becomes tokens, under Hugging Face's names.
+
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::error::DataError;
+
+const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
+/// What a model's folder says about its text. The files are read, or built into the program.
+#[derive(Debug, Clone, Default)]
+pub struct ModelFiles {
+    /// The folder, for messages.
+    pub folder: PathBuf,
+    /// `tokenizer.json`.
+    pub tokenizer: Vec<u8>,
+    /// `tokenizer_config.json`.
+    pub tokenizer_config: Option<String>,
+    /// `generation_config.json`.
+    pub generation_config: Option<String>,
+    /// `config.json`.
+    pub config: Option<String>,
+    /// `chat_template.jinja`.
+    pub chat_template: Option<String>,
+}
+
+impl ModelFiles {
+    /// Reads the files of a folder; all but `tokenizer.json` may be missing.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::ModelFile`] names the file that is missing or cannot be read.
+    pub fn read(folder: &Path) -> Result<Self, DataError> {
+        let path = folder.join("tokenizer.json");
+        let tokenizer = std::fs::read(&path).map_err(|error| DataError::ModelFile {
+            path,
+            message: match error.kind() {
+                ErrorKind::NotFound => "there is no such file; base_model must be a folder with \
+                                        tokenizer.json (tokenizer.model alone is not enough)"
+                    .into(),
+                _ => error.to_string(),
+            },
+        })?;
+        let optional = |name: &str| match std::fs::read_to_string(folder.join(name)) {
+            Ok(text) => Ok(Some(text)),
+            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+            Err(error) => Err(DataError::ModelFile {
+                path: folder.join(name),
+                message: error.to_string(),
+            }),
+        };
+        Ok(Self {
+            folder: folder.into(),
+            tokenizer,
+            tokenizer_config: optional(TOKENIZER_CONFIG)?,
+            generation_config: optional("generation_config.json")?,
+            config: optional("config.json")?,
+            chat_template: optional(CHAT_TEMPLATE)?,
+        })
+    }
+
+    /// An error about one of the files.
+    pub(super) fn error(&self, name: &str, message: impl Into<String>) -> DataError {
+        DataError::ModelFile {
+            path: self.folder.join(name),
+            message: message.into(),
+        }
+    }
+
+    /// A special token of `tokenizer_config.json` (`bos_token`, …): a string, or an object with `content`.
+    pub(super) fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
+        let object = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
+        let content = match object.get(key) {
+            None | Some(Value::Null) => return Ok(None),
+            Some(Value::Object(token)) => token.get("content").unwrap_or(&Value::Null),
+            Some(value) => value,
+        };
+        match content {
+            Value::String(text) => Ok(Some(text.clone())),
+            _ => Err(self.error(
+                TOKENIZER_CONFIG,
+                format!("\"{key}\" must be a string, or an object with the string \"content\""),
+            )),
+        }
+    }
+
+    /// The id of the token that ends a text: `tokenizer_config.json`'s `eos_token`, looked up by `id_of`; else
+    /// the first `eos_token_id` of `generation_config.json`, else of `config.json`.
+    pub(super) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
+        if let Some(token) = self.special_token("eos_token")? {
+            return id_of(&token).ok_or_else(|| {
+                let message =
+                    format!("\"eos_token\" is {token:?}, which tokenizer.json does not have");
+                self.error(TOKENIZER_CONFIG, message)
+            });
+        }
+        for (name, text) in [
+            ("generation_config.json", &self.generation_config),
+            ("config.json", &self.config),
+        ] {
+            let object = self.json(name, text)?;
+            let value = match object.get("eos_token_id") {
+                None | Some(Value::Null) => continue,
+                Some(Value::Array(ids)) => ids.first().unwrap_or(&Value::Null),
+                Some(value) => value,
+            };
+            let id = value.as_u64().and_then(|id| u32::try_from(id).ok());
+            return id.ok_or_else(|| {
+                self.error(
+                    name,
+                    "\"eos_token_id\" must be a token id, or a list that begins with one",
+                )
+            });
+        }
+        Err(DataError::NoEndToken {
+            folder: self.folder.clone(),
+        })
+    }
+
+    /// The model's own chat template with the file that it is from: `chat_template.jinja`, else
+    /// `tokenizer_config.json`'s `chat_template`, a text or a list of named ones of which `default` counts
+    /// (transformers' order).
+    pub(super) fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
+        if let Some(text) = &self.chat_template {
+            return Ok((text.clone(), self.folder.join(CHAT_TEMPLATE)));
+        }
+        let path = self.folder.join(TOKENIZER_CONFIG);
+        let mut object = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
+        let templates = match object.remove("chat_template") {
+            None | Some(Value::Null) => {
+                return Err(DataError::NoChatTemplate {
+                    folder: self.folder.clone(),
+                });
+            }
+            Some(Value::String(text)) => return Ok((text, path)),
+            Some(Value::Array(templates)) => templates,
+            Some(_) => Vec::new(),
+        };
+        let text = |template: &Value, key: &str| Some(template.get(key)?.as_str()?.to_owned());
+        let default = templates
+            .iter()
+            .find(|template| text(template, "name").as_deref() == Some("default"));
+        match default.and_then(|template| text(template, "template")) {
+            Some(text) => Ok((text, path)),
+            None => {
+                let names: Vec<_> = templates.iter().filter_map(|t| text(t, "name")).collect();
+                let message = format!(
+                    "\"chat_template\" must be a text, or a list of {{\"name\", \"template\"}} with one \
+                     named \"default\"; got the names {names:?}"
+                );
+                Err(self.error(TOKENIZER_CONFIG, message))
+            }
+        }
+    }
+
+    /// The object that a file holds; empty if there is no such file.
+    fn json(
+        &self,
+        name: &str,
+        text: &Option<String>,
+    ) -> Result<serde_json::Map<String, Value>, DataError> {
+        match text.as_deref().map(serde_json::from_str) {
+            None => Ok(serde_json::Map::new()),
+            Some(Ok(Value::Object(object))) => Ok(object),
+            Some(Ok(_)) => Err(self.error(name, "expected a JSON object")),
+            Some(Err(error)) => Err(self.error(name, format!("not valid JSON: {error}"))),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn files(tokenizer_config: &str) -> ModelFiles {
+        ModelFiles {
+            folder: "model".into(),
+            tokenizer_config: Some(tokenizer_config.into()),
+            ..ModelFiles::default()
+        }
+    }
+
+    fn id_of(token: &str) -> Option<u32> {
+        (token == "</s>").then_some(2)
+    }
+
+    #[test]
+    fn the_end_token_is_the_tokenizers_own_in_either_form() {
+        for config in [
+            r#"{"eos_token": "</s>"}"#,
+            r#"{"eos_token": {"content": "</s>", "lstrip": false}}"#,
+        ] {
+            assert_eq!(files(config).end_token(id_of).unwrap(), 2);
+        }
+        let error = files(r#"{"eos_token": "<end>"}"#)
+            .end_token(id_of)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("tokenizer_config.json") && error.contains("<end>"),
+            "{error}"
+        );
+        let error = files(r#"{"eos_token": 2}"#)
+            .end_token(id_of)
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains("must be a string"), "{error}");
+        let error = files(r#"{"eos"#).end_token(id_of).unwrap_err().to_string();
+        assert!(error.contains("not valid JSON"), "{error}");
+    }
+
+    #[test]
+    fn the_end_token_is_else_the_first_of_the_generation_config_else_of_the_config() {
+        let mut files = files(r#"{"eos_token": null}"#);
+        let error = files.end_token(id_of).unwrap_err().to_string();
+        assert!(error.contains("model names no end token"), "{error}");
+        files.config = Some(r#"{"eos_token_id": 7}"#.into());
+        assert_eq!(files.end_token(id_of).unwrap(), 7);
+        files.generation_config = Some(r#"{"eos_token_id": [9, 8]}"#.into());
+        assert_eq!(files.end_token(id_of).unwrap(), 9);
+        files.generation_config = Some(r#"{"eos_token_id": []}"#.into());
+        let error = files.end_token(id_of).unwrap_err().to_string();
+        assert!(error.contains("generation_config.json"), "{error}");
+    }
+
+    #[test]
+    fn the_chat_template_is_the_file_else_the_text_else_the_default_of_the_list() {
+        let mut both = files(r#"{"chat_template": "old"}"#);
+        assert_eq!(both.chat_template().unwrap().0, "old");
+        both.chat_template = Some("new".into());
+        assert_eq!(
+            both.chat_template().unwrap(),
+            ("new".into(), Path::new("model").join(CHAT_TEMPLATE))
+        );
+        let list = r#"{"chat_template": [{"name": "rag", "template": "a"}, {"name": "default", "template": "b"}]}"#;
+        assert_eq!(files(list).chat_template().unwrap().0, "b");
+        let error = files(r#"{"chat_template": [{"name": "rag", "template": "a"}]}"#);
+        assert!(
+            error
+                .chat_template()
+                .unwrap_err()
+                .to_string()
+                .contains("rag")
+        );
+        let error = files("{}").chat_template().unwrap_err().to_string();
+        assert!(
+            error.contains("no chat template") && error.contains("custom:…{context}…"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_folder_without_a_tokenizer_says_which_file_is_missing() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = ModelFiles::read(folder.path()).unwrap_err().to_string();
+        assert!(error.contains("tokenizer.json"), "{error}");
+        std::fs::write(folder.path().join("tokenizer.json"), "{}").unwrap();
+        std::fs::write(folder.path().join("config.json"), "{}").unwrap();
+        let files = ModelFiles::read(folder.path()).unwrap();
+        assert_eq!(
+            (files.config.as_deref(), files.tokenizer_config),
+            (Some("{}"), None)
+        );
+    }
+}

@@ -1,0 +1,309 @@
+//! From a row's context to the prompt: as it is, in brackets, in a text, or through the model's chat template.
+
+use std::borrow::Cow;
+use std::path::PathBuf;
+use std::time::{SystemTime, UNIX_EPOCH};
+
+use minijinja::syntax::SyntaxConfig;
+use minijinja::{Environment, Error, ErrorKind, Value, context};
+
+use super::error::DataError;
+use super::model_files::ModelFiles;
+use crate::config::PromptTemplate;
+
+/// What a custom template replaces by the context.
+const PLACEHOLDER: &str = "{context}";
+const NAME: &str = "chat";
+
+/// A prompt template that is ready to use.
+#[derive(Debug)]
+pub(super) enum Prompt {
+    Raw,
+    Inst,
+    Custom(String),
+    Chat(Box<ChatTemplate>),
+}
+
+impl Prompt {
+    pub(super) fn new(template: &PromptTemplate, files: &ModelFiles) -> Result<Self, DataError> {
+        Ok(match template {
+            PromptTemplate::Raw => Self::Raw,
+            PromptTemplate::Inst => Self::Inst,
+            PromptTemplate::Custom(text) => Self::Custom(text.clone()),
+            PromptTemplate::Chat => Self::Chat(Box::new(ChatTemplate::new(files)?)),
+        })
+    }
+
+    pub(super) fn render<'a>(&self, context: &'a str) -> Result<Cow<'a, str>, DataError> {
+        Ok(match self {
+            Self::Raw => context.into(),
+            Self::Inst => format!("[INST] {context} [/INST]").into(),
+            Self::Custom(text) => text.replace(PLACEHOLDER, context).into(),
+            Self::Chat(template) => template.render(context)?.into(),
+        })
+    }
+
+    /// Whether the template itself writes the special tokens, so that the tokenizer must not.
+    pub(super) fn has_its_own_special_tokens(&self) -> bool {
+        matches!(self, Self::Chat(_))
+    }
+}
+
+/// A model's chat template, as transformers' `apply_chat_template` renders it.
+#[derive(Debug)]
+pub(super) struct ChatTemplate {
+    environment: Environment<'static>,
+    special_tokens: Vec<(&'static str, String)>,
+    path: PathBuf,
+}
+
+impl ChatTemplate {
+    fn new(files: &ModelFiles) -> Result<Self, DataError> {
+        let (text, path) = files.chat_template()?;
+        let mut special_tokens = Vec::new();
+        for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
+            if let Some(token) = files.special_token(key)? {
+                special_tokens.push((key, token));
+            }
+        }
+        let failure = |error: Error| DataError::ChatTemplate {
+            path: path.clone(),
+            message: chain(&error),
+        };
+        let mut environment = Environment::new();
+        // The settings that transformers renders with; a template is written for them.
+        let syntax = SyntaxConfig::builder()
+            .trim_blocks(true)
+            .lstrip_blocks(true)
+            .build();
+        environment.set_syntax(syntax.map_err(failure)?);
+        environment
+            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        environment.add_function("raise_exception", |message: String| {
+            Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, message))
+        });
+        // One date for the whole run: rows of one run must not differ because midnight passed.
+        let now = SystemTime::now()
+            .duration_since(UNIX_EPOCH)
+            .map_or(0, |past| past.as_secs());
+        environment.add_function("strftime_now", move |format: String| strftime(&format, now));
+        environment
+            .add_template_owned(NAME, text)
+            .map_err(failure)?;
+        Ok(Self {
+            environment,
+            special_tokens,
+            path,
+        })
+    }
+
+    /// The template with `context` as the user's only message, up to where the assistant's answer begins.
+    fn render(&self, context: &str) -> Result<String, DataError> {
+        let special_tokens: Value = self
+            .special_tokens
+            .iter()
+            .map(|(key, token)| (key.to_string(), Value::from(token)))
+            .collect::<std::collections::BTreeMap<String, Value>>()
+            .into();
+        let messages = vec![context! { role => "user", content => context }];
+        // transformers defines these two even where there are none; templates ask `is none`.
+        let variables = context! {
+            messages => Value::from_iter(messages), add_generation_prompt => true, tools => (), documents => (),
+            ..special_tokens
+        };
+        let template = self.environment.get_template(NAME);
+        template
+            .and_then(|template| template.render(variables))
+            .map_err(|error| DataError::ChatTemplate {
+                path: self.path.clone(),
+                message: chain(&error),
+            })
+    }
+}
+
+/// An error with what caused it.
+fn chain(error: &dyn std::error::Error) -> String {
+    match error.source() {
+        Some(source) => format!("{error}: {}", chain(source)),
+        None => error.to_string(),
+    }
+}
+
+/// Python's `strftime` for the directives that chat templates use, in UTC (transformers takes local time).
+fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
+    const MONTHS: [&str; 12] = [
+        "January",
+        "February",
+        "March",
+        "April",
+        "May",
+        "June",
+        "July",
+        "August",
+        "September",
+        "October",
+        "November",
+        "December",
+    ];
+    const DAYS: [&str; 7] = [
+        "Thursday",
+        "Friday",
+        "Saturday",
+        "Sunday",
+        "Monday",
+        "Tuesday",
+        "Wednesday",
+    ];
+    let (days, second) = (seconds / 86_400, seconds % 86_400);
+    let (year, month, day) = date(days);
+    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
+    let mut text = String::new();
+    let mut characters = format.chars();
+    while let Some(character) = characters.next() {
+        if character != '%' {
+            text.push(character);
+            continue;
+        }
+        match characters.next() {
+            Some('Y') => text += &format!("{year:04}"),
+            Some('y') => text += &format!("{:02}", year % 100),
+            Some('m') => text += &format!("{month:02}"),
+            Some('d') => text += &format!("{day:02}"),
+            Some('B') => text += month_name,
+            Some('b') => text += &month_name[..3],
+            Some('A') => text += day_name,
+            Some('a') => text += &day_name[..3],
+            Some('H') => text += &format!("{:02}", second / 3600),
+            Some('M') => text += &format!("{:02}", second / 60 % 60),
+            Some('S') => text += &format!("{:02}", second % 60),
+            Some('%') => text.push('%'),
+            other => {
+                let name = other.map(String::from).unwrap_or_default();
+                let message = format!("strftime_now does not know %{name}");
+                return Err(Error::new(ErrorKind::InvalidOperation, message));
+            }
+        }
+    }
+    Ok(text)
+}
+
+/// The date `days` after 1 January 1970, as (year, month, day).
+fn date(mut days: u64) -> (u64, u64, u64) {
+    let leap = |year: u64| {
+        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
+    };
+    let mut year = 1970;
+    while days >= 365 + u64::from(leap(year)) {
+        days -= 365 + u64::from(leap(year));
+        year += 1;
+    }
+    let lengths = [
+        31,
+        28 + u64::from(leap(year)),
+        31,
+        30,
+        31,
+        30,
+        31,
+        31,
+        30,
+        31,
+        30,
+        31,
+    ];
+    let mut month = 1;
+    for length in lengths {
+        if days < length {
+            break;
+        }
+        days -= length;
+        month += 1;
+    }
+    (year, month, days + 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn chat(template: &str) -> Result<Prompt, DataError> {
+        let files = ModelFiles {
+            folder: "model".into(),
+            tokenizer_config: Some(r#"{"bos_token": "<s>", "eos_token": "</s>"}"#.into()),
+            chat_template: Some(template.into()),
+            ..ModelFiles::default()
+        };
+        Prompt::new(&PromptTemplate::Chat, &files)
+    }
+
+    fn render(template: &str, context: &str) -> String {
+        chat(template)
+            .unwrap()
+            .render(context)
+            .unwrap()
+            .into_owned()
+    }
+
+    #[test]
+    fn the_plain_templates_put_the_context_in_its_place() {
+        let files = ModelFiles::default();
+        let render = |template| {
+            let prompt = Prompt::new(&template, &files).unwrap();
+            assert!(!prompt.has_its_own_special_tokens());
+            prompt.render("How {context}?").unwrap().into_owned()
+        };
+        assert_eq!(render(PromptTemplate::Raw), "How {context}?");
+        assert_eq!(
+            render(PromptTemplate::Inst),
+            "[INST] How {context}? [/INST]"
+        );
+        assert_eq!(
+            render(PromptTemplate::Custom("Q: {context}\nA:".into())),
+            "Q: How {context}?\nA:"
+        );
+    }
+
+    #[test]
+    fn a_chat_template_gets_the_message_the_special_tokens_and_python() {
+        let template = "{{ bos_token }}{% for m in messages %}\n    {% if m['role'] == 'user' %}\n\
+            <{{ m['role'].upper() }}>{{ m.content.strip() }}{{ eos_token }}\n    {% endif %}\n{% endfor %}\n\
+            {% if tools is none and add_generation_prompt %}<A>{% endif %}";
+        assert_eq!(render(template, " <b>&'\" "), "<s><USER><b>&'\"</s>\n<A>");
+        assert!(chat(template).unwrap().has_its_own_special_tokens());
+    }
+
+    #[test]
+    fn a_chat_template_may_break_loops_and_split_texts() {
+        let template = "{% set ns = namespace(n=0) %}{% for word in messages[0]['content'].split(',') %}\
+            {% if loop.index > 2 %}{% break %}{% endif %}{% set ns.n = ns.n + 1 %}{{ word }}{% endfor %}{{ ns.n }}";
+        assert_eq!(render(template, "a,b,c"), "ab2");
+    }
+
+    #[test]
+    fn a_template_that_refuses_or_is_broken_says_so() {
+        let refuses = chat("{{ raise_exception('only system messages') }}").unwrap();
+        let error = refuses.render("x").unwrap_err().to_string();
+        assert!(
+            error.contains("chat_template.jinja") && error.contains("only system messages"),
+            "{error}"
+        );
+        let error = chat("{% if %}").unwrap_err().to_string();
+        assert!(error.contains("chat_template.jinja"), "{error}");
+    }
+
+    #[test]
+    fn dates_are_pythons() {
+        let all = |seconds| strftime("%Y %y %m %d %B %b %A %a %H:%M:%S %%", seconds).unwrap();
+        assert_eq!(all(0), "1970 70 01 01 January Jan Thursday Thu 00:00:00 %");
+        assert_eq!(
+            all(1_709_251_199),
+            "2024 24 02 29 February Feb Thursday Thu 23:59:59 %"
+        );
+        assert_eq!(
+            all(4_107_542_400),
+            "2100 00 03 01 March Mar Monday Mon 00:00:00 %"
+        );
+        assert!(strftime("%Q", 0).unwrap_err().to_string().contains("%Q"));
+        assert_eq!(render("{{ strftime_now('%Y') | length }}", ""), "4");
+    }
+}

@@ -1,0 +1,310 @@
+//! From a row's text to its token ids: prompt, target, end token.
+
+use std::path::Path;
+
+use tokenizers::Tokenizer;
+
+use super::error::DataError;
+use super::model_files::ModelFiles;
+use super::rows::Row;
+use super::template::Prompt;
+use crate::config::PromptTemplate;
+
+/// A row as the model sees it.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TokenizedRow {
+    /// The line in the data file, from 1.
+    pub line: usize,
+    /// Prompt, target and end token.
+    pub ids: Vec<u32>,
+    /// How many of the ids are the prompt; at least 1. The others are supervised.
+    pub prompt_tokens: usize,
+}
+
+impl TokenizedRow {
+    /// The tokens that are learned: the target's and the end token.
+    pub fn supervised(&self) -> &[u32] {
+        &self.ids[self.prompt_tokens..]
+    }
+}
+
+/// A model's tokenizer with a prompt template and the token that ends a text.
+///
+/// Prompt and target are tokenized apart, so that the boundary is a token boundary for any tokenizer. The
+/// prompt begins with what the tokenizer's own post-processor puts before a text (Llama: the BOS token), as
+/// in transformers; a chat template writes its special tokens itself.
+#[derive(Debug)]
+pub struct RowTokenizer {
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    before: Vec<u32>,
+    end: u32,
+}
+
+impl RowTokenizer {
+    /// From the files of a model's folder.
+    ///
+    /// # Errors
+    ///
+    /// A file that is not valid, or no end token, or no chat template where one is asked for.
+    pub fn new(files: &ModelFiles, template: &PromptTemplate) -> Result<Self, DataError> {
+        const NAME: &str = "tokenizer.json";
+        let mut tokenizer = Tokenizer::from_bytes(&files.tokenizer)
+            .map_err(|error| files.error(NAME, format!("not a valid tokenizer: {error}")))?;
+        // Some tokenizer.json cut and pad. Rows are never cut, and there is no padding in a packed batch.
+        tokenizer
+            .with_truncation(None)
+            .map_err(|error| files.error(NAME, error.to_string()))?;
+        tokenizer.with_padding(None);
+        let prompt = Prompt::new(template, files)?;
+        let before = match prompt.has_its_own_special_tokens() {
+            true => Vec::new(),
+            false => {
+                tokens_before(&tokenizer).map_err(|error| files.error(NAME, error.to_string()))?
+            }
+        };
+        let end = files.end_token(|token| tokenizer.token_to_id(token))?;
+        Ok(Self {
+            tokenizer,
+            prompt,
+            before,
+            end,
+        })
+    }
+
+    /// The tokenizer itself.
+    pub fn tokenizer(&self) -> &Tokenizer {
+        &self.tokenizer
+    }
+
+    /// The id of the token that ends a text.
+    pub fn end_token(&self) -> u32 {
+        self.end
+    }
+
+    /// The ids of a prompt for `context`, template applied, up to where the answer begins.
+    ///
+    /// # Errors
+    ///
+    /// What the chat template or the tokenizer (then with `path` and `line`) says.
+    pub fn prompt(&self, context: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
+        let text = self.prompt.render(context)?;
+        let mut ids = self.before.clone();
+        ids.extend(self.encode(&text, path, line)?);
+        Ok(ids)
+    }
+
+    /// The tokens of a row of the file `path`, however many they are.
+    ///
+    /// # Errors
+    ///
+    /// A prompt without tokens, or an id that a vocabulary of `vocab_size` does not have, with file and line.
+    pub fn tokenize(
+        &self,
+        row: &Row,
+        path: &Path,
+        vocab_size: usize,
+    ) -> Result<TokenizedRow, DataError> {
+        let mut ids = self.prompt(&row.context, path, row.line)?;
+        let prompt_tokens = ids.len();
+        if prompt_tokens == 0 {
+            return Err(DataError::EmptyPrompt {
+                path: path.into(),
+                line: row.line,
+            });
+        }
+        ids.extend(self.encode(&row.target, path, row.line)?);
+        ids.push(self.end);
+        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
+            return Err(DataError::TokenOutsideVocabulary {
+                path: path.into(),
+                line: row.line,
+                token: self.tokenizer.id_to_token(*id).unwrap_or_default(),
+                id: *id,
+                vocab_size,
+            });
+        }
+        Ok(TokenizedRow {
+            line: row.line,
+            ids,
+            prompt_tokens,
+        })
+    }
+
+    fn encode(&self, text: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
+        match self.tokenizer.encode_fast(text, false) {
+            Ok(encoding) => Ok(encoding.get_ids().to_vec()),
+            Err(error) => Err(DataError::Tokenize {
+                path: path.into(),
+                line,
+                message: error.to_string(),
+            }),
+        }
+    }
+}
+
+/// The special tokens that the post-processor puts before a text.
+fn tokens_before(tokenizer: &Tokenizer) -> tokenizers::Result<Vec<u32>> {
+    let with = tokenizer.encode_fast("a", true)?;
+    let without = tokenizer.encode_fast("a", false)?;
+    let (with, without) = (with.get_ids(), without.get_ids());
+    let start = match without.is_empty() {
+        // A tokenizer that does not know "a": all that is there is special, and what comes first comes before.
+        true => usize::from(!with.is_empty()),
+        false => with
+            .windows(without.len())
+            .position(|ids| ids == without)
+            .unwrap_or(0),
+    };
+    Ok(with[..start].to_vec())
+}
+
+#[cfg(test)]
+pub(super) mod tests {
+    use super::*;
+
+    /// The files of a model whose words are `<unk>` 0, `<s>` 1, `</s>` 2, then those of `words`; `bos`: its
+    /// post-processor puts `<s>` before and `</s>` behind a text.
+    pub(crate) fn word_files(words: &[&str], bos: bool) -> ModelFiles {
+        let all = ["<unk>", "<s>", "</s>"].iter().chain(words);
+        let vocab: serde_json::Map<_, _> = all
+            .enumerate()
+            .map(|(id, word)| (word.to_string(), id.into()))
+            .collect();
+        let special = |id: u32, content: &str| {
+            serde_json::json!({"id": id, "content": content, "single_word": false, "lstrip": false,
+                "rstrip": false, "normalized": false, "special": true})
+        };
+        let post_processor = serde_json::json!({"type": "TemplateProcessing",
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+                       {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+            "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 0}}],
+            "special_tokens": {"<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]},
+                               "</s>": {"id": "</s>", "ids": [2], "tokens": ["</s>"]}}});
+        let tokenizer = serde_json::json!({
+            "version": "1.0",
+            "truncation": {"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+            "padding": null,
+            "added_tokens": [special(1, "<s>"), special(2, "</s>")],
+            "normalizer": null,
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": if bos { post_processor } else { serde_json::Value::Null },
+            "decoder": null,
+            "model": {"type": "WordLevel", "vocab": vocab, "unk_token": "<unk>"},
+        });
+        ModelFiles {
+            folder: "model".into(),
+            tokenizer: tokenizer.to_string().into_bytes(),
+            tokenizer_config: Some(r#"{"eos_token": "</s>", "bos_token": "<s>"}"#.into()),
+            ..ModelFiles::default()
+        }
+    }
+
+    fn row(context: &str, target: &str) -> Row {
+        Row {
+            line: 7,
+            context: context.into(),
+            target: target.into(),
+        }
+    }
+
+    const WORDS: [&str; 5] = ["good", "news", "positive", "[INST]", "[/INST]"];
+
+    fn tokenize(
+        files: &ModelFiles,
+        template: PromptTemplate,
+        row: &Row,
+    ) -> Result<TokenizedRow, DataError> {
+        RowTokenizer::new(files, &template)?.tokenize(row, Path::new("data.jsonl"), 8)
+    }
+
+    #[test]
+    fn the_target_and_the_end_token_are_supervised_and_nothing_is_cut() {
+        let files = word_files(&WORDS, false);
+        let row = row("good news good news", "positive");
+        let tokenized = tokenize(&files, PromptTemplate::Raw, &row).unwrap();
+        assert_eq!(tokenized.ids, [3, 4, 3, 4, 5, 2]);
+        assert_eq!((tokenized.line, tokenized.prompt_tokens), (7, 4));
+        assert_eq!(tokenized.supervised(), [5, 2]);
+        let tokenized = tokenize(&files, PromptTemplate::Inst, &row).unwrap();
+        assert_eq!(tokenized.ids, [6, 3, 4, 3, 4, 7, 5, 2]);
+    }
+
+    #[test]
+    fn a_prompt_begins_with_the_tokenizers_bos_and_a_target_never_does() {
+        let files = word_files(&WORDS, true);
+        let raw = tokenize(&files, PromptTemplate::Raw, &row("good news", "positive")).unwrap();
+        assert_eq!(
+            (raw.ids.as_slice(), raw.prompt_tokens),
+            ([1, 3, 4, 5, 2].as_slice(), 3)
+        );
+        let empty = tokenize(&files, PromptTemplate::Raw, &row("", "positive")).unwrap();
+        assert_eq!(
+            (empty.ids.as_slice(), empty.prompt_tokens),
+            ([1, 5, 2].as_slice(), 1)
+        );
+    }
+
+    #[test]
+    fn a_chat_template_writes_its_special_tokens_itself() {
+        let mut files = word_files(&WORDS, true);
+        files.chat_template = Some("{{ bos_token }} {{ messages[0].content }} [/INST]".into());
+        let chat = tokenize(&files, PromptTemplate::Chat, &row("news", "positive")).unwrap();
+        assert_eq!(
+            (chat.ids.as_slice(), chat.prompt_tokens),
+            ([1, 4, 7, 5, 2].as_slice(), 3)
+        );
+    }
+
+    #[test]
+    fn a_prompt_without_tokens_is_an_error() {
+        let files = word_files(&WORDS, false);
+        let error = tokenize(&files, PromptTemplate::Raw, &row("", "positive")).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("data.jsonl:7: the prompt has no tokens"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_token_that_the_model_does_not_have_is_named() {
+        let files = word_files(&[&WORDS[..], &["outside"]].concat(), false);
+        let error = tokenize(
+            &files,
+            PromptTemplate::Raw,
+            &row("good outside", "positive"),
+        )
+        .unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.starts_with("data.jsonl:7: token \"outside\" has id 8"),
+            "{error}"
+        );
+        assert!(error.contains("8 tokens"), "{error}");
+    }
+
+    #[test]
+    fn a_tokenizer_that_is_broken_or_fails_says_where() {
+        let mut files = word_files(&WORDS, false);
+        files.tokenizer.truncate(40);
+        let error = RowTokenizer::new(&files, &PromptTemplate::Raw)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("tokenizer.json") && error.contains("not a valid tokenizer"),
+            "{error}"
+        );
+        let files = word_files(&WORDS, false);
+        let text = String::from_utf8(files.tokenizer.clone()).unwrap();
+        let text = text.replace("\"unk_token\":\"<unk>\"", "\"unk_token\":\"<none>\"");
+        let files = ModelFiles {
+            tokenizer: text.into(),
+            ..files
+        };
+        let error = tokenize(&files, PromptTemplate::Raw, &row("never", "positive"));
+        let error = error.unwrap_err().to_string();
+        assert!(error.contains("model"), "{error}");
+    }
+}
