@@ -32,5 +32,5 @@ pub use model::Llama;
 pub use packed::{PackedContext, PackedError, PackedTokens};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
-pub use vocab_table::VocabTable;
+pub use vocab_table::{PIECE_BYTES, VocabTable};
 pub use weights::{Weights, WeightsError};

@@ -14,7 +14,7 @@ pub struct VocabTable {
 }
 
 /// WebGPU's default limit for a buffer that a shader reads is 128 MiB; some room is left.
-pub(crate) const PIECE_BYTES: usize = 120 << 20;
+pub const PIECE_BYTES: usize = 120 << 20;
 
 impl VocabTable {
     /// How many rows of `hidden` elements of `element_bytes` bytes a piece holds.

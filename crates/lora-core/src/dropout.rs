@@ -32,21 +32,19 @@ impl AdapterDropout {
         }
     }
 
-    /// Whether a call on `x` drops anything: training state, a probability, and a tape.
-    pub fn is_active<const D: usize>(&self, x: &Tensor<D>) -> bool {
-        self.prob > 0.0 && self.training.is_enabled() && x.is_autodiff()
-    }
-
-    /// Drops elements of `x`; the mask depends on `seed` and the shape only.
+    /// Drops elements of `x`.
     ///
-    /// Without a seed each call draws a mask of its own.
+    /// With a seed it always does, and the mask depends on `seed` and the shape only: a pass without a
+    /// tape, whose layers are run again in the backward pass, is training too. Without a seed it does as
+    /// `burn::nn::Dropout`: in training state and with a tape only, and each call draws a mask of its own.
     ///
     /// # Shapes
     ///
     /// - `x`: `[n, d]`
     /// - output: `[n, d]`
     pub fn forward(&self, x: Tensor<2>, seed: Option<u64>) -> Tensor<2> {
-        if !self.is_active(&x) {
+        let in_training = self.training.is_enabled() && x.is_autodiff();
+        if self.prob == 0.0 || (seed.is_none() && !in_training) {
             return x;
         }
         let seed = seed.unwrap_or_else(|| NEXT_SEED.fetch_add(1, Ordering::Relaxed));
@@ -92,8 +90,8 @@ mod tests {
         let plain = Tensor::<2>::ones([4, 4], &Device::flex());
         let tracked = Tensor::<2>::ones([4, 4], &Device::flex().autodiff());
         for y in [
-            dropout.forward(plain, Some(1)),
-            dropout.valid().forward(tracked, Some(1)),
+            dropout.forward(plain, None),
+            dropout.valid().forward(tracked, None),
         ] {
             assert!(
                 y.into_data()
@@ -103,5 +101,17 @@ mod tests {
                     .all(|v| *v == 1.0)
             );
         }
+    }
+
+    #[test]
+    fn a_seed_drops_the_same_elements_with_and_without_a_tape() {
+        let dropout = AdapterDropout::new(0.5);
+        let plain = Tensor::<2>::ones([8, 8], &Device::flex());
+        let without = dropout.valid().forward(plain.clone(), Some(1));
+        let with = dropout.forward(plain.autodiff(), Some(1)).inner();
+        without
+            .into_data()
+            .assert_eq(&with.clone().into_data(), true);
+        assert!(with.into_data().try_to_vec::<f32>().unwrap().contains(&0.0));
     }
 }

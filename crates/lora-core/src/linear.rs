@@ -160,7 +160,7 @@ impl LoraLinear {
     }
 
     /// As [`forward`](Self::forward), with the dropout mask fixed by `dropout_seed`: the same on every
-    /// device and in a recomputation.
+    /// device, in a recomputation, and without a tape. See [`AdapterDropout::forward`].
     pub fn forward_seeded<const D: usize>(
         &self,
         x: Tensor<D>,

@@ -102,17 +102,19 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let mut kept = Vec::new();
     for (index, layer) in model.layers.iter().enumerate() {
         if index < lowest {
-            hidden = forward_plain(layer, hidden, &context);
+            hidden = forward_plain(layer, hidden, &context, None);
+            continue;
+        }
+        // No tape is made that would be thrown away: burn-autodiff frees one only in a later backward pass.
+        if options.gradient_checkpointing {
+            kept.push((index, hidden.clone(), None));
+            hidden = forward_plain(layer, hidden, &context, seed(index));
             continue;
         }
         let input = hidden.autodiff().require_grad();
         let output = layer.forward(input.clone(), &context, seed(index));
         hidden = output.clone().inner();
-        // With checkpointing the output, and with it the layer's tape, is dropped here.
-        kept.push(match options.gradient_checkpointing {
-            true => (index, input.inner(), None),
-            false => (index, input, Some(output)),
-        });
+        kept.push((index, input, Some(output)));
     }
 
     let positions = loss::token_ids(&batch.target_positions, &hidden.device().without_autodiff());
@@ -147,7 +149,7 @@ pub fn evaluate(model: &Llama, batch: &Batch) -> LossSums {
     let context = model.context(&batch.tokens);
     let mut hidden = model.embed(&batch.tokens).inner();
     for layer in &model.layers {
-        hidden = forward_plain(layer, hidden, &context);
+        hidden = forward_plain(layer, hidden, &context, None);
     }
     let positions = loss::token_ids(&batch.target_positions, &hidden.device());
     loss::loss(model, hidden.select(0, positions), batch)
@@ -166,8 +168,13 @@ fn lowest_adapted(model: &Llama) -> usize {
         .unwrap_or(model.layers.len())
 }
 
-/// A layer without a tape and without dropout.
-fn forward_plain(layer: &DecoderLayer, hidden: Tensor<2>, context: &PackedContext) -> Tensor<2> {
+/// A layer without a tape; with dropout where a seed is given.
+fn forward_plain(
+    layer: &DecoderLayer,
+    hidden: Tensor<2>,
+    context: &PackedContext,
+    dropout_seed: Option<u64>,
+) -> Tensor<2> {
     // One layer at a time: a snapshot of the whole model would hold all block scales twice.
-    layer.valid().forward(hidden, context, None)
+    layer.valid().forward(hidden, context, dropout_seed)
 }

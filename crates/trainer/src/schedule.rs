@@ -60,7 +60,9 @@ mod tests {
 
     #[test]
     fn warm_up_rises_to_the_peak() {
-        let rates: Vec<f64> = (1..=4).map(|step| schedule(Decay::Cosine).rate(step)).collect();
+        let rates: Vec<f64> = (1..=4)
+            .map(|step| schedule(Decay::Cosine).rate(step))
+            .collect();
         assert_eq!(rates, [0.25, 0.5, 0.75, 1.0]);
     }
 

@@ -8,7 +8,7 @@ use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{CounterRng, LoraError, Quantization};
 
 use crate::config::{Checkpointing, ComputeDtype, Config, Problems};
-use crate::data::{self, Batch, Data, DataError, Dataset, Order};
+use crate::data::{self, Data, DataError, Dataset, Order};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::gradients::{self, AdapterGradients, PassOptions};
@@ -245,16 +245,15 @@ pub fn train(
             };
             gradients::accumulate(&model, &batch, options, &mut sums);
             if !sums.totals.loss.is_finite() {
-                return Err(not_finite("loss", sums.totals.loss, step, &model, &[batch]));
+                return Err(run.not_finite("loss", sums.totals.loss, step, &model, &[rows]));
             }
             tokens += batch.tokens.ids.len();
         }
         let loss = sums.totals.mean();
         let (gradients, grad_norm) = sums.into_mean(config.max_grad_norm);
         if !grad_norm.is_finite() {
-            let batches = order.step(step - 1).into_iter();
-            let batches: Vec<Batch> = batches.map(|rows| data.train.batch(&rows)).collect();
-            return Err(not_finite("gradient", grad_norm, step, &model, &batches));
+            let rows = order.step(step - 1);
+            return Err(run.not_finite("gradient", grad_norm, step, &model, &rows));
         }
         let learning_rate = schedule.rate(step);
         model = optimizer.step(learning_rate, model, gradients);
@@ -368,46 +367,47 @@ impl Run<'_> {
         log::debug!("writing the adapter from {}", self.selected.name);
         Ok(write_adapter(&folder.adapter(), &config, &tensors)?)
     }
+
+    /// Looks for the rows that give a loss that is not a number, each by itself.
+    fn not_finite(
+        &self,
+        what: &'static str,
+        value: f64,
+        step: usize,
+        model: &Llama,
+        micro_batches: &[Vec<usize>],
+    ) -> TrainError {
+        let mut all = Vec::new();
+        let mut culprits = Vec::new();
+        for index in micro_batches.iter().flatten() {
+            let row = self.data.train.batch(&[*index]);
+            let line = row.rows[0].to_string();
+            if !gradients::evaluate(model, &row).loss.is_finite() {
+                culprits.push(line.clone());
+            }
+            all.push(line);
+        }
+        let rows = match culprits.is_empty() {
+            true => format!(
+                "no row alone does that; together they are lines {}",
+                all.join(", ")
+            ),
+            false => format!(
+                "it comes from these lines of the data: {}",
+                culprits.join(", ")
+            ),
+        };
+        TrainError::NotFinite {
+            what,
+            value,
+            step,
+            rows,
+        }
+    }
 }
 
 /// Separates the dropout's random numbers from those that the same seed gives elsewhere.
 const DROPOUT: u64 = 0x64_72_6f_70;
-
-/// Looks for the rows that give a loss that is not a number, each by itself.
-fn not_finite(
-    what: &'static str,
-    value: f64,
-    step: usize,
-    model: &Llama,
-    batches: &[Batch],
-) -> TrainError {
-    let mut all = Vec::new();
-    let mut culprits = Vec::new();
-    for batch in batches {
-        for (single, row) in batch.single_rows().into_iter().zip(&batch.rows) {
-            all.push(row.to_string());
-            if !gradients::evaluate(model, &single).loss.is_finite() {
-                culprits.push(row.to_string());
-            }
-        }
-    }
-    let rows = match culprits.is_empty() {
-        true => format!(
-            "no row alone does that; together they are lines {}",
-            all.join(", ")
-        ),
-        false => format!(
-            "it comes from these lines of the data: {}",
-            culprits.join(", ")
-        ),
-    };
-    TrainError::NotFinite {
-        what,
-        value,
-        step,
-        rows,
-    }
-}
 
 /// How the configuration stores frozen weights.
 pub fn quantization(config: &Config) -> Quantization {
