@@ -131,10 +131,21 @@ pub fn main() -> ExitCode {
         Ok(code) => code,
         Err(error) => {
             drop(screen);
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", whole_chain(&error));
             ExitCode::FAILURE
         }
     }
+}
+
+/// The error with its causes; a cause that a message above it quotes already is left out.
+fn whole_chain(error: &anyhow::Error) -> String {
+    let mut text = error.to_string();
+    for cause in error.chain().skip(1).map(ToString::to_string) {
+        if !text.contains(&cause) {
+            text += &format!(": {cause}");
+        }
+    }
+    text
 }
 
 fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
