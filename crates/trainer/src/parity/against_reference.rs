@@ -17,6 +17,9 @@ use crate::peft::{AdapterTensors, tensor_names};
 // a wrong scale, a missing bias or a position shifted by one gives 1e-2 and more.
 const LOGITS: f64 = 1e-4;
 const LOSS: f64 = 1e-5;
+/// A trained model on random tokens has losses of 20, from logits of 30: there 1e-5 is a few steps of
+/// f32 (2e-6 at 20), which neither side can promise. Above a loss of 5 the tolerance grows with it.
+const LOSS_RELATIVE: f64 = 2e-6;
 const GRADIENT: f64 = 1e-4;
 const TRAIN_LOSSES: f64 = 1e-3;
 const MERGED: f64 = 1e-6;
@@ -68,7 +71,7 @@ pub(super) fn check(
     checks.push(Check {
         quantity: "loss".into(),
         difference: (loss - reference.loss).abs(),
-        tolerance: LOSS,
+        tolerance: LOSS.max(LOSS_RELATIVE * reference.loss.abs()),
         note: format!("absolute; {loss:.6}, reference {:.6}", reference.loss),
     });
     for (gradient_checkpointing, quantity) in [

@@ -141,21 +141,32 @@ pub enum ParityError {
     #[error(transparent)]
     Lora(#[from] lora_core::LoraError),
     /// None of the backends is there.
-    #[error("no backend to run on: {0}")]
+    #[error("no backend to run on:{0}")]
     NoBackend(String),
+    /// Without a reference there must be two devices.
+    #[error(
+        "{name} has nothing to be compared with; name more --backends, or a --reference folder{others}"
+    )]
+    OneDevice {
+        /// The one that is there.
+        name: String,
+        /// Why the others are not, a line each.
+        others: String,
+    },
 }
 
 /// Selects the backends and compares what `options` asks for.
 ///
 /// A backend that is not in this build or not on this machine gets a line in the report; it fails
-/// nothing, unless nothing is left to compare.
+/// nothing, unless nothing is left to compare. One that is there and computes wrong numbers, or does
+/// not start, fails the report.
 ///
 /// # Errors
 ///
 /// What is missing or wrong in the reference's folder, or that no backend is there. Differences past
-/// their tolerance are no error of this function: ask [`Report::passes`].
+/// their tolerance are no error of this function: ask [`Report::passed`].
 pub fn parity(options: &ParityOptions) -> Result<Report, ParityError> {
-    let mut absent = Vec::new();
+    let (mut absent, mut broken) = (Vec::new(), Vec::new());
     let mut devices: Vec<(String, Device)> = Vec::new();
     for backend in &options.backends {
         match start(*backend) {
@@ -166,21 +177,36 @@ pub fn parity(options: &ParityOptions) -> Result<Report, ParityError> {
                     devices.push((name, selected.device));
                 }
             }
+            // The device is there: a driver that computes wrong numbers is what parity is to find.
+            Err(
+                error @ (DeviceError::WrongNumbers { .. } | DeviceError::Initialization { .. }),
+            ) => broken.push(format!("FAIL  {backend}: {error}")),
             Err(error) => absent.push(format!("{backend}: left out: {error}")),
         }
     }
-    if devices.is_empty() {
-        return Err(ParityError::NoBackend(absent.join("; ")));
-    }
-    let mut report = match &options.reference {
-        Some(folder) => {
+    let mut report = match (&options.reference, &devices[..]) {
+        (_, []) => return Err(ParityError::NoBackend(lines(&absent, &broken))),
+        (Some(folder), devices) => {
             let model = options.model.as_deref();
-            against_reference(folder, model, options.learning_rate, &devices)?
+            against_reference(folder, model, options.learning_rate, devices)?
         }
-        None => between_devices(&devices)?,
+        (None, [(name, _)]) => {
+            return Err(ParityError::OneDevice {
+                name: name.clone(),
+                others: lines(&absent, &broken),
+            });
+        }
+        (None, devices) => between_devices(devices)?,
     };
     report.absent = absent;
+    report.broken = broken;
     Ok(report)
+}
+
+/// Lines that follow a message, one below the other.
+fn lines(absent: &[String], broken: &[String]) -> String {
+    let all = broken.iter().chain(absent);
+    all.map(|line| format!("\n  {line}")).collect()
 }
 
 /// A device that starts and that passes its self-test.
@@ -210,6 +236,7 @@ pub fn against_reference(
     Ok(Report {
         sections: sections.collect::<Result<_, _>>()?,
         absent: vec![],
+        broken: vec![],
     })
 }
 

@@ -17,7 +17,7 @@ pub struct Check {
 
 impl Check {
     /// Whether the difference is within the tolerance; NaN is not.
-    pub fn passes(&self) -> bool {
+    pub fn passed(&self) -> bool {
         self.difference <= self.tolerance
     }
 }
@@ -40,23 +40,26 @@ pub struct Report {
     pub sections: Vec<Section>,
     /// A line for each backend that was asked for and is not there.
     pub absent: Vec<String>,
+    /// A line for each backend that is there and cannot be trusted.
+    pub broken: Vec<String>,
 }
 
 impl Report {
-    /// Whether at least one thing was compared and every difference is within its tolerance.
-    pub fn passes(&self) -> bool {
+    /// Whether at least one thing was compared, every difference is within its tolerance, and no
+    /// device is broken.
+    pub fn passed(&self) -> bool {
         let mut checks = self
             .sections
             .iter()
             .flat_map(|section| &section.checks)
             .peekable();
-        checks.peek().is_some() && checks.all(Check::passes)
+        self.broken.is_empty() && checks.peek().is_some() && checks.all(Check::passed)
     }
 
     /// The comparisons that fail, with their section's title.
     pub fn failures(&self) -> impl Iterator<Item = (&str, &Check)> {
         self.sections.iter().flat_map(|section| {
-            let failing = section.checks.iter().filter(|check| !check.passes());
+            let failing = section.checks.iter().filter(|check| !check.passed());
             failing.map(|check| (section.title.as_str(), check))
         })
     }
@@ -67,7 +70,7 @@ impl fmt::Display for Report {
         for section in &self.sections {
             writeln!(f, "{section}")?;
         }
-        for line in &self.absent {
+        for line in self.broken.iter().chain(&self.absent) {
             writeln!(f, "{line}")?;
         }
         Ok(())
@@ -85,10 +88,10 @@ impl fmt::Display for Section {
             "quantity", "difference", "tolerance"
         )?;
         for check in &self.checks {
-            let verdict = if check.passes() { "ok  " } else { "FAIL" };
+            let verdict = if check.passed() { "ok  " } else { "FAIL" };
             writeln!(
                 f,
-                "  {:width$}  {:>10.2e}  {:>9.0e}  {verdict}  {}",
+                "  {:width$}  {:>10.2e}  {:>9.1e}  {verdict}  {}",
                 check.quantity, check.difference, check.tolerance, check.note
             )?;
         }
@@ -118,15 +121,16 @@ mod tests {
         Report {
             sections: vec![section],
             absent: vec!["cuda: not in this build".into()],
+            broken: vec![],
         }
     }
 
     #[test]
     fn a_difference_past_its_tolerance_or_nan_fails() {
-        assert!(report(&[0.0, 1e-5]).passes());
+        assert!(report(&[0.0, 1e-5]).passed());
         for wrong in [2e-5, f64::NAN, f64::INFINITY] {
             let report = report(&[0.0, wrong]);
-            assert!(!report.passes());
+            assert!(!report.passed());
             assert_eq!(report.failures().count(), 1);
             assert!(report.to_string().contains("FAIL"));
         }
@@ -134,14 +138,24 @@ mod tests {
 
     #[test]
     fn a_report_that_compared_nothing_does_not_pass() {
-        assert!(!report(&[]).passes());
-        assert!(!Report::default().passes());
+        assert!(!report(&[]).passed());
+        assert!(!Report::default().passed());
+    }
+
+    #[test]
+    fn a_broken_device_fails_the_report() {
+        let mut report = report(&[0.0]);
+        report
+            .broken
+            .push("FAIL  wgpu: computes wrong numbers".into());
+        assert!(!report.passed());
+        assert!(report.to_string().contains("FAIL  wgpu"));
     }
 
     #[test]
     fn the_table_says_quantity_difference_tolerance_and_what_was_absent() {
         let text = report(&[2e-6]).to_string();
-        for word in ["loss", "2.00e-6", "1e-5", "ok", "cuda: not in this build"] {
+        for word in ["loss", "2.00e-6", "1.0e-5", "ok", "cuda: not in this build"] {
             assert!(text.contains(word), "{text}");
         }
     }

@@ -1,0 +1,61 @@
+//! An allocator that counts the bytes in use, to measure what a forward pass leaves behind.
+
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+static IN_USE: AtomicUsize = AtomicUsize::new(0);
+static PEAK: AtomicUsize = AtomicUsize::new(0);
+
+/// The system's allocator, with a counter. Install it with `#[global_allocator]` in a test that has
+/// a process of its own: every thread counts.
+pub struct CountingAllocator;
+
+impl CountingAllocator {
+    /// Bytes that are allocated at this moment.
+    pub fn bytes_in_use() -> usize {
+        IN_USE.load(Ordering::SeqCst)
+    }
+
+    /// The most bytes that were allocated at one time since [`reset_peak`](Self::reset_peak).
+    pub fn peak() -> usize {
+        PEAK.load(Ordering::SeqCst)
+    }
+
+    /// Starts a new measurement of the peak.
+    pub fn reset_peak() {
+        PEAK.store(Self::bytes_in_use(), Ordering::SeqCst);
+    }
+}
+
+fn grow(bytes: usize) {
+    let now = IN_USE.fetch_add(bytes, Ordering::SeqCst) + bytes;
+    PEAK.fetch_max(now, Ordering::SeqCst);
+}
+
+// SAFETY: every call is passed on to the system's allocator with the same arguments.
+unsafe impl GlobalAlloc for CountingAllocator {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn alloc_zeroed(&self, layout: Layout) -> *mut u8 {
+        grow(layout.size());
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.alloc_zeroed(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        IN_USE.fetch_sub(layout.size(), Ordering::SeqCst);
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, new_size: usize) -> *mut u8 {
+        grow(new_size);
+        IN_USE.fetch_sub(layout.size(), Ordering::SeqCst);
+        // SAFETY: the caller's promise is the same.
+        unsafe { System.realloc(pointer, layout, new_size) }
+    }
+}

@@ -1,0 +1,74 @@
+//! What the workspace's tests share: where fixtures are, which devices to test, the program itself.
+
+pub mod allocator;
+pub mod program;
+pub mod workspace;
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::Device;
+use trainer::device::{self, Backend};
+
+/// A folder of `fixtures/`.
+///
+/// # Panics
+///
+/// If it is not there.
+pub fn fixture(name: &str) -> PathBuf {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("fixtures")
+        .join(name);
+    assert!(folder.is_dir(), "{} is not there", folder.display());
+    folder
+}
+
+/// The folder of the stories260k model, which is not part of the repository.
+pub fn stories260k() -> Option<PathBuf> {
+    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/models/stories260k");
+    match folder.join("model.safetensors").is_file() {
+        true => Some(folder),
+        false => {
+            println!("skipped: {} is not there", folder.display());
+            None
+        }
+    }
+}
+
+/// Every device of this build that starts on this machine, the CPU first, with its name.
+///
+/// A backend that does not start gets a printed line. With `LORA_REQUIRE_WGPU=1` in the
+/// environment, as in CI, a `wgpu` that is missing fails the test instead.
+///
+/// # Panics
+///
+/// If a backend computes wrong numbers, or `wgpu` is required and not there.
+pub fn devices() -> Vec<(String, Device)> {
+    let backends = [
+        Backend::Cpu,
+        Backend::Wgpu,
+        Backend::Vulkan,
+        Backend::Metal,
+        Backend::Cuda,
+    ];
+    let required = |backend| {
+        backend == Backend::Wgpu
+            && std::env::var("LORA_REQUIRE_WGPU").is_ok_and(|value| value == "1")
+    };
+    let mut devices = Vec::new();
+    for backend in backends {
+        if !backend.is_compiled_in() && !required(backend) {
+            continue;
+        }
+        match device::select(backend) {
+            Ok(selected) => {
+                if let Err(error) = device::self_test(&selected) {
+                    panic!("{error}");
+                }
+                devices.push((selected.name, selected.device));
+            }
+            Err(error) if required(backend) => panic!("LORA_REQUIRE_WGPU is set: {error}"),
+            Err(error) => println!("skipped: {error}"),
+        }
+    }
+    devices
+}

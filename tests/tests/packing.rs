@@ -1,0 +1,214 @@
+//! Rows packed back to back against padded rows, rows alone, and micro-batches of other sizes.
+
+use std::collections::BTreeMap;
+
+use burn::tensor::Device;
+use llama_burn::{Llama, LlamaConfig, PackedTokens, RopeScaling};
+use lora_core::{CounterRng, LoraConfig, TargetModules};
+use tests::fixture;
+use trainer::data::Batch;
+use trainer::gradients::{AdapterGradients, PassOptions, accumulate, evaluate};
+use trainer::loss::LossSums;
+use trainer::parity::against_reference;
+use trainer::peft::AdapterTensors;
+
+/// Lengths of rows with their last third supervised: 3, 7, 1, 4 and 2 tokens.
+const LENGTHS: [usize; 5] = [9, 21, 5, 14, 6];
+
+/// A small Llama with adapters on every linear module, B ≠ 0 and γ = 4.
+fn model(lora_dropout: f64) -> Llama {
+    let config = LlamaConfig {
+        vocab_size: 96,
+        hidden_size: 32,
+        intermediate_size: 64,
+        num_hidden_layers: 3,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::Default,
+        tie_word_embeddings: true,
+        attention_bias: false,
+        mlp_bias: false,
+        initializer_range: 0.2,
+        bos_token_id: None,
+        eos_token_ids: vec![],
+    };
+    let lora = LoraConfig {
+        r: 4,
+        lora_dropout,
+        target_modules: TargetModules::AllLinear,
+        ..LoraConfig::default()
+    };
+    let base = Llama::random(&config, 1, &Device::flex().autodiff());
+    let fresh = base.with_lora(&lora, 2).expect("the settings are valid");
+    let mut adapter = AdapterTensors::from_model(&fresh).expect("the CPU gives its tensors back");
+    let mut rng = CounterRng::new(3);
+    let numbers = adapter.modules.values_mut().flat_map(|pair| &mut pair.b);
+    numbers.for_each(|value| *value = 0.1 * rng.normal() as f32);
+    adapter
+        .put_on(fresh, &lora)
+        .expect("the adapter fits its own model")
+}
+
+/// Rows with these indices into [`LENGTHS`], packed.
+fn batch(rows: &[usize]) -> Batch {
+    let mut batch = Batch {
+        tokens: PackedTokens::default(),
+        target_positions: vec![],
+        target_ids: vec![],
+        rows: rows.iter().map(|row| row + 1).collect(),
+    };
+    for row in rows {
+        let mut rng = CounterRng::new(7).fork(*row as u64);
+        let (start, length) = (batch.tokens.ids.len(), LENGTHS[*row]);
+        let ids = (0..length).map(|_| (rng.next_u64() % 96) as u32);
+        batch.tokens.ids.extend(ids);
+        batch.tokens.segment_lengths.push(length);
+        for position in start + length - length / 3..start + length {
+            batch.target_positions.push(position as u32 - 1);
+            batch.target_ids.push(batch.tokens.ids[position]);
+        }
+    }
+    batch
+}
+
+/// The gradients of the mean loss, by module and factor, after these micro-batches.
+type Named = BTreeMap<String, Vec<f32>>;
+
+fn gradients(
+    model: &Llama,
+    micro_batches: &[Batch],
+    gradient_checkpointing: bool,
+) -> (LossSums, Named) {
+    let mut sums = AdapterGradients::default();
+    for batch in micro_batches {
+        let options = PassOptions {
+            gradient_checkpointing,
+            dropout_seed: 5,
+        };
+        accumulate(model, batch, options, &mut sums);
+    }
+    let totals = sums.totals;
+    let (mean, _) = sums.into_mean(0.0);
+    let mut named = Named::new();
+    for (module, linear) in model.linears() {
+        let adapter = linear.adapter().expect("every module is adapted");
+        for (factor, param) in [("A", &adapter.a), ("B", &adapter.b)] {
+            let gradient = mean
+                .get::<2>(param.id)
+                .expect("every factor has a gradient");
+            let values = gradient.into_data().try_to_vec::<f32>();
+            named.insert(
+                format!("{module}.{factor}"),
+                values.expect("gradients are f32"),
+            );
+        }
+    }
+    (totals, named)
+}
+
+/// The largest relative Frobenius distance of two sets of gradients.
+fn distance(got: &Named, expected: &Named) -> f64 {
+    assert_eq!(
+        got.keys().collect::<Vec<_>>(),
+        expected.keys().collect::<Vec<_>>()
+    );
+    let relative = |name: &String| {
+        let pairs = || got[name].iter().zip(&expected[name]);
+        let difference: f64 = pairs().map(|(a, b)| f64::from(a - b).powi(2)).sum();
+        let norm: f64 = pairs().map(|(_, b)| f64::from(*b).powi(2)).sum();
+        assert!(norm > 0.0, "{name} has no gradient to compare");
+        (difference / norm).sqrt()
+    };
+    got.keys().map(relative).fold(0.0, f64::max)
+}
+
+// f32 sums in another order: 1e-7 to 1e-6. A row that sees its neighbour, a position that does not
+// restart, or a mean over micro-batches instead of tokens gives 1e-2 and more.
+const TOLERANCE: f64 = 1e-5;
+
+#[track_caller]
+fn assert_same(got: &(LossSums, Named), expected: &(LossSums, Named)) {
+    let loss = (got.0.loss - expected.0.loss).abs() / expected.0.loss;
+    let gradients = distance(&got.1, &expected.1);
+    println!("loss {loss:.1e}, gradients {gradients:.1e}, tolerance {TOLERANCE:.0e}");
+    assert!(
+        loss < TOLERANCE && gradients < TOLERANCE,
+        "loss {loss:e}, gradients {gradients:e}"
+    );
+    let counts = |sums: LossSums| (sums.tokens, sums.correct, sums.rows, sums.correct_rows);
+    assert_eq!(counts(got.0), counts(expected.0));
+}
+
+#[test]
+fn packed_rows_agree_with_padded_rows_under_transformers_attention_mask() {
+    let cpu = [("cpu".to_string(), Device::flex())];
+    let report = against_reference(&fixture("padded_rows"), None, 1e-3, &cpu);
+    let report = report.unwrap_or_else(|error| panic!("{error}"));
+    println!("{report}");
+    assert!(report.passed(), "{report}");
+    let checks = &report.sections[0].checks;
+    for quantity in ["logits", "loss", "LoRA gradients (", "train_losses"] {
+        let found = checks
+            .iter()
+            .any(|check| check.quantity.starts_with(quantity));
+        assert!(found, "{quantity} was not compared:\n{report}");
+    }
+}
+
+#[test]
+fn packed_rows_have_the_loss_and_the_gradients_of_the_rows_alone() {
+    let model = model(0.0);
+    let packed = gradients(&model, &[batch(&[0, 1, 2, 3, 4])], false);
+    let alone = [0, 1, 2, 3, 4].map(|row| batch(&[row]));
+    assert_same(&packed, &gradients(&model, &alone, false));
+}
+
+#[test]
+fn the_order_of_packed_rows_does_not_matter() {
+    let model = model(0.0);
+    let packed = gradients(&model, &[batch(&[0, 1, 2, 3, 4])], false);
+    assert_same(
+        &gradients(&model, &[batch(&[4, 2, 0, 3, 1])], false),
+        &packed,
+    );
+}
+
+#[test]
+fn accumulated_micro_batches_of_unequal_token_counts_equal_one_big_batch() {
+    let model = model(0.0);
+    let big = gradients(&model, &[batch(&[0, 1, 2, 3, 4])], false);
+    // 7, 4 and 6 supervised tokens.
+    let micro_batches = [batch(&[1]), batch(&[0, 2]), batch(&[3, 4])];
+    let supervised = micro_batches.each_ref().map(|batch| batch.target_ids.len());
+    assert!(supervised[0] != supervised[1] && supervised[1] != supervised[2]);
+    assert_same(&gradients(&model, &micro_batches, false), &big);
+}
+
+#[test]
+fn gradient_checkpointing_changes_no_gradient_not_even_under_dropout() {
+    for dropout in [0.0, 0.4] {
+        let model = model(dropout);
+        let batches = [batch(&[0, 1]), batch(&[2, 3, 4])];
+        let kept = gradients(&model, &batches, false);
+        let recomputed = gradients(&model, &batches, true);
+        // Another dropout mask in the second forward pass would change a gradient by half its size.
+        assert_same(&recomputed, &kept);
+    }
+}
+
+#[test]
+fn the_training_pass_and_the_evaluation_see_the_same_loss() {
+    let model = model(0.0);
+    let batch = batch(&[0, 1, 2, 3, 4]);
+    let evaluated = evaluate(&model, &batch);
+    let (trained, _) = gradients(&model, &[batch], true);
+    assert!((evaluated.loss - trained.loss).abs() < TOLERANCE * trained.loss);
+    assert_eq!(
+        (evaluated.tokens, evaluated.rows),
+        (trained.tokens, trained.rows)
+    );
+}

@@ -1,0 +1,348 @@
+//! The trainer's numbers against those of transformers and PEFT, on every device of this build.
+//!
+//! The second half shows that the comparison would notice: each mistake that is easy to make in a
+//! trainer is made in a copy of a fixture, and must be found.
+
+use std::fs;
+use std::path::Path;
+
+use burn::tensor::Device;
+use llama_burn::{LlamaConfig, LoadOptions, PackedTokens};
+use lora_core::Quantization;
+use safetensors::SafeTensors;
+use serde_json::json;
+use tests::workspace::{copy_folder, edit_json};
+use tests::{devices, fixture, stories260k};
+use trainer::parity::{Report, against_reference};
+use trainer::peft;
+
+/// The learning rate of `make_fixtures.py`.
+const LEARNING_RATE: f64 = 1e-3;
+
+/// Compares every device with a fixture and prints the table.
+fn agrees(name: &str, model: Option<&Path>) {
+    let report = against_reference(&fixture(name), model, LEARNING_RATE, &devices())
+        .unwrap_or_else(|error| panic!("{name}: {error}"));
+    println!("{report}");
+    assert!(report.passed(), "{report}");
+}
+
+#[test]
+fn tied_head_and_grouped_queries_agree_with_transformers_and_peft() {
+    agrees("tied", None);
+}
+
+#[test]
+fn untied_head_and_bf16_weights_agree_with_transformers_and_peft() {
+    agrees("untied", None);
+}
+
+#[test]
+fn llama3_rope_scaling_agrees_with_transformers_and_peft() {
+    agrees("llama3_rope", None);
+}
+
+#[test]
+fn linear_rope_scaling_in_a_version_4_config_agrees_with_transformers_and_peft() {
+    agrees("linear_rope", None);
+}
+
+#[test]
+fn attention_and_mlp_biases_agree_with_transformers_and_peft() {
+    agrees("biases", None);
+}
+
+#[test]
+fn shards_rslora_and_all_linear_agree_with_transformers_and_peft() {
+    agrees("sharded_rslora_all_linear", None);
+}
+
+#[test]
+fn packed_rows_agree_with_rows_that_transformers_pads() {
+    agrees("padded_rows", None);
+}
+
+#[test]
+fn stories260k_agrees_with_transformers_and_peft() {
+    if let Some(model) = stories260k() {
+        agrees("stories260k", Some(&model));
+    }
+}
+
+/// Compares the CPU with a changed copy of a fixture, which must fail at least in `quantities`.
+fn notices(name: &str, quantities: &[&str], change: impl FnOnce(&Path)) {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&fixture(name), folder.path());
+    change(folder.path());
+    let report = on_the_cpu(folder.path());
+    for quantity in quantities {
+        let found = report
+            .failures()
+            .any(|(_, check)| check.quantity.starts_with(quantity));
+        assert!(found, "{quantity} should have failed:\n{report}");
+    }
+}
+
+fn on_the_cpu(folder: &Path) -> Report {
+    let devices = [("cpu".to_string(), Device::flex())];
+    against_reference(folder, None, LEARNING_RATE, &devices).expect("the folder can be read")
+}
+
+#[test]
+fn another_adapter_scale_is_noticed() {
+    notices(
+        "tied",
+        &["logits", "loss", "LoRA gradients", "merged weights"],
+        |folder| {
+            for adapter in ["adapter", "trained"] {
+                edit_json(&folder.join(adapter).join(peft::CONFIG_FILE), |config| {
+                    config["lora_alpha"] = json!(15.9);
+                });
+            }
+        },
+    );
+}
+
+#[test]
+fn alpha_over_r_in_place_of_its_root_is_noticed() {
+    notices(
+        "sharded_rslora_all_linear",
+        &["logits", "loss", "LoRA gradients"],
+        |folder| {
+            edit_json(&folder.join("adapter").join(peft::CONFIG_FILE), |config| {
+                config["use_rslora"] = json!(false);
+            });
+        },
+    );
+}
+
+#[test]
+fn a_rope_scaling_that_is_left_out_is_noticed() {
+    notices(
+        "llama3_rope",
+        &["base_logits", "logits", "loss", "LoRA gradients"],
+        |folder| {
+            edit_json(&folder.join("model/config.json"), |config| {
+                config["rope_parameters"] = json!({"rope_type": "default", "rope_theta": 100.0});
+            });
+        },
+    );
+    notices(
+        "linear_rope",
+        &["base_logits", "logits", "loss", "LoRA gradients"],
+        |folder| {
+            edit_json(&folder.join("model/config.json"), |config| {
+                config["rope_scaling"] = json!(null);
+            });
+        },
+    );
+}
+
+#[test]
+fn another_rope_theta_is_noticed() {
+    notices("untied", &["base_logits"], |folder| {
+        edit_json(&folder.join("model/config.json"), |config| {
+            config["rope_parameters"]["rope_theta"] = json!(10_000.0);
+        });
+    });
+}
+
+/// Rewrites `reference.safetensors` with the integers of one tensor changed, row by row.
+fn edit_integers(folder: &Path, name: &str, change: impl Fn(&mut [i64])) {
+    let path = folder.join("reference.safetensors");
+    let bytes = fs::read(&path).expect("the fixture can be read");
+    let file = SafeTensors::deserialize(&bytes).expect("the fixture is a safetensors file");
+    let view = file.tensor(name).expect("the fixture has this tensor");
+    let words = view.data().chunks_exact(8);
+    let mut integers: Vec<i64> = words
+        .map(|word| i64::from_le_bytes(word.try_into().expect("eight bytes")))
+        .collect();
+    integers.chunks_mut(view.shape()[1]).for_each(change);
+    let changed: Vec<u8> = integers
+        .iter()
+        .flat_map(|integer| integer.to_le_bytes())
+        .collect();
+    let tensors = file.iter().map(|(key, view)| match key == name {
+        true => {
+            let view =
+                safetensors::tensor::TensorView::new(view.dtype(), view.shape().into(), &changed);
+            (key, view.expect("the same shape and type"))
+        }
+        false => (key, view),
+    });
+    fs::write(
+        &path,
+        safetensors::serialize(tensors, None).expect("the same tensors"),
+    )
+    .expect("a temporary folder is writable");
+}
+
+#[test]
+fn labels_that_are_off_by_one_are_noticed() {
+    notices(
+        "padded_rows",
+        &["loss", "LoRA gradients", "train_losses"],
+        |folder| {
+            edit_integers(folder, "labels", |row| row.rotate_left(1));
+        },
+    );
+}
+
+#[test]
+fn one_supervised_token_less_is_noticed() {
+    notices("padded_rows", &["loss", "LoRA gradients"], |folder| {
+        edit_integers(folder, "labels", |row| {
+            let first = row
+                .iter()
+                .position(|label| *label != -100)
+                .expect("a label");
+            row[first] = -100;
+        });
+    });
+}
+
+#[test]
+fn another_token_in_the_middle_is_noticed() {
+    notices("padded_rows", &["base_logits", "logits"], |folder| {
+        edit_integers(folder, "input_ids", |row| row[2] = 3 + (row[2] + 1) % 60);
+    });
+}
+
+#[test]
+fn a_token_of_padding_that_is_taken_for_a_row_s_end_is_an_error_or_noticed() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&fixture("padded_rows"), folder.path());
+    // One token too few: the last supervised position of each row is gone.
+    edit_integers(folder.path(), "attention_mask", |row| {
+        let last = row.iter().rposition(|place| *place == 1).expect("a token");
+        row[last] = 0;
+    });
+    let report = on_the_cpu(folder.path());
+    assert!(
+        report.failures().any(|(_, check)| check.quantity == "loss"),
+        "{report}"
+    );
+}
+
+#[test]
+fn a_merge_of_another_adapter_is_noticed() {
+    notices(
+        "biases",
+        &["merged weights", "adapter after training"],
+        |folder| {
+            fs::copy(
+                folder.join("adapter").join(peft::WEIGHTS_FILE),
+                folder.join("trained").join(peft::WEIGHTS_FILE),
+            )
+            .expect("the file can be copied");
+        },
+    );
+}
+
+#[test]
+fn a_file_of_the_reference_that_is_missing_or_cut_off_is_an_error_that_names_it() {
+    for (file, word) in [
+        ("reference.safetensors", "reference.safetensors"),
+        (
+            "adapter/adapter_model.safetensors",
+            "adapter_model.safetensors",
+        ),
+        ("trained/adapter_config.json", "adapter_config.json"),
+        ("model/model.safetensors", "model.safetensors"),
+        ("model/config.json", "config.json"),
+    ] {
+        for cut in [false, true] {
+            let folder = tempfile::tempdir().expect("a temporary folder");
+            copy_folder(&fixture("tied"), folder.path());
+            let path = folder.path().join(file);
+            match cut {
+                true => {
+                    let bytes = fs::read(&path).expect("the fixture can be read");
+                    fs::write(&path, &bytes[..bytes.len() / 2]).expect("it can be written");
+                }
+                false => fs::remove_file(&path).expect("it can be removed"),
+            }
+            let devices = [("cpu".to_string(), Device::flex())];
+            let error = against_reference(folder.path(), None, LEARNING_RATE, &devices)
+                .expect_err("the folder is broken")
+                .to_string();
+            assert!(error.contains(word), "{file}, cut off: {cut}: {error}");
+        }
+    }
+}
+
+#[test]
+fn an_adapter_of_peft_is_written_again_tensor_by_tensor_as_it_was() {
+    for name in [
+        "tied",
+        "linear_rope",
+        "sharded_rslora_all_linear",
+        "padded_rows",
+    ] {
+        let theirs = fixture(name).join("adapter");
+        let (config, tensors) = peft::read_adapter(&theirs).expect("PEFT's adapter can be read");
+        let folder = tempfile::tempdir().expect("a temporary folder");
+        peft::write_adapter(folder.path(), &config, &tensors).expect("it can be written");
+        let read = |folder: &Path| fs::read(folder.join(peft::WEIGHTS_FILE)).expect("weights");
+        let (theirs_bytes, ours_bytes) = (read(&theirs), read(folder.path()));
+        let theirs_file = SafeTensors::deserialize(&theirs_bytes).expect("PEFT's file");
+        let ours_file = SafeTensors::deserialize(&ours_bytes).expect("our file");
+        assert_eq!(theirs_file.len(), ours_file.len());
+        for (tensor, view) in theirs_file.iter() {
+            let ours = ours_file.tensor(tensor).expect("the same names");
+            assert_eq!(
+                (view.dtype(), view.shape(), view.data()),
+                (ours.dtype(), ours.shape(), ours.data())
+            );
+        }
+        // Every field that both files have holds the same.
+        let json = |folder: &Path| -> serde_json::Value {
+            let text = fs::read_to_string(folder.join(peft::CONFIG_FILE)).expect("a configuration");
+            serde_json::from_str(&text).expect("JSON")
+        };
+        let (theirs_json, ours_json) = (json(&theirs), json(folder.path()));
+        for (field, value) in ours_json.as_object().expect("an object") {
+            assert_eq!(theirs_json.get(field), Some(value), "{name}: {field}");
+        }
+    }
+}
+
+#[test]
+fn packed_rows_give_the_logits_of_each_row_alone_on_every_device() {
+    let folder = fixture("padded_rows").join("model");
+    let config = LlamaConfig::from_file(&folder).expect("the fixture's config");
+    let rows: [&[u32]; 3] = [&[5, 9, 33, 12, 8, 40, 41], &[7, 7, 20], &[3, 63, 4, 18]];
+    for (name, device) in devices() {
+        for quantization in [Quantization::None, Quantization::Bits8] {
+            let options = LoadOptions {
+                quantization,
+                ..LoadOptions::default()
+            };
+            let model =
+                llama_burn::load(&folder, &config, options, &device, |_| {}).expect("a model");
+            let run = |packed: &PackedTokens| -> Vec<f32> {
+                let logits = model.logits(model.hidden_states(packed));
+                logits
+                    .into_data()
+                    .convert::<f32>()
+                    .try_to_vec()
+                    .expect("f32 values")
+            };
+            let packed = run(&PackedTokens::from_rows(rows));
+            let alone = rows
+                .map(|row| run(&PackedTokens::from_rows([row])))
+                .concat();
+            let difference = packed
+                .iter()
+                .zip(&alone)
+                .map(|(a, b)| (a - b).abs())
+                .fold(0.0, f32::max);
+            println!("{name}, {quantization:?}: {difference:.1e}");
+            // f32 sums in another order; a row that saw its neighbour would differ by 0.1 and more.
+            assert!(
+                packed.len() == alone.len() && difference < 1e-4,
+                "{name}: {difference}"
+            );
+        }
+    }
+}
