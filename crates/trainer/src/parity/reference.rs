@@ -41,6 +41,11 @@ pub(super) struct Reference {
 impl Reference {
     /// Reads `folder`; `model` says where the model is if it is not in the folder.
     pub fn read(folder: &Path, model: Option<&Path>) -> Result<Self, ParityError> {
+        let path = folder.join(NUMBERS);
+        let bytes = fs::read(&path).map_err(|source| ParityError::Read {
+            path: path.clone(),
+            source,
+        })?;
         let inside = folder.join("model");
         let model = match model {
             Some(model) => model.to_path_buf(),
@@ -52,11 +57,6 @@ impl Reference {
             }
         };
         let merged = Some(folder.join("merged")).filter(|merged| merged.is_dir());
-        let path = folder.join(NUMBERS);
-        let bytes = fs::read(&path).map_err(|source| ParityError::Read {
-            path: path.clone(),
-            source,
-        })?;
         let numbers = Numbers::new(&path, &bytes)?;
 
         let ids = numbers.integers("input_ids")?;
