@@ -315,6 +315,7 @@ fn packed_rows_give_the_logits_of_each_row_alone_on_every_device() {
     for (name, device) in devices() {
         for quantization in [Quantization::None, Quantization::Bits8] {
             let options = LoadOptions {
+                quantize_lm_head: false,
                 quantization,
                 ..LoadOptions::default()
             };

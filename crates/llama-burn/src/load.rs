@@ -15,6 +15,8 @@ use crate::{Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
 pub struct LoadOptions {
     /// For the linear modules of the decoder. Norms, embedding and head stay floats.
     pub quantization: Quantization,
+    /// Whether the output layer is quantized as well; a tied one cannot be.
+    pub quantize_lm_head: bool,
     /// The type that the model computes in; embedding, head and unquantized weights are stored in it.
     pub dtype: DType,
 }
@@ -24,6 +26,7 @@ impl Default for LoadOptions {
     fn default() -> Self {
         Self {
             quantization: Quantization::Bits8,
+            quantize_lm_head: false,
             dtype: DType::F32,
         }
     }
@@ -50,6 +53,11 @@ pub enum LoadError {
     /// The weight files.
     #[error(transparent)]
     Weights(#[from] WeightsError),
+    /// The output layer is to be quantized, but it is the embedding.
+    #[error(
+        "quantize_lm_head is set, but this model's lm_head is tied to its embedding, which stays unquantized; leave quantize_lm_head out"
+    )]
+    TiedHead,
 }
 
 /// Reads the weights of `folder` for `config` onto `device`, frozen, without adapters.
@@ -67,6 +75,9 @@ pub fn load(
     device: &Device,
     mut report: impl FnMut(&TensorReport),
 ) -> Result<Llama, LoadError> {
+    if options.quantize_lm_head && config.tie_word_embeddings {
+        return Err(LoadError::TiedHead);
+    }
     let mut weights = Weights::open(folder)?;
     let shapes = config.tensor_shapes();
     weights.check(&shapes)?;
@@ -97,15 +108,21 @@ pub fn load(
         layers.push(decoder_layer(config, norms, linears));
     }
     let norm = loader.norm("model.norm.weight", config)?;
-    let lm_head = match config.tie_word_embeddings {
-        true => None,
-        false => Some(loader.table("lm_head.weight", vocab, hidden)?),
+    let quantize_head = options.quantize_lm_head && options.quantization != Quantization::None;
+    let (lm_head, quantized_lm_head) = match (config.tie_word_embeddings, quantize_head) {
+        (true, _) => (None, Vec::new()),
+        (false, false) => (
+            Some(loader.table("lm_head.weight", vocab, hidden)?),
+            Vec::new(),
+        ),
+        (false, true) => (None, loader.quantized_head(vocab, hidden)?),
     };
     Ok(Llama {
         embed_tokens,
         layers,
         norm,
         lm_head,
+        quantized_lm_head,
         config: config.clone(),
     })
 }
@@ -140,17 +157,7 @@ impl Loader<'_> {
     ) -> Result<LoraLinear, LoadError> {
         let name = format!("{module}.weight");
         let values = transpose(&self.weights.read(&name)?, d_out, d_in);
-        let quantized = quantize_data(&values, [d_in, d_out], self.options.quantization);
-        let (weight, error) = match quantized {
-            Some((data, error)) => {
-                drop(values);
-                (self.place(data, None), Some(error))
-            }
-            None => {
-                let data = TensorData::new(values, [d_in, d_out]);
-                (self.place(data, Some(self.options.dtype)), None)
-            }
-        };
+        let (weight, error) = self.packed_or_dense(values, [d_in, d_out]);
         self.note(&name, &[d_out, d_in], error);
         let bias = match bias {
             false => None,
@@ -198,6 +205,49 @@ impl Loader<'_> {
         })
     }
 
+    /// The output layer as quantized linear modules of a piece of the vocabulary each.
+    fn quantized_head(
+        &mut self,
+        vocab: usize,
+        hidden: usize,
+    ) -> Result<Vec<LoraLinear>, LoadError> {
+        let name = "lm_head.weight";
+        let values = self.weights.read(name)?;
+        // Whole blocks in every piece but perhaps the last.
+        let rows = VocabTable::rows_per_piece(hidden, 4).next_multiple_of(lora_core::BLOCK);
+        let mut worst: Option<QuantizationError> = None;
+        let pieces = values.chunks(rows * hidden).map(|piece| {
+            let rows = piece.len() / hidden;
+            let turned = transpose(piece, rows, hidden);
+            let (weight, error) = self.packed_or_dense(turned, [hidden, rows]);
+            if error.map(|e| e.relative) > worst.map(|e| e.relative) {
+                worst = error;
+            }
+            LoraLinear::frozen(Linear { weight, bias: None })
+        });
+        let pieces = pieces.collect();
+        self.note(name, &[vocab, hidden], worst);
+        Ok(pieces)
+    }
+
+    /// Quantizes a `[d_in, d_out]` weight and puts it on the device; as it is where it cannot be packed.
+    fn packed_or_dense(
+        &self,
+        values: Vec<f32>,
+        shape: [usize; 2],
+    ) -> (Param<Tensor<2>>, Option<QuantizationError>) {
+        match quantize_data(&values, shape, self.options.quantization) {
+            Some((data, error)) => {
+                drop(values);
+                (self.place(data, None), Some(error))
+            }
+            None => {
+                let data = TensorData::new(values, shape);
+                (self.place(data, Some(self.options.dtype)), None)
+            }
+        }
+    }
+
     /// Puts data on the device as a frozen parameter; floats in `dtype`, quantized data as it is.
     fn place<const D: usize>(&self, data: TensorData, dtype: Option<DType>) -> Param<Tensor<D>> {
         let device = self.device;
@@ -235,5 +285,64 @@ mod tests {
         let turned = transpose(&values, 70, 33);
         assert_eq!(turned[5 * 70 + 7], values[7 * 33 + 5]);
         assert_eq!(transpose(&turned, 33, 70), values);
+    }
+
+    #[test]
+    fn a_quantized_head_scores_as_the_dense_one_within_its_rounding() {
+        let config: LlamaConfig = {
+            let text = r#"{"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64,
+                "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.2}"#;
+            match serde_json::from_str(text).unwrap() {
+                serde_json::Value::Object(object) => LlamaConfig::from_json(&object).unwrap(),
+                _ => unreachable!(),
+            }
+        };
+        let folder = tempfile::tempdir().unwrap();
+        let mut rng = lora_core::CounterRng::new(3);
+        let tensors: Vec<(String, Vec<usize>, Vec<u8>)> = config
+            .tensor_shapes()
+            .into_iter()
+            .map(|(name, shape)| {
+                let count = shape.iter().product::<usize>();
+                let values = (0..count).flat_map(|_| (0.2 * rng.normal() as f32).to_le_bytes());
+                (name, shape, values.collect())
+            })
+            .collect();
+        let views = tensors.iter().map(|(name, shape, bytes)| {
+            let view =
+                safetensors::tensor::TensorView::new(safetensors::Dtype::F32, shape.clone(), bytes);
+            (name.clone(), view.unwrap())
+        });
+        let file = folder.path().join("model.safetensors");
+        safetensors::serialize_to_file(views, None, &file).unwrap();
+
+        let device = Device::flex();
+        let run = |quantize_lm_head| {
+            let options = LoadOptions {
+                quantize_lm_head,
+                ..LoadOptions::default()
+            };
+            let model = load(folder.path(), &config, options, &device, |_| {}).unwrap();
+            assert_eq!(model.quantized_lm_head.is_empty(), !quantize_lm_head);
+            let packed = crate::PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+            model.logits(model.hidden_states(&packed))
+        };
+        let (dense, quantized) = (run(false), run(true));
+        let difference = (dense.clone() - quantized).abs().max().into_scalar::<f32>();
+        let size = dense.abs().max().into_scalar::<f32>();
+        // Half a step of 1/127 of a block's peak on each weight, averaged over 32 of them.
+        assert!(
+            difference > 0.0 && difference < 0.02 * size,
+            "{difference} of {size}"
+        );
+
+        let mut tied = config.clone();
+        tied.tie_word_embeddings = true;
+        let options = LoadOptions {
+            quantize_lm_head: true,
+            ..LoadOptions::default()
+        };
+        let error = load(folder.path(), &tied, options, &device, |_| {}).unwrap_err();
+        assert!(error.to_string().contains("tied"), "{error}");
     }
 }

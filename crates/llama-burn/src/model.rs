@@ -16,8 +16,10 @@ pub struct Llama {
     pub embed_tokens: VocabTable,
     pub layers: Vec<DecoderLayer>,
     pub norm: RmsNorm,
-    /// None where the head is tied to the embedding.
+    /// None where the head is tied to the embedding or quantized.
     pub lm_head: Option<VocabTable>,
+    /// The head in quantized pieces, `[hidden, rows]` each; empty where it is not quantized.
+    pub quantized_lm_head: Vec<LoraLinear>,
     /// The shape it was made from.
     #[module(skip)]
     pub config: LlamaConfig,
@@ -75,6 +77,7 @@ impl Llama {
             layers,
             norm: norm(),
             lm_head: (!config.tie_word_embeddings).then(|| table(&mut normal)),
+            quantized_lm_head: Vec::new(),
             config: config.clone(),
         }
     }
@@ -181,8 +184,15 @@ impl Llama {
     /// - `hidden`: `[m, hidden]`
     /// - output: `[m, vocab]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let head = self.lm_head.as_ref().unwrap_or(&self.embed_tokens);
-        head.scores(self.norm.forward(hidden)).cast(DType::F32)
+        let hidden = self.norm.forward(hidden);
+        let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
+            ([], head) => head.as_ref().unwrap_or(&self.embed_tokens).scores(hidden),
+            (pieces, _) => {
+                let scores = pieces.iter().map(|piece| piece.forward(hidden.clone()));
+                Tensor::cat(scores.collect(), 1)
+            }
+        };
+        scores.cast(DType::F32)
     }
 }
 

@@ -153,6 +153,7 @@ pub fn train(
     let device = selected.device.clone().autodiff();
     let options = LoadOptions {
         quantization: quantization(config),
+        quantize_lm_head: config.quantize_lm_head,
         dtype: DType::from(dtype),
     };
     let task = screen.task("loading weights", model_config.tensor_shapes().len());

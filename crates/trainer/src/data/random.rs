@@ -4,6 +4,7 @@ use lora_core::CounterRng;
 
 /// What a seed's random numbers are used for, so that no two uses draw the same ones.
 #[derive(Debug, Clone, Copy)]
+#[repr(u64)]
 pub(super) enum Purpose {
     Split = 0x5350_4c49_5400,
     Order = 0x4f52_4445_5200,

@@ -43,6 +43,7 @@ pub(super) fn check(
         });
     }
     let options = LoadOptions {
+        quantize_lm_head: false,
         quantization: Quantization::None,
         dtype: DType::F32,
     };
