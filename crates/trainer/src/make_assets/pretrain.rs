@@ -32,7 +32,7 @@ pub(crate) struct Recipe {
 const PROMPT_WEIGHT: f32 = 0.2;
 
 impl Default for Recipe {
-    /// 48,000 documents, each seen once, 1.5 million tokens.
+    /// 48,000 documents, each seen once, 1.3 million tokens.
     fn default() -> Self {
         Self {
             steps: 1_000,
