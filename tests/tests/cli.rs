@@ -489,7 +489,7 @@ fn a_target_that_no_module_has_is_refused() {
     let outcome = Workspace::new().train(&["target_modules=[\"query\"]"]);
     outcome.failed_saying(&["target_modules", "query", "q_proj"]);
     let outcome = Workspace::new().train(&["layers_to_transform=[7]"]);
-    outcome.failed_saying(&["selects none"]);
+    outcome.failed_saying(&["selects none", "layers_to_transform"]);
 }
 
 #[test]

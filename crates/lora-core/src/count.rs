@@ -1,6 +1,6 @@
 //! Parameter counts and bytes from shapes alone, without a weight.
 
-use crate::{LoraConfig, LoraError, Quantization};
+use crate::{LoraConfig, LoraError, Quantization, TargetModules};
 
 /// One module's weight, by its name and shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -69,7 +69,7 @@ impl ParameterCounts {
         }
         if counts.adapted_modules == 0 {
             return Err(LoraError::NothingSelected {
-                targets: format!("{:?}", config.target_modules),
+                targets: asked_for(config),
                 available: kinds(modules),
             });
         }
@@ -81,6 +81,23 @@ impl ParameterCounts {
     pub fn ratio(&self) -> f64 {
         self.frozen as f64 / self.trainable as f64
     }
+}
+
+/// The selection as a user writes it: `target_modules = q_proj, k_proj in layers 7, 8`.
+fn asked_for(config: &LoraConfig) -> String {
+    let targets = match &config.target_modules {
+        TargetModules::Names(names) => names.join(", "),
+        TargetModules::Regex(pattern) => format!("{pattern:?}"),
+        TargetModules::AllLinear => "all-linear".into(),
+    };
+    let layers = match &config.layers_to_transform {
+        Some(layers) => {
+            let layers: Vec<String> = layers.iter().map(ToString::to_string).collect();
+            format!(" with layers_to_transform = {}", layers.join(", "))
+        }
+        None => String::new(),
+    };
+    format!("target_modules = {targets}{layers}")
 }
 
 /// The last components of the linear modules' names, each once, in order.
@@ -98,7 +115,6 @@ fn kinds(modules: &[ModuleShape]) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::TargetModules;
 
     fn module(name: &str, shape: &[usize], is_linear: bool) -> ModuleShape {
         ModuleShape {
@@ -161,5 +177,12 @@ mod tests {
         config.target_modules = TargetModules::Names(vec!["query".into()]);
         let error = ParameterCounts::new(&llama_70b(), &config, Quantization::None, 2).unwrap_err();
         assert!(error.to_string().contains("q_proj, k_proj"), "{error}");
+        config.target_modules = TargetModules::Names(vec!["q_proj".into()]);
+        config.layers_to_transform = Some(vec![80, 81]);
+        let error = ParameterCounts::new(&llama_70b(), &config, Quantization::None, 2).unwrap_err();
+        assert!(
+            error.to_string().contains("layers_to_transform = 80, 81"),
+            "{error}"
+        );
     }
 }

@@ -29,7 +29,7 @@ pub enum LoraError {
     )]
     LayersWithPattern(String),
     /// No module of the model is selected.
-    #[error("target_modules {targets} selects none of the model's linear modules ({available})")]
+    #[error("{targets} selects none of the model's linear modules ({available})")]
     NothingSelected {
         /// The targets as configured.
         targets: String,
