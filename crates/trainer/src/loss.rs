@@ -7,7 +7,7 @@ use llama_burn::Llama;
 use crate::data::Batch;
 
 /// Scores exist for this many positions at a time: with a vocabulary of 128,256 that is 125 MiB.
-const POSITIONS_AT_ONCE: usize = 256;
+pub(crate) const POSITIONS_AT_ONCE: usize = 256;
 
 /// Sums over the supervised positions of a batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]

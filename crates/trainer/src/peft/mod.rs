@@ -9,8 +9,10 @@ mod model;
 mod tensors;
 
 use std::fs;
-use std::io::{self, Write};
+use std::io;
 use std::path::{Path, PathBuf};
+
+use crate::output::{self, OutputError};
 
 pub use config::AdapterConfig;
 pub(crate) use tensors::read_floats;
@@ -228,23 +230,13 @@ fn cannot_read(path: &Path, source: io::Error) -> AdapterError {
 
 /// Replaces a file in one step: whoever opens it sees the old content or the new one.
 fn replace_file(path: &Path, content: &[u8]) -> Result<(), AdapterError> {
-    let name = path.file_name().unwrap_or_default().to_string_lossy();
-    // The process number keeps two runs apart that write into the same folder.
-    let temporary = path.with_file_name(format!(".{name}.{}.tmp", std::process::id()));
-    let write = || {
-        let mut file = fs::File::create(&temporary)?;
-        file.write_all(content)?;
-        file.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|source| {
-        // What is left of a failed write is worth nothing; the first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-        AdapterError::Io {
-            action: "write",
-            path: path.into(),
-            source,
-        }
+    output::write_atomically(path, content).map_err(|error| AdapterError::Io {
+        action: "write",
+        path: path.into(),
+        source: match error {
+            OutputError::Write { source, .. } => source,
+            other => io::Error::other(other),
+        },
     })
 }
 

@@ -4,9 +4,7 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraError, ModuleSelector, Quantization};
 
 use super::{Part, PlanOptions};
-
-/// Scores exist for this many positions at a time (`loss.rs`).
-const POSITIONS_AT_ONCE: usize = 256;
+use crate::loss::POSITIONS_AT_ONCE;
 
 /// Copies of the scores of the vocabulary: scores, log-probabilities, gradient.
 const LOGITS: f64 = 3.0;
