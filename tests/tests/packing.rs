@@ -3,11 +3,13 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Device;
-use llama_burn::{Llama, LlamaConfig, PackedTokens, RopeScaling};
+use llama_burn::{Llama, LlamaConfig, RopeScaling};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
 use tests::fixture;
-use trainer::data::Batch;
-use trainer::gradients::{AdapterGradients, PassOptions, accumulate, evaluate};
+use trainer::data::{Batch, BatchRow, Prefixes};
+use trainer::gradients::{
+    AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate,
+};
 use trainer::loss::LossSums;
 use trainer::parity::against_reference;
 use trainer::peft::AdapterTensors;
@@ -55,24 +57,31 @@ fn model(lora_dropout: f64) -> Llama {
 
 /// Rows with these indices into [`LENGTHS`], packed.
 fn batch(rows: &[usize]) -> Batch {
-    let mut batch = Batch {
-        tokens: PackedTokens::default(),
-        target_positions: vec![],
-        target_ids: vec![],
-        rows: rows.iter().map(|row| row + 1).collect(),
+    pack(rows, 0, Prefixes::Apart)
+}
+
+/// Rows of random tokens, of which the first `alike` are the same in all of them.
+fn pack(rows: &[usize], alike: usize, prefixes: Prefixes) -> Batch {
+    let tokens = |row: usize, count: usize| -> Vec<u32> {
+        let mut rng = CounterRng::new(7).fork(row as u64);
+        (0..count).map(|_| (rng.next_u64() % 96) as u32).collect()
     };
-    for row in rows {
-        let mut rng = CounterRng::new(7).fork(*row as u64);
-        let (start, length) = (batch.tokens.ids.len(), LENGTHS[*row]);
-        let ids = (0..length).map(|_| (rng.next_u64() % 96) as u32);
-        batch.tokens.ids.extend(ids);
-        batch.tokens.segment_lengths.push(length);
-        for position in start + length - length / 3..start + length {
-            batch.target_positions.push(position as u32 - 1);
-            batch.target_ids.push(batch.tokens.ids[position]);
-        }
-    }
-    batch
+    let ids: Vec<Vec<u32>> = rows
+        .iter()
+        .map(|row| [tokens(1000, alike), tokens(*row, LENGTHS[*row])].concat())
+        .collect();
+    let rows: Vec<BatchRow> = rows
+        .iter()
+        .zip(&ids)
+        .map(|(row, ids)| BatchRow {
+            ids,
+            targets: (ids.len() - LENGTHS[*row] / 3..ids.len())
+                .map(|at| (at - 1, ids[at]))
+                .collect(),
+            line: row + 1,
+        })
+        .collect();
+    Batch::new(&rows, prefixes)
 }
 
 /// The gradients of the mean loss, by module and factor, after these micro-batches.
@@ -91,6 +100,10 @@ fn gradients(
         };
         accumulate(model, batch, options, &mut sums);
     }
+    named(model, sums)
+}
+
+fn named(model: &Llama, sums: AdapterGradients) -> (LossSums, Named) {
     let totals = sums.totals;
     let (mean, _) = sums.into_mean(0.0);
     let mut named = Named::new();
@@ -211,4 +224,34 @@ fn the_training_pass_and_the_evaluation_see_the_same_loss() {
         (evaluated.tokens, evaluated.rows),
         (trained.tokens, trained.rows)
     );
+}
+
+#[test]
+fn shared_beginnings_have_the_loss_and_the_gradients_of_rows_apart() {
+    let model = model(0.0);
+    let rows = [0, 1, 2, 3, 4, 1];
+    let apart = pack(&rows, 12, Prefixes::Apart);
+    let shared = pack(&rows, 12, Prefixes::Shared);
+    // Twelve tokens once instead of six times, and of two equal rows one.
+    let saved = apart.tokens.ids.len() - shared.tokens.ids.len();
+    assert_eq!(saved, 5 * 12 + LENGTHS[1]);
+    for checkpointing in [false, true] {
+        let expected = gradients(&model, std::slice::from_ref(&apart), checkpointing);
+        let got = gradients(&model, std::slice::from_ref(&shared), checkpointing);
+        assert_same(&got, &expected);
+    }
+    let (got, expected) = (evaluate(&model, &shared), evaluate(&model, &apart));
+    assert!((got.loss - expected.loss).abs() < TOLERANCE * expected.loss);
+}
+
+#[test]
+fn the_written_out_passes_have_the_loss_and_the_gradients_of_burns_tape() {
+    for dropout in [0.0, 0.4] {
+        let model = model(dropout);
+        let batch = batch(&[0, 1, 2, 3, 4]);
+        let got = gradients(&model, std::slice::from_ref(&batch), false);
+        let mut sums = AdapterGradients::default();
+        accumulate_on_tape(&model, &batch, 5, &mut sums);
+        assert_same(&got, &named(&model, sums));
+    }
 }

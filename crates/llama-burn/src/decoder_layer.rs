@@ -5,7 +5,7 @@ use burn::tensor::Tensor;
 use lora_core::{CounterRng, LoraLinear};
 
 use crate::packed::PackedContext;
-use crate::{Attention, Mlp, RmsNorm};
+use crate::{Attention, LayerPass, Mlp, RmsNorm};
 
 /// A pre-norm decoder layer: attention and feed-forward, each added to its input.
 #[derive(Module, Debug)]
@@ -18,8 +18,8 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    /// Runs the layer. With the same `dropout_seed` it drops the same elements again, which a
-    /// recomputation in the backward pass needs.
+    /// Runs the layer: on the tape that `x` is on, or, where it is on none, by the pass written out
+    /// ([`LayerPass`]). With the same `dropout_seed` it drops the same elements again.
     ///
     /// # Shapes
     ///
@@ -31,6 +31,15 @@ impl DecoderLayer {
         context: &PackedContext,
         dropout_seed: Option<u64>,
     ) -> Tensor<2> {
+        if !x.is_autodiff() {
+            let pass = LayerPass {
+                layer: self,
+                context,
+                dropout_seed,
+                wanted: None,
+            };
+            return pass.forward(&x).0;
+        }
         let seeds = DropoutSeeds(dropout_seed);
         let normalised = self.input_layernorm.forward(x.clone());
         let x = x + self.self_attn.forward(normalised, context, &seeds);
@@ -68,7 +77,7 @@ impl DecoderLayer {
 }
 
 /// A dropout seed for each module of a layer, from the layer's.
-pub(crate) struct DropoutSeeds(Option<u64>);
+pub(crate) struct DropoutSeeds(pub(crate) Option<u64>);
 
 impl DropoutSeeds {
     pub(crate) fn module(&self, index: u64) -> Option<u64> {

@@ -6,6 +6,7 @@
 //! | `weights`, `load` | safetensors, one tensor at a time, quantized as they come |
 //! | `packed` | rows packed into one sequence, each attending within itself |
 //! | `rope`, `rms_norm`, `attention`, `mlp`, `decoder_layer` | the parts, as in `modeling_llama.py` |
+//! | `passes` | a layer's forward and backward pass written out, for training without a tape |
 //! | `vocab_table` | the embedding and the output layer |
 //! | `model` | [`Llama`] |
 //!
@@ -18,6 +19,7 @@ mod load;
 mod mlp;
 mod model;
 mod packed;
+mod passes;
 mod rms_norm;
 mod rope;
 mod vocab_table;
@@ -26,10 +28,11 @@ mod weights;
 pub use attention::Attention;
 pub use config::{ConfigError, LlamaConfig, RopeScaling};
 pub use decoder_layer::DecoderLayer;
+pub use passes::{Activations, LayerPass};
 pub use load::{LoadError, LoadOptions, TensorReport, load};
 pub use mlp::Mlp;
 pub use model::Llama;
-pub use packed::{PackedContext, PackedError, PackedTokens};
+pub use packed::{PackedContext, PackedError, PackedTokens, Segment};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use vocab_table::{PIECE_BYTES, VocabTable};

@@ -3,7 +3,10 @@
 use burn::module::{Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lora_core::{CounterRng, LoraConfig, LoraError, LoraLinear, ParameterCounts};
+use lora_core::{
+    CounterRng, LinearGroup, LoraConfig, LoraError, LoraLinear, ParameterCounts,
+    frozen_linear_backward,
+};
 
 use crate::{
     Attention, DecoderLayer, LlamaConfig, Mlp, PackedContext, PackedTokens, RmsNorm, VocabTable,
@@ -158,6 +161,12 @@ impl Llama {
         self.embed_tokens.rows(&packed.ids)
     }
 
+    /// As [`context`](Self::context), for passes outside the tape ([`LayerPass`](crate::LayerPass)).
+    pub fn pass_context(&self, packed: &PackedTokens) -> PackedContext {
+        let device = self.device().without_autodiff();
+        PackedContext::new(packed, &self.config, self.dtype(), &device)
+    }
+
     /// The last layer's output, before the final norm.
     ///
     /// # Shapes
@@ -193,6 +202,51 @@ impl Llama {
             }
         };
         scores.cast(DType::F32)
+    }
+
+    /// As [`logits`](Self::logits), outside any tape.
+    pub fn logits_plain(&self, hidden: &Tensor<2>) -> Tensor<2> {
+        let hidden = self.norm.forward_plain(hidden);
+        let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
+            ([], head) => head.as_ref().unwrap_or(&self.embed_tokens).scores(hidden),
+            (pieces, _) => {
+                let scores = pieces.iter().map(|piece| {
+                    let ([scores], _) = LinearGroup::new([piece], [None]).forward(&hidden, [None]);
+                    scores
+                });
+                Tensor::cat(scores.collect(), 1)
+            }
+        };
+        scores.cast(DType::F32)
+    }
+
+    /// The gradient of `hidden` from that of [`logits_plain`](Self::logits_plain)'s output.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`, output: `[m, hidden]`
+    /// - `gradient`: `[m, vocab]`, f32
+    pub fn logits_backward(&self, hidden: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
+        let gradient = gradient.cast(hidden.dtype());
+        let through = match (&self.quantized_lm_head[..], &self.lm_head) {
+            ([], head) => head.as_ref().unwrap_or(&self.embed_tokens).scores_backward(gradient),
+            (pieces, _) => {
+                let mut start = 0;
+                let mut sum: Option<Tensor<2>> = None;
+                for piece in pieces {
+                    let rows = piece.dims()[1];
+                    let gradient = gradient.clone().narrow(1, start, rows);
+                    start += rows;
+                    let part = frozen_linear_backward(gradient, piece.weight.base());
+                    sum = Some(match sum {
+                        Some(sum) => sum + part,
+                        None => part,
+                    });
+                }
+                sum.unwrap_or_else(|| hidden.zeros_like())
+            }
+        };
+        self.norm.backward(hidden, through, hidden.zeros_like())
     }
 }
 
@@ -232,13 +286,13 @@ pub(crate) fn decoder_layer(
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use crate::RopeScaling;
     use burn::tensor::Tolerance;
     use lora_core::{Init, TargetModules};
 
-    fn config() -> LlamaConfig {
+    pub(crate) fn config() -> LlamaConfig {
         LlamaConfig {
             vocab_size: 48,
             hidden_size: 32,

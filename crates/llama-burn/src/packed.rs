@@ -1,17 +1,35 @@
-//! Rows packed into one sequence without padding.
+//! Rows packed into one sequence without padding, their common beginnings once.
 
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use std::ops::Range;
+use std::sync::Arc;
+
+use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use lora_core::cpu;
 
 use crate::LlamaConfig;
 use crate::rope;
 
-/// Token rows back to back. Positions restart in each row, and a row attends only to itself.
+/// Token rows in one sequence. A row attends only to itself, and its positions start from 0.
+///
+/// Rows that begin alike can share that beginning: the sequence is then a forest of segments, and a
+/// row is a path from a root to where its last token lies. Since a token's hidden state depends on
+/// the tokens before it only, the shared part is computed once without changing anything; its
+/// gradient is the sum of its rows' gradients.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PackedTokens {
-    /// The token ids of all rows, `n` in all.
+    /// The token ids of all segments, `n` in all.
     pub ids: Vec<u32>,
-    /// The length of each row; they add up to `n`.
-    pub segment_lengths: Vec<usize>,
+    /// The segments, in the order of their ids; a parent comes before its children.
+    pub segments: Vec<Segment>,
+}
+
+/// Consecutive tokens of one row, or of several that begin alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// Its tokens.
+    pub length: usize,
+    /// The segment that comes before it in its row or rows.
+    pub parent: Option<usize>,
 }
 
 /// Why tokens cannot be packed for a model.
@@ -20,13 +38,13 @@ pub enum PackedError {
     /// No token at all.
     #[error("a batch holds no tokens")]
     Empty,
-    /// The lengths do not add up, or one is zero.
-    #[error("{tokens} tokens, but rows of lengths {lengths:?}")]
-    Lengths {
+    /// The lengths do not add up, one is zero, or a parent does not come before its child.
+    #[error("{tokens} tokens, but segments {segments:?}")]
+    Segments {
         /// Tokens given.
         tokens: usize,
-        /// Row lengths given.
-        lengths: Vec<usize>,
+        /// Segments given.
+        segments: Vec<Segment>,
     },
     /// A token that the embedding does not have.
     #[error(
@@ -53,14 +71,63 @@ pub enum PackedError {
 }
 
 impl PackedTokens {
-    /// Packs rows.
+    /// Packs rows, each for itself.
     pub fn from_rows<'a>(rows: impl IntoIterator<Item = &'a [u32]>) -> Self {
         let mut packed = Self::default();
         for row in rows {
-            packed.ids.extend_from_slice(row);
-            packed.segment_lengths.push(row.len());
+            packed.push(row, None);
         }
         packed
+    }
+
+    /// Packs rows that share what they begin with alike, if it has at least `least` tokens; and where
+    /// the tokens of each row lie in the packed sequence.
+    pub fn sharing_prefixes(rows: &[&[u32]], least: usize) -> (Self, Vec<Vec<u32>>) {
+        let mut sharing = Sharing {
+            rows,
+            least: least.max(1),
+            packed: Self::default(),
+            places: vec![Vec::new(); rows.len()],
+        };
+        let all: Vec<usize> = (0..rows.len()).filter(|row| !rows[*row].is_empty()).collect();
+        for group in sharing.groups(&all, 0) {
+            sharing.add(&group, 0, None);
+        }
+        (sharing.packed, sharing.places)
+    }
+
+    /// Adds a segment and gives its index.
+    fn push(&mut self, ids: &[u32], parent: Option<usize>) -> usize {
+        self.ids.extend_from_slice(ids);
+        self.segments.push(Segment {
+            length: ids.len(),
+            parent,
+        });
+        self.segments.len() - 1
+    }
+
+    /// Where each segment starts in the sequence.
+    pub fn starts(&self) -> Vec<usize> {
+        let mut start = 0;
+        let lengths = self.segments.iter().map(|segment| segment.length);
+        lengths
+            .map(|length| {
+                start += length;
+                start - length
+            })
+            .collect()
+    }
+
+    /// The position of each segment's first token in its rows.
+    pub fn offsets(&self) -> Vec<usize> {
+        let mut offsets: Vec<usize> = Vec::with_capacity(self.segments.len());
+        for segment in &self.segments {
+            let offset = segment
+                .parent
+                .map_or(0, |parent| offsets[parent] + self.segments[parent].length);
+            offsets.push(offset);
+        }
+        offsets
     }
 
     /// Checks lengths, ids and positions against a model.
@@ -72,11 +139,14 @@ impl PackedTokens {
         if self.ids.is_empty() {
             return Err(PackedError::Empty);
         }
-        let total: usize = self.segment_lengths.iter().sum();
-        if total != self.ids.len() || self.segment_lengths.contains(&0) {
-            return Err(PackedError::Lengths {
+        let total: usize = self.segments.iter().map(|segment| segment.length).sum();
+        let ordered = |(index, segment): (usize, &Segment)| {
+            segment.length > 0 && segment.parent.is_none_or(|parent| parent < index)
+        };
+        if total != self.ids.len() || !self.segments.iter().enumerate().all(ordered) {
+            return Err(PackedError::Segments {
                 tokens: self.ids.len(),
-                lengths: self.segment_lengths.clone(),
+                segments: self.segments.clone(),
             });
         }
         let vocab_size = config.vocab_size;
@@ -88,9 +158,11 @@ impl PackedTokens {
             });
         }
         let max_position_embeddings = config.max_position_embeddings;
-        match self.segment_lengths.iter().max() {
-            Some(length) if *length > max_position_embeddings => Err(PackedError::TooLong {
-                length: *length,
+        let ends = self.segments.iter().zip(self.offsets());
+        let longest = ends.map(|(segment, offset)| offset + segment.length).max();
+        match longest {
+            Some(length) if length > max_position_embeddings => Err(PackedError::TooLong {
+                length,
                 max_position_embeddings,
             }),
             _ => Ok(()),
@@ -99,131 +171,398 @@ impl PackedTokens {
 
     /// Each token's position within its row.
     pub fn positions(&self) -> Vec<u32> {
-        let rows = self.segment_lengths.iter();
-        rows.flat_map(|length| 0..*length as u32).collect()
+        let segments = self.segments.iter().zip(self.offsets());
+        segments
+            .flat_map(|(segment, offset)| offset as u32..(offset + segment.length) as u32)
+            .collect()
+    }
+}
+
+/// Builds a forest of common beginnings.
+struct Sharing<'a> {
+    rows: &'a [&'a [u32]],
+    least: usize,
+    packed: PackedTokens,
+    places: Vec<Vec<u32>>,
+}
+
+impl Sharing<'_> {
+    /// Adds what these rows have from `start` on. They agree in the token there.
+    fn add(&mut self, rows: &[usize], start: usize, parent: Option<usize>) {
+        let end = self.agree_until(rows, start);
+        if rows.len() == 1 || end - start >= self.least {
+            let segment = self.segment(rows, start, end, parent);
+            let longer: Vec<usize> = rows
+                .iter()
+                .copied()
+                .filter(|row| self.rows[*row].len() > end)
+                .collect();
+            for group in self.groups(&longer, end) {
+                self.add(&group, end, Some(segment));
+            }
+            return;
+        }
+        // Too little to share among all: perhaps some of them agree for longer.
+        let (longer, ended): (Vec<usize>, Vec<usize>) =
+            rows.iter().partition(|row| self.rows[**row].len() > end);
+        for row in ended {
+            self.segment(&[row], start, end, parent);
+        }
+        for group in self.groups(&longer, end) {
+            match group[..] {
+                [row] => {
+                    self.segment(&[row], start, self.rows[row].len(), parent);
+                }
+                _ => self.add(&group, start, parent),
+            }
+        }
+    }
+
+    /// Adds one segment of rows that agree from `start` to `end`.
+    fn segment(&mut self, rows: &[usize], start: usize, end: usize, parent: Option<usize>) -> usize {
+        let first = self.packed.ids.len() as u32;
+        for row in rows {
+            self.places[*row].extend(first..first + (end - start) as u32);
+        }
+        self.packed.push(&self.rows[rows[0]][start..end], parent)
+    }
+
+    /// Rows by their token at `at`, in the order of their first rows.
+    fn groups(&self, rows: &[usize], at: usize) -> Vec<Vec<usize>> {
+        let mut groups: Vec<Vec<usize>> = Vec::new();
+        let mut by_token = std::collections::HashMap::new();
+        for row in rows {
+            let group = *by_token.entry(self.rows[*row][at]).or_insert(groups.len());
+            match groups.get_mut(group) {
+                Some(group) => group.push(*row),
+                None => groups.push(vec![*row]),
+            }
+        }
+        groups
+    }
+
+    /// Where the rows stop having the same tokens, or one of them ends.
+    fn agree_until(&self, rows: &[usize], start: usize) -> usize {
+        let first = self.rows[rows[0]];
+        let agree = |row: &usize| {
+            let pairs = first[start..].iter().zip(&self.rows[*row][start..]);
+            start + pairs.take_while(|(a, b)| a == b).count()
+        };
+        rows.iter().map(agree).min().unwrap_or(start)
     }
 }
 
 /// What every layer needs to know of a packed sequence, put on the device once a batch.
-///
-/// Attention works on rows side by side, `[rows, longest row]`: only its own tensors are padded so,
-/// which costs little next to the linear layers, and saves the scores between different rows.
 #[derive(Debug, Clone)]
 pub struct PackedContext {
-    /// Tokens, `n`.
-    pub(crate) tokens: usize,
-    pub(crate) rows: usize,
-    pub(crate) longest: usize,
-    /// `[n, 1, head_dim / 2]`, in the compute type.
-    pub(crate) cos: Tensor<3>,
-    pub(crate) sin: Tensor<3>,
-    /// Packed index of each padded place, `[rows · longest]`, and back, `[n]`; none where nothing is padded.
-    pub(crate) padding: Option<(Tensor<1, Int>, Tensor<1, Int>)>,
-    /// Added to scores: 0 where a query may look, very negative elsewhere. `[1, 1, longest, longest]`.
-    pub(crate) mask: Tensor<4>,
+    /// Who attends to whom.
+    pub(crate) spans: Arc<Spans>,
+    /// `[n, head_dim / 2]`: f32 for kernels on the CPU, else the compute type.
+    pub(crate) cos: Tensor<2>,
+    pub(crate) sin: Tensor<2>,
+    /// What attention needs where no kernel of ours runs.
+    pub(crate) padded: Option<Padded>,
+}
+
+/// A segment's tokens and those before it in its row, as ranges of the packed sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) struct Span {
+    /// The segment's own tokens.
+    pub(crate) own: Range<usize>,
+    /// What comes before them, adjacent ranges joined.
+    pub(crate) before: Vec<Range<usize>>,
+    /// Tokens in `before`: the position of the first own token.
+    pub(crate) offset: usize,
+    /// The segments whose tokens see this one's, itself first.
+    pub(crate) seen_by: Vec<usize>,
+}
+
+/// Every segment's span.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Spans(pub(crate) Vec<Span>);
+
+impl Spans {
+    fn new(packed: &PackedTokens) -> Self {
+        let mut spans: Vec<Span> = Vec::with_capacity(packed.segments.len());
+        let segments = packed.segments.iter().zip(packed.starts());
+        for (index, ((segment, start), offset)) in segments.zip(packed.offsets()).enumerate() {
+            let mut before = Vec::new();
+            if let Some(parent) = segment.parent {
+                before.clone_from(&spans[parent].before);
+                let own = spans[parent].own.clone();
+                match before.last_mut() {
+                    Some(last) if last.end == own.start => last.end = own.end,
+                    _ => before.push(own),
+                }
+            }
+            spans.push(Span {
+                own: start..start + segment.length,
+                before,
+                offset,
+                seen_by: vec![index],
+            });
+            let mut ancestor = segment.parent;
+            while let Some(parent) = ancestor {
+                spans[parent].seen_by.push(index);
+                ancestor = packed.segments[parent].parent;
+            }
+        }
+        Self(spans)
+    }
 }
 
 impl PackedContext {
     /// Prepares `packed` for a model of this configuration that computes in `dtype` on `device`.
     pub fn new(packed: &PackedTokens, config: &LlamaConfig, dtype: DType, device: &Device) -> Self {
+        let native = cpu::is_native(&Tensor::<1>::zeros([1], (&device.clone().without_autodiff(), dtype)));
+        let padded = device.is_autodiff() || !native;
         let device = &device.clone().without_autodiff();
-        let lengths = &packed.segment_lengths;
-        let tokens = packed.ids.len();
-        let (rows, longest) = (lengths.len(), lengths.iter().copied().max().unwrap_or(0));
         let frequencies = rope::inverse_frequencies(config);
         let (cos, sin) = rope::tables(&frequencies, &packed.positions());
         let table = |values: Vec<f32>| {
-            let data = TensorData::new(values, [tokens, 1, frequencies.len()]);
-            Tensor::<3>::from_data(data, (device, dtype))
+            let data = TensorData::new(values, [packed.ids.len(), frequencies.len()]);
+            Tensor::<2>::from_data(data, (device, dtype))
         };
-        // Keys past a row's end lie after every query of that row, so the causal mask hides them;
-        // what padded queries compute is never read.
-        let mask = (0..longest)
-            .flat_map(|query| (0..longest).map(move |key| if key <= query { 0.0 } else { MASKED }))
-            .collect::<Vec<f32>>();
-        let mask = TensorData::new(mask, [1, 1, longest, longest]);
         Self {
-            tokens,
-            rows,
-            longest,
+            spans: Arc::new(Spans::new(packed)),
             cos: table(cos),
             sin: table(sin),
-            padding: padding(lengths, longest, device),
-            mask: Tensor::from_data(mask, (device, DType::F32)),
+            padded: padded.then(|| Padded::new(packed, device)),
         }
+    }
+}
+
+impl PackedContext {
+    /// # Panics
+    ///
+    /// Where the context was made for kernels on the CPU.
+    pub(crate) fn padded(&self) -> &Padded {
+        match &self.padded {
+            Some(padded) => padded,
+            None => panic!("a context made for passes outside the tape was used on one"),
+        }
+    }
+}
+
+/// Segments side by side, for attention as a batch of matrix products: queries `[segments, longest]`,
+/// keys `[segments, longest row]`. Only attention's own tensors are padded so, which costs little next
+/// to the linear layers, and saves the scores between different rows.
+#[derive(Debug, Clone)]
+pub(crate) struct Padded {
+    pub(crate) segments: usize,
+    /// The longest segment.
+    pub(crate) queries: usize,
+    /// The longest row.
+    pub(crate) keys: usize,
+    /// Packed index of each query's place, `[segments · queries]`, and back, `[n]`; none where nothing
+    /// is padded.
+    pub(crate) places: Option<(Tensor<1, Int>, Tensor<1, Int>)>,
+    /// Packed index of each key's place, `[segments · keys]`; none where keys lie as queries do.
+    pub(crate) key_places: Option<Tensor<1, Int>>,
+    /// The position of each segment's first query, `[segments]`, and all 0 or not.
+    pub(crate) offsets: Vec<i32>,
+    /// 1 where a query is a token, 0 where it is padding, `[segments · queries, 1]`.
+    pub(crate) tokens: Option<Tensor<2>>,
+}
+
+impl Padded {
+    fn new(packed: &PackedTokens, device: &Device) -> Self {
+        let spans = Spans::new(packed).0;
+        let queries = spans.iter().map(|span| span.own.len()).max().unwrap_or(0);
+        let ends = spans.iter().map(|span| span.offset + span.own.len());
+        let keys = ends.max().unwrap_or(0);
+        let even = spans.iter().all(|span| span.own.len() == queries);
+        let shared = spans.iter().any(|span| span.offset > 0);
+        let on_device = |indices: Vec<i32>| {
+            let count = indices.len();
+            Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), device)
+        };
+        let mut places = Vec::with_capacity(spans.len() * queries);
+        let mut back = Vec::with_capacity(packed.ids.len());
+        let mut key_places = Vec::with_capacity(spans.len() * keys);
+        let mut tokens = Vec::with_capacity(spans.len() * queries);
+        for (index, span) in spans.iter().enumerate() {
+            // A padded place repeats the first token: any would do.
+            let own = span.own.clone();
+            let padding = queries - own.len();
+            back.extend((0..own.len()).map(|i| (index * queries + i) as i32));
+            tokens.extend((0..queries).map(|i| if i < own.len() { 1f32 } else { 0.0 }));
+            places.extend(own.clone().map(|token| token as i32));
+            places.extend(std::iter::repeat_n(own.start as i32, padding));
+            let path = span.before.iter().cloned().flatten().chain(own.clone());
+            key_places.extend(path.map(|token| token as i32));
+            let padding = keys - span.offset - own.len();
+            key_places.extend(std::iter::repeat_n(own.start as i32, padding));
+        }
+        let tokens = TensorData::new(tokens, [spans.len() * queries, 1]);
+        Self {
+            segments: spans.len(),
+            queries,
+            keys,
+            places: (!even).then(|| (on_device(places), on_device(back))),
+            key_places: shared.then(|| on_device(key_places)),
+            offsets: spans.iter().map(|span| span.offset as i32).collect(),
+            tokens: (!even).then(|| Tensor::from_data(tokens, (device, DType::F32))),
+        }
+    }
+
+    /// Queries side by side: `[n, heads, d]` → `[segments, queries, heads, d]`.
+    pub(crate) fn spread_queries(&self, x: Tensor<3>) -> Tensor<4> {
+        let [_, heads, d] = x.dims();
+        let x = match &self.places {
+            Some((places, _)) => x.select(0, places.clone()),
+            None => x,
+        };
+        x.reshape([self.segments, self.queries, heads, d])
+    }
+
+    /// Keys or values side by side: `[n, heads, d]` → `[segments, keys, heads, d]`.
+    pub(crate) fn spread_keys(&self, x: Tensor<3>) -> Tensor<4> {
+        let [_, heads, d] = x.dims();
+        match &self.key_places {
+            Some(places) => x
+                .select(0, places.clone())
+                .reshape([self.segments, self.keys, heads, d]),
+            None => self.spread_queries(x),
+        }
+    }
+
+    /// Queries back to back again: `[segments, queries, heads, d]` → `[n, heads · d]`.
+    pub(crate) fn gather_queries(&self, x: Tensor<4>) -> Tensor<2> {
+        let [segments, queries, heads, d] = x.dims();
+        let x = x.reshape([segments * queries, heads * d]);
+        match &self.places {
+            Some((_, back)) => x.select(0, back.clone()),
+            None => x,
+        }
+    }
+
+    /// Adds up what belongs to each key: `[segments, keys, heads, d]` → `[n, heads · d]` for `n` tokens.
+    pub(crate) fn sum_keys(&self, x: Tensor<4>, n: usize) -> Tensor<2> {
+        let [segments, keys, heads, d] = x.dims();
+        match &self.key_places {
+            Some(places) => {
+                let x = x.reshape([segments * keys, heads * d]);
+                let nothing = Tensor::zeros([n, heads * d], (&x.device(), x.dtype()));
+                nothing.select_assign(0, places.clone(), x, IndexingUpdateOp::Add)
+            }
+            None => self.gather_queries(x),
+        }
+    }
+
+    /// Added to the scores of queries `first..first + count`: 0 where a query may look, very negative
+    /// elsewhere. `[segments or 1, 1, count, keys]`.
+    ///
+    /// Keys past a row's end lie after every query of that row, so the causal mask hides them; what
+    /// padded queries compute is never read.
+    pub(crate) fn mask(&self, first: usize, count: usize, device: &Device) -> Tensor<4> {
+        let same = self.offsets.iter().all(|offset| *offset == 0);
+        let offsets = if same { &[0][..] } else { &self.offsets };
+        let ints = |values: Vec<i32>, shape: [usize; 4]| {
+            Tensor::<4, Int>::from_data(TensorData::new(values, shape), device)
+        };
+        let segments = offsets.len();
+        let last_seen = offsets
+            .iter()
+            .flat_map(|offset| (0..count).map(move |i| offset + (first + i) as i32));
+        let last_seen = ints(last_seen.collect(), [segments, 1, count, 1]);
+        let keys = ints((0..self.keys as i32).collect(), [1, 1, 1, self.keys]);
+        let shape = [segments, 1, count, self.keys];
+        let hidden = keys.expand(shape).greater(last_seen.expand(shape));
+        Tensor::zeros(shape, (device, DType::F32)).mask_fill(hidden, MASKED)
     }
 }
 
 /// Finite, because shading languages do not promise infinities; e to this power is 0 in f32.
 const MASKED: f32 = -1e30;
 
-fn padding(
-    lengths: &[usize],
-    longest: usize,
-    device: &Device,
-) -> Option<(Tensor<1, Int>, Tensor<1, Int>)> {
-    if lengths.iter().all(|length| *length == longest) {
-        return None;
-    }
-    let mut places = Vec::with_capacity(lengths.len() * longest);
-    let mut back = Vec::new();
-    let mut start = 0;
-    for (row, length) in lengths.iter().enumerate() {
-        // A padded place repeats its row's first token: any would do.
-        places.extend((0..longest).map(|i| (start + if i < *length { i } else { 0 }) as i32));
-        back.extend((0..*length).map(|i| (row * longest + i) as i32));
-        start += length;
-    }
-    let on_device = |indices: Vec<i32>| {
-        let count = indices.len();
-        Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), device)
-    };
-    Some((on_device(places), on_device(back)))
-}
-
-impl PackedContext {
-    /// Rows side by side: `[n, heads, d]` → `[rows, longest, heads, d]`.
-    pub(crate) fn spread(&self, x: Tensor<3>) -> Tensor<4> {
-        let [_, heads, d] = x.dims();
-        let x = match &self.padding {
-            Some((places, _)) => x.select(0, places.clone()),
-            None => x,
-        };
-        x.reshape([self.rows, self.longest, heads, d])
-    }
-
-    /// Back to back again: `[rows, longest, heads, d]` → `[n, heads · d]`.
-    pub(crate) fn gather(&self, x: Tensor<4>) -> Tensor<2> {
-        let [rows, longest, heads, d] = x.dims();
-        let x = x.reshape([rows * longest, heads * d]);
-        match &self.padding {
-            Some((_, back)) => x.select(0, back.clone()),
-            None => x,
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn lengths(packed: &PackedTokens) -> Vec<(usize, Option<usize>)> {
+        let segments = packed.segments.iter();
+        segments.map(|segment| (segment.length, segment.parent)).collect()
+    }
+
+    /// Every row read back from where its tokens lie, with its positions.
+    fn assert_rows(packed: &PackedTokens, places: &[Vec<u32>], rows: &[&[u32]]) {
+        let positions = packed.positions();
+        for (places, row) in places.iter().zip(rows) {
+            let ids: Vec<u32> = places.iter().map(|i| packed.ids[*i as usize]).collect();
+            assert_eq!(ids, *row);
+            let read: Vec<u32> = places.iter().map(|i| positions[*i as usize]).collect();
+            assert_eq!(read, (0..row.len() as u32).collect::<Vec<_>>());
+        }
+    }
+
     #[test]
     fn positions_restart_in_each_row() {
         let packed = PackedTokens::from_rows([&[5, 6, 7][..], &[8, 9]]);
-        assert_eq!(packed.segment_lengths, [3, 2]);
+        assert_eq!(lengths(&packed), [(3, None), (2, None)]);
         assert_eq!(packed.positions(), [0, 1, 2, 0, 1]);
     }
 
     #[test]
-    fn spreading_and_gathering_restore_the_order() {
-        let device = Device::flex();
-        let lengths = [3, 1, 2];
-        let (places, back) = padding(&lengths, 3, &device).unwrap();
-        let values =
-            |t: Tensor<1, Int>| t.into_data().convert::<i32>().try_to_vec::<i32>().unwrap();
-        let (places, back) = (values(places), values(back));
-        let restored: Vec<i32> = back.iter().map(|place| places[*place as usize]).collect();
-        assert_eq!(restored, [0, 1, 2, 3, 4, 5]);
-        assert_eq!(padding(&[2, 2], 2, &device).map(|_| ()), None);
+    fn common_beginnings_are_packed_once_at_every_level() {
+        let rows: [&[u32]; 6] = [
+            &[1, 2, 3, 4, 5],
+            &[9, 9],
+            &[1, 2, 3, 4, 6, 7],
+            &[1, 2, 8],
+            &[1, 2, 3, 4, 6, 8],
+            &[1, 2],
+        ];
+        let (packed, places) = PackedTokens::sharing_prefixes(&rows, 2);
+        assert_rows(&packed, &places, &rows);
+        // [1 2] by five rows, [3 4] by three of them; 6 alone is too short to be shared.
+        assert_eq!(
+            lengths(&packed),
+            [
+                (2, None),
+                (2, Some(0)),
+                (1, Some(1)),
+                (2, Some(1)),
+                (2, Some(1)),
+                (1, Some(0)),
+                (2, None)
+            ]
+        );
+        let (one, places) = PackedTokens::sharing_prefixes(&rows, 1);
+        assert_rows(&one, &places, &rows);
+        assert_eq!(one.ids.len(), 11);
+        let (none, places) = PackedTokens::sharing_prefixes(&rows, 100);
+        assert_rows(&none, &places, &rows);
+        let all: usize = rows.iter().map(|row| row.len()).sum();
+        assert_eq!(none.ids.len(), all);
+    }
+
+    #[test]
+    fn equal_rows_and_rows_within_rows_lie_in_one_place() {
+        let rows: [&[u32]; 3] = [&[1, 2, 3], &[1, 2, 3], &[1, 2, 3, 4]];
+        let (packed, places) = PackedTokens::sharing_prefixes(&rows, 3);
+        assert_rows(&packed, &places, &rows);
+        assert_eq!(lengths(&packed), [(3, None), (1, Some(0))]);
+    }
+
+    #[test]
+    fn spans_hold_what_a_row_sees() {
+        let rows: [&[u32]; 3] = [&[1, 2, 3, 4], &[1, 2, 5], &[1, 2, 5, 6]];
+        let (packed, _) = PackedTokens::sharing_prefixes(&rows, 1);
+        let spans = Spans::new(&packed).0;
+        // [1 2] [3 4] [5] [6]
+        assert_eq!(spans[1].before, [0..2]);
+        assert_eq!(spans[3].before, [0..2, 4..5]);
+        assert_eq!(spans[3].offset, 3);
+        assert_eq!(spans[0].seen_by, [0, 1, 2, 3]);
+        assert_eq!(spans[2].seen_by, [2, 3]);
+    }
+
+    #[test]
+    fn what_cannot_be_a_forest_is_refused() {
+        let mut packed = PackedTokens::from_rows([&[1, 2][..], &[3]]);
+        packed.segments[0].parent = Some(1);
+        let config = crate::model::tests::config();
+        assert!(matches!(packed.check(&config), Err(PackedError::Segments { .. })));
     }
 }

@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Tensor};
+use lora_core::cpu;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
 /// computed in f32 whatever the type of `x`.
@@ -27,5 +28,95 @@ impl RmsNorm {
         let inverse_root = mean_of_squares.add_scalar(self.eps).sqrt().recip();
         let normalised = x * inverse_root * self.weight.val().cast(FloatDType::F32).unsqueeze();
         normalised.cast(dtype)
+    }
+    /// As [`forward`](Self::forward), outside any tape.
+    pub(crate) fn forward_plain(&self, x: &Tensor<2>) -> Tensor<2> {
+        let weight = self.weight.val().without_autodiff();
+        if !cpu::is_native(x) || !cpu::is_native(&weight) {
+            return self.valid().forward(x.clone());
+        }
+        let [n, width] = x.dims();
+        let (x, weight) = (cpu::values(x.clone()), cpu::values(weight));
+        let (x, weight, eps) = (x.as_slice(), weight.as_slice(), self.eps as f32);
+        let normalised = cpu::fill_rows(n, width, |first, piece| {
+            for (row, out) in piece.chunks_exact_mut(width).enumerate() {
+                let x = &x[(first + row) * width..][..width];
+                let inverse_root = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
+                for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                    out.write(x * inverse_root * weight);
+                }
+            }
+        });
+        cpu::tensor(normalised, [n, width])
+    }
+
+    /// `sum` and the gradient of `x` from the output's gradient G: with ρ = 1/sqrt(mean(x²) + eps) and
+    /// w the gain, ρ·w∘G − x·ρ³·mean(w∘G∘x).
+    ///
+    /// # Shapes
+    ///
+    /// - all: `[n, hidden]`
+    pub(crate) fn backward(&self, x: &Tensor<2>, gradient: Tensor<2>, sum: Tensor<2>) -> Tensor<2> {
+        let weight = self.weight.val().without_autodiff();
+        if !cpu::is_native(x) || !cpu::is_native(&weight) {
+            let dtype = FloatDType::from(x.dtype());
+            let x = x.clone().cast(FloatDType::F32);
+            let weighted = gradient.cast(FloatDType::F32) * weight.cast(FloatDType::F32).unsqueeze();
+            let mean_of_squares = x.clone().square().mean_dim(1);
+            let inverse_root = mean_of_squares.add_scalar(self.eps).sqrt().recip();
+            let along = (weighted.clone() * x.clone()).mean_dim(1);
+            let along = along * inverse_root.clone().powi_scalar(3);
+            return sum + (weighted * inverse_root - x * along).cast(dtype);
+        }
+        let width = x.dims()[1];
+        let (x, gradient, weight) = (cpu::values(x.clone()), cpu::values(gradient), cpu::values(weight));
+        let (x, gradient, weight) = (x.as_slice(), gradient.as_slice(), weight.as_slice());
+        let eps = self.eps as f32;
+        let mut sum = cpu::values(sum);
+        cpu::for_each_piece(sum.as_mut_slice(), width, |first, piece| {
+            for (row, sum) in piece.chunks_exact_mut(width).enumerate() {
+                let at = (first + row) * width;
+                let (x, gradient) = (&x[at..][..width], &gradient[at..][..width]);
+                let inverse_root = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
+                let along = cpu::dot_of_three(weight, gradient, x) / width as f32;
+                let along = along * inverse_root * inverse_root * inverse_root;
+                for (((sum, x), gradient), weight) in sum.iter_mut().zip(x).zip(gradient).zip(weight) {
+                    *sum += inverse_root * weight * gradient - x * along;
+                }
+            }
+        });
+        sum.into_tensor()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use burn::tensor::{Device, Tolerance};
+    use lora_core::{CounterRng, normal};
+
+    #[test]
+    fn the_passes_are_those_of_the_tape() {
+        let device = Device::flex().autodiff();
+        let mut rng = CounterRng::new(1);
+        let mut random = |shape| normal(shape, 1.0, &mut rng, &device);
+        let weight = random([1, 70]).reshape([70]);
+        let norm = RmsNorm {
+            weight: Param::from_tensor(weight).set_require_grad(false),
+            eps: 1e-5,
+        };
+        let (x, gradient, sum) = (random([9, 70]), random([9, 70]), random([9, 70]).inner());
+        let x = x.require_grad();
+        let y = norm.forward(x.clone());
+        let tape = (y.clone() * gradient.clone()).sum().backward();
+        let plain = x.clone().inner();
+        // Sums of 70 squares in another order.
+        let tolerance = Tolerance::absolute(2e-6);
+        let got = norm.forward_plain(&plain).into_data();
+        got.assert_approx_eq::<f32>(&y.into_data(), tolerance);
+        let got = norm.backward(&plain, gradient.inner(), sum.clone());
+        let expected = x.grad(&tape).unwrap() + sum;
+        got.into_data()
+            .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
     }
 }

@@ -2,6 +2,7 @@
 //! Llama applies them: halves of a head are rotated, not interleaved pairs as in `burn::nn::RotaryEncoding`.
 
 use burn::tensor::Tensor;
+use lora_core::cpu;
 
 use crate::{LlamaConfig, RopeScaling};
 
@@ -59,10 +60,12 @@ pub(crate) fn tables(frequencies: &[f32], positions: &[u32]) -> (Vec<f32>, Vec<f
 /// # Shapes
 ///
 /// - `x`: `[n, heads, head_dim]`
-/// - `cos`, `sin`: `[n, 1, head_dim / 2]`
+/// - `cos`, `sin`: `[n, head_dim / 2]`
 /// - output: `[n, heads, head_dim]`
-pub(crate) fn rotate(x: Tensor<3>, cos: &Tensor<3>, sin: &Tensor<3>) -> Tensor<3> {
+pub(crate) fn rotate(x: Tensor<3>, cos: &Tensor<2>, sin: &Tensor<2>) -> Tensor<3> {
     let half = x.dims()[2] / 2;
+    let table = |table: &Tensor<2>| table.clone().unsqueeze_dim::<3>(1);
+    let (cos, sin) = (table(cos), table(sin));
     let first = x.clone().narrow(2, 0, half);
     let second = x.narrow(2, half, half);
     Tensor::cat(
@@ -72,6 +75,56 @@ pub(crate) fn rotate(x: Tensor<3>, cos: &Tensor<3>, sin: &Tensor<3>) -> Tensor<3
         ],
         2,
     )
+}
+
+/// Which way heads are turned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Turn {
+    /// As [`rotate`].
+    Forward,
+    /// Back, which is what a gradient needs: a rotation's inverse is its transposed.
+    Back,
+}
+
+/// As [`rotate`] or its inverse, outside any tape, in the memory of `x` where nobody else has it.
+///
+/// # Shapes
+///
+/// - `x`, output: `[n, heads · head_dim]`
+pub(crate) fn rotate_plain(x: Tensor<2>, cos: &Tensor<2>, sin: &Tensor<2>, turn: Turn) -> Tensor<2> {
+    let ([n, width], half) = (x.dims(), cos.dims()[1]);
+    if !cpu::is_native(&x) || !cpu::is_native(cos) {
+        let sin = match turn {
+            Turn::Forward => sin.clone(),
+            Turn::Back => sin.clone().neg(),
+        };
+        let heads = x.reshape([n, width / (2 * half), 2 * half]);
+        return rotate(heads, cos, &sin).reshape([n, width]);
+    }
+    let mut x = cpu::values(x);
+    let (cos, sin) = (cpu::values(cos.clone()), cpu::values(sin.clone()));
+    let (cos, sin) = (cos.as_slice(), sin.as_slice());
+    let sign = match turn {
+        Turn::Forward => 1.0,
+        Turn::Back => -1.0,
+    };
+    cpu::for_each_piece(x.as_mut_slice(), width, |first, piece| {
+        for (row, x) in piece.chunks_exact_mut(width).enumerate() {
+            let at = (first + row) * half;
+            let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
+            for head in x.chunks_exact_mut(2 * half) {
+                let (first, second) = head.split_at_mut(half);
+                let halves = first.iter_mut().zip(second);
+                for (((first, second), cos), sin) in halves.zip(cos).zip(sin) {
+                    let sin = sign * sin;
+                    let turned = *first * cos - *second * sin;
+                    *second = *second * cos + *first * sin;
+                    *first = turned;
+                }
+            }
+        }
+    });
+    x.into_tensor()
 }
 
 #[cfg(test)]
@@ -85,7 +138,7 @@ mod tests {
         let frequencies = [1.0, 0.1];
         let at = |values: [f32; 4], position: u32| {
             let (cos, sin) = tables(&frequencies, &[position]);
-            let table = |v| Tensor::<3>::from_data(TensorData::new(v, [1, 1, 2]), &device);
+            let table = |v| Tensor::<2>::from_data(TensorData::new(v, [1, 2]), &device);
             let x = Tensor::<3>::from_data(TensorData::new(values.to_vec(), [1, 1, 4]), &device);
             rotate(x, &table(cos), &table(sin))
                 .into_data()
@@ -97,5 +150,24 @@ mod tests {
         assert!((dot(&at(q, 9), &at(q, 9)) - dot(&q, &q)).abs() < 1e-5);
         assert!((dot(&at(q, 9), &at(k, 4)) - dot(&at(q, 25), &at(k, 20))).abs() < 1e-5);
         assert!((dot(&at(q, 9), &at(k, 4)) - dot(&q, &k)).abs() > 1e-2);
+    }
+
+    #[test]
+    fn turning_in_place_is_the_same_and_turning_back_undoes_it() {
+        let device = Device::flex();
+        let (cos, sin) = tables(&[1.0, 0.1], &[0, 3, 70]);
+        let table = |v| Tensor::<2>::from_data(TensorData::new(v, [3, 2]), &device);
+        let (cos, sin) = (table(cos), table(sin));
+        let values: Vec<f32> = (0..24).map(|i| (i as f32).sin()).collect();
+        let x = Tensor::<2>::from_data(TensorData::new(values, [3, 8]), &device);
+        let expected = rotate(x.clone().reshape([3, 2, 4]), &cos, &sin).reshape([3, 8]);
+        let turned = rotate_plain(x.clone(), &cos, &sin, Turn::Forward);
+        let tolerance = burn::tensor::Tolerance::absolute(1e-6);
+        turned
+            .to_data()
+            .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
+        rotate_plain(turned, &cos, &sin, Turn::Back)
+            .into_data()
+            .assert_approx_eq::<f32>(&x.into_data(), tolerance);
     }
 }

@@ -78,6 +78,26 @@ impl VocabTable {
         });
         Tensor::cat(products.collect(), 1)
     }
+
+    /// The gradient of `hidden` from that of [`scores`](Self::scores), outside any tape.
+    ///
+    /// # Shapes
+    ///
+    /// - `gradient`: `[m, vocab]`
+    /// - output: `[m, hidden]`
+    pub fn scores_backward(&self, gradient: Tensor<2>) -> Tensor<2> {
+        let mut start = 0;
+        let mut products = self.pieces.iter().map(|piece| {
+            let piece = piece.val().without_autodiff();
+            let rows = piece.dims()[0];
+            start += rows;
+            gradient.clone().narrow(1, start - rows, rows).matmul(piece)
+        });
+        match products.next() {
+            Some(first) => products.fold(first, |sum, product| sum + product),
+            None => gradient.narrow(1, 0, 0),
+        }
+    }
 }
 
 /// The piece, off the tape unless it is being trained.

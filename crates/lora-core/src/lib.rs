@@ -5,6 +5,8 @@
 //! | [`LoraConfig`], [`TargetModules`], [`Init`] | what to adapt and how, with PEFT's names and meaning |
 //! | [`LoraLinear`] | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
 //! | [`frozen_linear`] | the product with a frozen weight, dense or quantized; its tape keeps only the packed weight |
+//! | [`LinearGroup`] | the same layers' forward and backward passes written out, for trainers that need no tape |
+//! | [`cpu`] | what the CPU kernels are made of |
 //! | [`Quantization`], [`quantize`] | 8- or 4-bit weights, the same bytes on every device |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | between adapters and plain `Linear`s |
 //! | [`ParameterCounts`] | trainable and frozen parameters from shapes alone |
@@ -31,12 +33,15 @@
 
 mod config;
 mod count;
+pub mod cpu;
 mod dropout;
 mod error;
 mod frozen_linear;
 mod init;
 mod linear;
 mod merge;
+mod passes;
+mod products;
 mod quantize;
 mod random;
 
@@ -44,8 +49,9 @@ pub use config::{Init, LoraConfig, ModuleSelector, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
 pub use dropout::AdapterDropout;
 pub use error::LoraError;
-pub use frozen_linear::frozen_linear;
+pub use frozen_linear::{frozen_linear, frozen_linear_backward};
 pub use init::{kaiming_uniform, normal};
 pub use linear::LoraLinear;
+pub use passes::{LinearGroup, LowRank};
 pub use quantize::{BLOCK, Quantization, QuantizationError, quantize, quantize_data};
 pub use random::CounterRng;

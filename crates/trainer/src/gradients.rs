@@ -1,17 +1,18 @@
-//! Forward and backward through the model, layer by layer.
+//! Forward and backward through the model, layer by layer, without a tape.
 //!
-//! burn-autodiff keeps everything that an operation of the forward pass leaves behind until the
-//! backward pass is over. Here the forward pass keeps each layer's input only; the backward pass
-//! runs a layer again, takes its gradients and drops what it left (gradient checkpointing, Chen et
-//! al., 2016, <https://arxiv.org/abs/1604.06174>). Layers below the lowest adapter have no backward
-//! pass at all.
+//! The forward pass keeps what each layer's backward pass reads ([`llama_burn::LayerPass`]), or with
+//! gradient checkpointing (Chen et al., 2016, <https://arxiv.org/abs/1604.06174>) each layer's input
+//! only: the backward pass then runs the layer again. Layers below the lowest adapter have no backward
+//! pass at all, and the last layer goes on only with the tokens that predict something.
 
 use std::collections::BTreeMap;
 
-use burn::module::{Module, Param, ParamId};
+use std::time::Instant;
+
+use burn::module::{Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, Gradients, Tensor};
-use llama_burn::{DecoderLayer, Llama, PackedContext};
+use burn::tensor::{DType, Int, Tensor};
+use llama_burn::{Activations, DecoderLayer, LayerPass, Llama, PackedContext};
 use lora_core::CounterRng;
 
 use crate::data::Batch;
@@ -23,6 +24,20 @@ pub struct AdapterGradients {
     sums: BTreeMap<ParamId, Tensor<2>>,
     /// Losses and tokens of the micro-batches so far.
     pub totals: LossSums,
+    /// Where the time went. On a GPU, which works on while the program goes ahead, only the sum means
+    /// something.
+    pub times: PhaseTimes,
+}
+
+/// Seconds by phase.
+#[derive(Debug, Default, Clone, Copy, PartialEq)]
+pub struct PhaseTimes {
+    /// Embedding and layers.
+    pub forward_s: f64,
+    /// Final norm, head and loss, forward and backward.
+    pub loss_s: f64,
+    /// The layers' backward passes, and what checkpointing runs again.
+    pub backward_s: f64,
 }
 
 impl AdapterGradients {
@@ -31,24 +46,12 @@ impl AdapterGradients {
         self.sums.get(&id)
     }
 
-    fn collect(&mut self, layer: &DecoderLayer, gradients: &mut Gradients) {
-        let adapters = layer
-            .linears()
-            .into_iter()
-            .filter_map(|(_, linear)| linear.adapter());
-        for param in adapters.flat_map(|adapter| [&adapter.a, &adapter.b]) {
-            self.add(param, gradients);
-        }
-    }
-
-    fn add(&mut self, param: &Param<Tensor<2>>, gradients: &mut Gradients) {
-        if let Some(gradient) = param.val().grad_remove(gradients) {
-            let sum = match self.sums.remove(&param.id) {
-                Some(sum) => sum + gradient,
-                None => gradient,
-            };
-            self.sums.insert(param.id, sum);
-        }
+    fn add(&mut self, param: &Param<Tensor<2>>, gradient: Tensor<2>) {
+        let sum = match self.sums.remove(&param.id) {
+            Some(sum) => sum + gradient,
+            None => gradient,
+        };
+        self.sums.insert(param.id, sum);
     }
 
     /// Turns sums into the gradient of the mean loss a token, clipped to a global norm as
@@ -93,66 +96,123 @@ pub struct PassOptions {
 ///
 /// The result does not depend on `gradient_checkpointing`; memory and time do.
 pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut AdapterGradients) {
-    let context = model.context(&batch.tokens);
+    let started = Instant::now();
+    let passes = Passes::new(model, batch, Some(options.dropout_seed));
     let lowest = lowest_adapted(model);
-    let seeds = CounterRng::new(options.dropout_seed);
-    let seed = |index: usize| Some(seeds.fork(index as u64).next_u64());
-
     let mut hidden = model.embed(&batch.tokens).inner();
-    let mut kept = Vec::new();
-    for (index, layer) in model.layers.iter().enumerate() {
-        if index < lowest {
-            hidden = forward_plain(layer, hidden, &context, None);
-            continue;
+    let mut kept: Vec<(Tensor<2>, Option<Activations>)> = Vec::new();
+    for index in 0..model.layers.len() {
+        let (output, activations) = passes.layer(index).forward(&hidden);
+        if index >= lowest {
+            let activations = (!options.gradient_checkpointing).then_some(activations);
+            kept.push((hidden, activations));
         }
-        // No tape is made that would be thrown away: burn-autodiff frees one only in a later backward pass.
-        if options.gradient_checkpointing {
-            kept.push((index, hidden.clone(), None));
-            hidden = forward_plain(layer, hidden, &context, seed(index));
-            continue;
-        }
-        let input = hidden.autodiff().require_grad();
-        let output = layer.forward(input.clone(), &context, seed(index));
-        hidden = output.clone().inner();
-        kept.push((index, input, Some(output)));
+        hidden = output;
     }
+    let hidden = passes.supervised(hidden);
+    let forward = started.elapsed();
 
-    let positions = loss::token_ids(&batch.target_positions, &hidden.device().without_autodiff());
-    let supervised = hidden.clone().select(0, positions.clone());
-    let (sums, gradient) = loss::loss_and_gradient(model, supervised, batch);
+    let (sums, mut gradient) = loss::loss_and_gradient(model, hidden, batch);
     into.totals.add(sums);
-    let nowhere = hidden.zeros_like();
-    let mut gradient =
-        nowhere.select_assign(0, positions, gradient, burn::tensor::IndexingUpdateOp::Add);
+    let loss = started.elapsed();
 
-    while let Some((index, input, output)) = kept.pop() {
-        let layer = &model.layers[index];
-        let (input, output) = match output {
-            Some(output) => (input, output),
-            None => {
-                let input = input.autodiff().require_grad();
-                let output = layer.forward(input.clone(), &context, seed(index));
-                (input, output)
-            }
+    for index in (lowest..model.layers.len()).rev() {
+        let Some((input, activations)) = kept.pop() else {
+            break;
         };
-        // The derivative of sum(output · gradient) by the output is the gradient, exactly.
-        let mut gradients = (output * gradient.clone().autodiff()).sum().backward();
-        into.collect(layer, &mut gradients);
-        if let Some(below) = input.grad(&gradients) {
-            gradient = below;
+        let pass = passes.layer(index);
+        let activations = activations.unwrap_or_else(|| pass.forward(&input).1);
+        let mut collect = |param: &Param<Tensor<2>>, gradient| into.add(param, gradient);
+        let below = pass.backward(&input, activations, gradient, index > lowest, &mut collect);
+        match below {
+            Some(below) => gradient = below,
+            None => break,
+        }
+    }
+    into.times.forward_s += forward.as_secs_f64();
+    into.times.loss_s += (loss - forward).as_secs_f64();
+    into.times.backward_s += (started.elapsed() - loss).as_secs_f64();
+}
+
+/// As [`accumulate`], the plain way: the whole model on Burn's tape. What the written-out passes are
+/// compared with.
+pub fn accumulate_on_tape(
+    model: &Llama,
+    batch: &Batch,
+    dropout_seed: u64,
+    into: &mut AdapterGradients,
+) {
+    let seeds = CounterRng::new(dropout_seed);
+    let context = model.context(&batch.tokens);
+    let mut hidden = model.embed(&batch.tokens).autodiff();
+    for (index, layer) in model.layers.iter().enumerate() {
+        let seed = seeds.fork(index as u64).next_u64();
+        hidden = layer.forward(hidden, &context, Some(seed));
+    }
+    let positions = loss::token_ids(&batch.target_positions, &hidden.device().without_autodiff());
+    let (sums, loss) = loss::loss_on_tape(model, hidden.select(0, positions), batch);
+    into.totals.add(sums);
+    let mut gradients = loss.backward();
+    for (_, linear) in model.linears() {
+        let Some(adapter) = linear.adapter() else {
+            continue;
+        };
+        for param in [&adapter.a, &adapter.b] {
+            if let Some(gradient) = param.val().grad_remove(&mut gradients) {
+                into.add(param, gradient);
+            }
         }
     }
 }
 
-/// Loss of a batch without a tape and without dropout.
+/// Loss of a batch without a backward pass and without dropout.
 pub fn evaluate(model: &Llama, batch: &Batch) -> LossSums {
-    let context = model.context(&batch.tokens);
+    let passes = Passes::new(model, batch, None);
     let mut hidden = model.embed(&batch.tokens).inner();
-    for layer in &model.layers {
-        hidden = forward_plain(layer, hidden, &context, None);
+    for index in 0..model.layers.len() {
+        hidden = passes.layer(index).forward(&hidden).0;
     }
-    let positions = loss::token_ids(&batch.target_positions, &hidden.device());
-    loss::loss(model, hidden.select(0, positions), batch)
+    loss::loss(model, passes.supervised(hidden), batch)
+}
+
+/// The passes of a batch through the layers.
+struct Passes<'a> {
+    model: &'a Llama,
+    context: PackedContext,
+    /// The positions that predict something.
+    supervised: Tensor<1, Int>,
+    dropout_seeds: Option<CounterRng>,
+}
+
+impl<'a> Passes<'a> {
+    fn new(model: &'a Llama, batch: &Batch, dropout_seed: Option<u64>) -> Self {
+        let device = model.device().without_autodiff();
+        Self {
+            model,
+            context: model.pass_context(&batch.tokens),
+            supervised: loss::token_ids(&batch.target_positions, &device),
+            dropout_seeds: dropout_seed.map(CounterRng::new),
+        }
+    }
+
+    fn layer(&self, index: usize) -> LayerPass<'_> {
+        let seeds = self.dropout_seeds.as_ref();
+        let last = index + 1 == self.model.layers.len();
+        LayerPass {
+            layer: &self.model.layers[index],
+            context: &self.context,
+            dropout_seed: seeds.map(|seeds| seeds.fork(index as u64).next_u64()),
+            wanted: last.then_some(&self.supervised),
+        }
+    }
+
+    /// The last layer has given these tokens only; a model without layers has given all.
+    fn supervised(&self, hidden: Tensor<2>) -> Tensor<2> {
+        match self.model.layers.is_empty() {
+            true => hidden.select(0, self.supervised.clone()),
+            false => hidden,
+        }
+    }
 }
 
 /// The first layer with an adapter; nothing below it needs a gradient.
@@ -166,15 +226,4 @@ fn lowest_adapted(model: &Llama) -> usize {
         .iter()
         .position(adapted)
         .unwrap_or(model.layers.len())
-}
-
-/// A layer without a tape; with dropout where a seed is given.
-fn forward_plain(
-    layer: &DecoderLayer,
-    hidden: Tensor<2>,
-    context: &PackedContext,
-    dropout_seed: Option<u64>,
-) -> Tensor<2> {
-    // One layer at a time: a snapshot of the whole model would hold all block scales twice.
-    layer.valid().forward(hidden, context, dropout_seed)
 }

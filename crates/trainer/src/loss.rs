@@ -1,13 +1,24 @@
 //! Cross entropy over supervised positions.
+//!
+//! Scores exist for some positions at a time, so that those of a large vocabulary never exist whole and
+//! no buffer passes what a graphics driver binds. Pieces of positions need no second pass over the
+//! scores, as pieces of the vocabulary would.
 
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use llama_burn::Llama;
+use lora_core::cpu;
+use rayon::prelude::*;
 
 use crate::data::Batch;
 
-/// Scores exist for this many positions at a time: with a vocabulary of 128,256 that is 125 MiB.
-pub(crate) const POSITIONS_AT_ONCE: usize = 256;
+/// Bytes of scores at a time.
+const SCORE_BYTES: usize = 32 << 20;
+
+/// Positions whose scores exist at a time.
+pub(crate) fn positions_at_once(vocab_size: usize) -> usize {
+    (SCORE_BYTES / (4 * vocab_size.max(1))).max(1)
+}
 
 /// Sums over the supervised positions of a batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
@@ -58,10 +69,9 @@ impl LossSums {
 pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> LossSums {
     let mut total = 0.0;
     let mut predicted = Vec::new();
-    for (start, targets) in pieces(&batch.target_ids) {
+    for (start, targets) in pieces(model, &batch.target_ids) {
         let hidden = hidden.clone().narrow(0, start, targets.len());
-        let (loss, _) = piece(model, hidden, targets, &mut predicted);
-        total += loss;
+        total += piece(model, &hidden, targets, &mut predicted).0;
     }
     sums(total, &predicted, batch)
 }
@@ -71,43 +81,97 @@ pub fn loss_and_gradient(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (Lo
     let mut total = 0.0;
     let mut predicted = Vec::new();
     let mut gradients = Vec::new();
-    for (start, targets) in pieces(&batch.target_ids) {
+    for (start, targets) in pieces(model, &batch.target_ids) {
         let hidden = hidden.clone().narrow(0, start, targets.len());
-        let hidden = hidden.autodiff().require_grad();
-        let (loss, tape) = piece(model, hidden.clone(), targets, &mut predicted);
-        let gradient = hidden.grad(&tape.backward());
-        gradients.push(gradient.expect("the loss depends on the hidden states"));
+        let (loss, gradient) = piece(model, &hidden, targets, &mut predicted);
+        gradients.push(model.logits_backward(&hidden, gradient));
         total += loss;
     }
-    (sums(total, &predicted, batch), Tensor::cat(gradients, 0))
+    let gradient = match gradients.len() {
+        1 => gradients.remove(0),
+        _ => Tensor::cat(gradients, 0),
+    };
+    (sums(total, &predicted, batch), gradient)
 }
 
-fn pieces(targets: &[u32]) -> impl Iterator<Item = (usize, &[u32])> {
-    let starts = (0..).step_by(POSITIONS_AT_ONCE);
-    starts.zip(targets.chunks(POSITIONS_AT_ONCE))
-}
-
-/// The summed loss as a number and as a tensor for the backward pass; adds the best-scored tokens.
-fn piece(
-    model: &Llama,
-    hidden: Tensor<2>,
-    targets: &[u32],
-    predicted: &mut Vec<u32>,
-) -> (f64, Tensor<1>) {
-    let tokens = targets.len();
-    let targets = token_ids(targets, &hidden.device().without_autodiff());
+/// As [`loss`], on the tape that `hidden` is on: the summed loss, for a backward pass.
+pub fn loss_on_tape(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, Tensor<1>) {
+    let tokens = batch.target_ids.len();
+    let targets = token_ids(&batch.target_ids, &hidden.device().without_autodiff());
     let logits = model.logits(hidden);
     let best = logits.clone().inner().argmax(1).reshape([tokens]);
     let log_probabilities = log_softmax(logits, 1).gather(1, targets.reshape([tokens, 1]));
     let loss = log_probabilities.sum().neg();
-    // One read for all numbers, since each read waits for the device; f32 holds ids below 2^24 exactly.
+    let (total, predicted) = read(loss.clone().inner(), best);
+    (sums(total, &predicted, batch), loss)
+}
+
+fn pieces<'a>(model: &Llama, targets: &'a [u32]) -> impl Iterator<Item = (usize, &'a [u32])> {
+    let at_once = positions_at_once(model.config.vocab_size);
+    (0..).step_by(at_once).zip(targets.chunks(at_once))
+}
+
+/// The summed loss and the gradient of the scores, `[m, vocab]`; adds the best-scored tokens.
+fn piece(
+    model: &Llama,
+    hidden: &Tensor<2>,
+    targets: &[u32],
+    predicted: &mut Vec<u32>,
+) -> (f64, Tensor<2>) {
+    let tokens = targets.len();
+    let logits = model.logits_plain(hidden);
+    if cpu::is_native(&logits) {
+        return cross_entropy(logits, targets, predicted);
+    }
+    let targets = token_ids(targets, &hidden.device()).reshape([tokens, 1]);
+    let best = logits.clone().argmax(1).reshape([tokens]);
+    let log_probabilities = log_softmax(logits, 1);
+    let chosen = log_probabilities.clone().gather(1, targets.clone());
+    let one_less = Tensor::<2>::ones([tokens, 1], &hidden.device()).cast(DType::F32).neg();
+    let gradient = log_probabilities
+        .exp()
+        .scatter(1, targets, one_less, IndexingUpdateOp::Add);
+    let (loss, best) = read(chosen.sum().neg(), best);
+    predicted.extend(best);
+    (loss, gradient)
+}
+
+/// One read for all numbers, since each read waits for the device; f32 holds ids below 2^24 exactly.
+fn read(loss: Tensor<1>, best: Tensor<1, Int>) -> (f64, Vec<u32>) {
+    let tokens = best.dims()[0];
     let best = best.float().cast(DType::F32);
-    let read = Tensor::cat(vec![loss.clone().inner(), best], 0).into_data();
+    let read = Tensor::cat(vec![loss, best], 0).into_data();
     let read = read
         .try_to_vec::<f32>()
         .unwrap_or_else(|_| vec![f32::NAN; tokens + 1]);
-    predicted.extend(read[1..].iter().map(|id| *id as u32));
-    (read[0] as f64, loss)
+    let best = read[1..].iter().map(|id| *id as u32).collect();
+    (read[0] as f64, best)
+}
+
+/// As [`piece`], on the CPU, in the memory of the scores: softmax(x) − the target's unit vector.
+fn cross_entropy(logits: Tensor<2>, targets: &[u32], predicted: &mut Vec<u32>) -> (f64, Tensor<2>) {
+    let vocab = logits.dims()[1];
+    let mut logits = cpu::values(logits);
+    let rows = logits.as_mut_slice().par_chunks_exact_mut(vocab);
+    let rows = rows.zip(targets).map(|(row, target)| {
+        let (row_loss, best) = cpu::vectorized(|| {
+            let largest = cpu::max(row);
+            // The first, as an argmax gives; scores that are not numbers have none.
+            let best = row.iter().position(|score| *score == largest);
+            let chosen = row[*target as usize];
+            let sum = cpu::exp_and_sum(row, largest);
+            let scale = 1.0 / sum;
+            row.iter_mut().for_each(|probability| *probability *= scale);
+            row[*target as usize] -= 1.0;
+            // A score that is not a number is passed over by the maximum, not by the sum.
+            (largest as f64 + (sum as f64).ln() - chosen as f64, best)
+        });
+        (row_loss, best.unwrap_or(0) as u32)
+    });
+    let rows: Vec<(f64, u32)> = rows.collect();
+    predicted.extend(rows.iter().map(|(_, best)| *best));
+    let loss = rows.iter().map(|(loss, _)| loss).sum();
+    (loss, logits.into_tensor())
 }
 
 /// Counts what was predicted right, position by position and row by row.
@@ -118,18 +182,13 @@ fn sums(loss: f64, predicted: &[u32], batch: &Batch) -> LossSums {
         ..LossSums::default()
     };
     let mut next = 0;
-    let mut end = 0;
-    for length in &batch.tokens.segment_lengths {
-        end += length;
-        let mut right = true;
-        while next < predicted.len() && (batch.target_positions[next] as usize) < end {
-            let hit = predicted[next] == batch.target_ids[next];
-            sums.correct += usize::from(hit);
-            right &= hit;
-            next += 1;
-        }
+    for targets in &batch.targets_per_row {
+        let of_row = next..next + targets;
+        let hits = of_row.filter(|i| predicted[*i] == batch.target_ids[*i]).count();
+        next += targets;
+        sums.correct += hits;
         sums.rows += 1;
-        sums.correct_rows += usize::from(right);
+        sums.correct_rows += usize::from(hits == *targets);
     }
     sums
 }

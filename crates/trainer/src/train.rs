@@ -8,7 +8,7 @@ use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{CounterRng, LoraError, Quantization};
 
 use crate::config::{Checkpointing, ComputeDtype, Config, Problems};
-use crate::data::{self, Data, DataError, Dataset, Order};
+use crate::data::{self, Data, DataError, Dataset, Order, Prefixes};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::gradients::{self, AdapterGradients, PassOptions};
@@ -223,8 +223,10 @@ pub fn train(
         warnings: selected.warning().into_iter().collect(),
     });
 
+    let prefixes = prefixes(config);
     let run = Run {
         config,
+        prefixes,
         data: &data,
         selected: &selected,
     };
@@ -239,7 +241,7 @@ pub fn train(
         let mut sums = AdapterGradients::default();
         let mut tokens = 0;
         for (index, rows) in order.step(step - 1).into_iter().enumerate() {
-            let batch = data.train.batch(&rows);
+            let batch = data.train.batch(&rows, prefixes);
             let options = PassOptions {
                 gradient_checkpointing,
                 dropout_seed: dropout.fork(step as u64).fork(index as u64).next_u64(),
@@ -248,7 +250,7 @@ pub fn train(
             if !sums.totals.loss.is_finite() {
                 return Err(run.not_finite("loss", sums.totals.loss, step, &model, &[rows]));
             }
-            tokens += batch.tokens.ids.len();
+            tokens += batch.row_tokens;
         }
         let loss = sums.totals.mean();
         let (gradients, grad_norm) = sums.into_mean(config.max_grad_norm);
@@ -316,6 +318,7 @@ pub fn train(
 /// What stays the same over a run.
 struct Run<'a> {
     config: &'a Config,
+    prefixes: Prefixes,
     data: &'a Data,
     selected: &'a Selected,
 }
@@ -337,7 +340,7 @@ impl Run<'_> {
         let started = Instant::now();
         let mut sums = LossSums::default();
         for indices in rows.in_order(self.config.batch_size, self.config.max_batch_tokens) {
-            let batch = rows.batch(&indices);
+            let batch = rows.batch(&indices, self.prefixes);
             sums.add(gradients::evaluate(model, &batch));
             screen.validating(sums.rows, rows.len());
         }
@@ -381,7 +384,7 @@ impl Run<'_> {
         let mut all = Vec::new();
         let mut culprits = Vec::new();
         for index in micro_batches.iter().flatten() {
-            let row = self.data.train.batch(&[*index]);
+            let row = self.data.train.batch(&[*index], Prefixes::Apart);
             let line = row.rows[0].to_string();
             if !gradients::evaluate(model, &row).loss.is_finite() {
                 culprits.push(line.clone());
@@ -414,6 +417,14 @@ const DROPOUT: u64 = 0x64_72_6f_70;
 pub fn quantization(config: &Config) -> Quantization {
     // Validation let only 4, 8 and 16 through.
     Quantization::from_bits(config.quant_bits).unwrap_or(Quantization::None)
+}
+
+/// Whether beginnings are shared. Dropout draws a mask for each row: shared, they would have one.
+pub fn prefixes(config: &Config) -> Prefixes {
+    match config.share_prefixes && config.lora_dropout == 0.0 {
+        true => Prefixes::Shared,
+        false => Prefixes::Apart,
+    }
 }
 
 fn compute_dtype(config: &Config, selected: &Selected) -> Result<FloatDType, DeviceError> {

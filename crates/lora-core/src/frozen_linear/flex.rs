@@ -5,91 +5,85 @@
 //! once, in the widest vectors that the processor has, on all threads.
 
 use burn::backend::ops::{FloatTensorOps, QTensorOps};
-use burn::backend::tensor::{FloatTensor, QuantizedTensor};
+use burn::backend::tensor::QuantizedTensor;
 use burn::backend::{Flex, TensorMetadata};
-use burn::tensor::{DType, TensorData};
-use gemm::Parallelism;
+use burn::tensor::DType;
 use rayon::prelude::*;
+
+use super::Direction;
+use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
 /// Floats in a panel: 1 MiB, so that a panel stays in the cache between its unpacking and its use.
 const PANEL: usize = 256 * 1024;
 
-/// Below this many multiply-adds, starting threads costs more than it brings.
-const PARALLEL_FROM: usize = 192 * 192 * 192;
-
-type Float = FloatTensor<Flex>;
-type Quantized = QuantizedTensor<Flex>;
-
-/// `x · W`: x `[n, d_in]`, W `[d_in, d_out]`, output `[n, d_out]`.
-pub fn forward(x: Float, weight: Quantized) -> Float {
+/// `sum + x · W` or `sum + x · Wᵀ` for W `[d_in, d_out]`; without a sum, the product alone.
+pub fn product(
+    sum: Option<FlexTensor>,
+    x: FlexTensor,
+    weight: QuantizedTensor<Flex>,
+    direction: Direction,
+) -> FlexTensor {
     let Some(packed) = Packed::read(&x, &weight) else {
         let dense = Flex::dequantize(weight, x.dtype().into());
-        return Flex::float_matmul(x, dense);
+        let product = match direction {
+            Direction::Forward => Flex::float_matmul(x, dense),
+            Direction::Backward => Flex::float_matmul(x, Flex::float_transpose(dense)),
+        };
+        return match sum {
+            Some(sum) => Flex::float_add(sum, product),
+            None => product,
+        };
     };
-    let x = x.to_contiguous();
-    let (d_in, d_out) = (packed.d_in, packed.d_out);
     let n = x.shape()[0];
-    let input = &x.storage::<f32>()[x.layout().start_offset()..];
-    let mut output = vec![0f32; n * d_out];
-    // Panels are rows of W: each adds its share of the inner sum to the whole output.
-    packed.for_each_panel(|first_row, rows, panel| {
-        let x_panel = &input[first_row.min(input.len())..];
-        product(
-            Operand {
-                data: x_panel,
-                row_stride: d_in,
-                col_stride: 1,
-            },
-            Operand {
-                data: panel,
-                row_stride: d_out,
-                col_stride: 1,
-            },
-            [n, rows, d_out],
-            &mut output,
-            d_out,
-            first_row > 0,
-        );
-    });
-    from_vec(output, [n, d_out])
-}
-
-/// `dY · Wᵀ`: dY `[n, d_out]`, W `[d_in, d_out]`, output `[n, d_in]`.
-pub fn backward(grad: Float, weight: Quantized) -> Float {
-    let Some(packed) = Packed::read(&grad, &weight) else {
-        let dense = Flex::dequantize(weight, grad.dtype().into());
-        return Flex::float_matmul(grad, Flex::float_transpose(dense));
-    };
-    let grad = grad.to_contiguous();
+    let x = Values::new(x);
     let (d_in, d_out) = (packed.d_in, packed.d_out);
-    let n = grad.shape()[0];
-    let grad = &grad.storage::<f32>()[grad.layout().start_offset()..];
-    let mut output = vec![0f32; n * d_in];
-    // Panels are rows of W, that is columns of Wᵀ: each gives some columns of the output.
-    packed.for_each_panel(|first_row, rows, panel| {
-        let out_panel = &mut output[first_row.min(n * d_in)..];
-        product(
-            Operand {
-                data: grad,
-                row_stride: d_out,
-                col_stride: 1,
-            },
-            Operand {
-                data: panel,
-                row_stride: 1,
-                col_stride: d_out,
-            },
-            [n, d_out, rows],
-            out_panel,
-            d_in,
-            false,
-        );
+    let width = match direction {
+        Direction::Forward => d_out,
+        Direction::Backward => d_in,
+    };
+    let accumulate = sum.is_some();
+    let mut sum = sum.map(Values::new);
+    let mut new = Vec::new();
+    let output = match &mut sum {
+        Some(sum) => {
+            let sum = sum.as_mut_slice();
+            assert_eq!(sum.len(), n * width, "the sum has another shape than the product");
+            sum.as_mut_ptr()
+        }
+        None => {
+            new.reserve_exact(n * width);
+            new.as_mut_ptr()
+        }
+    };
+    packed.for_each_panel(|first, rows, panel| {
+        let panel = Matrix::new(panel, rows, d_out, d_out);
+        match direction {
+            // Panels are rows of W: each adds its share of the inner sum to the whole output.
+            Direction::Forward => {
+                let x = Matrix::new(&x.as_slice()[first.min(n * d_in)..], n, rows, d_in);
+                // SAFETY: `output` has n · d_out elements; the first panel writes without reading
+                // where they are new.
+                let output = unsafe { MatrixMut::from_raw(output, n, d_out, d_out) };
+                let accumulate = accumulate || first > 0;
+                cpu::multiply(output, accumulate, 1.0, x, panel, Threads::All);
+            }
+            // Panels are rows of W, that is columns of Wᵀ: each gives some columns of the output.
+            Direction::Backward => {
+                let x = Matrix::new(x.as_slice(), n, d_out, d_out);
+                // SAFETY: `output` has n · d_in elements, and these columns are this call's.
+                let output = unsafe { MatrixMut::from_raw(output.add(first), n, rows, d_in) };
+                cpu::multiply(output, accumulate, 1.0, x, panel.transposed(), Threads::All);
+            }
+        }
     });
-    from_vec(output, [n, d_in])
-}
-
-fn from_vec(values: Vec<f32>, shape: [usize; 2]) -> Float {
-    Flex::float_from_data(TensorData::new(values, shape), &Default::default())
+    match sum {
+        Some(sum) => sum.into_primitive(),
+        None => {
+            // SAFETY: the panels cover the whole output, and a product writes all of its part.
+            unsafe { new.set_len(n * width) };
+            cpu::primitive(new, [n, width])
+        }
+    }
 }
 
 /// A quantized weight's integers and scales, where they lie as this file expects them.
@@ -104,7 +98,7 @@ struct Packed<'a> {
 impl<'a> Packed<'a> {
     /// `None` for layouts and types that the general path must handle: a transposed or per-tensor
     /// weight, blocks over several rows, a second scale level, activations that are not f32.
-    fn read(x: &Float, weight: &'a Quantized) -> Option<Self> {
+    fn read(x: &FlexTensor, weight: &'a QuantizedTensor<Flex>) -> Option<Self> {
         let tensor = weight.tensor();
         let DType::QFloat(scheme) = weight.dtype() else {
             return None;
@@ -158,42 +152,14 @@ impl<'a> Packed<'a> {
             .zip(integers.par_chunks(piece))
             .zip(scales.par_chunks(piece / self.block))
             .for_each(|((panel, integers), scales)| {
-                unpack_blocks(panel, integers, scales, self.block)
+                cpu::vectorized(|| unpack_blocks(panel, integers, scales, self.block))
             });
     }
 }
 
 /// `panel[i] = integers[i] · scales[i / block]`.
-fn unpack_blocks(panel: &mut [f32], integers: &[i8], scales: &[f32], block: usize) {
-    #[cfg(target_arch = "x86_64")]
-    {
-        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            // SAFETY: the features were just detected.
-            return unsafe { unpack_avx512(panel, integers, scales, block) };
-        }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was just detected.
-            return unsafe { unpack_avx2(panel, integers, scales, block) };
-        }
-    }
-    unpack_generic(panel, integers, scales, block);
-}
-
-// The same loop, compiled for wider vectors: the compiler's vectorizer does the rest.
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx512f,avx512bw")]
-fn unpack_avx512(panel: &mut [f32], integers: &[i8], scales: &[f32], block: usize) {
-    unpack_generic(panel, integers, scales, block);
-}
-
-#[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
-fn unpack_avx2(panel: &mut [f32], integers: &[i8], scales: &[f32], block: usize) {
-    unpack_generic(panel, integers, scales, block);
-}
-
 #[inline(always)]
-fn unpack_generic(panel: &mut [f32], integers: &[i8], scales: &[f32], block: usize) {
+fn unpack_blocks(panel: &mut [f32], integers: &[i8], scales: &[f32], block: usize) {
     // The usual block as a constant lets the compiler unroll the inner loop without remainders.
     match block {
         32 => unpack_fixed::<32>(panel, integers, scales),
@@ -218,73 +184,5 @@ fn unpack_fixed<const BLOCK: usize>(panel: &mut [f32], integers: &[i8], scales: 
         for (value, integer) in panel.iter_mut().zip(integers) {
             *value = *integer as f32 * scale;
         }
-    }
-}
-
-struct Operand<'a> {
-    data: &'a [f32],
-    row_stride: usize,
-    col_stride: usize,
-}
-
-impl Operand<'_> {
-    /// Panics unless a `rows × cols` matrix with these strides lies within the data.
-    fn check(&self, rows: usize, cols: usize) {
-        if rows > 0 && cols > 0 {
-            let last = (rows - 1) * self.row_stride + (cols - 1) * self.col_stride;
-            assert!(
-                last < self.data.len(),
-                "a {rows}x{cols} operand passes its data"
-            );
-        }
-    }
-}
-
-/// `output (+)= left · right` for left `[m, k]`, right `[k, n]` and an output with rows
-/// `output_stride` apart.
-fn product(
-    left: Operand,
-    right: Operand,
-    [m, k, n]: [usize; 3],
-    output: &mut [f32],
-    output_stride: usize,
-    accumulate: bool,
-) {
-    if m == 0 || n == 0 || k == 0 {
-        return;
-    }
-    left.check(m, k);
-    right.check(k, n);
-    assert!(
-        (m - 1) * output_stride + n <= output.len(),
-        "the output is too small"
-    );
-    let parallelism = match m * n * k >= PARALLEL_FROM {
-        true => Parallelism::Rayon(0),
-        false => Parallelism::None,
-    };
-    // SAFETY: the bounds of all three matrices were checked above.
-    unsafe {
-        gemm::gemm(
-            m,
-            n,
-            k,
-            output.as_mut_ptr(),
-            1,
-            output_stride as isize,
-            accumulate,
-            left.data.as_ptr(),
-            left.col_stride as isize,
-            left.row_stride as isize,
-            right.data.as_ptr(),
-            right.col_stride as isize,
-            right.row_stride as isize,
-            1.0,
-            1.0,
-            false,
-            false,
-            false,
-            parallelism,
-        );
     }
 }

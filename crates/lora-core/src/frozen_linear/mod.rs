@@ -18,6 +18,8 @@ use burn::backend::tensor::{FloatTensor, QuantizedTensor};
 use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Tensor};
 
+use crate::products;
+
 /// What a backend does for a frozen quantized weight. The bodies here are right everywhere; a
 /// backend overrides them where it has something faster.
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(feature = "cube"))]
@@ -41,6 +43,21 @@ pub trait FrozenLinearOps: Backend {
         let dense = Self::dequantize(weight, grad.dtype().into());
         Self::float_matmul(grad, Self::float_transpose(dense))
     }
+
+    /// `sum + x · W`, or `sum + x · Wᵀ` where `backward`; for passes without a tape.
+    #[fusion(default)]
+    fn frozen_linear_add(
+        sum: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        backward: bool,
+    ) -> FloatTensor<Self> {
+        let product = match backward {
+            false => Self::frozen_linear_forward(x, weight),
+            true => Self::frozen_linear_backward(x, weight),
+        };
+        Self::float_add(sum, product)
+    }
 }
 
 impl FrozenLinearOps for Flex {
@@ -48,14 +65,27 @@ impl FrozenLinearOps for Flex {
         x: FloatTensor<Self>,
         weight: QuantizedTensor<Self>,
     ) -> FloatTensor<Self> {
-        flex::forward(x, weight)
+        flex::product(None, x, weight, Direction::Forward)
     }
 
     fn frozen_linear_backward(
         grad: FloatTensor<Self>,
         weight: QuantizedTensor<Self>,
     ) -> FloatTensor<Self> {
-        flex::backward(grad, weight)
+        flex::product(None, grad, weight, Direction::Backward)
+    }
+
+    fn frozen_linear_add(
+        sum: FloatTensor<Self>,
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        backward: bool,
+    ) -> FloatTensor<Self> {
+        let direction = match backward {
+            false => Direction::Forward,
+            true => Direction::Backward,
+        };
+        flex::product(Some(sum), x, weight, direction)
     }
 }
 
@@ -139,6 +169,52 @@ pub fn frozen_linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
         _ if x.is_autodiff() => x.matmul(weight.autodiff()),
         _ => x.matmul(weight),
     }
+}
+
+/// `dY · Wᵀ`: the gradient of [`frozen_linear`]'s input, outside any tape.
+///
+/// # Shapes
+///
+/// - `gradient`: `[n, d_out]`
+/// - `weight`: `[d_in, d_out]`, float or quantized
+/// - output: `[n, d_in]`
+pub fn frozen_linear_backward(gradient: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    frozen_product(None, gradient, weight, Direction::Backward)
+}
+
+/// Which way a weight `[d_in, d_out]` is applied.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Direction {
+    /// `x · W`.
+    Forward,
+    /// `x · Wᵀ`, as gradients go.
+    Backward,
+}
+
+/// `sum + x · W`, or with `Wᵀ`, outside any tape. The sum's memory is used again where nobody else has it.
+pub(crate) fn frozen_product(
+    sum: Option<Tensor<2>>,
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    direction: Direction,
+) -> Tensor<2> {
+    let weight = weight.without_autodiff();
+    if !matches!(weight.dtype(), DType::QFloat(_)) {
+        let weight = match direction {
+            Direction::Forward => weight,
+            Direction::Backward => weight.transpose(),
+        };
+        return products::add(sum, 1.0, x, weight);
+    }
+    let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
+    Tensor::from_dispatch(match (sum, direction) {
+        (Some(sum), _) => {
+            let backward = direction == Direction::Backward;
+            Dispatch::frozen_linear_add(sum.into_dispatch(), x, weight, backward)
+        }
+        (None, Direction::Forward) => Dispatch::frozen_linear_forward(x, weight),
+        (None, Direction::Backward) => Dispatch::frozen_linear_backward(x, weight),
+    })
 }
 
 #[cfg(test)]

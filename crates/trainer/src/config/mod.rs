@@ -112,6 +112,9 @@ pub struct Config {
     pub max_grad_norm: f64,
     /// Whether a layer's activations are recomputed in the backward pass.
     pub gradient_checkpointing: Checkpointing,
+    /// Whether rows of a micro-batch that begin alike have that beginning computed once. Losses and gradients
+    /// are the same; under dropout, whose masks would not be, it is off.
+    pub share_prefixes: bool,
     /// Decides the split, the order of the rows, the adapters' start and the dropout.
     pub seed: u64,
 

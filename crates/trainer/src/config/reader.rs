@@ -42,6 +42,7 @@ pub(super) const KEYS: &[&str] = &[
     "adam_epsilon",
     "max_grad_norm",
     "gradient_checkpointing",
+    "share_prefixes",
     "seed",
     "eval_steps",
     "logging_steps",

@@ -70,6 +70,7 @@ impl Config {
             "gradient_checkpointing",
             self.gradient_checkpointing.word().into(),
         );
+        set("share_prefixes", self.share_prefixes.into());
         set("seed", Value::from(self.seed as i64));
         set("eval_steps", optional(self.eval_steps));
         set("logging_steps", whole(self.logging_steps));

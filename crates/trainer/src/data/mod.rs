@@ -34,7 +34,7 @@ pub use error::{DataError, LineError};
 pub use inspect::{inspect, inspect_rows};
 pub use model_files::ModelFiles;
 pub use order::Order;
-pub use pack::Batch;
+pub use pack::{Batch, BatchRow, Prefixes};
 pub use rows::{Row, parse_rows, read_rows};
 pub use split::split;
 pub use tokenize::{RowTokenizer, TokenizedRow};

@@ -1,52 +1,104 @@
-//! Rows back to back in one batch, without padding.
+//! Rows in one packed sequence, without padding, with what each must predict.
 
 use llama_burn::PackedTokens;
 
 use super::dataset::Dataset;
 
+/// Common beginnings of fewer tokens than this are not worth a segment of their own.
+const LEAST_SHARED: usize = 8;
+
 /// A packed micro-batch with what it must predict.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
-    /// The rows' tokens and lengths.
+    /// The rows' tokens.
     pub tokens: PackedTokens,
     /// The positions in the packed ids that PREDICT a supervised token: each one before its token, so that
-    /// the first of a row is its prompt's last token.
+    /// the first of a row is its prompt's last token. Row by row.
     pub target_positions: Vec<u32>,
     /// The token that each of those positions predicts.
     pub target_ids: Vec<u32>,
+    /// How many of them each row has.
+    pub targets_per_row: Vec<usize>,
     /// The rows' lines in the data file, from 1.
     pub rows: Vec<usize>,
+    /// Tokens of the rows; the packed sequence has fewer where rows share their beginnings.
+    pub row_tokens: usize,
+}
+
+/// A row to be packed.
+#[derive(Debug, Clone)]
+pub struct BatchRow<'a> {
+    /// Its tokens.
+    pub ids: &'a [u32],
+    /// Positions in the row with the token that each must predict.
+    pub targets: Vec<(usize, u32)>,
+    /// Its line in the data file, from 1.
+    pub line: usize,
+}
+
+/// Whether rows that begin alike have their beginning computed once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Prefixes {
+    /// Once for all rows; same losses and gradients, fewer tokens to compute.
+    Shared,
+    /// For each row.
+    Apart,
+}
+
+impl Batch {
+    /// Packs rows.
+    pub fn new(rows: &[BatchRow], prefixes: Prefixes) -> Self {
+        let ids: Vec<&[u32]> = rows.iter().map(|row| row.ids).collect();
+        let (tokens, places) = match prefixes {
+            Prefixes::Shared => PackedTokens::sharing_prefixes(&ids, LEAST_SHARED),
+            Prefixes::Apart => one_after_the_other(&ids),
+        };
+        let targets = || rows.iter().zip(&places).flat_map(|(row, places)| {
+            row.targets.iter().map(|(at, id)| (places[*at], *id))
+        });
+        Self {
+            tokens,
+            target_positions: targets().map(|(place, _)| place).collect(),
+            target_ids: targets().map(|(_, id)| id).collect(),
+            targets_per_row: rows.iter().map(|row| row.targets.len()).collect(),
+            rows: rows.iter().map(|row| row.line).collect(),
+            row_tokens: rows.iter().map(|row| row.ids.len()).sum(),
+        }
+    }
+}
+
+fn one_after_the_other(rows: &[&[u32]]) -> (PackedTokens, Vec<Vec<u32>>) {
+    let mut start = 0;
+    let places = rows.iter().map(|row| {
+        start += row.len() as u32;
+        (start - row.len() as u32..start).collect()
+    });
+    let places = places.collect();
+    (PackedTokens::from_rows(rows.iter().copied()), places)
 }
 
 impl Dataset {
-    /// Packs the rows with these indices into `rows`, in this order.
+    /// Packs the rows with these indices into `rows`, in this order where they share nothing.
     ///
     /// # Panics
     ///
     /// If an index is not below the number of rows.
-    pub fn batch(&self, indices: &[usize]) -> Batch {
-        let mut batch = Batch {
-            tokens: PackedTokens {
-                ids: Vec::new(),
-                segment_lengths: Vec::new(),
-            },
-            target_positions: Vec::new(),
-            target_ids: Vec::new(),
-            rows: Vec::new(),
-        };
-        for index in indices {
-            let row = &self.rows[*index];
-            let start = batch.tokens.ids.len();
-            let predicting = start + row.prompt_tokens - 1..start + row.ids.len() - 1;
-            batch
-                .target_positions
-                .extend(predicting.map(|position| position as u32));
-            batch.target_ids.extend_from_slice(row.supervised());
-            batch.tokens.ids.extend_from_slice(&row.ids);
-            batch.tokens.segment_lengths.push(row.ids.len());
-            batch.rows.push(row.line);
-        }
-        batch
+    pub fn batch(&self, indices: &[usize], prefixes: Prefixes) -> Batch {
+        let rows: Vec<BatchRow> = indices
+            .iter()
+            .map(|index| {
+                let row = &self.rows[*index];
+                let supervised = row.supervised().iter().enumerate();
+                BatchRow {
+                    ids: &row.ids,
+                    targets: supervised
+                        .map(|(i, id)| (row.prompt_tokens - 1 + i, *id))
+                        .collect(),
+                    line: row.line,
+                }
+            })
+            .collect();
+        Batch::new(&rows, prefixes)
     }
 }
 
@@ -70,9 +122,11 @@ mod tests {
             ],
             ..Dataset::default()
         };
-        let batch = dataset.batch(&[2, 0]);
+        let batch = dataset.batch(&[2, 0], Prefixes::Apart);
         assert_eq!(batch.tokens.ids, [20, 21, 2, 10, 11, 12, 2]);
-        assert_eq!(batch.tokens.segment_lengths, [3, 4]);
+        let lengths = batch.tokens.segments.iter().map(|segment| segment.length);
+        assert_eq!(lengths.collect::<Vec<_>>(), [3, 4]);
+        assert_eq!(batch.targets_per_row, [2, 2]);
         assert_eq!(batch.target_positions, [0, 1, 4, 5]);
         assert_eq!(batch.target_ids, [21, 2, 12, 2]);
         assert_eq!(batch.rows, [5, 1]);

@@ -4,11 +4,10 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use llama_burn::PackedTokens;
 use safetensors::{Dtype, SafeTensors};
 
 use super::ParityError;
-use crate::data::Batch;
+use crate::data::{Batch, BatchRow, Prefixes};
 use crate::peft::{self, AdapterConfig, AdapterTensors};
 
 const NUMBERS: &str = "reference.safetensors";
@@ -122,27 +121,29 @@ fn batch(
             reason: format!("{id} is no token id"),
         })
     };
-    let mut batch = Batch {
-        tokens: PackedTokens::default(),
-        target_positions: Vec::new(),
-        target_ids: Vec::new(),
-        rows: (1..=lengths.len()).collect(),
-    };
+    let mut rows = Vec::new();
     for (row, length) in lengths.iter().enumerate() {
-        let start = batch.tokens.ids.len() as u32;
         let row = row * width..row * width + length;
-        for id in &ids.values[row.clone()] {
-            batch.tokens.ids.push(token(*id)?);
-        }
-        batch.tokens.segment_lengths.push(*length);
+        let ids: Result<Vec<u32>, _> = ids.values[row.clone()].iter().map(|id| token(*id)).collect();
+        let mut targets = Vec::new();
         for (before, label) in labels.values[row].iter().skip(1).enumerate() {
             if *label != IGNORED {
-                batch.target_positions.push(start + before as u32);
-                batch.target_ids.push(token(*label)?);
+                targets.push((before, token(*label)?));
             }
         }
+        rows.push((ids?, targets));
     }
-    Ok(batch)
+    let rows: Vec<BatchRow> = rows
+        .iter()
+        .enumerate()
+        .map(|(index, (ids, targets))| BatchRow {
+            ids,
+            targets: targets.clone(),
+            line: index + 1,
+        })
+        .collect();
+    // Their order is the reference's: it compares scores position by position.
+    Ok(Batch::new(&rows, Prefixes::Apart))
 }
 
 struct Integers {
@@ -252,7 +253,8 @@ mod tests {
         let labels = integers(&[5, IGNORED, 7, 8, IGNORED, 10, IGNORED, IGNORED]);
         let batch = batch(Path::new("x"), &ids, &labels, &[4, 2]).unwrap();
         assert_eq!(batch.tokens.ids, [5, 6, 7, 8, 9, 10]);
-        assert_eq!(batch.tokens.segment_lengths, [4, 2]);
+        let lengths = batch.tokens.segments.iter().map(|segment| segment.length);
+        assert_eq!(lengths.collect::<Vec<_>>(), [4, 2]);
         assert_eq!(batch.target_positions, [1, 2, 4]);
         assert_eq!(batch.target_ids, [7, 8, 10]);
         let negative = integers(&[-1; 8]);

@@ -4,7 +4,7 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraError, ModuleSelector, Quantization};
 
 use super::{Part, PlanOptions};
-use crate::loss::POSITIONS_AT_ONCE;
+use crate::loss::positions_at_once;
 
 /// Copies of the scores of the vocabulary: scores, log-probabilities, gradient.
 const LOGITS: f64 = 3.0;
@@ -97,7 +97,7 @@ pub(super) fn peak(
         ..kept
     };
 
-    let supervised = options.workload.supervised.min(POSITIONS_AT_ONCE);
+    let supervised = options.workload.supervised.min(positions_at_once(model.vocab_size));
     let mut loss = with_tapes(tapes_in_loss);
     loss.logits = LOGITS * 4.0 * (supervised * model.vocab_size) as f64;
 

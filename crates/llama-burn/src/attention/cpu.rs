@@ -1,0 +1,356 @@
+//! Attention on the CPU, tile by tile: memory grows linearly with the tokens, forward and backward.
+//!
+//! The forward pass keeps each query's log-sum-exp; the backward pass computes the weights of a tile
+//! again from it, as FlashAttention does (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>). Scores
+//! exist for one tile a thread. Every sum has a fixed order, so that results repeat bit for bit.
+
+use std::ops::Range;
+
+use lora_core::cpu::{self, Matrix, MatrixMut, Threads};
+use rayon::prelude::*;
+
+use super::Heads;
+use crate::packed::{Span, Spans};
+
+/// Queries whose scores exist at a time.
+const QUERIES: usize = 64;
+
+/// Keys whose gradients a task adds up.
+const KEYS: usize = 256;
+
+/// Queries, keys and values, `[n, heads · d]` or `[n, key heads · d]`, row by row.
+#[derive(Clone, Copy)]
+pub(super) struct Inputs<'a> {
+    pub(super) q: &'a [f32],
+    pub(super) k: &'a [f32],
+    pub(super) v: &'a [f32],
+}
+
+/// Queries `first..first + count` of a segment, in one head.
+#[derive(Clone, Copy)]
+struct Tile {
+    segment: usize,
+    head: usize,
+    first: usize,
+    count: usize,
+}
+
+/// The output `[n, heads · d]` and each query's log-sum-exp of scores, `[n, heads]`.
+pub(super) fn forward(inputs: Inputs, spans: &Spans, heads: Heads, n: usize) -> (Vec<f32>, Vec<f32>) {
+    let mut output = vec![0f32; n * heads.query_width()];
+    let mut log_sums = vec![0f32; n * heads.query];
+    let (out, sums) = (Shared::new(&mut output), Shared::new(&mut log_sums));
+    query_tiles(spans, heads).into_par_iter().for_each_init(Vec::new, |scores, tile| {
+        let span = &spans.0[tile.segment];
+        let keys = Keys::new(span, tile);
+        scores.resize(tile.count * keys.count, 0.0);
+        keys.scores(inputs, heads, tile, scores);
+        cpu::vectorized(|| {
+            for (i, row) in scores.chunks_exact_mut(keys.count).enumerate() {
+                let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
+                let largest = cpu::max(seen);
+                let sum = cpu::exp_and_sum(seen, largest);
+                let scale = 1.0 / sum;
+                seen.iter_mut().for_each(|weight| *weight *= scale);
+                hidden.fill(0.0);
+                // SAFETY: this query and head are this task's.
+                unsafe { *sums.at((keys.query(i)) * heads.query + tile.head) = largest + sum.ln() };
+            }
+        });
+        // SAFETY: these rows' columns of this head are this task's.
+        unsafe { keys.mix(inputs.v, heads, tile, scores, 1.0, out) };
+    });
+    (output, log_sums)
+}
+
+/// The gradients of queries, keys and values from that of the output.
+pub(super) fn backward(
+    inputs: Inputs,
+    output: &[f32],
+    log_sums: &[f32],
+    gradient: &[f32],
+    spans: &Spans,
+    heads: Heads,
+) -> [Vec<f32>; 3] {
+    let n = log_sums.len() / heads.query.max(1);
+    // Σ over a head of output ∘ gradient: what the softmax's derivative subtracts.
+    let mut deltas = vec![0f32; n * heads.query];
+    cpu::for_each_piece(&mut deltas, heads.query, |first, piece| {
+        for (i, delta) in piece.iter_mut().enumerate() {
+            let at = (first * heads.query + i) * heads.d;
+            *delta = cpu::dot(&output[at..][..heads.d], &gradient[at..][..heads.d]);
+        }
+    });
+    let upstream = Upstream {
+        gradient,
+        log_sums,
+        deltas: &deltas,
+    };
+    let q = query_gradients(inputs, upstream, spans, heads, n);
+    let (k, v) = key_gradients(inputs, upstream, spans, heads, n);
+    [q, k, v]
+}
+
+/// What comes down to a query: the output's gradient, the log-sum-exp, the delta.
+#[derive(Clone, Copy)]
+struct Upstream<'a> {
+    gradient: &'a [f32],
+    log_sums: &'a [f32],
+    deltas: &'a [f32],
+}
+
+fn query_gradients(inputs: Inputs, upstream: Upstream, spans: &Spans, heads: Heads, n: usize) -> Vec<f32> {
+    let mut gradients = vec![0f32; n * heads.query_width()];
+    let out = Shared::new(&mut gradients);
+    let scratch = || (Vec::new(), Vec::new());
+    query_tiles(spans, heads).into_par_iter().for_each_init(scratch, |(scores, through), tile| {
+        let keys = Keys::new(&spans.0[tile.segment], tile);
+        scores.resize(tile.count * keys.count, 0.0);
+        through.resize(tile.count * keys.count, 0.0);
+        keys.scores(inputs, heads, tile, scores);
+        keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, through);
+        cpu::vectorized(|| {
+            let rows = scores.chunks_exact_mut(keys.count);
+            for (i, (row, through)) in rows.zip(through.chunks_exact(keys.count)).enumerate() {
+                let at = keys.query(i) * heads.query + tile.head;
+                let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
+                let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
+                for (score, through) in seen.iter_mut().zip(through) {
+                    *score = cpu::exp(*score - log_sum) * (through - delta);
+                }
+                hidden.fill(0.0);
+            }
+        });
+        // SAFETY: these rows' columns of this head are this task's.
+        unsafe { keys.mix(inputs.k, heads, tile, scores, heads.scale(), out) };
+    });
+    gradients
+}
+
+/// A piece of a segment's keys in one key head; nobody else adds to their gradients.
+fn key_gradients(
+    inputs: Inputs,
+    upstream: Upstream,
+    spans: &Spans,
+    heads: Heads,
+    n: usize,
+) -> (Vec<f32>, Vec<f32>) {
+    let width = heads.key_width();
+    let (mut d_k, mut d_v) = (vec![0f32; n * width], vec![0f32; n * width]);
+    let (k_out, v_out) = (Shared::new(&mut d_k), Shared::new(&mut d_v));
+    let mut tasks = Vec::new();
+    for (segment, span) in spans.0.iter().enumerate() {
+        for head in 0..heads.key {
+            let pieces = (0..span.own.len()).step_by(KEYS);
+            tasks.extend(pieces.map(|first| (segment, head, first)));
+        }
+    }
+    let scratch = || (Vec::new(), Vec::new());
+    tasks.into_par_iter().for_each_init(scratch, |(weights, through), (segment, key_head, first)| {
+        let own = &spans.0[segment].own;
+        let count = KEYS.min(own.len() - first);
+        let keys = own.start + first..own.start + first + count;
+        let k = heads.keys(inputs.k, &keys, key_head);
+        let v = heads.keys(inputs.v, &keys, key_head);
+        // SAFETY: these rows' columns of this head are this task's, and used by one product at a time.
+        let output = |out: Shared| unsafe {
+            let data = out.at(keys.start * width + key_head * heads.d);
+            MatrixMut::from_raw(data, count, heads.d, width)
+        };
+        for seer in &spans.0[segment].seen_by {
+            let queries = &spans.0[*seer].own;
+            let itself = *seer == segment;
+            // A segment's own queries before these keys do not see them.
+            let begin = if itself { first } else { 0 };
+            for from in (begin..queries.len()).step_by(QUERIES) {
+                let tokens = queries.start + from..(queries.start + from + QUERIES).min(queries.end);
+                weights.resize(tokens.len() * count, 0.0);
+                through.resize(tokens.len() * count, 0.0);
+                for head in heads.group(key_head) {
+                    let q = heads.queries(inputs.q, &tokens, head);
+                    let gradient = heads.queries(upstream.gradient, &tokens, head);
+                    let scores = MatrixMut::new(weights, tokens.len(), count, count);
+                    cpu::multiply(scores, false, heads.scale(), q, k.transposed(), Threads::One);
+                    let products = MatrixMut::new(through, tokens.len(), count, count);
+                    cpu::multiply(products, false, 1.0, gradient, v.transposed(), Threads::One);
+                    cpu::vectorized(|| {
+                        let rows = weights.chunks_exact_mut(count);
+                        for (i, (row, through)) in rows.zip(through.chunks_exact_mut(count)).enumerate() {
+                            let at = (tokens.start + i) * heads.query + head;
+                            let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
+                            let seen = match itself {
+                                true => (from + i + 1).saturating_sub(first).min(count),
+                                false => count,
+                            };
+                            for (weight, through) in row[..seen].iter_mut().zip(through.iter_mut()) {
+                                *weight = cpu::exp(*weight - log_sum);
+                                *through = *weight * (*through - delta);
+                            }
+                            row[seen..].fill(0.0);
+                            through[seen..].fill(0.0);
+                        }
+                    });
+                    let weights = Matrix::new(weights, tokens.len(), count, count).transposed();
+                    cpu::multiply(output(v_out), true, 1.0, weights, gradient, Threads::One);
+                    let through = Matrix::new(through, tokens.len(), count, count).transposed();
+                    cpu::multiply(output(k_out), true, heads.scale(), through, q, Threads::One);
+                }
+            }
+        }
+    });
+    (d_k, d_v)
+}
+
+fn query_tiles(spans: &Spans, heads: Heads) -> Vec<Tile> {
+    let mut tiles = Vec::new();
+    for (segment, span) in spans.0.iter().enumerate() {
+        for first in (0..span.own.len()).step_by(QUERIES) {
+            let count = QUERIES.min(span.own.len() - first);
+            tiles.extend((0..heads.query).map(|head| Tile {
+                segment,
+                head,
+                first,
+                count,
+            }));
+        }
+    }
+    tiles
+}
+
+/// The keys that a tile's queries see, as ranges of the packed sequence.
+struct Keys<'a> {
+    span: &'a Span,
+    first: usize,
+    own: Range<usize>,
+    count: usize,
+}
+
+impl<'a> Keys<'a> {
+    fn new(span: &'a Span, tile: Tile) -> Self {
+        let own = span.own.start..span.own.start + tile.first + tile.count;
+        Self {
+            span,
+            first: tile.first,
+            count: span.offset + own.len(),
+            own,
+        }
+    }
+
+    /// The ranges, each with its place among the keys.
+    fn ranges(&self) -> impl Iterator<Item = (usize, &Range<usize>)> {
+        let ranges = self.span.before.iter().chain([&self.own]);
+        ranges.scan(0, |place, range| {
+            *place += range.len();
+            Some((*place - range.len(), range))
+        })
+    }
+
+    /// How many keys the segment's query `i` sees.
+    fn seen_by(&self, i: usize) -> usize {
+        self.span.offset + i + 1
+    }
+
+    /// The token of the tile's query `i`.
+    fn query(&self, i: usize) -> usize {
+        self.span.own.start + self.first + i
+    }
+
+    fn queries(&self, tile: Tile) -> Range<usize> {
+        self.query(0)..self.query(tile.count)
+    }
+
+    fn scores(&self, inputs: Inputs, heads: Heads, tile: Tile, out: &mut [f32]) {
+        self.products(inputs.q, inputs.k, heads, tile, heads.scale(), out);
+    }
+
+    /// `scale · left · rightᵀ` for the tile's rows of `left` and all keys' rows of `right`.
+    fn products(&self, left: &[f32], right: &[f32], heads: Heads, tile: Tile, scale: f32, out: &mut [f32]) {
+        let left = heads.queries(left, &self.queries(tile), tile.head);
+        for (place, range) in self.ranges() {
+            let right = heads.keys(right, range, heads.key_head(tile.head));
+            let out = MatrixMut::new(&mut out[place..], tile.count, range.len(), self.count);
+            cpu::multiply(out, false, scale, left, right.transposed(), Threads::One);
+        }
+    }
+
+    /// `scale · weights · rows` into the tile's rows and head of `out`.
+    ///
+    /// # Safety
+    ///
+    /// Nobody else reads or writes those elements of `out` meanwhile.
+    unsafe fn mix(&self, rows: &[f32], heads: Heads, tile: Tile, weights: &[f32], scale: f32, out: Shared) {
+        let width = heads.query_width();
+        for (place, range) in self.ranges() {
+            let weights = Matrix::new(&weights[place..], tile.count, range.len(), self.count);
+            let rows = heads.keys(rows, range, heads.key_head(tile.head));
+            // SAFETY: the caller's.
+            let out = unsafe {
+                let data = out.at(self.query(0) * width + tile.head * heads.d);
+                MatrixMut::from_raw(data, tile.count, heads.d, width)
+            };
+            cpu::multiply(out, place > 0, scale, weights, rows, Threads::One);
+        }
+    }
+}
+
+impl Heads {
+    fn query_width(self) -> usize {
+        self.query * self.d
+    }
+
+    fn key_width(self) -> usize {
+        self.key * self.d
+    }
+
+    fn scale(self) -> f32 {
+        1.0 / (self.d as f32).sqrt()
+    }
+
+    fn key_head(self, head: usize) -> usize {
+        head / (self.query / self.key)
+    }
+
+    /// The query heads that look at a key head.
+    fn group(self, key_head: usize) -> Range<usize> {
+        let group = self.query / self.key;
+        key_head * group..(key_head + 1) * group
+    }
+
+    /// The tokens' rows of one query head.
+    fn queries<'a>(self, x: &'a [f32], tokens: &Range<usize>, head: usize) -> Matrix<'a> {
+        let width = self.query_width();
+        Matrix::new(&x[tokens.start * width + head * self.d..], tokens.len(), self.d, width)
+    }
+
+    /// The tokens' rows of one key head.
+    fn keys<'a>(self, x: &'a [f32], tokens: &Range<usize>, head: usize) -> Matrix<'a> {
+        let width = self.key_width();
+        Matrix::new(&x[tokens.start * width + head * self.d..], tokens.len(), self.d, width)
+    }
+}
+
+/// An output that threads write disjoint parts of.
+#[derive(Clone, Copy)]
+struct Shared {
+    data: *mut f32,
+    length: usize,
+}
+
+// SAFETY: whoever takes a pointer out of it promises that no two threads use the same elements.
+unsafe impl Send for Shared {}
+unsafe impl Sync for Shared {}
+
+impl Shared {
+    fn new(data: &mut [f32]) -> Self {
+        Self {
+            data: data.as_mut_ptr(),
+            length: data.len(),
+        }
+    }
+
+    fn at(&self, index: usize) -> *mut f32 {
+        assert!(index < self.length, "element {index} of {}", self.length);
+        // SAFETY: within the data.
+        unsafe { self.data.add(index) }
+    }
+}

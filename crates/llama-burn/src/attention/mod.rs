@@ -1,0 +1,269 @@
+//! Grouped-query attention (Ainslie et al., 2023, <https://arxiv.org/abs/2305.13245>) within packed rows.
+
+mod cpu;
+mod padded;
+
+use burn::module::Module;
+use burn::tensor::Tensor;
+use lora_core::LoraLinear;
+use lora_core::cpu as kernels;
+
+use crate::decoder_layer::DropoutSeeds;
+use crate::packed::PackedContext;
+use crate::rope;
+
+/// The attention block of a decoder layer (`self_attn`).
+#[derive(Module, Debug)]
+#[allow(missing_docs)] // Hugging Face's names.
+pub struct Attention {
+    pub q_proj: LoraLinear,
+    pub k_proj: LoraLinear,
+    pub v_proj: LoraLinear,
+    pub o_proj: LoraLinear,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+}
+
+/// How a token's query, key and value are split.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Heads {
+    /// Query heads.
+    query: usize,
+    /// Key and value heads; several query heads share one.
+    key: usize,
+    /// The width of a head.
+    d: usize,
+}
+
+impl Attention {
+    /// Causal attention of each row to itself, on a tape.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n, hidden]`
+    /// - output: `[n, hidden]`
+    pub(crate) fn forward(
+        &self,
+        x: Tensor<2>,
+        context: &PackedContext,
+        seeds: &DropoutSeeds,
+    ) -> Tensor<2> {
+        let (n, heads) = (x.dims()[0], self.heads());
+        let q = self.q_proj.forward_seeded(x.clone(), seeds.module(0));
+        let k = self.k_proj.forward_seeded(x.clone(), seeds.module(1));
+        let v = self.v_proj.forward_seeded(x, seeds.module(2));
+        let rotate = |x: Tensor<2>, count: usize| {
+            let x = x.reshape([n, count, heads.d]);
+            rope::rotate(x, &context.cos, &context.sin).reshape([n, count * heads.d])
+        };
+        let (q, k) = (rotate(q, heads.query), rotate(k, heads.key));
+        let padded = context.padded();
+        let mixed = padded::forward(q, k, v, padded, heads, padded.queries.max(1));
+        self.o_proj.forward_seeded(mixed, seeds.module(3))
+    }
+
+    pub(crate) fn heads(&self) -> Heads {
+        Heads {
+            query: self.num_attention_heads,
+            key: self.num_key_value_heads,
+            d: self.head_dim,
+        }
+    }
+}
+
+/// What the backward pass of [`attend`] needs.
+#[derive(Debug, Clone)]
+pub(crate) struct Attended {
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    /// The output, `[n, heads · d]`.
+    pub(crate) output: Tensor<2>,
+    /// Each query's log-sum-exp of scores, `[n, heads]`, where the CPU's kernel ran.
+    log_sums: Option<Tensor<2>>,
+}
+
+/// `softmax(q·kᵀ/√d)·v` within rows, outside any tape. Memory grows linearly with the tokens.
+///
+/// # Shapes
+///
+/// - `q`: `[n, heads · d]`, rotated
+/// - `k`, `v`: `[n, key heads · d]`, the keys rotated
+pub(crate) fn attend(
+    q: Tensor<2>,
+    k: Tensor<2>,
+    v: Tensor<2>,
+    context: &PackedContext,
+    heads: Heads,
+) -> Attended {
+    let (output, log_sums) = match kernels::is_native(&q) {
+        true => {
+            let n = q.dims()[0];
+            let values = [&q, &k, &v].map(|x| kernels::values(x.clone()));
+            let (output, log_sums) = cpu::forward(inputs(&values), &context.spans, heads, n);
+            let output = kernels::tensor(output, [n, heads.query * heads.d]);
+            (output, Some(kernels::tensor(log_sums, [n, heads.query])))
+        }
+        false => {
+            let (q, k, v) = (q.clone(), k.clone(), v.clone());
+            let padded = context.padded();
+            let tile = padded::tile(padded, heads);
+            (padded::forward(q, k, v, padded, heads, tile), None)
+        }
+    };
+    Attended {
+        q,
+        k,
+        v,
+        output,
+        log_sums,
+    }
+}
+
+/// The gradients of `q`, `k` and `v` from that of the output. Shapes as in [`attend`].
+pub(crate) fn attend_backward(
+    attended: Attended,
+    gradient: Tensor<2>,
+    context: &PackedContext,
+    heads: Heads,
+) -> [Tensor<2>; 3] {
+    let Attended {
+        q,
+        k,
+        v,
+        output,
+        log_sums,
+    } = attended;
+    let Some(log_sums) = log_sums else {
+        let padded = context.padded();
+        let tile = padded::tile(padded, heads);
+        return padded::backward(q, k, v, gradient, padded, heads, tile);
+    };
+    let n = q.dims()[0];
+    let values = [q, k, v].map(kernels::values);
+    let gradients = cpu::backward(
+        inputs(&values),
+        kernels::values(output).as_slice(),
+        kernels::values(log_sums).as_slice(),
+        kernels::values(gradient).as_slice(),
+        &context.spans,
+        heads,
+    );
+    gradients.map(|values| {
+        let width = values.len() / n;
+        kernels::tensor(values, [n, width])
+    })
+}
+
+fn inputs([q, k, v]: &[kernels::Values; 3]) -> cpu::Inputs<'_> {
+    cpu::Inputs {
+        q: q.as_slice(),
+        k: k.as_slice(),
+        v: v.as_slice(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::packed::{PackedContext, PackedTokens};
+    use burn::tensor::{DType, Device};
+    use lora_core::{CounterRng, normal};
+
+    const HEADS: Heads = Heads {
+        query: 4,
+        key: 2,
+        d: 8,
+    };
+
+    fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
+        let norm = |x: Tensor<2>| x.powf_scalar(2.0).sum().sqrt().into_scalar::<f32>();
+        norm(a.clone() - b.clone()) / norm(b.clone())
+    }
+
+    /// Rows that share beginnings at two levels, some longer than a tile of queries or a piece of keys.
+    fn rows() -> Vec<Vec<u32>> {
+        let begin: Vec<u32> = (0..90).map(|i| i % 40).collect();
+        let row = |kept: usize, own: usize, token: u32| {
+            let own = (0..own as u32).map(|i| (token + i) % 48);
+            begin[..kept].iter().copied().chain(own).collect::<Vec<u32>>()
+        };
+        vec![
+            row(90, 3, 41),
+            row(90, 300, 42),
+            row(20, 70, 43),
+            row(0, 5, 47),
+            row(20, 1, 45),
+        ]
+    }
+
+    /// The CPU's tiles and the padded products, in tiles and whole, against Burn's tape.
+    #[test]
+    fn outputs_and_gradients_are_those_of_the_tape() {
+        let rows = rows();
+        let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        for packed in [
+            PackedTokens::from_rows(rows.iter().copied()),
+            PackedTokens::sharing_prefixes(&rows, 4).0,
+        ] {
+            let n = packed.ids.len();
+            let device = Device::flex().autodiff();
+            let config = crate::model::tests::config();
+            let context = PackedContext::new(&packed, &config, DType::F32, &device);
+            let mut rng = CounterRng::new(1);
+            let mut random = |width| normal([n, width], 1.5, &mut rng, &device);
+            let [q, k, v] = [32, 16, 16].map(|width| random(width).require_grad());
+            let gradient = random(32);
+            let padded = context.padded();
+            let (a, b, c) = (q.clone(), k.clone(), v.clone());
+            let y = padded::forward(a, b, c, padded, HEADS, padded.queries);
+            let tape = (y.clone() * gradient.clone()).sum().backward();
+            let expected = [&q, &k, &v].map(|x| x.grad(&tape).unwrap());
+            let (y, gradient) = (y.inner(), gradient.inner());
+            let [q, k, v] = [q, k, v].map(|x| x.inner());
+
+            let attended = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
+            assert!(attended.log_sums.is_some());
+            assert!(distance(&attended.output, &y) < 1e-6);
+            let got = attend_backward(attended, gradient.clone(), &context, HEADS);
+            for (got, expected) in got.iter().zip(&expected) {
+                // f32 sums of some hundred products in another order.
+                assert!(distance(got, expected) < 2e-6, "{}", distance(got, expected));
+            }
+            for tile in [7, padded.queries] {
+                let (a, b, c) = (q.clone(), k.clone(), v.clone());
+                let again = padded::forward(a, b, c, padded, HEADS, tile);
+                assert!(distance(&again, &y) < 1e-6);
+                let (a, b, c) = (q.clone(), k.clone(), v.clone());
+                let got = padded::backward(a, b, c, gradient.clone(), padded, HEADS, tile);
+                for (got, expected) in got.iter().zip(&expected) {
+                    assert!(distance(got, expected) < 2e-6, "{}", distance(got, expected));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn shared_beginnings_change_nothing() {
+        let rows = rows();
+        let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
+        let (shared, places) = PackedTokens::sharing_prefixes(&rows, 4);
+        let apart = PackedTokens::from_rows(rows.iter().copied());
+        let device = Device::flex();
+        let config = crate::model::tests::config();
+        let n = shared.ids.len();
+        let mut rng = CounterRng::new(2);
+        let qkv = [32, 16, 16].map(|width| normal([n, width], 1.5, &mut rng, &device));
+        let all: Vec<u32> = places.concat();
+        let indices = all.iter().map(|place| *place as i32).collect::<Vec<_>>();
+        let indices = Tensor::<1, burn::tensor::Int>::from_data(&indices[..], &device);
+        let output = |packed: &PackedTokens, [q, k, v]: [Tensor<2>; 3]| {
+            let context = PackedContext::new(packed, &config, DType::F32, &device);
+            attend(q, k, v, &context, HEADS).output
+        };
+        let together = output(&shared, qkv.clone()).select(0, indices.clone());
+        let alone = output(&apart, qkv.map(|x| x.select(0, indices.clone())));
+        assert!(distance(&together, &alone) < 1e-6);
+    }
+}

@@ -1,0 +1,178 @@
+//! A decoder layer's forward and backward pass written out, without a tape.
+//!
+//! What the backward pass reads is kept, and nothing else: of element-wise chains only their inputs.
+//! Norms are computed again, attention's weights tile by tile.
+
+use burn::module::Param;
+use burn::tensor::{IndexingUpdateOp, Int, Tensor};
+use lora_core::{LinearGroup, LowRank};
+
+use crate::attention::{Attended, attend, attend_backward};
+use crate::decoder_layer::DropoutSeeds;
+use crate::mlp::{gated, gated_backward};
+use crate::rope::{Turn, rotate_plain};
+use crate::{DecoderLayer, PackedContext};
+
+/// A layer about to be run on a packed batch.
+#[derive(Debug, Clone, Copy)]
+pub struct LayerPass<'a> {
+    /// The layer.
+    pub layer: &'a DecoderLayer,
+    /// The batch.
+    pub context: &'a PackedContext,
+    /// Makes dropout act, and fixes its masks.
+    pub dropout_seed: Option<u64>,
+    /// The tokens whose output is wanted, `[m]`; all where there is none. In the last layer only those
+    /// that predict something: beyond its keys and values nothing else has an effect.
+    pub wanted: Option<&'a Tensor<1, Int>>,
+}
+
+/// What a forward pass leaves for the backward pass, beside the layer's input.
+#[derive(Debug, Clone)]
+pub struct Activations {
+    attended: Attended,
+    attention_low: LowRank<3>,
+    output_low: LowRank<1>,
+    /// What the feed-forward block gets and is added to, `[m, hidden]`.
+    middle: Tensor<2>,
+    gate: Tensor<2>,
+    up: Tensor<2>,
+    gate_up_low: LowRank<2>,
+    down_low: LowRank<1>,
+}
+
+impl LayerPass<'_> {
+    /// The layer's output, and what the backward pass needs.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n, hidden]`
+    /// - output: `[n, hidden]`, or `[m, hidden]` for `m` wanted tokens
+    pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
+        let attention = &self.layer.self_attn;
+        let normalised = self.layer.input_layernorm.forward_plain(x);
+        let ([q, k, v], attention_low) = self.attention_group().forward(&normalised, [const { None }; 3]);
+        drop(normalised);
+        let (q, k) = (self.rotate(q, Turn::Forward), self.rotate(k, Turn::Forward));
+        let attended = attend(q, k, v, self.context, attention.heads());
+        let mixed = self.select(attended.output.clone());
+        let residual = self.select(x.clone());
+        let ([middle], output_low) = self.output_group().forward(&mixed, [Some(residual)]);
+        drop(mixed);
+
+        let normalised = self.layer.post_attention_layernorm.forward_plain(&middle);
+        let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalised, [None, None]);
+        drop(normalised);
+        let product = gated(&gate, &up);
+        let ([output], down_low) = self.down_group().forward(&product, [Some(middle.clone())]);
+        let activations = Activations {
+            attended,
+            attention_low,
+            output_low,
+            middle,
+            gate,
+            up,
+            gate_up_low,
+            down_low,
+        };
+        (output, activations)
+    }
+
+    /// The gradient of the layer's input from that of its output, if `input_gradient` is set; those of
+    /// the adapters go to `collect`, in f32.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, the result: `[n, hidden]`
+    /// - `gradient`: as [`forward`](Self::forward)'s output
+    pub fn backward(
+        &self,
+        x: &Tensor<2>,
+        activations: Activations,
+        gradient: Tensor<2>,
+        input_gradient: bool,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) -> Option<Tensor<2>> {
+        let Activations {
+            attended,
+            attention_low,
+            output_low,
+            middle,
+            gate,
+            up,
+            gate_up_low,
+            down_low,
+        } = activations;
+        let layer = self.layer;
+        let below_adapters = input_gradient || self.attention_group().has_adapters();
+
+        let needed = below_adapters || self.output_group().has_adapters();
+        let through_gate = needed || self.gate_up_group().has_adapters();
+        let product = || gated(&gate, &up);
+        let down = self.down_group();
+        let through = down.backward(product, down_low, [gradient.clone()], through_gate, collect)?;
+        let (gate, up) = gated_backward(gate, up, through);
+        let normalised = || layer.post_attention_layernorm.forward_plain(&middle);
+        let gate_up = self.gate_up_group();
+        let through = gate_up.backward(normalised, gate_up_low, [gate, up], needed, collect)?;
+        let gradient = layer.post_attention_layernorm.backward(&middle, through, gradient);
+        drop(middle);
+
+        let mixed = || self.select(attended.output.clone());
+        let output = self.output_group();
+        let through = output.backward(mixed, output_low, [gradient.clone()], below_adapters, collect)?;
+        let through = self.scatter(through, x.dims()[0]);
+        let heads = layer.self_attn.heads();
+        let [q, k, v] = attend_backward(attended, through, self.context, heads);
+        let (q, k) = (self.rotate(q, Turn::Back), self.rotate(k, Turn::Back));
+        let normalised = || layer.input_layernorm.forward_plain(x);
+        let attention = self.attention_group();
+        let through = attention.backward(normalised, attention_low, [q, k, v], input_gradient, collect)?;
+        let residual = self.scatter(gradient, x.dims()[0]);
+        Some(layer.input_layernorm.backward(x, through, residual))
+    }
+
+    fn attention_group(&self) -> LinearGroup<'_, 3> {
+        let attention = &self.layer.self_attn;
+        let layers = [&attention.q_proj, &attention.k_proj, &attention.v_proj];
+        LinearGroup::new(layers, self.seeds([0, 1, 2]))
+    }
+
+    fn output_group(&self) -> LinearGroup<'_, 1> {
+        LinearGroup::new([&self.layer.self_attn.o_proj], self.seeds([3]))
+    }
+
+    fn gate_up_group(&self) -> LinearGroup<'_, 2> {
+        let mlp = &self.layer.mlp;
+        LinearGroup::new([&mlp.gate_proj, &mlp.up_proj], self.seeds([4, 5]))
+    }
+
+    fn down_group(&self) -> LinearGroup<'_, 1> {
+        LinearGroup::new([&self.layer.mlp.down_proj], self.seeds([6]))
+    }
+
+    fn seeds<const N: usize>(&self, modules: [u64; N]) -> [Option<u64>; N] {
+        modules.map(|module| DropoutSeeds(self.dropout_seed).module(module))
+    }
+
+    fn rotate(&self, x: Tensor<2>, turn: Turn) -> Tensor<2> {
+        rotate_plain(x, &self.context.cos, &self.context.sin, turn)
+    }
+
+    /// The wanted rows.
+    fn select(&self, x: Tensor<2>) -> Tensor<2> {
+        match self.wanted {
+            Some(wanted) => x.select(0, wanted.clone()),
+            None => x,
+        }
+    }
+
+    /// Wanted rows back among `n`; a token that is wanted several times gets the sum.
+    fn scatter(&self, x: Tensor<2>, n: usize) -> Tensor<2> {
+        let Some(wanted) = self.wanted else {
+            return x;
+        };
+        let nothing = Tensor::zeros([n, x.dims()[1]], (&x.device(), x.dtype()));
+        nothing.select_assign(0, wanted.clone(), x, IndexingUpdateOp::Add)
+    }
+}

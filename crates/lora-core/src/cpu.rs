@@ -1,0 +1,540 @@
+//! What the CPU kernels of this workspace are made of: views of matrices, the product, loops over
+//! rows on all threads and in the widest vectors, and an exponential that such loops can use.
+//!
+//! Burn's CPU backend runs one operation after the other, each through memory. Kernels that know
+//! what comes next read and write once; this module is what they have in common.
+
+use std::mem::MaybeUninit;
+
+use burn::backend::ops::FloatTensorOps;
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{DispatchDevice, Flex};
+use burn::tensor::{DType, Tensor, TensorData};
+use gemm::Parallelism;
+use rayon::prelude::*;
+
+/// A tensor of Burn's CPU backend.
+pub type FlexTensor = FloatTensor<Flex>;
+
+/// Below this many multiply-adds, starting threads costs more than it brings.
+const PARALLEL_FROM: usize = 192 * 192 * 192;
+
+/// A piece of rows that one thread works on has at least this many floats: 64 KiB.
+const PIECE: usize = 16 * 1024;
+
+/// Whether kernels for the CPU apply: f32 on Burn's CPU backend, and not on a tape.
+pub fn is_native<const D: usize>(x: &Tensor<D>) -> bool {
+    x.dtype() == DType::F32
+        && !x.is_autodiff()
+        && matches!(x.device().as_dispatch(), DispatchDevice::Flex(_))
+}
+
+/// The values of a tensor on Burn's CPU backend, contiguous from the buffer's first element on. No copy
+/// is made unless the tensor is a part or a transposed view of its buffer.
+///
+/// # Panics
+///
+/// Unless [`is_native`].
+pub fn values<const D: usize>(x: Tensor<D>) -> Values {
+    Values::new(primitive_of(x))
+}
+
+/// The backend's tensor, with whatever layout it has.
+///
+/// # Panics
+///
+/// Unless [`is_native`].
+pub fn primitive_of<const D: usize>(x: Tensor<D>) -> FlexTensor {
+    match x.try_into_primitive::<Flex>() {
+        Ok(tensor) => tensor,
+        Err(error) => panic!("a CPU kernel got a tensor from elsewhere: {error:?}"),
+    }
+}
+
+/// See [`values`].
+#[derive(Debug, Clone)]
+pub struct Values(FlexTensor);
+
+impl Values {
+    /// # Panics
+    ///
+    /// If the tensor is not f32.
+    pub fn new(tensor: FlexTensor) -> Self {
+        assert_eq!(tensor.dtype(), DType::F32, "CPU kernels compute in f32");
+        Self(tensor.to_contiguous())
+    }
+
+    /// All elements, row by row.
+    pub fn as_slice(&self) -> &[f32] {
+        self.0.storage()
+    }
+
+    /// As [`as_slice`](Self::as_slice), to be changed; copies first if another tensor has the same buffer.
+    pub fn as_mut_slice(&mut self) -> &mut [f32] {
+        self.0.storage_mut()
+    }
+
+    /// Back to a tensor.
+    pub fn into_tensor<const D: usize>(self) -> Tensor<D> {
+        Tensor::from_primitive::<Flex>(self.0)
+    }
+
+    /// Back to the backend's tensor.
+    pub fn into_primitive(self) -> FlexTensor {
+        self.0
+    }
+}
+
+/// A tensor on the CPU from its elements, row by row.
+pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
+    Tensor::from_primitive::<Flex>(primitive(values, shape))
+}
+
+/// As [`tensor`], the backend's own.
+pub fn primitive<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
+    Flex::float_from_data(TensorData::new(values, shape), &Default::default())
+}
+
+/// A matrix in somebody's memory.
+#[derive(Debug, Clone, Copy)]
+pub struct Matrix<'a> {
+    data: &'a [f32],
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+impl<'a> Matrix<'a> {
+    /// `rows × columns` in `data`, whose rows begin `stride` apart.
+    ///
+    /// # Panics
+    ///
+    /// If the data ends before the matrix.
+    pub fn new(data: &'a [f32], rows: usize, columns: usize, stride: usize) -> Self {
+        check(data.len(), rows, columns, stride);
+        Self {
+            data,
+            rows,
+            columns,
+            row_stride: stride,
+            column_stride: 1,
+        }
+    }
+
+    /// `rows × columns` in `data` with these distances between rows and between columns.
+    ///
+    /// # Panics
+    ///
+    /// If the data ends before the matrix.
+    pub fn strided(
+        data: &'a [f32],
+        [rows, columns]: [usize; 2],
+        [row_stride, column_stride]: [usize; 2],
+    ) -> Self {
+        if rows > 0 && columns > 0 {
+            let last = (rows - 1) * row_stride + (columns - 1) * column_stride;
+            assert!(last < data.len(), "a {rows}x{columns} view passes its {} elements", data.len());
+        }
+        Self {
+            data,
+            rows,
+            columns,
+            row_stride,
+            column_stride,
+        }
+    }
+
+    /// The same memory read as the transposed matrix.
+    pub fn transposed(self) -> Self {
+        Self {
+            rows: self.columns,
+            columns: self.rows,
+            row_stride: self.column_stride,
+            column_stride: self.row_stride,
+            ..self
+        }
+    }
+}
+
+fn check(length: usize, rows: usize, columns: usize, stride: usize) {
+    let needed = match rows {
+        0 => 0,
+        _ => (rows - 1) * stride + columns,
+    };
+    assert!(
+        needed <= length,
+        "a {rows}x{columns} matrix with rows {stride} apart passes its {length} elements"
+    );
+}
+
+/// A matrix to be written.
+#[derive(Debug)]
+pub struct MatrixMut<'a> {
+    data: *mut f32,
+    rows: usize,
+    columns: usize,
+    row_stride: usize,
+    lifetime: std::marker::PhantomData<&'a mut [f32]>,
+}
+
+impl<'a> MatrixMut<'a> {
+    /// `rows × columns` in `data`, whose rows begin `stride` apart.
+    ///
+    /// # Panics
+    ///
+    /// If the data ends before the matrix.
+    pub fn new(data: &'a mut [f32], rows: usize, columns: usize, stride: usize) -> Self {
+        check(data.len(), rows, columns, stride);
+        Self {
+            data: data.as_mut_ptr(),
+            rows,
+            columns,
+            row_stride: stride,
+            lifetime: std::marker::PhantomData,
+        }
+    }
+
+    /// Columns `start..start + count` of `rows` rows that other threads may write other columns of.
+    ///
+    /// # Safety
+    ///
+    /// `data` points to `(rows - 1) · stride + start + count` elements that live for `'a`, and nobody
+    /// else reads or writes these columns meanwhile.
+    pub unsafe fn from_raw(data: *mut f32, rows: usize, columns: usize, stride: usize) -> Self {
+        Self {
+            data,
+            rows,
+            columns,
+            row_stride: stride,
+            lifetime: std::marker::PhantomData,
+        }
+    }
+}
+
+/// Who computes a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Threads {
+    /// All threads, where the product is large enough.
+    All,
+    /// The calling one.
+    One,
+}
+
+/// `output = scale · left · right`, or `output +=` that.
+///
+/// # Panics
+///
+/// If the shapes do not fit.
+pub fn multiply(
+    output: MatrixMut,
+    accumulate: bool,
+    scale: f32,
+    left: Matrix,
+    right: Matrix,
+    threads: Threads,
+) {
+    let (m, k, n) = (left.rows, left.columns, right.columns);
+    assert!(
+        right.rows == k && output.rows == m && output.columns == n,
+        "{m}x{k} times {}x{n} into {}x{}",
+        right.rows,
+        output.rows,
+        output.columns
+    );
+    if m == 0 || n == 0 {
+        return;
+    }
+    let parallelism = match threads {
+        Threads::All if m * n * k >= PARALLEL_FROM => Parallelism::Rayon(0),
+        _ => Parallelism::None,
+    };
+    // SAFETY: each view was checked against its memory when it was made. With `accumulate` false the
+    // output is written without being read, as it must be where it is not initialised.
+    unsafe {
+        gemm::gemm(
+            m,
+            n,
+            k,
+            output.data,
+            1,
+            output.row_stride as isize,
+            accumulate,
+            left.data.as_ptr(),
+            left.column_stride as isize,
+            left.row_stride as isize,
+            right.data.as_ptr(),
+            right.column_stride as isize,
+            right.row_stride as isize,
+            1.0,
+            scale,
+            false,
+            false,
+            false,
+            parallelism,
+        );
+    }
+}
+
+/// `scale · left · right` in memory of its own, `[left rows, right columns]`.
+pub fn product(scale: f32, left: Matrix, right: Matrix, threads: Threads) -> Vec<f32> {
+    let (rows, columns) = (left.rows, right.columns);
+    let mut output = Vec::with_capacity(rows * columns);
+    // SAFETY: the vector has that capacity, and the product writes all of it (zeros for an empty inner
+    // dimension) without reading it.
+    unsafe {
+        let view = MatrixMut::from_raw(output.as_mut_ptr(), rows, columns, columns);
+        multiply(view, false, scale, left, right, threads);
+        output.set_len(rows * columns);
+    }
+    output
+}
+
+/// Makes a `rows × width` matrix: `fill(first row, piece)` must write every element of the piece of
+/// whole rows that it gets. Pieces are filled on all threads, in vector instructions.
+pub fn fill_rows(
+    rows: usize,
+    width: usize,
+    fill: impl Fn(usize, &mut [MaybeUninit<f32>]) + Sync,
+) -> Vec<f32> {
+    let mut output = Vec::with_capacity(rows * width);
+    for_each_piece(
+        &mut output.spare_capacity_mut()[..rows * width],
+        width,
+        |first, piece| fill(first, piece),
+    );
+    // SAFETY: `fill` has written every element.
+    unsafe { output.set_len(rows * width) };
+    output
+}
+
+/// Calls `work(first row, piece)` for pieces of whole rows of `width` elements, on all threads and in
+/// the widest vectors that the processor has.
+pub fn for_each_piece<T: Send>(
+    data: &mut [T],
+    width: usize,
+    work: impl Fn(usize, &mut [T]) + Sync,
+) {
+    let rows = (PIECE / width.max(1)).max(1);
+    let pieces = data.par_chunks_mut(rows * width.max(1));
+    pieces
+        .enumerate()
+        .for_each(|(piece, data)| vectorized(|| work(piece * rows, data)));
+}
+
+/// Rows that [`for_each_piece`] gives one call, for loops over several matrices at once.
+pub fn rows_per_piece(width: usize) -> usize {
+    (PIECE / width.max(1)).max(1)
+}
+
+/// Runs `work` compiled for the widest vectors that the processor has. What it calls must be inlined
+/// into it to profit.
+#[inline(always)]
+pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+    #[cfg(target_arch = "x86_64")]
+    {
+        if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+            // SAFETY: the features were just detected.
+            return unsafe { with_avx512(work) };
+        }
+        if is_x86_feature_detected!("avx2") {
+            // SAFETY: the feature was just detected.
+            return unsafe { with_avx2(work) };
+        }
+    }
+    work()
+}
+
+// The compiler inlines the closure and vectorizes it with the features of the function around it.
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bw")]
+fn with_avx512<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx2")]
+fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
+    work()
+}
+
+/// eˣ, to a relative error of 2e-7, in operations that compilers turn into vector instructions.
+///
+/// As in Cephes' `expf`: x = n·ln 2 + r, a polynomial for eʳ, and n into the exponent. Below -87 it is
+/// 0 or close to it, above 88 it is near the largest float.
+#[inline(always)]
+pub fn exp(x: f32) -> f32 {
+    const LOG2_E: f32 = std::f32::consts::LOG2_E;
+    // ln 2 in two parts, the first exact in few bits.
+    const LN_2_HIGH: f32 = 0.693_359_4;
+    const LN_2_LOW: f32 = -2.121_944_4e-4;
+    // Adding and subtracting 1.5·2²³ rounds to an integer.
+    const ROUND: f32 = 12_582_912.0;
+    let x = x.clamp(-87.3, 88.3);
+    let shifted = x * LOG2_E + ROUND;
+    let n = shifted - ROUND;
+    let r = x - n * LN_2_HIGH - n * LN_2_LOW;
+    let mut p = 1.987_569_1e-4;
+    p = p * r + 1.398_199_9e-3;
+    p = p * r + 8.333_452e-3;
+    p = p * r + 4.166_579_6e-2;
+    p = p * r + 0.166_666_66;
+    p = p * r + 0.5;
+    p = p * r * r + r + 1.0;
+    // The low bits of `shifted` are n.
+    let exponent = (shifted.to_bits() as i32).wrapping_add(127) << 23;
+    p * f32::from_bits(exponent as u32)
+}
+
+/// Independent sums that [`dot`] and its like run side by side, so that they fill vectors.
+const LANES: usize = 32;
+
+/// Σ aᵢ·bᵢ in an order that depends on the length only.
+#[inline(always)]
+pub fn dot(a: &[f32], b: &[f32]) -> f32 {
+    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
+    let (b_lanes, b_rest) = b[..a.len()].as_chunks::<LANES>();
+    let mut sums = [0f32; LANES];
+    for (a, b) in a_lanes.iter().zip(b_lanes) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane];
+        }
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    add_lanes(sums) + rest
+}
+
+/// Σ aᵢ·bᵢ·cᵢ in an order that depends on the length only.
+#[inline(always)]
+pub fn dot_of_three(a: &[f32], b: &[f32], c: &[f32]) -> f32 {
+    let (a_lanes, a_rest) = a.as_chunks::<LANES>();
+    let (b_lanes, b_rest) = b[..a.len()].as_chunks::<LANES>();
+    let (c_lanes, c_rest) = c[..a.len()].as_chunks::<LANES>();
+    let mut sums = [0f32; LANES];
+    for ((a, b), c) in a_lanes.iter().zip(b_lanes).zip(c_lanes) {
+        for lane in 0..LANES {
+            sums[lane] += a[lane] * b[lane] * c[lane];
+        }
+    }
+    let rest = a_rest.iter().zip(b_rest).zip(c_rest);
+    let rest: f32 = rest.map(|((a, b), c)| a * b * c).sum();
+    add_lanes(sums) + rest
+}
+
+/// The largest element, or negative infinity.
+#[inline(always)]
+pub fn max(a: &[f32]) -> f32 {
+    let (lanes, rest) = a.as_chunks::<LANES>();
+    let mut best = [f32::NEG_INFINITY; LANES];
+    for a in lanes {
+        for lane in 0..LANES {
+            best[lane] = if a[lane] > best[lane] { a[lane] } else { best[lane] };
+        }
+    }
+    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| a.max(*b))
+}
+
+/// Replaces each xᵢ by e to the power of xᵢ - `shift` and gives their sum.
+#[inline(always)]
+pub fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
+    let (lanes, rest) = x.as_chunks_mut::<LANES>();
+    let mut sums = [0f32; LANES];
+    for x in lanes {
+        for lane in 0..LANES {
+            x[lane] = exp(x[lane] - shift);
+            sums[lane] += x[lane];
+        }
+    }
+    let mut sum = 0.0;
+    for x in rest {
+        *x = exp(*x - shift);
+        sum += *x;
+    }
+    add_lanes(sums) + sum
+}
+
+#[inline(always)]
+fn add_lanes(sums: [f32; LANES]) -> f32 {
+    let mut width = LANES / 2;
+    let mut sums = sums;
+    while width > 0 {
+        for lane in 0..width {
+            sums[lane] += sums[lane + width];
+        }
+        width /= 2;
+    }
+    sums[0]
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_exponential_is_right_to_two_in_ten_million() {
+        let worst = (-870_000..880_000)
+            .map(|i| i as f32 / 10_000.0)
+            .map(|x| ((exp(x) as f64) / (x as f64).exp() - 1.0).abs())
+            .fold(0.0, f64::max);
+        assert!(worst < 2e-7, "{worst}");
+        assert_eq!(exp(0.0), 1.0);
+        assert!(exp(-1e30) < 1.3e-38 && exp(1e30).is_finite());
+    }
+
+    #[test]
+    fn products_of_views_are_those_of_the_matrices() {
+        let a: Vec<f32> = (0..35).map(|i| (i as f32).sin()).collect();
+        let b: Vec<f32> = (0..40).map(|i| (i as f32).cos()).collect();
+        // 3×4 in rows of 7, and the transposed of 5×4 in rows of 8.
+        let left = Matrix::new(&a, 3, 4, 7);
+        let right = Matrix::new(&b, 5, 4, 8).transposed();
+        let got = product(2.0, left, right, Threads::One);
+        for row in 0..3 {
+            for column in 0..5 {
+                let sum: f32 = (0..4).map(|k| a[row * 7 + k] * b[column * 8 + k]).sum();
+                assert!((got[row * 5 + column] - 2.0 * sum).abs() < 1e-6);
+            }
+        }
+        let mut twice = got.clone();
+        multiply(MatrixMut::new(&mut twice, 3, 5, 5), true, 2.0, left, right, Threads::One);
+        for (twice, once) in twice.iter().zip(&got) {
+            assert!((twice - 2.0 * once).abs() < 1e-5);
+        }
+    }
+
+    #[test]
+    fn sums_and_maxima_take_every_element_once() {
+        for length in [0, 1, 31, 32, 33, 100] {
+            let a: Vec<f32> = (0..length).map(|i| (i % 7) as f32 - 3.0).collect();
+            let b: Vec<f32> = (0..length).map(|i| (i % 5) as f32).collect();
+            // Small integers: exact in any order.
+            let expected: f32 = a.iter().zip(&b).map(|(a, b)| a * b).sum();
+            assert_eq!(dot(&a, &b), expected);
+            let squares: f32 = a.iter().zip(&b).map(|(a, b)| a * b * b).sum();
+            assert_eq!(dot_of_three(&a, &b, &b), squares);
+            assert_eq!(max(&a), a.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+            let mut powers = a.clone();
+            let sum = exp_and_sum(&mut powers, 1.0);
+            let expected: f32 = a.iter().map(|a| (a - 1.0).exp()).sum();
+            assert!((sum - expected).abs() <= 1e-5 * expected);
+            assert!((sum - powers.iter().sum::<f32>()).abs() <= 1e-5 * expected);
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "passes its")]
+    fn a_view_past_its_data_panics() {
+        let _ = Matrix::new(&[0.0; 10], 3, 4, 4);
+    }
+
+    #[test]
+    fn rows_are_filled_each_once() {
+        let width = 300;
+        let filled = fill_rows(1000, width, |first, piece| {
+            for (i, value) in piece.iter_mut().enumerate() {
+                value.write((first * width + i) as f32);
+            }
+        });
+        assert!(filled.iter().enumerate().all(|(i, value)| *value == i as f32));
+    }
+}

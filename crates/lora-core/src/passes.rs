@@ -1,0 +1,336 @@
+//! Forward and backward passes of LoRA layers written out, without a tape.
+//!
+//! A tape computes the gradient of every operation by itself. Written out, layers with the same input
+//! share the products with it, sums are accumulated where they lie, nothing is kept that the backward
+//! pass does not read, and the order of every sum is fixed. The mathematics is that of
+//! [`LoraLinear::forward`]; the tests compare with Burn's tape.
+//!
+//! For `h = x·W₀ + γ·(x·A)·B` and the gradient G of h (Hu et al., 2021,
+//! <https://arxiv.org/abs/2106.09685>): ∂A = γ·xᵀ·(G·Bᵀ), ∂B = γ·(x·A)ᵀ·G, ∂x = G·W₀ᵀ + γ·(G·Bᵀ)·Aᵀ.
+
+use burn::module::Param;
+use burn::tensor::{DType, Tensor};
+
+use crate::frozen_linear::{Direction, frozen_product};
+use crate::{LoraLinear, products};
+
+/// Layers that take the same input, run together outside any tape.
+///
+/// The frozen weights get no gradient, trainable or not.
+#[derive(Debug, Clone, Copy)]
+pub struct LinearGroup<'a, const N: usize> {
+    layers: [&'a LoraLinear; N],
+    dropout_seeds: [Option<u64>; N],
+}
+
+/// What a forward pass leaves for the backward pass: the adapters' low-rank products x·A, `[n, r]` each.
+#[derive(Debug, Clone)]
+pub struct LowRank<const N: usize>([Option<Tensor<2>>; N]);
+
+impl<'a, const N: usize> LinearGroup<'a, N> {
+    /// A group. With seeds the layers' dropout acts, as in [`LoraLinear::forward_seeded`].
+    pub fn new(layers: [&'a LoraLinear; N], dropout_seeds: [Option<u64>; N]) -> Self {
+        Self {
+            layers,
+            dropout_seeds,
+        }
+    }
+
+    /// Whether a layer has an adapter, so that the backward pass needs the input.
+    pub fn has_adapters(&self) -> bool {
+        self.layers.iter().any(|layer| layer.adapter().is_some())
+    }
+
+    /// The outputs, each added to its sum where one is given.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n, d_in]`
+    /// - `sums`, outputs: `[n, d_out]` of each layer
+    ///
+    /// # Panics
+    ///
+    /// If the shapes do not fit.
+    pub fn forward(
+        &self,
+        x: &Tensor<2>,
+        mut sums: [Option<Tensor<2>>; N],
+    ) -> ([Tensor<2>; N], LowRank<N>) {
+        let low = self.low_rank(x);
+        let outputs = std::array::from_fn(|i| {
+            let layer = self.layers[i];
+            let weight = layer.weight.base();
+            let mut y = frozen_product(sums[i].take(), x.clone(), weight, Direction::Forward);
+            if let Some(bias) = &layer.bias {
+                y = y + bias.val().without_autodiff().unsqueeze();
+            }
+            match (&low.0[i], layer.adapter()) {
+                (Some(low), Some(adapter)) => {
+                    let b = factor(&adapter.b, x.dtype());
+                    products::add(Some(y), adapter.scale, low.clone(), b)
+                }
+                _ => y,
+            }
+        });
+        (outputs, low)
+    }
+
+    /// The gradients of the adapters, each given to `collect`, and, if `input_gradient` is set, of `x`.
+    ///
+    /// `x` is called only where there are adapters: it may compute the input again. `low` is what the
+    /// forward pass left.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[n, d_in]`
+    /// - `gradients`: `[n, d_out]` of each layer
+    pub fn backward(
+        &self,
+        x: impl FnOnce() -> Tensor<2>,
+        low: LowRank<N>,
+        gradients: [Tensor<2>; N],
+        input_gradient: bool,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) -> Option<Tensor<2>> {
+        let dtype = gradients[0].dtype();
+        let low_gradients: [Option<Tensor<2>>; N] = std::array::from_fn(|i| {
+            let adapter = self.layers[i].adapter()?;
+            let low = low.0[i].clone()?;
+            let gradient = &gradients[i];
+            let b = products::add(None, adapter.scale, low.transpose(), gradient.clone());
+            collect(&adapter.b, b.cast(DType::F32));
+            let b = factor(&adapter.b, dtype).transpose();
+            Some(products::add(None, adapter.scale, gradient.clone(), b))
+        });
+        let mut below = None;
+        if input_gradient {
+            for (layer, gradient) in self.layers.iter().zip(gradients) {
+                let weight = layer.weight.base();
+                below = Some(frozen_product(below, gradient, weight, Direction::Backward));
+            }
+        }
+        if self.has_adapters() {
+            let x = x();
+            match self.drops() {
+                false => self.through_shared(x, low_gradients, &mut below, collect),
+                true => self.through_dropped(x, low_gradients, &mut below, collect),
+            }
+        }
+        below
+    }
+
+    /// x·A of every adapter; one product for all of them unless dropout gives each an input of its own.
+    fn low_rank(&self, x: &Tensor<2>) -> LowRank<N> {
+        if !self.has_adapters() {
+            return LowRank([const { None }; N]);
+        }
+        if self.drops() {
+            return LowRank(std::array::from_fn(|i| {
+                let adapter = self.layers[i].adapter()?;
+                let a = factor(&adapter.a, x.dtype());
+                Some(products::add(None, 1.0, self.dropped(i, x.clone()), a))
+            }));
+        }
+        let low = products::add(None, 1.0, x.clone(), self.all_a(x.dtype()));
+        let mut start = 0;
+        LowRank(std::array::from_fn(|i| {
+            let r = self.layers[i].adapter()?.a.lazy_shape()[1];
+            start += r;
+            Some(low.clone().narrow(1, start - r, r))
+        }))
+    }
+
+    /// The adapters' A side by side, `[d_in, Σ r]`.
+    fn all_a(&self, dtype: DType) -> Tensor<2> {
+        let adapters = self.layers.iter().filter_map(|layer| layer.adapter());
+        let mut all: Vec<_> = adapters.map(|adapter| factor(&adapter.a, dtype)).collect();
+        match all.len() {
+            1 => all.remove(0),
+            _ => Tensor::cat(all, 1),
+        }
+    }
+
+    fn through_shared(
+        &self,
+        x: Tensor<2>,
+        low_gradients: [Option<Tensor<2>>; N],
+        below: &mut Option<Tensor<2>>,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) {
+        let dtype = x.dtype();
+        let mut all: Vec<_> = low_gradients.into_iter().flatten().collect();
+        let all = match all.len() {
+            1 => all.remove(0),
+            _ => Tensor::cat(all, 1),
+        };
+        let a_gradients = products::add(None, 1.0, x.transpose(), all.clone());
+        let mut start = 0;
+        for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
+            let r = adapter.a.lazy_shape()[1];
+            let gradient = a_gradients.clone().narrow(1, start, r);
+            collect(&adapter.a, gradient.cast(DType::F32));
+            start += r;
+        }
+        if let Some(sum) = below.take() {
+            let a = self.all_a(dtype).transpose();
+            *below = Some(products::add(Some(sum), 1.0, all, a));
+        }
+    }
+
+    fn through_dropped(
+        &self,
+        x: Tensor<2>,
+        low_gradients: [Option<Tensor<2>>; N],
+        below: &mut Option<Tensor<2>>,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) {
+        for (i, gradient) in low_gradients.into_iter().enumerate() {
+            let (Some(gradient), Some(adapter)) = (gradient, self.layers[i].adapter()) else {
+                continue;
+            };
+            let dropped = self.dropped(i, x.clone());
+            let a = products::add(None, 1.0, dropped.transpose(), gradient.clone());
+            collect(&adapter.a, a.cast(DType::F32));
+            if let Some(sum) = below.take() {
+                let a = factor(&adapter.a, x.dtype()).transpose();
+                let through = products::add(None, 1.0, gradient, a);
+                // The mask scales what it keeps, in both directions alike.
+                *below = Some(sum + self.dropped(i, through));
+            }
+        }
+    }
+
+    fn drops(&self) -> bool {
+        let layers = self.layers.iter().zip(&self.dropout_seeds);
+        layers
+            .into_iter()
+            .any(|(layer, seed)| seed.is_some() && layer.dropout.prob > 0.0)
+    }
+
+    /// `x` through a layer's dropout mask, which its seed fixes.
+    fn dropped(&self, layer: usize, x: Tensor<2>) -> Tensor<2> {
+        match self.dropout_seeds[layer] {
+            Some(seed) => self.layers[layer].dropout.forward(x, Some(seed)),
+            None => x,
+        }
+    }
+}
+
+/// A factor's value in the type that is computed in, off the tape.
+fn factor(param: &Param<Tensor<2>>, dtype: DType) -> Tensor<2> {
+    param.val().without_autodiff().cast(dtype)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{AdapterDropout, CounterRng, Quantization, init};
+    use burn::module::ParamId;
+    use burn::nn::LinearConfig;
+    use burn::tensor::Device;
+    use std::collections::HashMap;
+
+    fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
+        init::normal(shape, 0.3, &mut CounterRng::new(seed), device)
+    }
+
+    /// Three layers of different widths and ranks, the second without an adapter, one with a bias.
+    fn layers(device: &Device, quantization: Quantization, dropout: f64) -> [LoraLinear; 3] {
+        let layer = |d_out: usize, r: usize, bias: bool| {
+            let linear = LinearConfig::new(64, d_out).with_bias(bias).init(device);
+            let mut layer = LoraLinear::frozen(linear);
+            if r > 0 {
+                let (a, b) = (random([64, r], 1, device), random([r, d_out], 2, device));
+                layer = layer.with_adapter(a, b, 1.5).unwrap();
+            }
+            layer.dropout = AdapterDropout::new(dropout);
+            layer.quantize(quantization).unwrap()
+        };
+        [layer(96, 4, true), layer(32, 0, false), layer(64, 7, false)]
+    }
+
+    fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
+        let norm = |x: Tensor<2>| x.powf_scalar(2.0).sum().sqrt().into_scalar::<f32>();
+        norm(a.clone() - b.clone()) / norm(b.clone())
+    }
+
+    #[test]
+    fn outputs_and_gradients_are_those_of_the_tape() {
+        let device = Device::flex().autodiff();
+        for quantization in [Quantization::None, Quantization::Bits8] {
+            for dropout in [0.0, 0.3] {
+                let layers = layers(&device, quantization, dropout);
+                let seeds = [Some(5), Some(6), Some(7)];
+                let x = random([9, 64], 3, &device).require_grad();
+                let gradients = [96, 32, 64].map(|width| random([9, width], width as u64, &device));
+
+                let mut outputs = Vec::new();
+                let mut sum = Tensor::<1>::zeros([1], &device);
+                for i in 0..3 {
+                    let y = layers[i].forward_seeded(x.clone(), seeds[i]);
+                    sum = sum + (y.clone() * gradients[i].clone()).sum();
+                    outputs.push(y.inner());
+                }
+                let tape = sum.backward();
+
+                let group = LinearGroup::new(layers.each_ref(), seeds);
+                let plain = x.clone().inner();
+                let start = outputs[2].clone() * 2.0;
+                let (got, low) = group.forward(&plain, [None, None, Some(start)]);
+                let [first, second, third] = got;
+                let expected_third = outputs[2].clone() * 3.0;
+                for (got, expected) in [
+                    (&first, &outputs[0]),
+                    (&second, &outputs[1]),
+                    (&third, &expected_third),
+                ] {
+                    assert!(distance(got, expected) < 1e-6);
+                }
+
+                let mut collected: HashMap<ParamId, Tensor<2>> = HashMap::new();
+                let below = group.backward(
+                    || plain.clone(),
+                    low,
+                    gradients.clone().map(|gradient| gradient.inner()),
+                    true,
+                    &mut |param, gradient| {
+                        collected.insert(param.id, gradient);
+                    },
+                );
+                // f32 sums of up to 96 products in another order.
+                assert!(distance(&below.unwrap(), &x.grad(&tape).unwrap()) < 1e-6);
+                assert_eq!(collected.len(), 4);
+                for adapter in layers.iter().filter_map(|layer| layer.adapter()) {
+                    for param in [&adapter.a, &adapter.b] {
+                        let expected = param.val().grad(&tape).unwrap();
+                        assert!(distance(&collected[&param.id], &expected) < 1e-6);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn without_adapters_the_input_is_not_asked_for() {
+        let device = Device::flex();
+        let layer = LoraLinear::frozen(LinearConfig::new(8, 4).init(&device));
+        let group = LinearGroup::new([&layer], [None]);
+        let (_, low) = group.forward(&Tensor::ones([3, 8], &device), [None]);
+        let below = group.backward(
+            || panic!("nothing needs the input"),
+            low,
+            [Tensor::ones([3, 4], &device)],
+            true,
+            &mut |_, _| panic!("nothing is trained"),
+        );
+        assert_eq!(below.unwrap().dims(), [3, 8]);
+        let none = group.backward(
+            || panic!("nothing needs the input"),
+            group.forward(&Tensor::ones([3, 8], &device), [None]).1,
+            [Tensor::ones([3, 4], &device)],
+            false,
+            &mut |_, _| panic!("nothing is trained"),
+        );
+        assert!(none.is_none());
+    }
+}
