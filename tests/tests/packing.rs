@@ -7,9 +7,7 @@ use llama_burn::{Llama, LlamaConfig, RopeScaling};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
 use tests::fixture;
 use trainer::data::{Batch, BatchRow, Prefixes};
-use trainer::gradients::{
-    AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate,
-};
+use trainer::gradients::{AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate};
 use trainer::loss::LossSums;
 use trainer::parity::against_reference;
 use trainer::peft::AdapterTensors;

@@ -25,14 +25,14 @@ mod rope;
 mod vocab_table;
 mod weights;
 
-pub use attention::Attention;
+pub use attention::{Attention, SCORES_AT_ONCE};
 pub use config::{ConfigError, LlamaConfig, RopeScaling};
 pub use decoder_layer::DecoderLayer;
-pub use passes::{Activations, LayerPass};
 pub use load::{LoadError, LoadOptions, TensorReport, load};
 pub use mlp::Mlp;
 pub use model::Llama;
 pub use packed::{PackedContext, PackedError, PackedTokens, Segment};
+pub use passes::{Activations, LayerPass};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use vocab_table::{PIECE_BYTES, VocabTable};

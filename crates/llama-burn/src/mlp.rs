@@ -105,7 +105,8 @@ mod tests {
         let (d_gate, d_up) = gated_backward(plain_gate, plain_up, gradient.inner());
         for (got, expected) in [(d_gate, gate.grad(&tape)), (d_up, up.grad(&tape))] {
             let expected = expected.unwrap().into_data();
-            got.into_data().assert_approx_eq::<f32>(&expected, tolerance);
+            got.into_data()
+                .assert_approx_eq::<f32>(&expected, tolerance);
         }
     }
 }

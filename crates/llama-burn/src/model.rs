@@ -229,7 +229,10 @@ impl Llama {
     pub fn logits_backward(&self, hidden: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
         let gradient = gradient.cast(hidden.dtype());
         let through = match (&self.quantized_lm_head[..], &self.lm_head) {
-            ([], head) => head.as_ref().unwrap_or(&self.embed_tokens).scores_backward(gradient),
+            ([], head) => head
+                .as_ref()
+                .unwrap_or(&self.embed_tokens)
+                .scores_backward(gradient),
             (pieces, _) => {
                 let mut start = 0;
                 let mut sum: Option<Tensor<2>> = None;

@@ -89,7 +89,9 @@ impl PackedTokens {
             packed: Self::default(),
             places: vec![Vec::new(); rows.len()],
         };
-        let all: Vec<usize> = (0..rows.len()).filter(|row| !rows[*row].is_empty()).collect();
+        let all: Vec<usize> = (0..rows.len())
+            .filter(|row| !rows[*row].is_empty())
+            .collect();
         for group in sharing.groups(&all, 0) {
             sharing.add(&group, 0, None);
         }
@@ -219,7 +221,13 @@ impl Sharing<'_> {
     }
 
     /// Adds one segment of rows that agree from `start` to `end`.
-    fn segment(&mut self, rows: &[usize], start: usize, end: usize, parent: Option<usize>) -> usize {
+    fn segment(
+        &mut self,
+        rows: &[usize],
+        start: usize,
+        end: usize,
+        parent: Option<usize>,
+    ) -> usize {
         let first = self.packed.ids.len() as u32;
         for row in rows {
             self.places[*row].extend(first..first + (end - start) as u32);
@@ -314,7 +322,10 @@ impl Spans {
 impl PackedContext {
     /// Prepares `packed` for a model of this configuration that computes in `dtype` on `device`.
     pub fn new(packed: &PackedTokens, config: &LlamaConfig, dtype: DType, device: &Device) -> Self {
-        let native = cpu::is_native(&Tensor::<1>::zeros([1], (&device.clone().without_autodiff(), dtype)));
+        let native = cpu::is_native(&Tensor::<1>::zeros(
+            [1],
+            (&device.clone().without_autodiff(), dtype),
+        ));
         let padded = device.is_autodiff() || !native;
         let device = &device.clone().without_autodiff();
         let frequencies = rope::inverse_frequencies(config);
@@ -420,9 +431,10 @@ impl Padded {
     pub(crate) fn spread_keys(&self, x: Tensor<3>) -> Tensor<4> {
         let [_, heads, d] = x.dims();
         match &self.key_places {
-            Some(places) => x
-                .select(0, places.clone())
-                .reshape([self.segments, self.keys, heads, d]),
+            Some(places) => {
+                x.select(0, places.clone())
+                    .reshape([self.segments, self.keys, heads, d])
+            }
             None => self.spread_queries(x),
         }
     }
@@ -482,7 +494,9 @@ mod tests {
 
     fn lengths(packed: &PackedTokens) -> Vec<(usize, Option<usize>)> {
         let segments = packed.segments.iter();
-        segments.map(|segment| (segment.length, segment.parent)).collect()
+        segments
+            .map(|segment| (segment.length, segment.parent))
+            .collect()
     }
 
     /// Every row read back from where its tokens lie, with its positions.
@@ -563,6 +577,9 @@ mod tests {
         let mut packed = PackedTokens::from_rows([&[1, 2][..], &[3]]);
         packed.segments[0].parent = Some(1);
         let config = crate::model::tests::config();
-        assert!(matches!(packed.check(&config), Err(PackedError::Segments { .. })));
+        assert!(matches!(
+            packed.check(&config),
+            Err(PackedError::Segments { .. })
+        ));
     }
 }

@@ -51,7 +51,9 @@ impl LayerPass<'_> {
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
         let attention = &self.layer.self_attn;
         let normalised = self.layer.input_layernorm.forward_plain(x);
-        let ([q, k, v], attention_low) = self.attention_group().forward(&normalised, [const { None }; 3]);
+        let ([q, k, v], attention_low) = self
+            .attention_group()
+            .forward(&normalised, [const { None }; 3]);
         drop(normalised);
         let (q, k) = (self.rotate(q, Turn::Forward), self.rotate(k, Turn::Forward));
         let attended = attend(q, k, v, self.context, attention.heads());
@@ -110,24 +112,39 @@ impl LayerPass<'_> {
         let through_gate = needed || self.gate_up_group().has_adapters();
         let product = || gated(&gate, &up);
         let down = self.down_group();
-        let through = down.backward(product, down_low, [gradient.clone()], through_gate, collect)?;
+        let through =
+            down.backward(product, down_low, [gradient.clone()], through_gate, collect)?;
         let (gate, up) = gated_backward(gate, up, through);
         let normalised = || layer.post_attention_layernorm.forward_plain(&middle);
         let gate_up = self.gate_up_group();
         let through = gate_up.backward(normalised, gate_up_low, [gate, up], needed, collect)?;
-        let gradient = layer.post_attention_layernorm.backward(&middle, through, gradient);
+        let gradient = layer
+            .post_attention_layernorm
+            .backward(&middle, through, gradient);
         drop(middle);
 
         let mixed = || self.select(attended.output.clone());
         let output = self.output_group();
-        let through = output.backward(mixed, output_low, [gradient.clone()], below_adapters, collect)?;
+        let through = output.backward(
+            mixed,
+            output_low,
+            [gradient.clone()],
+            below_adapters,
+            collect,
+        )?;
         let through = self.scatter(through, x.dims()[0]);
         let heads = layer.self_attn.heads();
         let [q, k, v] = attend_backward(attended, through, self.context, heads);
         let (q, k) = (self.rotate(q, Turn::Back), self.rotate(k, Turn::Back));
         let normalised = || layer.input_layernorm.forward_plain(x);
         let attention = self.attention_group();
-        let through = attention.backward(normalised, attention_low, [q, k, v], input_gradient, collect)?;
+        let through = attention.backward(
+            normalised,
+            attention_low,
+            [q, k, v],
+            input_gradient,
+            collect,
+        )?;
         let residual = self.scatter(gradient, x.dims()[0]);
         Some(layer.input_layernorm.backward(x, through, residual))
     }

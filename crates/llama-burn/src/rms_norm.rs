@@ -61,7 +61,8 @@ impl RmsNorm {
         if !cpu::is_native(x) || !cpu::is_native(&weight) {
             let dtype = FloatDType::from(x.dtype());
             let x = x.clone().cast(FloatDType::F32);
-            let weighted = gradient.cast(FloatDType::F32) * weight.cast(FloatDType::F32).unsqueeze();
+            let weighted =
+                gradient.cast(FloatDType::F32) * weight.cast(FloatDType::F32).unsqueeze();
             let mean_of_squares = x.clone().square().mean_dim(1);
             let inverse_root = mean_of_squares.add_scalar(self.eps).sqrt().recip();
             let along = (weighted.clone() * x.clone()).mean_dim(1);
@@ -69,7 +70,11 @@ impl RmsNorm {
             return sum + (weighted * inverse_root - x * along).cast(dtype);
         }
         let width = x.dims()[1];
-        let (x, gradient, weight) = (cpu::values(x.clone()), cpu::values(gradient), cpu::values(weight));
+        let (x, gradient, weight) = (
+            cpu::values(x.clone()),
+            cpu::values(gradient),
+            cpu::values(weight),
+        );
         let (x, gradient, weight) = (x.as_slice(), gradient.as_slice(), weight.as_slice());
         let eps = self.eps as f32;
         let mut sum = cpu::values(sum);
@@ -80,7 +85,9 @@ impl RmsNorm {
                 let inverse_root = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
                 let along = cpu::dot_of_three(weight, gradient, x) / width as f32;
                 let along = along * inverse_root * inverse_root * inverse_root;
-                for (((sum, x), gradient), weight) in sum.iter_mut().zip(x).zip(gradient).zip(weight) {
+                for (((sum, x), gradient), weight) in
+                    sum.iter_mut().zip(x).zip(gradient).zip(weight)
+                {
                     *sum += inverse_root * weight * gradient - x * along;
                 }
             }

@@ -91,7 +91,12 @@ pub(crate) enum Turn {
 /// # Shapes
 ///
 /// - `x`, output: `[n, heads · head_dim]`
-pub(crate) fn rotate_plain(x: Tensor<2>, cos: &Tensor<2>, sin: &Tensor<2>, turn: Turn) -> Tensor<2> {
+pub(crate) fn rotate_plain(
+    x: Tensor<2>,
+    cos: &Tensor<2>,
+    sin: &Tensor<2>,
+    turn: Turn,
+) -> Tensor<2> {
     let ([n, width], half) = (x.dims(), cos.dims()[1]);
     if !cpu::is_native(&x) || !cpu::is_native(cos) {
         let sin = match turn {

@@ -2,6 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, TensorData};
+use lora_core::multiply_add;
 
 /// A `[vocab, hidden]` table in pieces of at most [`PIECE_BYTES`], because graphics adapters limit how
 /// large one buffer may be.
@@ -69,14 +70,15 @@ impl VocabTable {
     /// - `hidden`: `[m, hidden]`
     /// - output: `[m, vocab]`
     pub fn scores(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let products = self.pieces.iter().map(|piece| {
-            let piece = match hidden.is_autodiff() {
-                true => value(piece).autodiff(),
-                false => value(piece),
-            };
-            hidden.clone().matmul(piece.transpose())
+        let products = self.pieces.iter().map(|piece| match hidden.is_autodiff() {
+            true => hidden.clone().matmul(value(piece).autodiff().transpose()),
+            false => multiply_add(None, 1.0, hidden.clone(), value(piece).transpose()),
         });
-        Tensor::cat(products.collect(), 1)
+        let mut products: Vec<Tensor<2>> = products.collect();
+        match products.len() {
+            1 => products.remove(0),
+            _ => Tensor::cat(products, 1),
+        }
     }
 
     /// The gradient of `hidden` from that of [`scores`](Self::scores), outside any tape.
@@ -87,16 +89,15 @@ impl VocabTable {
     /// - output: `[m, hidden]`
     pub fn scores_backward(&self, gradient: Tensor<2>) -> Tensor<2> {
         let mut start = 0;
-        let mut products = self.pieces.iter().map(|piece| {
+        let mut sum = None;
+        for piece in &self.pieces {
             let piece = piece.val().without_autodiff();
             let rows = piece.dims()[0];
+            let gradient = gradient.clone().narrow(1, start, rows);
+            sum = Some(multiply_add(sum, 1.0, gradient, piece));
             start += rows;
-            gradient.clone().narrow(1, start - rows, rows).matmul(piece)
-        });
-        match products.next() {
-            Some(first) => products.fold(first, |sum, product| sum + product),
-            None => gradient.narrow(1, 0, 0),
         }
+        sum.unwrap_or_else(|| gradient.narrow(1, 0, 0))
     }
 }
 

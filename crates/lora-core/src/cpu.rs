@@ -134,7 +134,11 @@ impl<'a> Matrix<'a> {
     ) -> Self {
         if rows > 0 && columns > 0 {
             let last = (rows - 1) * row_stride + (columns - 1) * column_stride;
-            assert!(last < data.len(), "a {rows}x{columns} view passes its {} elements", data.len());
+            assert!(
+                last < data.len(),
+                "a {rows}x{columns} view passes its {} elements",
+                data.len()
+            );
         }
         Self {
             data,
@@ -428,10 +432,16 @@ pub fn max(a: &[f32]) -> f32 {
     let mut best = [f32::NEG_INFINITY; LANES];
     for a in lanes {
         for lane in 0..LANES {
-            best[lane] = if a[lane] > best[lane] { a[lane] } else { best[lane] };
+            best[lane] = if a[lane] > best[lane] {
+                a[lane]
+            } else {
+                best[lane]
+            };
         }
     }
-    best.iter().chain(rest).fold(f32::NEG_INFINITY, |a, b| a.max(*b))
+    best.iter()
+        .chain(rest)
+        .fold(f32::NEG_INFINITY, |a, b| a.max(*b))
 }
 
 /// Replaces each xᵢ by e to the power of xᵢ - `shift` and gives their sum.
@@ -496,7 +506,14 @@ mod tests {
             }
         }
         let mut twice = got.clone();
-        multiply(MatrixMut::new(&mut twice, 3, 5, 5), true, 2.0, left, right, Threads::One);
+        multiply(
+            MatrixMut::new(&mut twice, 3, 5, 5),
+            true,
+            2.0,
+            left,
+            right,
+            Threads::One,
+        );
         for (twice, once) in twice.iter().zip(&got) {
             assert!((twice - 2.0 * once).abs() < 1e-5);
         }
@@ -535,6 +552,11 @@ mod tests {
                 value.write((first * width + i) as f32);
             }
         });
-        assert!(filled.iter().enumerate().all(|(i, value)| *value == i as f32));
+        assert!(
+            filled
+                .iter()
+                .enumerate()
+                .all(|(i, value)| *value == i as f32)
+        );
     }
 }

@@ -56,7 +56,7 @@ impl AdapterDropout {
             .collect();
         let options = (&x.device().without_autodiff(), x.dtype());
         let mask = Tensor::<2>::from_data(TensorData::new(mask, [n, d]), options);
-        x * Tensor::from_inner(mask)
+        x * mask
     }
 }
 

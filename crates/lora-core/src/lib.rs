@@ -53,5 +53,6 @@ pub use frozen_linear::{frozen_linear, frozen_linear_backward};
 pub use init::{kaiming_uniform, normal};
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};
+pub use products::multiply_add;
 pub use quantize::{BLOCK, Quantization, QuantizationError, quantize, quantize_data};
 pub use random::CounterRng;

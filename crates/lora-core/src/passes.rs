@@ -12,7 +12,7 @@ use burn::module::Param;
 use burn::tensor::{DType, Tensor};
 
 use crate::frozen_linear::{Direction, frozen_product};
-use crate::{LoraLinear, products};
+use crate::{LoraLinear, multiply_add};
 
 /// Layers that take the same input, run together outside any tape.
 ///
@@ -67,7 +67,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             match (&low.0[i], layer.adapter()) {
                 (Some(low), Some(adapter)) => {
                     let b = factor(&adapter.b, x.dtype());
-                    products::add(Some(y), adapter.scale, low.clone(), b)
+                    multiply_add(Some(y), adapter.scale, low.clone(), b)
                 }
                 _ => y,
             }
@@ -97,10 +97,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             let adapter = self.layers[i].adapter()?;
             let low = low.0[i].clone()?;
             let gradient = &gradients[i];
-            let b = products::add(None, adapter.scale, low.transpose(), gradient.clone());
+            let b = multiply_add(None, adapter.scale, low.transpose(), gradient.clone());
             collect(&adapter.b, b.cast(DType::F32));
             let b = factor(&adapter.b, dtype).transpose();
-            Some(products::add(None, adapter.scale, gradient.clone(), b))
+            Some(multiply_add(None, adapter.scale, gradient.clone(), b))
         });
         let mut below = None;
         if input_gradient {
@@ -128,10 +128,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             return LowRank(std::array::from_fn(|i| {
                 let adapter = self.layers[i].adapter()?;
                 let a = factor(&adapter.a, x.dtype());
-                Some(products::add(None, 1.0, self.dropped(i, x.clone()), a))
+                Some(multiply_add(None, 1.0, self.dropped(i, x.clone()), a))
             }));
         }
-        let low = products::add(None, 1.0, x.clone(), self.all_a(x.dtype()));
+        let low = multiply_add(None, 1.0, x.clone(), self.all_a(x.dtype()));
         let mut start = 0;
         LowRank(std::array::from_fn(|i| {
             let r = self.layers[i].adapter()?.a.lazy_shape()[1];
@@ -163,7 +163,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             1 => all.remove(0),
             _ => Tensor::cat(all, 1),
         };
-        let a_gradients = products::add(None, 1.0, x.transpose(), all.clone());
+        let a_gradients = multiply_add(None, 1.0, x.transpose(), all.clone());
         let mut start = 0;
         for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
             let r = adapter.a.lazy_shape()[1];
@@ -173,7 +173,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
         if let Some(sum) = below.take() {
             let a = self.all_a(dtype).transpose();
-            *below = Some(products::add(Some(sum), 1.0, all, a));
+            *below = Some(multiply_add(Some(sum), 1.0, all, a));
         }
     }
 
@@ -189,11 +189,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 continue;
             };
             let dropped = self.dropped(i, x.clone());
-            let a = products::add(None, 1.0, dropped.transpose(), gradient.clone());
+            let a = multiply_add(None, 1.0, dropped.transpose(), gradient.clone());
             collect(&adapter.a, a.cast(DType::F32));
             if let Some(sum) = below.take() {
                 let a = factor(&adapter.a, x.dtype()).transpose();
-                let through = products::add(None, 1.0, gradient, a);
+                let through = multiply_add(None, 1.0, gradient, a);
                 // The mask scales what it keeps, in both directions alike.
                 *below = Some(sum + self.dropped(i, through));
             }

@@ -12,7 +12,7 @@ use crate::cpu::{self, Matrix, MatrixMut, Threads};
 /// - `left`: `[n, k]`
 /// - `right`: `[k, m]`
 /// - `sum`, output: `[n, m]`
-pub(crate) fn add(
+pub fn multiply_add(
     sum: Option<Tensor<2>>,
     scale: f64,
     left: Tensor<2>,
@@ -110,10 +110,16 @@ mod tests {
             got.into_data()
                 .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
         };
-        same(add(None, 0.5, x.clone(), right.clone()), product.clone());
+        same(
+            multiply_add(None, 0.5, x.clone(), right.clone()),
+            product.clone(),
+        );
         // A sum that somebody else holds too keeps its values.
         let (kept, before) = (sum.clone(), sum.clone().into_data());
-        same(add(Some(sum.clone()), 0.5, x, right), sum + product);
+        same(
+            multiply_add(Some(sum.clone()), 0.5, x, right),
+            sum + product,
+        );
         kept.into_data().assert_eq(&before, true);
     }
 }

@@ -220,8 +220,9 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         quantization: train::quantization(&config),
         float_bytes: if args.gpu { 2 } else { 4 },
         gradient_checkpointing: config.gradient_checkpointing != crate::config::Checkpointing::Off,
+        accumulates: config.gradient_accumulation_steps > 1,
         on_gpu: args.gpu,
-        workload: Workload::largest(config.batch_size, length, config.max_batch_tokens),
+        workload: Workload::largest(config.batch_size.rows(), length, config.max_batch_tokens),
     };
     let plan = Plan::new(&model, &options)?;
     let mut out = std::io::stdout().lock();

@@ -11,7 +11,7 @@ use std::time::Instant;
 
 use burn::module::{Param, ParamId};
 use burn::optim::GradientsParams;
-use burn::tensor::{DType, Int, Tensor};
+use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
 use llama_burn::{Activations, DecoderLayer, LayerPass, Llama, PackedContext};
 use lora_core::CounterRng;
 
@@ -112,7 +112,8 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let hidden = passes.supervised(hidden);
     let forward = started.elapsed();
 
-    let (sums, mut gradient) = loss::loss_and_gradient(model, hidden, batch);
+    let (sums, gradient) = loss::loss_and_gradient(model, hidden, batch);
+    let mut gradient = passes.spread(gradient, batch.tokens.ids.len());
     into.totals.add(sums);
     let loss = started.elapsed();
 
@@ -197,21 +198,42 @@ impl<'a> Passes<'a> {
 
     fn layer(&self, index: usize) -> LayerPass<'_> {
         let seeds = self.dropout_seeds.as_ref();
-        let last = index + 1 == self.model.layers.len();
         LayerPass {
             layer: &self.model.layers[index],
             context: &self.context,
             dropout_seed: seeds.map(|seeds| seeds.fork(index as u64).next_u64()),
-            wanted: last.then_some(&self.supervised),
+            wanted: self.narrows(index).then_some(&self.supervised),
         }
     }
 
-    /// The last layer has given these tokens only; a model without layers has given all.
+    /// Whether this layer goes on with the supervised tokens only: the last one does, unless dropout
+    /// draws masks for all tokens.
+    fn narrows(&self, index: usize) -> bool {
+        let Some(layer) = self.model.layers.get(index) else {
+            return false;
+        };
+        let linears = layer.linears();
+        let drops = linears.iter().any(|(_, linear)| linear.dropout.prob > 0.0);
+        index + 1 == self.model.layers.len() && !(drops && self.dropout_seeds.is_some())
+    }
+
+    /// The output of the last layer at the supervised tokens.
     fn supervised(&self, hidden: Tensor<2>) -> Tensor<2> {
-        match self.model.layers.is_empty() {
-            true => hidden.select(0, self.supervised.clone()),
-            false => hidden,
+        match self.narrows(self.model.layers.len().saturating_sub(1)) {
+            true => hidden,
+            false => hidden.select(0, self.supervised.clone()),
         }
+    }
+
+    /// The gradient of the last layer's output from that at the supervised tokens; `n` tokens.
+    fn spread(&self, gradient: Tensor<2>, n: usize) -> Tensor<2> {
+        if self.narrows(self.model.layers.len().saturating_sub(1)) {
+            return gradient;
+        }
+        let shape = [n, gradient.dims()[1]];
+        let nothing = Tensor::zeros(shape, (&gradient.device(), gradient.dtype()));
+        let positions = self.supervised.clone();
+        nothing.select_assign(0, positions, gradient, IndexingUpdateOp::Add)
     }
 }
 

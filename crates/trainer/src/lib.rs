@@ -19,6 +19,7 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod embedded;
+pub mod fit;
 pub mod gradients;
 pub mod human;
 pub mod loss;

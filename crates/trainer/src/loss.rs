@@ -127,7 +127,9 @@ fn piece(
     let best = logits.clone().argmax(1).reshape([tokens]);
     let log_probabilities = log_softmax(logits, 1);
     let chosen = log_probabilities.clone().gather(1, targets.clone());
-    let one_less = Tensor::<2>::ones([tokens, 1], &hidden.device()).cast(DType::F32).neg();
+    let one_less = Tensor::<2>::ones([tokens, 1], &hidden.device())
+        .cast(DType::F32)
+        .neg();
     let gradient = log_probabilities
         .exp()
         .scatter(1, targets, one_less, IndexingUpdateOp::Add);
@@ -184,7 +186,9 @@ fn sums(loss: f64, predicted: &[u32], batch: &Batch) -> LossSums {
     let mut next = 0;
     for targets in &batch.targets_per_row {
         let of_row = next..next + targets;
-        let hits = of_row.filter(|i| predicted[*i] == batch.target_ids[*i]).count();
+        let hits = of_row
+            .filter(|i| predicted[*i] == batch.target_ids[*i])
+            .count();
         next += targets;
         sums.correct += hits;
         sums.rows += 1;

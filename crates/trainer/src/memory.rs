@@ -25,12 +25,40 @@ pub fn peak() -> u64 {
     resident().map_or(0, |memory| memory.peak)
 }
 
+/// Bytes that this process can have: what the system has free, within the limit of the container that
+/// it may be in, and what it has already. `None` where nobody tells.
+pub fn available() -> Option<u64> {
+    platform::free().map(|free| free + resident().map_or(0, |memory| memory.current))
+}
+
 #[cfg(target_os = "linux")]
 mod platform {
     use super::ResidentMemory;
 
     pub fn resident() -> Option<ResidentMemory> {
         parse(&std::fs::read_to_string("/proc/self/status").ok()?)
+    }
+
+    /// `MemAvailable` (proc_meminfo(5)), and what is left of the control group's `memory.max`.
+    pub fn free() -> Option<u64> {
+        let read = |path: &str| std::fs::read_to_string(path).ok();
+        let system = available(&read("/proc/meminfo")?)?;
+        let bytes = |path: &str| read(path)?.trim().parse::<u64>().ok();
+        let limit = bytes("/sys/fs/cgroup/memory.max");
+        let used = bytes("/sys/fs/cgroup/memory.current");
+        let left = limit
+            .zip(used)
+            .map(|(limit, used)| limit.saturating_sub(used));
+        Some(left.map_or(system, |left| left.min(system)))
+    }
+
+    /// `MemAvailable:   12345 kB`.
+    pub fn available(meminfo: &str) -> Option<u64> {
+        let line = meminfo
+            .lines()
+            .find_map(|line| line.strip_prefix("MemAvailable:"))?;
+        let kib: u64 = line.trim().strip_suffix("kB")?.trim().parse().ok()?;
+        kib.checked_mul(1024)
     }
 
     /// `VmHWM:     12345 kB`, where kB means 1,024 bytes (proc_pid_status(5)).
@@ -48,6 +76,10 @@ mod platform {
 #[cfg(all(unix, not(target_os = "linux")))]
 mod platform {
     use super::ResidentMemory;
+
+    pub fn free() -> Option<u64> {
+        None
+    }
 
     pub fn resident() -> Option<ResidentMemory> {
         let current = memory_stats::memory_stats()?.physical_mem as u64;
@@ -79,6 +111,10 @@ mod platform {
 
     use super::ResidentMemory;
 
+    pub fn free() -> Option<u64> {
+        None
+    }
+
     pub fn resident() -> Option<ResidentMemory> {
         let size = size_of::<PROCESS_MEMORY_COUNTERS>() as u32;
         let mut counters = PROCESS_MEMORY_COUNTERS {
@@ -96,6 +132,10 @@ mod platform {
 
 #[cfg(not(any(unix, windows)))]
 mod platform {
+    pub fn free() -> Option<u64> {
+        None
+    }
+
     pub fn resident() -> Option<super::ResidentMemory> {
         None
     }
@@ -121,6 +161,15 @@ mod tests {
         let least = size as u64 - (1 << 20);
         assert!(during.current >= least && during.peak >= least);
         assert!(resident().unwrap().peak >= least);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn what_is_free_is_read_from_the_kernels_table() {
+        let table = "MemTotal:  100 kB\nMemAvailable:    2048 kB\n";
+        assert_eq!(platform::available(table), Some(2 << 20));
+        assert_eq!(platform::available("MemAvailable: 5"), None);
+        assert!(available().is_some_and(|bytes| bytes > 1 << 20));
     }
 
     #[cfg(target_os = "linux")]

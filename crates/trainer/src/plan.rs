@@ -1,15 +1,16 @@
 //! What a run will need, from shapes alone: parameters, and peak memory by part.
 //!
 //! Memory in use is highest in one of a step's phases: the loss, or the backward pass through the
-//! feed-forward or the attention block of the last layer. The plan adds up what lives in each and
-//! takes the largest. How many copies of what a phase holds was measured with a counting allocator
-//! on the CPU; the tests at the end of `plan/activations.rs` hold those measurements.
+//! feed-forward or the attention block of the last layers. The plan adds up what lives in each and
+//! takes the largest; `tests/tests/plan.rs` counts the bytes of real passes and compares.
 
 mod activations;
 mod report;
 
 use llama_burn::LlamaConfig;
 use lora_core::{LoraConfig, LoraError, ParameterCounts, Quantization, TargetModules};
+
+use crate::data::Batch;
 
 pub use report::{alternatives, shape};
 
@@ -24,6 +25,8 @@ pub struct PlanOptions {
     pub float_bytes: usize,
     /// Whether a layer's activations are recomputed in the backward pass.
     pub gradient_checkpointing: bool,
+    /// Whether a step adds up several micro-batches.
+    pub accumulates: bool,
     /// Whether the model is on a GPU; then the program's own memory is not part of the sum.
     pub on_gpu: bool,
     /// The largest micro-batch.
@@ -65,6 +68,21 @@ impl Workload {
             longest_row: lengths.iter().copied().max().unwrap_or(0),
             tokens: lengths.iter().sum(),
             supervised,
+        }
+    }
+
+    /// A packed micro-batch: what is shared counts once.
+    pub fn of_batch(batch: &Batch) -> Self {
+        let segments = batch.tokens.segments.iter();
+        let rows = segments.zip(batch.tokens.offsets());
+        Self {
+            rows: batch.tokens.segments.len(),
+            longest_row: rows
+                .map(|(segment, offset)| offset + segment.length)
+                .max()
+                .unwrap_or(0),
+            tokens: batch.tokens.ids.len(),
+            supervised: batch.target_ids.len(),
         }
     }
 }
@@ -121,21 +139,24 @@ impl Plan {
             parameters: None,
             bytes: copies * counts.adapter_bytes,
         };
+        let peak = activations::peak(model, options, counts.adapter_bytes)?;
         let adapters = vec![
             Part {
                 parameters: Some(counts.trainable),
                 ..adapter(&options.adapter_name(), 1)
             },
-            adapter("their gradients", 1),
+            Part {
+                bytes: peak.adapter_gradients,
+                ..adapter("their gradients at that time", 1)
+            },
             adapter("AdamW's two moments of each", 2),
         ];
-        let (phase, step) = activations::peak(model, options)?;
         Ok(Self {
             counts,
             base,
             adapters,
-            step,
-            phase,
+            step: peak.step,
+            phase: peak.phase,
             program: if options.on_gpu { 0 } else { PROGRAM },
             loading: loading(model),
         })
@@ -150,6 +171,14 @@ impl Plan {
     /// Bytes at the peak of loading, the mapped weight files included.
     pub fn loading_peak(&self) -> u64 {
         self.base_bytes() + self.loading.bytes + self.program
+    }
+
+    /// Bytes at the peak of the run, whether that is in loading or in training.
+    pub fn resident_peak(&self) -> u64 {
+        match self.program {
+            0 => self.peak(),
+            _ => self.peak().max(self.loading_peak()),
+        }
     }
 
     /// Bytes of the base model.
@@ -310,6 +339,7 @@ mod tests {
             quantization: Quantization::Bits8,
             float_bytes: 4,
             gradient_checkpointing: true,
+            accumulates: false,
             on_gpu: false,
             workload: Workload::of_rows(&[64; 8], 16),
         }

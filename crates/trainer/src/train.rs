@@ -7,17 +7,18 @@ use burn::tensor::{DType, FloatDType};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{CounterRng, LoraError, Quantization};
 
-use crate::config::{Checkpointing, ComputeDtype, Config, Problems};
+use crate::config::{ComputeDtype, Config, Problems};
 use crate::data::{self, Data, DataError, Dataset, Order, Prefixes};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
+use crate::fit::{self, Fit, FitError};
 use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::loss::LossSums;
 use crate::metrics::{MetricsError, MetricsWriter, TrainLine, ValidationLine};
 use crate::optimizer::AdamW;
 use crate::output::{self, Existing, OutputError, OutputFolder};
 use crate::peft::{AdapterConfig, AdapterError, AdapterTensors, write_adapter};
-use crate::plan::{self, Plan, PlanOptions, Workload};
+use crate::plan;
 use crate::schedule::Schedule;
 use crate::screen::{
     AdapterSummary, DataSummary, RunResult, RunSummary, Scores, Screen, StepSummary,
@@ -38,6 +39,8 @@ pub enum TrainError {
     Data(#[from] DataError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Fit(#[from] FitError),
     #[error(transparent)]
     Output(#[from] OutputError),
     #[error(transparent)]
@@ -142,8 +145,8 @@ pub fn train(
     let data = files.data(config, &model_config)?;
     let selected = device::select(backend)?;
     let dtype = compute_dtype(config, &selected)?;
-    let plan_options = plan_options(config, &selected, dtype, &data);
-    let (plan, gradient_checkpointing) = plan(config, &model_config, plan_options)?;
+    let fit = fit::fit(config, &model_config, &selected, dtype, &data)?;
+    let (plan, gradient_checkpointing) = (&fit.plan, fit.gradient_checkpointing);
     device::self_test(&selected)?;
     let folder = OutputFolder::prepare(&config.output_dir, existing)?;
     output::write_atomically(&folder.config(), config.to_toml().as_bytes())?;
@@ -174,8 +177,8 @@ pub fn train(
     let order = Order::new(
         config.seed,
         &data.train,
-        config.batch_size,
-        config.gradient_accumulation_steps,
+        fit.batch_size,
+        fit.gradient_accumulation_steps,
         config.max_batch_tokens,
     );
     let total_steps = order.total_steps(config.num_epochs, config.max_steps);
@@ -213,8 +216,8 @@ pub fn train(
         steps: StepSummary {
             total: total_steps,
             epochs: order.epoch_at(total_steps),
-            batch_size: config.batch_size,
-            gradient_accumulation_steps: config.gradient_accumulation_steps,
+            batch_size: fit.batch_size,
+            gradient_accumulation_steps: fit.gradient_accumulation_steps,
             learning_rate: config.learning_rate,
             schedule: format!("{:?}", config.lr_scheduler).to_lowercase(),
             logging_steps: config.logging_steps,
@@ -223,10 +226,10 @@ pub fn train(
         warnings: selected.warning().into_iter().collect(),
     });
 
-    let prefixes = prefixes(config);
+    let prefixes = fit.prefixes;
     let run = Run {
         config,
-        prefixes,
+        fit: &fit,
         data: &data,
         selected: &selected,
     };
@@ -318,7 +321,7 @@ pub fn train(
 /// What stays the same over a run.
 struct Run<'a> {
     config: &'a Config,
-    prefixes: Prefixes,
+    fit: &'a Fit,
     data: &'a Data,
     selected: &'a Selected,
 }
@@ -339,8 +342,8 @@ impl Run<'_> {
         }
         let started = Instant::now();
         let mut sums = LossSums::default();
-        for indices in rows.in_order(self.config.batch_size, self.config.max_batch_tokens) {
-            let batch = rows.batch(&indices, self.prefixes);
+        for indices in rows.in_order(self.fit.batch_size, self.config.max_batch_tokens) {
+            let batch = rows.batch(&indices, self.fit.prefixes);
             sums.add(gradients::evaluate(model, &batch));
             screen.validating(sums.rows, rows.len());
         }
@@ -419,14 +422,6 @@ pub fn quantization(config: &Config) -> Quantization {
     Quantization::from_bits(config.quant_bits).unwrap_or(Quantization::None)
 }
 
-/// Whether beginnings are shared. Dropout draws a mask for each row: shared, they would have one.
-pub fn prefixes(config: &Config) -> Prefixes {
-    match config.share_prefixes && config.lora_dropout == 0.0 {
-        true => Prefixes::Shared,
-        false => Prefixes::Apart,
-    }
-}
-
 fn compute_dtype(config: &Config, selected: &Selected) -> Result<FloatDType, DeviceError> {
     let requested = match config.compute_dtype {
         ComputeDtype::Auto => None,
@@ -435,45 +430,6 @@ fn compute_dtype(config: &Config, selected: &Selected) -> Result<FloatDType, Dev
         ComputeDtype::F16 => Some(FloatDType::F16),
     };
     device::compute_dtype(selected, requested)
-}
-
-fn plan_options(
-    config: &Config,
-    selected: &Selected,
-    dtype: FloatDType,
-    data: &Data,
-) -> PlanOptions {
-    // The heaviest micro-batch that can come up: the longest rows together.
-    let mut lengths: Vec<usize> = data.train.lengths().collect();
-    lengths.sort_unstable_by(|a, b| b.cmp(a));
-    lengths.truncate(config.batch_size);
-    let supervised = data.train.longest_target() * lengths.len();
-    PlanOptions {
-        lora: config.lora_config(),
-        quantization: quantization(config),
-        float_bytes: DType::from(dtype).size(),
-        gradient_checkpointing: true,
-        on_gpu: selected.backend != Backend::Cpu,
-        workload: Workload::of_rows(&lengths, supervised),
-    }
-}
-
-/// The plan, and whether to recompute activations. `auto` keeps them where all fits into a gigabyte.
-fn plan(
-    config: &Config,
-    model: &LlamaConfig,
-    mut options: PlanOptions,
-) -> Result<(Plan, bool), LoraError> {
-    const SMALL: u64 = 1 << 30;
-    let recomputing = Plan::new(model, &options)?;
-    options.gradient_checkpointing = false;
-    let keeping = Plan::new(model, &options)?;
-    Ok(match config.gradient_checkpointing {
-        Checkpointing::On => (recomputing, true),
-        Checkpointing::Off => (keeping, false),
-        Checkpointing::Auto if keeping.peak() < SMALL => (keeping, false),
-        Checkpointing::Auto => (recomputing, true),
-    })
 }
 
 fn run_name(config: &Config) -> String {

@@ -36,30 +36,39 @@ struct Tile {
 }
 
 /// The output `[n, heads · d]` and each query's log-sum-exp of scores, `[n, heads]`.
-pub(super) fn forward(inputs: Inputs, spans: &Spans, heads: Heads, n: usize) -> (Vec<f32>, Vec<f32>) {
+pub(super) fn forward(
+    inputs: Inputs,
+    spans: &Spans,
+    heads: Heads,
+    n: usize,
+) -> (Vec<f32>, Vec<f32>) {
     let mut output = vec![0f32; n * heads.query_width()];
     let mut log_sums = vec![0f32; n * heads.query];
     let (out, sums) = (Shared::new(&mut output), Shared::new(&mut log_sums));
-    query_tiles(spans, heads).into_par_iter().for_each_init(Vec::new, |scores, tile| {
-        let span = &spans.0[tile.segment];
-        let keys = Keys::new(span, tile);
-        scores.resize(tile.count * keys.count, 0.0);
-        keys.scores(inputs, heads, tile, scores);
-        cpu::vectorized(|| {
-            for (i, row) in scores.chunks_exact_mut(keys.count).enumerate() {
-                let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
-                let largest = cpu::max(seen);
-                let sum = cpu::exp_and_sum(seen, largest);
-                let scale = 1.0 / sum;
-                seen.iter_mut().for_each(|weight| *weight *= scale);
-                hidden.fill(0.0);
-                // SAFETY: this query and head are this task's.
-                unsafe { *sums.at((keys.query(i)) * heads.query + tile.head) = largest + sum.ln() };
-            }
+    query_tiles(spans, heads)
+        .into_par_iter()
+        .for_each_init(Vec::new, |scores, tile| {
+            let span = &spans.0[tile.segment];
+            let keys = Keys::new(span, tile);
+            scores.resize(tile.count * keys.count, 0.0);
+            keys.scores(inputs, heads, tile, scores);
+            cpu::vectorized(|| {
+                for (i, row) in scores.chunks_exact_mut(keys.count).enumerate() {
+                    let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
+                    let largest = cpu::max(seen);
+                    let sum = cpu::exp_and_sum(seen, largest);
+                    let scale = 1.0 / sum;
+                    seen.iter_mut().for_each(|weight| *weight *= scale);
+                    hidden.fill(0.0);
+                    // SAFETY: this query and head are this task's.
+                    unsafe {
+                        *sums.at((keys.query(i)) * heads.query + tile.head) = largest + sum.ln()
+                    };
+                }
+            });
+            // SAFETY: these rows' columns of this head are this task's.
+            unsafe { keys.mix(inputs.v, heads, tile, scores, 1.0, out) };
         });
-        // SAFETY: these rows' columns of this head are this task's.
-        unsafe { keys.mix(inputs.v, heads, tile, scores, 1.0, out) };
-    });
     (output, log_sums)
 }
 
@@ -99,31 +108,39 @@ struct Upstream<'a> {
     deltas: &'a [f32],
 }
 
-fn query_gradients(inputs: Inputs, upstream: Upstream, spans: &Spans, heads: Heads, n: usize) -> Vec<f32> {
+fn query_gradients(
+    inputs: Inputs,
+    upstream: Upstream,
+    spans: &Spans,
+    heads: Heads,
+    n: usize,
+) -> Vec<f32> {
     let mut gradients = vec![0f32; n * heads.query_width()];
     let out = Shared::new(&mut gradients);
     let scratch = || (Vec::new(), Vec::new());
-    query_tiles(spans, heads).into_par_iter().for_each_init(scratch, |(scores, through), tile| {
-        let keys = Keys::new(&spans.0[tile.segment], tile);
-        scores.resize(tile.count * keys.count, 0.0);
-        through.resize(tile.count * keys.count, 0.0);
-        keys.scores(inputs, heads, tile, scores);
-        keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, through);
-        cpu::vectorized(|| {
-            let rows = scores.chunks_exact_mut(keys.count);
-            for (i, (row, through)) in rows.zip(through.chunks_exact(keys.count)).enumerate() {
-                let at = keys.query(i) * heads.query + tile.head;
-                let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
-                let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
-                for (score, through) in seen.iter_mut().zip(through) {
-                    *score = cpu::exp(*score - log_sum) * (through - delta);
+    query_tiles(spans, heads)
+        .into_par_iter()
+        .for_each_init(scratch, |(scores, through), tile| {
+            let keys = Keys::new(&spans.0[tile.segment], tile);
+            scores.resize(tile.count * keys.count, 0.0);
+            through.resize(tile.count * keys.count, 0.0);
+            keys.scores(inputs, heads, tile, scores);
+            keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, through);
+            cpu::vectorized(|| {
+                let rows = scores.chunks_exact_mut(keys.count);
+                for (i, (row, through)) in rows.zip(through.chunks_exact(keys.count)).enumerate() {
+                    let at = keys.query(i) * heads.query + tile.head;
+                    let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
+                    let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
+                    for (score, through) in seen.iter_mut().zip(through) {
+                        *score = cpu::exp(*score - log_sum) * (through - delta);
+                    }
+                    hidden.fill(0.0);
                 }
-                hidden.fill(0.0);
-            }
+            });
+            // SAFETY: these rows' columns of this head are this task's.
+            unsafe { keys.mix(inputs.k, heads, tile, scores, heads.scale(), out) };
         });
-        // SAFETY: these rows' columns of this head are this task's.
-        unsafe { keys.mix(inputs.k, heads, tile, scores, heads.scale(), out) };
-    });
     gradients
 }
 
@@ -146,58 +163,73 @@ fn key_gradients(
         }
     }
     let scratch = || (Vec::new(), Vec::new());
-    tasks.into_par_iter().for_each_init(scratch, |(weights, through), (segment, key_head, first)| {
-        let own = &spans.0[segment].own;
-        let count = KEYS.min(own.len() - first);
-        let keys = own.start + first..own.start + first + count;
-        let k = heads.keys(inputs.k, &keys, key_head);
-        let v = heads.keys(inputs.v, &keys, key_head);
-        // SAFETY: these rows' columns of this head are this task's, and used by one product at a time.
-        let output = |out: Shared| unsafe {
-            let data = out.at(keys.start * width + key_head * heads.d);
-            MatrixMut::from_raw(data, count, heads.d, width)
-        };
-        for seer in &spans.0[segment].seen_by {
-            let queries = &spans.0[*seer].own;
-            let itself = *seer == segment;
-            // A segment's own queries before these keys do not see them.
-            let begin = if itself { first } else { 0 };
-            for from in (begin..queries.len()).step_by(QUERIES) {
-                let tokens = queries.start + from..(queries.start + from + QUERIES).min(queries.end);
-                weights.resize(tokens.len() * count, 0.0);
-                through.resize(tokens.len() * count, 0.0);
-                for head in heads.group(key_head) {
-                    let q = heads.queries(inputs.q, &tokens, head);
-                    let gradient = heads.queries(upstream.gradient, &tokens, head);
-                    let scores = MatrixMut::new(weights, tokens.len(), count, count);
-                    cpu::multiply(scores, false, heads.scale(), q, k.transposed(), Threads::One);
-                    let products = MatrixMut::new(through, tokens.len(), count, count);
-                    cpu::multiply(products, false, 1.0, gradient, v.transposed(), Threads::One);
-                    cpu::vectorized(|| {
-                        let rows = weights.chunks_exact_mut(count);
-                        for (i, (row, through)) in rows.zip(through.chunks_exact_mut(count)).enumerate() {
-                            let at = (tokens.start + i) * heads.query + head;
-                            let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
-                            let seen = match itself {
-                                true => (from + i + 1).saturating_sub(first).min(count),
-                                false => count,
-                            };
-                            for (weight, through) in row[..seen].iter_mut().zip(through.iter_mut()) {
-                                *weight = cpu::exp(*weight - log_sum);
-                                *through = *weight * (*through - delta);
+    tasks.into_par_iter().for_each_init(
+        scratch,
+        |(weights, through), (segment, key_head, first)| {
+            let own = &spans.0[segment].own;
+            let count = KEYS.min(own.len() - first);
+            let keys = own.start + first..own.start + first + count;
+            let k = heads.keys(inputs.k, &keys, key_head);
+            let v = heads.keys(inputs.v, &keys, key_head);
+            // SAFETY: these rows' columns of this head are this task's, and used by one product at a time.
+            let output = |out: Shared| unsafe {
+                let data = out.at(keys.start * width + key_head * heads.d);
+                MatrixMut::from_raw(data, count, heads.d, width)
+            };
+            for seer in &spans.0[segment].seen_by {
+                let queries = &spans.0[*seer].own;
+                let itself = *seer == segment;
+                // A segment's own queries before these keys do not see them.
+                let begin = if itself { first } else { 0 };
+                for from in (begin..queries.len()).step_by(QUERIES) {
+                    let tokens =
+                        queries.start + from..(queries.start + from + QUERIES).min(queries.end);
+                    weights.resize(tokens.len() * count, 0.0);
+                    through.resize(tokens.len() * count, 0.0);
+                    for head in heads.group(key_head) {
+                        let q = heads.queries(inputs.q, &tokens, head);
+                        let gradient = heads.queries(upstream.gradient, &tokens, head);
+                        let scores = MatrixMut::new(weights, tokens.len(), count, count);
+                        cpu::multiply(
+                            scores,
+                            false,
+                            heads.scale(),
+                            q,
+                            k.transposed(),
+                            Threads::One,
+                        );
+                        let products = MatrixMut::new(through, tokens.len(), count, count);
+                        cpu::multiply(products, false, 1.0, gradient, v.transposed(), Threads::One);
+                        cpu::vectorized(|| {
+                            let rows = weights.chunks_exact_mut(count);
+                            for (i, (row, through)) in
+                                rows.zip(through.chunks_exact_mut(count)).enumerate()
+                            {
+                                let at = (tokens.start + i) * heads.query + head;
+                                let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
+                                let seen = match itself {
+                                    true => (from + i + 1).saturating_sub(first).min(count),
+                                    false => count,
+                                };
+                                for (weight, through) in
+                                    row[..seen].iter_mut().zip(through.iter_mut())
+                                {
+                                    *weight = cpu::exp(*weight - log_sum);
+                                    *through = *weight * (*through - delta);
+                                }
+                                row[seen..].fill(0.0);
+                                through[seen..].fill(0.0);
                             }
-                            row[seen..].fill(0.0);
-                            through[seen..].fill(0.0);
-                        }
-                    });
-                    let weights = Matrix::new(weights, tokens.len(), count, count).transposed();
-                    cpu::multiply(output(v_out), true, 1.0, weights, gradient, Threads::One);
-                    let through = Matrix::new(through, tokens.len(), count, count).transposed();
-                    cpu::multiply(output(k_out), true, heads.scale(), through, q, Threads::One);
+                        });
+                        let weights = Matrix::new(weights, tokens.len(), count, count).transposed();
+                        cpu::multiply(output(v_out), true, 1.0, weights, gradient, Threads::One);
+                        let through = Matrix::new(through, tokens.len(), count, count).transposed();
+                        cpu::multiply(output(k_out), true, heads.scale(), through, q, Threads::One);
+                    }
                 }
             }
-        }
-    });
+        },
+    );
     (d_k, d_v)
 }
 
@@ -264,7 +296,15 @@ impl<'a> Keys<'a> {
     }
 
     /// `scale · left · rightᵀ` for the tile's rows of `left` and all keys' rows of `right`.
-    fn products(&self, left: &[f32], right: &[f32], heads: Heads, tile: Tile, scale: f32, out: &mut [f32]) {
+    fn products(
+        &self,
+        left: &[f32],
+        right: &[f32],
+        heads: Heads,
+        tile: Tile,
+        scale: f32,
+        out: &mut [f32],
+    ) {
         let left = heads.queries(left, &self.queries(tile), tile.head);
         for (place, range) in self.ranges() {
             let right = heads.keys(right, range, heads.key_head(tile.head));
@@ -278,7 +318,15 @@ impl<'a> Keys<'a> {
     /// # Safety
     ///
     /// Nobody else reads or writes those elements of `out` meanwhile.
-    unsafe fn mix(&self, rows: &[f32], heads: Heads, tile: Tile, weights: &[f32], scale: f32, out: Shared) {
+    unsafe fn mix(
+        &self,
+        rows: &[f32],
+        heads: Heads,
+        tile: Tile,
+        weights: &[f32],
+        scale: f32,
+        out: Shared,
+    ) {
         let width = heads.query_width();
         for (place, range) in self.ranges() {
             let weights = Matrix::new(&weights[place..], tile.count, range.len(), self.count);
@@ -319,13 +367,23 @@ impl Heads {
     /// The tokens' rows of one query head.
     fn queries<'a>(self, x: &'a [f32], tokens: &Range<usize>, head: usize) -> Matrix<'a> {
         let width = self.query_width();
-        Matrix::new(&x[tokens.start * width + head * self.d..], tokens.len(), self.d, width)
+        Matrix::new(
+            &x[tokens.start * width + head * self.d..],
+            tokens.len(),
+            self.d,
+            width,
+        )
     }
 
     /// The tokens' rows of one key head.
     fn keys<'a>(self, x: &'a [f32], tokens: &Range<usize>, head: usize) -> Matrix<'a> {
         let width = self.key_width();
-        Matrix::new(&x[tokens.start * width + head * self.d..], tokens.len(), self.d, width)
+        Matrix::new(
+            &x[tokens.start * width + head * self.d..],
+            tokens.len(),
+            self.d,
+            width,
+        )
     }
 }
 

@@ -3,6 +3,8 @@
 mod cpu;
 mod padded;
 
+pub use padded::SCORES_AT_ONCE;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use lora_core::LoraLinear;
@@ -187,7 +189,11 @@ mod tests {
         let begin: Vec<u32> = (0..90).map(|i| i % 40).collect();
         let row = |kept: usize, own: usize, token: u32| {
             let own = (0..own as u32).map(|i| (token + i) % 48);
-            begin[..kept].iter().copied().chain(own).collect::<Vec<u32>>()
+            begin[..kept]
+                .iter()
+                .copied()
+                .chain(own)
+                .collect::<Vec<u32>>()
         };
         vec![
             row(90, 3, 41),
@@ -229,7 +235,11 @@ mod tests {
             let got = attend_backward(attended, gradient.clone(), &context, HEADS);
             for (got, expected) in got.iter().zip(&expected) {
                 // f32 sums of some hundred products in another order.
-                assert!(distance(got, expected) < 2e-6, "{}", distance(got, expected));
+                assert!(
+                    distance(got, expected) < 2e-6,
+                    "{}",
+                    distance(got, expected)
+                );
             }
             for tile in [7, padded.queries] {
                 let (a, b, c) = (q.clone(), k.clone(), v.clone());
@@ -238,7 +248,11 @@ mod tests {
                 let (a, b, c) = (q.clone(), k.clone(), v.clone());
                 let got = padded::backward(a, b, c, gradient.clone(), padded, HEADS, tile);
                 for (got, expected) in got.iter().zip(&expected) {
-                    assert!(distance(got, expected) < 2e-6, "{}", distance(got, expected));
+                    assert!(
+                        distance(got, expected) < 2e-6,
+                        "{}",
+                        distance(got, expected)
+                    );
                 }
             }
         }

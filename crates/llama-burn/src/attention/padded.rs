@@ -10,13 +10,13 @@ use burn::tensor::{FloatDType, Tensor};
 use super::Heads;
 use crate::packed::Padded;
 
-/// Scores of a tile at most: 64 MiB in f32.
-const SCORES: usize = 1 << 24;
+/// Scores that exist at a time at most: 64 MiB in f32.
+pub const SCORES_AT_ONCE: usize = 1 << 24;
 
 /// Queries a tile.
 pub(super) fn tile(padded: &Padded, heads: Heads) -> usize {
     let a_query = padded.segments * heads.query * padded.keys;
-    (SCORES / a_query.max(1)).clamp(1, padded.queries.max(1))
+    (SCORES_AT_ONCE / a_query.max(1)).clamp(1, padded.queries.max(1))
 }
 
 /// Keys and values spread out, `[segments, key heads, keys, d]`.
@@ -61,16 +61,25 @@ impl<'a> Spread<'a> {
         let Heads { query, key, d } = self.heads;
         let (segments, keys) = (self.padded.segments, self.padded.keys);
         // The scale goes onto the queries, the smaller tensor; scores and softmax are f32.
-        let q = self.stack(&self.q, first, count).mul_scalar(1.0 / (d as f64).sqrt());
+        let q = self
+            .stack(&self.q, first, count)
+            .mul_scalar(1.0 / (d as f64).sqrt());
         let scores = q.clone().matmul(self.k.clone().swap_dims(2, 3));
-        let scores = scores.cast(FloatDType::F32).reshape([segments, query, count, keys]);
-        let mask = self.padded.mask(first, count, &scores.device().without_autodiff());
+        let scores = scores
+            .cast(FloatDType::F32)
+            .reshape([segments, query, count, keys]);
+        let mask = self
+            .padded
+            .mask(first, count, &scores.device().without_autodiff());
         let mask = match scores.is_autodiff() {
             true => mask.autodiff(),
             false => mask,
         };
         let weights = softmax(scores + mask, 3);
-        (q, weights.reshape([segments, key, query / key * count, keys]))
+        (
+            q,
+            weights.reshape([segments, key, query / key * count, keys]),
+        )
     }
 }
 
@@ -115,7 +124,10 @@ pub(super) fn backward(
     let gradient = match &padded.tokens {
         Some(tokens) => {
             let [segments, queries, ..] = gradient.dims();
-            let tokens = tokens.clone().cast(dtype).reshape([segments, queries, 1, 1]);
+            let tokens = tokens
+                .clone()
+                .cast(dtype)
+                .reshape([segments, queries, 1, 1]);
             gradient * tokens
         }
         None => gradient,
@@ -130,11 +142,15 @@ pub(super) fn backward(
         let gradient = spread.stack(&gradient, first, count);
         let low = weights.clone().cast(dtype);
         d_v = d_v + low.swap_dims(2, 3).matmul(gradient.clone());
-        let through = gradient.matmul(spread.v.clone().swap_dims(2, 3)).cast(FloatDType::F32);
+        let through = gradient
+            .matmul(spread.v.clone().swap_dims(2, 3))
+            .cast(FloatDType::F32);
         let delta = (weights.clone() * through.clone()).sum_dim(3);
         let scores = (weights * (through - delta)).cast(dtype);
         d_k = d_k + scores.clone().swap_dims(2, 3).matmul(q);
-        let tile = scores.matmul(spread.k.clone()).mul_scalar(1.0 / (heads.d as f64).sqrt());
+        let tile = scores
+            .matmul(spread.k.clone())
+            .mul_scalar(1.0 / (heads.d as f64).sqrt());
         d_q.push(spread.unstack(tile, count));
     }
     [

@@ -47,7 +47,11 @@ pub fn product(
     let output = match &mut sum {
         Some(sum) => {
             let sum = sum.as_mut_slice();
-            assert_eq!(sum.len(), n * width, "the sum has another shape than the product");
+            assert_eq!(
+                sum.len(),
+                n * width,
+                "the sum has another shape than the product"
+            );
             sum.as_mut_ptr()
         }
         None => {

@@ -18,7 +18,7 @@ use burn::backend::tensor::{FloatTensor, QuantizedTensor};
 use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Tensor};
 
-use crate::products;
+use crate::multiply_add;
 
 /// What a backend does for a frozen quantized weight. The bodies here are right everywhere; a
 /// backend overrides them where it has something faster.
@@ -204,7 +204,7 @@ pub(crate) fn frozen_product(
             Direction::Forward => weight,
             Direction::Backward => weight.transpose(),
         };
-        return products::add(sum, 1.0, x, weight);
+        return multiply_add(sum, 1.0, x, weight);
     }
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(match (sum, direction) {

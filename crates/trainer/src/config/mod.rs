@@ -27,7 +27,7 @@ use lora_core::{Init, LoraConfig, TargetModules};
 use crate::schedule::Decay;
 
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
-pub use words::{Checkpointing, ComputeDtype, PromptTemplate};
+pub use words::{BatchSize, Checkpointing, ComputeDtype, PromptTemplate};
 
 /// The word that stands for the model or the data built into this program.
 pub const EMBEDDED: &str = "embedded";
@@ -89,7 +89,7 @@ pub struct Config {
     /// Optimizer steps in all; overrides `num_epochs` where given, as in transformers.
     pub max_steps: Option<usize>,
     /// Rows of a micro-batch.
-    pub batch_size: usize,
+    pub batch_size: BatchSize,
     /// Tokens of a micro-batch at most: one with more is split, which changes no result. `None`: no limit.
     pub max_batch_tokens: Option<usize>,
     /// Micro-batches of an optimizer step.
@@ -258,7 +258,7 @@ mod tests {
             .join("../../configs/llama-3.1-8b-finlora-sentiment.toml");
         let config = Config::load(Some(&path), None, &[]).unwrap();
         assert_eq!(
-            (config.lora_r, config.quant_bits, config.batch_size),
+            (config.lora_r, config.quant_bits, config.batch_size.rows()),
             (8, 8, 8)
         );
         assert_eq!((config.learning_rate, config.num_epochs), (1e-4, 4.0));

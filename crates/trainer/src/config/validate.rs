@@ -8,7 +8,7 @@ use super::error::{ConfigError, Problem, Problems, nearest};
 use super::raw::RawConfig;
 use super::reader::{Parsed, Reader, boolean, number, text, whole, word};
 use super::value::Value;
-use super::words::{Checkpointing, PromptTemplate};
+use super::words::{BatchSize, Checkpointing, PromptTemplate};
 use super::{Config, files};
 use crate::schedule::Decay;
 
@@ -122,7 +122,7 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         learning_rate: r.or("learning_rate", 1e-4, positive()),
         num_epochs: r.or("num_epochs", 4.0, positive()),
         max_steps: r.optional("max_steps", whole(1)),
-        batch_size: r.or("batch_size", 8, whole(1)),
+        batch_size: r.or("batch_size", BatchSize::Rows(8), batch_size),
         max_batch_tokens,
         gradient_accumulation_steps: r.or("gradient_accumulation_steps", 1, whole(1)),
         warmup_steps,
@@ -182,6 +182,15 @@ fn quant_bits(value: &Value) -> Parsed<u8> {
         Ok(8) => Ok(8),
         Ok(16) => Ok(16),
         _ => Err("must be 4, 8, or 16 (not quantized)".into()),
+    }
+}
+
+fn batch_size(value: &Value) -> Parsed<BatchSize> {
+    match value {
+        Value::String(word) if word == "auto" => Ok(BatchSize::Auto),
+        _ => whole(1)(value)
+            .map(BatchSize::Rows)
+            .map_err(|message| format!("{message}, or \"auto\"")),
     }
 }
 

@@ -32,6 +32,26 @@ pub enum Checkpointing {
     Auto,
 }
 
+/// How many rows are computed at once.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BatchSize {
+    /// So many.
+    Rows(usize),
+    /// As many as memory allows of the rows of an update, which are 8 · `gradient_accumulation_steps`.
+    /// The update is the same however they are divided.
+    Auto,
+}
+
+impl BatchSize {
+    /// The rows of a micro-batch; for [`Auto`](Self::Auto), what an update's rows are counted in.
+    pub fn rows(self) -> usize {
+        match self {
+            Self::Rows(rows) => rows,
+            Self::Auto => 8,
+        }
+    }
+}
+
 /// How a row's context becomes the prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PromptTemplate {

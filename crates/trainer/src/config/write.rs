@@ -4,7 +4,7 @@ use lora_core::TargetModules;
 use toml::{Table, Value};
 
 use super::Config;
-use super::words::Word;
+use super::words::{BatchSize, Word};
 
 impl Config {
     /// The configuration as a TOML file that names every key; the same parser reads it back as the same
@@ -52,7 +52,11 @@ impl Config {
         set("learning_rate", self.learning_rate.into());
         set("num_epochs", self.num_epochs.into());
         set("max_steps", optional(self.max_steps));
-        set("batch_size", whole(self.batch_size));
+        let batch_size = match self.batch_size {
+            BatchSize::Rows(rows) => whole(rows),
+            BatchSize::Auto => "auto".into(),
+        };
+        set("batch_size", batch_size);
         set("max_batch_tokens", optional(self.max_batch_tokens));
         set(
             "gradient_accumulation_steps",

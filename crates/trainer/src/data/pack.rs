@@ -53,9 +53,11 @@ impl Batch {
             Prefixes::Shared => PackedTokens::sharing_prefixes(&ids, LEAST_SHARED),
             Prefixes::Apart => one_after_the_other(&ids),
         };
-        let targets = || rows.iter().zip(&places).flat_map(|(row, places)| {
-            row.targets.iter().map(|(at, id)| (places[*at], *id))
-        });
+        let targets = || {
+            rows.iter()
+                .zip(&places)
+                .flat_map(|(row, places)| row.targets.iter().map(|(at, id)| (places[*at], *id)))
+        };
         Self {
             tokens,
             target_positions: targets().map(|(place, _)| place).collect(),

@@ -164,7 +164,9 @@ fn batch() -> Batch {
     // The first and the last begin alike, so that devices are also compared on what is shared.
     let mut first: Vec<u32> = Vec::new();
     let rows = [21, 9, 14].map(|length| {
-        let mut row: Vec<u32> = (0..length).map(|_| (rng.next_u64() % vocab) as u32).collect();
+        let mut row: Vec<u32> = (0..length)
+            .map(|_| (rng.next_u64() % vocab) as u32)
+            .collect();
         match first.is_empty() {
             true => first.clone_from(&row),
             false if length == 14 => row[..10].copy_from_slice(&first[..10]),

@@ -124,7 +124,10 @@ fn batch(
     let mut rows = Vec::new();
     for (row, length) in lengths.iter().enumerate() {
         let row = row * width..row * width + length;
-        let ids: Result<Vec<u32>, _> = ids.values[row.clone()].iter().map(|id| token(*id)).collect();
+        let ids: Result<Vec<u32>, _> = ids.values[row.clone()]
+            .iter()
+            .map(|id| token(*id))
+            .collect();
         let mut targets = Vec::new();
         for (before, label) in labels.values[row].iter().skip(1).enumerate() {
             if *label != IGNORED {

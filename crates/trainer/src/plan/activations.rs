@@ -1,4 +1,8 @@
 //! What lives during a step besides the model and the adapters.
+//!
+//! The passes are written out (`llama-burn/src/passes.rs`), so what they keep can be counted tensor by
+//! tensor. A test of the workspace (`tests/tests/plan.rs`) counts every byte of real passes and
+//! compares.
 
 use llama_burn::LlamaConfig;
 use lora_core::{LoraError, ModuleSelector, Quantization};
@@ -6,65 +10,44 @@ use lora_core::{LoraError, ModuleSelector, Quantization};
 use super::{Part, PlanOptions};
 use crate::loss::positions_at_once;
 
-/// Copies of the scores of the vocabulary: scores, log-probabilities, gradient.
-const LOGITS: f64 = 3.0;
-
-/// What a layer leaves on the tape, in copies of a tensor of that size: its hidden-sized and
-/// query-sized tensors beside its input, keys and values, the feed-forward's, the attention scores.
-const TAPE: Copies = Copies {
-    hidden: 2.2,
-    query: 1.5,
-    key_value: 2.0,
-    feed_forward: 4.0,
-    scores: 3.0,
-};
-
-/// What the backward pass through the feed-forward block needs besides.
-const FEED_FORWARD_BACKWARD: Copies = Copies {
-    hidden: 1.8,
-    query: 0.0,
-    key_value: 0.0,
-    feed_forward: 1.06,
-    scores: 0.0,
-};
-
-/// What the backward pass through the attention block needs besides; the feed-forward's tape is
-/// gone by then.
-const ATTENTION_BACKWARD: Copies = Copies {
-    hidden: 1.8,
-    query: 0.0,
-    key_value: 0.0,
-    feed_forward: 0.0,
-    scores: 2.0,
-};
-
 /// Floats that the CPU unpacks of a weight at a time (lora-core's `frozen_linear`).
 const PANEL: usize = 256 * 1024;
 
-/// How often tensors of each size exist.
-#[derive(Debug, Clone, Copy)]
-struct Copies {
-    hidden: f64,
-    query: f64,
-    key_value: f64,
-    feed_forward: f64,
-    scores: f64,
-}
+/// Copies of a tile of attention scores on a GPU: scores, weights, their gradients, the mask.
+const SCORE_COPIES: f64 = 5.0;
 
 /// Bytes of a phase, by what they are for.
 #[derive(Debug, Clone, Copy, Default)]
 struct Bytes {
     inputs: f64,
-    layer: f64,
+    layers: f64,
+    gradients: f64,
     scores: f64,
     logits: f64,
     unpacked: f64,
+    /// Of the adapters' gradients, those that exist already.
+    adapters: f64,
 }
 
 impl Bytes {
     fn sum(self) -> f64 {
-        self.inputs + self.layer + self.scores + self.logits + self.unpacked
+        self.step() + self.adapters
     }
+
+    /// Without what is the adapters'.
+    fn step(self) -> f64 {
+        self.inputs + self.layers + self.gradients + self.scores + self.logits + self.unpacked
+    }
+}
+
+/// What is in use at the peak of a step.
+pub(super) struct Peak {
+    /// The phase that has it.
+    pub(super) phase: &'static str,
+    /// What lives then besides the model and the adapters.
+    pub(super) step: Vec<Part>,
+    /// Bytes of the adapters' gradients that exist then.
+    pub(super) adapter_gradients: u64,
 }
 
 /// The phase of a step in which the most memory is in use, and what is in use then.
@@ -75,45 +58,83 @@ impl Bytes {
 pub(super) fn peak(
     model: &LlamaConfig,
     options: &PlanOptions,
-) -> Result<(&'static str, Vec<Part>), LoraError> {
-    let sizes = Sizes::new(model, options);
+    adapter_bytes: u64,
+) -> Result<Peak, LoraError> {
     let adapted = Adapted::new(model, options)?;
+    let all = Sizes::new(model, options, &adapted, options.workload.tokens);
+    // The last layer goes on with the supervised tokens only.
+    let wanted = Sizes::new(model, options, &adapted, options.workload.supervised);
     let layers = adapted.layers as f64;
-    let tape = sizes.of(TAPE);
-    let adapters = adapted.tape(model, options) * sizes.tokens;
-    // With checkpointing one layer's tape exists at a time, and none while the loss is computed.
-    let (tapes, tapes_in_loss) = match options.gradient_checkpointing {
-        true => (1.0, 0.0),
-        false => (layers, layers),
+    let below = (layers - 1.0).max(0.0);
+    let checkpointing = options.gradient_checkpointing;
+    // How many whole layers' activations exist besides the layer that is being worked on.
+    let kept_layers = if checkpointing { 0.0 } else { below };
+    let inputs = layers * all.hidden;
+    let last = all.attention + wanted.feed_forward_block;
+    let unpacked = unpacked(model, options);
+
+    // From an earlier micro-batch there is a gradient of every adapter; else they come layer by layer.
+    let adapter_bytes = adapter_bytes as f64;
+    let of_layers = |count: f64| match options.accumulates {
+        true => adapter_bytes,
+        false => adapter_bytes * count / layers.max(1.0),
     };
-    let kept = Bytes {
-        inputs: layers * sizes.hidden,
-        scores: sizes.mask,
+
+    let supervised = options.workload.supervised;
+    let at_once = supervised.min(positions_at_once(model.vocab_size));
+    let loss = Bytes {
+        inputs,
+        layers: kept_layers * all.layer() + if checkpointing { 0.0 } else { last },
+        gradients: 3.0 * wanted.hidden,
+        adapters: of_layers(0.0),
+        logits: copies_of_scores(model) * 4.0 * (at_once * model.vocab_size) as f64,
         ..Bytes::default()
     };
-    let with_tapes = |tapes: f64| Bytes {
-        layer: tapes * (tape.layer + adapters),
-        scores: kept.scores + tapes * tape.scores,
-        ..kept
+    // The last layer's feed-forward activations are gone; the gradients of its output by query, key
+    // and value are as large as those.
+    let attention = Bytes {
+        inputs,
+        layers: kept_layers * all.layer() + all.attention,
+        gradients: wanted.hidden + 2.0 * all.query + 2.0 * all.key_value + all.log_sums,
+        scores: all.tile,
+        adapters: of_layers(1.0),
+        ..Bytes::default()
     };
-
-    let supervised = options.workload.supervised.min(positions_at_once(model.vocab_size));
-    let mut loss = with_tapes(tapes_in_loss);
-    loss.logits = LOGITS * 4.0 * (supervised * model.vocab_size) as f64;
-
-    let mut feed_forward = with_tapes(tapes);
-    feed_forward.layer += sizes.of(FEED_FORWARD_BACKWARD).layer + adapted.down_backward(&sizes);
-    feed_forward.unpacked = unpacked(model, options);
-
-    let mut attention = with_tapes(tapes);
-    let backward = sizes.of(ATTENTION_BACKWARD);
-    attention.layer += backward.layer - TAPE.feed_forward * sizes.feed_forward;
-    attention.scores += backward.scores;
+    let working = if adapted.has("down_proj") { 2.0 } else { 1.0 };
+    // What a layer is run again for leaves its output too.
+    let output = if checkpointing { all.hidden } else { 0.0 };
+    let feed_forward = Bytes {
+        inputs: if below > 0.0 {
+            inputs - all.hidden
+        } else {
+            inputs
+        },
+        layers: match below > 0.0 {
+            true => kept_layers.max(1.0) * all.layer(),
+            false => last,
+        },
+        gradients: match below > 0.0 {
+            true => all.hidden + output + working * all.feed_forward,
+            false => wanted.hidden + working * wanted.feed_forward,
+        },
+        unpacked,
+        adapters: of_layers(1.0),
+        ..Bytes::default()
+    };
+    let first = Bytes {
+        inputs: all.hidden,
+        layers: all.layer(),
+        gradients: all.hidden + output + working * all.feed_forward,
+        unpacked,
+        adapters: of_layers(layers),
+        ..Bytes::default()
+    };
 
     let phases = [
         ("the loss", loss),
+        ("the backward pass of the last layer's attention", attention),
         ("the backward pass of a feed-forward block", feed_forward),
-        ("the backward pass of an attention block", attention),
+        ("the backward pass of the lowest adapted layer", first),
     ];
     let mut largest = phases[0];
     for phase in phases {
@@ -122,14 +143,15 @@ pub(super) fn peak(
         }
     }
     let (name, bytes) = largest;
-    let layer = match options.gradient_checkpointing {
+    let layer = match checkpointing {
         true => "activations of one layer, computed again",
         false => "activations of all layers",
     };
     let parts = [
         ("inputs of the layers", bytes.inputs),
-        (layer, bytes.layer),
-        ("attention scores", bytes.scores),
+        (layer, bytes.layers),
+        ("gradients on their way", bytes.gradients),
+        ("attention scores of a tile", bytes.scores),
         ("scores of the vocabulary", bytes.logits),
         ("weights being unpacked", bytes.unpacked),
     ];
@@ -139,47 +161,79 @@ pub(super) fn peak(
         parameters: None,
         bytes: bytes as u64,
     };
-    Ok((name, parts.map(part).collect()))
+    Ok(Peak {
+        phase: name,
+        step: parts.map(part).collect(),
+        adapter_gradients: bytes.adapters as u64,
+    })
 }
 
-/// Bytes of one tensor of each size.
+/// A table in several pieces has its scores put together from theirs.
+fn copies_of_scores(model: &LlamaConfig) -> f64 {
+    let table = 4 * model.vocab_size * model.hidden_size;
+    if table > llama_burn::PIECE_BYTES {
+        2.0
+    } else {
+        1.0
+    }
+}
+
+/// Bytes of one tensor of each size, and of what a layer keeps, for so many tokens.
 struct Sizes {
-    tokens: f64,
     hidden: f64,
     query: f64,
     key_value: f64,
     feed_forward: f64,
-    scores: f64,
-    mask: f64,
+    log_sums: f64,
+    /// Attention's scores that exist at a time, on a GPU.
+    tile: f64,
+    /// What the attention block keeps beside the layer's input.
+    attention: f64,
+    /// What the feed-forward block keeps.
+    feed_forward_block: f64,
 }
 
 impl Sizes {
-    fn new(model: &LlamaConfig, options: &PlanOptions) -> Self {
+    fn new(model: &LlamaConfig, options: &PlanOptions, adapted: &Adapted, tokens: usize) -> Self {
+        let floats = (tokens * options.float_bytes) as f64;
+        let r = options.lora.r as f64;
+        let low = |names: &[&str]| {
+            let modules = names.iter().filter(|name| adapted.has(name)).count();
+            floats * r * modules as f64
+        };
+        let hidden = floats * model.hidden_size as f64;
+        let query = floats * (model.num_attention_heads * model.head_dim) as f64;
+        let key_value = floats * (model.num_key_value_heads * model.head_dim) as f64;
+        let feed_forward = floats * model.intermediate_size as f64;
+        let log_sums = match options.on_gpu {
+            true => 0.0,
+            false => 4.0 * (tokens * model.num_attention_heads) as f64,
+        };
         let workload = options.workload;
-        let floats = (workload.tokens * options.float_bytes) as f64;
-        let longest = workload.longest_row as f64;
-        // Attention pads rows to the longest; its scores are f32 whatever is computed in.
-        let mask = 4.0 * longest * longest;
+        let scores = workload.rows * model.num_attention_heads * workload.longest_row;
+        let scores = (scores * workload.longest_row).min(llama_burn::SCORES_AT_ONCE);
         Self {
-            tokens: floats,
-            hidden: floats * model.hidden_size as f64,
-            query: floats * (model.num_attention_heads * model.head_dim) as f64,
-            key_value: floats * (model.num_key_value_heads * model.head_dim) as f64,
-            feed_forward: floats * model.intermediate_size as f64,
-            scores: mask * (workload.rows * model.num_attention_heads) as f64,
-            mask,
+            hidden,
+            query,
+            key_value,
+            feed_forward,
+            log_sums,
+            tile: match options.on_gpu {
+                true => SCORE_COPIES * 4.0 * scores as f64,
+                false => 0.0,
+            },
+            attention: 2.0 * query
+                + 2.0 * key_value
+                + log_sums
+                + low(&["q_proj", "k_proj", "v_proj"]),
+            feed_forward_block: hidden
+                + 2.0 * feed_forward
+                + low(&["o_proj", "gate_proj", "up_proj", "down_proj"]),
         }
     }
 
-    fn of(&self, copies: Copies) -> Bytes {
-        Bytes {
-            layer: copies.hidden * self.hidden
-                + copies.query * self.query
-                + copies.key_value * self.key_value
-                + copies.feed_forward * self.feed_forward,
-            scores: copies.scores * self.scores,
-            ..Bytes::default()
-        }
+    fn layer(&self) -> f64 {
+        self.attention + self.feed_forward_block
     }
 }
 
@@ -187,8 +241,8 @@ impl Sizes {
 struct Adapted {
     /// Layers from the lowest with an adapter to the last: those that have a backward pass.
     layers: usize,
-    /// The layer's linear modules that have one in any layer: name, d_in.
-    modules: Vec<(&'static str, usize)>,
+    /// The layer's linear modules that have one in any layer.
+    modules: Vec<&'static str>,
 }
 
 impl Adapted {
@@ -204,52 +258,15 @@ impl Adapted {
         let modules = linears
             .iter()
             .filter(|(name, ..)| all.clone().any(|layer| adapted(layer, name)))
-            .map(|(name, d_in, ..)| (*name, *d_in));
+            .map(|(name, ..)| *name);
         Ok(Self {
             layers: model.num_hidden_layers - lowest.unwrap_or(model.num_hidden_layers),
             modules: modules.collect(),
         })
     }
 
-    /// Floats a token that the adapters of a layer leave on the tape: the low-rank product, and
-    /// the inputs that no other module keeps.
-    fn tape(&self, model: &LlamaConfig, options: &PlanOptions) -> f64 {
-        let mut floats = (options.lora.r * self.modules.len()) as f64;
-        let has = |name: &str| {
-            self.modules
-                .iter()
-                .any(|(module, _)| module.ends_with(name))
-        };
-        if has("o_proj") {
-            floats += (model.num_attention_heads * model.head_dim) as f64;
-        }
-        if has("gate_proj") || has("up_proj") {
-            floats += model.hidden_size as f64;
-        }
-        if has("down_proj") {
-            floats += model.intermediate_size as f64;
-        }
-        if options.lora.lora_dropout > 0.0 {
-            // The mask and the input after it.
-            floats += self
-                .modules
-                .iter()
-                .map(|(_, d_in)| 2.0 * *d_in as f64)
-                .sum::<f64>();
-        }
-        floats
-    }
-
-    /// An adapter on `down_proj` adds a second gradient of its input.
-    fn down_backward(&self, sizes: &Sizes) -> f64 {
-        match self
-            .modules
-            .iter()
-            .any(|(name, _)| name.ends_with("down_proj"))
-        {
-            true => 0.9 * sizes.feed_forward,
-            false => 0.0,
-        }
+    fn has(&self, name: &str) -> bool {
+        self.modules.iter().any(|module| module.ends_with(name))
     }
 }
 
@@ -262,122 +279,9 @@ fn unpacked(model: &LlamaConfig, options: &PlanOptions) -> f64 {
         .max()
         .unwrap_or(0);
     let floats = match (options.quantization, options.on_gpu) {
-        // The product with the transposed weight packs it anew.
-        (Quantization::None, false) => 2 * largest,
-        (Quantization::None, true) => 0,
+        (Quantization::None, _) => 0,
         (_, false) => largest.min(PANEL),
         (_, true) => largest,
     };
     (floats * options.float_bytes) as f64
-}
-
-#[cfg(test)]
-mod tests {
-    use lora_core::TargetModules;
-
-    use super::super::tests::llama;
-    use super::super::{Plan, Workload};
-    use super::*;
-
-    /// `(([vocab, hidden, feed-forward, layers], [heads, key heads]), ([rows, tokens a row, supervised
-    /// a row], r, all-linear, 8 bits, checkpointing), MB)`: the peak of what `gradients::accumulate`
-    /// allocates on the CPU in a second micro-batch, counted in a global allocator.
-    type Measured = (
-        ([usize; 4], [usize; 2]),
-        ([usize; 3], usize, bool, bool, bool),
-        f64,
-    );
-
-    #[rustfmt::skip]
-    const MEASURED: &[Measured] = &[
-        (([64, 256, 512, 4], [4, 4]), ([1, 256, 1], 4, false, true, true), 11.58),
-        (([64, 256, 512, 8], [4, 4]), ([1, 256, 1], 4, false, true, true), 12.67),
-        (([64, 256, 512, 4], [4, 4]), ([1, 512, 1], 4, false, true, true), 30.20),
-        (([64, 256, 512, 4], [4, 4]), ([2, 256, 1], 4, false, true, true), 20.58),
-        (([64, 256, 1024, 4], [4, 4]), ([1, 256, 1], 4, false, true, true), 14.79),
-        (([64, 256, 512, 4], [4, 2]), ([1, 256, 1], 4, false, true, true), 11.29),
-        (([64, 256, 512, 4], [4, 1]), ([8, 64, 1], 4, false, true, true), 14.79),
-        (([64, 256, 512, 4], [4, 4]), ([1, 256, 1], 4, true, true, true), 12.84),
-        (([64, 256, 512, 4], [4, 4]), ([8, 64, 1], 4, false, true, true), 15.61),
-        (([64, 256, 512, 4], [4, 4]), ([32, 16, 1], 4, false, true, true), 14.42),
-        (([64, 256, 1024, 4], [4, 4]), ([32, 16, 1], 4, false, true, true), 20.25),
-        (([64, 256, 512, 8], [4, 4]), ([32, 16, 1], 4, false, true, true), 16.56),
-        (([64, 256, 512, 4], [4, 4]), ([8, 64, 1], 4, false, true, false), 41.34),
-        (([64, 256, 512, 8], [4, 4]), ([8, 64, 1], 4, false, true, false), 77.80),
-        (([64, 256, 512, 8], [4, 4]), ([32, 16, 1], 4, false, true, false), 68.35),
-        (([64, 256, 1024, 8], [4, 4]), ([32, 16, 1], 4, false, true, false), 103.87),
-        (([64, 256, 512, 8], [4, 4]), ([1, 512, 1], 4, false, true, false), 169.46),
-        (([64, 256, 512, 8], [4, 4]), ([1, 512, 1], 4, true, true, false), 184.91),
-        (([64, 256, 512, 8], [4, 1]), ([32, 16, 1], 4, false, true, false), 61.91),
-        (([49152, 64, 128, 4], [4, 4]), ([8, 64, 2], 4, false, true, true), 11.72),
-        (([49152, 64, 128, 4], [4, 4]), ([8, 64, 8], 4, false, true, true), 40.04),
-        (([49152, 64, 128, 4], [4, 4]), ([8, 64, 60], 4, false, true, true), 153.40),
-        (([64, 256, 512, 4], [4, 4]), ([8, 64, 1], 64, false, true, true), 17.46),
-        (([64, 256, 512, 4], [4, 4]), ([8, 64, 1], 64, true, true, true), 23.70),
-        (([64, 256, 512, 4], [4, 4]), ([8, 64, 1], 64, true, true, false), 58.43),
-        (([64, 256, 512, 4], [4, 4]), ([32, 16, 1], 4, true, true, true), 17.27),
-        (([64, 256, 512, 4], [4, 4]), ([32, 16, 1], 4, true, true, false), 45.88),
-        (([64, 256, 512, 4], [4, 4]), ([32, 16, 1], 64, true, true, false), 53.70),
-        (([64, 256, 4096, 2], [4, 4]), ([32, 16, 1], 1, false, true, true), 50.97),
-        (([64, 256, 8192, 2], [4, 4]), ([32, 16, 1], 1, false, true, true), 93.44),
-        (([64, 256, 4096, 2], [4, 4]), ([64, 16, 1], 1, false, true, true), 98.71),
-        (([64, 256, 4096, 2], [4, 4]), ([8, 64, 1], 1, false, true, true), 52.17),
-        (([64, 256, 4096, 2], [4, 1]), ([32, 16, 1], 1, false, true, true), 50.17),
-        (([64, 512, 4096, 2], [4, 4]), ([32, 16, 1], 1, false, true, true), 56.98),
-        (([64, 256, 4096, 4], [4, 4]), ([32, 16, 1], 1, false, true, true), 52.01),
-        (([64, 256, 4096, 2], [4, 4]), ([32, 16, 1], 1, false, false, true), 57.79),
-        (([64, 256, 4096, 2], [4, 4]), ([32, 16, 1], 1, true, true, true), 67.78),
-        (([64, 256, 32, 2], [4, 4]), ([1, 512, 1], 1, false, true, true), 29.07),
-        (([64, 256, 32, 2], [4, 4]), ([2, 512, 1], 1, false, true, true), 55.44),
-        (([64, 256, 32, 2], [8, 8]), ([1, 512, 1], 1, false, true, true), 49.99),
-        (([64, 256, 32, 2], [4, 4]), ([4, 256, 1], 1, false, true, true), 33.68),
-        (([64, 256, 32, 2], [4, 1]), ([1, 512, 1], 1, false, true, true), 28.27),
-        (([64, 512, 32, 2], [4, 4]), ([1, 512, 1], 1, false, true, true), 34.01),
-        (([64, 256, 512, 2], [4, 4]), ([1, 512, 1], 1, false, true, true), 28.55),
-        (([64, 256, 32, 4], [4, 4]), ([1, 512, 1], 1, false, true, true), 30.11),
-        (([64, 256, 32, 2], [4, 4]), ([1, 1024, 1], 1, false, true, true), 100.00),
-        (([64, 256, 512, 2], [4, 4]), ([32, 16, 1], 1, false, true, false), 20.66),
-        (([64, 256, 512, 6], [4, 4]), ([32, 16, 1], 1, false, true, false), 52.26),
-        (([64, 256, 1024, 6], [4, 4]), ([32, 16, 1], 1, false, true, false), 79.29),
-        (([64, 256, 512, 6], [4, 1]), ([32, 16, 1], 1, false, true, false), 47.46),
-        (([64, 256, 512, 6], [4, 4]), ([8, 64, 1], 1, false, true, false), 59.35),
-        (([64, 256, 512, 6], [4, 4]), ([1, 512, 1], 1, false, true, false), 128.47),
-        (([64, 512, 512, 6], [4, 4]), ([32, 16, 1], 1, false, true, false), 74.28),
-        (([64, 256, 512, 6], [4, 4]), ([64, 16, 1], 1, false, true, false), 101.57),
-        (([64, 256, 512, 6], [4, 4]), ([32, 16, 1], 1, true, true, false), 65.54),
-        (([64, 256, 512, 6], [4, 4]), ([32, 16, 1], 32, true, true, false), 71.48),
-        (([64, 256, 512, 6], [4, 4]), ([32, 16, 1], 32, false, true, false), 54.54),
-    ];
-
-    /// Thread pool and buffers of the matrix product; on the plan they are in the program's part.
-    const THREADS: f64 = 1.5;
-
-    #[test]
-    fn predictions_are_within_a_tenth_of_measured_peaks() {
-        let mut wrong = Vec::new();
-        for measured in MEASURED {
-            let ((sizes, heads), ([rows, length, supervised], r, all, bits8, checkpointing), mb) =
-                *measured;
-            let mut options = super::super::tests::options(r);
-            options.gradient_checkpointing = checkpointing;
-            options.workload = Workload::of_rows(&vec![length; rows], rows * supervised);
-            if all {
-                options.lora.target_modules = TargetModules::AllLinear;
-            }
-            if !bits8 {
-                options.quantization = Quantization::None;
-            }
-            let plan = Plan::new(&llama(sizes, heads, true), &options).unwrap();
-            let step: u64 = plan.step.iter().map(|part| part.bytes).sum();
-            let predicted = (step + plan.adapters[1].bytes) as f64 / 1e6 + THREADS;
-            let off = predicted / mb - 1.0;
-            if off.abs() > 0.1 {
-                wrong.push(format!(
-                    "{off:+.3} {predicted:.2} {measured:?} {}",
-                    plan.phase
-                ));
-            }
-        }
-        assert!(wrong.is_empty(), "{}", wrong.join("\n"));
-    }
 }

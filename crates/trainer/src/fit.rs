@@ -1,0 +1,277 @@
+//! What of a configuration fits the memory there is: `batch_size = "auto"`, `gradient_checkpointing =
+//! "auto"`, and a refusal before any weight is loaded.
+
+use burn::tensor::{DType, FloatDType};
+use llama_burn::LlamaConfig;
+use lora_core::{LoraError, Quantization};
+
+use crate::config::{BatchSize, Checkpointing, Config};
+use crate::data::{Data, Order, Prefixes};
+use crate::device::{Backend, Selected};
+use crate::plan::{Plan, PlanOptions, Workload};
+use crate::train::quantization;
+use crate::{human, memory};
+
+/// Activations are kept rather than recomputed where the run then takes at most this share of the
+/// memory that is free: other programs want some too.
+const COMFORTABLE: f64 = 0.5;
+
+/// A run that is predicted to take more than this share of the free memory is refused. The rest is
+/// for what a prediction may be off by.
+const AT_MOST: f64 = 0.95;
+
+/// Micro-batches looked at for the heaviest; of longer runs, the first ones.
+const LOOKED_AT: usize = 50_000;
+
+/// A run as it will be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fit {
+    /// Rows of a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches of an update.
+    pub gradient_accumulation_steps: usize,
+    /// Whether activations are recomputed.
+    pub gradient_checkpointing: bool,
+    /// Whether common beginnings are computed once.
+    pub prefixes: Prefixes,
+    /// What it will need.
+    pub plan: Plan,
+}
+
+/// Why a run cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum FitError {
+    /// The adapters' configuration.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    /// Too little memory.
+    #[error(
+        "this run needs about {needed} of memory and {available} are free: {what} is the most of it. {advice}",
+        needed = human::bytes(*needed),
+        available = human::bytes(*available),
+    )]
+    TooLarge {
+        /// Bytes that are needed.
+        needed: u64,
+        /// Bytes that are free.
+        available: u64,
+        /// The largest part.
+        what: String,
+        /// Settings that would fit, or that none would.
+        advice: String,
+    },
+}
+
+/// Decides what `config` leaves open and checks that it fits.
+///
+/// # Errors
+///
+/// If it does not, with the settings that would.
+pub fn fit(
+    config: &Config,
+    model: &LlamaConfig,
+    selected: &Selected,
+    dtype: FloatDType,
+    data: &Data,
+) -> Result<Fit, FitError> {
+    // A GPU does not tell its free memory; there the run itself finds out.
+    let available = match selected.backend {
+        Backend::Cpu => memory::available(),
+        _ => None,
+    };
+    let search = Search {
+        config,
+        model,
+        data,
+        float_bytes: DType::from(dtype).size(),
+        on_gpu: selected.backend != Backend::Cpu,
+        available,
+    };
+    search.run()
+}
+
+/// Whether beginnings are shared. Dropout draws a mask for each row: shared, they would have one.
+pub fn prefixes(config: &Config) -> Prefixes {
+    match config.share_prefixes && config.lora_dropout == 0.0 {
+        true => Prefixes::Shared,
+        false => Prefixes::Apart,
+    }
+}
+
+struct Search<'a> {
+    config: &'a Config,
+    model: &'a LlamaConfig,
+    data: &'a Data,
+    float_bytes: usize,
+    on_gpu: bool,
+    available: Option<u64>,
+}
+
+impl Search<'_> {
+    fn run(&self) -> Result<Fit, FitError> {
+        let choices = match self.config.gradient_checkpointing {
+            Checkpointing::On => &[(true, AT_MOST)][..],
+            Checkpointing::Off => &[(false, AT_MOST)],
+            Checkpointing::Auto => &[(false, COMFORTABLE), (true, AT_MOST)],
+        };
+        let mut smallest: Option<Fit> = None;
+        // Recomputing costs more time than smaller micro-batches do, so those are tried first.
+        for (checkpointing, share) in choices {
+            for (rows, steps) in self.divisions() {
+                let fit = self.at(rows, steps, *checkpointing)?;
+                if self.fits(&fit.plan, *share) {
+                    return Ok(fit);
+                }
+                if smallest
+                    .as_ref()
+                    .is_none_or(|smallest| fit.plan.resident_peak() < smallest.plan.resident_peak())
+                {
+                    smallest = Some(fit);
+                }
+            }
+        }
+        match smallest {
+            Some(fit) if self.fits(&fit.plan, AT_MOST) => Ok(fit),
+            Some(fit) => Err(self.refuse(&fit)?),
+            // There is always a division.
+            None => Ok(self.at(self.config.batch_size.rows(), 1, true)?),
+        }
+    }
+
+    /// Rows of a micro-batch and micro-batches of an update, the largest micro-batches first.
+    fn divisions(&self) -> Vec<(usize, usize)> {
+        let steps = self.config.gradient_accumulation_steps;
+        match self.config.batch_size {
+            BatchSize::Rows(rows) => vec![(rows, steps)],
+            BatchSize::Auto => {
+                let all = BatchSize::Auto.rows() * steps;
+                let rows = (1..=all).rev().filter(|rows| all.is_multiple_of(*rows));
+                rows.map(|rows| (rows, all / rows)).collect()
+            }
+        }
+    }
+
+    fn fits(&self, plan: &Plan, share: f64) -> bool {
+        self.available
+            .is_none_or(|available| plan.resident_peak() as f64 <= share * available as f64)
+    }
+
+    /// The run with these settings.
+    fn at(&self, rows: usize, steps: usize, checkpointing: bool) -> Result<Fit, LoraError> {
+        let prefixes = prefixes(self.config);
+        let mut heaviest: Option<Plan> = None;
+        for workload in self.heaviest(rows, steps, prefixes) {
+            let plan = Plan::new(self.model, &self.options(workload, steps, checkpointing))?;
+            if heaviest
+                .as_ref()
+                .is_none_or(|heaviest| heaviest.peak() < plan.peak())
+            {
+                heaviest = Some(plan);
+            }
+        }
+        let plan = match heaviest {
+            Some(plan) => plan,
+            None => Plan::new(
+                self.model,
+                &self.options(Workload::of_rows(&[], 0), steps, checkpointing),
+            )?,
+        };
+        Ok(Fit {
+            batch_size: rows,
+            gradient_accumulation_steps: steps,
+            gradient_checkpointing: checkpointing,
+            prefixes,
+            plan,
+        })
+    }
+
+    fn options(&self, workload: Workload, steps: usize, checkpointing: bool) -> PlanOptions {
+        PlanOptions {
+            lora: self.config.lora_config(),
+            quantization: quantization(self.config),
+            float_bytes: self.float_bytes,
+            gradient_checkpointing: checkpointing,
+            accumulates: steps > 1 || self.config.max_batch_tokens.is_some(),
+            on_gpu: self.on_gpu,
+            workload,
+        }
+    }
+
+    /// Of the micro-batches that the run will take, those with the most tokens, with the most
+    /// supervised positions, and with the longest row. The order is known, so nothing is guessed.
+    fn heaviest(&self, rows: usize, steps: usize, prefixes: Prefixes) -> Vec<Workload> {
+        let train = &self.data.train;
+        let config = self.config;
+        let order = Order::new(config.seed, train, rows, steps, config.max_batch_tokens);
+        let total = order.total_steps(config.num_epochs, config.max_steps);
+        let batches = (0..total).flat_map(|step| order.step(step)).take(LOOKED_AT);
+        let (mut tokens, mut supervised, mut longest) = (None, None, None);
+        let keep = |best: &mut Option<Workload>, now: Workload, size: fn(&Workload) -> usize| {
+            if best.as_ref().is_none_or(|best| size(best) < size(&now)) {
+                *best = Some(now);
+            }
+        };
+        for indices in batches {
+            let workload = Workload::of_batch(&train.batch(&indices, prefixes));
+            keep(&mut tokens, workload, |workload| workload.tokens);
+            keep(&mut supervised, workload, |workload| workload.supervised);
+            keep(&mut longest, workload, |workload| workload.longest_row);
+        }
+        [tokens, supervised, longest]
+            .into_iter()
+            .flatten()
+            .collect()
+    }
+
+    /// The error, with what would fit.
+    fn refuse(&self, smallest: &Fit) -> Result<FitError, LoraError> {
+        let plan = &smallest.plan;
+        let parts = plan.base.iter().chain(&plan.adapters).chain(&plan.step);
+        let largest = parts.max_by_key(|part| part.bytes);
+        let mut advice = Vec::new();
+        let config = self.config;
+        let rows = smallest.batch_size;
+        let steps = smallest.gradient_accumulation_steps;
+        let mut offer = |setting: String, plan: Plan| {
+            if self.fits(&plan, AT_MOST) {
+                advice.push(format!(
+                    "{setting} ({})",
+                    human::bytes(plan.resident_peak())
+                ));
+            }
+        };
+        if !smallest.gradient_checkpointing {
+            let setting = "gradient_checkpointing = \"on\"".to_string();
+            offer(setting, self.at(rows, steps, true)?.plan);
+        }
+        if rows > 1 {
+            let alone = self.at(1, rows * steps, true)?.plan;
+            let setting = "batch_size = \"auto\" with gradient_checkpointing = \"auto\"";
+            offer(setting.to_string(), alone);
+        }
+        if quantization(config) == Quantization::None {
+            let mut quantized = config.clone();
+            quantized.quant_bits = 8;
+            let search = Search {
+                config: &quantized,
+                ..*self
+            };
+            offer(
+                "quant_bits = 8".to_string(),
+                search.at(rows, steps, true)?.plan,
+            );
+        }
+        let advice = match advice.is_empty() {
+            true => "No setting that leaves the result as it is would fit: a smaller model, shorter rows \
+                (max_seq_len), fewer target_modules or a smaller lora_r would need less"
+                .to_string(),
+            false => format!("This would fit: {}", advice.join("; ")),
+        };
+        Ok(FitError::TooLarge {
+            needed: plan.resident_peak(),
+            available: self.available.unwrap_or(0),
+            what: largest.map_or_else(String::new, |part| part.name.clone()),
+            advice,
+        })
+    }
+}
