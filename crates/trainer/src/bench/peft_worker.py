@@ -141,6 +141,8 @@ class Trainee:
     def round(self, first_step, steps):
         phases = {"data": 0.0, "pass": 0.0, "forward": 0.0, "loss": None, "backward": 0.0, "optimizer": 0.0}
         losses, useful, computed = [], 0, 0
+        if first_step + steps > len(self.spec["steps"]):
+            raise ValueError(f"the specification has {len(self.spec['steps'])} steps, not {first_step + steps}")
         started = time.perf_counter()
         for micro_batches in self.spec["steps"][first_step : first_step + steps]:
             loss, tokens, through = self.step(micro_batches, phases)

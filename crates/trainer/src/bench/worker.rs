@@ -26,9 +26,9 @@ pub fn serve(spec: &Path) -> std::io::Result<()> {
     for line in input.lines() {
         let line = line?;
         let (answer, last) = match serde_json::from_str(&line) {
-            Ok(Command::Quit) => return Ok(()),
             Ok(command) => match worker.answer(command) {
-                Ok(answer) => (answer, false),
+                Ok(Some(answer)) => (answer, false),
+                Ok(None) => return Ok(()),
                 Err(error) => (error_answer(&error), true),
             },
             Err(error) => {
@@ -120,8 +120,9 @@ impl Worker {
         })
     }
 
-    fn answer(&mut self, command: Command) -> Result<Answer, BenchError> {
-        Ok(match command {
+    /// None to `quit`.
+    fn answer(&mut self, command: Command) -> Result<Option<Answer>, BenchError> {
+        Ok(Some(match command {
             Command::Describe => Answer::Device(floors::describe(&self.selected)),
             Command::Floors {
                 products,
@@ -137,11 +138,8 @@ impl Worker {
                 Answer::Loaded(loaded)
             }
             Command::Round { first_step, steps } => Answer::Round(self.round(first_step, steps)?),
-            // `serve` ends before it asks.
-            Command::Quit => Answer::Error {
-                message: "ended".into(),
-            },
-        })
+            Command::Quit => return Ok(None),
+        }))
     }
 
     fn round(&mut self, first_step: usize, steps: usize) -> Result<Round, BenchError> {
