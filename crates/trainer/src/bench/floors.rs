@@ -186,7 +186,7 @@ mod tests {
             name: "small".into(),
             shape: [32, 16, 8],
         };
-        let floors = measure(&selected, &[product.clone()], 1 << 20, 3).unwrap();
+        let floors = measure(&selected, std::slice::from_ref(&product), 1 << 20, 3).unwrap();
         assert_eq!(floors.products[0].product, product);
         let names: Vec<&str> = floors.bandwidths.iter().map(|b| b.name.as_str()).collect();
         assert_eq!(names, ["read", "copy"]);

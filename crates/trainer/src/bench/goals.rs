@@ -52,6 +52,9 @@ const HARDER: f64 = 1.5;
 /// A random-weight model of 10⁹ parameters trains within this.
 const BYTES_OF_1B: u64 = 4_000_000_000;
 
+/// And one of 8 · 10⁹, with rows of 2,048 tokens on a GPU, within this.
+const BYTES_OF_8B: u64 = 12 << 30;
+
 /// The goals that these scenarios can tell of.
 pub(super) fn goals(scenarios: &[ScenarioResult]) -> Vec<Goal> {
     let mut goals = Vec::new();
@@ -65,14 +68,10 @@ pub(super) fn goals(scenarios: &[ScenarioResult]) -> Vec<Goal> {
                 }
             }
             "scaling" if result.title == scenario::ONE_BILLION => {
-                let measured = result.contender("ours").and_then(Measured::memory);
-                goals.push(Goal {
-                    what: format!("{}: peak memory", result.title),
-                    asked: "at most 4 GB".into(),
-                    measured: measured.map(|bytes| bytes as f64),
-                    shown: measured.map_or_else(not_measured, human::bytes),
-                    holds: measured.map(|bytes| bytes <= BYTES_OF_1B),
-                });
+                goals.push(smaller(result, "ours", "at most 4 GB", BYTES_OF_1B));
+            }
+            "8b" if result.longest_row == 2048 => {
+                goals.push(smaller(result, "ours-bf16", "under 12 GiB", BYTES_OF_8B));
             }
             _ => {}
         }
@@ -115,6 +114,17 @@ fn faster(result: &ScenarioResult, comparison: &Comparison, what: String, asked:
         measured: ratio.map(|ratio| ratio.of_medians),
         shown: ratio.map_or_else(not_measured, |ratio| format!("{:.2} ×", ratio.of_medians)),
         holds: ratio.map(|ratio| ratio.of_medians >= asked),
+    }
+}
+
+fn smaller(result: &ScenarioResult, id: &str, asked: &str, limit: u64) -> Goal {
+    let measured = result.contender(id).and_then(Measured::memory);
+    Goal {
+        what: format!("{}: peak memory", result.title),
+        asked: asked.into(),
+        measured: measured.map(|bytes| bytes as f64),
+        shown: measured.map_or_else(not_measured, human::bytes),
+        holds: measured.map(|bytes| bytes <= limit),
     }
 }
 

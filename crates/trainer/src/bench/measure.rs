@@ -5,20 +5,16 @@ use std::path::{Path, PathBuf};
 use llama_burn::LlamaConfig;
 
 use super::adapter;
-use super::child::Child;
 use super::contenders::Entrant;
 use super::error::BenchError;
 use super::flops::FlopsModel;
 use super::machine::Machine;
 use super::options::BenchOptions;
-use super::protocol::{
-    Answer, Command, Contender, DeviceDescription, Floors, Loaded, OursSettings, Product, Round,
-    WorkerSpec,
-};
-use super::results::{Absent, Measured, ScenarioResult};
+use super::protocol::{Contender, DeviceDescription, Floors, Loaded, WorkerSpec};
+use super::results::{Absent, ScenarioResult};
 use super::rows::{self, Work};
+use super::running::{Running, progress};
 use super::scenario::{Model, Rows, Scenario};
-use super::statistics::Spread;
 use crate::screen::Screen;
 use crate::{embedded, human, output};
 
@@ -38,15 +34,6 @@ pub(super) struct Bench<'a> {
     /// For specifications, adapters and logs.
     pub folder: &'a Path,
     pub screen: &'a Screen,
-}
-
-/// A contender that is loaded, and what it has measured so far.
-struct Running {
-    entrant: Entrant,
-    child: Child,
-    loaded: Loaded,
-    warm_up: Vec<f64>,
-    rounds: Vec<Round>,
 }
 
 impl Bench<'_> {
@@ -145,7 +132,6 @@ impl Bench<'_> {
         })
     }
 
-    /// Starts and loads a contender and lets it train on the first round's steps.
     fn start(
         &self,
         entrant: &Entrant,
@@ -153,25 +139,17 @@ impl Bench<'_> {
         folder: &Path,
         steps: usize,
     ) -> Result<Running, BenchError> {
-        let python = self.options.peft.as_deref();
-        let mut child = Child::start(entrant.name, entrant.id, spec, folder, python)?;
-        let loaded = match child.ask(&Command::Load)? {
-            Answer::Loaded(loaded) => loaded,
-            other => return Err(child.unexpected(&other)),
-        };
+        let mut contender = Running::start(entrant, spec, folder, self.options.peft.as_deref())?;
+        let Loaded {
+            description,
+            seconds,
+            ..
+        } = &contender.loaded;
         self.screen.line(&format!(
-            "  {}: {} ({:.1}s)",
-            entrant.name, loaded.description, loaded.seconds
+            "  {}: {description} ({seconds:.1}s)",
+            entrant.name
         ));
-        let mut contender = Running {
-            entrant: entrant.clone(),
-            child,
-            loaded,
-            warm_up: Vec::new(),
-            rounds: Vec::new(),
-        };
-        contender.round(0, steps)?;
-        contender.warm_up = contender.rounds.remove(0).losses;
+        contender.warm_up(steps)?;
         Ok(contender)
     }
 
@@ -214,44 +192,6 @@ impl Bench<'_> {
     }
 }
 
-impl Running {
-    fn round(&mut self, first_step: usize, steps: usize) -> Result<(), BenchError> {
-        match self.child.ask(&Command::Round { first_step, steps })? {
-            Answer::Round(round) => self.rounds.push(round),
-            other => return Err(self.child.unexpected(&other)),
-        }
-        Ok(())
-    }
-
-    fn measured(self, flops_per_token: f64, floors: &Floors) -> Measured {
-        let losses = self.rounds.iter().flat_map(|round| &round.losses);
-        let losses = self.warm_up.iter().chain(losses).copied().collect();
-        let memory = self.rounds.last().map(|round| round.memory);
-        let mut measured = Measured {
-            id: self.entrant.id,
-            name: self.entrant.name,
-            description: self.loaded.description,
-            dtype: self.entrant.dtype,
-            grouped: self.entrant.grouped,
-            same_weights_as: self.entrant.same_weights_as,
-            load_seconds: self.loaded.seconds,
-            loaded_memory: self.loaded.memory,
-            useful_tokens_per_s: None,
-            peak_memory: memory.unwrap_or(self.loaded.memory),
-            utilisation: None,
-            losses,
-            rounds: self.rounds,
-        };
-        measured.useful_tokens_per_s = Spread::of(&measured.speeds());
-        let rate = floors.matmul_rate(measured.dtype);
-        measured.utilisation = measured
-            .speed()
-            .zip(rate)
-            .map(|(speed, rate)| speed * flops_per_token / rate);
-        measured
-    }
-}
-
 impl Entrant {
     /// The reason to leave this one out; an error of ours stays an error.
     fn excused(&self, error: BenchError) -> Result<String, BenchError> {
@@ -268,83 +208,4 @@ impl Entrant {
             reason,
         }
     }
-}
-
-/// `round 1/5  ours f32 812  PEFT float32 190`: useful tokens a second.
-fn progress(round: usize, rounds: usize, running: &[Running]) -> String {
-    let speeds = running.iter().map(|contender| {
-        let last = contender.rounds.last();
-        let speed = last.map_or(0.0, |round| round.useful_tokens as f64 / round.seconds);
-        format!("{} {}", contender.entrant.id, human::rate(speed))
-    });
-    let speeds: Vec<String> = speeds.collect();
-    format!("  round {round}/{rounds}, tokens/s: {}", speeds.join(", "))
-}
-
-/// Asks a process of its own what the device is, and what it can do at most with this model.
-///
-/// # Errors
-///
-/// If the device does not start or fails.
-pub(super) fn device_and_floors(
-    options: &BenchOptions,
-    model: &Path,
-    folder: &Path,
-) -> Result<(DeviceDescription, Floors), BenchError> {
-    let config = LlamaConfig::from_file(model)?;
-    let spec = WorkerSpec {
-        contender: Contender::Ours(OursSettings {
-            quant_bits: 8,
-            compute_dtype: "auto".into(),
-            gradient_checkpointing: None,
-            share_prefixes: true,
-        }),
-        device: options.device.name().into(),
-        model: model.into(),
-        random_weights: false,
-        adapter: folder.join("adapter"),
-        learning_rate: LEARNING_RATE,
-        rows: Vec::new(),
-        steps: Vec::new(),
-    };
-    let mut child = Child::start("the device", "floors", &spec, folder, None)?;
-    let device = match child.ask(&Command::Describe)? {
-        Answer::Device(device) => device,
-        other => return Err(child.unexpected(&other)),
-    };
-    let command = Command::Floors {
-        products: products(&config, options.quick, device.on_gpu),
-        buffer_bytes: if options.quick { 32 << 20 } else { 1 << 30 },
-        repeats: if options.quick { 3 } else { 7 },
-    };
-    match child.ask(&command)? {
-        Answer::Floors(floors) => Ok((device, floors)),
-        other => Err(child.unexpected(&other)),
-    }
-}
-
-/// A large square, and the model's products with as many rows as a batch has tokens.
-fn products(config: &LlamaConfig, quick: bool, on_gpu: bool) -> Vec<Product> {
-    const TOKENS: usize = 512;
-    let square = match (quick, on_gpu) {
-        (true, _) => 256,
-        (false, true) => 4096,
-        (false, false) => 2048,
-    };
-    let mut products = vec![Product {
-        name: "square".into(),
-        shape: [square; 3],
-    }];
-    for (name, d_in, d_out, _) in config.layer_linears() {
-        let shape = [TOKENS, d_in, d_out];
-        let name = name.split('.').next_back().unwrap_or(name);
-        match products.iter_mut().find(|product| product.shape == shape) {
-            Some(same) => same.name += &format!(", {name}"),
-            None => products.push(Product {
-                name: name.into(),
-                shape,
-            }),
-        }
-    }
-    products
 }

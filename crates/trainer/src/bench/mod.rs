@@ -3,7 +3,7 @@
 //! ```text
 //! options.rs, scenario.rs, contenders.rs   what is compared
 //! rows.rs, adapter.rs, shapes/             rows, order and start, the same for every contender
-//! measure.rs                               loads the contenders, measures in turn
+//! measure.rs, running.rs, probe.rs         loads the contenders, measures in turn; asks the device
 //! child.rs, protocol.rs, worker.rs         each in a process of its own; a line of JSON a command
 //! ours.rs                                  ours: every call into the trainer's hot path
 //! burn_qlora.rs, burn_llama.rs             Burn's apply_qlora, as a Burn user writes it
@@ -11,13 +11,14 @@
 //! random_model.rs                          shapes without weights
 //! floors.rs, flops.rs, machine.rs          what the machine does at most, what training needs
 //! statistics.rs, results.rs, goals.rs      medians and ratios; results.json; what has to hold
-//! table.rs, report.rs, svg.rs              the screen, results.md, speed.svg
+//! table.rs, report.rs, comparison.rs, svg.rs   the screen, results.md, speed.svg
 //! ```
 
 mod adapter;
 mod burn_llama;
 mod burn_qlora;
 mod child;
+mod comparison;
 mod contenders;
 mod error;
 mod floors;
@@ -27,11 +28,13 @@ mod machine;
 mod measure;
 mod options;
 mod ours;
+mod probe;
 pub mod protocol;
 mod random_model;
 mod report;
 mod results;
 mod rows;
+mod running;
 mod scenario;
 mod statistics;
 mod svg;
@@ -72,7 +75,7 @@ pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchErro
     std::fs::create_dir_all(&folder).map_err(BenchError::io("make", &folder))?;
     let machine = Machine::this();
     screen.line("measuring the floors");
-    let (device, floors) = measure::device_and_floors(options, &model, &folder)?;
+    let (device, floors) = probe::device_and_floors(options, &model, &folder)?;
     let mut results = Results {
         version: env!("CARGO_PKG_VERSION"),
         machine,

@@ -2,7 +2,7 @@
 
 use std::fmt::Write;
 
-use super::report::by_speed;
+use super::comparison::by_speed;
 use super::results::{Measured, Results, ScenarioResult};
 use crate::human;
 
