@@ -47,16 +47,11 @@ pub(super) fn all() -> Vec<Entrant> {
             same_weights_as: "ours",
         },
         peft("peft-f32", "PEFT float32", "float32", false),
-        peft(
-            "peft-f32-grouped",
-            "PEFT float32, grouped by length",
-            "float32",
-            true,
-        ),
+        peft("peft-f32-grouped", "PEFT float32, grouped", "float32", true),
         peft("peft-bf16", "PEFT bfloat16", "bfloat16", false),
         peft(
             "peft-bf16-grouped",
-            "PEFT bfloat16, grouped by length",
+            "PEFT bfloat16, grouped",
             "bfloat16",
             true,
         ),

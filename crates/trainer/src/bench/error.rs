@@ -71,8 +71,8 @@ pub enum BenchError {
     },
     /// The scenario's rows do not fit the model.
     #[error(
-        "the rows of {scenario} have {tokens} tokens, but this model's positions end at {limit}; leave the \
-         scenario out with --only, or name another model with --model"
+        "the rows of {scenario} have {tokens} tokens, but this model's positions end at {limit}; --model names \
+         another"
     )]
     RowsTooLong {
         /// The scenario.

@@ -96,8 +96,15 @@ pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchErro
             folder: &folder,
             screen,
         };
-        let result = bench.scenario(scenario, index)?;
-        results.scenarios.push(result);
+        match bench.scenario(scenario, index) {
+            Ok(result) => results.scenarios.push(result),
+            // The others may fit.
+            Err(error @ BenchError::RowsTooLong { .. }) => {
+                screen.line(&format!("left out: {error}"));
+                continue;
+            }
+            Err(error) => return Err(error),
+        }
         // What has to hold is about a model of a real size.
         if !options.quick {
             results.goals = goals::goals(&results.scenarios);
@@ -143,10 +150,14 @@ fn write(results: &Results, folder: &Path) -> Result<Vec<PathBuf>, BenchError> {
     output::write_atomically(&json, text.as_bytes())?;
     output::write_atomically(&markdown, report::markdown(results).as_bytes())?;
     let mut written = vec![json, markdown];
-    if let Some(plot) = svg::plot(results) {
-        let path = folder.join("speed.svg");
-        output::write_atomically(&path, plot.as_bytes())?;
-        written.push(path);
+    let picture = folder.join("speed.svg");
+    match svg::plot(results) {
+        Some(plot) => {
+            output::write_atomically(&picture, plot.as_bytes())?;
+            written.push(picture);
+        }
+        // One of an earlier run would look like this one's; there may be none.
+        None => drop(std::fs::remove_file(picture)),
     }
     Ok(written)
 }
@@ -211,7 +222,7 @@ mod tests {
         measured
     }
 
-    /// Two contenders, the second three times as slow and five times as large.
+    /// Three contenders; the second is three times as slow as ours and five times as large.
     pub(super) fn results() -> Results {
         let mut results = Results {
             version: "0",
@@ -250,6 +261,8 @@ mod tests {
                 contenders: vec![
                     measured("ours", "ours f32", 1.0, 100),
                     measured("burn", "Burn apply_qlora", 3.0, 500),
+                    // The longest name, and numbers as long as they get.
+                    measured("peft-bf16-grouped", "PEFT bfloat16, grouped", 0.02, 999),
                 ],
                 absent: vec![Absent {
                     id: "peft-f32",
