@@ -49,7 +49,7 @@ pub(super) fn speed(result: &ScenarioResult) -> Table {
     table.notes.push(format!(
         "tokens/s: useful tokens, the rows' own, each counted in full; median of the rounds. computed: tokens that \
          went through the layers by useful ones. utilised: {} per useful token, by the square product's rate in the \
-         same type. loaded: the peak until the model was loaded.",
+         same type; past 100 % where work is shared. loaded: the peak until the model was loaded.",
         flop(result.flops_per_token)
     ));
     for absent in &result.absent {

@@ -12,13 +12,14 @@ use lora_core::{LoraConfig, Quantization};
 use super::error::BenchError;
 use super::protocol::{Loaded, OursSettings, PeakMemory, Phases, WorkerSpec};
 use super::random_model;
-use crate::data::{Batch, Dataset, TokenizedRow};
+use crate::data::{Batch, Dataset, Prefixes, TokenizedRow};
 use crate::device::{self, Backend, Selected};
+use crate::fit::COMFORTABLE;
 use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::memory;
 use crate::optimizer::AdamW;
 use crate::peft::read_adapter;
 use crate::plan::{Plan, PlanOptions, Workload};
-use crate::{human, memory};
 
 /// What one optimizer step did.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -36,9 +37,12 @@ pub(super) struct Ours {
     model: Llama,
     optimizer: ModuleOptimizer,
     rows: Dataset,
+    prefixes: Prefixes,
     options: PassOptions,
+    on_tape: bool,
     learning_rate: f64,
     device: Device,
+    on_gpu: bool,
 }
 
 impl Ours {
@@ -56,6 +60,11 @@ impl Ours {
         let config = LlamaConfig::from_file(&spec.model)?;
         let (adapter_config, adapter) = read_adapter(&spec.adapter)?;
         let lora = adapter_config.lora;
+        let on_gpu = selected.backend != Backend::Cpu;
+        let prefixes = match settings.share_prefixes {
+            true => Prefixes::Shared,
+            false => Prefixes::Apart,
+        };
         let dtype = device::compute_dtype(selected, requested(&settings.compute_dtype))?;
         let options = LoadOptions {
             quantization: Quantization::from_bits(settings.quant_bits).unwrap_or_default(),
@@ -70,24 +79,39 @@ impl Ours {
         let model = adapter.put_on(model, &lora)?;
         let checkpointing = match settings.gradient_checkpointing {
             Some(asked) => asked,
-            None => recomputes(spec, &config, &lora, options, selected)?,
+            None => recomputes(spec, prefixes, &lora, &config, options, on_gpu)?,
         };
         let description = format!(
-            "{}, {}, activations {}",
+            "{}, {}, {}, prefixes {}",
             match settings.quant_bits {
                 16 => "base not quantized".to_string(),
                 bits => format!("{bits}-bit base"),
             },
             format!("{dtype:?}").to_lowercase(),
-            if checkpointing { "recomputed" } else { "kept" },
+            match (settings.on_tape, checkpointing) {
+                (true, _) => "Burn's tape over the whole model",
+                (false, true) => "activations recomputed",
+                (false, false) => "activations kept",
+            },
+            if settings.share_prefixes {
+                "shared"
+            } else {
+                "apart"
+            },
         );
         let ours = Self {
             model,
             optimizer: AdamW::default().init(),
             rows: dataset(spec),
-            options: pass_options(checkpointing, settings),
+            prefixes,
+            options: PassOptions {
+                gradient_checkpointing: checkpointing,
+                dropout_seed: 0,
+            },
+            on_tape: settings.on_tape,
             learning_rate: spec.learning_rate,
             device: selected.device.clone(),
+            on_gpu,
         };
         ours.sync()?;
         let loaded = Loaded {
@@ -109,14 +133,14 @@ impl Ours {
         let mut computed_tokens = 0;
         for indices in micro_batches {
             let started = Instant::now();
-            let batch = self.rows.batch(indices);
+            let batch = self.rows.batch(indices, self.prefixes);
             let packed = Instant::now();
-            computed_tokens += computed(&batch);
-            gradients::accumulate(&self.model, &batch, self.options, &mut sums);
+            computed_tokens += batch.tokens.ids.len() as u64;
+            pass(&self.model, &batch, self.options, self.on_tape, &mut sums);
             phases.data += (packed - started).as_secs_f64();
             phases.pass += packed.elapsed().as_secs_f64();
         }
-        parts(&sums, &mut phases);
+        parts(&sums, self.on_gpu, &mut phases);
         let started = Instant::now();
         let loss = sums.totals.mean();
         // Not clipped: 0 turns it off.
@@ -144,51 +168,60 @@ impl Ours {
     }
 }
 
-/// HOOK: a new field of `PassOptions` (`share_prefixes: settings.share_prefixes`) goes here.
-fn pass_options(gradient_checkpointing: bool, _settings: &OursSettings) -> PassOptions {
-    PassOptions {
-        gradient_checkpointing,
-        dropout_seed: 0,
+/// Forward and backward of a micro-batch.
+fn pass(
+    model: &Llama,
+    batch: &Batch,
+    options: PassOptions,
+    on_tape: bool,
+    sums: &mut AdapterGradients,
+) {
+    match on_tape {
+        true => gradients::accumulate_on_tape(model, batch, options.dropout_seed, sums),
+        false => gradients::accumulate(model, batch, options, sums),
     }
 }
 
-/// HOOK: once `AdapterGradients` counts seconds, fill `phases.forward`, `.loss` and `.backward` here.
-fn parts(_sums: &AdapterGradients, _phases: &mut Phases) {}
-
-/// HOOK: tokens that go through the layers; fewer than the rows' where a beginning is shared.
-fn computed(batch: &Batch) -> u64 {
-    batch.tokens.ids.len() as u64
+/// The pass by part; on a GPU, which works on while the program goes ahead, only the whole means something.
+fn parts(sums: &AdapterGradients, on_gpu: bool, phases: &mut Phases) {
+    let times = sums.times;
+    if !on_gpu && times.forward_s > 0.0 {
+        phases.forward = Some(times.forward_s);
+        phases.loss = Some(times.loss_s);
+        phases.backward = Some(times.backward_s);
+    }
 }
 
-/// HOOK: whether a training run with `gradient_checkpointing = "auto"` would recompute; as in `train::plan`.
+/// Whether a run with `gradient_checkpointing = "auto"` would recompute: where keeping the activations of the
+/// heaviest micro-batch would take too much of the free memory, as [`fit`](crate::fit) has it.
 fn recomputes(
     spec: &WorkerSpec,
-    config: &LlamaConfig,
+    prefixes: Prefixes,
     lora: &LoraConfig,
+    config: &LlamaConfig,
     options: LoadOptions,
-    selected: &Selected,
+    on_gpu: bool,
 ) -> Result<bool, BenchError> {
-    const SMALL: u64 = 1 << 30;
-    let mut lengths: Vec<usize> = spec.rows.iter().map(|row| row.ids.len()).collect();
-    lengths.sort_unstable_by(|a, b| b.cmp(a));
-    let batch_size = spec.steps.iter().flatten().map(Vec::len).max();
-    lengths.truncate(batch_size.unwrap_or(1));
-    let targets = spec
-        .rows
-        .iter()
-        .map(|row| row.ids.len() - row.prompt_tokens);
-    let supervised = targets.max().unwrap_or(0) * lengths.len();
+    let Some(available) = memory::available().filter(|_| !on_gpu) else {
+        return Ok(false);
+    };
+    let rows = dataset(spec);
+    let batches = spec.steps.iter().flatten();
+    let workloads = batches.map(|indices| Workload::of_batch(&rows.batch(indices, prefixes)));
+    let Some(workload) = workloads.max_by_key(|workload| workload.tokens) else {
+        return Ok(false);
+    };
     let keeping = PlanOptions {
         lora: lora.clone(),
         quantization: options.quantization,
         float_bytes: options.dtype.size(),
         gradient_checkpointing: false,
-        on_gpu: selected.backend != Backend::Cpu,
-        workload: Workload::of_rows(&lengths, supervised),
+        accumulates: spec.steps.iter().any(|step| step.len() > 1),
+        on_gpu,
+        workload,
     };
-    let peak = Plan::new(config, &keeping)?.peak();
-    log::debug!("activations kept, {} are predicted", human::bytes(peak));
-    Ok(peak >= SMALL)
+    let peak = Plan::new(config, &keeping)?.resident_peak();
+    Ok(peak as f64 > COMFORTABLE * available as f64)
 }
 
 /// The configuration's word for a type; `None` for auto.

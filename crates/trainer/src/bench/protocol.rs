@@ -64,6 +64,8 @@ pub struct OursSettings {
     pub gradient_checkpointing: Option<bool>,
     /// Whether a beginning that rows of a micro-batch share is computed once.
     pub share_prefixes: bool,
+    /// The plain way: the whole model on Burn's tape, which knows no checkpointing.
+    pub on_tape: bool,
 }
 
 /// What can be set of PEFT.
