@@ -44,6 +44,27 @@ Usage: cargo xtask train [OPTIONS]
 
 Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 
+const BENCH_HELP: &str = "\
+Measures speed and memory of training: the machine's floors, then ours, Burn's own apply_qlora and, given a
+Python, PEFT, on the same rows in turn, each in a process of its own.
+
+Usage: cargo xtask bench [OPTIONS]
+
+  --peft PYTHON       a Python with torch, transformers and peft: compares with it
+  --device DEVICE     auto (default), cpu, cuda, wgpu, vulkan or metal
+  --model DIR         a Hugging Face model folder (models/SmolLM2-135M-Instruct)
+  --data FILE         rows to train on (data/fpb_train.jsonl)
+  --rounds N          measured rounds (5); medians are over them
+  --steps N           optimizer steps of a round (5)
+  --only NAME,…       floors, main (default), all-linear, r64, long, accumulation, scaling, 8b
+  --all               every scenario but 8b
+  --contenders ID,…   ours, ours-bf16, ours-dense, ours-plain, ours-checkpointed, burn, peft-f32, …
+  --bf16              PEFT in bfloat16 even where the processor has no instructions for it
+  --quick             the embedded model, seconds: whether it works, not how fast
+  --output DIR        results.json, results.md and speed.svg go there (target/bench)
+
+Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
+
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = WELCOME)]
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights, on the hardware you have.
@@ -64,6 +85,9 @@ enum Task {
     Plan(Trainer),
     /// Compare with a reference or across backends: [--reference DIR] [--backends cpu,wgpu,…]
     Parity(Trainer),
+    /// Measure speed and memory, beside PEFT and Burn: [--peft PYTHON] [--only NAME,…]
+    #[command(override_help = BENCH_HELP)]
+    Bench(Trainer),
     /// Make the embedded model, tokenizer and data set again, from their seed
     MakeAssets(Trainer),
     /// Run every test; words after it select tests by name
@@ -104,6 +128,7 @@ fn main() -> ExitCode {
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),
         Task::Parity(it) => trainer::parity(it.args),
+        Task::Bench(it) => trainer::run("bench", it.args, Backend::Auto),
         Task::Test(it) => test::run(it.filter),
         Task::Ci => ci::run(),
         Task::Probe => detect::probe().map(|()| ExitCode::SUCCESS),

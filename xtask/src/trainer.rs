@@ -19,11 +19,11 @@ struct Job {
     args: Vec<OsString>,
 }
 
-/// Runs a sub-command of the trainer on one backend: the one that `--backend` in `args` names, else
-/// `default`.
+/// Runs a sub-command of the trainer on one backend: the one that `--backend` (or `bench`'s name for
+/// it, `--device`) in `args` names, else `default`.
 pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<ExitCode> {
     config_exists(&args)?;
-    let asked = match value_of(&args, "--backend")? {
+    let asked = match backend_of(&args)? {
         Some(word) => word.parse()?,
         None => default,
     };
@@ -219,6 +219,14 @@ impl Job {
     }
 }
 
+/// The word that names the backend.
+fn backend_of(args: &[OsString]) -> Result<Option<String>> {
+    match value_of(args, "--backend")? {
+        Some(word) => Ok(Some(word)),
+        None => value_of(args, "--device"),
+    }
+}
+
 /// The value of `--flag VALUE` or `--flag=VALUE`; the last one where there are several.
 fn value_of(args: &[OsString], flag: &str) -> Result<Option<String>> {
     let mut value = None;
@@ -316,6 +324,14 @@ mod tests {
             value_of(&os(&["--backends=cpu"]), "--backend").unwrap(),
             None
         );
+    }
+
+    #[test]
+    fn the_benchmark_may_call_the_backend_a_device() {
+        let backend = |args| backend_of(&os(args)).unwrap();
+        assert_eq!(backend(&["--device", "cuda"]).as_deref(), Some("cuda"));
+        assert_eq!(backend(&["--backend=cpu"]).as_deref(), Some("cpu"));
+        assert_eq!(backend(&["--quick"]), None);
     }
 
     #[test]

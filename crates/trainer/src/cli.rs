@@ -8,6 +8,7 @@ use anyhow::{Context, anyhow};
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
+use crate::bench::BenchOptions;
 use crate::config::Config;
 use crate::device::Backend;
 use crate::output::Existing;
@@ -15,7 +16,7 @@ use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
 use crate::train::{self, RunFiles};
-use crate::{data, make_assets, parity, plan};
+use crate::{bench, data, make_assets, parity, plan};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -35,6 +36,11 @@ enum Command {
     Plan(PlanArgs),
     /// Compare with a reference that transformers and PEFT computed, or backends with each other
     Parity(Parity),
+    /// Measure speed and memory, beside Burn's apply_qlora and, given a Python, PEFT
+    Bench(Bench),
+    /// One of the benchmark's processes
+    #[command(hide = true)]
+    BenchWorker(BenchWorker),
     /// Make the embedded model, tokenizer and data again from their seed
     MakeAssets(MakeAssets),
 }
@@ -109,6 +115,53 @@ struct Parity {
 }
 
 #[derive(Args)]
+struct Bench {
+    /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
+    #[arg(long, visible_alias = "backend", default_value = "auto")]
+    device: Backend,
+    /// A Python with torch, transformers and peft (and bitsandbytes for int8 on CUDA)
+    #[arg(long, value_name = "PYTHON")]
+    peft: Option<PathBuf>,
+    /// A Hugging Face model folder; models/SmolLM2-135M-Instruct without it
+    #[arg(long, value_name = "DIR")]
+    model: Option<PathBuf>,
+    /// Rows to train on; data/fpb_train.jsonl without it
+    #[arg(long, value_name = "FILE")]
+    data: Option<PathBuf>,
+    /// Measured rounds of each scenario [default: 5]
+    #[arg(long, value_name = "N")]
+    rounds: Option<usize>,
+    /// Optimizer steps of a round [default: 5, or the scenario's own]
+    #[arg(long, value_name = "N")]
+    steps: Option<usize>,
+    /// Scenarios: floors, main, all-linear, r64, long, accumulation, scaling, 8b [default: main]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    only: Vec<String>,
+    /// Every scenario but 8b
+    #[arg(long, conflicts_with = "only")]
+    all: bool,
+    /// Contenders, such as ours,burn,peft-f32 [default: all that the scenario has]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    contenders: Vec<String>,
+    /// Measure PEFT in bfloat16 even where the processor has no instructions for it
+    #[arg(long)]
+    bf16: bool,
+    /// The embedded model, two rounds of two steps: whether it works, not how fast
+    #[arg(long)]
+    quick: bool,
+    /// Where the results go
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
+    output: PathBuf,
+}
+
+#[derive(Args)]
+struct BenchWorker {
+    /// What to train, in JSON
+    #[arg(long, value_name = "FILE")]
+    spec: PathBuf,
+}
+
+#[derive(Args)]
 struct MakeAssets {
     /// Where to write them
     #[arg(long, default_value = "assets")]
@@ -116,6 +169,25 @@ struct MakeAssets {
     /// Decides everything
     #[arg(long, default_value_t = make_assets::SEED)]
     seed: u64,
+}
+
+impl From<Bench> for BenchOptions {
+    fn from(args: Bench) -> Self {
+        Self {
+            device: args.device,
+            peft: args.peft,
+            model: args.model,
+            data: args.data,
+            rounds: args.rounds,
+            steps: args.steps,
+            only: args.only,
+            all: args.all,
+            contenders: args.contenders,
+            bf16: args.bf16,
+            quick: args.quick,
+            output: args.output,
+        }
+    }
 }
 
 /// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage gives 2.
@@ -182,6 +254,12 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             })?;
             screen.line(&report.to_string());
             return Ok(ExitCode::from(u8::from(!report.passed())));
+        }
+        Command::Bench(args) => {
+            bench::run(&args.into(), screen)?;
+        }
+        Command::BenchWorker(args) => {
+            bench::serve(&args.spec).context("the benchmark does not listen any more")?;
         }
         Command::MakeAssets(args) => {
             make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))

@@ -14,7 +14,7 @@ use crate::{human, memory};
 
 /// Activations are kept rather than recomputed where the run then takes at most this share of the
 /// memory that is free: other programs want some too.
-const COMFORTABLE: f64 = 0.5;
+pub(crate) const COMFORTABLE: f64 = 0.5;
 
 /// A run that is predicted to take more than this share of the free memory is refused. The rest is
 /// for what a prediction may be off by.

@@ -12,8 +12,10 @@
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`plan`] | parameters and memory from shapes alone |
 //! | [`parity`] | our numbers against others' |
+//! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
 //! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
 
+pub mod bench;
 pub mod cli;
 pub mod config;
 pub mod data;

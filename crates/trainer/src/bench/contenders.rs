@@ -1,0 +1,152 @@
+//! Who can take part, and why some cannot here.
+
+use super::machine::Machine;
+use super::options::BenchOptions;
+use super::protocol::{Contender, DeviceDescription, OursSettings, PeftSettings};
+
+/// A contender with its name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(super) struct Entrant {
+    /// What `--contenders` takes and the results hold.
+    pub id: &'static str,
+    /// For people.
+    pub name: &'static str,
+    /// What runs.
+    pub contender: Contender,
+    /// Whether its batches are of rows of similar length, and so are other batches than the others'.
+    pub grouped: bool,
+    /// The type it computes in, for the floor that its utilisation is measured with.
+    pub dtype: &'static str,
+    /// Which of ours has the same weights, so that losses must agree.
+    pub same_weights_as: &'static str,
+}
+
+/// Everyone, in the order of the tables.
+pub(super) fn all() -> Vec<Entrant> {
+    vec![
+        ours("ours", "ours f32", |_| {}),
+        ours("ours-bf16", "ours bf16", |settings| {
+            settings.compute_dtype = "bf16".into()
+        }),
+        ours("ours-dense", "ours f32, 16/32-bit base", |settings| {
+            settings.quant_bits = 16
+        }),
+        ours("ours-plain", "ours f32, plain", |settings| {
+            settings.gradient_checkpointing = Some(false);
+            settings.share_prefixes = false;
+            settings.on_tape = true;
+        }),
+        ours("ours-checkpointed", "ours f32, checkpointed", |settings| {
+            settings.gradient_checkpointing = Some(true);
+        }),
+        Entrant {
+            id: "burn",
+            name: "Burn apply_qlora",
+            contender: Contender::BurnQlora,
+            grouped: false,
+            dtype: "f32",
+            same_weights_as: "ours",
+        },
+        peft("peft-f32", "PEFT float32", "float32", false),
+        peft("peft-f32-grouped", "PEFT float32, grouped", "float32", true),
+        peft("peft-bf16", "PEFT bfloat16", "bfloat16", false),
+        peft(
+            "peft-bf16-grouped",
+            "PEFT bfloat16, grouped",
+            "bfloat16",
+            true,
+        ),
+        Entrant {
+            id: "peft-int8",
+            name: "PEFT + bitsandbytes int8",
+            contender: Contender::Peft(PeftSettings {
+                dtype: "bfloat16".into(),
+                bits: 8,
+            }),
+            grouped: false,
+            dtype: "bf16",
+            same_weights_as: "ours-bf16",
+        },
+    ]
+}
+
+/// The default settings of ours but for what `change` changes.
+fn ours(id: &'static str, name: &'static str, change: impl Fn(&mut OursSettings)) -> Entrant {
+    let mut settings = OursSettings {
+        quant_bits: 8,
+        compute_dtype: "f32".into(),
+        gradient_checkpointing: None,
+        share_prefixes: true,
+        on_tape: false,
+    };
+    change(&mut settings);
+    Entrant {
+        id,
+        name,
+        dtype: if settings.compute_dtype == "bf16" {
+            "bf16"
+        } else {
+            "f32"
+        },
+        same_weights_as: if settings.quant_bits == 16 {
+            "ours-dense"
+        } else {
+            "ours"
+        },
+        contender: Contender::Ours(settings),
+        grouped: false,
+    }
+}
+
+fn peft(id: &'static str, name: &'static str, dtype: &'static str, grouped: bool) -> Entrant {
+    let settings = PeftSettings {
+        dtype: dtype.into(),
+        bits: 16,
+    };
+    Entrant {
+        id,
+        name,
+        contender: Contender::Peft(settings),
+        grouped,
+        dtype: if dtype == "float32" { "f32" } else { "bf16" },
+        same_weights_as: "ours-dense",
+    }
+}
+
+impl Entrant {
+    /// Why it cannot or should not run here, if so.
+    pub fn absent(
+        &self,
+        options: &BenchOptions,
+        machine: &Machine,
+        device: &DeviceDescription,
+    ) -> Option<String> {
+        let lacks = |dtype: &str| !device.compute_dtypes.iter().any(|has| has == dtype);
+        match &self.contender {
+            Contender::Ours(settings) if lacks(&settings.compute_dtype) => {
+                let why = device.no_bf16.clone();
+                Some(
+                    why.unwrap_or_else(|| {
+                        format!("no {} on {}", settings.compute_dtype, device.name)
+                    }),
+                )
+            }
+            Contender::Ours(_) | Contender::BurnQlora => None,
+            Contender::Peft(_) if options.peft.is_none() => {
+                Some("no --peft PYTHON was given".into())
+            }
+            Contender::Peft(settings) if settings.bits == 8 && device.backend != "cuda" => {
+                Some("bitsandbytes' int8 needs --device cuda".into())
+            }
+            Contender::Peft(settings)
+                if settings.dtype == "bfloat16"
+                    && !device.on_gpu
+                    && !options.bf16
+                    && !machine.multiplies_bf16() =>
+            {
+                Some("this processor has no bf16 products; --bf16 measures it nevertheless".into())
+            }
+            Contender::Peft(_) => None,
+        }
+    }
+}

@@ -1,0 +1,269 @@
+//! Ours: every call of the benchmark into the trainer's hot path is in this file.
+//!
+//! A step is that of [`train`](crate::train), without validation, clipping and the screen.
+
+use std::time::Instant;
+
+use burn::optim::ModuleOptimizer;
+use burn::tensor::{DType, Device, FloatDType};
+use llama_burn::{Llama, LlamaConfig, LoadOptions};
+use lora_core::{LoraConfig, Quantization};
+
+use super::error::BenchError;
+use super::protocol::{Loaded, OursSettings, PeakMemory, Phases, WorkerSpec};
+use super::random_model;
+use crate::data::{Batch, Dataset, Prefixes, TokenizedRow};
+use crate::device::{self, Backend, Selected};
+use crate::fit::COMFORTABLE;
+use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::memory;
+use crate::optimizer::AdamW;
+use crate::peft::read_adapter;
+use crate::plan::{Plan, PlanOptions, Workload};
+
+/// What one optimizer step did.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct StepReport {
+    /// The mean loss a supervised token, before the update.
+    pub loss: f64,
+    /// Tokens that went through the layers.
+    pub computed_tokens: u64,
+    /// Where its seconds went.
+    pub phases: Phases,
+}
+
+/// A model in training, as `trainer train` does it.
+pub(super) struct Ours {
+    model: Llama,
+    optimizer: ModuleOptimizer,
+    rows: Dataset,
+    prefixes: Prefixes,
+    options: PassOptions,
+    on_tape: bool,
+    learning_rate: f64,
+    device: Device,
+    on_gpu: bool,
+}
+
+impl Ours {
+    /// Loads the model, puts the initial adapter on it, and says what was loaded.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the device, the model's files or the adapter.
+    pub fn load(
+        spec: &WorkerSpec,
+        settings: &OursSettings,
+        selected: &Selected,
+    ) -> Result<(Self, Loaded), BenchError> {
+        let started = Instant::now();
+        let config = LlamaConfig::from_file(&spec.model)?;
+        let (adapter_config, adapter) = read_adapter(&spec.adapter)?;
+        let lora = adapter_config.lora;
+        let on_gpu = selected.backend != Backend::Cpu;
+        let prefixes = match settings.share_prefixes {
+            true => Prefixes::Shared,
+            false => Prefixes::Apart,
+        };
+        let dtype = device::compute_dtype(selected, requested(&settings.compute_dtype))?;
+        let options = LoadOptions {
+            quantization: Quantization::from_bits(settings.quant_bits).unwrap_or_default(),
+            quantize_lm_head: false,
+            dtype: DType::from(dtype),
+        };
+        let device = selected.device.clone().autodiff();
+        let model = match spec.random_weights {
+            true => random_model::random(&config, options, &device),
+            false => llama_burn::load(&spec.model, &config, options, &device, |_| {})?,
+        };
+        let model = adapter.put_on(model, &lora)?;
+        let checkpointing = match settings.gradient_checkpointing {
+            Some(asked) => asked,
+            None => recomputes(spec, prefixes, &lora, &config, options, on_gpu)?,
+        };
+        let description = format!(
+            "{}, {}, {}, prefixes {}",
+            match settings.quant_bits {
+                16 => "base not quantized".to_string(),
+                bits => format!("{bits}-bit base"),
+            },
+            format!("{dtype:?}").to_lowercase(),
+            match (settings.on_tape, checkpointing) {
+                (true, _) => "Burn's tape over the whole model",
+                (false, true) => "activations recomputed",
+                (false, false) => "activations kept",
+            },
+            if settings.share_prefixes {
+                "shared"
+            } else {
+                "apart"
+            },
+        );
+        let ours = Self {
+            model,
+            optimizer: AdamW::default().init(),
+            rows: dataset(spec),
+            prefixes,
+            options: PassOptions {
+                gradient_checkpointing: checkpointing,
+                dropout_seed: 0,
+            },
+            on_tape: settings.on_tape,
+            learning_rate: spec.learning_rate,
+            device: selected.device.clone(),
+            on_gpu,
+        };
+        ours.sync()?;
+        let loaded = Loaded {
+            description,
+            seconds: started.elapsed().as_secs_f64(),
+            memory: ours.memory(),
+        };
+        Ok((ours, loaded))
+    }
+
+    /// Trains on one step's micro-batches.
+    ///
+    /// # Errors
+    ///
+    /// If the device fails.
+    pub fn step(mut self, micro_batches: &[Vec<usize>]) -> Result<(Self, StepReport), BenchError> {
+        let mut phases = Phases::default();
+        let mut sums = AdapterGradients::default();
+        let mut computed_tokens = 0;
+        for indices in micro_batches {
+            let started = Instant::now();
+            let batch = self.rows.batch(indices, self.prefixes);
+            let packed = Instant::now();
+            computed_tokens += batch.tokens.ids.len() as u64;
+            pass(&self.model, &batch, self.options, self.on_tape, &mut sums);
+            phases.data += (packed - started).as_secs_f64();
+            phases.pass += packed.elapsed().as_secs_f64();
+        }
+        parts(&sums, self.on_gpu, &mut phases);
+        let started = Instant::now();
+        let loss = sums.totals.mean();
+        // Not clipped: 0 turns it off.
+        let (gradients, _) = sums.into_mean(0.0);
+        self.model = self
+            .optimizer
+            .step(self.learning_rate, self.model, gradients);
+        self.sync()?;
+        phases.optimizer += started.elapsed().as_secs_f64();
+        let report = StepReport {
+            loss,
+            computed_tokens,
+            phases,
+        };
+        Ok((self, report))
+    }
+
+    /// The process's memory and the device's.
+    pub fn memory(&self) -> PeakMemory {
+        peak_memory(&self.device)
+    }
+
+    fn sync(&self) -> Result<(), BenchError> {
+        sync(&self.device)
+    }
+}
+
+/// Forward and backward of a micro-batch.
+fn pass(
+    model: &Llama,
+    batch: &Batch,
+    options: PassOptions,
+    on_tape: bool,
+    sums: &mut AdapterGradients,
+) {
+    match on_tape {
+        true => gradients::accumulate_on_tape(model, batch, options.dropout_seed, sums),
+        false => gradients::accumulate(model, batch, options, sums),
+    }
+}
+
+/// The pass by part; on a GPU, which works on while the program goes ahead, only the whole means something.
+fn parts(sums: &AdapterGradients, on_gpu: bool, phases: &mut Phases) {
+    let times = sums.times;
+    if !on_gpu && times.forward_s > 0.0 {
+        phases.forward = Some(times.forward_s);
+        phases.loss = Some(times.loss_s);
+        phases.backward = Some(times.backward_s);
+    }
+}
+
+/// Whether a run with `gradient_checkpointing = "auto"` would recompute: where keeping the activations of the
+/// heaviest micro-batch would take too much of the free memory, as [`fit`](crate::fit) has it.
+fn recomputes(
+    spec: &WorkerSpec,
+    prefixes: Prefixes,
+    lora: &LoraConfig,
+    config: &LlamaConfig,
+    options: LoadOptions,
+    on_gpu: bool,
+) -> Result<bool, BenchError> {
+    let Some(available) = memory::available().filter(|_| !on_gpu) else {
+        return Ok(false);
+    };
+    let rows = dataset(spec);
+    let batches = spec.steps.iter().flatten();
+    let workloads = batches.map(|indices| Workload::of_batch(&rows.batch(indices, prefixes)));
+    let Some(workload) = workloads.max_by_key(|workload| workload.tokens) else {
+        return Ok(false);
+    };
+    let keeping = PlanOptions {
+        lora: lora.clone(),
+        quantization: options.quantization,
+        float_bytes: options.dtype.size(),
+        gradient_checkpointing: false,
+        accumulates: spec.steps.iter().any(|step| step.len() > 1),
+        on_gpu,
+        workload,
+    };
+    let peak = Plan::new(config, &keeping)?.resident_peak();
+    Ok(peak as f64 > COMFORTABLE * available as f64)
+}
+
+/// The configuration's word for a type; `None` for auto.
+fn requested(word: &str) -> Option<FloatDType> {
+    match word {
+        "f32" => Some(FloatDType::F32),
+        "bf16" => Some(FloatDType::BF16),
+        "f16" => Some(FloatDType::F16),
+        _ => None,
+    }
+}
+
+fn dataset(spec: &WorkerSpec) -> Dataset {
+    let rows = spec
+        .rows
+        .iter()
+        .enumerate()
+        .map(|(index, row)| TokenizedRow {
+            line: index + 1,
+            ids: row.ids.clone(),
+            prompt_tokens: row.prompt_tokens,
+        });
+    Dataset {
+        rows: rows.collect(),
+        ..Dataset::default()
+    }
+}
+
+/// Waits for the device.
+///
+/// # Errors
+///
+/// If it fails.
+pub(super) fn sync(device: &Device) -> Result<(), BenchError> {
+    let synced = device.sync();
+    synced.map_err(|error| BenchError::Execution(format!("{error:?}")))
+}
+
+/// The process's peak memory, and what Burn holds on the device.
+pub(super) fn peak_memory(device: &Device) -> PeakMemory {
+    PeakMemory {
+        resident: memory::resident().map(|memory| memory.peak),
+        device: device::memory_reserved(device),
+    }
+}
