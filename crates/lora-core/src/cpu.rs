@@ -5,6 +5,7 @@
 //! what comes next read and write once; this module is what they have in common.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
@@ -149,6 +150,14 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    fn place(&self) -> Place<f32> {
+        Place {
+            data: self.data.as_ptr(),
+            row_stride: self.row_stride,
+            column_stride: self.column_stride,
+        }
+    }
+
     /// The same memory read as the transposed matrix.
     pub fn transposed(self) -> Self {
         Self {
@@ -196,6 +205,14 @@ impl<'a> MatrixMut<'a> {
             columns,
             row_stride: stride,
             lifetime: std::marker::PhantomData,
+        }
+    }
+
+    fn place(&self) -> Place<f32> {
+        Place {
+            data: self.data,
+            row_stride: self.row_stride,
+            column_stride: 1,
         }
     }
 
@@ -249,25 +266,87 @@ pub fn multiply(
     if m == 0 || n == 0 {
         return;
     }
-    let parallelism = match threads {
-        Threads::All if m * n * k >= PARALLEL_FROM => Parallelism::Rayon(0),
-        _ => Parallelism::None,
+    let (output, left, right) = (output.place(), left.place(), right.place());
+    let pieces = match threads {
+        Threads::All if m * n * k >= PARALLEL_FROM => rayon::current_num_threads(),
+        _ => 1,
     };
-    // SAFETY: each view was checked against its memory when it was made. With `accumulate` false the
-    // output is written without being read, as it must be where it is not initialised.
+    let part = |rows: Range<usize>, columns: Range<usize>| {
+        let output = output.part(rows.start, columns.start);
+        multiply_part(
+            output,
+            accumulate,
+            scale,
+            left.part(rows.start, 0),
+            right.part(0, columns.start),
+            [rows.len(), k, columns.len()],
+        );
+    };
+    if pieces == 1 {
+        part(0..m, 0..n);
+    } else if n >= m {
+        // Every thread computes columns of its own: none waits for another.
+        let each = n.div_ceil(pieces).next_multiple_of(COLUMNS_AT_ONCE);
+        let starts = (0..n).into_par_iter().step_by(each);
+        starts.for_each(|start| part(0..m, start..(start + each).min(n)));
+    } else {
+        let each = m.div_ceil(pieces).next_multiple_of(ROWS_AT_ONCE);
+        let starts = (0..m).into_par_iter().step_by(each);
+        starts.for_each(|start| part(start..(start + each).min(m), 0..n));
+    }
+}
+
+/// What the product's innermost loop computes at once on most processors; pieces are multiples of it.
+const COLUMNS_AT_ONCE: usize = 48;
+const ROWS_AT_ONCE: usize = 6;
+
+/// A place in a matrix, checked against its memory where it was made.
+#[derive(Clone, Copy)]
+struct Place<T> {
+    data: *const T,
+    row_stride: usize,
+    column_stride: usize,
+}
+
+// SAFETY: threads get places of the same inputs, and of outputs that do not overlap.
+unsafe impl<T> Sync for Place<T> {}
+unsafe impl<T> Send for Place<T> {}
+
+impl<T> Place<T> {
+    /// The place `rows` further down and `columns` to the right.
+    fn part(self, rows: usize, columns: usize) -> Self {
+        let offset = rows * self.row_stride + columns * self.column_stride;
+        Self {
+            data: self.data.wrapping_add(offset),
+            ..self
+        }
+    }
+}
+
+fn multiply_part(
+    output: Place<f32>,
+    accumulate: bool,
+    scale: f32,
+    left: Place<f32>,
+    right: Place<f32>,
+    [m, k, n]: [usize; 3],
+) {
+    // SAFETY: each matrix was checked against its memory when it was made, and the part lies within it.
+    // With `accumulate` false the output is written without being read, as it must be where it is not
+    // initialised.
     unsafe {
         gemm::gemm(
             m,
             n,
             k,
-            output.data,
-            1,
+            output.data.cast_mut(),
+            output.column_stride as isize,
             output.row_stride as isize,
             accumulate,
-            left.data.as_ptr(),
+            left.data,
             left.column_stride as isize,
             left.row_stride as isize,
-            right.data.as_ptr(),
+            right.data,
             right.column_stride as isize,
             right.row_stride as isize,
             1.0,
@@ -275,7 +354,7 @@ pub fn multiply(
             false,
             false,
             false,
-            parallelism,
+            Parallelism::None,
         );
     }
 }

@@ -1,8 +1,12 @@
-//! The CPU: weight panels are unpacked into a cache-sized buffer that the product then reads.
+//! The CPU: every thread unpacks panels of the weight into a buffer of its own and multiplies with them.
 //!
-//! Flex's own `dequantize` is a scalar loop that divides to find each element's block, and takes
-//! longer than the product it feeds. Here the block's scale is applied to a run of integers at
-//! once, in the widest vectors that the processor has, on all threads.
+//! A panel is some columns of W forward and some rows of it backward: columns of the output either way,
+//! so that no thread waits for another and no output is written twice. Flex's own `dequantize` is a
+//! scalar loop that divides to find each element's block, and takes longer than the product it feeds.
+//! Here a block's scale is applied to a run of integers at once, in the widest vectors that the
+//! processor has.
+
+use std::cell::RefCell;
 
 use burn::backend::ops::{FloatTensorOps, QTensorOps};
 use burn::backend::tensor::QuantizedTensor;
@@ -13,8 +17,14 @@ use rayon::prelude::*;
 use super::Direction;
 use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
-/// Floats in a panel: 1 MiB, so that a panel stays in the cache between its unpacking and its use.
-const PANEL: usize = 256 * 1024;
+/// Floats in a panel at most: 2 MiB, which a processor's share of the last cache holds. Smaller panels
+/// would have the activations packed more often.
+const PANEL: usize = 512 * 1024;
+
+thread_local! {
+    /// The panel that a thread works with; kept, so that its pages are not cleared for every product.
+    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
+}
 
 /// `sum + x · W` or `sum + x · Wᵀ` for W `[d_in, d_out]`; without a sum, the product alone.
 pub fn product(
@@ -59,25 +69,22 @@ pub fn product(
             new.as_mut_ptr()
         }
     };
-    packed.for_each_panel(|first, rows, panel| {
-        let panel = Matrix::new(panel, rows, d_out, d_out);
-        match direction {
-            // Panels are rows of W: each adds its share of the inner sum to the whole output.
-            Direction::Forward => {
-                let x = Matrix::new(&x.as_slice()[first.min(n * d_in)..], n, rows, d_in);
-                // SAFETY: `output` has n · d_out elements; the first panel writes without reading
-                // where they are new.
-                let output = unsafe { MatrixMut::from_raw(output, n, d_out, d_out) };
-                let accumulate = accumulate || first > 0;
-                cpu::multiply(output, accumulate, 1.0, x, panel, Threads::All);
-            }
-            // Panels are rows of W, that is columns of Wᵀ: each gives some columns of the output.
-            Direction::Backward => {
-                let x = Matrix::new(x.as_slice(), n, d_out, d_out);
-                // SAFETY: `output` has n · d_in elements, and these columns are this call's.
-                let output = unsafe { MatrixMut::from_raw(output.add(first), n, rows, d_in) };
-                cpu::multiply(output, accumulate, 1.0, x, panel.transposed(), Threads::All);
-            }
+    let output = Output(output);
+    let x = x.as_slice();
+    packed.for_each_panel(direction, |first, count, panel| match direction {
+        Direction::Forward => {
+            let x = Matrix::new(x, n, d_in, d_in);
+            let panel = Matrix::new(panel, d_in, count, count);
+            // SAFETY: `output` has n · d_out elements, and these columns are this call's.
+            let output = unsafe { output.columns(first, [n, count], d_out) };
+            cpu::multiply(output, accumulate, 1.0, x, panel, Threads::One);
+        }
+        Direction::Backward => {
+            let x = Matrix::new(x, n, d_out, d_out);
+            let panel = Matrix::new(panel, count, d_out, d_out).transposed();
+            // SAFETY: `output` has n · d_in elements, and these columns are this call's.
+            let output = unsafe { output.columns(first, [n, count], d_in) };
+            cpu::multiply(output, accumulate, 1.0, x, panel, Threads::One);
         }
     });
     match sum {
@@ -87,6 +94,29 @@ pub fn product(
             unsafe { new.set_len(n * width) };
             cpu::primitive(new, [n, width])
         }
+    }
+}
+
+/// The output that threads write columns of.
+#[derive(Clone, Copy)]
+struct Output(*mut f32);
+
+// SAFETY: every panel gives columns of its own.
+unsafe impl Send for Output {}
+unsafe impl Sync for Output {}
+
+impl Output {
+    /// # Safety
+    ///
+    /// The output has `rows · stride` elements, and nobody else uses these columns meanwhile.
+    unsafe fn columns(
+        &self,
+        first: usize,
+        [rows, count]: [usize; 2],
+        stride: usize,
+    ) -> MatrixMut<'_> {
+        // SAFETY: the caller's promise.
+        unsafe { MatrixMut::from_raw(self.0.add(first), rows, count, stride) }
     }
 }
 
@@ -131,35 +161,56 @@ impl<'a> Packed<'a> {
         })
     }
 
-    /// Calls `work(first_row, rows, panel)` for panels of whole rows, in order.
-    fn for_each_panel(&self, mut work: impl FnMut(usize, usize, &[f32])) {
-        let rows = (PANEL / self.d_out.max(1)).clamp(1, self.d_in.max(1));
-        let mut buffer = vec![0f32; rows * self.d_out];
-        let mut first = 0;
-        while first < self.d_in {
-            let rows = rows.min(self.d_in - first);
-            let panel = &mut buffer[..rows * self.d_out];
-            self.unpack(first, panel);
-            work(first, rows, panel);
-            first += rows;
+    /// Calls `work(first, count, panel)` on all threads, for panels of `count` columns forward or rows
+    /// backward, unpacked row by row.
+    fn for_each_panel(&self, direction: Direction, work: impl Fn(usize, usize, &[f32]) + Sync) {
+        let (along, across) = match direction {
+            Direction::Forward => (self.d_out, self.d_in),
+            Direction::Backward => (self.d_in, self.d_out),
+        };
+        // As many panels as threads, or a multiple of that.
+        let threads = rayon::current_num_threads();
+        let rounds = along
+            .div_ceil((PANEL / across.max(1)).max(1) * threads)
+            .max(1);
+        let count = along.div_ceil(rounds * threads);
+        let count = count.next_multiple_of(self.block.max(COUNT_MULTIPLE));
+        let starts = (0..along).into_par_iter().step_by(count.max(1));
+        starts.for_each(|first| {
+            let count = count.min(along - first);
+            BUFFER.with_borrow_mut(|buffer| {
+                if buffer.len() < across * count {
+                    buffer.resize(across * count, 0.0);
+                }
+                let panel = &mut buffer[..across * count];
+                cpu::vectorized(|| match direction {
+                    Direction::Forward => self.unpack_columns(first, count, panel),
+                    Direction::Backward => self.unpack(first * self.d_out, panel),
+                });
+                work(first, count, panel);
+            });
+        });
+    }
+
+    /// Dequantizes `count` columns from `first` on, whole blocks.
+    #[inline(always)]
+    fn unpack_columns(&self, first: usize, count: usize, panel: &mut [f32]) {
+        for (row, panel) in panel.chunks_exact_mut(count).enumerate() {
+            self.unpack(row * self.d_out + first, panel);
         }
     }
 
-    /// Dequantizes the rows from `first` on into `panel`.
+    /// Dequantizes the elements from `first` on, whole blocks, into `panel`.
+    #[inline(always)]
     fn unpack(&self, first: usize, panel: &mut [f32]) {
-        let integers = &self.integers[first * self.d_out..][..panel.len()];
-        let scales = &self.scales[first * self.d_out / self.block..][..panel.len() / self.block];
-        // Pieces of about 64 KiB of floats, whole blocks each.
-        let piece = (16 * 1024 / self.block).max(1) * self.block;
-        panel
-            .par_chunks_mut(piece)
-            .zip(integers.par_chunks(piece))
-            .zip(scales.par_chunks(piece / self.block))
-            .for_each(|((panel, integers), scales)| {
-                cpu::vectorized(|| unpack_blocks(panel, integers, scales, self.block))
-            });
+        let integers = &self.integers[first..][..panel.len()];
+        let scales = &self.scales[first / self.block..][..panel.len() / self.block];
+        unpack_blocks(panel, integers, scales, self.block);
     }
 }
+
+/// Panels are multiples of this: of what the product's innermost loop computes at once.
+const COUNT_MULTIPLE: usize = 32;
 
 /// `panel[i] = integers[i] · scales[i / block]`.
 #[inline(always)]
