@@ -171,7 +171,7 @@ impl Job {
         };
         let patience = match (trainer_binary()?.exists(), self.features.is_empty()) {
             (true, _) => "what is built already is kept",
-            (false, true) => "the first build takes a few minutes, later ones seconds",
+            (false, true) => "the first build takes about ten minutes, later ones seconds",
             (false, false) => {
                 "the first build compiles Burn's GPU kernels: about 15 minutes on 2 cores, 3 on \
                  16; later ones take seconds"

@@ -565,7 +565,7 @@ mod tests {
         let (packed, _) = PackedTokens::sharing_prefixes(&rows, 1);
         let spans = Spans::new(&packed).0;
         // [1 2] [3 4] [5] [6]
-        assert_eq!(spans[1].before, [0..2]);
+        assert_eq!(spans[1].before, std::slice::from_ref(&(0..2)));
         assert_eq!(spans[3].before, [0..2, 4..5]);
         assert_eq!(spans[3].offset, 3);
         assert_eq!(spans[0].seen_by, [0, 1, 2, 3]);

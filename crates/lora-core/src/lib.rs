@@ -49,7 +49,9 @@ pub use config::{Init, LoraConfig, ModuleSelector, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
 pub use dropout::AdapterDropout;
 pub use error::LoraError;
-pub use frozen_linear::{frozen_linear, frozen_linear_backward};
+pub use frozen_linear::{
+    frozen_linear, frozen_linear_backward, has_bf16_products, use_bf16_products,
+};
 pub use init::{kaiming_uniform, normal};
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};

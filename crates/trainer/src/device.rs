@@ -205,7 +205,7 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
 ///
 /// | device | `None` (auto) | on request |
 /// | --- | --- | --- |
-/// | CPU | f32 | |
+/// | CPU | f32 | bf16 where the processor has AVX512-BF16: products with 8-bit weights only |
 /// | CUDA | bf16 where the GPU has it (Ampere and later), else f32 | f32, f16 |
 /// | wgpu, Vulkan, Metal | f32 | f16 where the adapter has it |
 ///
@@ -221,12 +221,16 @@ pub fn compute_dtype(
     let offered: &[FloatDType] = match selected.backend {
         Backend::Cuda => &[FloatDType::BF16, FloatDType::F32, FloatDType::F16],
         Backend::Wgpu | Backend::Vulkan | Backend::Metal => &[FloatDType::F32, FloatDType::F16],
+        Backend::Auto | Backend::Cpu if lora_core::has_bf16_products() => {
+            &[FloatDType::F32, FloatDType::BF16]
+        }
         Backend::Auto | Backend::Cpu => &[FloatDType::F32],
     };
+    let cpu = selected.backend == Backend::Cpu;
     let mut has = offered
         .iter()
         .copied()
-        .filter(|&dtype| dtype == FloatDType::F32 || selected.device.supports_dtype(dtype));
+        .filter(|&dtype| dtype == FloatDType::F32 || cpu || selected.device.supports_dtype(dtype));
     let wanted = match requested {
         None => return Ok(has.next().unwrap_or(FloatDType::F32)),
         Some(wanted) => wanted,
@@ -244,6 +248,21 @@ pub fn compute_dtype(
             .collect::<Vec<_>>()
             .join(" or "),
     })
+}
+
+/// Sets the device up to compute in this type, and gives the type that its tensors have: on the CPU
+/// tensors are f32 and only products with quantized weights are in bf16.
+///
+/// # Errors
+///
+/// If the processor computes them wrong.
+pub fn prepare(selected: &Selected, compute: FloatDType) -> Result<FloatDType, DeviceError> {
+    if selected.backend != Backend::Cpu {
+        return Ok(compute);
+    }
+    lora_core::use_bf16_products(compute == FloatDType::BF16)
+        .map_err(|reason| DeviceError::Bf16Products { reason })?;
+    Ok(FloatDType::F32)
 }
 
 /// A type's name as a config spells it.
@@ -327,9 +346,13 @@ mod tests {
     }
 
     #[test]
-    fn the_cpu_computes_in_f32_only() {
+    fn the_cpu_computes_in_f32_unless_it_has_bf16_products_and_is_asked() {
         let selected = select(Backend::Cpu).unwrap();
         assert_eq!(compute_dtype(&selected, None), Ok(FloatDType::F32));
+        if lora_core::has_bf16_products() {
+            let bf16 = compute_dtype(&selected, Some(FloatDType::BF16));
+            return assert_eq!(bf16, Ok(FloatDType::BF16));
+        }
         let error = compute_dtype(&selected, Some(FloatDType::BF16)).unwrap_err();
         let message = error.to_string();
         assert!(

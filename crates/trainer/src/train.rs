@@ -145,7 +145,8 @@ pub fn train(
     let data = files.data(config, &model_config)?;
     let selected = device::select(backend)?;
     let dtype = compute_dtype(config, &selected)?;
-    let fit = fit::fit(config, &model_config, &selected, dtype, &data)?;
+    let stored = device::prepare(&selected, dtype)?;
+    let fit = fit::fit(config, &model_config, &selected, stored, &data)?;
     let (plan, gradient_checkpointing) = (&fit.plan, fit.gradient_checkpointing);
     device::self_test(&selected)?;
     let folder = OutputFolder::prepare(&config.output_dir, existing)?;
@@ -157,7 +158,7 @@ pub fn train(
     let options = LoadOptions {
         quantization: quantization(config),
         quantize_lm_head: config.quantize_lm_head,
-        dtype: DType::from(dtype),
+        dtype: DType::from(stored),
     };
     let task = screen.task("loading weights", model_config.tensor_shapes().len());
     let model = llama_burn::load(&files.model, &model_config, options, &device, |tensor| {

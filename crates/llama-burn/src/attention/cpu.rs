@@ -13,7 +13,7 @@ use super::Heads;
 use crate::packed::{Span, Spans};
 
 /// Queries whose scores exist at a time.
-const QUERIES: usize = 64;
+const QUERIES: usize = 128;
 
 /// Keys whose gradients a task adds up.
 const KEYS: usize = 256;

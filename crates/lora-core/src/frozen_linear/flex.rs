@@ -14,7 +14,7 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::Direction;
+use super::{Direction, bf16, precision};
 use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
 /// Floats in a panel at most: 2 MiB, which a processor's share of the last cache holds. Smaller panels
@@ -53,6 +53,10 @@ pub fn product(
     };
     let accumulate = sum.is_some();
     let mut sum = sum.map(Values::new);
+    // Pairs of weights must not have two scales.
+    if precision::is_bf16() && packed.block.is_multiple_of(2) && n > 0 && d_in > 0 {
+        return in_bf16(sum, x.as_slice(), n, &packed, direction, width);
+    }
     let mut new = Vec::new();
     let output = match &mut sum {
         Some(sum) => {
@@ -91,6 +95,43 @@ pub fn product(
         Some(sum) => sum.into_primitive(),
         None => {
             // SAFETY: the panels cover the whole output, and a product writes all of its part.
+            unsafe { new.set_len(n * width) };
+            cpu::primitive(new, [n, width])
+        }
+    }
+}
+
+/// As [`product`], of operands rounded to bf16.
+fn in_bf16(
+    sum: Option<Values>,
+    x: &[f32],
+    n: usize,
+    packed: &Packed,
+    direction: Direction,
+    width: usize,
+) -> FlexTensor {
+    let weight = bf16::Weight {
+        integers: packed.integers,
+        scales: packed.scales,
+        d_in: packed.d_in,
+        d_out: packed.d_out,
+        block: packed.block,
+    };
+    let multiply = |output| match direction {
+        Direction::Forward => bf16::forward(x, n, weight, output),
+        Direction::Backward => bf16::backward(x, n, weight, output),
+    };
+    match sum {
+        Some(mut sum) => {
+            multiply(bf16::Output::Sum(sum.as_mut_slice()));
+            sum.into_primitive()
+        }
+        None => {
+            let mut new = Vec::with_capacity(n * width);
+            multiply(bf16::Output::New(
+                &mut new.spare_capacity_mut()[..n * width],
+            ));
+            // SAFETY: a product writes every element of a new output.
             unsafe { new.set_len(n * width) };
             cpu::primitive(new, [n, width])
         }

@@ -4,9 +4,13 @@
 //! until the backward pass (burn-backend `q_matmul`, burn-autodiff `float_matmul`), so that 8-bit
 //! storage saves nothing in training. Here the backward pass unpacks the weight again.
 
+mod bf16;
 #[cfg(feature = "cube")]
 mod cube;
 mod flex;
+mod precision;
+
+pub use precision::{has_bf16_products, use_bf16_products};
 
 use burn::backend::autodiff::{
     Autodiff,

@@ -66,10 +66,11 @@ impl Ours {
             false => Prefixes::Apart,
         };
         let dtype = device::compute_dtype(selected, requested(&settings.compute_dtype))?;
+        let stored = device::prepare(selected, dtype)?;
         let options = LoadOptions {
             quantization: Quantization::from_bits(settings.quant_bits).unwrap_or_default(),
             quantize_lm_head: false,
-            dtype: DType::from(dtype),
+            dtype: DType::from(stored),
         };
         let device = selected.device.clone().autodiff();
         let model = match spec.random_weights {

@@ -14,7 +14,7 @@ pub enum ComputeDtype {
     Auto,
     /// 32 bits.
     F32,
-    /// 16 bits with the range of f32 (CUDA).
+    /// 16 bits with the range of f32 (CUDA; the CPU's products with 8-bit weights where it has AVX512-BF16).
     Bf16,
     /// 16 bits (GPUs that have it).
     F16,

@@ -83,6 +83,12 @@ pub enum DeviceError {
         /// The same value on the CPU.
         expected: f32,
     },
+    /// Products in bf16 that come out wrong.
+    #[error("{reason}; compute_dtype = \"f32\" works")]
+    Bf16Products {
+        /// What was found.
+        reason: String,
+    },
     /// A `compute_dtype` that the device does not have.
     #[error("compute_dtype {requested}: {name} has no {requested} arithmetic; use {allowed}")]
     Precision {

@@ -1,0 +1,880 @@
+//! The CPU with AVX512-BF16: products with an 8-bit weight out of pairs of bf16 numbers, summed in f32.
+//!
+//! `vdpbf16ps` multiplies 32 pairs of bf16 numbers and adds them to 16 sums. So activations are
+//! rounded to bf16 once a call, and each thread unpacks panels of the weight, as large as its cache,
+//! into pairs along the inner dimension that lie side by side for 32 columns ("lanes") of the output.
+//!
+//! # Error
+//!
+//! Rounding to bf16 changes a number by up to 2⁻⁸ of itself, 1.7e-3 in the root mean square.
+//!
+//! - Backward (`g · Wᵀ`): a block's weights share a scale and are summed over, so the integers go
+//!   into the product, exact in bf16, and the scale multiplies the f32 sum of each block. Only the
+//!   activations are rounded: relative Frobenius error against f32 about 1.7e-3.
+//! - Forward (`x · W`): every term of a sum has another scale. Applying it to the activations would
+//!   round them anew for every block of columns, a third of the product's time; so it goes into the
+//!   weight before that is rounded. Both factors are rounded: about 2.4e-3.
+//!
+//! Sums run in f32 in a fixed order: results do not depend on the number of threads.
+
+use std::cell::RefCell;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+use super::Direction;
+
+/// Columns of the output that one step computes: two vectors of sums.
+const LANES: usize = 32;
+
+/// Most rows of the output that one step computes: 12 · 2 sums, two vectors of weights and one of
+/// activations fit the 32 registers.
+const ROWS: usize = 12;
+
+/// Pairs of weights in a panel: 256 KiB, so that it stays in a core's second-level cache.
+const PANEL_PAIRS: usize = 64 * 1024;
+
+/// Most of the inner dimension that a panel takes in.
+const CHUNK: usize = 4096;
+
+/// Bytes of a row that are transposed at a time.
+const SEGMENT: usize = 64;
+
+/// Below this many multiply-adds one thread computes it all.
+const PARALLEL_FROM: usize = 1 << 20;
+
+/// A quantized weight: `W[k][j] = integers[k · d_out + j] · scales[(k · d_out + j) / block]`.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Weight<'a> {
+    /// `[d_in, d_out]`.
+    pub integers: &'a [i8],
+    /// `[d_in, d_out / block]`.
+    pub scales: &'a [f32],
+    pub d_in: usize,
+    pub d_out: usize,
+    /// Divides `d_out`, and is even: no pair has two scales.
+    pub block: usize,
+}
+
+/// Where a product goes.
+#[derive(Debug)]
+pub(crate) enum Output<'a> {
+    /// All elements are written, none is read.
+    New(&'a mut [MaybeUninit<f32>]),
+    /// The product is added.
+    Sum(&'a mut [f32]),
+}
+
+/// Whether the processor (and the operating system) can run [`forward`] and [`backward`].
+pub(crate) fn is_supported() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    return is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512bf16");
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
+/// `x · W`.
+///
+/// # Shapes
+///
+/// - `x`: `[n, d_in]`
+/// - `output`: `[n, d_out]`
+///
+/// # Panics
+///
+/// If the shapes do not fit, the block is odd, or the processor lacks the instructions.
+pub(crate) fn forward(x: &[f32], n: usize, weight: Weight, output: Output) {
+    native(x, n, weight, Direction::Forward, output);
+}
+
+/// `g · Wᵀ`.
+///
+/// # Shapes
+///
+/// - `g`: `[n, d_out]`
+/// - `output`: `[n, d_in]`
+///
+/// # Panics
+///
+/// As [`forward`].
+pub(crate) fn backward(g: &[f32], n: usize, weight: Weight, output: Output) {
+    native(g, n, weight, Direction::Backward, output);
+}
+
+/// Computes a small product of each kind with this processor's instructions and without.
+///
+/// # Errors
+///
+/// What differs, or that the processor lacks the instructions.
+pub(crate) fn self_check() -> Result<(), String> {
+    if !is_supported() {
+        return Err("the processor has no AVX512-BF16".into());
+    }
+    let (n, d_in, d_out, block) = (ROWS + 5, 2 * LANES + 7, LANES + 12, 4);
+    // Few-bit numbers, whose sums are exact in whatever order they are added, so that results must
+    // be equal; the last bit of an activation is there to be rounded off.
+    let number = |i: usize, range: usize| ((i * i + i / 3) % range) as f32 - (range / 2) as f32;
+    let integers: Vec<i8> = (0..d_in * d_out).map(|i| number(i, 255) as i8).collect();
+    let scales: Vec<f32> = (0..d_in * d_out / block)
+        .map(|i| [0.25, 0.5, 1.0, 2.0][i * i % 7 % 4])
+        .collect();
+    let weight = Weight {
+        integers: &integers,
+        scales: &scales,
+        d_in,
+        d_out,
+        block,
+    };
+    for direction in [Direction::Forward, Direction::Backward] {
+        let (inner, outer) = direction.inner_and_outer(weight);
+        let x: Vec<f32> = (0..n * inner)
+            .map(|i| number(i, 15) * (1.0 + f32::EPSILON))
+            .collect();
+        let mut results = [vec![1f32; n * outer], vec![1f32; n * outer]];
+        let [expected, computed] = &mut results;
+        product::<Emulated>(&x, n, weight, direction, Output::Sum(expected));
+        native(&x, n, weight, direction, Output::Sum(computed));
+        if let Some(i) = (0..n * outer).find(|&i| expected[i] != computed[i]) {
+            return Err(format!(
+                "AVX512-BF16 gives {} instead of {} in row {}, column {} of the {direction:?} check",
+                computed[i],
+                expected[i],
+                i / outer,
+                i % outer,
+            ));
+        }
+    }
+    Ok(())
+}
+
+impl Direction {
+    /// The lengths of the dimension that is summed over and of the one that goes into the output.
+    fn inner_and_outer(self, weight: Weight) -> (usize, usize) {
+        match self {
+            Self::Forward => (weight.d_in, weight.d_out),
+            Self::Backward => (weight.d_out, weight.d_in),
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+fn native(x: &[f32], n: usize, weight: Weight, direction: Direction, output: Output) {
+    assert!(is_supported(), "the processor has no AVX512-BF16");
+    product::<Avx512>(x, n, weight, direction, output);
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn native(_: &[f32], _: usize, _: Weight, _: Direction, _: Output) {
+    unreachable!("the processor has no AVX512-BF16");
+}
+
+/// 16 sums in f32, and the instructions that the products are made of.
+///
+/// The implementation for a processor that lacks them must not be used there.
+trait Sums: Copy {
+    /// [`Job::columns`], compiled for the processor that has the instructions.
+    fn columns(job: &Job, tiles: Range<usize>, panel: &mut Panel) {
+        job.columns::<Self>(tiles, panel);
+    }
+
+    /// [`round`], compiled likewise.
+    fn round(pairs: &mut [u32], x: &[f32]) {
+        round(pairs, x);
+    }
+
+    fn zero() -> Self;
+
+    /// `self[i] + pair · pairs[i]`: a pair's second product is added first, as `vdpbf16ps` does.
+    fn add_products(self, pair: u32, pairs: &[u32; 16]) -> Self;
+
+    fn scaled(self, scales: &[f32; 16]) -> Self;
+
+    /// Writes the first `count` (at most 16) sums, or adds them to what is there.
+    ///
+    /// # Safety
+    ///
+    /// `output` points to `count` floats that nobody else uses meanwhile, initialized if they are
+    /// added to.
+    unsafe fn store(self, output: *mut f32, count: usize, accumulate: bool);
+}
+
+#[cfg(target_arch = "x86_64")]
+use avx512::Avx512;
+
+#[cfg(target_arch = "x86_64")]
+mod avx512 {
+    use std::arch::x86_64::*;
+    use std::ops::Range;
+
+    use super::{Job, Panel, Sums, round};
+
+    /// One register. Its methods are called on processors with AVX512-BF16 only: see [`super::native`].
+    #[derive(Clone, Copy)]
+    pub(super) struct Avx512(__m512);
+
+    // SAFETY of the intrinsics below: the processor has them, as the type's contract says; loads
+    // read 16 elements through references to arrays of that many.
+    impl Sums for Avx512 {
+        // What these call is inlined into them, so that the features apply to all of it.
+        fn columns(job: &Job, tiles: Range<usize>, panel: &mut Panel) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+            fn compiled(job: &Job, tiles: Range<usize>, panel: &mut Panel) {
+                job.columns::<Avx512>(tiles, panel);
+            }
+            // SAFETY: as above.
+            unsafe { compiled(job, tiles, panel) }
+        }
+
+        fn round(pairs: &mut [u32], x: &[f32]) {
+            #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+            fn compiled(pairs: &mut [u32], x: &[f32]) {
+                round(pairs, x);
+            }
+            // SAFETY: as above.
+            unsafe { compiled(pairs, x) }
+        }
+
+        #[inline(always)]
+        fn zero() -> Self {
+            // SAFETY: as above.
+            Self(unsafe { _mm512_setzero_ps() })
+        }
+
+        #[inline(always)]
+        fn add_products(self, pair: u32, pairs: &[u32; 16]) -> Self {
+            // SAFETY: as above; both vectors are 64 bytes without invalid values.
+            unsafe {
+                let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair as i32));
+                let pairs: __m512bh =
+                    std::mem::transmute(_mm512_loadu_epi32(pairs.as_ptr().cast()));
+                Self(_mm512_dpbf16_ps(self.0, pair, pairs))
+            }
+        }
+
+        #[inline(always)]
+        fn scaled(self, scales: &[f32; 16]) -> Self {
+            // SAFETY: as above.
+            Self(unsafe { _mm512_mul_ps(self.0, _mm512_loadu_ps(scales.as_ptr())) })
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, output: *mut f32, count: usize, accumulate: bool) {
+            let mask = ((1u32 << count) - 1) as __mmask16;
+            // SAFETY: the processor has the intrinsics; masked elements are neither read nor
+            // written, the others are the caller's.
+            unsafe {
+                let sums = match accumulate {
+                    true => _mm512_add_ps(self.0, _mm512_maskz_loadu_ps(mask, output)),
+                    false => self.0,
+                };
+                _mm512_mask_storeu_ps(output, mask, sums);
+            }
+        }
+    }
+}
+
+/// The same in plain Rust, for processors without the instructions and to compare with.
+#[derive(Clone, Copy)]
+struct Emulated([f32; 16]);
+
+/// `sum + a · b` as `vdpbf16ps` computes it: rounded once, to nearest even; subnormal numbers count
+/// as zero and become zero (Intel, Software Developer's Manual, volume 2, "VDPBF16PS"; Bochs' model
+/// of Sapphire Rapids gives the same bits).
+fn fused_add(sum: f32, a: u32, b: u32) -> f32 {
+    let flushed = |x: f32| {
+        if x.is_subnormal() {
+            0f32.copysign(x)
+        } else {
+            x
+        }
+    };
+    let [a, b, sum] = [f32::from_bits(a), f32::from_bits(b), sum].map(flushed);
+    flushed(a.mul_add(b, sum))
+}
+
+impl Sums for Emulated {
+    fn zero() -> Self {
+        Self([0.0; 16])
+    }
+
+    fn add_products(mut self, pair: u32, pairs: &[u32; 16]) -> Self {
+        for (sum, other) in self.0.iter_mut().zip(pairs) {
+            *sum = fused_add(*sum, pair & 0xffff_0000, other & 0xffff_0000);
+            *sum = fused_add(*sum, pair << 16, other << 16);
+        }
+        self
+    }
+
+    fn scaled(mut self, scales: &[f32; 16]) -> Self {
+        for (sum, scale) in self.0.iter_mut().zip(scales) {
+            *sum *= scale;
+        }
+        self
+    }
+
+    unsafe fn store(self, output: *mut f32, count: usize, accumulate: bool) {
+        for (i, sum) in self.0.into_iter().take(count).enumerate() {
+            // SAFETY: the caller's `count` floats, initialized where they are read.
+            unsafe {
+                let before = if accumulate { *output.add(i) } else { -0.0 };
+                output.add(i).write(before + sum);
+            }
+        }
+    }
+}
+
+/// `x · W` or `x · Wᵀ` for `x` of `n` rows.
+fn product<S: Sums>(x: &[f32], n: usize, weight: Weight, direction: Direction, output: Output) {
+    let (inner, outer) = direction.inner_and_outer(weight);
+    let Weight {
+        d_in, d_out, block, ..
+    } = weight;
+    assert!(
+        block.is_multiple_of(2) && block > 0 && d_out.is_multiple_of(block),
+        "rows of {d_out} weights have no blocks of {block}"
+    );
+    assert!(
+        d_in * d_out > 0
+            && weight.integers.len() == d_in * d_out
+            && weight.scales.len() * block == d_in * d_out,
+        "a weight of {d_in}x{d_out}"
+    );
+    let (data, length, accumulate) = match output {
+        Output::New(output) => (output.as_mut_ptr().cast(), output.len(), false),
+        Output::Sum(output) => (output.as_mut_ptr(), output.len(), true),
+    };
+    assert!(
+        x.len() == n * inner && length == n * outer,
+        "{} and {length} elements for {n} rows of {inner} and {outer}",
+        x.len()
+    );
+    let parallel = n * inner * outer >= PARALLEL_FROM;
+    let job = Job {
+        x: Activations::new::<S>(x, inner, n, parallel),
+        weight,
+        direction,
+        output: data,
+        rows: n,
+        columns: outer,
+        accumulate,
+    };
+    let tiles = outer.div_ceil(LANES);
+    let groups = groups(tiles, job.chunk().min(inner));
+    let work = |group: usize| {
+        let tiles = tiles * group / groups..tiles * (group + 1) / groups;
+        PANEL.with_borrow_mut(|panel| S::columns(&job, tiles, panel));
+    };
+    match parallel {
+        true => (0..groups).into_par_iter().for_each(work),
+        false => (0..groups).for_each(work),
+    }
+}
+
+thread_local! {
+    /// Kept, because fresh memory would cost more page faults than the panel is worth.
+    static PANEL: RefCell<Panel> = RefCell::default();
+}
+
+/// In how many parts the tiles are computed: one panel each, and an equal number for each thread.
+fn groups(tiles: usize, chunk: usize) -> usize {
+    let most = PANEL_PAIRS / (chunk.div_ceil(2) * LANES);
+    tiles
+        .div_ceil(most.max(1))
+        .next_multiple_of(rayon::current_num_threads())
+        .min(tiles)
+}
+
+/// A product, of which threads compute different columns.
+struct Job<'a> {
+    x: Activations,
+    weight: Weight<'a>,
+    direction: Direction,
+    /// `[rows, columns]`.
+    output: *mut f32,
+    rows: usize,
+    columns: usize,
+    /// Whether the product is added to what is there.
+    accumulate: bool,
+}
+
+// SAFETY: the output is borrowed for the whole product, and each thread gets columns of its own.
+unsafe impl Sync for Job<'_> {}
+
+impl Job<'_> {
+    /// How much of the inner dimension a panel takes in: whole blocks.
+    fn chunk(&self) -> usize {
+        (CHUNK / self.weight.block).max(1) * self.weight.block
+    }
+
+    /// Computes the columns of these tiles, which must be the caller's alone.
+    #[inline(always)]
+    fn columns<S: Sums>(&self, tiles: Range<usize>, panel: &mut Panel) {
+        let (inner, _) = self.direction.inner_and_outer(self.weight);
+        let chunk = self.chunk();
+        for start in (0..inner).step_by(chunk) {
+            let range = start..inner.min(start + chunk);
+            panel.unpack(self.weight, self.direction, tiles.clone(), range);
+            let mut row = 0;
+            while row < self.rows {
+                row += match self.rows - row {
+                    ROWS.. => self.strip::<S, ROWS>(row, start, tiles.start, panel),
+                    4.. => self.strip::<S, 4>(row, start, tiles.start, panel),
+                    _ => self.strip::<S, 1>(row, start, tiles.start, panel),
+                };
+            }
+        }
+    }
+
+    /// `HEIGHT` rows from `row` on times a panel that begins at `start` of the inner dimension and
+    /// at tile `first`. Returns `HEIGHT`.
+    #[inline(always)]
+    fn strip<S: Sums, const HEIGHT: usize>(
+        &self,
+        row: usize,
+        start: usize,
+        first: usize,
+        panel: &Panel,
+    ) -> usize {
+        let runs = panel.height.div_ceil(panel.run);
+        for (i, tile) in panel.pairs.chunks_exact(panel.height).enumerate() {
+            let column = (first + i) * LANES;
+            for (run, pairs) in tile.chunks(panel.run).enumerate() {
+                let offset = row * self.x.stride + start / 2 + run * panel.run;
+                let sums = sums::<S, HEIGHT>(&self.x.pairs[offset..], self.x.stride, pairs);
+                let scales = panel.scales.get(i * runs + run);
+                let accumulate = self.accumulate || start + run > 0;
+                for (r, sums) in sums.into_iter().enumerate() {
+                    // SAFETY: this tile's columns are this thread's; the first run has written them.
+                    unsafe { self.store(sums, scales, row + r, column, accumulate) };
+                }
+            }
+        }
+        HEIGHT
+    }
+
+    /// Writes a row's sums, times `scales`, from `column` on, or adds them.
+    ///
+    /// # Safety
+    ///
+    /// The tile that begins at `column` is the caller's alone, and initialized if added to.
+    #[inline(always)]
+    unsafe fn store<S: Sums>(
+        &self,
+        sums: [S; 2],
+        scales: Option<&Lanes<f32>>,
+        row: usize,
+        column: usize,
+        accumulate: bool,
+    ) {
+        for (half, mut sums) in sums.into_iter().enumerate() {
+            if let Some(scales) = scales {
+                sums = sums.scaled(&scales[half]);
+            }
+            let column = column + half * 16;
+            let count = self.columns.saturating_sub(column).min(16);
+            let place = self.output.wrapping_add(row * self.columns + column);
+            // SAFETY: these `count` elements of the output are in the caller's tile.
+            unsafe { sums.store(place, count, accumulate) };
+        }
+    }
+}
+
+/// The products of `HEIGHT` rows of activations, `stride` apart, with a run of weights.
+#[inline(always)]
+fn sums<S: Sums, const HEIGHT: usize>(
+    x: &[u32],
+    stride: usize,
+    pairs: &[Lanes<u32>],
+) -> [[S; 2]; HEIGHT] {
+    assert!(x.len() >= (HEIGHT - 1) * stride + pairs.len());
+    let mut sums = [[S::zero(); 2]; HEIGHT];
+    for (i, [left, right]) in pairs.iter().enumerate() {
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: asserted above.
+            let pair = unsafe { *x.get_unchecked(r * stride + i) };
+            sums[0] = sums[0].add_products(pair, left);
+            sums[1] = sums[1].add_products(pair, right);
+        }
+    }
+    sums
+}
+
+/// The nearest bf16 number, in the lower half; ties go to the even one, NaN stays NaN.
+#[inline(always)]
+fn bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    match x.is_nan() {
+        true => bits >> 16 | 0x40,
+        false => (bits + 0x7fff + (bits >> 16 & 1)) >> 16,
+    }
+}
+
+/// Activations in pairs of bf16 numbers, row by row; an odd last one is paired with zero.
+struct Activations {
+    pairs: Vec<u32>,
+    /// From row to row: an odd number of cache lines, so that rows do not evict one another.
+    stride: usize,
+}
+
+impl Activations {
+    fn new<S: Sums>(x: &[f32], inner: usize, rows: usize, parallel: bool) -> Self {
+        let stride = (inner.div_ceil(32) | 1) * 16;
+        let mut pairs = vec![0; rows * stride];
+        match parallel {
+            true => (pairs.par_chunks_mut(stride).zip(x.par_chunks(inner)))
+                .with_min_len(16)
+                .for_each(|(pairs, x)| S::round(pairs, x)),
+            false => (pairs.chunks_mut(stride).zip(x.chunks(inner)))
+                .for_each(|(pairs, x)| S::round(pairs, x)),
+        }
+        Self { pairs, stride }
+    }
+}
+
+/// Rounds a row of activations to pairs of bf16 numbers.
+#[inline(always)]
+fn round(pairs: &mut [u32], x: &[f32]) {
+    let (twos, last) = x.as_chunks::<2>();
+    for (pair, [a, b]) in pairs.iter_mut().zip(twos) {
+        *pair = bf16(*a) | bf16(*b) << 16;
+    }
+    if let [last] = last {
+        pairs[twos.len()] = bf16(*last);
+    }
+}
+
+/// One value for each column of a tile.
+type Lanes<T> = [[T; 16]; 2];
+
+/// Part of a weight: some tiles of the output's columns, and a part of the inner dimension.
+#[derive(Default)]
+struct Panel {
+    /// `[tiles, height]`: pairs of bf16 weights along the inner dimension.
+    pairs: Vec<Lanes<u32>>,
+    /// `[tiles, height / run]`, with which the sum over a run is multiplied; none in forward panels.
+    scales: Vec<Lanes<f32>>,
+    height: usize,
+    /// Pairs that are summed up before they are scaled and added to the output.
+    run: usize,
+}
+
+impl Panel {
+    /// Replaces the panel with these tiles of these inner indices.
+    #[inline(always)]
+    fn unpack(
+        &mut self,
+        weight: Weight,
+        direction: Direction,
+        tiles: Range<usize>,
+        inner: Range<usize>,
+    ) {
+        self.pairs.clear();
+        self.scales.clear();
+        self.height = inner.len().div_ceil(2);
+        self.pairs.reserve(self.height * tiles.len());
+        for first in tiles.map(|tile| tile * LANES) {
+            match direction {
+                Direction::Forward => self.unpack_columns(weight, first, inner.clone()),
+                Direction::Backward => self.unpack_rows(weight, first, inner.clone()),
+            }
+        }
+        self.run = match direction {
+            Direction::Forward => self.height,
+            Direction::Backward => weight.block / 2,
+        };
+    }
+
+    /// A forward tile: columns of W from `first` on, with their scales.
+    ///
+    /// Loops instead of iterators and closures, which the compiler may leave without the features
+    /// of [`Sums::columns`].
+    #[inline(always)]
+    fn unpack_columns(&mut self, weight: Weight, first: usize, rows: Range<usize>) {
+        let width = (weight.d_out - first).min(LANES);
+        let blocks_in_row = weight.d_out / weight.block;
+        let mut blocks = [0; LANES];
+        for (lane, block) in blocks.iter_mut().enumerate() {
+            *block = (first + lane.min(width - 1)) / weight.block;
+        }
+        let row = |k: usize| {
+            let integers = &weight.integers[k * weight.d_out + first..];
+            let scales = &weight.scales[k * blocks_in_row..][..blocks_in_row];
+            (integers, scales)
+        };
+        for k in rows.clone().step_by(2) {
+            let mut pair: Lanes<u32> = [[0; 16]; 2];
+            add_row::<0>(&mut pair, row(k), &blocks);
+            if k + 1 < rows.end {
+                add_row::<16>(&mut pair, row(k + 1), &blocks);
+            }
+            self.pairs.push(pair);
+        }
+    }
+
+    /// A backward tile: rows of W from `first` on, as integers, and the scales of their blocks.
+    #[inline(always)]
+    fn unpack_rows(&mut self, weight: Weight, first: usize, columns: Range<usize>) {
+        let (d_out, block) = (weight.d_out, weight.block);
+        let width = (weight.d_in - first).min(LANES);
+        for column in columns.clone().step_by(SEGMENT) {
+            let count = SEGMENT.min(columns.end - column);
+            // Words of four integers, transposed; two more may follow.
+            let mut words = [[0u32; LANES]; SEGMENT / 4];
+            for lane in 0..width {
+                let row = &weight.integers[(first + lane) * d_out + column..][..count];
+                let (fours, rest) = row.as_chunks::<4>();
+                for (words, four) in words.iter_mut().zip(fours) {
+                    words[lane] = word(*four);
+                }
+                if let [a, b] = *rest {
+                    words[fours.len()][lane] = word([a, b, 0, 0]);
+                }
+            }
+            for i in 0..count / 2 {
+                let mut pair: Lanes<u32> = [[0; 16]; 2];
+                for (pair, word) in pair.as_flattened_mut().iter_mut().zip(&words[i / 2]) {
+                    *pair = widen(word >> (i % 2 * 16));
+                }
+                self.pairs.push(pair);
+            }
+        }
+        for index in columns.start / block..columns.end / block {
+            let mut scales: Lanes<f32> = [[0.0; 16]; 2];
+            for (lane, scale) in scales.as_flattened_mut()[..width].iter_mut().enumerate() {
+                *scale = weight.scales[(first + lane) * (d_out / block) + index];
+            }
+            self.scales.push(scales);
+        }
+    }
+}
+
+/// Adds a tile's weights, rounded to bf16, to one half of its pairs; lanes beyond the end of W get
+/// what comes next or zero, and are never stored.
+#[inline(always)]
+fn add_row<const SHIFT: u32>(
+    pairs: &mut Lanes<u32>,
+    (integers, scales): (&[i8], &[f32]),
+    blocks: &[usize; LANES],
+) {
+    let row = match integers.first_chunk() {
+        Some(row) => *row,
+        None => padded(integers),
+    };
+    let mut factors = [scales[blocks[0]]; LANES];
+    if blocks[0] != blocks[LANES - 1] {
+        for lane in 0..LANES {
+            factors[lane] = scales[blocks[lane]];
+        }
+    }
+    let pairs = pairs.as_flattened_mut();
+    for lane in 0..LANES {
+        pairs[lane] |= bf16(row[lane] as f32 * factors[lane]) << SHIFT;
+    }
+}
+
+/// Rare; apart, so that the usual case is a load and not a call of `memcpy`.
+#[cold]
+#[inline(never)]
+fn padded(integers: &[i8]) -> [i8; LANES] {
+    let mut row = [0; LANES];
+    row[..integers.len()].copy_from_slice(integers);
+    row
+}
+
+#[inline(always)]
+fn word([a, b, c, d]: [i8; 4]) -> u32 {
+    u32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
+}
+
+/// The lower two bytes, signed integers, as a pair of bf16 numbers: eight bits are exact.
+#[inline(always)]
+fn widen(bytes: u32) -> u32 {
+    let low = (bytes << 24) as i32 >> 24;
+    let high = (bytes << 16) as i32 >> 24;
+    (low as f32).to_bits() >> 16 | (high as f32).to_bits() & 0xffff_0000
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::CounterRng;
+
+    /// Normal numbers: integers, scales, activations for either direction.
+    struct Case([usize; 4], Vec<i8>, Vec<f32>, Vec<f32>);
+
+    impl Case {
+        fn new([n, d_in, d_out, block]: [usize; 4]) -> Self {
+            let mut rng = CounterRng::new((n * d_in + d_out * block) as u64);
+            let mut normal = |count, scale| {
+                let number = |_| rng.normal() as f32 * scale;
+                (0..count).map(number).collect::<Vec<_>>()
+            };
+            let integers = normal(d_in * d_out, 50.0);
+            let integers = integers.into_iter().map(|x| x as i8).collect();
+            let scales = normal(d_in * d_out / block, 0.02);
+            let x = normal(n * d_in.max(d_out), 1.0);
+            Self([n, d_in, d_out, block], integers, scales, x)
+        }
+
+        fn weight(&self) -> Weight<'_> {
+            let Self([_, d_in, d_out, block], integers, scales, _) = self;
+            Weight {
+                integers,
+                scales,
+                d_in: *d_in,
+                d_out: *d_out,
+                block: *block,
+            }
+        }
+
+        fn compute<S: Sums>(&self, direction: Direction, sum: Option<f32>) -> Vec<f32> {
+            let (inner, outer) = direction.inner_and_outer(self.weight());
+            let (n, x) = (self.0[0], &self.3);
+            let mut output = Vec::with_capacity(n * outer);
+            if let Some(sum) = sum {
+                output.resize(n * outer, sum);
+            }
+            let place = match sum {
+                Some(_) => Output::Sum(&mut output),
+                None => Output::New(&mut output.spare_capacity_mut()[..n * outer]),
+            };
+            product::<S>(&x[..n * inner], n, self.weight(), direction, place);
+            // SAFETY: there is room, and the product has written all of it.
+            unsafe { output.set_len(n * outer) };
+            output
+        }
+
+        /// In f64, with activations (`true`) and weights rounded by `round`.
+        fn expected(&self, direction: Direction, round: impl Fn(f32, bool) -> f64) -> Vec<f64> {
+            let weight = self.weight();
+            let (inner, outer) = direction.inner_and_outer(weight);
+            let value = |i: usize| weight.integers[i] as f32 * weight.scales[i / weight.block];
+            let w: Vec<f64> = (0..weight.integers.len())
+                .map(|i| round(value(i), false))
+                .collect();
+            let x: Vec<f64> = self.3.iter().map(|&x| round(x, true)).collect();
+            let element = |i: usize| {
+                let (row, column) = (i / outer, i % outer);
+                let term = |k: usize| match direction {
+                    Direction::Forward => x[row * inner + k] * w[k * weight.d_out + column],
+                    Direction::Backward => x[row * inner + k] * w[column * weight.d_out + k],
+                };
+                (0..inner).map(term).sum()
+            };
+            (0..self.0[0] * outer).map(element).collect()
+        }
+    }
+
+    /// Frobenius norm of the difference over that of `expected`.
+    fn relative(computed: &[f32], expected: &[f64], sum: f64) -> f64 {
+        assert_eq!(computed.len(), expected.len());
+        let pairs = computed.iter().zip(expected);
+        let difference: f64 = pairs.map(|(c, e)| (*c as f64 - sum - e).powi(2)).sum();
+        let norm: f64 = expected.iter().map(|e| e.powi(2)).sum();
+        (difference / norm).sqrt()
+    }
+
+    const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Backward];
+
+    /// Tiles, strips, runs and chunks that are full, and that are not.
+    const SHAPES: [[usize; 4]; 14] = [
+        [1, 1, 2, 2],
+        [1, 33, 40, 8],
+        [3, 5, 4, 4],
+        [7, 64, 96, 32],
+        [7, 31, 160, 32],
+        [12, 32, 32, 32],
+        [16, 9, 66, 6],
+        [33, 101, 172, 4],
+        [33, 65, 80, 16],
+        [33, 200, 320, 32],
+        [280, 70, 96, 32],
+        [280, 45, 104, 8],
+        [2, 8225, 64, 32],
+        [2, 35, 8256, 64],
+    ];
+
+    fn check<S: Sums>(name: &str) {
+        let bf16 = |x: f32| f32::from_bits(bf16(x) << 16) as f64;
+        for shape in SHAPES {
+            let case = Case::new(shape);
+            for direction in DIRECTIONS {
+                let fresh = case.compute::<S>(direction, None);
+                // What is rounded where is known, so only the order of f32 sums is left.
+                let rounded = case.expected(direction, |x, activation| {
+                    match activation || direction == Direction::Forward {
+                        true => bf16(x),
+                        false => x as f64,
+                    }
+                });
+                let error = relative(&fresh, &rounded, 0.0);
+                assert!(error < 2e-6, "{name} {shape:?} {direction:?}: {error:e}");
+                let sum = case.compute::<S>(direction, Some(0.5));
+                let error = relative(&sum, &rounded, 0.5);
+                assert!(error < 2e-6, "{name} {shape:?} {direction:?} +=: {error:e}");
+                let exact = case.expected(direction, |x, _| x as f64);
+                let error = relative(&fresh, &exact, 0.0);
+                println!("{name} {shape:?} {direction:?}: {error:.2e} against f32");
+                let bound = if fresh.len() < 1000 { 8e-3 } else { 4e-3 };
+                assert!(error < bound, "{name} {shape:?} {direction:?}: {error:e}");
+            }
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_rounded_factors_and_near_those_of_f32() {
+        check::<Emulated>("emulated");
+        #[cfg(target_arch = "x86_64")]
+        if is_supported() {
+            check::<Avx512>("AVX512-BF16");
+        }
+    }
+
+    #[test]
+    fn the_processor_does_what_the_emulation_does() {
+        match is_supported() {
+            true => assert_eq!(self_check(), Ok(())),
+            false => assert!(self_check().is_err()),
+        }
+    }
+
+    #[test]
+    fn the_number_of_threads_changes_nothing() {
+        let case = Case::new([33, 200, 320, 32]);
+        for direction in DIRECTIONS {
+            let [one, three] = [1, 3].map(|threads| {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build();
+                pool.unwrap()
+                    .install(|| case.compute::<Emulated>(direction, None))
+            });
+            assert_eq!(one, three);
+        }
+    }
+
+    #[test]
+    fn rounding_is_to_nearest_even_and_keeps_infinities_and_nan() {
+        let round = |x: f32| f32::from_bits(bf16(x) << 16);
+        let step = 2f32.powi(-7);
+        assert_eq!(round(1.0 + 0.5 * step), 1.0);
+        assert_eq!(round(1.0 + 1.5 * step), 1.0 + 2.0 * step);
+        assert_eq!(round(-1.0 - 0.51 * step), -1.0 - step);
+        assert_eq!(round(f32::MAX), f32::INFINITY);
+        assert_eq!(round(f32::NEG_INFINITY), f32::NEG_INFINITY);
+        assert!(round(f32::NAN).is_nan() && round(f32::from_bits(0x7fff_ffff)).is_nan());
+        for integer in i8::MIN..=i8::MAX {
+            assert_eq!(round(integer as f32), integer as f32);
+        }
+    }
+
+    #[test]
+    fn the_emulation_treats_subnormal_numbers_as_zero() {
+        let one = 1f32.to_bits();
+        assert_eq!(fused_add(f32::from_bits(1), one, one), 1.0);
+        assert_eq!(fused_add(0.0, 0x0040_0000, 0x7f00_0000), 0.0);
+        assert_eq!(fused_add(0.0, 0x0080_0000, 0.5f32.to_bits()), 0.0);
+        assert_eq!(fused_add(1.0, one, one), 2.0);
+    }
+}

@@ -1,0 +1,54 @@
+//! What the CPU multiplies quantized weights in.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use super::bf16;
+
+static BF16: AtomicBool = AtomicBool::new(false);
+
+/// Whether this processor multiplies bf16 numbers (AVX512-BF16).
+pub fn has_bf16_products() -> bool {
+    bf16::is_supported()
+}
+
+/// Makes the CPU multiply quantized weights in bf16 from now on, in the whole program, or in f32 again.
+///
+/// Everything else stays f32: activations between products, sums, adapters. See ARCHITECTURE.md for the
+/// error; whoever compares numbers between machines wants f32.
+///
+/// # Errors
+///
+/// Where the processor has no such products, or computes them wrong (a small product is compared with
+/// plain arithmetic first).
+pub fn use_bf16_products(on: bool) -> Result<(), String> {
+    if on {
+        if !has_bf16_products() {
+            return Err("this processor has no bf16 products (AVX512-BF16)".into());
+        }
+        bf16::self_check()?;
+    }
+    BF16.store(on, Ordering::Relaxed);
+    Ok(())
+}
+
+pub(super) fn is_bf16() -> bool {
+    BF16.load(Ordering::Relaxed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_processor_without_them_says_so() {
+        match has_bf16_products() {
+            // Switching on would change what tests beside this one compute.
+            true => assert_eq!(bf16::self_check(), Ok(())),
+            false => {
+                let error = use_bf16_products(true).unwrap_err();
+                assert!(error.contains("AVX512-BF16"), "{error}");
+                assert!(!is_bf16());
+            }
+        }
+    }
+}
