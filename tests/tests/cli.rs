@@ -474,9 +474,10 @@ fn a_model_that_is_no_llama_is_refused() {
 #[test]
 fn a_run_that_cannot_fit_is_refused_before_loading_with_what_would_fit() {
     let workspace = Workspace::new();
-    // A feed-forward block that no machine holds; its weights are never looked at.
+    // Layers that no machine holds; their weights are never looked at.
     edit_json(&workspace.path("model/config.json"), |config| {
-        config["intermediate_size"] = json!(4_000_000_000u64);
+        config["intermediate_size"] = json!(1_000_000);
+        config["num_hidden_layers"] = json!(10_000);
     });
     workspace
         .train(&[])

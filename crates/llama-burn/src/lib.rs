@@ -25,7 +25,7 @@ mod rope;
 mod vocab_table;
 mod weights;
 
-pub use attention::{Attention, SCORES_AT_ONCE};
+pub use attention::{Attention, SCORES_AT_ONCE, heads_apart};
 pub use config::{ConfigError, LlamaConfig, RopeScaling};
 pub use decoder_layer::DecoderLayer;
 pub use load::{LoadError, LoadOptions, TensorReport, load};

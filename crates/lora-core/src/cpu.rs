@@ -150,6 +150,11 @@ impl<'a> Matrix<'a> {
         }
     }
 
+    /// Its number of columns.
+    pub fn columns(self) -> usize {
+        self.columns
+    }
+
     fn place(&self) -> Place<f32> {
         Place {
             data: self.data.as_ptr(),

@@ -22,6 +22,9 @@ use crate::loss::{self, LossSums};
 #[derive(Debug, Default, Clone)]
 pub struct AdapterGradients {
     sums: BTreeMap<ParamId, Tensor<2>>,
+    /// The parameters as the passes came to them. Their ids are random: sums in the ids' order would
+    /// differ in the last bits from process to process.
+    order: Vec<ParamId>,
     /// Losses and tokens of the micro-batches so far.
     pub totals: LossSums,
     /// Where the time went. On a GPU, which works on while the program goes ahead, only the sum means
@@ -49,7 +52,10 @@ impl AdapterGradients {
     fn add(&mut self, param: &Param<Tensor<2>>, gradient: Tensor<2>) {
         let sum = match self.sums.remove(&param.id) {
             Some(sum) => sum + gradient,
-            None => gradient,
+            None => {
+                self.order.push(param.id);
+                gradient
+            }
         };
         self.sums.insert(param.id, sum);
     }
@@ -59,10 +65,8 @@ impl AdapterGradients {
     ///
     /// A `max_norm` of 0 does not clip.
     pub fn into_mean(self, max_norm: f64) -> (GradientsParams, f64) {
-        let squares = self
-            .sums
-            .values()
-            .map(|sum| sum.clone().cast(DType::F32).square().sum());
+        let in_order = self.order.iter().filter_map(|id| self.sums.get(id));
+        let squares = in_order.map(|sum| sum.clone().cast(DType::F32).square().sum());
         let squares: Vec<Tensor<1>> = squares.collect();
         // One number is read from the device, not one a tensor.
         let sum = match squares.is_empty() {

@@ -18,6 +18,15 @@ const QUERIES: usize = 128;
 /// Keys whose gradients a task adds up.
 const KEYS: usize = 256;
 
+/// Heads that keep a thread busy when each is one piece of work.
+const HEADS_A_THREAD: usize = 4;
+
+/// Whether the backward pass on the CPU takes heads one by one, and so holds gradients of keys and values
+/// for each of so many query heads: two tensors as large as the queries.
+pub fn heads_apart(query_heads: usize) -> bool {
+    query_heads >= HEADS_A_THREAD * rayon::current_num_threads()
+}
+
 /// Queries, keys and values, `[n, heads · d]` or `[n, key heads · d]`, row by row.
 #[derive(Clone, Copy)]
 pub(super) struct Inputs<'a> {
@@ -95,6 +104,10 @@ pub(super) fn backward(
         log_sums,
         deltas: &deltas,
     };
+    // A thread a head computes weights once, if there are heads enough to keep all threads at work.
+    if heads_apart(heads.query) {
+        return head_gradients(inputs, upstream, spans, heads, n);
+    }
     let q = query_gradients(inputs, upstream, spans, heads, n);
     let (k, v) = key_gradients(inputs, upstream, spans, heads, n);
     [q, k, v]
@@ -106,6 +119,65 @@ struct Upstream<'a> {
     gradient: &'a [f32],
     log_sums: &'a [f32],
     deltas: &'a [f32],
+}
+
+/// All gradients, head by head: five products a tile. Each head adds up gradients of keys and values of
+/// its own, `[n, d]`; those of the heads that share a key head are added in their order.
+fn head_gradients(
+    inputs: Inputs,
+    upstream: Upstream,
+    spans: &Spans,
+    heads: Heads,
+    n: usize,
+) -> [Vec<f32>; 3] {
+    let mut d_q = vec![0f32; n * heads.query_width()];
+    let out = Shared::new(&mut d_q);
+    let of_heads = (0..heads.query).into_par_iter().map(|head| {
+        let (mut d_k, mut d_v) = (vec![0f32; n * heads.d], vec![0f32; n * heads.d]);
+        let (mut scores, mut through) = (Vec::new(), Vec::new());
+        for (segment, span) in spans.0.iter().enumerate() {
+            for first in (0..span.own.len()).step_by(QUERIES) {
+                let count = QUERIES.min(span.own.len() - first);
+                let tile = Tile {
+                    segment,
+                    head,
+                    first,
+                    count,
+                };
+                let keys = Keys::new(span, tile);
+                scores.resize(count * keys.count, 0.0);
+                through.resize(count * keys.count, 0.0);
+                keys.scores(inputs, heads, tile, &mut scores);
+                keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, &mut through);
+                keys.weigh(upstream, heads, tile, &mut scores, &mut through);
+                let gradient = heads.queries(upstream.gradient, &keys.queries(tile), head);
+                keys.add(&scores, gradient, tile, 1.0, &mut d_v);
+                let q = heads.queries(inputs.q, &keys.queries(tile), head);
+                keys.add(&through, q, tile, heads.scale(), &mut d_k);
+                // SAFETY: these rows' columns of this head are this task's.
+                unsafe { keys.mix(inputs.k, heads, tile, &through, heads.scale(), out) };
+            }
+        }
+        (d_k, d_v)
+    });
+    let of_heads: Vec<(Vec<f32>, Vec<f32>)> = of_heads.collect();
+    let width = heads.key_width();
+    let sum = |of: fn(&(Vec<f32>, Vec<f32>)) -> &Vec<f32>| {
+        let mut sum = vec![0f32; n * width];
+        cpu::for_each_piece(&mut sum, width, |first, piece| {
+            for (i, row) in piece.chunks_exact_mut(width).enumerate() {
+                for (key_head, row) in row.chunks_exact_mut(heads.d).enumerate() {
+                    for head in heads.group(key_head) {
+                        let from = &of(&of_heads[head])[(first + i) * heads.d..][..heads.d];
+                        row.iter_mut().zip(from).for_each(|(sum, x)| *sum += x);
+                    }
+                }
+            }
+        });
+        sum
+    };
+    let (d_k, d_v) = (sum(|(k, _)| k), sum(|(_, v)| v));
+    [d_q, d_k, d_v]
 }
 
 fn query_gradients(
@@ -285,6 +357,42 @@ impl<'a> Keys<'a> {
     /// The token of the tile's query `i`.
     fn query(&self, i: usize) -> usize {
         self.span.own.start + self.first + i
+    }
+
+    /// Turns scores into weights and what comes through the weights into the gradient of the scores.
+    fn weigh(
+        &self,
+        upstream: Upstream,
+        heads: Heads,
+        tile: Tile,
+        scores: &mut [f32],
+        through: &mut [f32],
+    ) {
+        cpu::vectorized(|| {
+            let rows = scores.chunks_exact_mut(self.count);
+            let rows = rows.zip(through.chunks_exact_mut(self.count));
+            for (i, (row, through)) in rows.enumerate() {
+                let at = self.query(i) * heads.query + tile.head;
+                let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
+                let seen = self.seen_by(tile.first + i);
+                for (weight, through) in row[..seen].iter_mut().zip(through.iter_mut()) {
+                    *weight = cpu::exp(*weight - log_sum);
+                    *through = *weight * (*through - delta);
+                }
+                row[seen..].fill(0.0);
+                through[seen..].fill(0.0);
+            }
+        });
+    }
+
+    /// Adds `scale · weightsᵀ · rows` to the keys' rows of `out`, `[n, d]`.
+    fn add(&self, weights: &[f32], rows: Matrix, tile: Tile, scale: f32, out: &mut [f32]) {
+        let d = rows.columns();
+        for (place, range) in self.ranges() {
+            let weights = Matrix::new(&weights[place..], tile.count, range.len(), self.count);
+            let out = MatrixMut::new(&mut out[range.start * d..], range.len(), d, d);
+            cpu::multiply(out, true, scale, weights.transposed(), rows, Threads::One);
+        }
     }
 
     fn queries(&self, tile: Tile) -> Range<usize> {

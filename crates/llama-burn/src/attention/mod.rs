@@ -3,6 +3,7 @@
 mod cpu;
 mod padded;
 
+pub use cpu::heads_apart;
 pub use padded::SCORES_AT_ONCE;
 
 use burn::module::Module;
@@ -240,6 +241,21 @@ mod tests {
                     "{}",
                     distance(got, expected)
                 );
+            }
+            // Both ways of the CPU's backward pass, whichever the number of threads chose above.
+            for threads in [1, 3] {
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
+                let pool = pool.build().unwrap();
+                let attended = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
+                let got =
+                    pool.install(|| attend_backward(attended, gradient.clone(), &context, HEADS));
+                for (got, expected) in got.iter().zip(&expected) {
+                    assert!(
+                        distance(got, expected) < 2e-6,
+                        "{}",
+                        distance(got, expected)
+                    );
+                }
             }
             for tile in [7, padded.queries] {
                 let (a, b, c) = (q.clone(), k.clone(), v.clone());

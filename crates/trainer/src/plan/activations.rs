@@ -90,12 +90,17 @@ pub(super) fn peak(
         logits: copies_of_scores(model) * 4.0 * (at_once * model.vocab_size) as f64,
         ..Bytes::default()
     };
+    // Where heads are computed one a thread, each has gradients of keys and values of its own.
+    let heads = match options.on_gpu {
+        true => 0.0,
+        false => 2.0 * f64::from(llama_burn::heads_apart(model.num_attention_heads)) * all.query,
+    };
     // The last layer's feed-forward activations are gone; the gradients of its output by query, key
     // and value are as large as those.
     let attention = Bytes {
         inputs,
         layers: kept_layers * all.layer() + all.attention,
-        gradients: wanted.hidden + 2.0 * all.query + 2.0 * all.key_value + all.log_sums,
+        gradients: wanted.hidden + 2.0 * all.query + 2.0 * all.key_value + all.log_sums + heads,
         scores: all.tile,
         adapters: of_layers(1.0),
         ..Bytes::default()
