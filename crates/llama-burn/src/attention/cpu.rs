@@ -160,15 +160,15 @@ fn head_gradients(
         }
         (d_k, d_v)
     });
-    let of_heads: Vec<(Vec<f32>, Vec<f32>)> = of_heads.collect();
+    let (k_of_heads, v_of_heads): (Vec<_>, Vec<_>) = of_heads.unzip();
     let width = heads.key_width();
-    let sum = |of: fn(&(Vec<f32>, Vec<f32>)) -> &Vec<f32>| {
+    let sum = |of_heads: Vec<Vec<f32>>| {
         let mut sum = vec![0f32; n * width];
         cpu::for_each_piece(&mut sum, width, |first, piece| {
             for (i, row) in piece.chunks_exact_mut(width).enumerate() {
                 for (key_head, row) in row.chunks_exact_mut(heads.d).enumerate() {
                     for head in heads.group(key_head) {
-                        let from = &of(&of_heads[head])[(first + i) * heads.d..][..heads.d];
+                        let from = &of_heads[head][(first + i) * heads.d..][..heads.d];
                         row.iter_mut().zip(from).for_each(|(sum, x)| *sum += x);
                     }
                 }
@@ -176,7 +176,7 @@ fn head_gradients(
         });
         sum
     };
-    let (d_k, d_v) = (sum(|(k, _)| k), sum(|(_, v)| v));
+    let (d_k, d_v) = (sum(k_of_heads), sum(v_of_heads));
     [d_q, d_k, d_v]
 }
 
