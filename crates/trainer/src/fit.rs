@@ -14,7 +14,10 @@ use crate::{human, memory};
 
 /// Activations are kept rather than recomputed where the run then takes at most this share of the
 /// memory that is free: other programs want some too.
-pub(crate) const COMFORTABLE: f64 = 0.5;
+const COMFORTABLE: f64 = 0.5;
+
+/// As [`COMFORTABLE`] where nobody tells what is free, as on GPUs: a run that no machine minds.
+const SMALL: u64 = 1 << 30;
 
 /// A run that is predicted to take more than this share of the free memory is refused. The rest is
 /// for what a prediction may be off by.
@@ -98,6 +101,14 @@ pub fn prefixes(config: &Config) -> Prefixes {
     }
 }
 
+/// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
+pub(crate) fn is_comfortable(peak: u64, available: Option<u64>) -> bool {
+    match available {
+        Some(available) => peak as f64 <= COMFORTABLE * available as f64,
+        None => peak < SMALL,
+    }
+}
+
 struct Search<'a> {
     config: &'a Config,
     model: &'a LlamaConfig,
@@ -109,17 +120,22 @@ struct Search<'a> {
 
 impl Search<'_> {
     fn run(&self) -> Result<Fit, FitError> {
-        let choices = match self.config.gradient_checkpointing {
-            Checkpointing::On => &[(true, AT_MOST)][..],
-            Checkpointing::Off => &[(false, AT_MOST)],
-            Checkpointing::Auto => &[(false, COMFORTABLE), (true, AT_MOST)],
+        let auto = self.config.gradient_checkpointing == Checkpointing::Auto;
+        let choices: &[bool] = match self.config.gradient_checkpointing {
+            Checkpointing::On => &[true],
+            Checkpointing::Off => &[false],
+            Checkpointing::Auto => &[false, true],
         };
         let mut smallest: Option<Fit> = None;
         // Recomputing costs more time than smaller micro-batches do, so those are tried first.
-        for (checkpointing, share) in choices {
+        for checkpointing in choices {
             for (rows, steps) in self.divisions() {
                 let fit = self.at(rows, steps, *checkpointing)?;
-                if self.fits(&fit.plan, *share) {
+                let is_good = match auto && !checkpointing {
+                    true => is_comfortable(fit.plan.resident_peak(), self.available),
+                    false => self.fits(&fit.plan),
+                };
+                if is_good {
                     return Ok(fit);
                 }
                 if smallest
@@ -131,7 +147,7 @@ impl Search<'_> {
             }
         }
         match smallest {
-            Some(fit) if self.fits(&fit.plan, AT_MOST) => Ok(fit),
+            Some(fit) if self.fits(&fit.plan) => Ok(fit),
             Some(fit) => Err(self.refuse(&fit)?),
             // There is always a division.
             None => Ok(self.at(self.config.batch_size.rows(), 1, true)?),
@@ -151,9 +167,9 @@ impl Search<'_> {
         }
     }
 
-    fn fits(&self, plan: &Plan, share: f64) -> bool {
+    fn fits(&self, plan: &Plan) -> bool {
         self.available
-            .is_none_or(|available| plan.resident_peak() as f64 <= share * available as f64)
+            .is_none_or(|available| plan.resident_peak() as f64 <= AT_MOST * available as f64)
     }
 
     /// The run with these settings.
@@ -233,7 +249,7 @@ impl Search<'_> {
         let rows = smallest.batch_size;
         let steps = smallest.gradient_accumulation_steps;
         let mut offer = |setting: String, plan: Plan| {
-            if self.fits(&plan, AT_MOST) {
+            if self.fits(&plan) {
                 advice.push(format!(
                     "{setting} ({})",
                     human::bytes(plan.resident_peak())
@@ -273,5 +289,18 @@ impl Search<'_> {
             what: largest.map_or_else(String::new, |part| part.name.clone()),
             advice,
         })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn where_nobody_tells_what_is_free_only_small_runs_keep_their_activations() {
+        assert!(is_comfortable(500 << 20, None));
+        assert!(!is_comfortable(9 << 30, None));
+        assert!(is_comfortable(9 << 30, Some(20 << 30)));
+        assert!(!is_comfortable(500 << 20, Some(600 << 20)));
     }
 }

@@ -198,20 +198,9 @@ fn query_gradients(
             through.resize(tile.count * keys.count, 0.0);
             keys.scores(inputs, heads, tile, scores);
             keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, through);
-            cpu::vectorized(|| {
-                let rows = scores.chunks_exact_mut(keys.count);
-                for (i, (row, through)) in rows.zip(through.chunks_exact(keys.count)).enumerate() {
-                    let at = keys.query(i) * heads.query + tile.head;
-                    let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
-                    let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
-                    for (score, through) in seen.iter_mut().zip(through) {
-                        *score = cpu::exp(*score - log_sum) * (through - delta);
-                    }
-                    hidden.fill(0.0);
-                }
-            });
+            keys.weigh(upstream, heads, tile, scores, through);
             // SAFETY: these rows' columns of this head are this task's.
-            unsafe { keys.mix(inputs.k, heads, tile, scores, heads.scale(), out) };
+            unsafe { keys.mix(inputs.k, heads, tile, through, heads.scale(), out) };
         });
     gradients
 }
@@ -283,14 +272,7 @@ fn key_gradients(
                                     true => (from + i + 1).saturating_sub(first).min(count),
                                     false => count,
                                 };
-                                for (weight, through) in
-                                    row[..seen].iter_mut().zip(through.iter_mut())
-                                {
-                                    *weight = cpu::exp(*weight - log_sum);
-                                    *through = *weight * (*through - delta);
-                                }
-                                row[seen..].fill(0.0);
-                                through[seen..].fill(0.0);
+                                weigh(row, through, seen, log_sum, delta);
                             }
                         });
                         let weights = Matrix::new(weights, tokens.len(), count, count).transposed();
@@ -303,6 +285,18 @@ fn key_gradients(
         },
     );
     (d_k, d_v)
+}
+
+/// Turns a query's scores into weights, and what comes through them into the gradient of the scores; 0
+/// for keys past those it sees.
+#[inline(always)]
+fn weigh(scores: &mut [f32], through: &mut [f32], seen: usize, log_sum: f32, delta: f32) {
+    for (weight, through) in scores[..seen].iter_mut().zip(through.iter_mut()) {
+        *weight = cpu::exp(*weight - log_sum);
+        *through = *weight * (*through - delta);
+    }
+    scores[seen..].fill(0.0);
+    through[seen..].fill(0.0);
 }
 
 fn query_tiles(spans: &Spans, heads: Heads) -> Vec<Tile> {
@@ -375,12 +369,7 @@ impl<'a> Keys<'a> {
                 let at = self.query(i) * heads.query + tile.head;
                 let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
                 let seen = self.seen_by(tile.first + i);
-                for (weight, through) in row[..seen].iter_mut().zip(through.iter_mut()) {
-                    *weight = cpu::exp(*weight - log_sum);
-                    *through = *weight * (*through - delta);
-                }
-                row[seen..].fill(0.0);
-                through[seen..].fill(0.0);
+                weigh(row, through, seen, log_sum, delta);
             }
         });
     }

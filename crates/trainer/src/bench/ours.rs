@@ -14,7 +14,7 @@ use super::protocol::{Loaded, OursSettings, PeakMemory, Phases, WorkerSpec};
 use super::random_model;
 use crate::data::{Batch, Dataset, Prefixes, TokenizedRow};
 use crate::device::{self, Backend, Selected};
-use crate::fit::COMFORTABLE;
+use crate::fit;
 use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::memory;
 use crate::optimizer::AdamW;
@@ -203,9 +203,7 @@ fn recomputes(
     options: LoadOptions,
     on_gpu: bool,
 ) -> Result<bool, BenchError> {
-    let Some(available) = memory::available().filter(|_| !on_gpu) else {
-        return Ok(false);
-    };
+    let available = memory::available().filter(|_| !on_gpu);
     let rows = dataset(spec);
     let batches = spec.steps.iter().flatten();
     let workloads = batches.map(|indices| Workload::of_batch(&rows.batch(indices, prefixes)));
@@ -222,7 +220,7 @@ fn recomputes(
         workload,
     };
     let peak = Plan::new(config, &keeping)?.resident_peak();
-    Ok(peak as f64 > COMFORTABLE * available as f64)
+    Ok(!fit::is_comfortable(peak, available))
 }
 
 /// The configuration's word for a type; `None` for auto.
