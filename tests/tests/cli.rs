@@ -230,12 +230,21 @@ fn gradient_checkpointing_does_not_change_a_run() {
 #[test]
 fn shared_beginnings_and_micro_batches_that_fit_do_not_change_a_run() {
     let workspace = Workspace::new();
-    let runs: [(&str, &[&str]); 3] = [
+    let runs: [(&str, &[&str]); 5] = [
         ("plain", &["batch_size=16", "share_prefixes=false"]),
         ("shared", &["batch_size=16"]),
         (
             "auto",
             &["batch_size=auto", "gradient_accumulation_steps=2"],
+        ),
+        ("merged", &["batch_size=4", "gradient_accumulation_steps=4"]),
+        (
+            "one by one",
+            &[
+                "batch_size=4",
+                "gradient_accumulation_steps=4",
+                "merge_micro_batches=false",
+            ],
         ),
     ];
     for (folder, settings) in runs {
@@ -243,7 +252,7 @@ fn shared_beginnings_and_micro_batches_that_fit_do_not_change_a_run() {
         let more: Vec<&str> = settings.flat_map(|setting| ["--set", *setting]).collect();
         train_into(&workspace, folder, &more).succeeded();
     }
-    for folder in ["shared", "auto"] {
+    for folder in ["shared", "auto", "merged", "one by one"] {
         // f32 sums in another order, after four steps of AdamW: 1e-6.
         let difference = adapter_distance(&workspace, folder, "plain");
         assert!(difference < 1e-4, "{folder}: {difference:e}");

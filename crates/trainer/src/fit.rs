@@ -1,5 +1,5 @@
 //! What of a configuration fits the memory there is: `batch_size = "auto"`, `gradient_checkpointing =
-//! "auto"`, and a refusal before any weight is loaded.
+//! "auto"`, micro-batches computed together, and a refusal before any weight is loaded.
 
 use burn::tensor::{DType, FloatDType};
 use llama_burn::LlamaConfig;
@@ -101,6 +101,12 @@ pub fn prefixes(config: &Config) -> Prefixes {
     }
 }
 
+/// Whether micro-batches of an update may be computed together. Dropout's masks belong to a micro-batch,
+/// and a limit of tokens was asked for.
+fn merges(config: &Config) -> bool {
+    config.merge_micro_batches && config.lora_dropout == 0.0 && config.max_batch_tokens.is_none()
+}
+
 /// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
 pub(crate) fn is_comfortable(peak: u64, available: Option<u64>) -> bool {
     match available {
@@ -126,6 +132,16 @@ impl Search<'_> {
             Checkpointing::Off => &[false],
             Checkpointing::Auto => &[false, true],
         };
+        // Micro-batches are small to save memory. Where there is plenty, more rows at once share more
+        // beginnings and unpack the weights less often, for the same update.
+        if choices.contains(&false) {
+            for (rows, steps) in self.mergers() {
+                let fit = self.at(rows, steps, false)?;
+                if is_comfortable(fit.plan.resident_peak(), self.available) {
+                    return Ok(fit);
+                }
+            }
+        }
         let mut smallest: Option<Fit> = None;
         // Recomputing costs more time than smaller micro-batches do, so those are tried first.
         for checkpointing in choices {
@@ -164,6 +180,19 @@ impl Search<'_> {
                 let rows = (1..=all).rev().filter(|rows| all.is_multiple_of(*rows));
                 rows.map(|rows| (rows, all / rows)).collect()
             }
+        }
+    }
+
+    /// As [`divisions`](Self::divisions), with larger micro-batches than the configuration's.
+    fn mergers(&self) -> Vec<(usize, usize)> {
+        let config = self.config;
+        let steps = config.gradient_accumulation_steps;
+        match config.batch_size {
+            BatchSize::Rows(rows) if merges(config) => (1..steps)
+                .filter(|fewer| steps.is_multiple_of(*fewer))
+                .map(|fewer| (rows.saturating_mul(steps / fewer), fewer))
+                .collect(),
+            _ => Vec::new(),
         }
     }
 

@@ -7,7 +7,7 @@ use burn::tensor::{DType, FloatDType};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{CounterRng, LoraError, Quantization};
 
-use crate::config::{ComputeDtype, Config, Problems};
+use crate::config::{BatchSize, ComputeDtype, Config, Problems};
 use crate::data::{self, Data, DataError, Dataset, Order, Prefixes};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
@@ -218,6 +218,7 @@ pub fn train(
             total: total_steps,
             epochs: order.epoch_at(total_steps),
             batch_size: fit.batch_size,
+            merged_from: merged_from(config, &fit),
             gradient_accumulation_steps: fit.gradient_accumulation_steps,
             learning_rate: config.learning_rate,
             schedule: format!("{:?}", config.lr_scheduler).to_lowercase(),
@@ -416,6 +417,15 @@ impl Run<'_> {
 
 /// Separates the dropout's random numbers from those that the same seed gives elsewhere.
 const DROPOUT: u64 = 0x64_72_6f_70;
+
+/// The micro-batches that the configuration asks for, where `fit` has fewer and larger ones.
+fn merged_from(config: &Config, fit: &Fit) -> Option<[usize; 2]> {
+    let steps = config.gradient_accumulation_steps;
+    match config.batch_size {
+        BatchSize::Rows(rows) if rows != fit.batch_size => Some([steps, rows]),
+        _ => None,
+    }
+}
 
 /// How the configuration stores frozen weights.
 pub fn quantization(config: &Config) -> Quantization {

@@ -40,6 +40,8 @@ pub(super) struct Ours {
     prefixes: Prefixes,
     options: PassOptions,
     on_tape: bool,
+    /// Whether the micro-batches of a step are computed together.
+    merges: bool,
     learning_rate: f64,
     device: Device,
     on_gpu: bool,
@@ -78,12 +80,25 @@ impl Ours {
             false => llama_burn::load(&spec.model, &config, options, &device, |_| {})?,
         };
         let model = adapter.put_on(model, &lora)?;
+        let memory = Memory {
+            spec,
+            prefixes,
+            lora: &lora,
+            config: &config,
+            options,
+            on_gpu,
+        };
         let checkpointing = match settings.gradient_checkpointing {
             Some(asked) => asked,
-            None => recomputes(spec, prefixes, &lora, &config, options, on_gpu)?,
+            None => !memory.keeps_activations(spec.steps.concat())?,
         };
+        let accumulates = spec.steps.iter().any(|step| step.len() > 1);
+        let merges = accumulates
+            && !settings.on_tape
+            && !checkpointing
+            && memory.keeps_activations(spec.steps.iter().map(|step| step.concat()).collect())?;
         let description = format!(
-            "{}, {}, {}, prefixes {}",
+            "{}, {}, {}, prefixes {}{}",
             match settings.quant_bits {
                 16 => "base not quantized".to_string(),
                 bits => format!("{bits}-bit base"),
@@ -99,6 +114,11 @@ impl Ours {
             } else {
                 "apart"
             },
+            if merges {
+                ", micro-batches of a step together"
+            } else {
+                ""
+            },
         );
         let ours = Self {
             model,
@@ -110,6 +130,7 @@ impl Ours {
                 dropout_seed: 0,
             },
             on_tape: settings.on_tape,
+            merges,
             learning_rate: spec.learning_rate,
             device: selected.device.clone(),
             on_gpu,
@@ -132,6 +153,11 @@ impl Ours {
         let mut phases = Phases::default();
         let mut sums = AdapterGradients::default();
         let mut computed_tokens = 0;
+        let together = [micro_batches.concat()];
+        let micro_batches = match self.merges {
+            true => &together,
+            false => micro_batches,
+        };
         for indices in micro_batches {
             let started = Instant::now();
             let batch = self.rows.batch(indices, self.prefixes);
@@ -193,34 +219,40 @@ fn parts(sums: &AdapterGradients, on_gpu: bool, phases: &mut Phases) {
     }
 }
 
-/// Whether a run with `gradient_checkpointing = "auto"` would recompute: where keeping the activations of the
-/// heaviest micro-batch would take too much of the free memory, as [`fit`](crate::fit) has it.
-fn recomputes(
-    spec: &WorkerSpec,
+/// What a plan needs to know of a contender.
+struct Memory<'a> {
+    spec: &'a WorkerSpec,
     prefixes: Prefixes,
-    lora: &LoraConfig,
-    config: &LlamaConfig,
+    lora: &'a LoraConfig,
+    config: &'a LlamaConfig,
     options: LoadOptions,
     on_gpu: bool,
-) -> Result<bool, BenchError> {
-    let available = memory::available().filter(|_| !on_gpu);
-    let rows = dataset(spec);
-    let batches = spec.steps.iter().flatten();
-    let workloads = batches.map(|indices| Workload::of_batch(&rows.batch(indices, prefixes)));
-    let Some(workload) = workloads.max_by_key(|workload| workload.tokens) else {
-        return Ok(false);
-    };
-    let keeping = PlanOptions {
-        lora: lora.clone(),
-        quantization: options.quantization,
-        float_bytes: options.dtype.size(),
-        gradient_checkpointing: false,
-        accumulates: spec.steps.iter().any(|step| step.len() > 1),
-        on_gpu,
-        workload,
-    };
-    let peak = Plan::new(config, &keeping)?.resident_peak();
-    Ok(!fit::is_comfortable(peak, available))
+}
+
+impl Memory<'_> {
+    /// Whether a run of these micro-batches keeps its activations: where the heaviest of them does not take
+    /// too much of the free memory, as [`fit`](crate::fit) has it.
+    fn keeps_activations(&self, micro_batches: Vec<Vec<usize>>) -> Result<bool, BenchError> {
+        let available = memory::available().filter(|_| !self.on_gpu);
+        let rows = dataset(self.spec);
+        let workloads = micro_batches
+            .iter()
+            .map(|indices| Workload::of_batch(&rows.batch(indices, self.prefixes)));
+        let Some(workload) = workloads.max_by_key(|workload| workload.tokens) else {
+            return Ok(true);
+        };
+        let keeping = PlanOptions {
+            lora: self.lora.clone(),
+            quantization: self.options.quantization,
+            float_bytes: self.options.dtype.size(),
+            gradient_checkpointing: false,
+            accumulates: self.spec.steps.iter().any(|step| step.len() > 1),
+            on_gpu: self.on_gpu,
+            workload,
+        };
+        let peak = Plan::new(self.config, &keeping)?.resident_peak();
+        Ok(fit::is_comfortable(peak, available))
+    }
 }
 
 /// The configuration's word for a type; `None` for auto.

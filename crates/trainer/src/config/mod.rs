@@ -115,6 +115,9 @@ pub struct Config {
     /// Whether rows of a micro-batch that begin alike have that beginning computed once. Losses and gradients
     /// are the same; under dropout, whose masks would not be, it is off.
     pub share_prefixes: bool,
+    /// Whether micro-batches of one update are computed together where memory is plentiful. The update is the
+    /// same; under dropout, whose masks would not be, it is off.
+    pub merge_micro_batches: bool,
     /// Decides the split, the order of the rows, the adapters' start and the dropout.
     pub seed: u64,
 

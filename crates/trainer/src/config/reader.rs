@@ -43,6 +43,7 @@ pub(super) const KEYS: &[&str] = &[
     "max_grad_norm",
     "gradient_checkpointing",
     "share_prefixes",
+    "merge_micro_batches",
     "seed",
     "eval_steps",
     "logging_steps",

@@ -91,6 +91,15 @@ impl PromptTemplate {
     }
 }
 
+/// As in a config file, for the command line.
+impl std::str::FromStr for PromptTemplate {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        Self::parse(text)
+    }
+}
+
 /// As in a config file.
 impl fmt::Display for PromptTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -75,6 +75,7 @@ impl Config {
             self.gradient_checkpointing.word().into(),
         );
         set("share_prefixes", self.share_prefixes.into());
+        set("merge_micro_batches", self.merge_micro_batches.into());
         set("seed", Value::from(self.seed as i64));
         set("eval_steps", optional(self.eval_steps));
         set("logging_steps", whole(self.logging_steps));

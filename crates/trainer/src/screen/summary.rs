@@ -83,6 +83,8 @@ pub struct StepSummary {
     pub epochs: f64,
     /// Rows of a micro-batch.
     pub batch_size: usize,
+    /// The micro-batches of a step and their rows as they were asked for, where more are computed together.
+    pub merged_from: Option<[usize; 2]>,
     /// Micro-batches of a step.
     pub gradient_accumulation_steps: usize,
     /// The highest learning rate.
@@ -210,9 +212,12 @@ impl DataSummary {
 impl StepSummary {
     fn sentences(&self) -> Vec<String> {
         let rows = self.batch_size * self.gradient_accumulation_steps;
-        let accumulation = match self.gradient_accumulation_steps {
-            0 | 1 => String::new(),
-            steps => format!(" ({steps} x {})", self.batch_size),
+        let accumulation = match (self.merged_from, self.gradient_accumulation_steps) {
+            (Some([steps, rows]), _) => {
+                format!(" ({steps} x {rows}, {} computed together)", self.batch_size)
+            }
+            (None, 0 | 1) => String::new(),
+            (None, steps) => format!(" ({steps} x {})", self.batch_size),
         };
         vec![
             format!(
@@ -314,6 +319,7 @@ pub(super) mod tests {
                 total: 175,
                 epochs: 1.0,
                 batch_size: 8,
+                merged_from: None,
                 gradient_accumulation_steps: 2,
                 learning_rate: 2e-4,
                 schedule: "cosine after 12 steps of warm-up".into(),
