@@ -79,6 +79,8 @@ enum Task {
     /// KEY=VALUE]
     #[command(override_help = TRAIN_HELP)]
     Train(Trainer),
+    /// Continue prompts: --model DIR [--adapter DIR] [--prompt TEXT | --prompts FILE]
+    Generate(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
     /// Parameters and predicted peak memory of a model, without its weights: --config FILE
@@ -122,6 +124,7 @@ fn main() -> ExitCode {
     };
     let outcome = match task {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
+        Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
         // These two compute nothing on a GPU, so they need not wait for its build.
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),

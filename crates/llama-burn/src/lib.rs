@@ -7,6 +7,7 @@
 //! | `packed` | rows packed into one sequence, each attending within itself |
 //! | `rope`, `rms_norm`, `attention`, `mlp`, `decoder_layer` | the parts, as in `modeling_llama.py` |
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
+//! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
 //! | `model` | [`Llama`] |
 //!
@@ -15,6 +16,7 @@
 mod attention;
 mod config;
 mod decoder_layer;
+mod kv_cache;
 mod load;
 mod mlp;
 mod model;
@@ -28,6 +30,7 @@ mod weights;
 pub use attention::{Attention, SCORES_AT_ONCE, heads_apart};
 pub use config::{ConfigError, LlamaConfig, RopeScaling};
 pub use decoder_layer::DecoderLayer;
+pub use kv_cache::KvCache;
 pub use load::{LoadError, LoadOptions, TensorReport, load};
 pub use mlp::Mlp;
 pub use model::Llama;

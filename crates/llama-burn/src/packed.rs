@@ -58,6 +58,14 @@ pub enum PackedError {
         /// The size of the vocabulary.
         vocab_size: usize,
     },
+    /// Not one token a row.
+    #[error("{got} tokens for {expected} rows that are being continued")]
+    Rows {
+        /// Rows there are.
+        expected: usize,
+        /// Tokens given.
+        got: usize,
+    },
     /// A row is longer than the positions that the model knows.
     #[error(
         "a row has {length} tokens, but the model's positions end at {max_position_embeddings}"
@@ -328,17 +336,31 @@ impl PackedContext {
         ));
         let padded = device.is_autodiff() || !native;
         let device = &device.clone().without_autodiff();
+        Self {
+            spans: Arc::new(Spans::new(packed)),
+            padded: padded.then(|| Padded::new(packed, device)),
+            ..Self::of_positions(&packed.positions(), config, dtype, device)
+        }
+    }
+
+    /// For tokens at these positions whose attention is a cache's affair.
+    pub(crate) fn of_positions(
+        positions: &[u32],
+        config: &LlamaConfig,
+        dtype: DType,
+        device: &Device,
+    ) -> Self {
         let frequencies = rope::inverse_frequencies(config);
-        let (cos, sin) = rope::tables(&frequencies, &packed.positions());
+        let (cos, sin) = rope::tables(&frequencies, positions);
         let table = |values: Vec<f32>| {
-            let data = TensorData::new(values, [packed.ids.len(), frequencies.len()]);
+            let data = TensorData::new(values, [positions.len(), frequencies.len()]);
             Tensor::<2>::from_data(data, (device, dtype))
         };
         Self {
-            spans: Arc::new(Spans::new(packed)),
+            spans: Arc::default(),
             cos: table(cos),
             sin: table(sin),
-            padded: padded.then(|| Padded::new(packed, device)),
+            padded: None,
         }
     }
 }
@@ -486,7 +508,7 @@ impl Padded {
 }
 
 /// Finite, because shading languages do not promise infinities; e to this power is 0 in f32.
-const MASKED: f32 = -1e30;
+pub(crate) const MASKED: f32 = -1e30;
 
 #[cfg(test)]
 mod tests {

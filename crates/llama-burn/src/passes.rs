@@ -9,6 +9,7 @@ use lora_core::{LinearGroup, LowRank};
 
 use crate::attention::{Attended, attend, attend_backward};
 use crate::decoder_layer::DropoutSeeds;
+use crate::kv_cache::LayerCache;
 use crate::mlp::{gated, gated_backward};
 use crate::rope::{Turn, rotate_plain};
 use crate::{DecoderLayer, PackedContext};
@@ -32,6 +33,12 @@ pub struct LayerPass<'a> {
 pub struct Activations {
     attended: Attended,
     attention_low: LowRank<3>,
+    after: AfterAttention,
+}
+
+/// The part of [`Activations`] that comes after attention.
+#[derive(Debug, Clone)]
+struct AfterAttention {
     output_low: LowRank<1>,
     /// What the feed-forward block gets and is added to, `[m, hidden]`.
     middle: Tensor<2>,
@@ -39,6 +46,13 @@ pub struct Activations {
     up: Tensor<2>,
     gate_up_low: LowRank<2>,
     down_low: LowRank<1>,
+}
+
+impl Activations {
+    /// The keys, rotated, and the values of all tokens, `[n, key heads · d]` each.
+    pub(crate) fn into_keys_values(self) -> [Tensor<2>; 2] {
+        self.attended.into_keys_values()
+    }
 }
 
 impl LayerPass<'_> {
@@ -49,16 +63,46 @@ impl LayerPass<'_> {
     /// - `x`: `[n, hidden]`
     /// - output: `[n, hidden]`, or `[m, hidden]` for `m` wanted tokens
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
-        let attention = &self.layer.self_attn;
+        let ([q, k, v], attention_low) = self.queries_keys_values(x);
+        let attended = attend(q, k, v, self.context, self.layer.self_attn.heads());
+        let mixed = self.select(attended.output.clone());
+        let (output, after) = self.after_attention(mixed, self.select(x.clone()));
+        let activations = Activations {
+            attended,
+            attention_low,
+            after,
+        };
+        (output, activations)
+    }
+
+    /// As [`forward`](Self::forward) for the next token of every row, which attends to `cache` and to
+    /// itself; its key and value are added to the cache.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[rows, hidden]`
+    pub(crate) fn decode(&self, x: &Tensor<2>, cache: &mut LayerCache) -> Tensor<2> {
+        let ([q, k, v], _) = self.queries_keys_values(x);
+        let mixed = cache.attend(q, k, v, self.layer.self_attn.heads());
+        self.after_attention(mixed, x.clone()).0
+    }
+
+    /// Rotated queries and keys, and values.
+    fn queries_keys_values(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], LowRank<3>) {
         let normalised = self.layer.input_layernorm.forward_plain(x);
-        let ([q, k, v], attention_low) = self
+        let ([q, k, v], low) = self
             .attention_group()
             .forward(&normalised, [const { None }; 3]);
-        drop(normalised);
         let (q, k) = (self.rotate(q, Turn::Forward), self.rotate(k, Turn::Forward));
-        let attended = attend(q, k, v, self.context, attention.heads());
-        let mixed = self.select(attended.output.clone());
-        let residual = self.select(x.clone());
+        ([q, k, v], low)
+    }
+
+    /// From what attention mixed to the layer's output. `residual` is the layer's input at these tokens.
+    fn after_attention(
+        &self,
+        mixed: Tensor<2>,
+        residual: Tensor<2>,
+    ) -> (Tensor<2>, AfterAttention) {
         let ([middle], output_low) = self.output_group().forward(&mixed, [Some(residual)]);
         drop(mixed);
 
@@ -67,9 +111,7 @@ impl LayerPass<'_> {
         drop(normalised);
         let product = gated(&gate, &up);
         let ([output], down_low) = self.down_group().forward(&product, [Some(middle.clone())]);
-        let activations = Activations {
-            attended,
-            attention_low,
+        let after = AfterAttention {
             output_low,
             middle,
             gate,
@@ -77,7 +119,7 @@ impl LayerPass<'_> {
             gate_up_low,
             down_low,
         };
-        (output, activations)
+        (output, after)
     }
 
     /// The gradient of the layer's input from that of its output, if `input_gradient` is set; those of
@@ -98,12 +140,15 @@ impl LayerPass<'_> {
         let Activations {
             attended,
             attention_low,
-            output_low,
-            middle,
-            gate,
-            up,
-            gate_up_low,
-            down_low,
+            after:
+                AfterAttention {
+                    output_low,
+                    middle,
+                    gate,
+                    up,
+                    gate_up_low,
+                    down_low,
+                },
         } = activations;
         let layer = self.layer;
         let below_adapters = input_gradient || self.attention_group().has_adapters();

@@ -11,6 +11,7 @@ use llama_burn::LlamaConfig;
 use crate::bench::BenchOptions;
 use crate::config::Config;
 use crate::device::Backend;
+use crate::generate::{self, GenerateArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
@@ -30,6 +31,8 @@ struct Cli {
 enum Command {
     /// Train an adapter
     Train(Train),
+    /// Continue prompts, with or without an adapter
+    Generate(GenerateArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -244,6 +247,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             // A reader that went away (`| head`) is no error.
             let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
         }
+        Command::Generate(args) => generate::run(&args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {

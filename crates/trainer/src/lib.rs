@@ -8,6 +8,7 @@
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
 //! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`inference`], [`generate`] | a model that is used: text from prompts |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`plan`] | parameters and memory from shapes alone |
@@ -22,8 +23,10 @@ pub mod data;
 pub mod device;
 pub mod embedded;
 pub mod fit;
+pub mod generate;
 pub mod gradients;
 pub mod human;
+pub mod inference;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;

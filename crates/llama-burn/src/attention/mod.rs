@@ -32,11 +32,11 @@ pub struct Attention {
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Heads {
     /// Query heads.
-    query: usize,
+    pub(crate) query: usize,
     /// Key and value heads; several query heads share one.
-    key: usize,
+    pub(crate) key: usize,
     /// The width of a head.
-    d: usize,
+    pub(crate) d: usize,
 }
 
 impl Attention {
@@ -85,6 +85,12 @@ pub(crate) struct Attended {
     pub(crate) output: Tensor<2>,
     /// Each query's log-sum-exp of scores, `[n, heads]`, where the CPU's kernel ran.
     log_sums: Option<Tensor<2>>,
+}
+
+impl Attended {
+    pub(crate) fn into_keys_values(self) -> [Tensor<2>; 2] {
+        [self.k, self.v]
+    }
 }
 
 /// `softmax(q·kᵀ/√d)·v` within rows, outside any tape. Memory grows linearly with the tokens.

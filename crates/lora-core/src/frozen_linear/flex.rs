@@ -14,7 +14,7 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::{Direction, bf16, precision};
+use super::{Direction, bf16, few_rows, precision};
 use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
 /// Floats in a panel at most: 2 MiB, which a processor's share of the last cache holds. Smaller panels
@@ -57,6 +57,11 @@ pub fn product(
     if precision::is_bf16() && packed.block.is_multiple_of(2) && n > 0 && d_in > 0 {
         return in_bf16(sum, x.as_slice(), n, &packed, direction, width);
     }
+    let block = packed.block;
+    let is_few = (1..=few_rows::AT_MOST).contains(&n) && block == few_rows::BLOCK;
+    if direction == Direction::Forward && is_few {
+        return of_few_rows(sum, x.as_slice(), n, &packed);
+    }
     let mut new = Vec::new();
     let output = match &mut sum {
         Some(sum) => {
@@ -97,6 +102,27 @@ pub fn product(
             // SAFETY: the panels cover the whole output, and a product writes all of its part.
             unsafe { new.set_len(n * width) };
             cpu::primitive(new, [n, width])
+        }
+    }
+}
+
+/// As [`product`] forward, for a few rows.
+fn of_few_rows(sum: Option<Values>, x: &[f32], n: usize, packed: &Packed) -> FlexTensor {
+    let weight = few_rows::Weight {
+        integers: packed.integers,
+        scales: packed.scales,
+        d_in: packed.d_in,
+        d_out: packed.d_out,
+    };
+    match sum {
+        Some(mut sum) => {
+            few_rows::add_product(x, n, weight, sum.as_mut_slice());
+            sum.into_primitive()
+        }
+        None => {
+            let mut new = vec![0f32; n * packed.d_out];
+            few_rows::add_product(x, n, weight, &mut new);
+            cpu::primitive(new, [n, packed.d_out])
         }
     }
 }

@@ -7,6 +7,7 @@
 mod bf16;
 #[cfg(feature = "cube")]
 mod cube;
+mod few_rows;
 mod flex;
 mod precision;
 

@@ -120,6 +120,34 @@ impl ModelFiles {
         })
     }
 
+    /// Every `eos_token_id` of `generation_config.json`, where several tokens can end a text; none without it.
+    ///
+    /// # Errors
+    ///
+    /// A file that is not valid, or ids that are none.
+    pub fn generation_end_tokens(&self) -> Result<Vec<u32>, DataError> {
+        const NAME: &str = "generation_config.json";
+        let object = self.json(NAME, &self.generation_config)?;
+        let values = match object.get("eos_token_id") {
+            None | Some(Value::Null) => return Ok(Vec::new()),
+            Some(Value::Array(values)) => values.clone(),
+            Some(value) => vec![value.clone()],
+        };
+        let id = |value: Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+        let ids: Option<Vec<u32>> = values.into_iter().map(id).collect();
+        ids.ok_or_else(|| {
+            self.error(
+                NAME,
+                "\"eos_token_id\" must be a token id or a list of them",
+            )
+        })
+    }
+
+    /// Whether there is a chat template.
+    pub fn has_chat_template(&self) -> bool {
+        self.chat_template().is_ok()
+    }
+
     /// The model's own chat template with the file that it is from: `chat_template.jinja`, else
     /// `tokenizer_config.json`'s `chat_template`, a text or a list of named ones of which `default` counts
     /// (transformers' order).
@@ -210,6 +238,18 @@ mod tests {
         assert!(error.contains("must be a string"), "{error}");
         let error = files(r#"{"eos"#).end_token(id_of).unwrap_err().to_string();
         assert!(error.contains("not valid JSON"), "{error}");
+    }
+
+    #[test]
+    fn several_tokens_can_end_a_text() {
+        let mut files = files("{}");
+        assert_eq!(files.generation_end_tokens().unwrap(), [0u32; 0]);
+        files.generation_config = Some(r#"{"eos_token_id": [9, 8]}"#.into());
+        assert_eq!(files.generation_end_tokens().unwrap(), [9, 8]);
+        files.generation_config = Some(r#"{"eos_token_id": 9}"#.into());
+        assert_eq!(files.generation_end_tokens().unwrap(), [9]);
+        files.generation_config = Some(r#"{"eos_token_id": [9, "x"]}"#.into());
+        assert!(files.generation_end_tokens().is_err());
     }
 
     #[test]

@@ -1,0 +1,161 @@
+//! The cache on the CPU: the prompts' keys and values as they were computed, shared beginnings once, and
+//! each row's own behind them.
+
+use std::ops::Range;
+
+use burn::tensor::Tensor;
+use lora_core::cpu::{self, Values};
+use rayon::prelude::*;
+
+use super::Prompts;
+use crate::attention::Heads;
+
+/// Below so many products, starting threads costs more than it brings.
+const PARALLEL_FROM: usize = 64 * 1024;
+
+#[derive(Debug, Clone)]
+pub(crate) struct Cache {
+    /// The packed prompts' keys and values, `[n, width]`.
+    prompts: [Values; 2],
+    rows: Vec<Row>,
+}
+
+/// A row's tokens: where its prompt lies, and what came after.
+#[derive(Debug, Clone)]
+struct Row {
+    prompt: Vec<Range<usize>>,
+    /// Keys and values of the row's own tokens, `[tokens, width]`.
+    own: [Vec<f32>; 2],
+}
+
+impl Cache {
+    pub(super) fn new(keys_values: [Tensor<2>; 2], prompts: &Prompts) -> Self {
+        let rows = prompts.places.iter().map(|places| Row {
+            prompt: ranges(places),
+            own: Default::default(),
+        });
+        Self {
+            prompts: keys_values.map(cpu::values),
+            rows: rows.collect(),
+        }
+    }
+
+    pub(super) fn keep(&mut self, rows: &[usize]) {
+        self.rows = rows.iter().map(|row| self.rows[*row].clone()).collect();
+    }
+
+    pub(super) fn attend(&mut self, [q, k, v]: [Tensor<2>; 3], heads: Heads) -> Tensor<2> {
+        let [q, k, v] = [q, k, v].map(cpu::values);
+        let width = heads.key * heads.d;
+        for (index, row) in self.rows.iter_mut().enumerate() {
+            for (own, new) in row.own.iter_mut().zip([&k, &v]) {
+                own.extend_from_slice(&new.as_slice()[index * width..][..width]);
+            }
+        }
+        let prompts = [self.prompts[0].as_slice(), self.prompts[1].as_slice()];
+        let group = heads.query / heads.key;
+        let query_width = heads.query * heads.d;
+        let mut output = vec![0f32; self.rows.len() * query_width];
+        let products = self.rows.iter().map(|row| row.tokens(width) * query_width);
+        let products: usize = products.sum();
+        // Query heads that share a key head lie side by side, in the queries and in the output.
+        let work = |(index, out): (usize, &mut [f32])| {
+            let (row, key_head) = (index / heads.key, index % heads.key);
+            let q = &q.as_slice()[index * group * heads.d..][..group * heads.d];
+            let of = |which: usize| Keys {
+                row: &self.rows[row],
+                which,
+                prompts,
+                width,
+                at: key_head * heads.d,
+                d: heads.d,
+            };
+            cpu::vectorized(|| mix(q, of(0), of(1), self.rows[row].tokens(width), out));
+        };
+        let pieces = group * heads.d;
+        match products < PARALLEL_FROM {
+            true => output.chunks_exact_mut(pieces).enumerate().for_each(work),
+            false => output
+                .par_chunks_exact_mut(pieces)
+                .enumerate()
+                .for_each(work),
+        }
+        cpu::tensor(output, [self.rows.len(), query_width])
+    }
+}
+
+impl Row {
+    /// Tokens so far.
+    fn tokens(&self, width: usize) -> usize {
+        let prompt: usize = self.prompt.iter().map(|range| range.len()).sum();
+        prompt + self.own[0].len() / width.max(1)
+    }
+}
+
+/// The keys (0) or values (1) of a row in one key head, in the order of its tokens.
+#[derive(Clone, Copy)]
+struct Keys<'a> {
+    row: &'a Row,
+    which: usize,
+    prompts: [&'a [f32]; 2],
+    width: usize,
+    at: usize,
+    d: usize,
+}
+
+impl<'a> Keys<'a> {
+    #[inline(always)]
+    fn for_each(self, mut work: impl FnMut(usize, &'a [f32])) {
+        let mut token = 0;
+        let prompt = self.prompts[self.which];
+        for range in &self.row.prompt {
+            let tokens = &prompt[range.start * self.width..range.end * self.width];
+            for row in tokens.chunks_exact(self.width) {
+                work(token, &row[self.at..][..self.d]);
+                token += 1;
+            }
+        }
+        for row in self.row.own[self.which].chunks_exact(self.width) {
+            work(token, &row[self.at..][..self.d]);
+            token += 1;
+        }
+    }
+}
+
+/// `softmax(q·kᵀ/√d)·v` for the queries `[group, d]` of one key head, into `out`, which is zero.
+#[inline(always)]
+fn mix(q: &[f32], keys: Keys, values: Keys, tokens: usize, out: &mut [f32]) {
+    let d = keys.d;
+    let scale = 1.0 / (d as f32).sqrt();
+    let mut scores = vec![0f32; q.len() / d * tokens];
+    keys.for_each(|token, key| {
+        for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(tokens)) {
+            scores[token] = cpu::dot(q, key) * scale;
+        }
+    });
+    for weights in scores.chunks_exact_mut(tokens) {
+        let largest = cpu::max(weights);
+        let scale = 1.0 / cpu::exp_and_sum(weights, largest);
+        weights.iter_mut().for_each(|weight| *weight *= scale);
+    }
+    values.for_each(|token, value| {
+        for (weights, out) in scores.chunks_exact(tokens).zip(out.chunks_exact_mut(d)) {
+            let weight = weights[token];
+            for (out, value) in out.iter_mut().zip(value) {
+                *out += weight * value;
+            }
+        }
+    });
+}
+
+/// Ascending places as ranges.
+fn ranges(places: &[u32]) -> Vec<Range<usize>> {
+    let mut ranges: Vec<Range<usize>> = Vec::new();
+    for place in places.iter().map(|place| *place as usize) {
+        match ranges.last_mut() {
+            Some(last) if last.end == place => last.end += 1,
+            _ => ranges.push(place..place + 1),
+        }
+    }
+    ranges
+}

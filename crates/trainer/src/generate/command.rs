@@ -1,0 +1,366 @@
+//! `trainer generate`: one prompt, a file of them, or a person at the keyboard.
+
+use std::io::{BufRead, IsTerminal, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use llama_burn::Llama;
+use serde::Serialize;
+
+use super::{Finish, Generator, Limits, Sampling, Timing};
+use crate::config::PromptTemplate;
+use crate::data::RowTokenizer;
+use crate::human;
+use crate::inference::{Inference, ModelArgs};
+use crate::output;
+use crate::screen::Screen;
+
+/// The command's arguments.
+#[derive(Debug, Args)]
+pub struct GenerateArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// An adapter in PEFT's format, as training writes it
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Merge the adapter into the weights first, instead of computing it beside them
+    #[arg(long, requires = "adapter")]
+    merge: bool,
+    /// Continue this text. Without it and without --prompts: a prompt at a time from the keyboard
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompts")]
+    prompt: Option<String>,
+    /// A prompt a line; in a .jsonl file the "prompt" or "context" of each line
+    #[arg(long, value_name = "FILE")]
+    prompts: Option<PathBuf>,
+    /// Where the answers to --prompts go, as JSON lines; standard output without it
+    #[arg(long, value_name = "FILE", requires = "prompts")]
+    output: Option<PathBuf>,
+    /// raw, inst, chat, or custom: with a text around {context} [default: chat where the model has a
+    /// chat template, else raw]
+    #[arg(long, value_name = "NAME")]
+    template: Option<PromptTemplate>,
+    /// Prompts that are continued together
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    batch_size: usize,
+    #[command(flatten)]
+    writing: Writing,
+}
+
+/// How a text is written.
+#[derive(Debug, Clone, Args)]
+struct Writing {
+    /// Tokens to write at most
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    max_new_tokens: usize,
+    /// 0 takes the most likely token every time; higher is more varied
+    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    temperature: f64,
+    /// Draw from the K most likely tokens only; 0 for all
+    #[arg(long, value_name = "K", default_value_t = 0)]
+    top_k: usize,
+    /// Draw from the most likely tokens that together have this probability; 1 for all
+    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    top_p: f64,
+    /// Above 1, tokens that were there become less likely
+    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    repetition_penalty: f64,
+    /// Fixes every draw
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    seed: u64,
+    /// End the text before this string; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
+}
+
+impl Writing {
+    fn sampling(&self) -> anyhow::Result<Sampling> {
+        let finite = |x: f64| x.is_finite() && x >= 0.0;
+        if !finite(self.temperature) {
+            bail!("--temperature is {}; expected 0 or more", self.temperature);
+        }
+        if !(0.0..=1.0).contains(&self.top_p) {
+            bail!(
+                "--top-p is {}; expected a probability from 0 to 1",
+                self.top_p
+            );
+        }
+        if !finite(self.repetition_penalty) || self.repetition_penalty == 0.0 {
+            bail!(
+                "--repetition-penalty is {}; expected more than 0, usually from 1 to 1.3",
+                self.repetition_penalty
+            );
+        }
+        if self.temperature == 0.0 && (self.top_k > 0 || self.top_p < 1.0) {
+            log::warn!(
+                "--top-k and --top-p have no effect at temperature 0, which takes the most likely token"
+            );
+        }
+        Ok(Sampling {
+            temperature: self.temperature,
+            top_k: self.top_k,
+            top_p: self.top_p,
+            repetition_penalty: self.repetition_penalty,
+            seed: self.seed,
+        })
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// What is wrong with the arguments, the model, the adapter or the prompts.
+pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
+    let sampling = args.writing.sampling()?;
+    if args.batch_size == 0 {
+        bail!("--batch-size is 0; expected at least 1");
+    }
+    if args.writing.stop.iter().any(String::is_empty) {
+        bail!("--stop is empty: every text would end at once");
+    }
+    // Before the weights are loaded, so that a mistake costs nothing.
+    let prompts = args.prompts.as_deref().map(read_prompts).transpose()?;
+    let inference = Inference::load(&args.model, screen)?;
+    let model = match &args.adapter {
+        None => inference.base.clone(),
+        Some(folder) => {
+            let (_, model) = inference.with_adapter(folder)?;
+            match args.merge {
+                true => inference.merged(model)?,
+                false => model,
+            }
+        }
+    };
+    let template = match &args.template {
+        Some(template) => template.clone(),
+        None if inference.files.has_chat_template() => PromptTemplate::Chat,
+        None => PromptTemplate::Raw,
+    };
+    let tokenizer = RowTokenizer::new(&inference.files, &template)?;
+    let limits = Limits {
+        max_new_tokens: args.writing.max_new_tokens,
+        end_tokens: inference.end_tokens(tokenizer.end_token())?,
+        stop: args.writing.stop.clone(),
+    };
+    log::info!("{}, template {template}", inference.selected.name);
+    let session = Session {
+        model: &model,
+        tokenizer: &tokenizer,
+        limits,
+        sampling,
+        batch_size: args.batch_size,
+    };
+    match (&args.prompt, prompts) {
+        (Some(prompt), _) => session.one(prompt, 0),
+        (None, Some(prompts)) => session.all(&prompts, args.output.as_deref(), screen),
+        (None, None) => session.interactive(&template),
+    }
+}
+
+/// A loaded model and how it writes.
+struct Session<'a> {
+    model: &'a Llama,
+    tokenizer: &'a RowTokenizer,
+    limits: Limits,
+    sampling: Sampling,
+    batch_size: usize,
+}
+
+/// A line of the answers' file.
+#[derive(Serialize)]
+struct Answer<'a> {
+    prompt: &'a str,
+    text: &'a str,
+    tokens: &'a [u32],
+    finish: Finish,
+}
+
+impl Session<'_> {
+    fn generator(&self) -> Generator<'_> {
+        Generator {
+            model: self.model,
+            tokenizer: self.tokenizer.tokenizer(),
+        }
+    }
+
+    fn ids(&self, prompt: &str, source: &Path, line: usize) -> anyhow::Result<Vec<u32>> {
+        let ids = self.tokenizer.prompt(prompt, source, line)?;
+        match ids.is_empty() {
+            true => bail!("{}, line {line}: the prompt is empty", source.display()),
+            false => Ok(ids),
+        }
+    }
+
+    /// Writes the answer to standard output as it comes.
+    fn one(&self, prompt: &str, number: usize) -> anyhow::Result<()> {
+        let ids = self.ids(prompt, Path::new("--prompt"), 1)?;
+        let mut out = std::io::stdout();
+        // A reader that went away is no error.
+        let mut show = |_: usize, piece: &str| {
+            let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
+        };
+        let (_, timing) =
+            self.generator()
+                .generate(&[&ids], number, &self.limits, &self.sampling, &mut show)?;
+        let _ = writeln!(out);
+        eprintln!("{}", speed(&timing));
+        Ok(())
+    }
+
+    /// Answers a file's prompts.
+    fn all(
+        &self,
+        prompts: &[String],
+        output: Option<&Path>,
+        screen: &Screen,
+    ) -> anyhow::Result<()> {
+        let source = Path::new("--prompts");
+        let ids = prompts
+            .iter()
+            .enumerate()
+            .map(|(index, prompt)| self.ids(prompt, source, index + 1))
+            .collect::<anyhow::Result<Vec<_>>>()?;
+        let mut lines = String::new();
+        let mut all = Timing::default();
+        let task = screen.task("answering", prompts.len());
+        for (batch, ids) in ids.chunks(self.batch_size).enumerate() {
+            let first = batch * self.batch_size;
+            let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
+            let (answers, timing) = self.generator().generate(
+                &ids,
+                first,
+                &self.limits,
+                &self.sampling,
+                &mut |_, _| {},
+            )?;
+            all.add(timing);
+            for (answer, prompt) in answers.iter().zip(&prompts[first..]) {
+                let line = serde_json::to_string(&Answer {
+                    prompt,
+                    text: &answer.text,
+                    tokens: &answer.tokens,
+                    finish: answer.finish,
+                })?;
+                if output.is_none() {
+                    screen.line(&line);
+                }
+                lines.push_str(&line);
+                lines.push('\n');
+            }
+            task.at(first + answers.len());
+        }
+        drop(task);
+        if let Some(path) = output {
+            output::write_atomically(path, lines.as_bytes())?;
+        }
+        eprintln!("{}", speed(&all));
+        Ok(())
+    }
+
+    /// A prompt a line until the input ends.
+    fn interactive(&self, template: &PromptTemplate) -> anyhow::Result<()> {
+        let input = std::io::stdin();
+        let asks = input.is_terminal();
+        if asks {
+            eprintln!("Template {template}. A prompt a line; Ctrl-D ends.");
+        }
+        let mut number = 0;
+        let mut line = String::new();
+        loop {
+            if asks {
+                eprint!("> ");
+            }
+            line.clear();
+            let read = input.lock().read_line(&mut line);
+            if read.context("cannot read standard input")? == 0 {
+                return Ok(());
+            }
+            let prompt = line.trim();
+            if !prompt.is_empty() {
+                self.one(prompt, number)?;
+                number += 1;
+            }
+        }
+    }
+}
+
+fn speed(timing: &Timing) -> String {
+    let rate = |tokens: usize, seconds: f64| match seconds > 0.0 {
+        true => format!("{:.1} a second", tokens as f64 / seconds),
+        false => "at once".to_string(),
+    };
+    let (prefill, decode) = (timing.prefill.as_secs_f64(), timing.decode.as_secs_f64());
+    // The first token of each row comes out of reading its prompt.
+    format!(
+        "{} read ({}), {} written in {:.2} s ({})",
+        human::counted(timing.prompt_tokens as u64, "token"),
+        rate(timing.prompt_tokens, prefill),
+        human::counted(timing.new_tokens as u64, "token"),
+        prefill + decode,
+        rate(timing.new_tokens, prefill + decode),
+    )
+}
+
+fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+    let json = path
+        .extension()
+        .is_some_and(|extension| extension == "jsonl");
+    let lines = text.lines().enumerate();
+    let lines = lines.filter(|(_, line)| !line.trim().is_empty());
+    let prompts: Vec<String> = lines
+        .map(|(number, line)| match json {
+            false => Ok(line.to_string()),
+            true => {
+                prompt_of(line).with_context(|| format!("{}, line {}", path.display(), number + 1))
+            }
+        })
+        .collect::<anyhow::Result<_>>()?;
+    if prompts.is_empty() {
+        bail!("{} holds no prompt", path.display());
+    }
+    Ok(prompts)
+}
+
+fn prompt_of(line: &str) -> anyhow::Result<String> {
+    let value: serde_json::Value = serde_json::from_str(line).context("not valid JSON")?;
+    let prompt = ["prompt", "context"]
+        .iter()
+        .find_map(|key| value.get(key)?.as_str());
+    match prompt {
+        Some(prompt) => Ok(prompt.to_string()),
+        None => bail!("expected an object with \"prompt\" or \"context\", a text"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn prompts_are_lines_or_the_texts_of_json_lines() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = |name: &str, text: &str| {
+            let path = folder.path().join(name);
+            std::fs::write(&path, text).unwrap();
+            path
+        };
+        let lines = file("a.txt", "one\n\n two \n");
+        assert_eq!(read_prompts(&lines).unwrap(), ["one", " two "]);
+        let json = file(
+            "a.jsonl",
+            "{\"prompt\": \"a\\nb\"}\n{\"context\": \"c\", \"target\": \"d\"}\n",
+        );
+        assert_eq!(read_prompts(&json).unwrap(), ["a\nb", "c"]);
+        for (text, part) in [
+            ("{\"prompt\": 1}\n", "line 1"),
+            ("{\"prompt\": \"a\"}\n{\n", "line 2"),
+            ("\n", "holds no prompt"),
+        ] {
+            let error = format!("{:#}", read_prompts(&file("b.jsonl", text)).unwrap_err());
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

@@ -1,0 +1,165 @@
+//! A row's text as it grows: pieces that are whole characters, and the strings it stops at.
+
+use tokenizers::Tokenizer;
+
+/// What the tokenizer puts where bytes are not (yet) a character.
+const INCOMPLETE: char = '\u{fffd}';
+
+/// A row's tokens so far, as text.
+#[derive(Debug, Clone, Default)]
+pub(super) struct GrowingText {
+    ids: Vec<u32>,
+    /// The text of `ids[..known]`'s tokens, which can no longer change.
+    text: String,
+    /// Tokens before this one have been given out, or are context for the ones after.
+    start: usize,
+    known: usize,
+    /// How much of `text` was given out.
+    given: usize,
+}
+
+impl GrowingText {
+    /// Adds a token. An id that the tokenizer does not have, as where a vocabulary was padded, adds no text.
+    pub(super) fn push(&mut self, id: u32, tokenizer: &Tokenizer) {
+        self.ids.push(id);
+        // Tokens are decoded with some before them: what a token's text is may depend on its neighbours, as
+        // where a space before a word is dropped at the beginning of a text.
+        let before = decode(tokenizer, &self.ids[self.start..self.known]);
+        let now = decode(tokenizer, &self.ids[self.start..]);
+        if now.ends_with(INCOMPLETE) && self.ids.len() - self.known < 8 {
+            return;
+        }
+        if let Some(new) = now.strip_prefix(before.as_str()) {
+            self.text.push_str(new);
+            self.start = self.known;
+        } else {
+            // A decoder that rewrites what was there: begin anew behind it.
+            self.start = self.ids.len();
+        }
+        self.known = self.ids.len();
+    }
+
+    /// What can be shown of the text and was not yet: not the beginning of what may become a stop string.
+    pub(super) fn take(&mut self, stop: &[String]) -> &str {
+        let held = stop.iter().map(|stop| overlap(&self.text, stop)).max();
+        let end = self.text.len() - held.unwrap_or(0);
+        let start = self.given.min(end);
+        self.given = end.max(self.given);
+        &self.text[start..end]
+    }
+
+    /// If a stop string is there, ends the text before the first of them.
+    pub(super) fn stops(&mut self, stop: &[String]) -> bool {
+        let found = stop.iter().filter_map(|stop| self.text.find(stop.as_str()));
+        match found.min() {
+            Some(at) => {
+                self.text.truncate(at);
+                true
+            }
+            None => false,
+        }
+    }
+
+    /// The text is over: what was an incomplete character stays one.
+    pub(super) fn finish(&mut self, tokenizer: &Tokenizer) {
+        let before = decode(tokenizer, &self.ids[self.start..self.known]);
+        let now = decode(tokenizer, &self.ids[self.start..]);
+        if let Some(new) = now.strip_prefix(before.as_str()) {
+            self.text.push_str(new);
+        }
+        self.known = self.ids.len();
+        self.start = self.known;
+    }
+
+    pub(super) fn text(&self) -> &str {
+        &self.text
+    }
+}
+
+/// Special tokens are no text.
+fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
+    tokenizer.decode(ids, true).unwrap_or_default()
+}
+
+/// Bytes at the end of `text` that `stop` begins with.
+fn overlap(text: &str, stop: &str) -> usize {
+    let lengths = stop
+        .char_indices()
+        .map(|(at, _)| at)
+        .filter(|at| *at > 0 && *at <= text.len());
+    let fits = |length: &usize| text.as_bytes().ends_with(&stop.as_bytes()[..*length]);
+    lengths.filter(fits).max().unwrap_or(0)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Bytes as tokens: what a byte-level tokenizer falls back to.
+    fn bytes() -> Tokenizer {
+        let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
+        let mut alphabet: Vec<char> = alphabet.into_iter().collect();
+        alphabet.sort_unstable();
+        let vocab: serde_json::Map<String, serde_json::Value> = (0u32..)
+            .zip(alphabet)
+            .map(|(id, token)| (token.to_string(), id.into()))
+            .collect();
+        let model = serde_json::json!({"type": "BPE", "vocab": vocab, "merges": []});
+        let model: tokenizers::models::bpe::BPE = serde_json::from_str(&model.to_string()).unwrap();
+        let mut tokenizer = Tokenizer::new(model);
+        let level = tokenizers::pre_tokenizers::byte_level::ByteLevel::new(false, true, false);
+        tokenizer.with_pre_tokenizer(Some(level));
+        tokenizer.with_decoder(Some(level));
+        tokenizer
+    }
+
+    fn shown(text: &str, stop: &[&str]) -> (Vec<String>, String, bool) {
+        let tokenizer = bytes();
+        let stop: Vec<String> = stop.iter().map(|stop| stop.to_string()).collect();
+        let mut growing = GrowingText::default();
+        let mut pieces = Vec::new();
+        let mut stopped = false;
+        for id in tokenizer.encode(text, false).unwrap().get_ids() {
+            growing.push(*id, &tokenizer);
+            stopped = growing.stops(&stop);
+            pieces.push(growing.take(if stopped { &[] } else { &stop }).to_string());
+            if stopped {
+                break;
+            }
+        }
+        if !stopped {
+            growing.finish(&tokenizer);
+            pieces.push(growing.take(&[]).to_string());
+        }
+        (pieces, growing.text().to_string(), stopped)
+    }
+
+    #[test]
+    fn pieces_are_whole_characters_and_add_up_to_the_text() {
+        for text in ["plain", "fünf €, 日本語", "👩‍🚀 done"] {
+            let (pieces, whole, _) = shown(text, &[]);
+            assert_eq!(pieces.concat(), text);
+            assert_eq!(whole, text);
+            assert!(pieces.iter().all(|piece| !piece.contains(INCOMPLETE)));
+        }
+    }
+
+    #[test]
+    fn a_stop_string_ends_the_text_and_none_of_it_is_shown() {
+        let (pieces, whole, stopped) = shown("one\n\nUser: two", &["\n\nUser:", "zzz"]);
+        assert!(stopped);
+        assert_eq!(whole, "one");
+        assert_eq!(pieces.concat(), "one");
+    }
+
+    #[test]
+    fn what_only_began_like_a_stop_string_is_shown_later() {
+        let (pieces, whole, stopped) = shown("a ##b #", &["###"]);
+        assert!(!stopped);
+        assert_eq!(
+            (pieces.concat(), whole),
+            ("a ##b #".into(), "a ##b #".into())
+        );
+        assert_eq!(pieces[2], "", "the first # may be a stop string");
+    }
+}

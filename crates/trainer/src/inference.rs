@@ -1,0 +1,177 @@
+//! A model that is used rather than trained: its files, its weights, an adapter.
+
+use std::path::{Path, PathBuf};
+
+use burn::tensor::{DType, FloatDType};
+use clap::Args;
+use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
+use lora_core::{LoraError, LoraLinear, Quantization};
+
+use crate::config::EMBEDDED;
+use crate::data::{DataError, ModelFiles};
+use crate::device::{self, Backend, DeviceError, Selected};
+use crate::embedded::{self, EmbeddedError};
+use crate::peft::{AdapterConfig, AdapterError, read_adapter};
+use crate::screen::Screen;
+
+/// What to load and where to run it.
+#[derive(Debug, Clone, Args)]
+pub struct ModelArgs {
+    /// A Hugging Face model folder, or `embedded`
+    #[arg(long, value_name = "DIR", default_value = EMBEDDED)]
+    pub model: String,
+    /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
+    #[arg(long, default_value = "auto")]
+    pub backend: Backend,
+    /// Bits of the base model's linear layers: 8, 4, or 16 for the file's own
+    #[arg(long, value_name = "BITS", default_value_t = 8)]
+    pub quant_bits: u8,
+    /// f32, bf16 or f16; the device's best without it
+    #[arg(long, value_name = "TYPE", value_parser = compute_dtype)]
+    pub compute_dtype: Option<FloatDType>,
+}
+
+fn compute_dtype(word: &str) -> Result<FloatDType, String> {
+    match word {
+        "f32" => Ok(FloatDType::F32),
+        "bf16" => Ok(FloatDType::BF16),
+        "f16" => Ok(FloatDType::F16),
+        _ => Err("expected f32, bf16 or f16".into()),
+    }
+}
+
+/// Why a model cannot be used.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // Each variant carries the error of the part that failed.
+pub enum InferenceError {
+    #[error("{0} is not a number of bits that weights can have; expected 8, 4 or 16")]
+    QuantBits(u8),
+    #[error(transparent)]
+    Embedded(#[from] EmbeddedError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Device(#[from] DeviceError),
+    #[error(transparent)]
+    Load(#[from] LoadError),
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    #[error("the adapter in {}: {source}", folder.display())]
+    Adapter {
+        folder: PathBuf,
+        source: AdapterError,
+    },
+}
+
+/// A base model on its device.
+#[derive(Debug)]
+pub struct Inference {
+    /// Where its files are.
+    pub folder: PathBuf,
+    /// Its shape.
+    pub config: LlamaConfig,
+    /// Its tokenizer and templates.
+    pub files: ModelFiles,
+    /// The device.
+    pub selected: Selected,
+    /// What it computes in.
+    pub dtype: FloatDType,
+    /// How the linear layers are stored.
+    pub quantization: Quantization,
+    /// The model without an adapter.
+    pub base: Llama,
+}
+
+impl Inference {
+    /// Loads a model. The device is tested with a small product first, as before training.
+    ///
+    /// # Errors
+    ///
+    /// What is wrong with the files or the device.
+    pub fn load(args: &ModelArgs, screen: &Screen) -> Result<Self, InferenceError> {
+        let quantization = Quantization::from_bits(args.quant_bits)
+            .ok_or(InferenceError::QuantBits(args.quant_bits))?;
+        let folder = match args.model == EMBEDDED {
+            true => embedded::materialise()?.model_dir,
+            false => PathBuf::from(&args.model),
+        };
+        let config = LlamaConfig::from_file(&folder)?;
+        let files = ModelFiles::read(&folder)?;
+        let selected = device::select(args.backend)?;
+        let dtype = device::compute_dtype(&selected, args.compute_dtype)?;
+        let stored = device::prepare(&selected, dtype)?;
+        device::self_test(&selected)?;
+        let options = LoadOptions {
+            quantization,
+            quantize_lm_head: false,
+            dtype: DType::from(stored),
+        };
+        let task = screen.task("loading weights", config.tensor_shapes().len());
+        let base = llama_burn::load(&folder, &config, options, &selected.device, |tensor| {
+            task.at(tensor.done)
+        })?;
+        drop(task);
+        Ok(Self {
+            folder,
+            config,
+            files,
+            selected,
+            dtype,
+            quantization,
+            base,
+        })
+    }
+
+    /// The model with the adapter of a folder as a second path beside the frozen weights.
+    ///
+    /// # Errors
+    ///
+    /// An adapter that cannot be read, or that is not for this model.
+    pub fn with_adapter(&self, folder: &Path) -> Result<(AdapterConfig, Llama), InferenceError> {
+        let adapter = |source| InferenceError::Adapter {
+            folder: folder.into(),
+            source,
+        };
+        let (config, tensors) = read_adapter(folder).map_err(adapter)?;
+        let model = tensors.put_on(self.base.clone(), &config.lora);
+        Ok((config, model.map_err(adapter)?))
+    }
+
+    /// `model` with its adapters merged into the weights, quantized again as the base was.
+    ///
+    /// # Errors
+    ///
+    /// If the merged weights cannot be quantized.
+    pub fn merged(&self, mut model: Llama) -> Result<Llama, InferenceError> {
+        for (_, linear) in model.linears_mut() {
+            if linear.adapter().is_none() {
+                continue;
+            }
+            let merged = LoraLinear::frozen(linear.merge());
+            *linear = match self.quantization {
+                Quantization::None => merged,
+                quantization => merged.quantize(quantization)?,
+            };
+        }
+        Ok(model)
+    }
+
+    /// Every token that ends a text: those of `generation_config.json`, else of `config.json`, and the
+    /// tokenizer's own, which training puts behind each target.
+    ///
+    /// # Errors
+    ///
+    /// A file that is not valid.
+    pub fn end_tokens(&self, tokenizer_end: u32) -> Result<Vec<u32>, InferenceError> {
+        let mut ids = self.files.generation_end_tokens()?;
+        if ids.is_empty() {
+            ids.clone_from(&self.config.eos_token_ids);
+        }
+        if !ids.contains(&tokenizer_end) {
+            ids.push(tokenizer_end);
+        }
+        Ok(ids)
+    }
+}
