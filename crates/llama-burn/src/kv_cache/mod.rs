@@ -30,7 +30,7 @@ pub(crate) enum LayerCache {
     /// For the kernel on the CPU.
     Cpu(cpu::Cache),
     /// For any backend.
-    Padded(padded::Cache),
+    Padded(Box<padded::Cache>),
 }
 
 /// Where the rows' tokens lie in the packed prompts.
@@ -70,7 +70,7 @@ impl LayerCache {
     fn new([k, v]: [Tensor<2>; 2], prompts: &Prompts, heads: Heads) -> Self {
         match kernels::is_native(&k) && kernels::is_native(&v) {
             true => Self::Cpu(cpu::Cache::new([k, v], prompts)),
-            false => Self::Padded(padded::Cache::new([k, v], prompts, heads)),
+            false => Self::Padded(Box::new(padded::Cache::new([k, v], prompts, heads))),
         }
     }
 
