@@ -19,7 +19,7 @@ use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
-use crate::{bench, data, make_assets, parity, plan};
+use crate::{bench, checkpoint, data, make_assets, parity, plan};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -286,7 +286,15 @@ fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
     // A run that goes on has its configuration in its folder.
     let given = args.config.config.is_some() || args.config.run.is_some();
     let mut config = match from.as_deref().filter(|_| !given) {
-        Some(from) => Config::load(Some(&config_of(from)?), None, &args.config.set)?,
+        Some(from) => {
+            let file = checkpoint::config_of(from).with_context(|| {
+                format!(
+                    "--resume {}: this is neither the output folder of a run nor one of its checkpoints",
+                    from.display()
+                )
+            })?;
+            Config::load(Some(&file), None, &args.config.set)?
+        }
         None => args.config.load()?,
     };
     let existing = match (args.overwrite, &args.output_dir) {
@@ -317,21 +325,6 @@ fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Ok(Ended::Interrupted(_)) => Ok(ExitCode::from(RESUMABLE)),
         Err(error) => Err(error.into()),
     }
-}
-
-/// The configuration of a run, or of one of its checkpoints.
-fn config_of(from: &Path) -> anyhow::Result<PathBuf> {
-    let places = [
-        from.join("config.toml"),
-        run_folder(from).join("config.toml"),
-    ];
-    let found = places.into_iter().find(|path| path.is_file());
-    found.with_context(|| {
-        format!(
-            "--resume {}: this is neither the output folder of a run nor one of its checkpoints",
-            from.display()
-        )
-    })
 }
 
 /// A configuration's plan, or that of a bare `config.json` of a model under the default settings.

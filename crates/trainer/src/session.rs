@@ -16,6 +16,7 @@ use crate::device::{self, Backend, Selected};
 use crate::fit::Fit;
 use crate::gradients;
 use crate::guard::{DeviceFault, FaultKind, Guard};
+use crate::human;
 use crate::interrupt::Interrupt;
 use crate::loss::LossSums;
 use crate::metrics::{MetricsError, MetricsWriter, SkippedLine, TrainLine, ValidationLine};
@@ -25,7 +26,6 @@ use crate::peft::{AdapterConfig, AdapterError, AdapterTensors};
 use crate::screen::{Scores, Screen};
 use crate::step::NotFinite;
 use crate::train::TrainError;
-use crate::{human, memory};
 
 /// A run under way.
 pub struct Session<'a> {
@@ -51,6 +51,7 @@ pub struct Session<'a> {
     pub interrupt: &'a Interrupt,
     /// Where it is shown.
     pub screen: &'a mut Screen,
+    asked: Backend,
     guard: Guard,
     started: Instant,
     /// Seconds of earlier sessions.
@@ -66,6 +67,8 @@ pub struct Beginning<'a> {
     pub data: &'a Data,
     /// Its device.
     pub selected: &'a Selected,
+    /// What was asked for as its device.
+    pub asked: Backend,
     /// Where it writes.
     pub folder: &'a OutputFolder,
     /// Steps in all.
@@ -96,6 +99,7 @@ impl<'a> Session<'a> {
             metrics: beginning.metrics,
             interrupt,
             screen,
+            asked: beginning.asked,
             guard: Guard::install(),
             started: Instant::now(),
             metrics_fail: false,
@@ -217,7 +221,7 @@ impl<'a> Session<'a> {
         match self.keeper.newest() {
             Some(step) => format!(
                 "Step {step} is saved; this goes on from there:\n  {}",
-                resume_command(self.folder.path())
+                self.resume_command()
             ),
             None => "No checkpoint was written yet".into(),
         }
@@ -444,14 +448,19 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// The command that goes on with this run.
+    pub fn resume_command(&self) -> String {
+        let folder = crate::train::shown(self.folder.path());
+        let device = match self.asked {
+            Backend::Auto => String::new(),
+            backend => format!("--backend {backend} "),
+        };
+        format!("cargo xtask train {device}--resume {folder}")
+    }
+
     /// Seconds of work, those of earlier sessions included.
     pub fn seconds(&self) -> f64 {
         self.before + self.started.elapsed().as_secs_f64()
-    }
-
-    /// The most memory that the process had, in MiB.
-    pub fn memory_mib(&self) -> f64 {
-        human::mib(memory::peak())
     }
 }
 
@@ -464,11 +473,6 @@ pub fn order(config: &Config, data: &Data, fit: &Fit) -> Order {
         fit.gradient_accumulation_steps,
         config.max_batch_tokens,
     )
-}
-
-/// The command that goes on with the run in this folder.
-pub fn resume_command(folder: &Path) -> String {
-    format!("cargo xtask train --resume {}", crate::train::shown(folder))
 }
 
 /// Opens the checkpoint that a run goes on from, and locks the run's folder if it is the one that the run

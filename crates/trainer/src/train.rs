@@ -23,7 +23,7 @@ use crate::peft::AdapterError;
 use crate::plan;
 use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunSummary, Screen, StepSummary};
-use crate::session::{self, Beginning, Session, resume_command};
+use crate::session::{self, Beginning, Session};
 use crate::step::{self, NotFinite, StepInput};
 use crate::{human, memory};
 
@@ -231,8 +231,6 @@ pub fn train(
         screen.line(&nothing_left(&folder, total_steps));
         return Ok(Ended::Done(folder));
     }
-    output::write_atomically(&folder.config(), config.to_toml().as_bytes())?;
-    let metrics = session::metrics(&folder, resumed.as_ref())?;
 
     // Weights, quantized one at a time as they are read; then the adapters.
     let device = selected.device.clone().autodiff();
@@ -265,6 +263,9 @@ pub fn train(
         model = checkpoint.tensors()?.put(model, &mut optimizer)?;
     }
     drop(task);
+    // Nothing in the folder of a run that goes on has changed until here.
+    output::write_atomically(&folder.config(), config.to_toml().as_bytes())?;
+    let metrics = session::metrics(&folder, resumed.as_ref())?;
 
     let schedule = Schedule {
         peak: config.learning_rate,
@@ -315,6 +316,7 @@ pub fn train(
         config,
         data: &data,
         selected: &selected,
+        asked: request.backend,
         folder: &folder,
         total_steps,
         fit,
@@ -323,6 +325,10 @@ pub fn train(
         metrics,
     };
     let mut session = Session::new(beginning, interrupt, screen);
+    if resumed.is_some_and(|resumed| resumed.forced) {
+        // What was forced once need not be forced again.
+        session.save(&model, &optimizer)?;
+    }
     if session.progress.step == 0 {
         let scores = session.validate(&model, &optimizer)?;
         session.progress.base = scores.flatten();
@@ -407,7 +413,10 @@ pub fn train(
         kept: progress.kept.zip(progress.kept_scores),
         stopped: (!is_over).then(|| "interrupted".into()),
         written: written(&session, is_over),
-        next: next_commands(config, &folder, is_over),
+        next: match is_over {
+            true => next_commands(config, &folder),
+            false => vec![("go on".into(), session.resume_command())],
+        },
     };
     session.screen.finish(&result);
     Ok(match is_over {
@@ -534,10 +543,7 @@ fn written(session: &Session, is_over: bool) -> Vec<(String, PathBuf)> {
     written
 }
 
-fn next_commands(config: &Config, folder: &OutputFolder, is_over: bool) -> Vec<(String, String)> {
-    if !is_over {
-        return vec![("go on".into(), resume_command(folder.path()))];
-    }
+fn next_commands(config: &Config, folder: &OutputFolder) -> Vec<(String, String)> {
     let mut next = vec![(
         "use it in PEFT".to_string(),
         format!(

@@ -15,6 +15,7 @@ const BLOCK: usize = 64 << 10;
 const ENDS: u64 = 1 << 20;
 
 /// SHA-256 of bytes, in hexadecimal.
+#[cfg(test)]
 pub fn of_bytes(bytes: &[u8]) -> String {
     hex(Sha256::digest(bytes).as_slice())
 }

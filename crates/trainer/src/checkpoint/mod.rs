@@ -35,7 +35,7 @@ pub use error::CheckpointError;
 pub use fingerprint::{Fingerprint, Mark};
 pub use keeper::Keeper;
 pub use manifest::{MANIFEST, Manifest};
-pub use resume::{Resume, Resumed, run_folder};
+pub use resume::{Resume, Resumed, config_of, run_folder};
 pub use state::{Division, FORMAT, Progress, State};
 pub use store::Store;
 pub use tensors::TrainingTensors;

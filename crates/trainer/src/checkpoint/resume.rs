@@ -26,6 +26,8 @@ pub struct Resumed {
     pub checkpoint: Checkpoint,
     /// What the user should know: newer ones that are damaged, changes that were forced.
     pub notes: Vec<String>,
+    /// The run is not the one that the checkpoint is from.
+    pub forced: bool,
 }
 
 /// Keys that a run may change on the way: where it writes, what it shows, how it keeps itself safe, and what
@@ -64,6 +66,19 @@ pub fn run_folder(path: &Path) -> PathBuf {
     }
 }
 
+/// The configuration of the checkpoint that a path leads to, or of the newest of the run that it leads to;
+/// `None` where it leads to neither.
+pub fn config_of(path: &Path) -> Option<PathBuf> {
+    let folder = run_folder(path);
+    let store = Store::new(folder.join("checkpoints"));
+    let newest = store.steps().into_iter().map(|step| store.path(step));
+    let checkpoint = (folder != path).then(|| path.to_path_buf());
+    // The run's own comes last: it may be of a session that saved nothing.
+    let places = checkpoint.into_iter().chain(newest).chain([folder]);
+    let mut files = places.map(|place| place.join("config.toml"));
+    files.find(|file| file.is_file())
+}
+
 impl Resume {
     /// Opens the checkpoint to go on from; of a run, the newest that is whole. `None` where a start from the
     /// beginning is asked for. `owned` says that this process holds the run's lock, and may tidy up.
@@ -82,6 +97,7 @@ impl Resume {
             return Ok(Some(Resumed {
                 checkpoint,
                 notes: Vec::new(),
+                forced: false,
             }));
         }
         let store = Store::new(folder.join("checkpoints"));
@@ -99,6 +115,7 @@ impl Resume {
                     return Ok(Some(Resumed {
                         checkpoint,
                         notes: notes.collect(),
+                        forced: false,
                     }));
                 }
                 Err(error) => damaged.push(error.to_string()),
@@ -135,6 +152,7 @@ impl Resumed {
                 changes,
             });
         }
+        self.forced = true;
         let changes = changes.into_iter();
         self.notes
             .extend(changes.map(|change| format!("--force-resume: {change}")));
