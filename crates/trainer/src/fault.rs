@@ -82,7 +82,7 @@ static STEP: AtomicUsize = AtomicUsize::new(0);
 ///
 /// If it is set to something else than faults.
 pub fn init() -> Result<(), FaultError> {
-    let Some(text) = std::env::var_os(VARIABLE) else {
+    let Some(text) = std::env::var_os(VARIABLE).filter(|text| !text.is_empty()) else {
         return Ok(());
     };
     let faults = parse(&text.to_string_lossy())?;

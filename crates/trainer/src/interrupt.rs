@@ -3,6 +3,7 @@
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
@@ -10,6 +11,9 @@ use signal_hook::flag;
 /// The exit code of a run that stopped before its end and can be resumed: `EX_TEMPFAIL` of `sysexits.h`,
 /// "try again".
 pub const RESUMABLE: u8 = 75;
+
+/// How soon a signal is noticed on the screen.
+const NOTICE: Duration = Duration::from_millis(100);
 
 /// Whether the run shall stop. A clone is the same flag.
 #[derive(Debug, Clone, Default)]
@@ -36,6 +40,19 @@ impl Interrupt {
             )?;
             flag::register(signal, Arc::clone(&interrupt.asked))?;
         }
+        let watched = interrupt.clone();
+        // A step may take minutes, and nobody should wonder whether the key was seen. A handler of signals
+        // itself may not print.
+        std::thread::Builder::new()
+            .name("interrupt".into())
+            .spawn(move || {
+                while !watched.asked() {
+                    std::thread::sleep(NOTICE);
+                }
+                log::warn!(
+                    "stopping: this step is finished and saved first; Ctrl-C again leaves at once"
+                );
+            })?;
         Ok(interrupt)
     }
 

@@ -448,8 +448,19 @@ impl<'a> Session<'a> {
         }
     }
 
+    /// What to do after an interruption, and the command.
+    pub fn how_to_go_on(&self) -> (String, String) {
+        match self.keeper.newest() {
+            Some(step) => (format!("go on after step {step}"), self.resume_command()),
+            None => (
+                "nothing is saved yet".into(),
+                "start the run again with the same command".into(),
+            ),
+        }
+    }
+
     /// The command that goes on with this run.
-    pub fn resume_command(&self) -> String {
+    fn resume_command(&self) -> String {
         let folder = crate::train::shown(self.folder.path());
         let device = match self.asked {
             Backend::Auto => String::new(),

@@ -415,7 +415,7 @@ pub fn train(
         written: written(&session, is_over),
         next: match is_over {
             true => next_commands(config, &folder),
-            false => vec![("go on".into(), session.resume_command())],
+            false => vec![session.how_to_go_on()],
         },
     };
     session.screen.finish(&result);
