@@ -2,6 +2,8 @@
 
 pub mod allocator;
 pub mod program;
+pub mod reliability;
+pub mod runs;
 pub mod workspace;
 
 use std::path::{Path, PathBuf};

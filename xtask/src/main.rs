@@ -41,6 +41,11 @@ Usage: cargo xtask train [OPTIONS]
   --run NAME          one of the named runs of a FinLoRA config file
   --set KEY=VALUE     overrides one key of the config; may be repeated
   --output-dir DIR    where the adapter, the metrics and the resolved config go
+  --resume [auto|DIR] go on with a run: DIR is its output folder or one of its checkpoints; auto takes the
+                      output folder's newest checkpoint, or starts if there is none
+  --force-resume      resume although the configuration, the data or the model has changed
+
+Ctrl-C finishes the step, writes a checkpoint and exits with code 75; a second one leaves at once.
 
 Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 

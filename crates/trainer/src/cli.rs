@@ -1,7 +1,7 @@
 //! The command line: raw arguments to calls into the library, errors to sentences and exit codes.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use anyhow::{Context, anyhow};
@@ -9,15 +9,17 @@ use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
 use crate::bench::BenchOptions;
+use crate::checkpoint::{Resume, run_folder};
 use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
+use crate::interrupt::{Interrupt, RESUMABLE};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
-use crate::train::{self, RunFiles};
-use crate::{bench, data, make_assets, parity, plan};
+use crate::train::{self, Ended, Request, RunFiles, TrainError};
+use crate::{bench, checkpoint, data, make_assets, parity, plan};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -81,6 +83,14 @@ struct Train {
     /// Take the place of a run that is in the output folder
     #[arg(long)]
     overwrite: bool,
+    /// Go on with a run: auto (the output folder's newest checkpoint, or a start if there is none), the folder
+    /// of a run, or one of its checkpoints
+    #[arg(long, value_name = "auto|DIR", num_args = 0..=1, default_missing_value = "auto",
+          conflicts_with = "overwrite")]
+    resume: Option<PathBuf>,
+    /// Resume although the configuration, the data or the model has changed
+    #[arg(long, requires = "resume")]
+    force_resume: bool,
 }
 
 #[derive(Args)]
@@ -193,7 +203,9 @@ impl From<Bench> for BenchOptions {
     }
 }
 
-/// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage gives 2.
+/// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage gives 2. A
+/// training run that stopped before its end and can be resumed, because of Ctrl-C or a device that failed,
+/// gives 75; one that a second Ctrl-C ended at once, 130, or 143 for SIGTERM.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     let mut screen = Screen::new(ScreenKind::detect());
@@ -207,7 +219,12 @@ pub fn main() -> ExitCode {
         Err(error) => {
             drop(screen);
             eprintln!("error: {}", whole_chain(&error));
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(TrainError::Fault {
+                    resumable: true, ..
+                }) => ExitCode::from(RESUMABLE),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -225,18 +242,7 @@ fn whole_chain(error: &anyhow::Error) -> String {
 
 fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Train(args) => {
-            let mut config = args.config.load()?;
-            let existing = match (args.overwrite, &args.output_dir) {
-                (true, _) => Existing::Replace,
-                (false, Some(_)) => Existing::Refuse,
-                (false, None) => Existing::Number,
-            };
-            if let Some(folder) = args.output_dir {
-                config.output_dir = folder;
-            }
-            train::train(&config, args.backend, existing, screen)?;
-        }
+        Command::Train(args) => return train(args, screen),
         Command::InspectData(args) => {
             let config = args.config.load()?;
             let files = RunFiles::find(&config)?;
@@ -271,6 +277,54 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(ExitCode::SUCCESS)
+}
+
+/// Trains; the exit code is 0 for a run that is done and [`RESUMABLE`] for one that stopped before.
+fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
+    let auto = args.resume.as_deref() == Some(Path::new("auto"));
+    let from = args.resume.filter(|_| !auto);
+    // A run that goes on has its configuration in its folder.
+    let given = args.config.config.is_some() || args.config.run.is_some();
+    let mut config = match from.as_deref().filter(|_| !given) {
+        Some(from) => {
+            let file = checkpoint::config_of(from).with_context(|| {
+                format!(
+                    "--resume {}: this is neither the output folder of a run nor one of its checkpoints",
+                    from.display()
+                )
+            })?;
+            Config::load(Some(&file), None, &args.config.set)?
+        }
+        None => args.config.load()?,
+    };
+    let existing = match (args.overwrite, &args.output_dir) {
+        (true, _) => Existing::Replace,
+        _ if auto => Existing::Restart,
+        (false, Some(_)) => Existing::Refuse,
+        (false, None) => Existing::Number,
+    };
+    match (args.output_dir, from.as_deref()) {
+        (Some(folder), _) => config.output_dir = folder,
+        (None, Some(from)) => config.output_dir = run_folder(from),
+        (None, None) => {}
+    }
+    let resume = (auto || from.is_some()).then(|| Resume {
+        from: from.unwrap_or_else(|| config.output_dir.clone()),
+        or_start: auto,
+        force: args.force_resume,
+    });
+    let request = Request {
+        config,
+        backend: args.backend,
+        existing,
+        resume,
+    };
+    let interrupt = Interrupt::of_signals().context("cannot listen for Ctrl-C")?;
+    match train::train(&request, &interrupt, screen) {
+        Ok(Ended::Done(_)) => Ok(ExitCode::SUCCESS),
+        Ok(Ended::Interrupted(_)) => Ok(ExitCode::from(RESUMABLE)),
+        Err(error) => Err(error.into()),
+    }
 }
 
 /// A configuration's plan, or that of a bare `config.json` of a model under the default settings.

@@ -7,7 +7,9 @@
 //! | [`data`] | rows, prompts, tokens, packed batches |
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
-//! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`session`], [`step`], [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`checkpoint`], [`durable`], [`lock`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
+//! | [`fault`] | faults on demand, for tests |
 //! | [`inference`], [`generate`] | a model that is used: text from prompts |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
@@ -17,16 +19,22 @@
 //! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
 
 pub mod bench;
+pub mod checkpoint;
 pub mod cli;
 pub mod config;
 pub mod data;
 pub mod device;
+pub mod durable;
 pub mod embedded;
+pub mod fault;
 pub mod fit;
 pub mod generate;
 pub mod gradients;
+pub mod guard;
 pub mod human;
 pub mod inference;
+pub mod interrupt;
+pub mod lock;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;
@@ -38,4 +46,6 @@ pub mod peft;
 pub mod plan;
 pub mod schedule;
 pub mod screen;
+pub mod session;
+pub mod step;
 pub mod train;

@@ -27,7 +27,9 @@ use lora_core::{Init, LoraConfig, TargetModules};
 use crate::schedule::Decay;
 
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
-pub use words::{BatchSize, Checkpointing, ComputeDtype, PromptTemplate};
+pub use words::{
+    BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory, PromptTemplate,
+};
 
 /// The word that stands for the model or the data built into this program.
 pub const EMBEDDED: &str = "embedded";
@@ -127,6 +129,19 @@ pub struct Config {
     pub logging_steps: usize,
     /// Keep the adapter with the lowest validation loss rather than the last one.
     pub save_best: bool,
+    /// Optimizer steps between two checkpoints; `None`: they go by time only.
+    pub save_steps: Option<usize>,
+    /// Minutes between two checkpoints; `None`: they go by steps only. With neither of the two there are no
+    /// checkpoints, except on Ctrl-C.
+    pub save_minutes: Option<f64>,
+    /// Checkpoints that are kept, the newest; that of the best validation is kept besides. `None`: all.
+    pub save_total_limit: Option<usize>,
+    /// What happens when a loss or gradient is not a number.
+    pub on_non_finite: OnNonFinite,
+    /// Steps that may be skipped in a run, where `on_non_finite` says so.
+    pub max_skipped_steps: usize,
+    /// What happens when the device's memory is too small for a micro-batch.
+    pub on_out_of_memory: OnOutOfMemory,
     /// Where the adapter, the metrics and this configuration are written.
     pub output_dir: PathBuf,
 

@@ -48,6 +48,12 @@ pub(super) const KEYS: &[&str] = &[
     "eval_steps",
     "logging_steps",
     "save_best",
+    "save_steps",
+    "save_minutes",
+    "save_total_limit",
+    "on_non_finite",
+    "max_skipped_steps",
+    "on_out_of_memory",
     "output_dir",
 ];
 

@@ -102,6 +102,15 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         );
     }
 
+    let save_minutes = match r.has("save_minutes") {
+        true => r.optional("save_minutes", positive()),
+        false => Some(5.0),
+    };
+    let save_total_limit = match r.has("save_total_limit") {
+        true => r.optional("save_total_limit", whole(1)),
+        false => Some(2),
+    };
+
     let config = Config {
         base_model: base_model.unwrap_or_default(),
         dataset_path: dataset_path.unwrap_or_default(),
@@ -140,6 +149,12 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         eval_steps: r.optional("eval_steps", whole(1)),
         logging_steps: r.or("logging_steps", 1, whole(1)),
         save_best: r.or("save_best", true, boolean),
+        save_steps: r.optional("save_steps", whole(1)),
+        save_minutes,
+        save_total_limit,
+        on_non_finite: r.or("on_non_finite", Default::default(), word),
+        max_skipped_steps: r.or("max_skipped_steps", 3, whole(0)),
+        on_out_of_memory: r.or("on_out_of_memory", Default::default(), word),
         output_dir: r
             .get("output_dir", text("the path of a folder"))
             .map_or(default_output, PathBuf::from),
@@ -348,6 +363,14 @@ mod tests {
             (config.max_steps, config.eval_steps, config.logging_steps),
             (None, None, 1)
         );
+        assert_eq!(
+            (
+                config.save_steps,
+                config.save_minutes,
+                config.save_total_limit
+            ),
+            (None, Some(5.0), Some(2))
+        );
     }
 
     #[test]
@@ -407,6 +430,13 @@ mod tests {
             "peft_use_dora = true",
             "peft_use_dora = \"no\"",
             "save_best = 0",
+            "save_steps = 0",
+            "save_minutes = 0",
+            "save_minutes = nan",
+            "save_total_limit = 0",
+            "on_non_finite = \"ignore\"",
+            "max_skipped_steps = -1",
+            "on_out_of_memory = 1",
             "output_dir = \"\"",
             "target_modules = []",
             "target_modules = \"(\"",

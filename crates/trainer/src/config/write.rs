@@ -80,6 +80,13 @@ impl Config {
         set("eval_steps", optional(self.eval_steps));
         set("logging_steps", whole(self.logging_steps));
         set("save_best", self.save_best.into());
+        set("save_steps", optional(self.save_steps));
+        let minutes = self.save_minutes.map_or_else(none, Value::from);
+        set("save_minutes", minutes);
+        set("save_total_limit", optional(self.save_total_limit));
+        set("on_non_finite", self.on_non_finite.word().into());
+        set("max_skipped_steps", whole(self.max_skipped_steps));
+        set("on_out_of_memory", self.on_out_of_memory.word().into());
         set("output_dir", path(&self.output_dir));
         table.to_string()
     }
@@ -142,6 +149,12 @@ mod tests {
         round_trip(&load(&[
             r"target_modules='.*\.layers\.[0-3]\..*_proj'",
             "adam_epsilon=1e-300",
+            "save_steps=50",
+            "save_minutes=none",
+            "save_total_limit=none",
+            "on_non_finite=skip",
+            "max_skipped_steps=0",
+            "on_out_of_memory=stop",
         ]));
     }
 
