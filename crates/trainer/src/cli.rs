@@ -14,12 +14,14 @@ use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
 use crate::interrupt::{Interrupt, RESUMABLE};
+use crate::combine::{self, CombineArgs};
+use crate::logits::{self, LogitsArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
-use crate::{bench, checkpoint, data, make_assets, parity, plan};
+use crate::{bench, checkpoint, data, make_assets, parity, peft, plan};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -35,6 +37,10 @@ enum Command {
     Train(Train),
     /// Continue prompts, with or without an adapter
     Generate(GenerateArgs),
+    /// One adapter from several with weights
+    Combine(CombineArgs),
+    /// Scores of given tokens, to compare with another program's
+    Logits(LogitsArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -254,6 +260,8 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
         }
         Command::Generate(args) => generate::run(&args, screen)?,
+        Command::Combine(args) => combine::run(&args, screen)?,
+        Command::Logits(args) => logits::run(&args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {
@@ -350,6 +358,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
             (config, model)
         }
     };
+    let config = peft::continued(&config, &model)?;
     let length = config.max_seq_len.min(model.max_position_embeddings);
     let options = PlanOptions {
         lora: config.lora_config(),

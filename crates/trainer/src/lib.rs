@@ -10,9 +10,10 @@
 //! | [`session`], [`step`], [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
 //! | [`checkpoint`], [`durable`], [`lock`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
 //! | [`fault`] | faults on demand, for tests |
-//! | [`inference`], [`generate`] | a model that is used: text from prompts |
+//! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
+//! | [`combine`] | one adapter from several |
 //! | [`plan`] | parameters and memory from shapes alone |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
@@ -21,6 +22,7 @@
 pub mod bench;
 pub mod checkpoint;
 pub mod cli;
+pub mod combine;
 pub mod config;
 pub mod data;
 pub mod device;
@@ -35,6 +37,7 @@ pub mod human;
 pub mod inference;
 pub mod interrupt;
 pub mod lock;
+pub mod logits;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;

@@ -19,7 +19,7 @@ use crate::interrupt::Interrupt;
 use crate::metrics::{self, MetricsError, TrainLine};
 use crate::optimizer::AdamW;
 use crate::output::{self, Existing, OutputError, OutputFolder};
-use crate::peft::AdapterError;
+use crate::peft::{self, AdapterError};
 use crate::plan;
 use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunSummary, Screen, StepSummary};
@@ -51,6 +51,8 @@ pub enum TrainError {
     Lora(#[from] LoraError),
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Start(#[from] peft::StartError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     #[error(transparent)]
@@ -200,6 +202,7 @@ pub fn train(
         resumed.check(config, &fingerprint, resume.force)?;
     }
     let model_config = LlamaConfig::from_file(&files.model)?;
+    let config = &peft::continued(config, &model_config)?;
     let lora = config.lora_config();
     let data = files.data(config, &model_config)?;
     if let Some(path) = fingerprint.changed_data().into_iter().next() {
@@ -251,7 +254,7 @@ pub fn train(
             );
         }
     })?;
-    let mut model = model.with_lora(&lora, config.seed)?;
+    let mut model = peft::start(model, config)?;
     let mut optimizer = AdamW {
         beta_1: config.adam_beta1,
         beta_2: config.adam_beta2,
