@@ -4,7 +4,7 @@ use std::io::Write;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
@@ -12,6 +12,7 @@ use crate::bench::BenchOptions;
 use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
+use crate::hub::{self, Need};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
@@ -239,7 +240,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         }
         Command::InspectData(args) => {
             let config = args.config.load()?;
-            let files = RunFiles::find(&config)?;
+            let files = RunFiles::find_for(&config, Need::Text)?;
             let model = LlamaConfig::from_file(&files.model)?;
             let rows = files.data(&config, &model)?;
             let colour = console::colors_enabled();
@@ -286,11 +287,10 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         }
         None => {
             let config = args.config.load()?;
-            let folder = match config.embedded_model() {
-                true => RunFiles::find(&config)?.model,
-                false => config
-                    .model_folder()
-                    .ok_or_else(|| anyhow!("no model folder"))?,
+            let folder = match (config.hub_model(), config.model_folder()) {
+                (Some(_), _) => hub::model_folder(&config.base_model, Need::Config)?,
+                (None, Some(folder)) => folder,
+                (None, None) => RunFiles::find_for(&config, Need::Config)?.model,
             };
             let model = LlamaConfig::from_file(&folder)?;
             (config, model)

@@ -11,9 +11,11 @@
 //! | [`inference`], [`generate`] | a model that is used: text from prompts |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
+//! | [`model_card`] | the README.md of an adapter |
 //! | [`plan`] | parameters and memory from shapes alone |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
+//! | [`hub`] | models and adapters by their names on the Hugging Face Hub |
 //! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
 
 pub mod bench;
@@ -25,12 +27,14 @@ pub mod embedded;
 pub mod fit;
 pub mod generate;
 pub mod gradients;
+pub mod hub;
 pub mod human;
 pub mod inference;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;
 pub mod metrics;
+pub mod model_card;
 pub mod optimizer;
 pub mod output;
 pub mod parity;

@@ -13,6 +13,7 @@ use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::fit::{self, Fit, FitError};
 use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::hub::{self, HubError, Need};
 use crate::loss::LossSums;
 use crate::metrics::{MetricsError, MetricsWriter, TrainLine, ValidationLine};
 use crate::optimizer::AdamW;
@@ -33,6 +34,8 @@ pub enum TrainError {
     Files(#[from] Problems),
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Model(#[from] llama_burn::ConfigError),
     #[error(transparent)]
@@ -79,12 +82,22 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Finds the files, and unpacks the embedded ones if they are asked for.
+    /// Finds the files; downloads the model if it is a name on the Hub, and unpacks the embedded files if they
+    /// are asked for.
     ///
     /// # Errors
     ///
-    /// Every file that is missing.
+    /// Every file that is missing; then what stands between us and the Hub.
     pub fn find(config: &Config) -> Result<Self, TrainError> {
+        Self::find_for(config, Need::Model)
+    }
+
+    /// As [`find`](Self::find), where not all of a model on the Hub is needed.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](Self::find).
+    pub fn find_for(config: &Config, need: Need) -> Result<Self, TrainError> {
         config.check_files()?;
         let embedded = match config.embedded_model() || config.embedded_data() {
             true => Some(embedded::materialise()?),
@@ -96,12 +109,14 @@ impl RunFiles {
             None => config.dataset_path.clone(),
         };
         let own_validation = embedded.filter(|_| config.embedded_data());
+        let model = match (config.hub_model(), config.model_folder(), embedded) {
+            (Some(_), _, _) => hub::model_folder(&config.base_model, need)?,
+            (None, Some(folder), _) => folder,
+            (None, None, Some(paths)) => paths.model_dir.clone(),
+            (None, None, None) => PathBuf::from(&config.base_model),
+        };
         Ok(Self {
-            model: match (config.model_folder(), embedded) {
-                (Some(folder), _) => folder,
-                (None, Some(paths)) => paths.model_dir.clone(),
-                (None, None) => PathBuf::from(&config.base_model),
-            },
+            model,
             validation: match (&config.val_dataset_path, own_validation) {
                 (Some(path), _) => Some(path.clone()),
                 (None, paths) => paths.map(|paths| paths.validation.clone()),

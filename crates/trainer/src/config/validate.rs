@@ -23,7 +23,7 @@ const LINEAR_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
-const MODEL: &str = "the folder of a Hugging Face model, or \"embedded\"";
+const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
 const DATA: &str = "the path of a JSON-lines file, or \"embedded\"";
 const POSITIVE: &str = "a number above 0";
 const FRACTION: &str = "a number of at least 0 and below 1";
