@@ -334,41 +334,44 @@ impl Mutator {
             .cloned()
             .collect();
         let name = names.get(self.below(names.len()))?.clone();
+        let other = names.get(self.below(names.len()))?.clone();
         let number = self.nasty_number();
-        match self.below(6) {
-            0 => object[&name]["data_offsets"][self.below(2)] = number.into(),
-            1 => {
-                let other = names.get(self.below(names.len()))?;
-                object[&name]["data_offsets"] = object[other]["data_offsets"].clone();
+        let what = self.below(6);
+        if what == 5 {
+            let entry = object.remove(&name)?;
+            let new = ["x", "__metadata__", "../x", "lm_head.weight", ""][self.below(5)];
+            object.insert(new.into(), entry);
+            return serde_json::to_vec(&value).ok();
+        }
+        let others_place = object[&other].get("data_offsets").cloned();
+        let tensor = object[&name].as_object_mut()?;
+        match what {
+            0 => {
+                let place = tensor.get_mut("data_offsets")?.as_array_mut()?;
+                *place.get_mut(self.below(2))? = number.into();
             }
+            1 => drop(tensor.insert("data_offsets".into(), others_place?)),
             2 => {
-                let shape = object[&name]["shape"].as_array_mut()?;
+                let shape = tensor.get_mut("shape")?.as_array_mut()?;
                 let at = self.below(shape.len());
                 *shape.get_mut(at)? = number.into();
             }
             3 => {
                 // The same number of elements, or a product past 64 bits.
-                let shape = object[&name]["shape"].as_array_mut()?;
+                let shape = tensor.get_mut("shape")?.as_array_mut()?;
+                let huge = Value::from(1u64 << 33);
                 match self.below(3) {
                     0 => shape.reverse(),
                     1 => shape.push(1.into()),
-                    _ => shape.extend([
-                        Value::from(1u64 << 33),
-                        Value::from(1u64 << 33),
-                        Value::from(0),
-                    ]),
+                    _ => shape.extend([huge.clone(), huge, 0.into()]),
                 }
             }
-            4 => {
+            _ => {
                 let types = [
                     "F32", "F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "U8", "F4", "",
                 ];
-                object[&name]["dtype"] = types[self.below(types.len())].into();
-            }
-            _ => {
-                let entry = object.remove(&name)?;
-                let new = ["x", "__metadata__", "../x", "lm_head.weight", ""][self.below(5)];
-                object.insert(new.into(), entry);
+                let new = types[self.below(types.len())];
+                tensor.insert("dtype".into(), new.into());
             }
         }
         serde_json::to_vec(&value).ok()

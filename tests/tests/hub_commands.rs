@@ -89,6 +89,17 @@ fn a_model_on_the_hub_is_planned_inspected_trained_and_used() {
         "{config}"
     );
 
+    let card = fs::read_to_string(adapter.join("README.md")).expect("the card is there");
+    for part in [
+        "base_model: \"owner/tiny\"\nlibrary_name: peft\n",
+        "rows.jsonl",
+        "| `lora_r` | `4` |",
+        "cargo xtask train --config",
+        "| loss |",
+    ] {
+        assert!(card.contains(part), "{part:?} is not in\n{card}");
+    }
+
     hub.server
         .put("owner/tiny-lora", Repository::of_folder(&adapter));
     let generate = [
@@ -138,6 +149,10 @@ fn what_is_neither_folder_nor_name_says_both_ways() {
     ];
     hub.with_config("train", &["--set", "base_model=models/none"], &[])
         .failed_saying(&both);
+    hub.with_config("plan", &[], &[("HF_ENDPOINT", "huggingface.co")])
+        .failed_saying(&["HF_ENDPOINT", "https://"]);
+    hub.with_config("plan", &[], &[("HF_HUB_OFFLINE", "1")])
+        .failed_saying(&["HF_HUB_OFFLINE", "hf download owner/tiny"]);
     let generate = |more: &[&str]| {
         hub.run(
             &[&["generate", "--backend", "cpu", "--prompt", "w10"], more].concat(),
@@ -149,10 +164,6 @@ fn what_is_neither_folder_nor_name_says_both_ways() {
         .failed_saying(&["owner/none", "neither a folder here nor a repository"]);
     generate(&["--model", "owner/tiny", "--adapter", "runs/none"])
         .failed_saying(&["neither a folder", "runs/none"]);
-    hub.with_config("plan", &[], &[("HF_ENDPOINT", "huggingface.co")])
-        .failed_saying(&["HF_ENDPOINT", "https://"]);
-    hub.with_config("plan", &[], &[("HF_HUB_OFFLINE", "1")])
-        .failed_saying(&["HF_HUB_OFFLINE", "hf download owner/tiny"]);
 }
 
 #[test]

@@ -16,6 +16,7 @@ use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::hub::{self, HubError, Need};
 use crate::loss::LossSums;
 use crate::metrics::{MetricsError, MetricsWriter, TrainLine, ValidationLine};
+use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
 use crate::output::{self, Existing, OutputError, OutputFolder};
 use crate::peft::{AdapterConfig, AdapterError, AdapterTensors, write_adapter};
@@ -316,6 +317,27 @@ pub fn train(
         }
     }
 
+    let card = ModelCard {
+        config,
+        shape: plan::shape(&model_config),
+        trainable: plan.counts.trainable as u64,
+        train_rows: data.train.len(),
+        validation_rows: data.validation.len(),
+        step: best.map_or(total_steps, |(step, _)| step),
+        total_steps,
+        device: format!(
+            "{}, {}",
+            selected.name,
+            precision(config, dtype, gradient_checkpointing)
+        ),
+        base,
+        adapter: best.map(|(_, scores)| scores),
+        command: model_card::command(&folder.config()),
+    };
+    // The adapter is safe already; a card that cannot be written is no reason to call the run a failure.
+    if let Err(error) = card.write(&folder.adapter()) {
+        log::warn!("{error}");
+    }
     screen.finish(&RunResult {
         steps: total_steps,
         tokens: tokens_in_all,
