@@ -1,7 +1,7 @@
 //! Files made wrong on purpose: the same ones for the same seed.
 //!
-//! Half of the changes are blind (cut off, flipped bits, moved and repeated pieces, bytes that are no text); the
-//! other half know the format, so that what is wrong lies deep inside something that is otherwise right: a count of
+//! Some changes are blind (cut off, flipped bits, moved and repeated pieces, bytes that are no text); most know the
+//! format, so that what is wrong lies deep inside something that is otherwise right: a count of
 //! 2⁶⁴−1, a path that leads out of the folder, ten thousand brackets, a key that stands twice.
 
 use lora_core::CounterRng;
@@ -95,8 +95,10 @@ impl Mutator {
     /// A file like `file` with one to three things wrong.
     pub fn mutate(&mut self, format: Format, file: &[u8]) -> Vec<u8> {
         let mut mutated = file.to_vec();
+        // Blind changes break a format early; every other file has none, so that the rest is reached too.
+        let careful = self.one_in(2);
         for _ in 0..1 + self.below(3) {
-            mutated = match self.one_in(2) {
+            mutated = match !careful && self.one_in(2) {
                 true => self.blind(mutated),
                 false => self.informed(format, mutated),
             };
@@ -270,9 +272,14 @@ impl Mutator {
                 }
                 Value::Array(list) => {
                     let again = list.first().cloned().unwrap_or(Value::Null);
-                    list.resize(list.len() + self.below(2000), again);
+                    // Long, but three such changes one upon another must stay a file of some size.
+                    let small = count(&again) < 4 && list.len() < 1000;
+                    list.resize(list.len() + self.below(if small { 2000 } else { 3 }), again);
                 }
-                Value::String(text) => *text = text.repeat(1 + self.below(2000)),
+                Value::String(text) => {
+                    let most = 100_000 / text.len().max(50);
+                    *text = text.repeat(1 + self.below(most));
+                }
                 Value::Number(number) => {
                     let shift = self.below(5) as i64 - 2;
                     *number = (number.as_i64().unwrap_or(0).wrapping_add(shift)).into();

@@ -179,7 +179,7 @@ impl ModelCard<'_> {
         let config = self.config;
         let name = |path: &PathBuf| code(&last_part(path));
         let mut text = format!(
-            "\n## Data\n\n{}: {} to train",
+            "\n## Data\n\nRows of {}: {} to train",
             name(&config.dataset_path),
             human::counted(self.train_rows as u64, "row")
         );
