@@ -466,7 +466,7 @@ mod tests {
         }
         let hostile = config(&[]);
         let mut hostile = Config {
-            dataset_path: "<script>|`x`\n# y".into(),
+            dataset_path: "<script>|x\n# y".into(),
             base_model: "/models/<img src=x>\n```".into(),
             ..hostile
         };
