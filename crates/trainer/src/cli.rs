@@ -4,17 +4,18 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
 use crate::bench::BenchOptions;
 use crate::checkpoint::{Resume, run_folder};
+use crate::combine::{self, CombineArgs};
 use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
+use crate::hub::{self, Need};
 use crate::interrupt::{Interrupt, RESUMABLE};
-use crate::combine::{self, CombineArgs};
 use crate::logits::{self, LogitsArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
@@ -251,7 +252,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::Train(args) => return train(args, screen),
         Command::InspectData(args) => {
             let config = args.config.load()?;
-            let files = RunFiles::find(&config)?;
+            let files = RunFiles::find_for(&config, Need::Text)?;
             let model = LlamaConfig::from_file(&files.model)?;
             let rows = files.data(&config, &model)?;
             let colour = console::colors_enabled();
@@ -348,11 +349,10 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         }
         None => {
             let config = args.config.load()?;
-            let folder = match config.embedded_model() {
-                true => RunFiles::find(&config)?.model,
-                false => config
-                    .model_folder()
-                    .ok_or_else(|| anyhow!("no model folder"))?,
+            let folder = match (config.hub_model(), config.model_folder()) {
+                (Some(_), _) => hub::model_folder(&config.base_model, Need::Config)?,
+                (None, Some(folder)) => folder,
+                (None, None) => RunFiles::find_for(&config, Need::Config)?.model,
             };
             let model = LlamaConfig::from_file(&folder)?;
             (config, model)

@@ -14,9 +14,11 @@
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`combine`] | one adapter from several |
+//! | [`model_card`] | the README.md of an adapter |
 //! | [`plan`] | parameters and memory from shapes alone |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
+//! | [`hub`] | models and adapters by their names on the Hugging Face Hub |
 //! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
 
 pub mod bench;
@@ -33,6 +35,7 @@ pub mod fit;
 pub mod generate;
 pub mod gradients;
 pub mod guard;
+pub mod hub;
 pub mod human;
 pub mod inference;
 pub mod interrupt;
@@ -42,6 +45,7 @@ pub mod loss;
 pub mod make_assets;
 pub mod memory;
 pub mod metrics;
+pub mod model_card;
 pub mod optimizer;
 pub mod output;
 pub mod parity;

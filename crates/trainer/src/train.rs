@@ -15,8 +15,10 @@ use crate::embedded::{self, EmbeddedError};
 use crate::fault::{self, FaultError};
 use crate::fit::{self, Fit, FitError};
 use crate::guard::DeviceFault;
+use crate::hub::{self, HubError, Need};
 use crate::interrupt::Interrupt;
 use crate::metrics::{self, MetricsError, TrainLine};
+use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
 use crate::output::{self, Existing, OutputError, OutputFolder};
 use crate::peft::{self, AdapterError};
@@ -35,6 +37,8 @@ pub enum TrainError {
     Files(#[from] Problems),
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Model(#[from] llama_burn::ConfigError),
     #[error(transparent)]
@@ -106,12 +110,22 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Finds the files, and unpacks the embedded ones if they are asked for.
+    /// Finds the files; downloads the model if it is a name on the Hub, and unpacks the embedded files if they
+    /// are asked for.
     ///
     /// # Errors
     ///
-    /// Every file that is missing.
+    /// Every file that is missing; then what stands between us and the Hub.
     pub fn find(config: &Config) -> Result<Self, TrainError> {
+        Self::find_for(config, Need::Model)
+    }
+
+    /// As [`find`](Self::find), where not all of a model on the Hub is needed.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](Self::find).
+    pub fn find_for(config: &Config, need: Need) -> Result<Self, TrainError> {
         config.check_files()?;
         let embedded = match config.embedded_model() || config.embedded_data() {
             true => Some(embedded::materialise()?),
@@ -123,12 +137,14 @@ impl RunFiles {
             None => config.dataset_path.clone(),
         };
         let own_validation = embedded.filter(|_| config.embedded_data());
+        let model = match (config.hub_model(), config.model_folder(), embedded) {
+            (Some(_), _, _) => hub::model_folder(&config.base_model, need)?,
+            (None, Some(folder), _) => folder,
+            (None, None, Some(paths)) => paths.model_dir.clone(),
+            (None, None, None) => PathBuf::from(&config.base_model),
+        };
         Ok(Self {
-            model: match (config.model_folder(), embedded) {
-                (Some(folder), _) => folder,
-                (None, Some(paths)) => paths.model_dir.clone(),
-                (None, None) => PathBuf::from(&config.base_model),
-            },
+            model,
             validation: match (&config.val_dataset_path, own_validation) {
                 (Some(path), _) => Some(path.clone()),
                 (None, paths) => paths.map(|paths| paths.validation.clone()),
@@ -406,6 +422,29 @@ pub fn train(
         session.keeper.finish(interrupt, session.screen)?;
     }
     let progress = &session.progress;
+    if is_over {
+        let card = ModelCard {
+            config,
+            shape: plan::shape(&model_config),
+            trainable: session.fit.plan.counts.trainable as u64,
+            train_rows: data.train.len(),
+            validation_rows: data.validation.len(),
+            step: progress.kept.unwrap_or(total_steps),
+            total_steps,
+            device: format!(
+                "{}, {}",
+                selected.name,
+                precision(config, dtype, session.fit.gradient_checkpointing)
+            ),
+            base: progress.base,
+            adapter: progress.kept_scores,
+            command: model_card::command(&folder.config()),
+        };
+        // The adapter is safe already; a card that cannot be written is no reason to call the run a failure.
+        if let Err(error) = card.write(&folder.adapter()) {
+            log::warn!("{error}");
+        }
+    }
     let result = RunResult {
         steps: progress.step,
         tokens: progress.tokens,

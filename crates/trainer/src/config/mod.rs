@@ -51,8 +51,7 @@ pub struct Source {
 /// A validated configuration. Every public field but `source` is the config key of that name.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// The folder of the model, a Hugging Face name that is in the local cache, or `embedded`;
-    /// [`model_folder`](Self::model_folder) finds the folder.
+    /// The folder of the model, its name on the Hugging Face Hub (`ORG/NAME`, `ORG/NAME@REVISION`), or `embedded`.
     pub base_model: String,
     /// JSON lines of `{"context", "target"}`, or `embedded`.
     pub dataset_path: PathBuf,

@@ -23,7 +23,7 @@ const LINEAR_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
-const MODEL: &str = "the folder of a Hugging Face model, or \"embedded\"";
+const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
 const DATA: &str = "the path of a JSON-lines file, or \"embedded\"";
 /// The keys that say what adapters are like. Dropout is not among them: it is a training's own affair.
 const LORA_KEYS: [&str; 9] = [
