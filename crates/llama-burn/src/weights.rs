@@ -1,4 +1,5 @@
-//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index.
+//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index. Those of a GGUF
+//! file appear under Hugging Face's names and in its order of rows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -6,6 +7,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::DType;
 use burn_store::{ModuleStore, SafetensorsStore};
 use half::{bf16, f16};
+
+use crate::LlamaConfig;
+use crate::gguf::{self, GgufError, GgufFile, IntegerTensor, Rows};
 
 /// What is wrong with the weight files.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +22,12 @@ pub enum WeightsError {
         /// The folder.
         folder: PathBuf,
     },
+    /// A GGUF file.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The configuration in a GGUF file.
+    #[error(transparent)]
+    GgufConfig(#[from] Box<crate::ConfigError>),
     /// A file cannot be read or is no safetensors file.
     #[error("{file} cannot be read: {reason}; it may be cut off, download it again")]
     Unreadable {
@@ -89,15 +99,25 @@ pub struct Weights {
     shards: Vec<(PathBuf, SafetensorsStore)>,
     /// Name → shard, shape.
     tensors: BTreeMap<String, (usize, Vec<usize>)>,
+    gguf: Option<Gguf>,
+}
+
+/// An open GGUF file.
+struct Gguf {
+    file: GgufFile,
+    head_dim: usize,
 }
 
 impl Weights {
-    /// Opens the weights of a folder and reads their headers.
+    /// Opens the weights of a folder, or a GGUF file, and reads their headers.
     ///
     /// # Errors
     ///
     /// If there are none, or a file is cut off or damaged.
     pub fn open(folder: &Path) -> Result<Self, WeightsError> {
+        if gguf::is_gguf(folder) {
+            return Self::open_gguf(folder);
+        }
         let single = folder.join("model.safetensors");
         let index = folder.join("model.safetensors.index.json");
         let files = match (single.is_file(), index.is_file()) {
@@ -112,6 +132,7 @@ impl Weights {
         let mut weights = Self {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
+            gguf: None,
         };
         for file in files {
             // Whatever is in the name map, burn-store's defaults would rename numbered keys.
@@ -130,6 +151,58 @@ impl Weights {
             weights.shards.push((file, store));
         }
         Ok(weights)
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, WeightsError> {
+        let file = GgufFile::open(path)?;
+        let config = gguf::config_json(&file)?;
+        let config = LlamaConfig::from_json(&config).map_err(Box::new)?;
+        let mut tensors = BTreeMap::new();
+        for (name, place) in &file.header.tensors {
+            // What scales the rotary frequencies is in the configuration.
+            if name == "rope_freqs.weight" {
+                continue;
+            }
+            let name = gguf::hugging_face_name(name).unwrap_or_else(|| name.clone());
+            tensors.insert(name, (0, place.shape.clone()));
+        }
+        Ok(Self {
+            shards: Vec::new(),
+            tensors,
+            gguf: Some(Gguf {
+                file,
+                head_dim: config.head_dim,
+            }),
+        })
+    }
+
+    /// A matrix as the integers and scales that a GGUF file holds (Q8_0, Q4_0, Q5_0, Q6_K); `None` where the
+    /// weights are something else.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn integers(&self, name: &str) -> Result<Option<IntegerTensor>, WeightsError> {
+        let (Some(gguf), Some((_, shape))) = (&self.gguf, self.tensors.get(name)) else {
+            return Ok(None);
+        };
+        let (theirs, rows) = gguf.place(name, shape)?;
+        let Some(mut tensor) = gguf.file.integers(&theirs)? else {
+            return Ok(None);
+        };
+        if let Some(rows) = rows {
+            let columns = shape.last().copied().unwrap_or(1);
+            tensor.integers = rows.to_hugging_face(&tensor.integers, columns);
+            tensor.scales = rows.to_hugging_face(&tensor.scales, columns / tensor.block);
+        }
+        match tensor.scales.iter().position(|scale| !scale.is_finite()) {
+            Some(index) => Err(WeightsError::NotFinite {
+                name: name.into(),
+                index: index * tensor.block,
+                value: tensor.scales[index],
+            }),
+            None => Ok(Some(tensor)),
+        }
     }
 
     /// Compares names and shapes with those that the model calls for.
@@ -179,8 +252,8 @@ impl Weights {
     ///
     /// If it is absent, cut off, of another type, or holds something that is not a number.
     pub fn read(&mut self, name: &str) -> Result<Vec<f32>, WeightsError> {
-        let shard = match self.tensors.get(name) {
-            Some((shard, _)) => *shard,
+        let (shard, shape) = match self.tensors.get(name) {
+            Some((shard, shape)) => (*shard, shape),
             None => {
                 return Err(WeightsError::MissingTensor {
                     name: name.into(),
@@ -188,6 +261,9 @@ impl Weights {
                 });
             }
         };
+        if let Some(gguf) = &self.gguf {
+            return finite(name, gguf.read(name, shape)?);
+        }
         let (file, store) = &mut self.shards[shard];
         let unreadable = |reason: String| WeightsError::Unreadable {
             file: file.clone(),
@@ -207,14 +283,53 @@ impl Weights {
                 name: name.into(),
                 got: format!("{dtype:?}"),
             })?;
-        match values.iter().position(|value| !value.is_finite()) {
-            Some(index) => Err(WeightsError::NotFinite {
-                name: name.into(),
-                index,
-                value: values[index],
-            }),
-            None => Ok(values),
+        finite(name, values)
+    }
+}
+
+impl Gguf {
+    /// llama.cpp's name of a tensor and the order of its rows.
+    fn place(&self, name: &str, shape: &[usize]) -> Result<(String, Option<Rows>), WeightsError> {
+        let theirs = gguf::llama_cpp_name(name).unwrap_or_else(|| name.into());
+        let rows = gguf::rows_of(name, self.head_dim);
+        match shape.first() {
+            Some(count) if rows.is_some() && !count.is_multiple_of(self.head_dim) => {
+                let error = GgufError::Tensor {
+                    file: self.file.header.path.clone(),
+                    name: theirs,
+                    reason: format!(
+                        "has {count} rows, no multiple of the head's {}",
+                        self.head_dim
+                    ),
+                };
+                Err(error.into())
+            }
+            _ => Ok((theirs, rows)),
         }
+    }
+
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, WeightsError> {
+        let (theirs, rows) = self.place(name, shape)?;
+        let values = self.file.floats(&theirs)?;
+        let columns = match shape {
+            [_, columns] => *columns,
+            _ => 1,
+        };
+        Ok(match rows {
+            Some(rows) => rows.to_hugging_face(&values, columns),
+            None => values,
+        })
+    }
+}
+
+fn finite(name: &str, values: Vec<f32>) -> Result<Vec<f32>, WeightsError> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => Err(WeightsError::NotFinite {
+            name: name.into(),
+            index,
+            value: values[index],
+        }),
+        None => Ok(values),
     }
 }
 

@@ -17,8 +17,8 @@ use crate::screen::Screen;
 /// What to load and where to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// A Hugging Face model folder, or `embedded`
-    #[arg(long, value_name = "DIR", default_value = EMBEDDED)]
+    /// A Hugging Face model folder, a GGUF file, or `embedded`
+    #[arg(long, value_name = "PATH", default_value = EMBEDDED)]
     pub model: String,
     /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
     #[arg(long, default_value = "auto")]

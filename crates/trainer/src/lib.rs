@@ -8,6 +8,7 @@
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
 //! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`gguf`] | llama.cpp's files in and out |
 //! | [`inference`], [`generate`] | a model that is used: text from prompts |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
@@ -24,6 +25,7 @@ pub mod device;
 pub mod embedded;
 pub mod fit;
 pub mod generate;
+pub mod gguf;
 pub mod gradients;
 pub mod human;
 pub mod inference;

@@ -14,7 +14,7 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
 use rayon::prelude::*;
 
-use super::{Direction, bf16, few_rows, precision};
+use super::{Direction, bf16, columns, few_rows, precision};
 use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
 /// Floats in a panel at most: 2 MiB, which a processor's share of the last cache holds. Smaller panels
@@ -34,6 +34,9 @@ pub fn product(
     direction: Direction,
 ) -> FlexTensor {
     let Some(packed) = Packed::read(&x, &weight) else {
+        if let Some(weight) = columns::Weight::read(&x, &weight) {
+            return weight.product(sum, x, direction);
+        }
         let dense = Flex::dequantize(weight, x.dtype().into());
         let product = match direction {
             Direction::Forward => Flex::float_matmul(x, dense),
