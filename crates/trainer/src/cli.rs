@@ -12,6 +12,7 @@ use crate::bench::BenchOptions;
 use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
+use crate::gguf::{self, ExportGgufArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
@@ -33,6 +34,8 @@ enum Command {
     Train(Train),
     /// Continue prompts, with or without an adapter
     Generate(GenerateArgs),
+    /// Write a model or an adapter in llama.cpp's GGUF format
+    ExportGguf(ExportGgufArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -248,6 +251,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
         }
         Command::Generate(args) => generate::run(&args, screen)?,
+        Command::ExportGguf(args) => gguf::run(&args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {

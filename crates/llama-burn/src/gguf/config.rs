@@ -244,12 +244,16 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     if factors.iter().all(|factor| *factor == 1.0) {
         return Some(RopeScaling::Default);
     }
+    // Slower frequencies only.
     if !factors
         .iter()
         .all(|factor| factor.is_finite() && *factor > 0.0)
         || factor <= 1.0
     {
         return None;
+    }
+    if factors.iter().all(|other| f64::from(*other) == factor) {
+        return Some(RopeScaling::Linear { factor });
     }
     let llama3 = |low, high, context| RopeScaling::Llama3 {
         factor,
@@ -264,17 +268,37 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
         })
     };
     let mut candidates = vec![llama3(1.0, 4.0, 8192.0)];
-    let blend = |i: usize| (1.0 / f64::from(factors[i]) - 1.0 / factor) / (1.0 - 1.0 / factor);
-    let ramp: Vec<usize> = (0..factors.len())
-        .filter(|i| (1e-3..=0.999).contains(&blend(*i)))
+    // Frequencies with their blends; low frequencies come last and have none of the original.
+    let points: Vec<(f64, f64)> = plain
+        .iter()
+        .zip(factors)
+        .map(|(frequency, own)| {
+            let blend = (1.0 / f64::from(*own) - 1.0 / factor) / (1.0 - 1.0 / factor);
+            (frequency / std::f64::consts::TAU, blend)
+        })
         .collect();
-    if let (Some(first), Some(last)) = (ramp.first(), ramp.last())
-        && first != last
-    {
-        // blend = (context · frequency / 2π − low) / (high − low), with low = 1.
-        let turns = |i: usize| plain[i] / std::f64::consts::TAU;
-        let slope = (blend(*first) - blend(*last)) / (turns(*first) - turns(*last));
-        let offset = slope * turns(*first) - blend(*first);
+    let on_ramp = |point: &&(f64, f64)| (1e-3..=0.999).contains(&point.1);
+    let kept = points.iter().rfind(|point| point.1 > 0.999);
+    let divided = points.iter().find(|point| point.1 < 1e-3);
+    let ramp = [points.iter().find(on_ramp), points.iter().rfind(on_ramp)];
+    let slope = |a: &(f64, f64), b: &(f64, f64)| (a.1 - b.1) / (a.0 - b.0);
+    let line = match (ramp, divided) {
+        ([Some(first), Some(last)], _) if first != last => Some((slope(first, last), *first)),
+        // With one frequency on the ramp, the flattest line that leaves its neighbours where they are.
+        ([Some(only), _], Some(divided)) => {
+            let below = slope(only, &(divided.0, 0.0));
+            let above = kept.map_or(0.0, |kept| slope(&(kept.0, 1.0), only));
+            Some((below.max(above), *only))
+        }
+        (_, Some(divided)) => kept.map(|kept| {
+            let kept = (kept.0, 1.0);
+            (slope(&kept, &(divided.0, 0.0)), kept)
+        }),
+        _ => None,
+    };
+    if let Some((slope, (turns, blend))) = line {
+        // blend = (context · turns − low) / (high − low), with low = 1.
+        let offset = slope * turns - blend;
         if slope > 0.0 && offset > 0.0 {
             candidates.push(llama3(1.0, 1.0 + 1.0 / offset, slope / offset));
         }
@@ -310,4 +334,54 @@ pub fn config_metadata(config: &LlamaConfig) -> Vec<(String, Value)> {
         metadata.push(scaling("factor", Value::F32(factor as f32)));
     }
     metadata
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn factors_of(scaling: RopeScaling, head_dim: usize, theta: f64) -> Vec<f32> {
+        let plain = frequencies(head_dim / 2, theta);
+        plain.iter().map(|f| (f / scale(*f, scaling)) as f32).collect()
+    }
+
+    #[test]
+    fn a_scaling_is_found_again_from_its_factors() {
+        let llama3 = |factor, low, high, context| RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_max_position_embeddings: context,
+        };
+        for (scaling, head_dim, theta) in [
+            (llama3(8.0, 1.0, 4.0, 8192.0), 128, 500_000.0),
+            (llama3(32.0, 1.0, 4.0, 8192.0), 64, 500_000.0),
+            // One frequency on the ramp, two, many; another low factor.
+            (llama3(8.0, 1.0, 4.0, 32.0), 8, 100.0),
+            (llama3(8.0, 1.0, 4.0, 32.0), 16, 100.0),
+            (llama3(4.0, 2.0, 7.0, 4096.0), 64, 10_000.0),
+            // None on it.
+            (llama3(8.0, 1.0, 1.01, 32.0), 8, 100.0),
+            (RopeScaling::Linear { factor: 2.5 }, 64, 10_000.0),
+            (RopeScaling::Default, 64, 10_000.0),
+        ] {
+            let factors = factors_of(scaling, head_dim, theta);
+            let found = llama3_scaling(&factors, theta).unwrap_or_else(|| panic!("{scaling:?}"));
+            let again = factors_of(found, head_dim, theta);
+            for (one, other) in factors.iter().zip(&again) {
+                // The factors are known to f32.
+                assert!((one / other - 1.0).abs() < 1e-5, "{scaling:?}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn other_factors_are_none() {
+        let frequencies = 32;
+        let zigzag: Vec<f32> = (0..frequencies).map(|i| 1.0 + (i % 3) as f32).collect();
+        assert_eq!(llama3_scaling(&zigzag, 10_000.0), None);
+        assert_eq!(llama3_scaling(&[f32::NAN; 4], 10_000.0), None);
+        assert_eq!(llama3_scaling(&[0.5; 4], 10_000.0), None);
+        assert_eq!(llama3_scaling(&[], 10_000.0), None);
+    }
 }

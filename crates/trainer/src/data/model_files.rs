@@ -92,7 +92,7 @@ impl ModelFiles {
 
     /// The id of the token that ends a text: `tokenizer_config.json`'s `eos_token`, looked up by `id_of`; else
     /// the first `eos_token_id` of `generation_config.json`, else of `config.json`.
-    pub(super) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
+    pub(crate) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
         if let Some(token) = self.special_token("eos_token")? {
             return id_of(&token).ok_or_else(|| {
                 let message =
