@@ -17,6 +17,7 @@ use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
+use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, RunFiles};
 use crate::{bench, data, make_assets, parity, plan};
 
@@ -47,6 +48,9 @@ enum Command {
     /// One of the benchmark's processes
     #[command(hide = true)]
     BenchWorker(BenchWorker),
+    /// The tokens of given texts, for programs that compare them with another implementation's
+    #[command(hide = true)]
+    Tokenize(TokenizeArgs),
     /// Make the embedded model, tokenizer and data again from their seed
     MakeAssets(MakeAssets),
 }
@@ -269,6 +273,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::BenchWorker(args) => {
             bench::serve(&args.spec).context("the benchmark does not listen any more")?;
         }
+        Command::Tokenize(args) => tokenize::run(&args)?,
         Command::MakeAssets(args) => {
             make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))
                 .with_context(|| format!("cannot make {}", args.output.display()))?;

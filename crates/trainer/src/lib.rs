@@ -10,6 +10,7 @@
 //! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
 //! | [`gguf`] | llama.cpp's files in and out |
 //! | [`inference`], [`generate`] | a model that is used: text from prompts |
+//! | [`tokenize`] | the tokens of texts, for comparisons |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`plan`] | parameters and memory from shapes alone |
@@ -40,4 +41,5 @@ pub mod peft;
 pub mod plan;
 pub mod schedule;
 pub mod screen;
+pub mod tokenize;
 pub mod train;

@@ -342,7 +342,10 @@ mod tests {
 
     fn factors_of(scaling: RopeScaling, head_dim: usize, theta: f64) -> Vec<f32> {
         let plain = frequencies(head_dim / 2, theta);
-        plain.iter().map(|f| (f / scale(*f, scaling)) as f32).collect()
+        plain
+            .iter()
+            .map(|f| (f / scale(*f, scaling)) as f32)
+            .collect()
     }
 
     #[test]

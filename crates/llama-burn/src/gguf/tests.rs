@@ -33,7 +33,9 @@ fn tensor(name: &str, dimensions: &[u64], kind: u32, offset: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     text(&mut bytes, name.as_bytes());
     bytes.extend((dimensions.len() as u32).to_le_bytes());
-    dimensions.iter().for_each(|d| bytes.extend(d.to_le_bytes()));
+    dimensions
+        .iter()
+        .for_each(|d| bytes.extend(d.to_le_bytes()));
     bytes.extend(kind.to_le_bytes());
     bytes.extend(offset.to_le_bytes());
     bytes
@@ -69,7 +71,10 @@ fn every_type_of_value_is_read_as_it_was_written() {
     .enumerate()
     .map(|(i, value)| (format!("key.{i}"), value))
     .collect();
-    let plans = [("a", vec![3, 32], TensorKind::Q8_0), ("b", vec![5], TensorKind::F32)];
+    let plans = [
+        ("a", vec![3, 32], TensorKind::Q8_0),
+        ("b", vec![5], TensorKind::F32),
+    ];
     let plans = plans.map(|(name, shape, kind)| TensorPlan {
         name: name.into(),
         shape,
@@ -80,7 +85,10 @@ fn every_type_of_value_is_read_as_it_was_written() {
     writer.write(&[2.0; 5]).unwrap();
     let bytes = writer.finish();
     let header = read(&bytes).unwrap();
-    assert_eq!(header.metadata.into_iter().collect::<Vec<_>>().len(), metadata.len());
+    assert_eq!(
+        header.metadata.into_iter().collect::<Vec<_>>().len(),
+        metadata.len()
+    );
     let header = read(&bytes).unwrap();
     for (key, value) in &metadata {
         assert_eq!(header.metadata.get(key), Some(value), "{key}");
@@ -94,7 +102,11 @@ fn every_type_of_value_is_read_as_it_was_written() {
 
 #[test]
 fn a_file_that_is_something_else_says_what_it_is() {
-    assert!(read(b"PK\x03\x04 and more").unwrap_err().contains("no GGUF file"));
+    assert!(
+        read(b"PK\x03\x04 and more")
+            .unwrap_err()
+            .contains("no GGUF file")
+    );
     let mut old = file(&[], &[], 0);
     old[4] = 1;
     assert!(read(&old).unwrap_err().contains("version is 1"));
@@ -117,7 +129,10 @@ fn counts_that_the_file_has_no_room_for_are_refused_before_anything_is_allocated
     for (element, length) in [(0u32, huge), (4, large), (8, huge), (12, huge), (7, large)] {
         let array = [&element.to_le_bytes()[..], &length].concat();
         let error = read(&file(&[key("list", 9, &array)], &[], 64)).unwrap_err();
-        assert!(error.contains("elements") && error.contains("bytes are left"), "{error}");
+        assert!(
+            error.contains("elements") && error.contains("bytes are left"),
+            "{error}"
+        );
     }
     let error = read(&file(&[key("text", 8, &huge)], &[], 64)).unwrap_err();
     assert!(error.contains("bytes of text"), "{error}");
@@ -132,7 +147,11 @@ fn every_contradiction_is_an_error_that_says_where() {
     let alignment = |value: u32| key("general.alignment", 4, &value.to_le_bytes());
     for (keys, tensors, words) in [
         (vec![key("deep", 9, &nested)], vec![], "array of arrays"),
-        (vec![key("odd", 77, &[])], vec![], "type that does not exist"),
+        (
+            vec![key("odd", 77, &[])],
+            vec![],
+            "type that does not exist",
+        ),
         (vec![key("flag", 7, &[2])], vec![], "truth value of 2"),
         (vec![key("bad", 8, &not_utf8)], vec![], "not UTF-8"),
         (vec![key("", 4, &[0; 4])], vec![], "name of 0 bytes"),
@@ -141,13 +160,33 @@ fn every_contradiction_is_an_error_that_says_where() {
         (vec![alignment(48)], vec![], "power of two"),
         (vec![], vec![tensor("w", &[], 0, 0)], "0 dimensions"),
         (vec![], vec![tensor("w", &[1; 5], 0, 0)], "5 dimensions"),
-        (vec![], vec![tensor("w", &[u64::MAX, 2], 0, 0)], "dimension of"),
-        (vec![], vec![tensor("w", &[1 << 40, 1 << 40], 0, 0)], "dimension of"),
+        (
+            vec![],
+            vec![tensor("w", &[u64::MAX, 2], 0, 0)],
+            "dimension of",
+        ),
+        (
+            vec![],
+            vec![tensor("w", &[1 << 40, 1 << 40], 0, 0)],
+            "dimension of",
+        ),
         (vec![], vec![tensor("w", &[33], 8, 0)], "blocks of 32"),
         (vec![], vec![tensor("w", &[16], 0, 3)], "no multiple of 32"),
-        (vec![], vec![tensor("w", &[17], 0, 0)], "behind the file's end"),
-        (vec![], vec![tensor("w", &[4], 0, 1 << 62)], "behind the file's end"),
-        (vec![], vec![tensor("w", &[4], 0, u64::MAX - 31)], "behind the file's end"),
+        (
+            vec![],
+            vec![tensor("w", &[17], 0, 0)],
+            "behind the file's end",
+        ),
+        (
+            vec![],
+            vec![tensor("w", &[4], 0, 1 << 62)],
+            "behind the file's end",
+        ),
+        (
+            vec![],
+            vec![tensor("w", &[4], 0, u64::MAX - 31)],
+            "behind the file's end",
+        ),
         (
             vec![],
             vec![tensor("w", &[12], 0, 0), tensor("v", &[4], 0, 32)],
@@ -160,7 +199,10 @@ fn every_contradiction_is_an_error_that_says_where() {
         ),
     ] {
         let error = read(&file(&keys, &tensors, 64)).unwrap_err();
-        assert!(error.contains(words) && error.contains("x.gguf"), "{words}: {error}");
+        assert!(
+            error.contains(words) && error.contains("x.gguf"),
+            "{words}: {error}"
+        );
     }
     // A type that is not read matters only where its tensor is asked for.
     let header = read(&file(&[], &[tensor("w", &[256], 10, 0)], 64)).unwrap();
@@ -171,7 +213,10 @@ fn every_contradiction_is_an_error_that_says_where() {
 #[test]
 fn a_header_cut_anywhere_is_an_error() {
     let whole = file(
-        &[key("one", 4, &7u32.to_le_bytes()), key("two", 8, b"\x02\0\0\0\0\0\0\0ab")],
+        &[
+            key("one", 4, &7u32.to_le_bytes()),
+            key("two", 8, b"\x02\0\0\0\0\0\0\0ab"),
+        ],
         &[tensor("w", &[32], 8, 0)],
         34,
     );
@@ -187,15 +232,32 @@ fn names_translate_there_and_back() {
         ("model.embed_tokens.weight", "token_embd.weight"),
         ("model.norm.weight", "output_norm.weight"),
         ("lm_head.weight", "output.weight"),
-        ("model.layers.0.self_attn.q_proj.weight", "blk.0.attn_q.weight"),
-        ("model.layers.17.self_attn.o_proj.bias", "blk.17.attn_output.bias"),
-        ("model.layers.3.mlp.down_proj.weight", "blk.3.ffn_down.weight"),
-        ("model.layers.3.post_attention_layernorm.weight", "blk.3.ffn_norm.weight"),
+        (
+            "model.layers.0.self_attn.q_proj.weight",
+            "blk.0.attn_q.weight",
+        ),
+        (
+            "model.layers.17.self_attn.o_proj.bias",
+            "blk.17.attn_output.bias",
+        ),
+        (
+            "model.layers.3.mlp.down_proj.weight",
+            "blk.3.ffn_down.weight",
+        ),
+        (
+            "model.layers.3.post_attention_layernorm.weight",
+            "blk.3.ffn_norm.weight",
+        ),
     ] {
         assert_eq!(llama_cpp_name(ours).as_deref(), Some(theirs));
         assert_eq!(hugging_face_name(theirs).as_deref(), Some(ours));
     }
-    for other in ["rope_freqs.weight", "blk.03.attn_q.weight", "blk.0.attn_q", "blk.x.attn_q.weight"] {
+    for other in [
+        "rope_freqs.weight",
+        "blk.03.attn_q.weight",
+        "blk.0.attn_q",
+        "blk.x.attn_q.weight",
+    ] {
         assert_eq!(hugging_face_name(other), None, "{other}");
     }
 }
@@ -207,14 +269,19 @@ fn rows_of_rotated_projections_go_to_pairs_and_back() {
     // Two heads of four rows: halves [0 1 | 2 3] become pairs (0 2)(1 3).
     let values: Vec<i8> = (0..16).collect();
     let theirs = rows.to_llama_cpp(&values, 2);
-    assert_eq!(theirs, [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]);
+    assert_eq!(
+        theirs,
+        [0, 1, 4, 5, 2, 3, 6, 7, 8, 9, 12, 13, 10, 11, 14, 15]
+    );
     assert_eq!(rows.to_hugging_face(&theirs, 2), values);
 }
 
 #[test]
 fn q8_0_gives_back_what_it_can_hold() {
     // The largest magnitude of each block is a multiple of 127 of a scale that f16 holds.
-    let mut values: Vec<f32> = (0..64).map(|i| ((i * 7 % 255) as f32 - 127.0) * 0.5).collect();
+    let mut values: Vec<f32> = (0..64)
+        .map(|i| ((i * 7 % 255) as f32 - 127.0) * 0.5)
+        .collect();
     values[3] = -63.5;
     values[40] = 63.5;
     let plan = TensorPlan {
@@ -243,5 +310,8 @@ fn a_value_that_f16_cannot_hold_is_refused_by_name() {
     };
     let mut writer = GgufWriter::new(Vec::new(), &[], vec![plan]).unwrap();
     let error = writer.write(&[1.0, 1e6]).unwrap_err().to_string();
-    assert!(error.contains("blk.0.attn_q.weight") && error.contains("1000000"), "{error}");
+    assert!(
+        error.contains("blk.0.attn_q.weight") && error.contains("1000000"),
+        "{error}"
+    );
 }
