@@ -86,6 +86,8 @@ enum Task {
     Train(Trainer),
     /// Continue prompts: --model DIR [--adapter DIR] [--prompt TEXT | --prompts FILE]
     Generate(Trainer),
+    /// Write GGUF for llama.cpp: --model PATH [--adapter DIR [--lora]] --output FILE [--type f16|q8_0|f32]
+    ExportGguf(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
     /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
@@ -132,10 +134,11 @@ fn main() -> ExitCode {
     let outcome = match task {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
-        // These two compute nothing on a GPU, so they need not wait for its build.
+        // These compute nothing on a GPU, so they need not wait for its build.
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
+        Task::ExportGguf(it) => trainer::run("export-gguf", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),
         Task::Parity(it) => trainer::parity(it.args),

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use lora_core::ModuleShape;
 use serde_json::{Map, Value};
 
+use crate::gguf::{self, GgufError, GgufFile};
+
 /// What is wrong with a `config.json`.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -24,6 +26,9 @@ pub enum ConfigError {
         /// What the parser says.
         reason: String,
     },
+    /// A GGUF file whose metadata describe no Llama.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// Another kind of model.
     #[error(
         "the model is of type {0:?}, not \"llama\"; only Llama-family models (LlamaForCausalLM) can be trained"
@@ -103,12 +108,15 @@ pub struct LlamaConfig {
 }
 
 impl LlamaConfig {
-    /// Reads `config.json`, or the `config.json` of a model folder.
+    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file.
     ///
     /// # Errors
     ///
     /// Names the file, the key, its value and what is expected.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        if gguf::is_gguf(path) {
+            return Self::from_json(&gguf::config_json(&GgufFile::open(path)?)?);
+        }
         let path = match path.is_dir() {
             true => path.join("config.json"),
             false => path.to_path_buf(),

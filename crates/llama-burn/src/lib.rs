@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `config` | [`LlamaConfig`] from `config.json` |
 //! | `weights`, `load` | safetensors, one tensor at a time, quantized as they come |
+//! | [`gguf`] | llama.cpp's files: read as they are, and written |
 //! | `packed` | rows packed into one sequence, each attending within itself |
 //! | `rope`, `rms_norm`, `attention`, `mlp`, `decoder_layer` | the parts, as in `modeling_llama.py` |
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
@@ -17,6 +18,7 @@
 mod attention;
 mod config;
 mod decoder_layer;
+pub mod gguf;
 mod kv_cache;
 mod load;
 mod mlp;

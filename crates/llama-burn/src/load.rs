@@ -1,12 +1,15 @@
-//! From a Hugging Face folder to a [`Llama`], one tensor at a time.
+//! From a Hugging Face folder or a GGUF file to a [`Llama`], one tensor at a time.
 
 use std::path::Path;
 
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lora_core::{LoraLinear, Quantization, QuantizationError, compact, cpu, quantize_data};
+use lora_core::{
+    IntegerWeight, LoraLinear, Quantization, QuantizationError, compact, cpu, quantize_data,
+};
 
+use crate::gguf::IntegerTensor;
 use crate::model::decoder_layer;
 use crate::weights::Stored;
 use crate::{Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
@@ -61,7 +64,9 @@ pub enum LoadError {
     TiedHead,
 }
 
-/// Reads the weights of `folder` for `config` onto `device`, frozen, without adapters.
+/// Reads the weights of `folder`, or of a GGUF file, for `config` onto `device`, frozen, without adapters.
+///
+/// What a GGUF file holds as integers of at most 8 bits with their scales goes into 8-bit tensors as it is.
 ///
 /// Tensors are read, turned and quantized one at a time on the host, so that beside the packed model
 /// only the largest tensor is ever in memory. `report` hears of each.
@@ -128,6 +133,12 @@ pub fn load(
     })
 }
 
+/// The file's own integers lose nothing.
+const EXACT: QuantizationError = QuantizationError {
+    max_abs: 0.0,
+    relative: 0.0,
+};
+
 struct Loader<'a> {
     weights: &'a mut Weights,
     options: LoadOptions,
@@ -157,8 +168,13 @@ impl Loader<'_> {
         bias: bool,
     ) -> Result<LoraLinear, LoadError> {
         let name = format!("{module}.weight");
-        let values = transpose(&self.weights.read(&name)?, d_out, d_in);
-        let (weight, error) = self.packed_or_dense(values, [d_in, d_out]);
+        let (weight, error) = match self.integers(&name)? {
+            Some(tensor) => self.exact(tensor, [d_in, d_out]),
+            None => {
+                let values = transpose(&self.weights.read(&name)?, d_out, d_in);
+                self.packed_or_dense(values, [d_in, d_out])
+            }
+        };
         self.note(&name, &[d_out, d_in], error);
         let bias = match bias {
             false => None,
@@ -216,9 +232,28 @@ impl Loader<'_> {
         hidden: usize,
     ) -> Result<Vec<LoraLinear>, LoadError> {
         let name = "lm_head.weight";
-        let values = self.weights.read(name)?;
         // Whole blocks in every piece but perhaps the last.
         let rows = VocabTable::rows_per_piece(hidden, 4).next_multiple_of(lora_core::BLOCK);
+        if let Some(tensor) = self.integers(name)? {
+            let block = tensor.block;
+            let pieces = tensor
+                .integers
+                .chunks(rows * hidden)
+                .zip(tensor.scales.chunks(rows * hidden / block))
+                .map(|(integers, scales)| {
+                    let piece = IntegerTensor {
+                        integers: integers.to_vec(),
+                        scales: scales.to_vec(),
+                        block,
+                    };
+                    let (weight, _) = self.exact(piece, [hidden, integers.len() / hidden]);
+                    LoraLinear::frozen(Linear { weight, bias: None })
+                })
+                .collect();
+            self.note(name, &[vocab, hidden], Some(EXACT));
+            return Ok(pieces);
+        }
+        let values = self.weights.read(name)?;
         let mut worst: Option<QuantizationError> = None;
         let pieces = values.chunks(rows * hidden).map(|piece| {
             let rows = piece.len() / hidden;
@@ -232,6 +267,27 @@ impl Loader<'_> {
         let pieces = pieces.collect();
         self.note(name, &[vocab, hidden], worst);
         Ok(pieces)
+    }
+
+    /// The file's own integers, where the model is to have 8-bit weights.
+    fn integers(&self, name: &str) -> Result<Option<IntegerTensor>, LoadError> {
+        match self.options.quantization {
+            Quantization::Bits8 => Ok(self.weights.integers(name)?),
+            _ => Ok(None),
+        }
+    }
+
+    /// A `[d_in, d_out]` weight of the file's own integers.
+    fn exact(
+        &self,
+        tensor: IntegerTensor,
+        [d_in, d_out]: [usize; 2],
+    ) -> (Param<Tensor<2>>, Option<QuantizationError>) {
+        let weight =
+            IntegerWeight::new(tensor.integers, tensor.scales, tensor.block, [d_in, d_out]);
+        let device = self.device;
+        let tensor = device.memory_persistent_allocations(weight, |weight| weight.on(device));
+        (frozen(tensor), Some(EXACT))
     }
 
     /// Quantizes a `[d_in, d_out]` weight and puts it on the device; as it is where it cannot be packed.

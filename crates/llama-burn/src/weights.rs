@@ -1,4 +1,5 @@
-//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index.
+//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index. Those of a GGUF
+//! file appear under Hugging Face's names and in its order of rows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -6,6 +7,9 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{Bytes, DType, Element, TensorData};
 use burn_store::{ModuleStore, SafetensorsStore};
 use half::{bf16, f16};
+
+use crate::LlamaConfig;
+use crate::gguf::{self, GgufError, GgufFile, IntegerTensor, Rows, TensorKind};
 
 /// What is wrong with the weight files.
 #[derive(Debug, thiserror::Error)]
@@ -18,6 +22,12 @@ pub enum WeightsError {
         /// The folder.
         folder: PathBuf,
     },
+    /// A GGUF file.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The configuration in a GGUF file.
+    #[error(transparent)]
+    GgufConfig(#[from] Box<crate::ConfigError>),
     /// A file cannot be read or is no safetensors file.
     #[error("{file} cannot be read: {reason}; it may be cut off, download it again")]
     Unreadable {
@@ -89,6 +99,13 @@ pub struct Weights {
     shards: Vec<Shard>,
     /// Name → shard, shape.
     tensors: BTreeMap<String, (usize, Vec<usize>)>,
+    gguf: Option<Gguf>,
+}
+
+/// An open GGUF file.
+struct Gguf {
+    file: GgufFile,
+    head_dim: usize,
 }
 
 /// One open file.
@@ -127,12 +144,15 @@ impl Shard {
 }
 
 impl Weights {
-    /// Opens the weights of a folder and reads their headers.
+    /// Opens the weights of a folder, or a GGUF file, and reads their headers.
     ///
     /// # Errors
     ///
     /// If there are none, or a file is cut off or damaged.
     pub fn open(folder: &Path) -> Result<Self, WeightsError> {
+        if gguf::is_gguf(folder) {
+            return Self::open_gguf(folder);
+        }
         let single = folder.join("model.safetensors");
         let index = folder.join("model.safetensors.index.json");
         let files = match (single.is_file(), index.is_file()) {
@@ -147,6 +167,7 @@ impl Weights {
         let mut weights = Self {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
+            gguf: None,
         };
         for file in files {
             let mut shard = Shard::open(file);
@@ -164,6 +185,58 @@ impl Weights {
             weights.shards.push(shard);
         }
         Ok(weights)
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, WeightsError> {
+        let file = GgufFile::open(path)?;
+        let config = gguf::config_json(&file)?;
+        let config = LlamaConfig::from_json(&config).map_err(Box::new)?;
+        let mut tensors = BTreeMap::new();
+        for (name, place) in &file.header.tensors {
+            // What scales the rotary frequencies is in the configuration.
+            if name == "rope_freqs.weight" {
+                continue;
+            }
+            let name = gguf::hugging_face_name(name).unwrap_or_else(|| name.clone());
+            tensors.insert(name, (0, place.shape.clone()));
+        }
+        Ok(Self {
+            shards: Vec::new(),
+            tensors,
+            gguf: Some(Gguf {
+                file,
+                head_dim: config.head_dim,
+            }),
+        })
+    }
+
+    /// A matrix as the integers and scales that a GGUF file holds (Q8_0, Q4_0, Q5_0, Q6_K); `None` where the
+    /// weights are something else.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn integers(&self, name: &str) -> Result<Option<IntegerTensor>, WeightsError> {
+        let (Some(gguf), Some((_, shape))) = (&self.gguf, self.tensors.get(name)) else {
+            return Ok(None);
+        };
+        let (theirs, rows) = gguf.place(name, shape)?;
+        let Some(mut tensor) = gguf.file.integers(&theirs)? else {
+            return Ok(None);
+        };
+        if let Some(rows) = rows {
+            let columns = shape.last().copied().unwrap_or(1);
+            tensor.integers = rows.to_hugging_face(&tensor.integers, columns);
+            tensor.scales = rows.to_hugging_face(&tensor.scales, columns / tensor.block);
+        }
+        match tensor.scales.iter().position(|scale| !scale.is_finite()) {
+            Some(index) => Err(WeightsError::NotFinite {
+                name: name.into(),
+                index: index * tensor.block,
+                value: tensor.scales[index],
+            }),
+            None => Ok(Some(tensor)),
+        }
     }
 
     /// Compares names and shapes with those that the model calls for.
@@ -213,18 +286,33 @@ impl Weights {
     ///
     /// If it is absent, cut off, of another type, or holds something that is not a number.
     pub fn read(&mut self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        if let (Some(gguf), Some((_, shape))) = (&self.gguf, self.tensors.get(name)) {
+            let values = gguf.read(name, shape)?;
+            check_finite(name, values.iter().copied())?;
+            return Ok(values);
+        }
         let (bytes, dtype) = self.bytes(name)?;
         let values = to_f32(&bytes, &dtype).ok_or_else(|| wrong_type(name, &dtype))?;
         check_finite(name, values.iter().copied())?;
         Ok(values)
     }
 
-    /// A tensor's values in the file's own type, f32, f16 or bf16, flat and row-major.
+    /// A tensor's values in the file's own type, f32, f16 or bf16, flat and row-major. What a GGUF file
+    /// holds in fewer bits comes in f32.
     ///
     /// # Errors
     ///
     /// As [`read`](Self::read).
     pub fn read_as_stored(&mut self, name: &str) -> Result<Stored, WeightsError> {
+        if let Some(kind) = self.gguf.as_ref().and_then(|gguf| gguf.kind(name)) {
+            let values = self.read(name)?;
+            // Exact: the values were 16 bits wide before.
+            return Ok(match kind {
+                TensorKind::F16 => Stored::F16(values.into_iter().map(f16::from_f32).collect()),
+                TensorKind::BF16 => Stored::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+                _ => Stored::F32(values),
+            });
+        }
         let (bytes, dtype) = self.bytes(name)?;
         if is(&dtype, DType::F16) {
             let values: Vec<f16> = halves(&bytes, f16::from_le_bytes);
@@ -271,6 +359,46 @@ impl Weights {
             }
             Err(reason) => Err(shard.unreadable(reason)),
         }
+    }
+}
+
+impl Gguf {
+    fn kind(&self, name: &str) -> Option<TensorKind> {
+        let theirs = gguf::llama_cpp_name(name)?;
+        self.file.header.kind(&theirs).ok()
+    }
+
+    /// llama.cpp's name of a tensor and the order of its rows.
+    fn place(&self, name: &str, shape: &[usize]) -> Result<(String, Option<Rows>), WeightsError> {
+        let theirs = gguf::llama_cpp_name(name).unwrap_or_else(|| name.into());
+        let rows = gguf::rows_of(name, self.head_dim);
+        match shape.first() {
+            Some(count) if rows.is_some() && !count.is_multiple_of(self.head_dim) => {
+                let error = GgufError::Tensor {
+                    file: self.file.header.path.clone(),
+                    name: theirs,
+                    reason: format!(
+                        "has {count} rows, no multiple of the head's {}",
+                        self.head_dim
+                    ),
+                };
+                Err(error.into())
+            }
+            _ => Ok((theirs, rows)),
+        }
+    }
+
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, WeightsError> {
+        let (theirs, rows) = self.place(name, shape)?;
+        let values = self.file.floats(&theirs)?;
+        let columns = match shape {
+            [_, columns] => *columns,
+            _ => 1,
+        };
+        Ok(match rows {
+            Some(rows) => rows.to_hugging_face(&values, columns),
+            None => values,
+        })
     }
 }
 

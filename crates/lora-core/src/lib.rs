@@ -10,6 +10,7 @@
 //! | [`LinearGroup`] | the same layers' forward and backward passes written out, for trainers that need no tape |
 //! | [`cpu`] | what the CPU kernels are made of |
 //! | [`Quantization`], [`quantize`] | 8- or 4-bit weights, the same bytes on every device |
+//! | [`IntegerWeight`] | 8-bit weights that another program quantized, as they are |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | between adapters and plain `Linear`s |
 //! | [`ParameterCounts`] | trainable and frozen parameters from shapes alone |
 //!
@@ -41,6 +42,7 @@ mod dropout;
 mod error;
 mod frozen_linear;
 mod init;
+mod integers;
 mod linear;
 mod merge;
 mod passes;
@@ -59,6 +61,7 @@ pub use frozen_linear::{
     use_bf16_products,
 };
 pub use init::{kaiming_uniform, normal};
+pub use integers::IntegerWeight;
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};
 pub use products::multiply_add;

@@ -14,6 +14,7 @@ use crate::combine::{self, CombineArgs};
 use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
+use crate::gguf::{self, ExportGgufArgs};
 use crate::hub::{self, Need};
 use crate::interrupt::{Interrupt, RESUMABLE};
 use crate::logits::{self, LogitsArgs};
@@ -21,6 +22,7 @@ use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
+use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
 use crate::{bench, checkpoint, data, make_assets, parity, peft, plan};
 
@@ -42,6 +44,8 @@ enum Command {
     Combine(CombineArgs),
     /// Scores of given tokens, to compare with another program's
     Logits(LogitsArgs),
+    /// Write a model or an adapter in llama.cpp's GGUF format
+    ExportGguf(ExportGgufArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -53,6 +57,9 @@ enum Command {
     /// One of the benchmark's processes
     #[command(hide = true)]
     BenchWorker(BenchWorker),
+    /// The tokens of given texts, for programs that compare them with another implementation's
+    #[command(hide = true)]
+    Tokenize(TokenizeArgs),
     /// Make the embedded model, tokenizer and data again from their seed
     MakeAssets(MakeAssets),
 }
@@ -263,6 +270,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::Generate(args) => generate::run(&args, screen)?,
         Command::Combine(args) => combine::run(&args, screen)?,
         Command::Logits(args) => logits::run(&args, screen)?,
+        Command::ExportGguf(args) => gguf::run(&args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {
@@ -280,6 +288,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::BenchWorker(args) => {
             bench::serve(&args.spec).context("the benchmark does not listen any more")?;
         }
+        Command::Tokenize(args) => tokenize::run(&args)?,
         Command::MakeAssets(args) => {
             make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))
                 .with_context(|| format!("cannot make {}", args.output.display()))?;

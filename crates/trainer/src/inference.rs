@@ -18,7 +18,8 @@ use crate::screen::Screen;
 /// What to load and where to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// A Hugging Face model folder, a name on the Hub (ORG/NAME or ORG/NAME@REVISION), or `embedded`
+    /// A Hugging Face model folder, a GGUF file, a name on the Hub (ORG/NAME or ORG/NAME@REVISION), or
+    /// `embedded`
     #[arg(long, value_name = "MODEL", default_value = EMBEDDED)]
     pub model: String,
     /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with

@@ -11,6 +11,8 @@
 //! | [`checkpoint`], [`durable`], [`lock`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
 //! | [`fault`] | faults on demand, for tests |
 //! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
+//! | [`gguf`] | llama.cpp's files in and out |
+//! | [`tokenize`] | the tokens of texts, for comparisons |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`combine`] | one adapter from several |
@@ -33,6 +35,7 @@ pub mod embedded;
 pub mod fault;
 pub mod fit;
 pub mod generate;
+pub mod gguf;
 pub mod gradients;
 pub mod guard;
 pub mod hub;
@@ -55,4 +58,5 @@ pub mod schedule;
 pub mod screen;
 pub mod session;
 pub mod step;
+pub mod tokenize;
 pub mod train;

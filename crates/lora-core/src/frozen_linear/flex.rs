@@ -10,7 +10,7 @@ use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
 
 use super::panels::{self, Stored};
-use super::{Direction, bf16, few_rows, precision};
+use super::{Direction, bf16, columns, few_rows, precision};
 use crate::cpu::{self, FlexTensor, Values};
 
 /// `sum + x · W` or `sum + x · Wᵀ` for W `[d_in, d_out]`; without a sum, the product alone.
@@ -21,6 +21,9 @@ pub fn product(
     direction: Direction,
 ) -> FlexTensor {
     let Some(packed) = Packed::read(&x, &weight) else {
+        if let Some(weight) = columns::Weight::read(&x, &weight) {
+            return weight.product(sum, x, direction);
+        }
         let dense = Flex::dequantize(weight, x.dtype().into());
         let product = match direction {
             Direction::Forward => Flex::float_matmul(x, dense),

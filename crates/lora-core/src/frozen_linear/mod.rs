@@ -5,6 +5,7 @@
 //! storage saves nothing in training. Here the backward pass unpacks the weight again.
 
 mod bf16;
+mod columns;
 #[cfg(feature = "cube")]
 mod cube;
 mod few_rows;
