@@ -81,6 +81,8 @@ enum Task {
     Train(Trainer),
     /// Continue prompts: --model DIR [--adapter DIR] [--prompt TEXT | --prompts FILE]
     Generate(Trainer),
+    /// Measure base model and adapters on a task: --model DIR [--adapter DIR …] --data FILE…
+    Eval(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
     /// Parameters and predicted peak memory of a model, without its weights: --config FILE
@@ -125,6 +127,7 @@ fn main() -> ExitCode {
     let outcome = match task {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
+        Task::Eval(it) => trainer::run("eval", it.args, Backend::Auto),
         // These two compute nothing on a GPU, so they need not wait for its build.
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),

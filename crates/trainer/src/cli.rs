@@ -11,6 +11,7 @@ use llama_burn::LlamaConfig;
 use crate::bench::BenchOptions;
 use crate::config::Config;
 use crate::device::Backend;
+use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
@@ -33,6 +34,8 @@ enum Command {
     Train(Train),
     /// Continue prompts, with or without an adapter
     Generate(GenerateArgs),
+    /// Measure base model and adapters on a task, side by side
+    Eval(EvalArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -90,6 +93,9 @@ struct InspectData {
     /// How many rows
     #[arg(long, default_value_t = 3)]
     rows: usize,
+    /// Print token ids and learned ranges as JSON lines, for programs
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -245,9 +251,14 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             let colour = console::colors_enabled();
             let mut out = std::io::stdout().lock();
             // A reader that went away (`| head`) is no error.
-            let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
+            let written = match args.json {
+                true => data::inspect_as_json(&rows, args.rows, &mut out),
+                false => data::inspect(&rows, args.rows, &mut out, colour),
+            };
+            let _ = written.and_then(|()| out.flush());
         }
         Command::Generate(args) => generate::run(&args, screen)?,
+        Command::Eval(args) => eval::run(&args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {

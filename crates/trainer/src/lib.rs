@@ -9,6 +9,7 @@
 //! | [`train`] | the loop |
 //! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
 //! | [`inference`], [`generate`] | a model that is used: text from prompts |
+//! | [`eval`] | base and adapters on a task: answers, scores, significance |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`plan`] | parameters and memory from shapes alone |
@@ -22,6 +23,7 @@ pub mod config;
 pub mod data;
 pub mod device;
 pub mod embedded;
+pub mod eval;
 pub mod fit;
 pub mod generate;
 pub mod gradients;

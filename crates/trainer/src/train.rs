@@ -51,6 +51,8 @@ pub enum TrainError {
     Adapter(#[from] AdapterError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
+    #[error(transparent)]
+    Prompt(#[from] data::PromptFileError),
     /// A loss or gradient that is not a number.
     #[error(
         "the {what} of step {step} is {value}; {rows}. Nothing of this step was kept. A lower learning_rate or a longer warm-up usually helps; see whether the rows named are what you expect"
@@ -374,7 +376,8 @@ impl Run<'_> {
         };
         let tensors = AdapterTensors::from_model(model)?;
         log::debug!("writing the adapter from {}", self.selected.name);
-        Ok(write_adapter(&folder.adapter(), &config, &tensors)?)
+        write_adapter(&folder.adapter(), &config, &tensors)?;
+        Ok(self.data.prompt.write(&folder.adapter())?)
     }
 
     /// Looks for the rows that give a loss that is not a number, each by itself.
@@ -470,7 +473,7 @@ fn data_summary(config: &Config, data: &Data) -> DataSummary {
     };
     let sum = |dataset: &Dataset| dataset.lengths().map(|length| length as u64).sum();
     DataSummary {
-        name,
+        name: format!("{name} ({})", data.formats()),
         train_rows: data.train.len(),
         validation_rows: data.validation.len(),
         too_long_rows: data.too_long(),
