@@ -10,6 +10,7 @@ mod backend;
 mod cargo;
 mod ci;
 mod detect;
+mod interop;
 mod test;
 mod trainer;
 
@@ -94,6 +95,8 @@ enum Task {
     MakeAssets(Trainer),
     /// Run every test; words after it select tests by name
     Test(Filter),
+    /// Run the tests against transformers, PEFT and llama.cpp; arguments go to pytest
+    Interop(Filter),
     /// Formatting, lints, documentation and tests, as continuous integration runs them
     Ci,
     /// Ask the drivers (a process of its own, see detect.rs)
@@ -109,7 +112,7 @@ struct Trainer {
     args: Vec<OsString>,
 }
 
-/// Arguments that go to the test harness.
+/// Arguments that go to the test harness, or to pytest.
 #[derive(Args)]
 struct Filter {
     /// Names, or parts of names, of the tests to run
@@ -133,6 +136,7 @@ fn main() -> ExitCode {
         Task::Parity(it) => trainer::parity(it.args),
         Task::Bench(it) => trainer::run("bench", it.args, Backend::Auto),
         Task::Test(it) => test::run(it.filter),
+        Task::Interop(it) => interop::run(it.filter),
         Task::Ci => ci::run(),
         Task::Probe => detect::probe().map(|()| ExitCode::SUCCESS),
     };
