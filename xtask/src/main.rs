@@ -82,6 +82,10 @@ enum Task {
     Train(Trainer),
     /// Continue prompts: --model DIR [--adapter DIR] [--prompt TEXT | --prompts FILE]
     Generate(Trainer),
+    /// Merge an adapter into a whole model folder: --model DIR --adapter DIR --output DIR
+    Merge(Trainer),
+    /// Take an adapter out of a merged model: --model DIR --adapter DIR --output DIR
+    Unmerge(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
     /// Parameters and predicted peak memory of a model, without its weights: --config FILE
@@ -128,7 +132,9 @@ fn main() -> ExitCode {
     let outcome = match task {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
-        // These two compute nothing on a GPU, so they need not wait for its build.
+        // These compute nothing on a GPU, so they need not wait for its build.
+        Task::Merge(it) => trainer::run("merge", it.args, Backend::Cpu),
+        Task::Unmerge(it) => trainer::run("unmerge", it.args, Backend::Cpu),
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.

@@ -12,6 +12,7 @@ use crate::bench::BenchOptions;
 use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
+use crate::merge::{self, MergeArgs, UnmergeArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
@@ -33,6 +34,10 @@ enum Command {
     Train(Train),
     /// Continue prompts, with or without an adapter
     Generate(GenerateArgs),
+    /// Merge an adapter into a model: a whole Hugging Face folder
+    Merge(MergeArgs),
+    /// Take an adapter out of a merged model
+    Unmerge(UnmergeArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -248,6 +253,8 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
         }
         Command::Generate(args) => generate::run(&args, screen)?,
+        Command::Merge(args) => merge::run_merge(args, screen)?,
+        Command::Unmerge(args) => merge::run_unmerge(args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {

@@ -9,6 +9,7 @@
 //! | [`train`] | the loop |
 //! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
 //! | [`inference`], [`generate`] | a model that is used: text from prompts |
+//! | [`merge`] | adapters into whole models, and out of them |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`plan`] | parameters and memory from shapes alone |
@@ -30,6 +31,7 @@ pub mod inference;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;
+pub mod merge;
 pub mod metrics;
 pub mod optimizer;
 pub mod output;
