@@ -16,6 +16,7 @@
 mod attention;
 mod config;
 mod decoder_layer;
+mod few_scores;
 mod kv_cache;
 mod load;
 mod mlp;

@@ -2,7 +2,9 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{Int, Tensor, TensorData};
-use lora_core::multiply_add;
+use lora_core::{cpu, multiply_add};
+
+use crate::few_scores;
 
 /// A `[vocab, hidden]` table in pieces of at most [`PIECE_BYTES`], because graphics adapters limit how
 /// large one buffer may be.
@@ -72,7 +74,7 @@ impl VocabTable {
     pub fn scores(&self, hidden: Tensor<2>) -> Tensor<2> {
         let products = self.pieces.iter().map(|piece| match hidden.is_autodiff() {
             true => hidden.clone().matmul(value(piece).autodiff().transpose()),
-            false => multiply_add(None, 1.0, hidden.clone(), value(piece).transpose()),
+            false => scores_plain(hidden.clone(), value(piece)),
         });
         let mut products: Vec<Tensor<2>> = products.collect();
         match products.len() {
@@ -99,6 +101,18 @@ impl VocabTable {
         }
         sum.unwrap_or_else(|| gradient.narrow(1, 0, 0))
     }
+}
+
+/// `hidden · pieceᵀ` outside any tape.
+fn scores_plain(hidden: Tensor<2>, piece: Tensor<2>) -> Tensor<2> {
+    let ([n, width], [tokens, _]) = (hidden.dims(), piece.dims());
+    let few = (1..=few_scores::AT_MOST).contains(&n);
+    if !few || !cpu::is_native(&hidden) || !cpu::is_native(&piece) {
+        return multiply_add(None, 1.0, hidden, piece.transpose());
+    }
+    let (hidden, piece) = (cpu::values(hidden), cpu::values(piece));
+    let scores = few_scores::scores(hidden.as_slice(), n, piece.as_slice(), width);
+    cpu::tensor(scores, [n, tokens])
 }
 
 /// The piece, off the tape unless it is being trained.

@@ -58,7 +58,7 @@ pub fn product(
         return in_bf16(sum, x.as_slice(), n, &packed, direction, width);
     }
     let block = packed.block;
-    let is_few = (1..=few_rows::AT_MOST).contains(&n) && block == few_rows::BLOCK;
+    let is_few = (1..=few_rows::AT_MOST).contains(&n) && block == few_rows::BLOCK && d_in > 0;
     if direction == Direction::Forward && is_few {
         return of_few_rows(sum, x.as_slice(), n, &packed);
     }

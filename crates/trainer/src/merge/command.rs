@@ -188,10 +188,10 @@ pub fn run_unmerge(args: UnmergeArgs, screen: &Screen) -> anyhow::Result<()> {
     };
     let what = match report.exact {
         Some(exact) if exact == report.changed => {
-            "all of them the base's, byte for byte".to_string()
+            "all of them the base's, number for number".to_string()
         }
         Some(exact) => format!(
-            "{exact} of them the base's, byte for byte; the others are within {:.1e} of it, which is what {} \
+            "{exact} of them the base's, number for number; the others are within {:.1e} of it, which is what {} \
              kept of the merged weights (a model merged with --dtype f32 comes apart without loss)",
             report.rounding, report.merged_dtype
         ),

@@ -395,9 +395,9 @@ impl Change for Merging<'_> {
         self.updates[name].add(1.0, rows, values);
     }
 
-    fn wrote(&mut self, name: &str, before: &[u8], after: &[u8]) {
+    fn wrote(&mut self, name: &str, before: (&[u8], Dtype), after: (&[u8], Dtype)) {
         let [base, merged] = self.sums.entry(name.into()).or_default();
-        base.add(before);
-        merged.add(after);
+        base.add_numbers(before.0, before.1.bitsize() / 8);
+        merged.add(after.0);
     }
 }

@@ -3,6 +3,8 @@
 use std::ops::Range;
 use std::path::Path;
 
+use safetensors::Dtype;
+
 use super::MergeError;
 use super::tensors::{ModelTensors, to_floats};
 use super::write::{ShardFile, Shards, to_bytes};
@@ -21,8 +23,8 @@ pub(super) trait Change {
     fn is_changed(&self, name: &str) -> bool;
     /// Changes rows of a tensor.
     fn change(&mut self, name: &str, rows: Range<usize>, values: &mut [f32]);
-    /// The bytes of a changed tensor's rows as they were read and as they were written.
-    fn wrote(&mut self, name: &str, before: &[u8], after: &[u8]);
+    /// The bytes of a changed tensor's rows as they were read and as they were written, with their types.
+    fn wrote(&mut self, name: &str, before: (&[u8], Dtype), after: (&[u8], Dtype));
 }
 
 /// Writes the planned files into `folder`. What neither changes nor gets another type is copied byte for byte.
@@ -70,7 +72,7 @@ pub(super) fn rewrite(
                 })?;
                 output.write(&after)?;
                 if is_changed {
-                    change.wrote(name, &before, &after);
+                    change.wrote(name, (&before, place.dtype), (&after, tensor.dtype));
                 }
             }
             done += 1;

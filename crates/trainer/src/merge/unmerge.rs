@@ -9,7 +9,7 @@ use safetensors::Dtype;
 use super::folder::NewFolder;
 use super::record::{self, Record, Sum};
 use super::rewrite::{Change, rewrite};
-use super::tensors::{ModelTensors, to_floats};
+use super::tensors::ModelTensors;
 use super::update::Update;
 use super::write::Shards;
 use super::{Base, MergeError, finish, largest_dtype, read_updates, refuse_itself};
@@ -39,7 +39,7 @@ pub struct UnmergeOptions {
 pub struct UnmergeReport {
     /// Tensors that the adapter was taken out of.
     pub changed: usize,
-    /// Those that are the base's byte for byte; none where the merged folder has no record of the base.
+    /// Those that are the base's number for number; none where the merged folder has no record of the base.
     pub exact: Option<usize>,
     /// How far an element of the others can be from the base's: half a step of the merged type at the largest
     /// merged weight, and half a step of the output's.
@@ -179,10 +179,10 @@ impl Change for Unmerging<'_> {
         self.largest_after = self.largest_after.max(largest(values));
     }
 
-    fn wrote(&mut self, name: &str, before: &[u8], after: &[u8]) {
+    fn wrote(&mut self, name: &str, before: (&[u8], Dtype), after: (&[u8], Dtype)) {
         let [merged, base] = self.sums.entry(name.into()).or_default();
-        merged.add(before);
-        base.add(after);
+        merged.add(before.0);
+        base.add_numbers(after.0, after.1.bitsize() / 8);
     }
 }
 
@@ -197,7 +197,8 @@ mod tests {
         assert_eq!(half_step(Dtype::BF16, -1.5), 0.5f32.powi(8));
         assert_eq!(half_step(Dtype::F32, 1.0), 0.5f32.powi(24));
         assert_eq!(half_step(Dtype::F16, 0.3), 0.5f32.powi(13));
-        let values = to_floats(&half::f16::from_f32(0.3).to_le_bytes(), Dtype::F16);
+        let values =
+            super::super::tensors::to_floats(&half::f16::from_f32(0.3).to_le_bytes(), Dtype::F16);
         assert!((values[0] - 0.3).abs() <= half_step(Dtype::F16, 0.3));
     }
 }
