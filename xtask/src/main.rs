@@ -88,6 +88,8 @@ enum Task {
     Unmerge(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
+    /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
+    Combine(Trainer),
     /// Parameters and predicted peak memory of a model, without its weights: --config FILE
     Plan(Trainer),
     /// Compare with a reference or across backends: [--reference DIR] [--backends cpu,wgpu,…]
@@ -136,6 +138,7 @@ fn main() -> ExitCode {
         Task::Merge(it) => trainer::run("merge", it.args, Backend::Cpu),
         Task::Unmerge(it) => trainer::run("unmerge", it.args, Backend::Cpu),
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
+        Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),

@@ -260,7 +260,7 @@ impl Loader<'_> {
 }
 
 /// `[rows, cols]` → `[cols, rows]`, in tiles that fit the cache.
-fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+pub(crate) fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     const TILE: usize = 32;
     let mut turned = vec![0f32; values.len()];
     for row in (0..rows).step_by(TILE) {

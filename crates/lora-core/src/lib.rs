@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`LoraConfig`], [`TargetModules`], [`Init`] | what to adapt and how, with PEFT's names and meaning |
 //! | [`LoraLinear`] | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
+//! | [`Dora`] | what makes such an adapter a DoRA: trained lengths beside the directions |
 //! | [`frozen_linear`] | the product with a frozen weight, dense or quantized; its tape keeps only the packed weight |
 //! | [`LinearGroup`] | the same layers' forward and backward passes written out, for trainers that need no tape |
 //! | [`cpu`] | what the CPU kernels are made of |
@@ -34,6 +35,7 @@
 mod config;
 mod count;
 pub mod cpu;
+mod dora;
 mod dropout;
 mod error;
 mod frozen_linear;
@@ -44,9 +46,11 @@ mod passes;
 mod products;
 mod quantize;
 mod random;
+mod selector;
 
-pub use config::{Init, LoraConfig, ModuleSelector, TargetModules};
+pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
+pub use dora::Dora;
 pub use dropout::AdapterDropout;
 pub use error::LoraError;
 pub use frozen_linear::{
@@ -58,3 +62,4 @@ pub use passes::{LinearGroup, LowRank};
 pub use products::multiply_add;
 pub use quantize::{BLOCK, Quantization, QuantizationError, quantize, quantize_data};
 pub use random::CounterRng;
+pub use selector::ModuleSelector;

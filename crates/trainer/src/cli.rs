@@ -9,16 +9,18 @@ use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
 use crate::bench::BenchOptions;
+use crate::combine::{self, CombineArgs};
 use crate::config::Config;
 use crate::device::Backend;
 use crate::generate::{self, GenerateArgs};
+use crate::logits::{self, LogitsArgs};
 use crate::merge::{self, MergeArgs, UnmergeArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
 use crate::train::{self, RunFiles};
-use crate::{bench, data, make_assets, parity, plan};
+use crate::{bench, data, make_assets, parity, peft, plan};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -38,6 +40,10 @@ enum Command {
     Merge(MergeArgs),
     /// Take an adapter out of a merged model
     Unmerge(UnmergeArgs),
+    /// One adapter from several with weights
+    Combine(CombineArgs),
+    /// Scores of given tokens, to compare with another program's
+    Logits(LogitsArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -255,6 +261,8 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::Generate(args) => generate::run(&args, screen)?,
         Command::Merge(args) => merge::run_merge(args, screen)?,
         Command::Unmerge(args) => merge::run_unmerge(args, screen)?,
+        Command::Combine(args) => combine::run(&args, screen)?,
+        Command::Logits(args) => logits::run(&args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {
@@ -303,6 +311,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
             (config, model)
         }
     };
+    let config = peft::continued(&config, &model)?;
     let length = config.max_seq_len.min(model.max_position_embeddings);
     let options = PlanOptions {
         lora: config.lora_config(),

@@ -140,7 +140,7 @@ impl Inference {
         };
         let (config, tensors) = read_adapter(folder).map_err(adapter)?;
         let model = tensors.put_on(self.base.clone(), &config.lora);
-        Ok((config, model.map_err(adapter)?))
+        Ok((config, model.map_err(adapter)?.settled()))
     }
 
     /// `model` with its adapters merged into the weights, quantized again as the base was.

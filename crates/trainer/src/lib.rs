@@ -8,10 +8,11 @@
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
 //! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
-//! | [`inference`], [`generate`] | a model that is used: text from prompts |
+//! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
 //! | [`merge`] | adapters into whole models, and out of them |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
+//! | [`combine`] | one adapter from several |
 //! | [`plan`] | parameters and memory from shapes alone |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
@@ -19,6 +20,7 @@
 
 pub mod bench;
 pub mod cli;
+pub mod combine;
 pub mod config;
 pub mod data;
 pub mod device;
@@ -28,6 +30,7 @@ pub mod generate;
 pub mod gradients;
 pub mod human;
 pub mod inference;
+pub mod logits;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;

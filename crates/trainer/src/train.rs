@@ -17,7 +17,7 @@ use crate::loss::LossSums;
 use crate::metrics::{MetricsError, MetricsWriter, TrainLine, ValidationLine};
 use crate::optimizer::AdamW;
 use crate::output::{self, Existing, OutputError, OutputFolder};
-use crate::peft::{AdapterConfig, AdapterError, AdapterTensors, write_adapter};
+use crate::peft::{self, AdapterConfig, AdapterError, AdapterTensors, write_adapter};
 use crate::plan;
 use crate::schedule::Schedule;
 use crate::screen::{
@@ -49,6 +49,8 @@ pub enum TrainError {
     Lora(#[from] LoraError),
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Start(#[from] peft::StartError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     /// A loss or gradient that is not a number.
@@ -141,6 +143,7 @@ pub fn train(
     // What needs no weights comes first, so that a mistake costs seconds.
     let files = RunFiles::find(config)?;
     let model_config = LlamaConfig::from_file(&files.model)?;
+    let config = &peft::continued(config, &model_config)?;
     let lora = config.lora_config();
     let data = files.data(config, &model_config)?;
     let selected = device::select(backend)?;
@@ -172,7 +175,7 @@ pub fn train(
             );
         }
     })?;
-    let mut model = model.with_lora(&lora, config.seed)?;
+    let mut model = peft::start(model, config)?;
     drop(task);
 
     let order = Order::new(

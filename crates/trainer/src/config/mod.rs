@@ -22,7 +22,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
-use lora_core::{Init, LoraConfig, TargetModules};
+use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
 use crate::schedule::Decay;
 
@@ -42,6 +42,8 @@ pub struct Source {
     pub file: Option<PathBuf>,
     /// The name of the run within a file of several.
     pub run: Option<String>,
+    /// Beside `init_adapter`, the keys of adapters that were written and must not contradict it.
+    pub lora_keys: Vec<String>,
 }
 
 /// A validated configuration. Every public field but `source` is the config key of that name.
@@ -69,12 +71,22 @@ pub struct Config {
     pub lora_dropout: f64,
     /// Scale by α/√r instead of α/r.
     pub peft_use_rslora: bool,
+    /// Train a DoRA: a length for each output's weights beside the adapter.
+    pub peft_use_dora: bool,
     /// Which linear modules are adapted.
     pub target_modules: TargetModules,
     /// Adapt these decoder layers only; all where `None`.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// Modules that are not adapted although they are targets.
+    pub exclude_modules: Option<ExcludeModules>,
+    /// Ranks that differ from `lora_r`, by expressions for the end of a module's name.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Values that differ from `lora_alpha`, as `rank_pattern`.
+    pub alpha_pattern: Vec<(String, f64)>,
     /// How the adapters' `A` starts.
     pub init_lora_weights: Init,
+    /// The folder of a PEFT adapter to train on from; what it says of adapters counts.
+    pub init_adapter: Option<PathBuf>,
     /// Bits of a frozen weight: 4, 8, or 16 for none quantized.
     pub quant_bits: u8,
     /// Whether the output layer is quantized as well.
@@ -196,6 +208,11 @@ impl Config {
             target_modules: self.target_modules.clone(),
             init: self.init_lora_weights,
             layers_to_transform: self.layers_to_transform.clone(),
+            use_dora: self.peft_use_dora,
+            exclude_modules: self.exclude_modules.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            ..LoraConfig::default()
         }
     }
 
