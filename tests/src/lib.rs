@@ -1,7 +1,11 @@
 //! What the workspace's tests share: where fixtures are, which devices to test, the program itself.
 
 pub mod allocator;
+pub mod hub_server;
+pub mod mutate;
 pub mod program;
+pub mod reliability;
+pub mod runs;
 pub mod workspace;
 
 use std::path::{Path, PathBuf};

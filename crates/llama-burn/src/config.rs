@@ -72,6 +72,15 @@ pub enum RopeScaling {
     },
 }
 
+/// transformers 5 writes `dtype` where version 4 wrote `torch_dtype`.
+fn weight_bytes(object: &Map<String, Value>) -> usize {
+    let dtype = object.get("dtype").or_else(|| object.get("torch_dtype"));
+    match dtype.and_then(Value::as_str) {
+        Some("float32") => 4,
+        _ => 2,
+    }
+}
+
 /// The shape of a Llama, with Hugging Face's names.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)] // The names are Hugging Face's; their documentation is there.
@@ -94,6 +103,8 @@ pub struct LlamaConfig {
     pub bos_token_id: Option<u32>,
     /// Llama 3 has several.
     pub eos_token_ids: Vec<u32>,
+    /// Bytes of a weight in the files: 4 where `dtype` (or `torch_dtype`) is float32, else 2.
+    pub weight_bytes: usize,
 }
 
 impl LlamaConfig {
@@ -175,6 +186,7 @@ impl LlamaConfig {
             initializer_range: keys.positive("initializer_range")?.unwrap_or(0.02),
             bos_token_id: keys.tokens("bos_token_id")?.first().copied(),
             eos_token_ids: keys.tokens("eos_token_id")?,
+            weight_bytes: weight_bytes(object),
         };
         config.check()
     }

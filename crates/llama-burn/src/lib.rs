@@ -10,6 +10,7 @@
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
 //! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
+//! | `replace` | single tensors, replaced or read back by name |
 //! | `model` | [`Llama`] |
 //!
 //! The reference is `transformers`' `LlamaForCausalLM`; the workspace's tests compare with it.
@@ -24,6 +25,7 @@ mod mlp;
 mod model;
 mod packed;
 mod passes;
+mod replace;
 mod rms_norm;
 mod rope;
 mod vocab_table;
@@ -41,4 +43,4 @@ pub use passes::{Activations, LayerPass};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use vocab_table::{PIECE_BYTES, VocabTable};
-pub use weights::{Weights, WeightsError};
+pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError};

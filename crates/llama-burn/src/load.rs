@@ -5,10 +5,13 @@ use std::path::Path;
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lora_core::{IntegerWeight, LoraLinear, Quantization, QuantizationError, quantize_data};
+use lora_core::{
+    IntegerWeight, LoraLinear, Quantization, QuantizationError, compact, cpu, quantize_data,
+};
 
 use crate::gguf::IntegerTensor;
 use crate::model::decoder_layer;
+use crate::weights::Stored;
 use crate::{Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
 
 /// How weights are stored.
@@ -196,22 +199,25 @@ impl Loader<'_> {
         })
     }
 
+    /// On the CPU, which computes in f32, a table stays in its file's 16 bits: half the memory, the same
+    /// numbers. Elsewhere it has the type that is computed in.
     fn table(&mut self, name: &str, vocab: usize, hidden: usize) -> Result<VocabTable, LoadError> {
-        let values = self.weights.read(name)?;
-        let rows_per_piece = VocabTable::rows_per_piece(hidden, self.options.dtype.size());
-        let pieces = match vocab <= rows_per_piece {
-            true => {
-                let data = TensorData::new(values, [vocab, hidden]);
-                vec![self.place(data, Some(self.options.dtype))]
-            }
-            false => values
-                .chunks(rows_per_piece * hidden)
-                .map(|piece| {
-                    let data = TensorData::new(piece.to_vec(), [piece.len() / hidden, hidden]);
-                    self.place(data, Some(self.options.dtype))
-                })
-                .collect(),
+        let stored = self.weights.read_as_stored(name)?;
+        let keeps = cpu::is_cpu(self.device) && self.options.dtype == DType::F32;
+        let element_bytes = match (&stored, keeps) {
+            (Stored::F16(_) | Stored::Bf16(_), true) => 2,
+            _ => self.options.dtype.size(),
         };
+        let rows_per_piece = VocabTable::rows_per_piece(hidden, element_bytes);
+        let pieces = stored.into_pieces(hidden, rows_per_piece).into_iter();
+        let pieces = pieces.map(|piece| {
+            let dtype = match keeps {
+                true => piece.dtype(),
+                false => self.options.dtype,
+            };
+            self.place(piece, Some(dtype))
+        });
+        let pieces = pieces.collect();
         self.note(name, &[vocab, hidden], None);
         Ok(VocabTable {
             pieces,
@@ -281,10 +287,7 @@ impl Loader<'_> {
             IntegerWeight::new(tensor.integers, tensor.scales, tensor.block, [d_in, d_out]);
         let device = self.device;
         let tensor = device.memory_persistent_allocations(weight, |weight| weight.on(device));
-        (
-            Param::initialized(Default::default(), tensor).set_require_grad(false),
-            Some(EXACT),
-        )
+        (frozen(tensor), Some(EXACT))
     }
 
     /// Quantizes a `[d_in, d_out]` weight and puts it on the device; as it is where it cannot be packed.
@@ -296,7 +299,7 @@ impl Loader<'_> {
         match quantize_data(&values, shape, self.options.quantization) {
             Some((data, error)) => {
                 drop(values);
-                (self.place(data, None), Some(error))
+                (frozen(compact(self.tensor(data, None))), Some(error))
             }
             None => {
                 let data = TensorData::new(values, shape);
@@ -305,19 +308,26 @@ impl Loader<'_> {
         }
     }
 
-    /// Puts data on the device as a frozen parameter; floats in `dtype`, quantized data as it is.
+    /// Puts data on the device as a frozen parameter, in `dtype` or as it is.
     fn place<const D: usize>(&self, data: TensorData, dtype: Option<DType>) -> Param<Tensor<D>> {
+        frozen(self.tensor(data, dtype))
+    }
+
+    fn tensor<const D: usize>(&self, data: TensorData, dtype: Option<DType>) -> Tensor<D> {
         let device = self.device;
-        let tensor = device.memory_persistent_allocations(data, |data| match dtype {
+        device.memory_persistent_allocations(data, |data| match dtype {
             Some(dtype) => Tensor::from_data(data, (device, dtype)),
             None => Tensor::from_data(data, device),
-        });
-        Param::initialized(Default::default(), tensor).set_require_grad(false)
+        })
     }
 }
 
+fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
+    Param::initialized(Default::default(), tensor).set_require_grad(false)
+}
+
 /// `[rows, cols]` → `[cols, rows]`, in tiles that fit the cache.
-fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
+pub(crate) fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
     const TILE: usize = 32;
     let mut turned = vec![0f32; values.len()];
     for row in (0..rows).step_by(TILE) {

@@ -66,7 +66,8 @@ impl IntegerWeight {
                 let scheme = scheme
                     .with_store(QuantStore::Native)
                     .per_block([block, 1], ScaleDtype::F32);
-                Tensor::from_data(data(integers, &scales, [d_in, d_out], scheme), device)
+                let data = data(integers, &scales, [d_in, d_out], scheme);
+                crate::compact(Tensor::from_data(data, device))
             }
             _ => {
                 let scheme = scheme

@@ -11,14 +11,16 @@ use crate::config::EMBEDDED;
 use crate::data::{DataError, ModelFiles};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
+use crate::hub::{self, HubError, Need};
 use crate::peft::{AdapterConfig, AdapterError, read_adapter};
 use crate::screen::Screen;
 
 /// What to load and where to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// A Hugging Face model folder, a GGUF file, or `embedded`
-    #[arg(long, value_name = "PATH", default_value = EMBEDDED)]
+    /// A Hugging Face model folder, a GGUF file, a name on the Hub (ORG/NAME or ORG/NAME@REVISION), or
+    /// `embedded`
+    #[arg(long, value_name = "MODEL", default_value = EMBEDDED)]
     pub model: String,
     /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
     #[arg(long, default_value = "auto")]
@@ -48,6 +50,8 @@ pub enum InferenceError {
     QuantBits(u8),
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -95,7 +99,7 @@ impl Inference {
             .ok_or(InferenceError::QuantBits(args.quant_bits))?;
         let folder = match args.model == EMBEDDED {
             true => embedded::materialise()?.model_dir,
-            false => PathBuf::from(&args.model),
+            false => hub::model_folder(&args.model, Need::Model)?,
         };
         let config = LlamaConfig::from_file(&folder)?;
         let files = ModelFiles::read(&folder)?;
@@ -130,13 +134,14 @@ impl Inference {
     ///
     /// An adapter that cannot be read, or that is not for this model.
     pub fn with_adapter(&self, folder: &Path) -> Result<(AdapterConfig, Llama), InferenceError> {
+        let folder = &hub::adapter_folder(folder)?;
         let adapter = |source| InferenceError::Adapter {
             folder: folder.into(),
             source,
         };
         let (config, tensors) = read_adapter(folder).map_err(adapter)?;
         let model = tensors.put_on(self.base.clone(), &config.lora);
-        Ok((config, model.map_err(adapter)?))
+        Ok((config, model.map_err(adapter)?.settled()))
     }
 
     /// `model` with its adapters merged into the weights, quantized again as the base was.

@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Number, Value as Json, json};
 
-use super::{GgufError, Header, Value};
+use super::{GgufError, Header, TensorKind, Value};
 use crate::rope::scale;
 use crate::{LlamaConfig, RopeScaling};
 
@@ -83,6 +83,15 @@ pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufErro
     let mut set = |key: &str, value: Json| config.insert(key.into(), value);
     set("architectures", json!(["LlamaForCausalLM"]));
     set("model_type", json!("llama"));
+    // What the tables are loaded in.
+    set(
+        "dtype",
+        json!(match header.kind("token_embd.weight")? {
+            TensorKind::F16 => "float16",
+            TensorKind::BF16 => "bfloat16",
+            _ => "float32",
+        }),
+    );
     set("hidden_act", json!("silu"));
     set("vocab_size", json!(vocab));
     set("hidden_size", json!(hidden));

@@ -2,31 +2,20 @@
 //!
 //! A scale belongs to one column, so a run of a row is integers times a run of scales, element by element.
 
-use std::cell::RefCell;
-
 use burn::backend::tensor::QuantizedTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
 use rayon::prelude::*;
 
 use super::Direction;
-use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
-
-/// Floats in a panel at most, as for the other orientation.
-const PANEL: usize = 512 * 1024;
-
-/// Panels are multiples of this: of what the product's innermost loop computes at once.
-const COUNT_MULTIPLE: usize = 32;
+use super::panels::{self, Stored};
+use crate::cpu::{self, FlexTensor, Values};
 
 /// Rows of `x` up to which the weight is multiplied as it is unpacked.
 const FEW: usize = 4;
 
 /// Columns whose sums are held in registers at once.
 const HELD: usize = 32;
-
-thread_local! {
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
 
 /// A weight `[d_in, d_out]` in blocks of `block` rows of one column.
 #[derive(Clone, Copy)]
@@ -75,97 +64,15 @@ impl<'a> Weight<'a> {
         direction: Direction,
     ) -> FlexTensor {
         let n = x.shape()[0];
-        let width = match direction {
-            Direction::Forward => self.d_out,
-            Direction::Backward => self.d_in,
-        };
         let x = Values::new(x);
-        let accumulate = sum.is_some();
-        let mut sum = match sum {
-            Some(sum) => Values::new(sum),
-            None => Values::new(cpu::primitive(vec![0.0; n * width], [n, width])),
-        };
-        let output = sum.as_mut_slice();
-        assert_eq!(
-            output.len(),
-            n * width,
-            "the sum has another shape than the product"
-        );
-        if n > 0 && self.d_in > 0 {
-            match direction {
-                Direction::Forward if n <= FEW => self.add_few_rows(x.as_slice(), n, output),
-                _ => self.multiply(output, accumulate, x.as_slice(), n, direction),
-            }
+        let sum = sum.map(Values::new);
+        if direction == Direction::Forward && (1..=FEW).contains(&n) {
+            let zeros = || Values::new(cpu::primitive(vec![0.0; n * self.d_out], [n, self.d_out]));
+            let mut sum = sum.unwrap_or_else(zeros);
+            self.add_few_rows(x.as_slice(), n, sum.as_mut_slice());
+            return sum.into_primitive();
         }
-        sum.into_primitive()
-    }
-
-    /// Unpacks panels on every thread and multiplies with them.
-    fn multiply(
-        self,
-        output: &mut [f32],
-        accumulate: bool,
-        x: &[f32],
-        n: usize,
-        direction: Direction,
-    ) {
-        let (d_in, d_out) = (self.d_in, self.d_out);
-        let (along, across) = match direction {
-            Direction::Forward => (d_out, d_in),
-            Direction::Backward => (d_in, d_out),
-        };
-        let threads = rayon::current_num_threads();
-        let rounds = along
-            .div_ceil((PANEL / across.max(1)).max(1) * threads)
-            .max(1);
-        let count = along.div_ceil(rounds * threads);
-        let count = count.next_multiple_of(COUNT_MULTIPLE);
-        let output = Output(output.as_mut_ptr());
-        let starts = (0..along).into_par_iter().step_by(count);
-        starts.for_each(|first| {
-            let count = count.min(along - first);
-            BUFFER.with_borrow_mut(|buffer| {
-                if buffer.len() < across * count {
-                    buffer.resize(across * count, 0.0);
-                }
-                let panel = &mut buffer[..across * count];
-                cpu::vectorized(|| match direction {
-                    Direction::Forward => {
-                        for (row, panel) in panel.chunks_exact_mut(count).enumerate() {
-                            self.unpack(row, first, panel);
-                        }
-                    }
-                    Direction::Backward => {
-                        for (row, panel) in panel.chunks_exact_mut(d_out).enumerate() {
-                            self.unpack(first + row, 0, panel);
-                        }
-                    }
-                });
-                let (x, panel) = match direction {
-                    Direction::Forward => (
-                        Matrix::new(x, n, d_in, d_in),
-                        Matrix::new(panel, d_in, count, count),
-                    ),
-                    Direction::Backward => (
-                        Matrix::new(x, n, d_out, d_out),
-                        Matrix::new(panel, count, d_out, d_out).transposed(),
-                    ),
-                };
-                // SAFETY: the output has n · along elements, and these columns are this call's alone.
-                let output = unsafe { output.columns(first, [n, count], along) };
-                cpu::multiply(output, accumulate, 1.0, x, panel, Threads::One);
-            });
-        });
-    }
-
-    /// Dequantizes a run of a row.
-    #[inline(always)]
-    fn unpack(self, row: usize, first: usize, panel: &mut [f32]) {
-        let integers = &self.integers[row * self.d_out + first..][..panel.len()];
-        let scales = &self.scales[row / self.block * self.d_out + first..][..panel.len()];
-        for ((value, integer), scale) in panel.iter_mut().zip(integers).zip(scales) {
-            *value = *integer as f32 * scale;
-        }
+        panels::product(sum, x.as_slice(), n, &self, direction)
     }
 
     /// Adds `x · W` for at most [`FEW`] rows of `x`: integers are summed up under a block's common scale.
@@ -234,25 +141,28 @@ impl<'a> Weight<'a> {
     }
 }
 
-/// The output that threads write columns of.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
+impl Stored for Weight<'_> {
+    fn shape(&self) -> [usize; 2] {
+        [self.d_in, self.d_out]
+    }
 
-// SAFETY: every panel gives columns of its own.
-unsafe impl Send for Output {}
-unsafe impl Sync for Output {}
+    fn block(&self) -> usize {
+        1
+    }
 
-impl Output {
-    /// # Safety
-    ///
-    /// The output has `rows · stride` elements, and nobody else uses these columns meanwhile.
-    unsafe fn columns(
-        &self,
-        first: usize,
-        [rows, count]: [usize; 2],
-        stride: usize,
-    ) -> MatrixMut<'_> {
-        // SAFETY: the caller's promise.
-        unsafe { MatrixMut::from_raw(self.0.add(first), rows, count, stride) }
+    #[inline(always)]
+    fn unpack(&self, first: usize, panel: &mut [f32]) {
+        let mut row = first / self.d_out;
+        let mut column = first % self.d_out;
+        let mut rest = panel;
+        while !rest.is_empty() {
+            let (run, after) = rest.split_at_mut(rest.len().min(self.d_out - column));
+            let integers = &self.integers[row * self.d_out + column..][..run.len()];
+            let scales = &self.scales[row / self.block * self.d_out + column..][..run.len()];
+            for ((value, integer), scale) in run.iter_mut().zip(integers).zip(scales) {
+                *value = *integer as f32 * scale;
+            }
+            (row, column, rest) = (row + 1, 0, after);
+        }
     }
 }

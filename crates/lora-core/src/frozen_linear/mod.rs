@@ -10,8 +10,11 @@ mod columns;
 mod cube;
 mod few_rows;
 mod flex;
+pub(crate) mod half;
+mod panels;
 mod precision;
 
+pub use half::{table_scores, table_scores_backward};
 pub use precision::{has_bf16_products, use_bf16_products};
 
 use burn::backend::autodiff::{
