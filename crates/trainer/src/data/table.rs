@@ -113,7 +113,6 @@ fn failed(error: Error, rows: &Collected) -> DataError {
 mod tests {
     use super::super::rows::{Row, Rows, read_rows};
     use super::super::{Example, Format};
-    use super::*;
 
     fn read(name: &str, text: &[u8]) -> Result<Rows, String> {
         let folder = tempfile::tempdir().unwrap();
