@@ -5,6 +5,8 @@ pub mod hostile;
 pub mod hub_server;
 pub mod mutate;
 pub mod program;
+pub mod reliability;
+pub mod runs;
 pub mod workspace;
 
 use std::path::{Path, PathBuf};

@@ -41,6 +41,11 @@ Usage: cargo xtask train [OPTIONS]
   --run NAME          one of the named runs of a FinLoRA config file
   --set KEY=VALUE     overrides one key of the config; may be repeated
   --output-dir DIR    where the adapter, the metrics and the resolved config go
+  --resume [auto|DIR] go on with a run: DIR is its output folder or one of its checkpoints; auto takes the
+                      output folder's newest checkpoint, or starts if there is none
+  --force-resume      resume although the configuration, the data or the model has changed
+
+Ctrl-C finishes the step, writes a checkpoint and exits with code 75; a second one leaves at once.
 
 Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 
@@ -81,8 +86,12 @@ enum Task {
     Train(Trainer),
     /// Continue prompts: --model DIR [--adapter DIR] [--prompt TEXT | --prompts FILE]
     Generate(Trainer),
+    /// Write GGUF for llama.cpp: --model PATH [--adapter DIR [--lora]] --output FILE [--type f16|q8_0|f32]
+    ExportGguf(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
+    /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
+    Combine(Trainer),
     /// Parameters and predicted peak memory of a model, without its weights: --config FILE
     Plan(Trainer),
     /// Compare with a reference or across backends: [--reference DIR] [--backends cpu,wgpu,…]
@@ -125,9 +134,11 @@ fn main() -> ExitCode {
     let outcome = match task {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
-        // These two compute nothing on a GPU, so they need not wait for its build.
+        // These compute nothing on a GPU, so they need not wait for its build.
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
+        Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
+        Task::ExportGguf(it) => trainer::run("export-gguf", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),
         Task::Parity(it) => trainer::parity(it.args),

@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 use lora_core::ModuleShape;
 use serde_json::{Map, Value};
 
+use crate::gguf::{self, GgufError, GgufFile};
+
 /// What is wrong with a `config.json`.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -24,6 +26,9 @@ pub enum ConfigError {
         /// What the parser says.
         reason: String,
     },
+    /// A GGUF file whose metadata describe no Llama.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// Another kind of model.
     #[error(
         "the model is of type {0:?}, not \"llama\"; only Llama-family models (LlamaForCausalLM) can be trained"
@@ -67,6 +72,15 @@ pub enum RopeScaling {
     },
 }
 
+/// transformers 5 writes `dtype` where version 4 wrote `torch_dtype`.
+fn weight_bytes(object: &Map<String, Value>) -> usize {
+    let dtype = object.get("dtype").or_else(|| object.get("torch_dtype"));
+    match dtype.and_then(Value::as_str) {
+        Some("float32") => 4,
+        _ => 2,
+    }
+}
+
 /// The shape of a Llama, with Hugging Face's names.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)] // The names are Hugging Face's; their documentation is there.
@@ -89,15 +103,20 @@ pub struct LlamaConfig {
     pub bos_token_id: Option<u32>,
     /// Llama 3 has several.
     pub eos_token_ids: Vec<u32>,
+    /// Bytes of a weight in the files: 4 where `dtype` (or `torch_dtype`) is float32, else 2.
+    pub weight_bytes: usize,
 }
 
 impl LlamaConfig {
-    /// Reads `config.json`, or the `config.json` of a model folder.
+    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file.
     ///
     /// # Errors
     ///
     /// Names the file, the key, its value and what is expected.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        if gguf::is_gguf(path) {
+            return Self::from_json(&gguf::config_json(&GgufFile::open(path)?)?);
+        }
         let path = match path.is_dir() {
             true => path.join("config.json"),
             false => path.to_path_buf(),
@@ -167,6 +186,7 @@ impl LlamaConfig {
             initializer_range: keys.positive("initializer_range")?.unwrap_or(0.02),
             bos_token_id: keys.tokens("bos_token_id")?.first().copied(),
             eos_token_ids: keys.tokens("eos_token_id")?,
+            weight_bytes: weight_bytes(object),
         };
         config.check()
     }

@@ -18,7 +18,8 @@ use crate::screen::Screen;
 /// What to load and where to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// A Hugging Face model folder, a name on the Hub (ORG/NAME or ORG/NAME@REVISION), or `embedded`
+    /// A Hugging Face model folder, a GGUF file, a name on the Hub (ORG/NAME or ORG/NAME@REVISION), or
+    /// `embedded`
     #[arg(long, value_name = "MODEL", default_value = EMBEDDED)]
     pub model: String,
     /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
@@ -140,7 +141,7 @@ impl Inference {
         };
         let (config, tensors) = read_adapter(folder).map_err(adapter)?;
         let model = tensors.put_on(self.base.clone(), &config.lora);
-        Ok((config, model.map_err(adapter)?))
+        Ok((config, model.map_err(adapter)?.settled()))
     }
 
     /// `model` with its adapters merged into the weights, quantized again as the base was.

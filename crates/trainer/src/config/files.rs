@@ -104,9 +104,12 @@ impl Config {
             );
             return Some(message);
         }
+        if llama_burn::gguf::is_gguf(folder) {
+            return None;
+        }
         if !folder.is_dir() {
             return Some(
-                "must be a folder with config.json, tokenizer.json and *.safetensors, not a file"
+                "must be a folder with config.json, tokenizer.json and *.safetensors, or a GGUF file"
                     .into(),
             );
         }

@@ -22,12 +22,14 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
-use lora_core::{Init, LoraConfig, TargetModules};
+use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
 use crate::schedule::Decay;
 
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
-pub use words::{BatchSize, Checkpointing, ComputeDtype, PromptTemplate};
+pub use words::{
+    BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory, PromptTemplate,
+};
 
 /// The word that stands for the model or the data built into this program.
 pub const EMBEDDED: &str = "embedded";
@@ -42,6 +44,8 @@ pub struct Source {
     pub file: Option<PathBuf>,
     /// The name of the run within a file of several.
     pub run: Option<String>,
+    /// Beside `init_adapter`, the keys of adapters that were written and must not contradict it.
+    pub lora_keys: Vec<String>,
 }
 
 /// A validated configuration. Every public field but `source` is the config key of that name.
@@ -68,12 +72,22 @@ pub struct Config {
     pub lora_dropout: f64,
     /// Scale by α/√r instead of α/r.
     pub peft_use_rslora: bool,
+    /// Train a DoRA: a length for each output's weights beside the adapter.
+    pub peft_use_dora: bool,
     /// Which linear modules are adapted.
     pub target_modules: TargetModules,
     /// Adapt these decoder layers only; all where `None`.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// Modules that are not adapted although they are targets.
+    pub exclude_modules: Option<ExcludeModules>,
+    /// Ranks that differ from `lora_r`, by expressions for the end of a module's name.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Values that differ from `lora_alpha`, as `rank_pattern`.
+    pub alpha_pattern: Vec<(String, f64)>,
     /// How the adapters' `A` starts.
     pub init_lora_weights: Init,
+    /// The folder of a PEFT adapter to train on from; what it says of adapters counts.
+    pub init_adapter: Option<PathBuf>,
     /// Bits of a frozen weight: 4, 8, or 16 for none quantized.
     pub quant_bits: u8,
     /// Whether the output layer is quantized as well.
@@ -126,6 +140,19 @@ pub struct Config {
     pub logging_steps: usize,
     /// Keep the adapter with the lowest validation loss rather than the last one.
     pub save_best: bool,
+    /// Optimizer steps between two checkpoints; `None`: they go by time only.
+    pub save_steps: Option<usize>,
+    /// Minutes between two checkpoints; `None`: they go by steps only. With neither of the two there are no
+    /// checkpoints, except on Ctrl-C.
+    pub save_minutes: Option<f64>,
+    /// Checkpoints that are kept, the newest; that of the best validation is kept besides. `None`: all.
+    pub save_total_limit: Option<usize>,
+    /// What happens when a loss or gradient is not a number.
+    pub on_non_finite: OnNonFinite,
+    /// Steps that may be skipped in a run, where `on_non_finite` says so.
+    pub max_skipped_steps: usize,
+    /// What happens when the device's memory is too small for a micro-batch.
+    pub on_out_of_memory: OnOutOfMemory,
     /// Where the adapter, the metrics and this configuration are written.
     pub output_dir: PathBuf,
 
@@ -195,6 +222,11 @@ impl Config {
             target_modules: self.target_modules.clone(),
             init: self.init_lora_weights,
             layers_to_transform: self.layers_to_transform.clone(),
+            use_dora: self.peft_use_dora,
+            exclude_modules: self.exclude_modules.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            ..LoraConfig::default()
         }
     }
 

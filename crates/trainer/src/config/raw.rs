@@ -8,6 +8,9 @@ use super::error::{ConfigError, Problem, SyntaxError, nearest};
 use super::value::{Entry, Value, line_and_column};
 use super::{EMBEDDED, Source};
 
+/// Where the keys of the configuration in this program are.
+pub(super) const BUILT_IN: &str = "the built-in configuration";
+
 /// One key with its value and where it was written.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct RawEntry {
@@ -35,7 +38,7 @@ impl RawConfig {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let file = match path {
             Some(path) => path.display().to_string(),
-            None => "the built-in configuration".into(),
+            None => BUILT_IN.into(),
         };
         let extension = path
             .and_then(Path::extension)
@@ -75,6 +78,7 @@ impl RawConfig {
             source: Source {
                 file: path.map(Path::to_path_buf),
                 run,
+                lora_keys: Vec::new(),
             },
             file,
             name,

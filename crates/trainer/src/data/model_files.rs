@@ -28,12 +28,15 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Reads the files of a folder; all but `tokenizer.json` may be missing.
+    /// Reads the files of a folder; all but `tokenizer.json` may be missing. A GGUF file holds them all.
     ///
     /// # Errors
     ///
     /// [`DataError::ModelFile`] names the file that is missing or cannot be read.
     pub fn read(folder: &Path) -> Result<Self, DataError> {
+        if llama_burn::gguf::is_gguf(folder) {
+            return Ok(crate::gguf::model_files(folder)?);
+        }
         let path = folder.join("tokenizer.json");
         let tokenizer = std::fs::read(&path).map_err(|error| DataError::ModelFile {
             path,
@@ -71,7 +74,7 @@ impl ModelFiles {
     }
 
     /// A special token of `tokenizer_config.json` (`bos_token`, …): a string, or an object with `content`.
-    pub(super) fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
+    pub(crate) fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
         let object = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
         let content = match object.get(key) {
             None | Some(Value::Null) => return Ok(None),
@@ -89,7 +92,7 @@ impl ModelFiles {
 
     /// The id of the token that ends a text: `tokenizer_config.json`'s `eos_token`, looked up by `id_of`; else
     /// the first `eos_token_id` of `generation_config.json`, else of `config.json`.
-    pub(super) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
+    pub(crate) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
         if let Some(token) = self.special_token("eos_token")? {
             return id_of(&token).ok_or_else(|| {
                 let message =
@@ -151,7 +154,7 @@ impl ModelFiles {
     /// The model's own chat template with the file that it is from: `chat_template.jinja`, else
     /// `tokenizer_config.json`'s `chat_template`, a text or a list of named ones of which `default` counts
     /// (transformers' order).
-    pub(super) fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
+    pub(crate) fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
         if let Some(text) = &self.chat_template {
             return Ok((text.clone(), self.folder.join(CHAT_TEMPLATE)));
         }

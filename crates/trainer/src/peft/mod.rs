@@ -4,8 +4,13 @@
 //! Reading is strict. A field or a tensor that would change what the adapter computes, and that is
 //! not supported here, is an error that names it; nothing is ignored silently.
 
+mod check;
+mod combine;
 mod config;
+mod continued;
+mod merged;
 mod model;
+mod svd;
 mod tensors;
 
 use std::fs;
@@ -14,9 +19,11 @@ use std::path::{Path, PathBuf};
 
 use crate::output::{self, OutputError};
 
+pub use combine::{Combination, CombineError, Weighted, combine};
 pub use config::AdapterConfig;
+pub use continued::{StartError, continued, start};
 pub(crate) use tensors::read_floats;
-pub use tensors::{AdapterPair, AdapterTensors, tensor_names};
+pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
 
 /// Name of the settings in an adapter's folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -85,7 +92,9 @@ pub enum AdapterError {
         name: String,
     },
     /// A tensor that no adapted module has.
-    #[error("tensor {name} is unexpected: the model has no adapter there")]
+    #[error(
+        "tensor {name} is unexpected: the adapter's configuration and the model have no place for it"
+    )]
     Unexpected {
         /// The tensor's name.
         name: String,
@@ -205,7 +214,7 @@ pub fn read_adapter(folder: &Path) -> Result<(AdapterConfig, AdapterTensors), Ad
         });
     }
     let bytes = fs::read(&path).map_err(|source| cannot_read(&path, source))?;
-    let tensors = AdapterTensors::from_bytes(&bytes, config.lora.r);
+    let tensors = AdapterTensors::from_bytes(&bytes, &config.lora);
     Ok((config, tensors.map_err(|error| error.in_file(&path))?))
 }
 
