@@ -88,6 +88,8 @@ enum Task {
     Generate(Trainer),
     /// Write GGUF for llama.cpp: --model PATH [--adapter DIR [--lora]] --output FILE [--type f16|q8_0|f32]
     ExportGguf(Trainer),
+    /// Measure base model and adapters on a task: --model DIR [--adapter DIR …] --data FILE…
+    Eval(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
     /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
@@ -134,6 +136,7 @@ fn main() -> ExitCode {
     let outcome = match task {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
+        Task::Eval(it) => trainer::run("eval", it.args, Backend::Auto),
         // These compute nothing on a GPU, so they need not wait for its build.
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),

@@ -13,6 +13,7 @@ use crate::checkpoint::{Resume, run_folder};
 use crate::combine::{self, CombineArgs};
 use crate::config::Config;
 use crate::device::Backend;
+use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
 use crate::gguf::{self, ExportGgufArgs};
 use crate::hub::{self, Need};
@@ -46,6 +47,8 @@ enum Command {
     Logits(LogitsArgs),
     /// Write a model or an adapter in llama.cpp's GGUF format
     ExportGguf(ExportGgufArgs),
+    /// Measure base model and adapters on a task, side by side
+    Eval(EvalArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -114,6 +117,9 @@ struct InspectData {
     /// How many rows
     #[arg(long, default_value_t = 3)]
     rows: usize,
+    /// Print token ids and learned ranges as JSON lines, for programs
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -265,12 +271,17 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             let colour = console::colors_enabled();
             let mut out = std::io::stdout().lock();
             // A reader that went away (`| head`) is no error.
-            let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
+            let written = match args.json {
+                true => data::inspect_as_json(&rows, args.rows, &mut out),
+                false => data::inspect(&rows, args.rows, &mut out, colour),
+            };
+            let _ = written.and_then(|()| out.flush());
         }
         Command::Generate(args) => generate::run(&args, screen)?,
         Command::Combine(args) => combine::run(&args, screen)?,
         Command::Logits(args) => logits::run(&args, screen)?,
         Command::ExportGguf(args) => gguf::run(&args, screen)?,
+        Command::Eval(args) => eval::run(&args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {

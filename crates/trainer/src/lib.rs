@@ -13,6 +13,7 @@
 //! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
 //! | [`gguf`] | llama.cpp's files in and out |
 //! | [`tokenize`] | the tokens of texts, for comparisons |
+//! | [`eval`] | base and adapters on a task: answers, scores, significance |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`combine`] | one adapter from several |
@@ -32,6 +33,7 @@ pub mod data;
 pub mod device;
 pub mod durable;
 pub mod embedded;
+pub mod eval;
 pub mod fault;
 pub mod fit;
 pub mod generate;

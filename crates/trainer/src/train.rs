@@ -352,6 +352,7 @@ pub fn train(
         let scores = session.validate(&model, &optimizer)?;
         session.progress.base = scores.flatten();
     }
+    let mut described = false;
     for step in first..=total_steps {
         if interrupt.asked() {
             break;
@@ -414,12 +415,16 @@ pub fn train(
             session.save(&model, &optimizer)?;
         }
         session.keeper.write_adapter(session.screen);
+        described = described || describe_prompt(&data, &folder);
         session.copy(&model, &optimizer)?;
     }
 
     let is_over = session.progress.is_over(total_steps);
     if is_over {
         session.keeper.finish(interrupt, session.screen)?;
+        if !described && !describe_prompt(&data, &folder) {
+            log::warn!("{} could not be written", data::PROMPT_FILE);
+        }
     }
     let progress = &session.progress;
     if is_over {
@@ -465,6 +470,12 @@ pub fn train(
         true => Ended::Done(folder),
         false => Ended::Interrupted(folder),
     })
+}
+
+/// Says beside an adapter that was written how its prompts were made; whether that worked.
+fn describe_prompt(data: &Data, folder: &OutputFolder) -> bool {
+    let adapter = folder.adapter();
+    adapter.join(peft::WEIGHTS_FILE).exists() && data.prompt.write(&adapter).is_ok()
 }
 
 /// The micro-batches that the configuration asks for, where `fit` has fewer and larger ones.
@@ -519,7 +530,7 @@ fn data_summary(config: &Config, data: &Data) -> DataSummary {
     };
     let sum = |dataset: &Dataset| dataset.lengths().map(|length| length as u64).sum();
     DataSummary {
-        name,
+        name: format!("{name} ({})", data.formats()),
         train_rows: data.train.len(),
         validation_rows: data.validation.len(),
         too_long_rows: data.too_long(),

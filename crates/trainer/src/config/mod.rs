@@ -24,6 +24,7 @@ use std::path::{Path, PathBuf};
 
 use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
+use crate::data::Format;
 use crate::schedule::Decay;
 
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
@@ -53,13 +54,15 @@ pub struct Source {
 pub struct Config {
     /// The folder of the model, its name on the Hugging Face Hub (`ORG/NAME`, `ORG/NAME@REVISION`), or `embedded`.
     pub base_model: String,
-    /// JSON lines of `{"context", "target"}`, or `embedded`.
+    /// JSON lines, a JSON array, CSV or Parquet, in a format of [`Format`]; or `embedded`.
     pub dataset_path: PathBuf,
     /// A file of its own for validation; then nothing is split off `dataset_path`.
     pub val_dataset_path: Option<PathBuf>,
     /// What to split off `dataset_path` for validation: a fraction below 1, or a number of rows from 1. 0: nothing.
     pub val_set_size: f64,
-    /// How a row's context becomes the prompt.
+    /// What the rows hold; told by the columns' names where `None` (`"auto"`).
+    pub dataset_format: Option<Format>,
+    /// How a row's context becomes the prompt. Conversations are always rendered by the model's chat template.
     pub prompt_template: PromptTemplate,
     /// Tokens of the longest row that is trained on; longer rows are left out and reported, never cut.
     pub max_seq_len: usize,

@@ -10,6 +10,7 @@ use super::reader::{Parsed, Reader, boolean, number, text, whole, word};
 use super::value::Value;
 use super::words::{BatchSize, Checkpointing, PromptTemplate};
 use super::{Config, files};
+use crate::data::Format;
 use crate::schedule::Decay;
 
 /// The linear modules of a Llama's decoder layers.
@@ -24,7 +25,6 @@ const LINEAR_MODULES: [&str; 7] = [
 ];
 
 const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
-const DATA: &str = "the path of a JSON-lines file, or \"embedded\"";
 /// The keys that say what adapters are like. Dropout is not among them: it is a training's own affair.
 const LORA_KEYS: [&str; 9] = [
     "lora_r",
@@ -38,6 +38,7 @@ const LORA_KEYS: [&str; 9] = [
     "alpha_pattern",
 ];
 
+const DATA: &str = "the path of a file of rows (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
 const POSITIVE: &str = "a number above 0";
 const FRACTION: &str = "a number of at least 0 and below 1";
 const NOT_NEGATIVE: &str = "a number of at least 0";
@@ -58,7 +59,7 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
     let base_model = base_model.map(|path| path.to_string_lossy().into_owned());
     let dataset_path = r.required("dataset_path", DATA, text(DATA)).map(path);
     let val_dataset_path = r
-        .optional("val_dataset_path", text("the path of a JSON-lines file"))
+        .optional("val_dataset_path", text("the path of a file of rows"))
         .map(path);
     let default_val_size = if val_dataset_path.is_some() {
         0.0
@@ -126,6 +127,7 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         dataset_path: dataset_path.unwrap_or_default(),
         val_dataset_path,
         val_set_size,
+        dataset_format: r.or("dataset_format", None, dataset_format),
         prompt_template: r.or("prompt_template", PromptTemplate::Raw, prompt_template),
         max_seq_len,
         lora_r: r.or("lora_r", 8, whole(1)),
@@ -211,6 +213,20 @@ fn prompt_template(value: &Value) -> Parsed<PromptTemplate> {
     match value {
         Value::String(text) => PromptTemplate::parse(text),
         _ => PromptTemplate::parse(""),
+    }
+}
+
+/// `auto`, or the name of a format.
+fn dataset_format(value: &Value) -> Parsed<Option<Format>> {
+    let words = Format::ALL.map(|format| format!("{:?}", format.word()));
+    let right = || format!("must be \"auto\", {}", words.join(", "));
+    match value {
+        Value::String(word) if word == "auto" => Ok(None),
+        Value::String(word) => {
+            let found = Format::ALL.into_iter().find(|format| format.word() == word);
+            found.map(Some).ok_or_else(right)
+        }
+        _ => Err(right()),
     }
 }
 
@@ -492,6 +508,8 @@ mod tests {
             "seed = 99999999999999999999",
             "prompt_template = \"custom:x\"",
             "prompt_template = 3",
+            "dataset_format = \"jsonl\"",
+            "dataset_format = 1",
             "init_lora_weights = false",
             "init_lora_weights = \"pissa\"",
             "peft_use_rslora = 1",
@@ -687,6 +705,15 @@ mod tests {
             (Some(vec![3]), None)
         );
         assert_eq!(config.val_set_size, 100.0);
+        let format = |word| {
+            parse(&format!("dataset_format = \"{word}\""))
+                .unwrap()
+                .dataset_format
+        };
+        assert_eq!(
+            (format("auto"), format("messages")),
+            (None, Some(Format::Messages))
+        );
     }
 
     #[test]

@@ -24,6 +24,8 @@ impl Config {
             self.val_dataset_path.as_deref().map_or_else(none, path),
         );
         set("val_set_size", self.val_set_size.into());
+        let format = self.dataset_format.map_or("auto", |format| format.word());
+        set("dataset_format", format.into());
         set("prompt_template", self.prompt_template.to_string().into());
         set("max_seq_len", whole(self.max_seq_len));
         set("lora_r", whole(self.lora_r));
@@ -191,6 +193,7 @@ mod tests {
             "on_non_finite=skip",
             "max_skipped_steps=0",
             "on_out_of_memory=stop",
+            "dataset_format=alpaca",
         ]));
     }
 
