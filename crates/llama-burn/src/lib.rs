@@ -45,4 +45,4 @@ pub use passes::{Activations, LayerPass};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use vocab_table::{PIECE_BYTES, VocabTable};
-pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError};
+pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError, weight_files};

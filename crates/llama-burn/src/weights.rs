@@ -29,6 +29,16 @@ pub enum WeightsError {
     /// The configuration in a GGUF file.
     #[error(transparent)]
     GgufConfig(#[from] Box<crate::ConfigError>),
+    /// The folder has weights in PyTorch's pickle format only, which can run any code when it is read.
+    #[error(
+        "{folder} has no safetensors weights, only {file}, a pickle file, which is never read here; load the model with transformers and save it again with save_pretrained, which writes safetensors"
+    )]
+    Pickle {
+        /// The folder.
+        folder: PathBuf,
+        /// One of its pickle files.
+        file: String,
+    },
     /// A file cannot be read or is no safetensors file.
     #[error("{file} cannot be read: {reason}; it may be cut off, download it again")]
     Unreadable {
@@ -154,17 +164,7 @@ impl Weights {
         if gguf::is_gguf(folder) {
             return Self::open_gguf(folder);
         }
-        let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
-        let files = match (single.is_file(), index.is_file()) {
-            (true, _) => vec![single],
-            (false, true) => shard_files(folder, &index)?,
-            (false, false) => {
-                return Err(WeightsError::NoWeights {
-                    folder: folder.to_path_buf(),
-                });
-            }
-        };
+        let files = weight_files(folder)?;
         let mut weights = Self {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
@@ -473,6 +473,40 @@ fn to_f32(bytes: &[u8], dtype: &str) -> Option<Vec<f32>> {
     }
 }
 
+/// The weight files of a model folder: `model.safetensors`, else those that its index names.
+///
+/// # Errors
+///
+/// If there are none, or pickle files only, or one that the index names is not there.
+pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, WeightsError> {
+    let single = folder.join("model.safetensors");
+    let index = folder.join("model.safetensors.index.json");
+    match (single.is_file(), index.is_file()) {
+        (true, _) => Ok(vec![single]),
+        (false, true) => shard_files(folder, &index),
+        (false, false) => Err(match pickle_file(folder) {
+            Some(file) => WeightsError::Pickle {
+                folder: folder.to_path_buf(),
+                file,
+            },
+            None => WeightsError::NoWeights {
+                folder: folder.to_path_buf(),
+            },
+        }),
+    }
+}
+
+/// The name of a file with weights in PyTorch's own format.
+fn pickle_file(folder: &Path) -> Option<String> {
+    let entries = std::fs::read_dir(folder).ok()?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let is_pickle = |name: &String| {
+        (name.starts_with("pytorch_model") && name.ends_with(".bin"))
+            || [".pth", ".pt"].iter().any(|end| name.ends_with(end))
+    };
+    names.filter(is_pickle).min()
+}
+
 /// The files that the index names, each once. A name that leads out of the folder is refused.
 fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     let wrong = |reason: String| WeightsError::Index {
@@ -505,5 +539,24 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
             clipped(&missing.display().to_string(), 400)
         ))),
         None => Ok(files),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pickle_only_folder_is_told_from_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = || weight_files(folder.path()).unwrap_err();
+        assert!(matches!(error(), WeightsError::NoWeights { .. }));
+        let file = "pytorch_model-00001-of-00002.bin";
+        std::fs::write(folder.path().join(file), "").unwrap();
+        let message = error().to_string();
+        assert!(
+            message.contains(file) && message.contains("save_pretrained"),
+            "{message}"
+        );
     }
 }

@@ -7,7 +7,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 /// Rows up to which this pays: beyond, unpacking once into a panel for the blocked product is faster.
-pub(super) const AT_MOST: usize = 4;
+pub(super) const AT_MOST: usize = 16;
+
+/// Rows that are multiplied in registers at a time. The next ones find the weight in the cache.
+const ROWS: usize = 4;
 
 /// The block that weights have by default; others take the general way.
 pub(super) const BLOCK: usize = 32;
@@ -46,11 +49,17 @@ pub(super) fn add_product(x: &[f32], n: usize, weight: Weight, output: &mut [f32
         SUMS.with_borrow_mut(|sums| {
             sums.clear();
             sums.resize(n * part.len(), 0.0);
-            crate::cpu::vectorized(|| match n {
-                1 => add_columns::<1>(x, weight, part.clone(), sums),
-                2 => add_columns::<2>(x, weight, part.clone(), sums),
-                3 => add_columns::<3>(x, weight, part.clone(), sums),
-                _ => add_columns::<4>(x, weight, part.clone(), sums),
+            let rows = x.chunks(ROWS * weight.d_in);
+            let sums_of_rows = sums.chunks_mut(ROWS * part.len());
+            crate::cpu::vectorized(|| {
+                for (x, sums) in rows.zip(sums_of_rows) {
+                    match sums.len() / part.len() {
+                        1 => add_columns::<1>(x, weight, part.clone(), sums),
+                        2 => add_columns::<2>(x, weight, part.clone(), sums),
+                        3 => add_columns::<3>(x, weight, part.clone(), sums),
+                        _ => add_columns::<ROWS>(x, weight, part.clone(), sums),
+                    }
+                }
             });
             (part, sums.clone())
         })

@@ -9,6 +9,7 @@ mod columns;
 #[cfg(feature = "cube")]
 mod cube;
 mod few_rows;
+mod few_scores;
 mod flex;
 pub(crate) mod half;
 mod panels;

@@ -158,7 +158,7 @@ pub enum AdapterError {
 }
 
 impl AdapterError {
-    fn shape(name: String, expected: &[usize], got: &[usize]) -> Self {
+    pub(crate) fn shape(name: String, expected: &[usize], got: &[usize]) -> Self {
         Self::Shape {
             name,
             expected: expected.to_vec(),
