@@ -10,6 +10,7 @@ use half::{bf16, f16};
 
 use crate::LlamaConfig;
 use crate::gguf::{self, GgufError, GgufFile, IntegerTensor, Rows, TensorKind};
+use crate::limited::{self, LARGEST_TABLE, clipped};
 
 /// What is wrong with the weight files.
 #[derive(Debug, thiserror::Error)]
@@ -512,7 +513,8 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
         file: index.to_path_buf(),
         reason,
     };
-    let text = std::fs::read_to_string(index).map_err(|error| wrong(error.to_string()))?;
+    let text =
+        limited::read_to_string(index, LARGEST_TABLE).map_err(|error| wrong(error.to_string()))?;
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| wrong(format!("not JSON: {error}")))?;
     let map = value.get("weight_map").and_then(|map| map.as_object());
@@ -523,7 +525,9 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
             Some(name) if Path::new(name).file_name() == Some(name.as_ref()) => names.insert(name),
             _ => {
                 return Err(wrong(format!(
-                    "{tensor} is in {file}, which is no file name"
+                    "{} is in {}, which is no file name",
+                    clipped(tensor, 200),
+                    clipped(&file.to_string(), 200)
                 )));
             }
         };
@@ -532,7 +536,7 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
     match files.iter().find(|file| !file.is_file()) {
         Some(missing) => Err(wrong(format!(
             "it names {}, which is not there",
-            missing.display()
+            clipped(&missing.display().to_string(), 400)
         ))),
         None => Ok(files),
     }

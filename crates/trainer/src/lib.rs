@@ -30,6 +30,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod combine;
 pub mod config;
+pub mod contained;
 pub mod data;
 pub mod device;
 pub mod durable;
