@@ -307,7 +307,7 @@ fn rows() -> Parser<'static> {
         memory: 16 * MIB,
         read: Box::new(move |file| {
             let path = Path::new("rows.jsonl");
-            for row in parse_rows(file, path).map_err(said)? {
+            for row in parse_rows(file, path).map_err(said)?.rows {
                 tokenizer.tokenize(&row, path, 64).map_err(said)?;
             }
             Ok(())
