@@ -4,22 +4,29 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
 use crate::bench::BenchOptions;
 use crate::checkpoint::{Resume, run_folder};
+use crate::combine::{self, CombineArgs};
 use crate::config::Config;
 use crate::device::Backend;
+use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
+use crate::gguf::{self, ExportGgufArgs};
+use crate::hub::{self, Need};
 use crate::interrupt::{Interrupt, RESUMABLE};
+use crate::logits::{self, LogitsArgs};
+use crate::merge::{self, MergeArgs, UnmergeArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
+use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
-use crate::{bench, checkpoint, data, make_assets, parity, plan};
+use crate::{bench, checkpoint, data, make_assets, parity, peft, plan};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -35,6 +42,18 @@ enum Command {
     Train(Train),
     /// Continue prompts, with or without an adapter
     Generate(GenerateArgs),
+    /// One adapter from several with weights
+    Combine(CombineArgs),
+    /// Scores of given tokens, to compare with another program's
+    Logits(LogitsArgs),
+    /// Write a model or an adapter in llama.cpp's GGUF format
+    ExportGguf(ExportGgufArgs),
+    /// Measure base model and adapters on a task, side by side
+    Eval(EvalArgs),
+    /// Merge an adapter into a model: a whole Hugging Face folder
+    Merge(MergeArgs),
+    /// Take an adapter out of a merged model
+    Unmerge(UnmergeArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -46,6 +65,9 @@ enum Command {
     /// One of the benchmark's processes
     #[command(hide = true)]
     BenchWorker(BenchWorker),
+    /// The tokens of given texts, for programs that compare them with another implementation's
+    #[command(hide = true)]
+    Tokenize(TokenizeArgs),
     /// Make the embedded model, tokenizer and data again from their seed
     MakeAssets(MakeAssets),
 }
@@ -100,6 +122,9 @@ struct InspectData {
     /// How many rows
     #[arg(long, default_value_t = 3)]
     rows: usize,
+    /// Print token ids and learned ranges as JSON lines, for programs
+    #[arg(long)]
+    json: bool,
 }
 
 #[derive(Args)]
@@ -245,15 +270,25 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::Train(args) => return train(args, screen),
         Command::InspectData(args) => {
             let config = args.config.load()?;
-            let files = RunFiles::find(&config)?;
+            let files = RunFiles::find_for(&config, Need::Text)?;
             let model = LlamaConfig::from_file(&files.model)?;
             let rows = files.data(&config, &model)?;
             let colour = console::colors_enabled();
             let mut out = std::io::stdout().lock();
             // A reader that went away (`| head`) is no error.
-            let _ = data::inspect(&rows, args.rows, &mut out, colour).and_then(|()| out.flush());
+            let written = match args.json {
+                true => data::inspect_as_json(&rows, args.rows, &mut out),
+                false => data::inspect(&rows, args.rows, &mut out, colour),
+            };
+            let _ = written.and_then(|()| out.flush());
         }
         Command::Generate(args) => generate::run(&args, screen)?,
+        Command::Combine(args) => combine::run(&args, screen)?,
+        Command::Logits(args) => logits::run(&args, screen)?,
+        Command::ExportGguf(args) => gguf::run(&args, screen)?,
+        Command::Eval(args) => eval::run(&args, screen)?,
+        Command::Merge(args) => merge::run_merge(args, screen)?,
+        Command::Unmerge(args) => merge::run_unmerge(args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {
@@ -271,6 +306,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::BenchWorker(args) => {
             bench::serve(&args.spec).context("the benchmark does not listen any more")?;
         }
+        Command::Tokenize(args) => tokenize::run(&args)?,
         Command::MakeAssets(args) => {
             make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))
                 .with_context(|| format!("cannot make {}", args.output.display()))?;
@@ -329,10 +365,11 @@ fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
 
 /// A configuration's plan, or that of a bare `config.json` of a model under the default settings.
 fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
-    let bare =
-        args.config.config.as_deref().filter(|path| {
-            path.is_dir() || path.file_name().is_some_and(|name| name == "config.json")
-        });
+    let bare = args.config.config.as_deref().filter(|path| {
+        path.is_dir()
+            || path.file_name().is_some_and(|name| name == "config.json")
+            || llama_burn::gguf::is_gguf(path)
+    });
     let (config, model) = match bare {
         Some(path) => {
             let config = Config::load(None, None, &args.config.set)?;
@@ -340,16 +377,16 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         }
         None => {
             let config = args.config.load()?;
-            let folder = match config.embedded_model() {
-                true => RunFiles::find(&config)?.model,
-                false => config
-                    .model_folder()
-                    .ok_or_else(|| anyhow!("no model folder"))?,
+            let folder = match (config.hub_model(), config.model_folder()) {
+                (Some(_), _) => hub::model_folder(&config.base_model, Need::Config)?,
+                (None, Some(folder)) => folder,
+                (None, None) => RunFiles::find_for(&config, Need::Config)?.model,
             };
             let model = LlamaConfig::from_file(&folder)?;
             (config, model)
         }
     };
+    let config = peft::continued(&config, &model)?;
     let length = config.max_seq_len.min(model.max_position_embeddings);
     let options = PlanOptions {
         lora: config.lora_config(),

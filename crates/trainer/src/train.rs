@@ -15,11 +15,13 @@ use crate::embedded::{self, EmbeddedError};
 use crate::fault::{self, FaultError};
 use crate::fit::{self, Fit, FitError};
 use crate::guard::DeviceFault;
+use crate::hub::{self, HubError, Need};
 use crate::interrupt::Interrupt;
 use crate::metrics::{self, MetricsError, TrainLine};
+use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
 use crate::output::{self, Existing, OutputError, OutputFolder};
-use crate::peft::AdapterError;
+use crate::peft::{self, AdapterError};
 use crate::plan;
 use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunSummary, Screen, StepSummary};
@@ -36,6 +38,8 @@ pub enum TrainError {
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
     #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
     Model(#[from] llama_burn::ConfigError),
     #[error(transparent)]
     Data(#[from] DataError),
@@ -51,6 +55,8 @@ pub enum TrainError {
     Lora(#[from] LoraError),
     #[error(transparent)]
     Adapter(#[from] AdapterError),
+    #[error(transparent)]
+    Start(#[from] peft::StartError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     #[error(transparent)]
@@ -104,12 +110,22 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Finds the files, and unpacks the embedded ones if they are asked for.
+    /// Finds the files; downloads the model if it is a name on the Hub, and unpacks the embedded files if they
+    /// are asked for.
     ///
     /// # Errors
     ///
-    /// Every file that is missing.
+    /// Every file that is missing; then what stands between us and the Hub.
     pub fn find(config: &Config) -> Result<Self, TrainError> {
+        Self::find_for(config, Need::Model)
+    }
+
+    /// As [`find`](Self::find), where not all of a model on the Hub is needed.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](Self::find).
+    pub fn find_for(config: &Config, need: Need) -> Result<Self, TrainError> {
         config.check_files()?;
         let embedded = match config.embedded_model() || config.embedded_data() {
             true => Some(embedded::materialise()?),
@@ -121,12 +137,14 @@ impl RunFiles {
             None => config.dataset_path.clone(),
         };
         let own_validation = embedded.filter(|_| config.embedded_data());
+        let model = match (config.hub_model(), config.model_folder(), embedded) {
+            (Some(_), _, _) => hub::model_folder(&config.base_model, need)?,
+            (None, Some(folder), _) => folder,
+            (None, None, Some(paths)) => paths.model_dir.clone(),
+            (None, None, None) => PathBuf::from(&config.base_model),
+        };
         Ok(Self {
-            model: match (config.model_folder(), embedded) {
-                (Some(folder), _) => folder,
-                (None, Some(paths)) => paths.model_dir.clone(),
-                (None, None) => PathBuf::from(&config.base_model),
-            },
+            model,
             validation: match (&config.val_dataset_path, own_validation) {
                 (Some(path), _) => Some(path.clone()),
                 (None, paths) => paths.map(|paths| paths.validation.clone()),
@@ -200,6 +218,7 @@ pub fn train(
         resumed.check(config, &fingerprint, resume.force)?;
     }
     let model_config = LlamaConfig::from_file(&files.model)?;
+    let config = &peft::continued(config, &model_config)?;
     let lora = config.lora_config();
     let data = files.data(config, &model_config)?;
     if let Some(path) = fingerprint.changed_data().into_iter().next() {
@@ -251,7 +270,7 @@ pub fn train(
             );
         }
     })?;
-    let mut model = model.with_lora(&lora, config.seed)?;
+    let mut model = peft::start(model, config)?;
     let mut optimizer = AdamW {
         beta_1: config.adam_beta1,
         beta_2: config.adam_beta2,
@@ -333,6 +352,7 @@ pub fn train(
         let scores = session.validate(&model, &optimizer)?;
         session.progress.base = scores.flatten();
     }
+    let mut described = false;
     for step in first..=total_steps {
         if interrupt.asked() {
             break;
@@ -395,14 +415,41 @@ pub fn train(
             session.save(&model, &optimizer)?;
         }
         session.keeper.write_adapter(session.screen);
+        described = described || describe_prompt(&data, &folder);
         session.copy(&model, &optimizer)?;
     }
 
     let is_over = session.progress.is_over(total_steps);
     if is_over {
         session.keeper.finish(interrupt, session.screen)?;
+        if !described && !describe_prompt(&data, &folder) {
+            log::warn!("{} could not be written", data::PROMPT_FILE);
+        }
     }
     let progress = &session.progress;
+    if is_over {
+        let card = ModelCard {
+            config,
+            shape: plan::shape(&model_config),
+            trainable: session.fit.plan.counts.trainable as u64,
+            train_rows: data.train.len(),
+            validation_rows: data.validation.len(),
+            step: progress.kept.unwrap_or(total_steps),
+            total_steps,
+            device: format!(
+                "{}, {}",
+                selected.name,
+                precision(config, dtype, session.fit.gradient_checkpointing)
+            ),
+            base: progress.base,
+            adapter: progress.kept_scores,
+            command: model_card::command(&folder.config()),
+        };
+        // The adapter is safe already; a card that cannot be written is no reason to call the run a failure.
+        if let Err(error) = card.write(&folder.adapter()) {
+            log::warn!("{error}");
+        }
+    }
     let result = RunResult {
         steps: progress.step,
         tokens: progress.tokens,
@@ -423,6 +470,12 @@ pub fn train(
         true => Ended::Done(folder),
         false => Ended::Interrupted(folder),
     })
+}
+
+/// Says beside an adapter that was written how its prompts were made; whether that worked.
+fn describe_prompt(data: &Data, folder: &OutputFolder) -> bool {
+    let adapter = folder.adapter();
+    adapter.join(peft::WEIGHTS_FILE).exists() && data.prompt.write(&adapter).is_ok()
 }
 
 /// The micro-batches that the configuration asks for, where `fit` has fewer and larger ones.
@@ -477,7 +530,7 @@ fn data_summary(config: &Config, data: &Data) -> DataSummary {
     };
     let sum = |dataset: &Dataset| dataset.lengths().map(|length| length as u64).sum();
     DataSummary {
-        name,
+        name: format!("{name} ({})", data.formats()),
         train_rows: data.train.len(),
         validation_rows: data.validation.len(),
         too_long_rows: data.too_long(),
