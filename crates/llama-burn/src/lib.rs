@@ -9,6 +9,7 @@
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
 //! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
+//! | `head_adapter` | a low-rank path beside the output layer |
 //! | `replace` | single tensors, replaced or read back by name |
 //! | `model` | [`Llama`] |
 //!
@@ -17,6 +18,7 @@
 mod attention;
 mod config;
 mod decoder_layer;
+mod head_adapter;
 mod kv_cache;
 mod load;
 mod mlp;
@@ -32,6 +34,7 @@ mod weights;
 pub use attention::{Attention, SCORES_AT_ONCE, heads_apart};
 pub use config::{ConfigError, LlamaConfig, RopeScaling};
 pub use decoder_layer::DecoderLayer;
+pub use head_adapter::HeadAdapter;
 pub use kv_cache::KvCache;
 pub use load::{LoadError, LoadOptions, TensorReport, load};
 pub use mlp::Mlp;

@@ -58,6 +58,8 @@ pub enum InferenceError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Lora(#[from] LoraError),
+    #[error("the output layer cannot be read from the device: {0}")]
+    Unreadable(String),
     #[error("the adapter in {}: {source}", folder.display())]
     Adapter {
         folder: PathBuf,
@@ -144,7 +146,10 @@ impl Inference {
     /// # Errors
     ///
     /// If the merged weights cannot be quantized.
-    pub fn merged(&self, mut model: Llama) -> Result<Llama, InferenceError> {
+    pub fn merged(&self, model: Llama) -> Result<Llama, InferenceError> {
+        let mut model = model
+            .with_merged_head()
+            .map_err(InferenceError::Unreadable)?;
         for (_, linear) in model.linears_mut() {
             if linear.adapter().is_none() {
                 continue;
