@@ -42,6 +42,11 @@ Usage: cargo xtask train [OPTIONS]
   --run NAME          one of the named runs of a FinLoRA config file
   --set KEY=VALUE     overrides one key of the config; may be repeated
   --output-dir DIR    where the adapter, the metrics and the resolved config go
+  --resume [auto|DIR] go on with a run: DIR is its output folder or one of its checkpoints; auto takes the
+                      output folder's newest checkpoint, or starts if there is none
+  --force-resume      resume although the configuration, the data or the model has changed
+
+Ctrl-C finishes the step, writes a checkpoint and exits with code 75; a second one leaves at once.
 
 Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 
@@ -82,6 +87,10 @@ enum Task {
     Train(Trainer),
     /// Continue prompts: --model DIR [--adapter DIR] [--prompt TEXT | --prompts FILE]
     Generate(Trainer),
+    /// Write GGUF for llama.cpp: --model PATH [--adapter DIR [--lora]] --output FILE [--type f16|q8_0|f32]
+    ExportGguf(Trainer),
+    /// Measure base model and adapters on a task: --model DIR [--adapter DIR …] --data FILE…
+    Eval(Trainer),
     /// Merge an adapter into a whole model folder: --model DIR --adapter DIR --output DIR
     Merge(Trainer),
     /// Take an adapter out of a merged model: --model DIR --adapter DIR --output DIR
@@ -134,12 +143,14 @@ fn main() -> ExitCode {
     let outcome = match task {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
+        Task::Eval(it) => trainer::run("eval", it.args, Backend::Auto),
         // These compute nothing on a GPU, so they need not wait for its build.
         Task::Merge(it) => trainer::run("merge", it.args, Backend::Cpu),
         Task::Unmerge(it) => trainer::run("unmerge", it.args, Backend::Cpu),
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
+        Task::ExportGguf(it) => trainer::run("export-gguf", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),
         Task::Parity(it) => trainer::parity(it.args),

@@ -4,11 +4,13 @@
 //! | --- | --- |
 //! | `config` | [`LlamaConfig`] from `config.json` |
 //! | `weights`, `load` | safetensors, one tensor at a time, quantized as they come |
+//! | [`gguf`] | llama.cpp's files: read as they are, and written |
 //! | `packed` | rows packed into one sequence, each attending within itself |
 //! | `rope`, `rms_norm`, `attention`, `mlp`, `decoder_layer` | the parts, as in `modeling_llama.py` |
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
 //! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
+//! | [`limited`] | files and messages of bounded length |
 //! | `replace` | single tensors, replaced or read back by name |
 //! | `model` | [`Llama`] |
 //!
@@ -17,8 +19,9 @@
 mod attention;
 mod config;
 mod decoder_layer;
-mod few_scores;
+pub mod gguf;
 mod kv_cache;
+pub mod limited;
 mod load;
 mod mlp;
 mod model;
@@ -42,4 +45,4 @@ pub use passes::{Activations, LayerPass};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use vocab_table::{PIECE_BYTES, VocabTable};
-pub use weights::{Weights, WeightsError, weight_files};
+pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError, weight_files};

@@ -157,7 +157,7 @@ impl Llama {
 
     /// The type it computes in.
     pub fn dtype(&self) -> DType {
-        self.embed_tokens.pieces[0].val().dtype()
+        self.embed_tokens.compute_dtype()
     }
 
     /// Prepares a packed batch for [`embed`](Self::embed) and the layers.
@@ -327,6 +327,7 @@ pub(crate) mod tests {
             initializer_range: 0.2,
             bos_token_id: None,
             eos_token_ids: vec![],
+            weight_bytes: 4,
         }
     }
 

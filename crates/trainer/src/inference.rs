@@ -12,6 +12,7 @@ use crate::config::EMBEDDED;
 use crate::data::{DataError, ModelFiles};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
+use crate::hub::{self, HubError, Need};
 use crate::merge::{Survival, SurvivalReport};
 use crate::peft::{AdapterConfig, AdapterError, read_adapter};
 use crate::screen::Screen;
@@ -19,8 +20,9 @@ use crate::screen::Screen;
 /// What to load and where to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// A Hugging Face model folder, or `embedded`
-    #[arg(long, value_name = "DIR", default_value = EMBEDDED)]
+    /// A Hugging Face model folder, a GGUF file, a name on the Hub (ORG/NAME or ORG/NAME@REVISION), or
+    /// `embedded`
+    #[arg(long, value_name = "MODEL", default_value = EMBEDDED)]
     pub model: String,
     /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
     #[arg(long, default_value = "auto")]
@@ -50,6 +52,8 @@ pub enum InferenceError {
     QuantBits(u8),
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
@@ -99,7 +103,7 @@ impl Inference {
             .ok_or(InferenceError::QuantBits(args.quant_bits))?;
         let folder = match args.model == EMBEDDED {
             true => embedded::materialise()?.model_dir,
-            false => PathBuf::from(&args.model),
+            false => hub::model_folder(&args.model, Need::Model)?,
         };
         let config = LlamaConfig::from_file(&folder)?;
         let files = ModelFiles::read(&folder)?;
@@ -134,6 +138,7 @@ impl Inference {
     ///
     /// An adapter that cannot be read, or that is not for this model.
     pub fn with_adapter(&self, folder: &Path) -> Result<(AdapterConfig, Llama), InferenceError> {
+        let folder = &hub::adapter_folder(folder)?;
         let adapter = |source| InferenceError::Adapter {
             folder: folder.into(),
             source,

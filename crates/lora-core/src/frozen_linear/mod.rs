@@ -5,12 +5,17 @@
 //! storage saves nothing in training. Here the backward pass unpacks the weight again.
 
 mod bf16;
+mod columns;
 #[cfg(feature = "cube")]
 mod cube;
 mod few_rows;
+mod few_scores;
 mod flex;
+pub(crate) mod half;
+mod panels;
 mod precision;
 
+pub use half::{table_scores, table_scores_backward};
 pub use precision::{has_bf16_products, use_bf16_products};
 
 use burn::backend::autodiff::{

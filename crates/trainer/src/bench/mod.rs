@@ -38,7 +38,7 @@ mod running;
 mod scenario;
 mod statistics;
 mod svg;
-mod table;
+pub(crate) mod table;
 mod worker;
 
 use std::path::{Path, PathBuf};

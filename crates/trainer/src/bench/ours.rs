@@ -266,14 +266,9 @@ fn requested(word: &str) -> Option<FloatDType> {
 }
 
 fn dataset(spec: &WorkerSpec) -> Dataset {
-    let rows = spec
-        .rows
-        .iter()
-        .enumerate()
-        .map(|(index, row)| TokenizedRow {
-            line: index + 1,
-            ids: row.ids.clone(),
-            prompt_tokens: row.prompt_tokens,
+    let rows =
+        spec.rows.iter().enumerate().map(|(index, row)| {
+            TokenizedRow::answer(index + 1, row.ids.clone(), row.prompt_tokens)
         });
     Dataset {
         rows: rows.collect(),

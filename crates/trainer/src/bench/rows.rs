@@ -30,11 +30,9 @@ impl Work {
     ///
     /// If there are no rows, or a size is 0.
     pub fn new(rows: Vec<Row>, batch_size: usize, accumulation: usize, steps: usize) -> Self {
-        let tokenized = rows.iter().map(|row| TokenizedRow {
-            line: 0,
-            ids: row.ids.clone(),
-            prompt_tokens: row.prompt_tokens,
-        });
+        let tokenized = rows
+            .iter()
+            .map(|row| TokenizedRow::answer(0, row.ids.clone(), row.prompt_tokens));
         let dataset = Dataset {
             rows: tokenized.collect(),
             ..Dataset::default()
@@ -106,8 +104,8 @@ pub(super) fn from_file(
     let tokenizer = RowTokenizer::new(&ModelFiles::read(model)?, &PromptTemplate::Raw)?;
     let dataset = data::load(data, &tokenizer, max_tokens, vocab_size)?;
     let rows = dataset.rows.into_iter().map(|row| Row {
+        prompt_tokens: row.prompt_tokens(),
         ids: row.ids,
-        prompt_tokens: row.prompt_tokens,
     });
     Ok(rows.collect())
 }

@@ -4,7 +4,7 @@ use crate::human;
 
 /// A table: a heading, columns, notes below.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(super) struct Table {
+pub(crate) struct Table {
     pub title: String,
     /// The first column is words, the others are numbers and flushed right, but for those in `words`.
     pub header: Vec<String>,

@@ -22,12 +22,19 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited;
 use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
+use crate::data::Format;
 use crate::schedule::Decay;
 
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
-pub use words::{BatchSize, Checkpointing, ComputeDtype, PromptTemplate};
+pub use words::{
+    BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory, PromptTemplate,
+};
+
+/// The largest configuration that is read, in bytes: some thousand runs.
+const LARGEST: u64 = 1 << 20;
 
 /// The word that stands for the model or the data built into this program.
 pub const EMBEDDED: &str = "embedded";
@@ -49,16 +56,17 @@ pub struct Source {
 /// A validated configuration. Every public field but `source` is the config key of that name.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// The folder of the model, a Hugging Face name that is in the local cache, or `embedded`;
-    /// [`model_folder`](Self::model_folder) finds the folder.
+    /// The folder of the model, its name on the Hugging Face Hub (`ORG/NAME`, `ORG/NAME@REVISION`), or `embedded`.
     pub base_model: String,
-    /// JSON lines of `{"context", "target"}`, or `embedded`.
+    /// JSON lines, a JSON array, CSV or Parquet, in a format of [`Format`]; or `embedded`.
     pub dataset_path: PathBuf,
     /// A file of its own for validation; then nothing is split off `dataset_path`.
     pub val_dataset_path: Option<PathBuf>,
     /// What to split off `dataset_path` for validation: a fraction below 1, or a number of rows from 1. 0: nothing.
     pub val_set_size: f64,
-    /// How a row's context becomes the prompt.
+    /// What the rows hold; told by the columns' names where `None` (`"auto"`).
+    pub dataset_format: Option<Format>,
+    /// How a row's context becomes the prompt. Conversations are always rendered by the model's chat template.
     pub prompt_template: PromptTemplate,
     /// Tokens of the longest row that is trained on; longer rows are left out and reported, never cut.
     pub max_seq_len: usize,
@@ -139,6 +147,19 @@ pub struct Config {
     pub logging_steps: usize,
     /// Keep the adapter with the lowest validation loss rather than the last one.
     pub save_best: bool,
+    /// Optimizer steps between two checkpoints; `None`: they go by time only.
+    pub save_steps: Option<usize>,
+    /// Minutes between two checkpoints; `None`: they go by steps only. With neither of the two there are no
+    /// checkpoints, except on Ctrl-C.
+    pub save_minutes: Option<f64>,
+    /// Checkpoints that are kept, the newest; that of the best validation is kept besides. `None`: all.
+    pub save_total_limit: Option<usize>,
+    /// What happens when a loss or gradient is not a number.
+    pub on_non_finite: OnNonFinite,
+    /// Steps that may be skipped in a run, where `on_non_finite` says so.
+    pub max_skipped_steps: usize,
+    /// What happens when the device's memory is too small for a micro-batch.
+    pub on_out_of_memory: OnOutOfMemory,
     /// Where the adapter, the metrics and this configuration are written.
     pub output_dir: PathBuf,
 
@@ -165,7 +186,7 @@ impl Config {
         match path {
             None => Self::parse(EMBEDDED_CONFIG, None, run, overrides),
             Some(path) => {
-                let bytes = std::fs::read(path).map_err(|source| ConfigError::Read {
+                let bytes = limited::read(path, LARGEST).map_err(|source| ConfigError::Read {
                     path: path.into(),
                     source,
                 })?;

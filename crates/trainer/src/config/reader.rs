@@ -14,6 +14,7 @@ pub(super) const KEYS: &[&str] = &[
     "dataset_path",
     "val_dataset_path",
     "val_set_size",
+    "dataset_format",
     "prompt_template",
     "max_seq_len",
     "lora_r",
@@ -52,6 +53,12 @@ pub(super) const KEYS: &[&str] = &[
     "eval_steps",
     "logging_steps",
     "save_best",
+    "save_steps",
+    "save_minutes",
+    "save_total_limit",
+    "on_non_finite",
+    "max_skipped_steps",
+    "on_out_of_memory",
     "output_dir",
 ];
 
@@ -73,6 +80,8 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("model_name_or_path", "base_model"),
     ("data", "dataset_path"),
     ("train_file", "dataset_path"),
+    ("dataset_type", "dataset_format"),
+    ("chat_template", "prompt_template"),
     ("validation_file", "val_dataset_path"),
     ("load_in_8bit", "quant_bits"),
     ("load_in_4bit", "quant_bits"),
@@ -238,6 +247,14 @@ fn without_quotes(value: &Value) -> Option<Value> {
 
 /// A whole number of at least `least`. A float without a fraction counts, as in files that Python wrote.
 pub(super) fn whole(least: usize) -> impl Fn(&Value) -> Parsed<usize> {
+    whole_up_to(least, LARGEST_COUNT)
+}
+
+/// Rows, tokens, steps: no product of two leaves 64 bits.
+const LARGEST_COUNT: usize = (1 << 31) - 1;
+
+/// A whole number in a range.
+pub(super) fn whole_up_to(least: usize, largest: usize) -> impl Fn(&Value) -> Parsed<usize> {
     move |value| {
         let number = match value {
             Value::Integer(number) => usize::try_from(*number).ok(),
@@ -247,9 +264,11 @@ pub(super) fn whole(least: usize) -> impl Fn(&Value) -> Parsed<usize> {
             }
             _ => None,
         };
-        number
-            .filter(|number| *number >= least)
-            .ok_or_else(|| format!("must be a whole number of at least {least}"))
+        match number {
+            Some(number) if number > largest => Err(format!("must be at most {largest}")),
+            Some(number) if number >= least => Ok(number),
+            _ => Err(format!("must be a whole number of at least {least}")),
+        }
     }
 }
 

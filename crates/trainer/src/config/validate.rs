@@ -6,10 +6,11 @@ use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems, nearest};
 use super::raw::RawConfig;
-use super::reader::{Parsed, Reader, boolean, number, text, whole, word};
+use super::reader::{Parsed, Reader, boolean, number, text, whole, whole_up_to, word};
 use super::value::Value;
 use super::words::{BatchSize, Checkpointing, PromptTemplate};
 use super::{Config, files};
+use crate::data::Format;
 use crate::schedule::Decay;
 
 /// The linear modules of a Llama's decoder layers.
@@ -23,8 +24,7 @@ const LINEAR_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
-const MODEL: &str = "the folder of a Hugging Face model, or \"embedded\"";
-const DATA: &str = "the path of a JSON-lines file, or \"embedded\"";
+const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
 /// The keys that say what adapters are like. Dropout is not among them: it is a training's own affair.
 const LORA_KEYS: [&str; 9] = [
     "lora_r",
@@ -38,6 +38,7 @@ const LORA_KEYS: [&str; 9] = [
     "alpha_pattern",
 ];
 
+const DATA: &str = "the path of a file of rows (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
 const POSITIVE: &str = "a number above 0";
 const FRACTION: &str = "a number of at least 0 and below 1";
 const NOT_NEGATIVE: &str = "a number of at least 0";
@@ -58,7 +59,7 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
     let base_model = base_model.map(|path| path.to_string_lossy().into_owned());
     let dataset_path = r.required("dataset_path", DATA, text(DATA)).map(path);
     let val_dataset_path = r
-        .optional("val_dataset_path", text("the path of a JSON-lines file"))
+        .optional("val_dataset_path", text("the path of a file of rows"))
         .map(path);
     let default_val_size = if val_dataset_path.is_some() {
         0.0
@@ -112,11 +113,21 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         );
     }
 
+    let save_minutes = match r.has("save_minutes") {
+        true => r.optional("save_minutes", positive()),
+        false => Some(5.0),
+    };
+    let save_total_limit = match r.has("save_total_limit") {
+        true => r.optional("save_total_limit", whole(1)),
+        false => Some(2),
+    };
+
     let config = Config {
         base_model: base_model.unwrap_or_default(),
         dataset_path: dataset_path.unwrap_or_default(),
         val_dataset_path,
         val_set_size,
+        dataset_format: r.or("dataset_format", None, dataset_format),
         prompt_template: r.or("prompt_template", PromptTemplate::Raw, prompt_template),
         max_seq_len,
         lora_r: r.or("lora_r", 8, whole(1)),
@@ -153,10 +164,16 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         gradient_checkpointing: r.or("gradient_checkpointing", Checkpointing::Auto, checkpointing),
         share_prefixes: r.or("share_prefixes", true, boolean),
         merge_micro_batches: r.or("merge_micro_batches", true, boolean),
-        seed: r.or("seed", 42, whole(0)) as u64,
+        seed: r.or("seed", 42, whole_up_to(0, usize::MAX)) as u64,
         eval_steps: r.optional("eval_steps", whole(1)),
         logging_steps: r.or("logging_steps", 1, whole(1)),
         save_best: r.or("save_best", true, boolean),
+        save_steps: r.optional("save_steps", whole(1)),
+        save_minutes,
+        save_total_limit,
+        on_non_finite: r.or("on_non_finite", Default::default(), word),
+        max_skipped_steps: r.or("max_skipped_steps", 3, whole(0)),
+        on_out_of_memory: r.or("on_out_of_memory", Default::default(), word),
         output_dir: r
             .get("output_dir", text("the path of a folder"))
             .map_or(default_output, PathBuf::from),
@@ -196,6 +213,20 @@ fn prompt_template(value: &Value) -> Parsed<PromptTemplate> {
     match value {
         Value::String(text) => PromptTemplate::parse(text),
         _ => PromptTemplate::parse(""),
+    }
+}
+
+/// `auto`, or the name of a format.
+fn dataset_format(value: &Value) -> Parsed<Option<Format>> {
+    let words = Format::ALL.map(|format| format!("{:?}", format.word()));
+    let right = || format!("must be \"auto\", {}", words.join(", "));
+    match value {
+        Value::String(word) if word == "auto" => Ok(None),
+        Value::String(word) => {
+            let found = Format::ALL.into_iter().find(|format| format.word() == word);
+            found.map(Some).ok_or_else(right)
+        }
+        _ => Err(right()),
     }
 }
 
@@ -416,6 +447,14 @@ mod tests {
             (config.max_steps, config.eval_steps, config.logging_steps),
             (None, None, 1)
         );
+        assert_eq!(
+            (
+                config.save_steps,
+                config.save_minutes,
+                config.save_total_limit
+            ),
+            (None, Some(5.0), Some(2))
+        );
     }
 
     #[test]
@@ -469,12 +508,21 @@ mod tests {
             "seed = 99999999999999999999",
             "prompt_template = \"custom:x\"",
             "prompt_template = 3",
+            "dataset_format = \"jsonl\"",
+            "dataset_format = 1",
             "init_lora_weights = false",
             "init_lora_weights = \"pissa\"",
             "peft_use_rslora = 1",
             "peft_use_dora = true",
             "peft_use_dora = \"no\"",
             "save_best = 0",
+            "save_steps = 0",
+            "save_minutes = 0",
+            "save_minutes = nan",
+            "save_total_limit = 0",
+            "on_non_finite = \"ignore\"",
+            "max_skipped_steps = -1",
+            "on_out_of_memory = 1",
             "output_dir = \"\"",
             "target_modules = []",
             "target_modules = \"(\"",
@@ -657,6 +705,15 @@ mod tests {
             (Some(vec![3]), None)
         );
         assert_eq!(config.val_set_size, 100.0);
+        let format = |word| {
+            parse(&format!("dataset_format = \"{word}\""))
+                .unwrap()
+                .dataset_format
+        };
+        assert_eq!(
+            (format("auto"), format("messages")),
+            (None, Some(Format::Messages))
+        );
     }
 
     #[test]

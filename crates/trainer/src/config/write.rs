@@ -24,6 +24,8 @@ impl Config {
             self.val_dataset_path.as_deref().map_or_else(none, path),
         );
         set("val_set_size", self.val_set_size.into());
+        let format = self.dataset_format.map_or("auto", |format| format.word());
+        set("dataset_format", format.into());
         set("prompt_template", self.prompt_template.to_string().into());
         set("max_seq_len", whole(self.max_seq_len));
         set("lora_r", whole(self.lora_r));
@@ -97,6 +99,13 @@ impl Config {
         set("eval_steps", optional(self.eval_steps));
         set("logging_steps", whole(self.logging_steps));
         set("save_best", self.save_best.into());
+        set("save_steps", optional(self.save_steps));
+        let minutes = self.save_minutes.map_or_else(none, Value::from);
+        set("save_minutes", minutes);
+        set("save_total_limit", optional(self.save_total_limit));
+        set("on_non_finite", self.on_non_finite.word().into());
+        set("max_skipped_steps", whole(self.max_skipped_steps));
+        set("on_out_of_memory", self.on_out_of_memory.word().into());
         set("output_dir", path(&self.output_dir));
         table.to_string()
     }
@@ -178,6 +187,13 @@ mod tests {
         round_trip(&load(&[
             r"target_modules='.*\.layers\.[0-3]\..*_proj'",
             "adam_epsilon=1e-300",
+            "save_steps=50",
+            "save_minutes=none",
+            "save_total_limit=none",
+            "on_non_finite=skip",
+            "max_skipped_steps=0",
+            "on_out_of_memory=stop",
+            "dataset_format=alpaca",
         ]));
     }
 

@@ -77,12 +77,12 @@ impl Dataset {
 
     /// The supervised tokens of all rows.
     pub fn supervised(&self) -> usize {
-        self.rows.iter().map(|row| row.supervised().len()).sum()
+        self.rows.iter().map(TokenizedRow::supervised_tokens).sum()
     }
 
     /// The most supervised tokens that a row has; 0 without rows.
     pub fn longest_target(&self) -> usize {
-        let targets = self.rows.iter().map(|row| row.supervised().len());
+        let targets = self.rows.iter().map(TokenizedRow::supervised_tokens);
         targets.max().unwrap_or(0)
     }
 
@@ -146,7 +146,7 @@ mod tests {
 
     fn dataset(max_seq_len: usize) -> Result<Dataset, DataError> {
         let path = Path::new("data.jsonl");
-        let rows = parse_rows(TEXT.as_bytes(), path).unwrap();
+        let rows = parse_rows(TEXT.as_bytes(), path).unwrap().rows;
         let tokenizer =
             RowTokenizer::new(&word_files(&["a", "b"], false), &PromptTemplate::Raw).unwrap();
         Dataset::new(path, &rows, &tokenizer, max_seq_len, 5)

@@ -21,6 +21,12 @@ pub enum LineError {
         /// Where in the line, from 1.
         column: usize,
     },
+    /// A line that is longer than any row can be.
+    #[error("longer than {} MiB; a row is one line", limit >> 20)]
+    TooLong {
+        /// Bytes of the longest line that is read.
+        limit: usize,
+    },
     /// The line is JSON, but no object.
     #[error("expected an object {{\"context\": …, \"target\": …}}, got {got}")]
     NotAnObject {
@@ -39,13 +45,58 @@ pub enum LineError {
     #[error("\"{key}\" must be a string, got {got}")]
     WrongType {
         /// The key.
-        key: &'static str,
+        key: String,
         /// The JSON type that is there.
         got: &'static str,
     },
     /// There is nothing to learn.
-    #[error("\"target\" is empty: there is nothing to learn; remove the line or give the answer")]
-    EmptyTarget,
+    #[error("\"{key}\" is empty: there is nothing to learn; remove the line or give the answer")]
+    Empty {
+        /// The key.
+        key: &'static str,
+    },
+    /// No format has such keys.
+    #[error(
+        "the row has {}, which is no format known here; expected \"context\" and \"target\", \"messages\", \
+         \"instruction\" and \"output\", \"prompt\" and \"completion\", or \"text\"",
+        keys(present)
+    )]
+    UnknownFormat {
+        /// The keys that the row has.
+        present: Vec<String>,
+    },
+    /// A key that would change what is learned, and is not read.
+    #[error("\"{key}\" is not supported in Alpaca rows; write the row as \"messages\"")]
+    NotSupported {
+        /// The key.
+        key: &'static str,
+    },
+    /// A message of a conversation is none.
+    #[error("{place} {problem}")]
+    WrongMessage {
+        /// Which.
+        place: String,
+        /// What is wrong with it.
+        problem: String,
+    },
+    /// A conversation without anything to learn.
+    #[error(
+        "no assistant turn to learn: the messages are of {}; a message to learn has the role \"assistant\"",
+        match roles.is_empty() { true => "no messages".into(), false => roles.join(", ") }
+    )]
+    NoAssistant {
+        /// The roles that are there.
+        roles: Vec<String>,
+    },
+    /// An assistant's turn without content.
+    #[error("messages[{turn}] is a turn of the assistant that is empty: there is nothing to learn")]
+    EmptyTurn {
+        /// Which message.
+        turn: usize,
+    },
+    /// A table's row is no row of the table.
+    #[error("{0}")]
+    Table(String),
 }
 
 fn keys(present: &[String]) -> String {
@@ -62,6 +113,9 @@ fn keys(present: &[String]) -> String {
 /// Why there are no rows to train on.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
+    /// A GGUF file that is damaged or has no tokenizer that can be used.
+    #[error(transparent)]
+    Gguf(#[from] llama_burn::gguf::GgufError),
     /// A data file cannot be read.
     #[error("cannot read the data file {path}: {source}", path = path.display())]
     Read {
@@ -82,11 +136,72 @@ pub enum DataError {
         /// How the line begins.
         beginning: String,
     },
+    /// A row of a binary file is no row.
+    #[error("{path}, row {row}: {problem}", path = path.display())]
+    Record {
+        /// The file.
+        path: PathBuf,
+        /// The row, from 1.
+        row: usize,
+        /// What is wrong.
+        problem: LineError,
+    },
+    /// A file that is not what its name says.
+    #[error("{path} is not a valid {container} file: {message}", path = path.display())]
+    Container {
+        /// The file.
+        path: PathBuf,
+        /// What it should be.
+        container: &'static str,
+        /// What is wrong with it.
+        message: String,
+    },
     /// A data file has no rows.
     #[error("{path} holds no rows; expected one JSON object {{\"context\", \"target\"}} per line", path = path.display())]
     NoRows {
         /// The file.
         path: PathBuf,
+    },
+    /// The template cannot be what the format needs.
+    #[error(
+        "{path} holds {format}, which prompt_template = \"{template}\" has no place for; {remedy}",
+        path = path.display()
+    )]
+    TemplateForFormat {
+        /// The data file.
+        path: PathBuf,
+        /// What it holds.
+        format: &'static str,
+        /// As configured.
+        template: String,
+        /// What would do.
+        remedy: &'static str,
+    },
+    /// A conversation that the chat template does not render, or not turn by turn.
+    #[error("{path}:{line}: {message}", path = path.display())]
+    Conversation {
+        /// The data file.
+        path: PathBuf,
+        /// The row's line, from 1.
+        line: usize,
+        /// What is wrong.
+        message: String,
+    },
+    /// Rows without an answer that could be compared.
+    #[error("{path} holds plain texts, which ask nothing; evaluation needs rows with an answer", path = path.display())]
+    NoQuestion {
+        /// The data file.
+        path: PathBuf,
+    },
+    /// A text of which no token is predicted by another.
+    #[error("{path}:{line}: the text has {tokens} token, so that there is nothing to predict", path = path.display())]
+    TooShort {
+        /// The data file.
+        path: PathBuf,
+        /// The row's line, from 1.
+        line: usize,
+        /// Its tokens.
+        tokens: usize,
     },
     /// The split leaves one side without rows.
     #[error(

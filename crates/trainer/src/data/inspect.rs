@@ -7,16 +7,18 @@ use tokenizers::Tokenizer;
 
 use super::Data;
 use super::tokenize::TokenizedRow;
+use crate::contained::decoded;
 
 /// Ids in one line of the screen.
 const IDS_PER_LINE: usize = 16;
 
-/// Writes the counts of a run's data and its first `rows` training rows as [`inspect_rows`] does.
+/// Writes what a run's data are, their counts, and the first `rows` training rows as [`inspect_rows`] does.
 ///
 /// # Errors
 ///
 /// What writing to `out` gives.
 pub fn inspect(data: &Data, rows: usize, out: &mut impl Write, colour: bool) -> io::Result<()> {
+    writeln!(out, "format      {}", data.formats())?;
     writeln!(out, "training    {}", data.train.statistics())?;
     match data.validation.is_empty() && data.validation.too_long == 0 {
         true => writeln!(out, "validation  none")?,
@@ -26,6 +28,22 @@ pub fn inspect(data: &Data, rows: usize, out: &mut impl Write, colour: bool) -> 
     let rows = &data.train.rows[..rows.min(data.train.len())];
     writeln!(out, "{}", data.train.path.display())?;
     inspect_rows(rows, data.tokenizer.tokenizer(), out, colour)
+}
+
+/// Writes the first `rows` training rows as JSON lines of `{"line", "ids", "learned"}`: the tokens, and the
+/// ranges of positions (from, to, the latter excluded) that are learned. For programs.
+///
+/// # Errors
+///
+/// What writing to `out` gives.
+pub fn inspect_as_json(data: &Data, rows: usize, out: &mut impl Write) -> io::Result<()> {
+    for row in data.train.rows.iter().take(rows) {
+        let learned = row.learned.iter();
+        let learned: Vec<[usize; 2]> = learned.map(|range| [range.start, range.end]).collect();
+        let line = serde_json::json!({"line": row.line, "ids": row.ids, "learned": learned});
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
 }
 
 /// Writes rows with every token visible, the supervised ones green, or in brackets without `colour`; then the
@@ -43,7 +61,8 @@ pub fn inspect_rows(
     let styles = Styles::new(colour);
     legend(out, &styles)?;
     for row in rows {
-        let supervised = row.supervised().len();
+        let supervised = row.supervised_tokens();
+        let is_learned = learned(row);
         let heading = format!("line {}", row.line);
         writeln!(out)?;
         writeln!(
@@ -51,16 +70,16 @@ pub fn inspect_rows(
             "{}: {} tokens, {} of the prompt, {supervised} supervised",
             styles.heading.apply_to(heading),
             row.ids.len(),
-            row.prompt_tokens,
+            row.prompt_tokens(),
         )?;
         let separator = styles.dim.apply_to("|");
         for (position, id) in row.ids.iter().enumerate() {
             let text = visible(tokenizer, *id);
             let line_ends = text.ends_with('↵');
-            match (position < row.prompt_tokens, colour) {
-                (true, _) => write!(out, "{text}{separator}")?,
-                (false, true) => write!(out, "{}{separator}", styles.supervised.apply_to(text))?,
-                (false, false) => write!(out, "[{text}]")?,
+            match (is_learned[position], colour) {
+                (false, _) => write!(out, "{text}{separator}")?,
+                (true, true) => write!(out, "{}{separator}", styles.supervised.apply_to(text))?,
+                (true, false) => write!(out, "[{text}]")?,
             }
             if line_ends {
                 writeln!(out)?;
@@ -68,14 +87,14 @@ pub fn inspect_rows(
         }
         writeln!(out)?;
         write_ids(row, out, &styles, colour)?;
-        for (offset, id) in row.supervised().iter().enumerate() {
-            let predicts = row.prompt_tokens - 1 + offset;
+        for (position, id) in row.supervised() {
+            let predicts = position - 1;
             writeln!(
                 out,
                 "  position {predicts} ({}, {}) predicts {} ({id})",
                 visible(tokenizer, row.ids[predicts]),
                 row.ids[predicts],
-                styles.supervised.apply_to(visible(tokenizer, *id)),
+                styles.supervised.apply_to(visible(tokenizer, id)),
             )?;
         }
     }
@@ -121,19 +140,29 @@ fn write_ids(
     styles: &Styles,
     colour: bool,
 ) -> io::Result<()> {
+    let is_learned = learned(row);
     for (line, ids) in row.ids.chunks(IDS_PER_LINE).enumerate() {
         let start = line * IDS_PER_LINE;
         write!(out, "  {}", styles.dim.apply_to(format!("{start:>5}:")))?;
         for (offset, id) in ids.iter().enumerate() {
-            match (start + offset < row.prompt_tokens, colour) {
-                (true, _) => write!(out, " {id}")?,
-                (false, true) => write!(out, " {}", styles.supervised.apply_to(id))?,
-                (false, false) => write!(out, " [{id}]")?,
+            match (is_learned[start + offset], colour) {
+                (false, _) => write!(out, " {id}")?,
+                (true, true) => write!(out, " {}", styles.supervised.apply_to(id))?,
+                (true, false) => write!(out, " [{id}]")?,
             }
         }
         writeln!(out)?;
     }
     Ok(())
+}
+
+/// Which tokens are learned.
+fn learned(row: &TokenizedRow) -> Vec<bool> {
+    let mut learned = vec![false; row.ids.len()];
+    for (position, _) in row.supervised() {
+        learned[position] = true;
+    }
+    learned
 }
 
 /// A token's text with its white space made visible.
@@ -144,7 +173,7 @@ fn visible(tokenizer: &Tokenizer, id: u32) -> String {
     // A SentencePiece decoder drops the space of a first piece, and a lone piece is always the first.
     let decoded = match piece.contains('▁') {
         true => piece.replace('▁', " "),
-        false => tokenizer.decode(&[id], false).unwrap_or_default(),
+        false => decoded(tokenizer, &[id], false),
     };
     let text = match decoded.is_empty() || decoded.contains('\u{fffd}') {
         true => bytes_of(&piece).unwrap_or(piece),
@@ -198,11 +227,7 @@ mod tests {
             &PromptTemplate::Raw,
         )
         .unwrap();
-        let row = TokenizedRow {
-            line: 17,
-            ids: vec![1, 3, 4, 5, 2],
-            prompt_tokens: 3,
-        };
+        let row = TokenizedRow::answer(17, vec![1, 3, 4, 5, 2], 3);
         let mut out = Vec::new();
         inspect_rows(&[row], tokenizer.tokenizer(), &mut out, colour).unwrap();
         String::from_utf8(out).unwrap()
@@ -226,6 +251,22 @@ mod tests {
             "{text}"
         );
         assert!(!text.contains('\u{1b}'), "{text}");
+    }
+
+    #[test]
+    fn a_program_gets_ids_and_learned_ranges() {
+        let row = TokenizedRow {
+            line: 3,
+            ids: vec![1, 5, 2, 4],
+            learned: vec![1..2, 3..4],
+        };
+        let data = Data::of_rows(vec![row.clone(), row]);
+        let mut out = Vec::new();
+        inspect_as_json(&data, 1, &mut out).unwrap();
+        assert_eq!(
+            String::from_utf8(out).unwrap(),
+            "{\"line\":3,\"ids\":[1,5,2,4],\"learned\":[[1,2],[3,4]]}\n"
+        );
     }
 
     #[test]

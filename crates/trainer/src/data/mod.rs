@@ -1,11 +1,19 @@
-//! From JSON lines to packed batches.
+//! From data files to packed batches.
 //!
 //! ```text
-//! rows.rs         JSON lines of {"context", "target"}, every bad line named
+//! rows.rs         a file's rows, every bad one named; what it is written in:
+//!   json.rs         JSON lines, or an array
+//!   table.rs        CSV and TSV
+//!   parquet.rs      Parquet
+//! format.rs       what the columns mean: {"context", "target"}, {"messages"}, …
+//! conversation.rs messages, and which of them are learned
 //! split.rs        rows taken aside for validation
 //! model_files.rs  tokenizer.json and its neighbours
-//! template.rs     a context becomes a prompt
-//! tokenize.rs     prompt, target and end token become ids; which are supervised
+//! template.rs     a context becomes a prompt; the model's chat template
+//! chat.rs         what of a rendered conversation the assistant says
+//! guarded.rs      the tokenizers crate, held within bounds
+//! tokenize.rs     a row becomes ids; which are supervised
+//! training_prompt.rs  how an adapter's prompts were made, kept beside it
 //! dataset.rs      the tokenized rows, and how many were too long
 //! order.rs        which rows each optimizer step takes
 //! pack.rs         rows back to back, and the positions that predict
@@ -13,31 +21,44 @@
 //! random.rs       seeded permutations, the same on every machine
 //! ```
 //!
-//! Only the target and the end token are learned. A row is never cut: it is used whole, or left out and counted.
+//! Only answers and what ends them are learned, of a plain text all. A row is never cut: it is used whole, or
+//! left out and counted.
 
+mod chat;
+mod conversation;
 mod dataset;
 mod error;
+mod format;
+mod guarded;
 mod inspect;
+mod json;
 mod model_files;
 mod order;
 mod pack;
+mod parquet;
 mod random;
 mod rows;
 mod split;
+mod table;
 mod template;
 mod tokenize;
+mod training_prompt;
 
 use std::path::Path;
 
+pub use conversation::Conversation;
 pub use dataset::{Dataset, Statistics};
 pub use error::{DataError, LineError};
-pub use inspect::{inspect, inspect_rows};
+pub use format::{Example, Format};
+pub(crate) use guarded::Guarded;
+pub use inspect::{inspect, inspect_as_json, inspect_rows};
 pub use model_files::ModelFiles;
 pub use order::Order;
 pub use pack::{Batch, BatchRow, Prefixes};
-pub use rows::{Row, parse_rows, read_rows};
-pub use split::split;
-pub use tokenize::{RowTokenizer, TokenizedRow};
+pub use rows::{Container, Row, Rows, Source, parse_rows, read_rows};
+pub use split::{sample, split};
+pub use tokenize::{Question, RowTokenizer, TokenizedRow, effective_template};
+pub use training_prompt::{PROMPT_FILE, PromptFileError, TrainingPrompt};
 
 use crate::config::Config;
 
@@ -50,6 +71,12 @@ pub struct Data {
     pub validation: Dataset,
     /// The model's tokenizer.
     pub tokenizer: RowTokenizer,
+    /// What the training file turned out to be.
+    pub source: Source,
+    /// And the validation file, where it is one of its own.
+    pub validation_source: Option<Source>,
+    /// How prompts are made of the training rows.
+    pub prompt: TrainingPrompt,
 }
 
 impl Data {
@@ -57,9 +84,19 @@ impl Data {
     pub fn too_long(&self) -> usize {
         self.train.too_long + self.validation.too_long
     }
+
+    /// What the files turned out to be, for the screen.
+    pub fn formats(&self) -> String {
+        match self.validation_source {
+            Some(validation) if validation != self.source => {
+                format!("{}; validation: {validation}", self.source)
+            }
+            _ => self.source.to_string(),
+        }
+    }
 }
 
-/// Reads and tokenizes one file whole.
+/// Reads and tokenizes one file whole, for a tokenizer with the raw template; its format is detected.
 ///
 /// # Errors
 ///
@@ -70,7 +107,8 @@ pub fn load(
     max_seq_len: usize,
     vocab_size: usize,
 ) -> Result<Dataset, DataError> {
-    Dataset::new(path, &read_rows(path)?, tokenizer, max_seq_len, vocab_size)
+    let rows = read_rows(path, None)?.rows;
+    Dataset::new(path, &rows, tokenizer, max_seq_len, vocab_size)
 }
 
 /// The data of a run: the rows of `train`, and those of `validation`, or without it `val_set_size` of the
@@ -90,10 +128,22 @@ pub fn prepare(
     vocab_size: usize,
     max_seq_len: usize,
 ) -> Result<Data, DataError> {
-    let tokenizer = RowTokenizer::new(&ModelFiles::read(model_dir)?, &config.prompt_template)?;
-    let rows = read_rows(train)?;
+    let files = ModelFiles::read(model_dir)?;
+    let template = &config.prompt_template;
+    let mut tokenizer = RowTokenizer::new(&files, template)?;
+    let Rows { rows, source } = read_rows(train, config.dataset_format)?;
+    tokenizer.prepare(&files, template, source.format, train)?;
+    let mut validation_source = None;
     let (train_rows, validation_rows) = match validation {
-        Some(path) => (rows, read_rows(path)?),
+        Some(path) => {
+            let Rows {
+                rows: others,
+                source,
+            } = read_rows(path, config.dataset_format)?;
+            tokenizer.prepare(&files, template, source.format, path)?;
+            validation_source = Some(source);
+            (rows, others)
+        }
         None => split(rows, config.val_set_size, config.seed)?,
     };
     let tokenized =
@@ -101,8 +151,36 @@ pub fn prepare(
     Ok(Data {
         train: tokenized(train, &train_rows)?,
         validation: tokenized(validation.unwrap_or(train), &validation_rows)?,
+        prompt: TrainingPrompt::new(&files, template, source.format),
         tokenizer,
+        source,
+        validation_source,
     })
+}
+
+#[cfg(test)]
+impl Data {
+    /// Rows to train on, with a tokenizer that does not belong to them.
+    fn of_rows(rows: Vec<TokenizedRow>) -> Self {
+        let files = tokenize::tests::word_files(&["a"], false);
+        let template = Default::default();
+        let tokenizer = RowTokenizer::new(&files, &template).expect("the files are valid");
+        let source = Source {
+            container: Container::JsonLines,
+            format: Format::ContextTarget,
+        };
+        Self {
+            train: Dataset {
+                rows,
+                ..Dataset::default()
+            },
+            validation: Dataset::default(),
+            tokenizer,
+            source,
+            validation_source: None,
+            prompt: TrainingPrompt::new(&files, &template, source.format),
+        }
+    }
 }
 
 #[cfg(test)]

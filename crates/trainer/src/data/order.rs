@@ -139,11 +139,7 @@ mod tests {
     use super::*;
 
     fn dataset(lengths: &[usize]) -> Dataset {
-        let row = |length: &usize| TokenizedRow {
-            line: 1,
-            ids: vec![1; *length],
-            prompt_tokens: 1,
-        };
+        let row = |length: &usize| TokenizedRow::answer(1, vec![1; *length], 1);
         Dataset {
             rows: lengths.iter().map(row).collect(),
             ..Dataset::default()

@@ -90,12 +90,10 @@ impl Dataset {
             .iter()
             .map(|index| {
                 let row = &self.rows[*index];
-                let supervised = row.supervised().iter().enumerate();
+                let supervised = row.supervised();
                 BatchRow {
                     ids: &row.ids,
-                    targets: supervised
-                        .map(|(i, id)| (row.prompt_tokens - 1 + i, *id))
-                        .collect(),
+                    targets: supervised.map(|(at, id)| (at - 1, id)).collect(),
                     line: row.line,
                 }
             })
@@ -111,11 +109,7 @@ mod tests {
 
     #[test]
     fn the_first_target_is_predicted_by_the_last_prompt_token() {
-        let row = |line, ids: &[u32], prompt_tokens| TokenizedRow {
-            line,
-            ids: ids.to_vec(),
-            prompt_tokens,
-        };
+        let row = |line, ids: &[u32], prompt| TokenizedRow::answer(line, ids.to_vec(), prompt);
         let dataset = Dataset {
             rows: vec![
                 row(1, &[10, 11, 12, 2], 2),
@@ -136,5 +130,26 @@ mod tests {
         for (position, target) in batch.target_positions.iter().zip(&batch.target_ids) {
             assert_eq!(batch.tokens.ids[*position as usize + 1], *target);
         }
+    }
+
+    #[test]
+    fn every_learned_part_of_a_row_is_predicted_from_the_token_before_it() {
+        let turns = TokenizedRow {
+            line: 3,
+            ids: vec![1, 10, 11, 2, 12, 13, 14, 2, 15],
+            learned: vec![2..4, 6..8],
+        };
+        let other = TokenizedRow::answer(4, vec![1, 10, 2], 2);
+        let dataset = Dataset {
+            rows: vec![turns, other],
+            ..Dataset::default()
+        };
+        for prefixes in [Prefixes::Apart, Prefixes::Shared] {
+            let batch = dataset.batch(&[0, 1], prefixes);
+            assert_eq!(batch.target_ids, [11, 2, 14, 2, 2]);
+            assert_eq!(batch.targets_per_row, [4, 1]);
+        }
+        let apart = dataset.batch(&[0, 1], Prefixes::Apart);
+        assert_eq!(apart.target_positions, [1, 2, 5, 6, 10]);
     }
 }

@@ -8,6 +8,7 @@ use lora_core::CounterRng;
 pub(super) enum Purpose {
     Split = 0x5350_4c49_5400,
     Order = 0x4f52_4445_5200,
+    Sample = 0x5341_4d50_4c45,
 }
 
 /// The generator of a use, number `index` of its kind.

@@ -1,128 +1,229 @@
-//! JSON lines of `{"context", "target"}`, FinLoRA's format, one row a line.
+//! The rows of a data file, whatever it is written in.
 
+use std::fmt;
+use std::fs::File;
+use std::io::{BufReader, Read};
 use std::path::Path;
 
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::error::{DataError, LineError};
+use super::format::{Example, Format};
+use super::{json, parquet, table};
 
 /// One example as it is in the file.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct Row {
-    /// The line in the file, from 1.
+    /// The line in the file that it begins on, from 1; in a Parquet file the row.
     pub line: usize,
-    /// What the model is given.
-    pub context: String,
-    /// What it shall answer. Never empty.
-    pub target: String,
+    /// What it teaches.
+    pub example: Example,
 }
 
-/// Reads a data file whole. Blank lines are skipped, keys other than the two are ignored.
+impl Row {
+    /// An answer to a context.
+    pub fn answer(line: usize, context: impl Into<String>, target: impl Into<String>) -> Self {
+        Self {
+            line,
+            example: Example::Answer {
+                context: context.into(),
+                target: target.into(),
+            },
+        }
+    }
+}
+
+/// What a file is written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Container {
+    /// A JSON object a line.
+    JsonLines,
+    /// One JSON array of objects.
+    JsonArray,
+    /// Comma-separated values under a line of names.
+    Csv,
+    /// The same, separated by tabs.
+    Tsv,
+    /// Apache Parquet.
+    Parquet,
+}
+
+impl fmt::Display for Container {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::JsonLines => "JSON lines",
+            Self::JsonArray => "JSON",
+            Self::Csv => "CSV",
+            Self::Tsv => "TSV",
+            Self::Parquet => "Parquet",
+        })
+    }
+}
+
+/// What was found in a file: `JSON lines of {"context", "target"}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Source {
+    /// What it is written in.
+    pub container: Container,
+    /// What its rows hold.
+    pub format: Format,
+}
+
+impl fmt::Display for Source {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} of {}", self.container, self.format)
+    }
+}
+
+/// A data file's rows. There is at least one.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rows {
+    /// In the order of the file.
+    pub rows: Vec<Row>,
+    /// What the file turned out to be.
+    pub source: Source,
+}
+
+/// Reads a data file whole. Blank lines are skipped, columns that the format does not have are ignored. What
+/// the file is written in is told by its extension and its first bytes; `format`, where it is not given, by
+/// the first row's columns, and every row must then have it.
 ///
 /// # Errors
 ///
-/// The first bad line, with file, line number and the line's beginning; or a file without rows.
-pub fn read_rows(path: &Path) -> Result<Vec<Row>, DataError> {
-    let bytes = std::fs::read(path).map_err(|source| DataError::Read {
+/// The first bad row, with file, line and the line's beginning; or a file without rows.
+pub fn read_rows(path: &Path, format: Option<Format>) -> Result<Rows, DataError> {
+    let failed = |source| DataError::Read {
         path: path.into(),
         source,
-    })?;
-    parse_rows(&bytes, path)
+    };
+    let mut file = File::open(path).map_err(failed)?;
+    let mut beginning = Vec::new();
+    // Not of a file that cannot be read twice, as a pipe.
+    if file.metadata().is_ok_and(|metadata| metadata.is_file()) {
+        Read::by_ref(&mut file)
+            .take(64)
+            .read_to_end(&mut beginning)
+            .map_err(failed)?;
+        file = File::open(path).map_err(failed)?;
+    }
+    let container = container(path, &beginning);
+    let mut rows = Collected {
+        path,
+        format,
+        rows: Vec::new(),
+    };
+    match container {
+        Container::JsonLines => json::lines(BufReader::new(file), &mut rows)?,
+        Container::JsonArray => json::array(file, &mut rows)?,
+        Container::Csv => table::rows(file, b',', &mut rows)?,
+        Container::Tsv => table::rows(file, b'\t', &mut rows)?,
+        Container::Parquet => parquet::rows(file, &mut rows)?,
+    }
+    rows.finish(container)
 }
 
-/// [`read_rows`] for bytes at hand; `path` is what messages call them.
+/// [`read_rows`] for JSON lines at hand; `path` is what messages call them.
 ///
 /// # Errors
 ///
 /// See [`read_rows`].
-pub fn parse_rows(bytes: &[u8], path: &Path) -> Result<Vec<Row>, DataError> {
-    // Windows editors begin a UTF-8 file with a byte order mark, which is no part of its first line.
-    let bytes = bytes.strip_prefix(b"\xef\xbb\xbf").unwrap_or(bytes);
-    let mut rows = Vec::new();
-    for (index, bytes) in bytes.split(|byte| *byte == b'\n').enumerate() {
-        let line = index + 1;
-        match parse_line(bytes) {
-            Ok(None) => {}
-            Ok(Some((context, target))) => rows.push(Row {
-                line,
-                context,
-                target,
-            }),
-            Err(problem) => {
-                return Err(DataError::Line {
-                    path: path.into(),
-                    line,
-                    problem,
-                    beginning: beginning(bytes),
-                });
-            }
+pub fn parse_rows(bytes: &[u8], path: &Path) -> Result<Rows, DataError> {
+    let mut rows = Collected {
+        path,
+        format: None,
+        rows: Vec::new(),
+    };
+    json::lines(bytes, &mut rows)?;
+    rows.finish(Container::JsonLines)
+}
+
+/// Told by the extension; a file called `.json`, or anything else, also by how it begins.
+fn container(path: &Path, beginning: &[u8]) -> Container {
+    let extension = path.extension().and_then(|extension| extension.to_str());
+    match extension.map(str::to_lowercase).as_deref() {
+        Some("jsonl" | "ndjson") => return Container::JsonLines,
+        Some("csv") => return Container::Csv,
+        Some("tsv") => return Container::Tsv,
+        Some("parquet") => return Container::Parquet,
+        _ => {}
+    }
+    let beginning = beginning
+        .strip_prefix(json::BYTE_ORDER_MARK)
+        .unwrap_or(beginning);
+    match beginning {
+        [b'P', b'A', b'R', b'1', ..] => Container::Parquet,
+        text if text.trim_ascii_start().starts_with(b"[") => Container::JsonArray,
+        _ => Container::JsonLines,
+    }
+}
+
+/// Rows that are being read.
+pub(super) struct Collected<'a> {
+    pub path: &'a Path,
+    /// The configuration's, else that of the first row, once there is one.
+    format: Option<Format>,
+    rows: Vec<Row>,
+}
+
+impl Collected<'_> {
+    /// The columns that will be read, if that is known before the first row; `all` are those there are.
+    pub fn columns<'a>(
+        &mut self,
+        all: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<&'static [&'static str], LineError> {
+        Ok(self.format_of(all)?.keys())
+    }
+
+    /// Adds a row.
+    pub fn add(&mut self, line: usize, row: Map<String, Value>) -> Result<(), LineError> {
+        let format = self.format_of(row.keys().map(String::as_str))?;
+        let example = format.example(row)?;
+        self.rows.push(Row { line, example });
+        Ok(())
+    }
+
+    fn format_of<'a>(
+        &mut self,
+        keys: impl Iterator<Item = &'a str> + Clone,
+    ) -> Result<Format, LineError> {
+        let format = match self.format {
+            Some(format) => format,
+            None => Format::detect(keys.clone()).ok_or_else(|| LineError::UnknownFormat {
+                present: keys.map(String::from).collect(),
+            })?,
+        };
+        self.format = Some(format);
+        Ok(format)
+    }
+
+    /// An error about a line of text.
+    pub fn line_error(&self, line: usize, problem: LineError, text: &[u8]) -> DataError {
+        DataError::Line {
+            path: self.path.into(),
+            line,
+            problem,
+            beginning: beginning(text),
         }
     }
-    if rows.is_empty() {
-        return Err(DataError::NoRows { path: path.into() });
-    }
-    Ok(rows)
-}
 
-/// The context and the target of a line; `None` if it is blank.
-fn parse_line(bytes: &[u8]) -> Result<Option<(String, String)>, LineError> {
-    let text = std::str::from_utf8(bytes).map_err(|error| LineError::NotUtf8 {
-        column: error.valid_up_to() + 1,
-    })?;
-    if text.trim().is_empty() {
-        return Ok(None);
-    }
-    let value: Value = serde_json::from_str(text).map_err(json_error)?;
-    let Value::Object(mut object) = value else {
-        return Err(LineError::NotAnObject {
-            got: json_type(&value),
-        });
-    };
-    let present: Vec<String> = object.keys().cloned().collect();
-    let mut take = |key| match object.remove(key) {
-        Some(Value::String(text)) => Ok(text),
-        Some(value) => Err(LineError::WrongType {
-            key,
-            got: json_type(&value),
-        }),
-        None => Err(LineError::MissingKey {
-            key,
-            present: present.clone(),
-        }),
-    };
-    let (context, target) = (take("context")?, take("target")?);
-    if target.trim().is_empty() {
-        return Err(LineError::EmptyTarget);
-    }
-    Ok(Some((context, target)))
-}
-
-/// The parser's words without its own line number, which is always 1 here.
-fn json_error(error: serde_json::Error) -> LineError {
-    let text = error.to_string();
-    let message = text.split(" at line ").next().unwrap_or(&text);
-    LineError::Json {
-        message: message.into(),
-        column: error.column(),
-    }
-}
-
-fn json_type(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        Value::Object(_) => "an object",
+    fn finish(self, container: Container) -> Result<Rows, DataError> {
+        let (Some(format), false) = (self.format, self.rows.is_empty()) else {
+            let path = self.path.into();
+            return Err(DataError::NoRows { path });
+        };
+        Ok(Rows {
+            rows: self.rows,
+            source: Source { container, format },
+        })
     }
 }
 
 /// The first characters of a line for a message.
 fn beginning(bytes: &[u8]) -> String {
     const CHARACTERS: usize = 72;
-    let text = String::from_utf8_lossy(bytes);
-    let text = text.trim_end();
+    // A line can be as long as a file; four bytes are the longest character.
+    let text = String::from_utf8_lossy(&bytes[..bytes.len().min(4 * CHARACTERS + 4)]);
+    let text = text.lines().next().unwrap_or_default().trim_end();
     let mut short: String = text.chars().take(CHARACTERS).collect();
     if short.len() < text.len() {
         short.push('…');
@@ -134,87 +235,85 @@ fn beginning(bytes: &[u8]) -> String {
 mod tests {
     use super::*;
 
-    fn parse(text: &[u8]) -> Result<Vec<Row>, DataError> {
-        parse_rows(text, Path::new("data.jsonl"))
-    }
-
-    /// The message for `bad` as the third line of a file.
-    fn message(bad: &[u8]) -> String {
-        let mut text = b"{\"context\": \"a\", \"target\": \"b\"}\n\n".to_vec();
-        text.extend_from_slice(bad);
-        text.extend_from_slice(b"\n{\"context\": \"a\", \"target\": \"b\"}\n");
-        let message = parse(&text).unwrap_err().to_string();
-        assert!(message.starts_with("data.jsonl:3: "), "{message}");
-        message
-    }
-
     #[test]
-    fn rows_keep_their_line_numbers_over_blank_lines_and_extra_keys() {
-        let text = b"\xef\xbb\xbf{\"context\": \"a\", \"target\": \"b\"}\r\n  \n{\"id\": 7, \"target\": \"d\", \"context\": \"\"}";
-        let row = |line, context: &str, target: &str| Row {
-            line,
-            context: context.into(),
-            target: target.into(),
-        };
-        assert_eq!(parse(text).unwrap(), [row(1, "a", "b"), row(3, "", "d")]);
-    }
-
-    #[test]
-    fn a_bad_line_says_what_is_wrong_and_how_it_begins() {
-        let cut = message(b"{\"context\": \"Vodafone\", \"tar");
-        assert!(
-            cut.contains("not valid JSON") && cut.contains("column 28"),
-            "{cut}"
-        );
-        assert!(
-            cut.contains("begins: {\"context\": \"Vodafone\", \"tar"),
-            "{cut}"
-        );
-        assert!(!cut.contains("at line"), "{cut}");
-        let long = message(format!("[{}", "x".repeat(500)).as_bytes());
-        assert!(long.ends_with("x…") && long.len() < 300, "{long}");
-    }
-
-    #[test]
-    fn a_line_that_is_no_row_names_key_and_type() {
-        assert!(message(b"[1, 2]").contains("got an array"));
-        assert!(message(b"17").contains("got a number"));
-        let missing = message(b"{\"context\": \"a\", \"output\": \"b\"}");
-        assert!(missing.contains("key \"target\" is missing"), "{missing}");
-        assert!(missing.contains("\"context\", \"output\""), "{missing}");
-        assert!(message(b"{}").contains("\"context\" is missing; the line has no keys"));
-        let wrong = message(b"{\"context\": \"a\", \"target\": 3}");
-        assert!(
-            wrong.contains("\"target\" must be a string, got a number"),
-            "{wrong}"
-        );
-        assert!(message(b"{\"context\": null, \"target\": \"\"}").contains("got null"));
-    }
-
-    #[test]
-    fn an_empty_target_is_an_error() {
-        for target in ["", "  \\n"] {
-            let line = format!("{{\"context\": \"a\", \"target\": \"{target}\"}}");
-            assert!(message(line.as_bytes()).contains("\"target\" is empty"));
+    fn a_container_is_told_by_its_name_or_its_beginning() {
+        for (name, beginning, expected) in [
+            ("a.jsonl", "[", Container::JsonLines),
+            ("a.json", "\n [{", Container::JsonArray),
+            ("a.json", "{\"a\"", Container::JsonLines),
+            ("a.CSV", "[", Container::Csv),
+            ("a.tsv", "", Container::Tsv),
+            ("a.parquet", "", Container::Parquet),
+            ("a", "PAR1xxxx", Container::Parquet),
+            ("a", "\u{feff}[", Container::JsonArray),
+            ("a.txt", "", Container::JsonLines),
+        ] {
+            assert_eq!(
+                container(Path::new(name), beginning.as_bytes()),
+                expected,
+                "{name} {beginning}"
+            );
         }
     }
 
     #[test]
-    fn bytes_that_are_not_text_are_an_error_with_their_place() {
-        let text = message(b"{\"context\": \"caf\xe9\", \"target\": \"b\"}");
-        assert!(
-            text.contains("not UTF-8 text (byte 17 of the line)"),
-            "{text}"
-        );
+    fn what_was_found_is_said() {
+        let rows = parse_rows(b"{\"text\": \"a\"}", Path::new("a.jsonl")).unwrap();
+        assert_eq!(rows.source.to_string(), "JSON lines of {\"text\"}");
     }
 
     #[test]
-    fn a_file_without_rows_or_that_is_missing_is_an_error() {
-        assert!(matches!(parse(b""), Err(DataError::NoRows { .. })));
-        assert!(matches!(parse(b" \n\n"), Err(DataError::NoRows { .. })));
-        let error = read_rows(Path::new("no/such.jsonl"))
+    fn the_first_row_decides_and_the_others_must_be_like_it() {
+        let text = b"{\"text\": \"a\"}\n{\"context\": \"a\", \"target\": \"b\"}\n";
+        let error = parse_rows(text, Path::new("a.jsonl"))
             .unwrap_err()
             .to_string();
-        assert!(error.contains("no/such.jsonl"), "{error}");
+        assert!(
+            error.starts_with("a.jsonl:2: the key \"text\" is missing"),
+            "{error}"
+        );
+        let error = parse_rows(b"{\"a\": 1, \"b\": 2}", Path::new("a.jsonl")).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("a.jsonl:1: the row has \"a\", \"b\""),
+            "{error}"
+        );
+        assert!(error.contains("\"messages\""), "{error}");
+    }
+
+    #[test]
+    fn a_format_that_is_named_is_not_guessed() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.jsonl");
+        std::fs::write(
+            &path,
+            "{\"context\": \"c\", \"target\": \"t\", \"text\": \"c t\"}",
+        )
+        .unwrap();
+        let rows = read_rows(&path, Some(Format::Text)).unwrap();
+        assert_eq!(rows.rows[0].example, Example::Text("c t".into()));
+        assert!(read_rows(&path, Some(Format::Alpaca)).is_err());
+    }
+
+    #[test]
+    fn a_file_that_is_missing_or_a_folder_is_named() {
+        for path in [Path::new("no/such.jsonl"), Path::new(".")] {
+            let error = read_rows(path, None).unwrap_err().to_string();
+            assert!(error.contains(&path.display().to_string()), "{error}");
+        }
+    }
+}
+
+#[cfg(test)]
+pub(super) mod tests_support {
+    use super::*;
+
+    /// Nothing read yet.
+    pub(in super::super) fn collected(path: &Path) -> Collected<'_> {
+        Collected {
+            path,
+            format: None,
+            rows: Vec::new(),
+        }
     }
 }

@@ -42,16 +42,27 @@ pub fn split(
     Ok((training, validation))
 }
 
+/// So many of the rows, in the order of the file; all where there are not more. Which ones depends on `seed`
+/// and the number of rows only.
+pub fn sample(rows: Vec<Row>, count: usize, seed: u64) -> Vec<Row> {
+    if count >= rows.len() {
+        return rows;
+    }
+    let mut taken = vec![false; rows.len()];
+    for row in &permutation(rows.len(), &mut generator(seed, Purpose::Sample, 0))[..count] {
+        taken[*row] = true;
+    }
+    let rows = rows.into_iter().zip(taken);
+    rows.filter_map(|(row, taken)| taken.then_some(row))
+        .collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     fn rows(n: usize) -> Vec<Row> {
-        let row = |line| Row {
-            line,
-            context: line.to_string(),
-            target: "x".into(),
-        };
+        let row = |line: usize| Row::answer(line, line.to_string(), "x");
         (1..=n).map(row).collect()
     }
 
@@ -75,6 +86,15 @@ mod tests {
         assert_eq!(validation(1), validation(1));
         assert_ne!(validation(1), validation(2));
         assert_eq!(validation(1).len(), 5);
+    }
+
+    #[test]
+    fn a_sample_has_so_many_rows_in_the_order_of_the_file() {
+        let taken = lines(&sample(rows(100), 30, 1));
+        assert!(taken.len() == 30 && taken.is_sorted());
+        assert_eq!(lines(&sample(rows(100), 30, 1)), taken);
+        assert_ne!(lines(&sample(rows(100), 30, 2)), taken);
+        assert_eq!(lines(&sample(rows(3), 9, 1)), [1, 2, 3]);
     }
 
     #[test]

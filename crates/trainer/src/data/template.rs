@@ -1,19 +1,32 @@
 //! From a row's context to the prompt: as it is, in brackets, in a text, or through the model's chat template.
+//! And the chat template itself, for whole conversations too.
 
 use std::borrow::Cow;
+use std::io::{self, Write};
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use llama_burn::limited::clipped;
 use minijinja::syntax::SyntaxConfig;
+use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 use super::error::DataError;
 use super::model_files::ModelFiles;
 use crate::config::PromptTemplate;
+use crate::contained::contain;
 
 /// What a custom template replaces by the context.
 const PLACEHOLDER: &str = "{context}";
 const NAME: &str = "chat";
+/// Instructions of a template that are carried out for a prompt; those of models in use take some thousands a
+/// message.
+const MOST_STEPS: u64 = 1_000_000;
+/// Bytes of the longest prompt that a template may write.
+const LONGEST_PROMPT: usize = 64 << 20;
+/// Levels of what `tojson` writes.
+const DEEPEST: usize = 128;
 
 /// A prompt template that is ready to use.
 #[derive(Debug)]
@@ -39,7 +52,10 @@ impl Prompt {
             Self::Raw => context.into(),
             Self::Inst => format!("[INST] {context} [/INST]").into(),
             Self::Custom(text) => text.replace(PLACEHOLDER, context).into(),
-            Self::Chat(template) => template.render(context)?.into(),
+            Self::Chat(template) => {
+                let message = serde_json::json!({"role": "user", "content": context});
+                template.render(&[message], None, true)?.into()
+            }
         })
     }
 
@@ -58,8 +74,9 @@ pub(super) struct ChatTemplate {
 }
 
 impl ChatTemplate {
-    fn new(files: &ModelFiles) -> Result<Self, DataError> {
+    pub(super) fn new(files: &ModelFiles) -> Result<Self, DataError> {
         let (text, path) = files.chat_template()?;
+        let text = without_generation_tags(&text);
         let mut special_tokens = Vec::new();
         for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
             if let Some(token) = files.special_token(key)? {
@@ -79,6 +96,9 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(failure)?);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        // A template is a program from whoever made the model: it ends, and what it writes does.
+        environment.set_fuel(Some(MOST_STEPS));
+        environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| {
             Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -97,28 +117,197 @@ impl ChatTemplate {
         })
     }
 
-    /// The template with `context` as the user's only message, up to where the assistant's answer begins.
-    fn render(&self, context: &str) -> Result<String, DataError> {
+    /// The template with these messages; with `add_generation_prompt` up to where the assistant's answer begins.
+    pub(super) fn render(
+        &self,
+        messages: &[serde_json::Value],
+        tools: Option<&serde_json::Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String, DataError> {
         let special_tokens: Value = self
             .special_tokens
             .iter()
             .map(|(key, token)| (key.to_string(), Value::from(token)))
             .collect::<std::collections::BTreeMap<String, Value>>()
             .into();
-        let messages = vec![context! { role => "user", content => context }];
-        // transformers defines these two even where there are none; templates ask `is none`.
+        // transformers defines `tools` and `documents` even where there are none; templates ask `is none`.
         let variables = context! {
-            messages => Value::from_iter(messages), add_generation_prompt => true, tools => (), documents => (),
-            ..special_tokens
+            messages => messages.iter().map(in_order).collect::<Vec<_>>(), add_generation_prompt,
+            tools => tools.map(in_order), documents => (), ..special_tokens
         };
-        let template = self.environment.get_template(NAME);
-        template
-            .and_then(|template| template.render(variables))
-            .map_err(|error| DataError::ChatTemplate {
-                path: self.path.clone(),
-                message: chain(&error),
-            })
+        let mut text = Bounded(Vec::new());
+        let rendered = contain(|| {
+            let template = self.environment.get_template(NAME)?;
+            template.render_captured_to(variables, &mut text).map(drop)
+        });
+        let problem = match rendered {
+            Ok(Ok(())) => match String::from_utf8(text.0) {
+                Ok(text) => return Ok(text),
+                Err(error) => error.to_string(),
+            },
+            Ok(Err(error)) => chain(&error),
+            Err(panic) => panic,
+        };
+        Err(DataError::ChatTemplate {
+            path: self.path.clone(),
+            message: clipped(&problem, 1000).into_owned(),
+        })
     }
+}
+
+/// What a template writes, up to [`LONGEST_PROMPT`].
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > LONGEST_PROMPT {
+            let message = format!("the template writes more than {LONGEST_PROMPT} bytes");
+            return Err(io::Error::other(message));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// A JSON object whose keys keep their order, which shows where a template writes it out. (minijinja's own map
+/// would need a feature that other crates in the tree then pay for.)
+#[derive(Debug)]
+struct Ordered(Vec<(String, Value)>);
+
+impl Object for Ordered {
+    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
+        let key = key.as_str()?;
+        let found = self.0.iter().find(|(name, _)| name == key);
+        found.map(|(_, value)| value.clone())
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        let keys = self.0.iter().map(|(name, _)| Value::from(name.as_str()));
+        Enumerator::Values(keys.collect())
+    }
+}
+
+fn in_order(value: &serde_json::Value) -> Value {
+    match value {
+        serde_json::Value::Array(items) => items.iter().map(in_order).collect::<Vec<_>>().into(),
+        serde_json::Value::Object(object) => {
+            let entries = object.iter();
+            let entries = entries.map(|(name, value)| (name.clone(), in_order(value)));
+            Value::from_object(Ordered(entries.collect()))
+        }
+        serde_json::Value::Null => ().into(),
+        serde_json::Value::Bool(value) => (*value).into(),
+        serde_json::Value::String(text) => text.as_str().into(),
+        serde_json::Value::Number(number) => match (number.as_i64(), number.as_u64()) {
+            (Some(whole), _) => whole.into(),
+            (None, Some(whole)) => whole.into(),
+            (None, None) => number.as_f64().unwrap_or(f64::NAN).into(),
+        },
+    }
+}
+
+/// `{% generation %}` is transformers' mark around what the assistant says; what is between is rendered as it
+/// is. A condition that holds does the same, and white space around the tags is treated alike.
+fn without_generation_tags(text: &str) -> String {
+    let mut result = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(start) = rest.find("{%") {
+        let (before, tag) = rest.split_at(start);
+        result.push_str(before);
+        // Behind the opening: `{%}` is no tag.
+        let Some(end) = tag[2..].find("%}").map(|end| end + 2) else {
+            rest = tag;
+            break;
+        };
+        let (inside, behind) = (&tag[2..end], &tag[end + 2..]);
+        let word = inside.trim_matches(|c: char| c.is_whitespace() || "+-".contains(c));
+        match word {
+            "generation" => result += &format!("{{%{}%}}", inside.replace(word, "if true")),
+            "endgeneration" => result += &format!("{{%{}%}}", inside.replace(word, "endif")),
+            _ => result.push_str(&tag[..end + 2]),
+        }
+        rest = behind;
+    }
+    result + rest
+}
+
+/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which transformers puts in place of
+/// Jinja's own filter (that one escapes for HTML).
+fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
+    let indent: Option<usize> = options.get("indent")?;
+    options.assert_all_used()?;
+    let mut text = String::new();
+    write_json(value, indent.map(|indent| indent.min(16)), 0, &mut text)?;
+    Ok(text)
+}
+
+fn write_json(
+    value: &Value,
+    indent: Option<usize>,
+    depth: usize,
+    text: &mut String,
+) -> Result<(), Error> {
+    if depth > DEEPEST {
+        let message = format!("tojson of something with more than {DEEPEST} levels");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
+    let [open, close] = match value.kind() {
+        ValueKind::Undefined | ValueKind::None => {
+            text.push_str("null");
+            return Ok(());
+        }
+        ValueKind::String => {
+            // Python and serde escape alike: quotes, backslashes and control characters.
+            let content = value.as_str().unwrap_or_default();
+            text.push_str(&serde_json::Value::from(content).to_string());
+            return Ok(());
+        }
+        ValueKind::Bool => {
+            text.push_str(if value.is_true() { "true" } else { "false" });
+            return Ok(());
+        }
+        ValueKind::Number => {
+            text.push_str(&value.to_string());
+            return Ok(());
+        }
+        ValueKind::Seq | ValueKind::Iterable => ['[', ']'],
+        ValueKind::Map => ['{', '}'],
+        other => {
+            let message = format!("tojson cannot write a {other}");
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
+        }
+    };
+    let new_line = |depth: usize, text: &mut String| {
+        if let Some(indent) = indent {
+            text.push('\n');
+            text.push_str(&" ".repeat(indent * depth));
+        }
+    };
+    text.push(open);
+    let mut empty = true;
+    for item in value.try_iter()? {
+        if !empty {
+            text.push_str(if indent.is_some() { "," } else { ", " });
+        }
+        empty = false;
+        new_line(depth + 1, text);
+        if open == '{' {
+            text.push_str(&serde_json::Value::from(item.to_string()).to_string());
+            text.push_str(": ");
+            write_json(&value.get_item(&item)?, indent, depth + 1, text)?;
+        } else {
+            write_json(&item, indent, depth + 1, text)?;
+        }
+    }
+    if !empty {
+        new_line(depth, text);
+    }
+    text.push(close);
+    Ok(())
 }
 
 /// An error with what caused it.
@@ -289,6 +478,30 @@ mod tests {
         );
         let error = chat("{% if %}").unwrap_err().to_string();
         assert!(error.contains("chat_template.jinja"), "{error}");
+    }
+
+    #[test]
+    fn generation_tags_mark_and_change_nothing() {
+        let with = "{%- for m in messages -%}\n<{{ m.role }}>\n{% generation %}\n{{ m.content }}|\n{%- endgeneration -%}\n\n{% endfor %}";
+        let without = with
+            .replace("generation %}", "if true %}")
+            .replace("{%- endgeneration", "{%- endif");
+        assert_eq!(render(with, "a"), render(&without, "a"));
+        assert_eq!(render(with, "a"), "<user>\na|");
+        assert_eq!(without_generation_tags("a {% b"), "a {% b");
+    }
+
+    #[test]
+    fn json_in_a_template_is_pythons() {
+        // Python: json.dumps({"role": "user", "content": "<é'"}, ensure_ascii=False)
+        let line = r#"{"role": "user", "content": "<é'"}"#;
+        assert_eq!(render("{{ messages[0] | tojson }}", "<é'"), line);
+        let several = "{\n  \"role\": \"user\",\n  \"content\": \"a\"\n}";
+        assert_eq!(render("{{ messages[0] | tojson(indent=2) }}", "a"), several);
+        assert_eq!(
+            render("{{ [1, [2, none]] | tojson }}", ""),
+            "[1, [2, null]]"
+        );
     }
 
     #[test]

@@ -1,13 +1,19 @@
-//! From a row's text to its token ids: prompt, target, end token.
+//! From a row's text to its token ids: prompt, target, end token; or a conversation, or a text.
 
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::ops::Range;
 use std::path::Path;
 
-use tokenizers::Tokenizer;
+use tokenizers::{Encoding, Tokenizer};
 
+use super::chat;
 use super::error::DataError;
+use super::format::{Example, Format};
+use super::guarded::Guarded;
 use super::model_files::ModelFiles;
 use super::rows::Row;
-use super::template::Prompt;
+use super::template::{ChatTemplate, Prompt};
 use crate::config::PromptTemplate;
 
 /// A row as the model sees it.
@@ -15,17 +21,51 @@ use crate::config::PromptTemplate;
 pub struct TokenizedRow {
     /// The line in the data file, from 1.
     pub line: usize,
-    /// Prompt, target and end token.
+    /// All its tokens.
     pub ids: Vec<u32>,
-    /// How many of the ids are the prompt; at least 1. The others are supervised.
-    pub prompt_tokens: usize,
+    /// Which of them are learned: ranges of positions, in order, none empty, none from 0 on, since nothing
+    /// predicts a row's first token. There is at least one.
+    pub learned: Vec<Range<usize>>,
 }
 
 impl TokenizedRow {
-    /// The tokens that are learned: the target's and the end token.
-    pub fn supervised(&self) -> &[u32] {
-        &self.ids[self.prompt_tokens..]
+    /// A row of a prompt and what is to be learned.
+    pub fn answer(line: usize, ids: Vec<u32>, prompt_tokens: usize) -> Self {
+        Self {
+            line,
+            learned: std::iter::once(prompt_tokens..ids.len()).collect(),
+            ids,
+        }
     }
+
+    /// The tokens that are learned, with their positions.
+    pub fn supervised(&self) -> impl Iterator<Item = (usize, u32)> + Clone {
+        let positions = self.learned.iter().cloned().flatten();
+        positions.map(|position| (position, self.ids[position]))
+    }
+
+    /// How many tokens are learned.
+    pub fn supervised_tokens(&self) -> usize {
+        self.learned.iter().map(Range::len).sum()
+    }
+
+    /// How many tokens come before the first that is learned; at least 1.
+    pub fn prompt_tokens(&self) -> usize {
+        self.learned
+            .first()
+            .map_or(self.ids.len(), |range| range.start)
+    }
+}
+
+/// A row as something to be answered.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Question {
+    /// The line in the data file, from 1.
+    pub line: usize,
+    /// The tokens up to where the answer begins.
+    pub prompt: Vec<u32>,
+    /// The right answer.
+    pub target: String,
 }
 
 /// A model's tokenizer with a prompt template and the token that ends a text.
@@ -35,8 +75,11 @@ impl TokenizedRow {
 /// in transformers; a chat template writes its special tokens itself.
 #[derive(Debug)]
 pub struct RowTokenizer {
-    tokenizer: Tokenizer,
+    tokenizer: Guarded,
     prompt: Prompt,
+    /// For conversations, which no other template can render.
+    chat: Option<ChatTemplate>,
+    special: HashSet<u32>,
     before: Vec<u32>,
     end: u32,
 }
@@ -49,9 +92,10 @@ impl RowTokenizer {
     /// A file that is not valid, or no end token, or no chat template where one is asked for.
     pub fn new(files: &ModelFiles, template: &PromptTemplate) -> Result<Self, DataError> {
         const NAME: &str = "tokenizer.json";
-        let mut tokenizer = Tokenizer::from_bytes(&files.tokenizer)
+        let mut guarded = Guarded::read(&files.tokenizer)
             .map_err(|error| files.error(NAME, format!("not a valid tokenizer: {error}")))?;
         // Some tokenizer.json cut and pad. Rows are never cut, and there is no padding in a packed batch.
+        let tokenizer = &mut guarded.tokenizer;
         tokenizer
             .with_truncation(None)
             .map_err(|error| files.error(NAME, error.to_string()))?;
@@ -60,21 +104,60 @@ impl RowTokenizer {
         let before = match prompt.has_its_own_special_tokens() {
             true => Vec::new(),
             false => {
-                tokens_before(&tokenizer).map_err(|error| files.error(NAME, error.to_string()))?
+                tokens_before(&guarded).map_err(|error| files.error(NAME, error))?
             }
         };
+        let tokenizer = &guarded.tokenizer;
         let end = files.end_token(|token| tokenizer.token_to_id(token))?;
+        let added = tokenizer.get_added_tokens_decoder().into_iter();
+        let special = added.filter(|(_, token)| token.special).map(|(id, _)| id);
         Ok(Self {
-            tokenizer,
+            special: special.collect(),
+            tokenizer: guarded,
             prompt,
+            chat: None,
             before,
             end,
         })
     }
 
+    /// Makes ready for the rows of the file `path`, which have this format.
+    ///
+    /// # Errors
+    ///
+    /// Conversations without a chat template; a template that has no place for what the rows hold.
+    pub fn prepare(
+        &mut self,
+        files: &ModelFiles,
+        template: &PromptTemplate,
+        format: Format,
+        path: &Path,
+    ) -> Result<(), DataError> {
+        let unfit = |format, remedy| DataError::TemplateForFormat {
+            path: path.into(),
+            format,
+            template: template.to_string(),
+            remedy,
+        };
+        match (effective_template(template, format), format) {
+            (None, Format::Text) => Err(unfit("plain texts", "leave it out, or write \"raw\"")),
+            (None, _) => Err(unfit(
+                "conversations",
+                "leave it out, or write \"chat\": the model's chat template renders them",
+            )),
+            // A prompt may turn out to be a conversation too.
+            (_, Format::PromptCompletion) if !files.has_chat_template() => Ok(()),
+            (_, Format::Messages | Format::PromptCompletion) => {
+                self.chat = Some(ChatTemplate::new(files)?);
+                Ok(())
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// The tokenizer itself.
     pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+        &self.tokenizer.tokenizer
     }
 
     /// The id of the token that ends a text.
@@ -94,6 +177,59 @@ impl RowTokenizer {
         Ok(ids)
     }
 
+    /// The ids of what training puts behind a prompt: the answer's own and the end token.
+    ///
+    /// # Errors
+    ///
+    /// As [`prompt`](Self::prompt).
+    pub fn answer(&self, text: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
+        let mut ids = self.encode(text, path, line)?;
+        ids.push(self.end);
+        Ok(ids)
+    }
+
+    /// A row as a question: of a conversation, what the assistant says last.
+    ///
+    /// # Errors
+    ///
+    /// As [`tokenize`](Self::tokenize); and for a plain text, which asks nothing.
+    pub fn question(&self, row: &Row, path: &Path) -> Result<Question, DataError> {
+        let (line, prompt, target) = match &row.example {
+            Example::Answer { context, target } => (
+                row.line,
+                self.prompt(context, path, row.line)?,
+                target.clone(),
+            ),
+            Example::Instruction { output, .. } => {
+                let context = self.context(&row.example);
+                (
+                    row.line,
+                    self.prompt(&context, path, row.line)?,
+                    output.clone(),
+                )
+            }
+            Example::Conversation(conversation) => {
+                let chat = self.chat(path, row.line)?;
+                let (text, target) = chat::question(chat, conversation, path, row.line)?;
+                (row.line, self.encode(&text, path, row.line)?, target)
+            }
+            Example::Text(_) => {
+                return Err(DataError::NoQuestion { path: path.into() });
+            }
+        };
+        match prompt.is_empty() {
+            true => Err(DataError::EmptyPrompt {
+                path: path.into(),
+                line,
+            }),
+            false => Ok(Question {
+                line,
+                prompt,
+                target,
+            }),
+        }
+    }
+
     /// The tokens of a row of the file `path`, however many they are.
     ///
     /// # Errors
@@ -105,46 +241,142 @@ impl RowTokenizer {
         path: &Path,
         vocab_size: usize,
     ) -> Result<TokenizedRow, DataError> {
-        let mut ids = self.prompt(&row.context, path, row.line)?;
-        let prompt_tokens = ids.len();
-        if prompt_tokens == 0 {
-            return Err(DataError::EmptyPrompt {
+        let tokenized = match &row.example {
+            Example::Answer { target, .. } | Example::Instruction { output: target, .. } => {
+                let context = self.context(&row.example);
+                let mut ids = self.prompt(&context, path, row.line)?;
+                let prompt_tokens = ids.len();
+                if prompt_tokens == 0 {
+                    return Err(DataError::EmptyPrompt {
+                        path: path.into(),
+                        line: row.line,
+                    });
+                }
+                ids.extend(self.answer(target, path, row.line)?);
+                TokenizedRow::answer(row.line, ids, prompt_tokens)
+            }
+            Example::Conversation(conversation) => {
+                let chat = self.chat(path, row.line)?;
+                let (text, turns) = chat::turns(chat, conversation, path, row.line)?;
+                let encoding = self.encoding(&text, path, row.line)?;
+                let is_special = |id| self.special.contains(&id);
+                TokenizedRow {
+                    line: row.line,
+                    learned: chat::learned(&encoding, &text, &turns, &is_special),
+                    ids: encoding.get_ids().to_vec(),
+                }
+            }
+            Example::Text(text) => {
+                let mut ids = self.before.clone();
+                ids.extend(self.answer(text, path, row.line)?);
+                TokenizedRow::answer(row.line, ids, 1)
+            }
+        };
+        if tokenized.supervised_tokens() == 0 {
+            return Err(DataError::TooShort {
                 path: path.into(),
                 line: row.line,
+                tokens: tokenized.ids.len(),
             });
         }
-        ids.extend(self.encode(&row.target, path, row.line)?);
-        ids.push(self.end);
-        if let Some(id) = ids.iter().find(|id| **id as usize >= vocab_size) {
-            return Err(DataError::TokenOutsideVocabulary {
+        self.check(&tokenized.ids, vocab_size, path, row.line)?;
+        Ok(tokenized)
+    }
+
+    /// Checks that a vocabulary of `vocab_size` has these tokens.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::TokenOutsideVocabulary`] with file and line.
+    pub fn check(
+        &self,
+        ids: &[u32],
+        vocab_size: usize,
+        path: &Path,
+        line: usize,
+    ) -> Result<(), DataError> {
+        match ids.iter().find(|id| **id as usize >= vocab_size) {
+            None => Ok(()),
+            Some(id) => Err(DataError::TokenOutsideVocabulary {
                 path: path.into(),
-                line: row.line,
-                token: self.tokenizer.id_to_token(*id).unwrap_or_default(),
+                line,
+                token: self.tokenizer().id_to_token(*id).unwrap_or_default(),
                 id: *id,
                 vocab_size,
-            });
+            }),
         }
-        Ok(TokenizedRow {
-            line: row.line,
-            ids,
-            prompt_tokens,
+    }
+
+    /// What the template is put around. Alpaca's two parts are two lines; where no template would tell them
+    /// apart, they are framed as FinLoRA's contexts are, which were made of such rows.
+    fn context<'a>(&self, example: &'a Example) -> Cow<'a, str> {
+        match example {
+            Example::Answer { context, .. } => context.into(),
+            Example::Instruction {
+                instruction, input, ..
+            } => {
+                let framed = matches!(self.prompt, Prompt::Raw);
+                match (framed, input) {
+                    (true, Some(input)) => {
+                        format!("Instruction: {instruction}\nInput: {input}\nAnswer: ").into()
+                    }
+                    (true, None) => format!("Instruction: {instruction}\nAnswer: ").into(),
+                    (false, Some(input)) => format!("{instruction}\n{input}").into(),
+                    (false, None) => instruction.into(),
+                }
+            }
+            Example::Conversation(_) | Example::Text(_) => "".into(),
+        }
+    }
+
+    fn chat(&self, path: &Path, line: usize) -> Result<&ChatTemplate, DataError> {
+        self.chat.as_ref().ok_or_else(|| DataError::Conversation {
+            path: path.into(),
+            line,
+            message:
+                "a conversation, but the model's folder has no chat template (\"chat_template\" in \
+                      tokenizer_config.json, or chat_template.jinja)"
+                    .into(),
         })
     }
 
     fn encode(&self, text: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
         match self.tokenizer.encode_fast(text, false) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(DataError::Tokenize {
-                path: path.into(),
-                line,
-                message: error.to_string(),
-            }),
+            Err(error) => Err(failed(error, path, line)),
         }
+    }
+
+    /// As [`encode`](Self::encode), with where in the text each token is from, in bytes.
+    fn encoding(&self, text: &str, path: &Path, line: usize) -> Result<Encoding, DataError> {
+        let encoding = self.tokenizer.encode(text);
+        encoding.map_err(|error| failed(error, path, line))
+    }
+}
+
+fn failed(message: String, path: &Path, line: usize) -> DataError {
+    DataError::Tokenize {
+        path: path.into(),
+        line,
+        message,
+    }
+}
+
+/// The template that rows of a format are rendered with under a configured one: conversations always by the
+/// chat template, texts by none. `None`: the two do not go together.
+pub fn effective_template(template: &PromptTemplate, format: Format) -> Option<PromptTemplate> {
+    match (format, template) {
+        (Format::Messages, PromptTemplate::Raw | PromptTemplate::Chat) => {
+            Some(PromptTemplate::Chat)
+        }
+        (Format::Text, PromptTemplate::Raw) => Some(PromptTemplate::Raw),
+        (Format::Messages | Format::Text, _) => None,
+        _ => Some(template.clone()),
     }
 }
 
 /// The special tokens that the post-processor puts before a text.
-fn tokens_before(tokenizer: &Tokenizer) -> tokenizers::Result<Vec<u32>> {
+fn tokens_before(tokenizer: &Guarded) -> Result<Vec<u32>, String> {
     let with = tokenizer.encode_fast("a", true)?;
     let without = tokenizer.encode_fast("a", false)?;
     let (with, without) = (with.get_ids(), without.get_ids());
@@ -201,11 +433,7 @@ pub(super) mod tests {
     }
 
     fn row(context: &str, target: &str) -> Row {
-        Row {
-            line: 7,
-            context: context.into(),
-            target: target.into(),
-        }
+        Row::answer(7, context, target)
     }
 
     const WORDS: [&str; 5] = ["good", "news", "positive", "[INST]", "[/INST]"];
@@ -224,8 +452,8 @@ pub(super) mod tests {
         let row = row("good news good news", "positive");
         let tokenized = tokenize(&files, PromptTemplate::Raw, &row).unwrap();
         assert_eq!(tokenized.ids, [3, 4, 3, 4, 5, 2]);
-        assert_eq!((tokenized.line, tokenized.prompt_tokens), (7, 4));
-        assert_eq!(tokenized.supervised(), [5, 2]);
+        assert_eq!((tokenized.line, tokenized.prompt_tokens()), (7, 4));
+        assert_eq!(tokenized.supervised().collect::<Vec<_>>(), [(4, 5), (5, 2)]);
         let tokenized = tokenize(&files, PromptTemplate::Inst, &row).unwrap();
         assert_eq!(tokenized.ids, [6, 3, 4, 3, 4, 7, 5, 2]);
     }
@@ -235,12 +463,12 @@ pub(super) mod tests {
         let files = word_files(&WORDS, true);
         let raw = tokenize(&files, PromptTemplate::Raw, &row("good news", "positive")).unwrap();
         assert_eq!(
-            (raw.ids.as_slice(), raw.prompt_tokens),
+            (raw.ids.as_slice(), raw.prompt_tokens()),
             ([1, 3, 4, 5, 2].as_slice(), 3)
         );
         let empty = tokenize(&files, PromptTemplate::Raw, &row("", "positive")).unwrap();
         assert_eq!(
-            (empty.ids.as_slice(), empty.prompt_tokens),
+            (empty.ids.as_slice(), empty.prompt_tokens()),
             ([1, 5, 2].as_slice(), 1)
         );
     }
@@ -251,7 +479,7 @@ pub(super) mod tests {
         files.chat_template = Some("{{ bos_token }} {{ messages[0].content }} [/INST]".into());
         let chat = tokenize(&files, PromptTemplate::Chat, &row("news", "positive")).unwrap();
         assert_eq!(
-            (chat.ids.as_slice(), chat.prompt_tokens),
+            (chat.ids.as_slice(), chat.prompt_tokens()),
             ([1, 4, 7, 5, 2].as_slice(), 3)
         );
     }

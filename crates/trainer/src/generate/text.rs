@@ -2,6 +2,8 @@
 
 use tokenizers::Tokenizer;
 
+use crate::contained::decoded;
+
 /// What the tokenizer puts where bytes are not (yet) a character.
 const INCOMPLETE: char = '\u{fffd}';
 
@@ -88,7 +90,7 @@ impl GrowingText {
 
 /// Special tokens are no text.
 fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
-    tokenizer.decode(ids, true).unwrap_or_default()
+    decoded(tokenizer, ids, true)
 }
 
 /// Bytes at the end of `text` that `stop` begins with.

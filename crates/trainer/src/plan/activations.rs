@@ -226,11 +226,10 @@ impl Sizes {
                 true => SCORE_COPIES * 4.0 * scores as f64,
                 false => 0.0,
             },
-            attention: 2.0 * query
-                + 2.0 * key_value
-                + log_sums
-                + low(&["q_proj", "k_proj", "v_proj"]),
+            attention: query + 2.0 * key_value + log_sums + low(&["q_proj", "k_proj", "v_proj"]),
+            // With what attention mixed, if the output module's adapter reads it again.
             feed_forward_block: hidden
+                + f64::from(adapted.has("o_proj")) * query
                 + 2.0 * feed_forward
                 + low(&["o_proj", "gate_proj", "up_proj", "down_proj"]),
         }

@@ -2,31 +2,46 @@
 //! once, whatever the number of rows. A general product first rearranges its operands, which costs as much as it
 //! is worth only for many rows.
 
-use lora_core::cpu::{self, LANES};
 use rayon::prelude::*;
 
+use crate::cpu::{self, LANES};
+
 /// Rows up to which this pays.
-pub(crate) const AT_MOST: usize = 8;
+pub(super) const AT_MOST: usize = 8;
 
 /// Tokens that a thread takes at a time.
 const TOKENS: usize = 1024;
 
+/// What a table may hold.
+pub(super) trait Number: Copy + Send + Sync {
+    /// The row as f32, in `scratch` unless it is f32 already.
+    fn widened<'a>(row: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32];
+}
+
+impl Number for f32 {
+    #[inline(always)]
+    fn widened<'a>(row: &'a [Self], _: &'a mut [f32]) -> &'a [f32] {
+        row
+    }
+}
+
 /// `x · tableᵀ`, `[n, tokens]`, for `x` `[n, width]` and `table` `[tokens, width]`.
-pub(crate) fn scores(x: &[f32], n: usize, table: &[f32], width: usize) -> Vec<f32> {
+pub(super) fn scores<T: Number>(x: &[f32], n: usize, table: &[T], width: usize) -> Vec<f32> {
     let tokens = table.len() / width.max(1);
     let parts = table.par_chunks(TOKENS * width.max(1)).map(|part| {
         let mut scores = vec![0f32; part.len() / width.max(1) * n];
+        let mut row = vec![0f32; width];
         cpu::vectorized(|| match n {
-            1 => of_part::<1>(x, part, width, &mut scores),
-            2 => of_part::<2>(x, part, width, &mut scores),
-            3 => of_part::<3>(x, part, width, &mut scores),
-            4 => of_part::<4>(x, part, width, &mut scores),
+            1 => of_part::<_, 1>(x, part, &mut row, &mut scores),
+            2 => of_part::<_, 2>(x, part, &mut row, &mut scores),
+            3 => of_part::<_, 3>(x, part, &mut row, &mut scores),
+            4 => of_part::<_, 4>(x, part, &mut row, &mut scores),
             _ => {
                 // Fours, the last of them again where n is no multiple.
                 for first in (0..n).step_by(4) {
                     let first = first.min(n - 4);
                     let mut four = vec![0f32; scores.len() / n * 4];
-                    of_part::<4>(&x[first * width..], part, width, &mut four);
+                    of_part::<_, 4>(&x[first * width..], part, &mut row, &mut four);
                     let rows = scores.chunks_exact_mut(n).zip(four.chunks_exact(4));
                     rows.for_each(|(scores, four)| scores[first..first + 4].copy_from_slice(four));
                 }
@@ -47,13 +62,14 @@ pub(crate) fn scores(x: &[f32], n: usize, table: &[f32], width: usize) -> Vec<f3
     output
 }
 
-/// Scores of a part's tokens, `[tokens, N]`.
+/// Scores of a part's tokens, `[tokens, N]`; `row` has room for one of them.
 #[inline(always)]
-fn of_part<const N: usize>(x: &[f32], table: &[f32], width: usize, scores: &mut [f32]) {
+fn of_part<T: Number, const N: usize>(x: &[f32], table: &[T], row: &mut [f32], scores: &mut [f32]) {
+    let width = row.len();
     let x: [&[f32]; N] = std::array::from_fn(|row| &x[row * width..][..width]);
     let x_lanes = x.map(|x| x.as_chunks::<LANES>());
     for (token, scores) in table.chunks_exact(width).zip(scores.chunks_exact_mut(N)) {
-        let (lanes, rest) = token.as_chunks::<LANES>();
+        let (lanes, rest) = T::widened(token, row).as_chunks::<LANES>();
         let mut sums = [[0f32; LANES]; N];
         for (i, token) in lanes.iter().enumerate() {
             for (sums, (x, _)) in sums.iter_mut().zip(&x_lanes) {

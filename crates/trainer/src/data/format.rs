@@ -1,0 +1,288 @@
+//! What the columns of a data file mean: told by their names, or named by the configuration.
+
+use std::fmt;
+
+use serde_json::{Map, Value};
+
+use super::conversation::Conversation;
+use super::error::LineError;
+
+/// How an example is written down.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// `context` and `target`: FinLoRA's.
+    ContextTarget,
+    /// `prompt` and `completion`, two texts or two lists of messages.
+    PromptCompletion,
+    /// `instruction`, perhaps `input`, and `output`: Alpaca's.
+    Alpaca,
+    /// `messages` of roles and contents (OpenAI's), or `conversations` (ShareGPT's).
+    Messages,
+    /// `text`, all of which is learned.
+    Text,
+}
+
+impl Format {
+    /// Every format.
+    pub const ALL: [Self; 5] = [
+        Self::ContextTarget,
+        Self::PromptCompletion,
+        Self::Alpaca,
+        Self::Messages,
+        Self::Text,
+    ];
+
+    /// Its name in a configuration.
+    pub fn word(self) -> &'static str {
+        match self {
+            Self::ContextTarget => "context_target",
+            Self::PromptCompletion => "prompt_completion",
+            Self::Alpaca => "alpaca",
+            Self::Messages => "messages",
+            Self::Text => "text",
+        }
+    }
+
+    /// The columns that it reads. Those of another format are not looked at.
+    pub(super) fn keys(self) -> &'static [&'static str] {
+        match self {
+            Self::ContextTarget => &["context", "target"],
+            Self::PromptCompletion => &["prompt", "completion"],
+            Self::Alpaca => &["instruction", "input", "output", "system", "history"],
+            Self::Messages => &["messages", "conversations", "tools"],
+            Self::Text => &["text"],
+        }
+    }
+
+    /// The format of a row with these columns: the first of [`ALL`](Self::ALL), but messages before all, that
+    /// one of its own columns speaks for.
+    pub(super) fn detect<'a>(keys: impl Iterator<Item = &'a str> + Clone) -> Option<Self> {
+        let has = |wanted: &[&str]| keys.clone().any(|key| wanted.contains(&key));
+        let signs: [(Self, &[&str]); 5] = [
+            (Self::Messages, &["messages", "conversations"]),
+            (Self::ContextTarget, &["context", "target"]),
+            (Self::Alpaca, &["instruction"]),
+            (Self::PromptCompletion, &["prompt", "completion"]),
+            (Self::Text, &["text"]),
+        ];
+        let found = signs.into_iter().find(|(_, signs)| has(signs));
+        found.map(|(format, _)| format)
+    }
+
+    /// The example that a row's columns hold.
+    pub(super) fn example(self, mut row: Map<String, Value>) -> Result<Example, LineError> {
+        let row = &mut row;
+        Ok(match self {
+            Self::ContextTarget => Example::Answer {
+                context: text(row, "context")?,
+                target: learned(row, "target")?,
+            },
+            Self::PromptCompletion if row.get("prompt").is_some_and(Value::is_array) => {
+                Example::Conversation(Conversation::from_prompt_and_completion(row)?)
+            }
+            Self::PromptCompletion => Example::Answer {
+                context: text(row, "prompt")?,
+                target: learned(row, "completion")?,
+            },
+            Self::Alpaca => {
+                for key in ["system", "history"] {
+                    if !is_nothing(row.get(key)) {
+                        return Err(LineError::NotSupported { key });
+                    }
+                }
+                Example::Instruction {
+                    instruction: text(row, "instruction")?,
+                    input: match is_nothing(row.get("input")) {
+                        true => None,
+                        false => Some(text(row, "input")?),
+                    },
+                    output: learned(row, "output")?,
+                }
+            }
+            Self::Messages => Example::Conversation(Conversation::from_row(row)?),
+            Self::Text => Example::Text(learned(row, "text")?),
+        })
+    }
+}
+
+/// As it is printed: `{"context", "target"}`.
+impl fmt::Display for Format {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::ContextTarget => "{\"context\", \"target\"}",
+            Self::PromptCompletion => "{\"prompt\", \"completion\"}",
+            Self::Alpaca => "{\"instruction\", \"input\", \"output\"}",
+            Self::Messages => "{\"messages\"}",
+            Self::Text => "{\"text\"}",
+        })
+    }
+}
+
+/// What a row teaches.
+#[derive(Debug, Clone, PartialEq)]
+pub enum Example {
+    /// An answer to a context. The prompt template makes a prompt of the context.
+    Answer {
+        /// What the model is given.
+        context: String,
+        /// What it shall answer. Never empty.
+        target: String,
+    },
+    /// An answer to an instruction about an input.
+    Instruction {
+        /// What to do.
+        instruction: String,
+        /// To what, if to anything.
+        input: Option<String>,
+        /// What the model shall answer. Never empty.
+        output: String,
+    },
+    /// The assistant's turns of a conversation.
+    Conversation(Conversation),
+    /// A text, all of it.
+    Text(String),
+}
+
+impl Example {
+    /// What is to be answered; of a conversation, what the assistant says last. Nothing in a plain text.
+    pub fn target(&self) -> Option<&str> {
+        match self {
+            Self::Answer { target, .. } => Some(target),
+            Self::Instruction { output, .. } => Some(output),
+            Self::Conversation(conversation) => {
+                let last = conversation.assistant_turns().next_back()?;
+                Some(
+                    conversation.messages[last]["content"]
+                        .as_str()
+                        .unwrap_or_default(),
+                )
+            }
+            Self::Text(_) => None,
+        }
+    }
+}
+
+/// Whether a column is not there, null, or empty.
+fn is_nothing(value: Option<&Value>) -> bool {
+    match value {
+        None | Some(Value::Null) => true,
+        Some(Value::String(text)) => text.is_empty(),
+        Some(Value::Array(items)) => items.is_empty(),
+        Some(_) => false,
+    }
+}
+
+fn text(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineError> {
+    match row.get_mut(key) {
+        Some(Value::String(text)) => Ok(std::mem::take(text)),
+        Some(value) => Err(LineError::WrongType {
+            key: key.into(),
+            got: json_type(value),
+        }),
+        None => Err(LineError::MissingKey {
+            key,
+            present: row.keys().cloned().collect(),
+        }),
+    }
+}
+
+/// A text that is learned, which an empty one could not be.
+fn learned(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineError> {
+    let text = text(row, key)?;
+    match text.trim().is_empty() {
+        true => Err(LineError::Empty { key }),
+        false => Ok(text),
+    }
+}
+
+pub(super) fn json_type(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        Value::Object(_) => "an object",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn example(row: Value) -> Result<(Format, Example), String> {
+        let Value::Object(row) = row else { panic!() };
+        let format = Format::detect(row.keys().map(String::as_str)).ok_or("unknown")?;
+        let example = format.example(row).map_err(|error| error.to_string())?;
+        Ok((format, example))
+    }
+
+    #[test]
+    fn the_columns_tell_the_format() {
+        for (row, format) in [
+            (
+                json!({"id": 1, "context": "", "target": "b"}),
+                Format::ContextTarget,
+            ),
+            (
+                json!({"prompt": "a", "completion": "b"}),
+                Format::PromptCompletion,
+            ),
+            (
+                json!({"instruction": "a", "output": "b", "text": "ab"}),
+                Format::Alpaca,
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "content": "a"}], "prompt": "x"}),
+                Format::Messages,
+            ),
+            (json!({"text": "a"}), Format::Text),
+        ] {
+            let (found, _) = example(row).unwrap();
+            assert_eq!(found, format);
+            assert!(Format::ALL.contains(&found));
+        }
+        assert_eq!(example(json!({"a": "b"})), Err("unknown".into()));
+    }
+
+    #[test]
+    fn alpaca_may_lack_an_input_and_must_not_have_what_is_not_read() {
+        for input in [json!(null), json!("")] {
+            let row = json!({"instruction": "i", "input": input, "output": "o", "history": []});
+            let (_, found) = example(row).unwrap();
+            let expected = Example::Instruction {
+                instruction: "i".into(),
+                input: None,
+                output: "o".into(),
+            };
+            assert_eq!(found, expected);
+        }
+        let row = json!({"instruction": "i", "output": "o", "history": [["a", "b"]]});
+        let error = example(row).unwrap_err();
+        assert!(
+            error.contains("\"history\"") && error.contains("messages"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn what_is_missing_wrong_or_empty_is_named() {
+        for (row, part) in [
+            (json!({"prompt": "a"}), "the key \"completion\" is missing"),
+            (
+                json!({"text": 3}),
+                "\"text\" must be a string, got a number",
+            ),
+            (
+                json!({"instruction": "a", "output": " "}),
+                "\"output\" is empty",
+            ),
+            (json!({"text": ""}), "\"text\" is empty"),
+        ] {
+            let error = example(row).unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+}

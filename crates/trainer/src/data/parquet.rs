@@ -1,0 +1,130 @@
+//! Rows in Apache Parquet. Only the columns that are wanted are decoded.
+
+use std::fs::File;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+use parquet::errors::ParquetError;
+use parquet::file::reader::{FileReader, SerializedFileReader};
+use parquet::record::reader::RowIter;
+use parquet::record::{Field, Row as Record};
+use parquet::schema::types::Type;
+use serde_json::{Map, Number, Value};
+
+use super::error::{DataError, LineError};
+use super::rows::Collected;
+
+/// Reads a file, a row at a time.
+pub(super) fn rows(file: File, rows: &mut Collected) -> Result<(), DataError> {
+    let path = rows.path.to_path_buf();
+    let broken = |message: String| DataError::Container {
+        path: path.clone(),
+        container: "Parquet",
+        message,
+    };
+    // The decoder asserts some of what a file says of itself.
+    let read = catch_unwind(AssertUnwindSafe(|| read(file, rows)));
+    match read {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(Problem::File(error))) => Err(broken(error.to_string())),
+        Ok(Err(Problem::Row(error))) => Err(error),
+        Err(_) => Err(broken("it contradicts itself; is it whole?".into())),
+    }
+}
+
+enum Problem {
+    File(ParquetError),
+    Row(DataError),
+}
+
+impl From<ParquetError> for Problem {
+    fn from(error: ParquetError) -> Self {
+        Self::File(error)
+    }
+}
+
+fn read(file: File, rows: &mut Collected) -> Result<(), Problem> {
+    let reader = SerializedFileReader::new(file)?;
+    let schema = reader.metadata().file_metadata().schema();
+    let fields = schema.get_fields();
+    let path = rows.path.to_path_buf();
+    let at = |row: usize, problem| {
+        Problem::Row(DataError::Record {
+            path: path.clone(),
+            row,
+            problem,
+        })
+    };
+    let wanted = rows.columns(fields.iter().map(|field| field.name()));
+    let wanted = wanted.map_err(|problem| at(1, problem))?;
+    let read = fields.iter().filter(|field| wanted.contains(&field.name()));
+    let read: Vec<Arc<Type>> = read.cloned().collect();
+    let projection = Type::group_type_builder(schema.name()).with_fields(read);
+    let records = RowIter::from_file(Some(projection.build()?), &reader)?;
+    for (index, record) in records.enumerate() {
+        let row = object(record?).and_then(|row| rows.add(index + 1, row));
+        row.map_err(|problem| at(index + 1, problem))?;
+    }
+    Ok(())
+}
+
+fn object(record: Record) -> Result<Map<String, Value>, LineError> {
+    let columns = record.into_columns().into_iter();
+    columns
+        .map(|(name, field)| {
+            let value = value(&field)
+                .map_err(|problem| LineError::Table(format!("column {name:?} {problem}")))?;
+            Ok((name, value))
+        })
+        .collect()
+}
+
+/// A field as JSON would have it. Dates and the like are of no use here and come as their text.
+fn value(field: &Field) -> Result<Value, String> {
+    Ok(match field {
+        Field::Null => Value::Null,
+        Field::Bool(value) => Value::from(*value),
+        Field::Str(text) => Value::from(text.as_str()),
+        // Columns that were written without saying that they are text.
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => Value::from(text),
+            Err(_) => return Err("is not UTF-8 text".into()),
+        },
+        Field::Byte(value) => Value::from(*value),
+        Field::Short(value) => Value::from(*value),
+        Field::Int(value) => Value::from(*value),
+        Field::Long(value) => Value::from(*value),
+        Field::UByte(value) => Value::from(*value),
+        Field::UShort(value) => Value::from(*value),
+        Field::UInt(value) => Value::from(*value),
+        Field::ULong(value) => Value::from(*value),
+        Field::Float(value) => number(f64::from(*value)),
+        Field::Double(value) => number(*value),
+        Field::Group(record) => group(record)?,
+        Field::ListInternal(list) => {
+            let items = list.elements().iter().map(value);
+            Value::Array(items.collect::<Result<_, _>>()?)
+        }
+        Field::MapInternal(map) => {
+            let entries = map.entries().iter().map(|(key, field)| {
+                let key = match value(key)? {
+                    Value::String(text) => text,
+                    other => other.to_string(),
+                };
+                Ok::<_, String>((key, value(field)?))
+            });
+            Value::Object(entries.collect::<Result<_, _>>()?)
+        }
+        other => Value::from(other.to_string()),
+    })
+}
+
+fn group(record: &Record) -> Result<Value, String> {
+    let fields = record.get_column_iter();
+    let fields = fields.map(|(name, field)| Ok::<_, String>((name.clone(), value(field)?)));
+    Ok(Value::Object(fields.collect::<Result<_, _>>()?))
+}
+
+fn number(value: f64) -> Value {
+    Number::from_f64(value).map_or(Value::Null, Value::Number)
+}

@@ -1,0 +1,195 @@
+//! Rows in a text table, CSV or TSV: a line of names, then one of values a row.
+
+use std::io::Read;
+
+use csv::{ByteRecord, Error, ErrorKind, ReaderBuilder};
+use serde_json::{Map, Value};
+
+use super::error::{DataError, LineError};
+use super::rows::Collected;
+
+/// More columns than a table of texts has.
+const MOST_COLUMNS: usize = 4096;
+
+/// Reads a table, a row at a time.
+pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Result<(), DataError> {
+    let mut reader = ReaderBuilder::new()
+        .delimiter(delimiter)
+        // The check is here, where the record is at hand for the message.
+        .flexible(true)
+        .from_reader(file);
+    let headers = reader.byte_headers().cloned();
+    let headers = headers.map_err(|error| failed(error, rows))?;
+    if headers.is_empty() {
+        return Err(DataError::NoRows {
+            path: rows.path.into(),
+        });
+    }
+    let columns = names(&headers).and_then(|names| {
+        let wanted = rows.columns(names.iter().map(String::as_str))?;
+        Ok((names, wanted))
+    });
+    let (names, wanted) = columns.map_err(|problem| at(rows, 1, problem, &headers, delimiter))?;
+    let mut record = ByteRecord::new();
+    while reader
+        .read_byte_record(&mut record)
+        .map_err(|error| failed(error, rows))?
+    {
+        let position = record.position().map_or(0, |position| position.line());
+        let line = position as usize;
+        let added = row(&names, wanted, &record).and_then(|row| rows.add(line, row));
+        added.map_err(|problem| at(rows, line, problem, &record, delimiter))?;
+    }
+    Ok(())
+}
+
+/// The columns' names, each once.
+fn names(headers: &ByteRecord) -> Result<Vec<String>, LineError> {
+    let mut names: Vec<String> = Vec::new();
+    if headers.len() > MOST_COLUMNS {
+        let problem = format!("the first line names {} columns", headers.len());
+        return Err(LineError::Table(problem));
+    }
+    for (index, header) in headers.iter().enumerate() {
+        let Ok(header) = std::str::from_utf8(header) else {
+            let problem = format!("the name of column {} is not UTF-8 text", index + 1);
+            return Err(LineError::Table(problem));
+        };
+        let header = header.trim_start_matches('\u{feff}').trim();
+        if names.iter().any(|known| known == header) {
+            let problem = format!("two columns are called {header:?}");
+            return Err(LineError::Table(problem));
+        }
+        names.push(header.to_string());
+    }
+    Ok(names)
+}
+
+/// The wanted columns of a record.
+fn row(
+    names: &[String],
+    wanted: &[&str],
+    record: &ByteRecord,
+) -> Result<Map<String, Value>, LineError> {
+    if record.len() != names.len() {
+        return Err(LineError::Table(format!(
+            "{} values, but the first line names {} columns; a value with a delimiter, a quote or a line break \
+             must be in quotes",
+            record.len(),
+            names.len()
+        )));
+    }
+    let mut row = Map::new();
+    for (name, value) in names.iter().zip(record.iter()) {
+        if !wanted.contains(&name.as_str()) {
+            continue;
+        }
+        let Ok(value) = std::str::from_utf8(value) else {
+            let problem = format!("column {name:?} is not UTF-8 text; save the file as UTF-8");
+            return Err(LineError::Table(problem));
+        };
+        row.insert(name.clone(), Value::from(value));
+    }
+    Ok(row)
+}
+
+fn at(
+    rows: &Collected,
+    line: usize,
+    problem: LineError,
+    record: &ByteRecord,
+    delimiter: u8,
+) -> DataError {
+    let fields: Vec<&[u8]> = record.iter().collect();
+    rows.line_error(line, problem, &fields.join(&delimiter))
+}
+
+/// What the parser says; of bytes it refuses none.
+fn failed(error: Error, rows: &Collected) -> DataError {
+    let source = match error.into_kind() {
+        ErrorKind::Io(source) => source,
+        other => std::io::Error::other(format!("{other:?}")),
+    };
+    DataError::Read {
+        path: rows.path.into(),
+        source,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::rows::{Row, Rows, read_rows};
+    use super::super::{Example, Format};
+
+    fn read(name: &str, text: &[u8]) -> Result<Rows, String> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(name);
+        std::fs::write(&path, text).unwrap();
+        read_rows(&path, None).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn quotes_hold_delimiters_line_breaks_and_quotes_and_lines_are_counted() {
+        let text = "\u{feff}id,context,target\r\n1,\"a, b\r\nc \"\"d\"\"\",x\r\n\r\n2,e,y\r\n";
+        let found = read("a.csv", text.as_bytes()).unwrap();
+        let rows = [
+            Row::answer(2, "a, b\r\nc \"d\"", "x"),
+            Row::answer(5, "e", "y"),
+        ];
+        assert_eq!(found.rows, rows);
+        assert_eq!(found.source.to_string(), "CSV of {\"context\", \"target\"}");
+    }
+
+    #[test]
+    fn tabs_separate_and_columns_tell_the_format() {
+        let found = read("a.tsv", b"instruction\tinput\toutput\nadd, up\t\t3\n").unwrap();
+        assert_eq!(found.source.format, Format::Alpaca);
+        let Example::Instruction { input, output, .. } = &found.rows[0].example else {
+            panic!()
+        };
+        assert_eq!((input, output.as_str()), (&None, "3"));
+        let messages = b"messages\n\"[{\"\"role\"\":\"\"user\"\",\"\"content\"\":\"\"q\"\"},{\"\"role\"\":\"\"assistant\"\",\"\"content\"\":\"\"a\"\"}]\"\n";
+        assert_eq!(
+            read("a.csv", messages).unwrap().source.format,
+            Format::Messages
+        );
+    }
+
+    #[test]
+    fn a_table_that_is_wrong_says_where() {
+        for (text, part) in [
+            (
+                &b"context,target\na,b\nc\n"[..],
+                "a.csv:3: 1 values, but the first line names 2",
+            ),
+            (b"context,target\na,b,c\n", "a.csv:2: 3 values"),
+            (
+                b"context,context\na,b\n",
+                "a.csv:1: two columns are called \"context\"",
+            ),
+            (b"context,target\na,\n", "a.csv:2: \"target\" is empty"),
+            (
+                b"context,target\na,caf\xe9\n",
+                "a.csv:2: column \"target\" is not UTF-8",
+            ),
+            (b"con\xe9,target\na,b\n", "a.csv:1: the name of column 1"),
+            (
+                b"question,target2\na,b\n",
+                "a.csv:1: the row has \"question\", \"target2\"",
+            ),
+            (b"target\nb\n", "a.csv:2: the key \"context\" is missing"),
+            (b"context,target\n", "holds no rows"),
+            (b"", "holds no rows"),
+            (b"context,target\n\"a,b\n", "a.csv:2: 1 values"),
+        ] {
+            let error = read("a.csv", text).unwrap_err();
+            assert!(error.contains(part), "{part}: {error}");
+        }
+    }
+
+    #[test]
+    fn a_column_that_is_not_read_may_hold_anything() {
+        let found = read("a.csv", b"image,context,target\n\xff\xfe,a,b\n").unwrap();
+        assert_eq!(found.rows, [Row::answer(2, "a", "b")]);
+    }
+}

@@ -1,0 +1,335 @@
+//! From rows to answers.
+
+use std::path::{Path, PathBuf};
+
+use llama_burn::Llama;
+
+use super::labels::{Answers, finlora_answer};
+use super::likelihood::{LikelihoodError, log_likelihoods, most_likely};
+use crate::contained::decoded;
+use crate::data::{DataError, Question, Row, RowTokenizer, Source};
+use crate::generate::{GenerateError, Generator, Limits, Sampling};
+
+/// FinLoRA's length of an answer to a classification task, in tokens.
+const LEAST_NEW_TOKENS: usize = 10;
+/// The longest answer that is waited for.
+const MOST_NEW_TOKENS: usize = 512;
+
+/// Why there are no answers.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // Each variant carries the error of the part that failed.
+pub enum AnsweringError {
+    #[error(transparent)]
+    Data(#[from] DataError),
+    #[error(transparent)]
+    Generate(#[from] GenerateError),
+    #[error(transparent)]
+    Likelihood(#[from] LikelihoodError),
+    /// A target that is none of the labels that were given.
+    #[error("{}:{line}: the target is {target:?}, which is none of the labels {labels}", path.display())]
+    NotALabel {
+        path: PathBuf,
+        line: usize,
+        target: String,
+        labels: String,
+    },
+    /// No row fits the model.
+    #[error(
+        "all {rows} rows of {} are too long: the model has {positions} positions, and an answer may take {answer}",
+        path.display()
+    )]
+    AllTooLong {
+        path: PathBuf,
+        rows: usize,
+        positions: usize,
+        answer: usize,
+    },
+}
+
+/// A file of rows to answer.
+#[derive(Debug)]
+pub struct Task {
+    /// The file.
+    pub path: PathBuf,
+    /// What it is.
+    pub source: Source,
+    /// What may be answered.
+    pub answers: Answers,
+    /// The rows, as questions.
+    pub questions: Vec<Question>,
+    /// The right answers of each row, as indices into `answers`: one, or those of a list.
+    pub right: Vec<Vec<usize>>,
+    /// Whether targets are lists with commas, each item of which is judged by itself (FinLoRA's batched tasks).
+    pub lists: bool,
+    /// Rows that the model has too few positions for.
+    pub too_long: usize,
+    /// Tokens that may be written for an answer.
+    pub max_new_tokens: usize,
+    /// The tokens that training puts behind a prompt for each label; empty where there are no labels to compare.
+    answer_ids: Vec<Vec<u32>>,
+}
+
+/// How a task is made of rows.
+#[derive(Debug, Clone, Copy)]
+pub struct TaskOptions<'a> {
+    /// The labels, where they are not to be told from the targets.
+    pub labels: &'a [String],
+    /// Targets are lists with commas.
+    pub lists: bool,
+    /// Tokens that may be written for an answer, where that is not to be told from the targets.
+    pub max_new_tokens: Option<usize>,
+    /// The tokens that the model knows.
+    pub vocab_size: usize,
+    /// The positions that it has.
+    pub positions: usize,
+}
+
+impl Task {
+    /// The task of answering `rows`. `all` are the targets of the whole file, which tell its labels.
+    ///
+    /// # Errors
+    ///
+    /// A row that asks nothing, a target that is none of the given labels, a row that the tokenizer refuses; or no
+    /// row that the model has positions for.
+    pub fn new(
+        path: &Path,
+        source: Source,
+        rows: &[Row],
+        all: &[String],
+        tokenizer: &RowTokenizer,
+        options: TaskOptions,
+    ) -> Result<Self, AnsweringError> {
+        let questions = rows.iter().map(|row| tokenizer.question(row, path));
+        let questions: Vec<Question> = questions.collect::<Result<_, _>>()?;
+        for question in &questions {
+            tokenizer.check(&question.prompt, options.vocab_size, path, question.line)?;
+        }
+        let items = |target: &str| items(target, options.lists);
+        let answers = match options.labels {
+            [] => {
+                let all: Vec<String> = all.iter().flat_map(|target| items(target)).collect();
+                let mut answers = Answers::of_targets(all.iter().map(String::as_str));
+                if !answers.are_labels {
+                    // FinLoRA looks for the targets of the rows it asks.
+                    let asked: Vec<String> = questions
+                        .iter()
+                        .flat_map(|question| items(&question.target))
+                        .collect();
+                    answers = Answers::of_texts(asked.iter().map(String::as_str));
+                }
+                answers
+            }
+            labels => Answers::of_labels(labels),
+        };
+        let mut right = Vec::with_capacity(questions.len());
+        for question in &questions {
+            let of_row = items(&question.target).into_iter().map(|target| {
+                answers
+                    .exact(&target)
+                    .ok_or_else(|| AnsweringError::NotALabel {
+                        path: path.into(),
+                        line: question.line,
+                        target,
+                        labels: answers.all.join(", "),
+                    })
+            });
+            right.push(of_row.collect::<Result<Vec<_>, _>>()?);
+        }
+        let answer_ids: Vec<Vec<u32>> = match answers.are_labels && !options.lists {
+            true => {
+                let ids = answers
+                    .all
+                    .iter()
+                    .map(|answer| tokenizer.answer(answer, path, 0));
+                ids.collect::<Result<_, _>>()?
+            }
+            false => Vec::new(),
+        };
+        let max_new_tokens = match options.max_new_tokens {
+            Some(tokens) => tokens,
+            None => {
+                let mut longest = answer_ids.iter().map(Vec::len).max().unwrap_or(0);
+                if answer_ids.is_empty() {
+                    for question in &questions {
+                        let ids = tokenizer.answer(&question.target, path, question.line)?;
+                        longest = longest.max(ids.len());
+                    }
+                }
+                longest.clamp(LEAST_NEW_TOKENS, MOST_NEW_TOKENS)
+            }
+        };
+        let mut task = Self {
+            path: path.into(),
+            source,
+            answers,
+            questions: Vec::new(),
+            right: Vec::new(),
+            lists: options.lists,
+            too_long: 0,
+            max_new_tokens,
+            answer_ids,
+        };
+        let longest_answer = task.answer_ids.iter().map(Vec::len).max().unwrap_or(0);
+        let answer = max_new_tokens.max(longest_answer);
+        for (question, right) in questions.into_iter().zip(right) {
+            match question.prompt.len() + answer > options.positions {
+                true => task.too_long += 1,
+                false => {
+                    task.questions.push(question);
+                    task.right.push(right);
+                }
+            }
+        }
+        match task.questions.is_empty() {
+            true => Err(AnsweringError::AllTooLong {
+                path: path.into(),
+                rows: task.too_long,
+                positions: options.positions,
+                answer,
+            }),
+            false => Ok(task),
+        }
+    }
+
+    /// Whether labels' likelihoods can be compared: where there are labels, one a row.
+    pub fn has_likelihoods(&self) -> bool {
+        !self.answer_ids.is_empty()
+    }
+
+    /// The right answers of all rows, one after the other.
+    pub fn targets(&self) -> impl Iterator<Item = usize> {
+        self.right.iter().flatten().copied()
+    }
+}
+
+/// A target, or the items of a list of them: FinLoRA's `process_batched`.
+pub fn items(text: &str, lists: bool) -> Vec<String> {
+    match lists {
+        false => vec![text.trim().to_string()],
+        true => {
+            let items = text.split(',');
+            items.map(|item| item.trim().replace('\n', "")).collect()
+        }
+    }
+}
+
+/// What a model answered to a row, or to an item of its list.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Answer {
+    /// What it wrote, up to its end token.
+    pub written: String,
+    /// What FinLoRA would take for the answer.
+    pub finlora: String,
+    /// The log-probability of each label as the whole answer.
+    pub likelihoods: Vec<f64>,
+    /// The label with the largest.
+    pub likeliest: Option<usize>,
+}
+
+/// A model that answers.
+#[derive(Debug, Clone, Copy)]
+pub struct Answering<'a> {
+    /// The model, with or without an adapter.
+    pub model: &'a Llama,
+    /// Its tokenizer.
+    pub tokenizer: &'a RowTokenizer,
+    /// The tokens that end an answer.
+    pub end_tokens: &'a [u32],
+    /// Rows that are answered together.
+    pub batch_size: usize,
+    /// Whether it writes answers.
+    pub writes: bool,
+    /// Whether it compares labels.
+    pub compares: bool,
+}
+
+impl Answering<'_> {
+    /// Answers a task's rows; `done` gets the number of rows answered so far.
+    ///
+    /// # Errors
+    ///
+    /// A row that the model cannot read, or a device that fails.
+    pub fn answer(
+        &self,
+        task: &Task,
+        done: &mut dyn FnMut(usize),
+    ) -> Result<Vec<Answer>, AnsweringError> {
+        let mut answers = Vec::with_capacity(task.questions.len());
+        let batches = task.questions.chunks(self.batch_size.max(1));
+        let mut first = 0;
+        for questions in batches {
+            let prompts: Vec<&[u32]> = questions.iter().map(|row| &row.prompt[..]).collect();
+            let written = match self.writes {
+                true => self.write(&prompts, first, task.max_new_tokens)?,
+                false => vec![Answer::default(); prompts.len()],
+            };
+            let likelihoods = match self.compares {
+                true => log_likelihoods(self.model, &prompts, &task.answer_ids)?,
+                false => vec![Vec::new(); prompts.len()],
+            };
+            for (index, (answer, likelihoods)) in written.into_iter().zip(likelihoods).enumerate() {
+                let answer = Answer {
+                    likeliest: most_likely(&likelihoods),
+                    likelihoods,
+                    ..answer
+                };
+                match task.lists {
+                    false => answers.push(answer),
+                    true => answers.extend(of_items(&answer, task.right[first + index].len())),
+                }
+            }
+            first += questions.len();
+            done(first);
+        }
+        Ok(answers)
+    }
+
+    fn write(
+        &self,
+        prompts: &[&[u32]],
+        first: usize,
+        max_new_tokens: usize,
+    ) -> Result<Vec<Answer>, AnsweringError> {
+        let tokenizer = self.tokenizer.tokenizer();
+        let generator = Generator {
+            model: self.model,
+            tokenizer,
+        };
+        let limits = Limits {
+            max_new_tokens,
+            end_tokens: self.end_tokens.to_vec(),
+            stop: Vec::new(),
+        };
+        let greedy = Sampling::default();
+        let (written, _) = generator.generate(prompts, first, &limits, &greedy, &mut |_, _| {})?;
+        let decode = |ids: &[u32]| decoded(tokenizer, ids, true);
+        let answers = prompts.iter().zip(written).map(|(prompt, written)| {
+            let whole = decode(&[prompt, &written.tokens[..]].concat());
+            let finlora = finlora_answer(&whole, &decode(prompt), &written.text);
+            Answer {
+                finlora: finlora.to_string(),
+                written: written.text,
+                ..Answer::default()
+            }
+        });
+        Ok(answers.collect())
+    }
+}
+
+/// The answers to a list's items: as many as there are targets, empty where fewer were written (FinLoRA's
+/// `process_batched`).
+pub fn of_items(answer: &Answer, count: usize) -> Vec<Answer> {
+    let part = |text: &str| {
+        let mut items = items(text, true);
+        items.resize(count, String::new());
+        items
+    };
+    let items = part(&answer.written).into_iter().zip(part(&answer.finlora));
+    items
+        .map(|(written, finlora)| Answer {
+            written,
+            finlora,
+            ..Answer::default()
+        })
+        .collect()
+}

@@ -1,0 +1,481 @@
+//! `trainer eval`: base and adapters on the same rows.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+use clap::Args;
+use llama_burn::Llama;
+
+use super::answering::{Answer, Answering, Task, TaskOptions};
+use super::results::{Contender, FileResults, Results, Scorer, Verdict};
+use crate::config::{EMBEDDED, PromptTemplate};
+use crate::data::{self, RowTokenizer, Rows, TrainingPrompt, effective_template};
+use crate::embedded;
+use crate::human;
+use crate::inference::{Inference, ModelArgs};
+use crate::output;
+use crate::screen::Screen;
+
+/// The command's arguments.
+#[derive(Debug, Args)]
+pub struct EvalArgs {
+    #[command(flatten)]
+    model: ModelArgs,
+    /// Adapters in PEFT's format, as training writes them; each is compared with the base model
+    #[arg(long, value_name = "DIR", num_args = 1..)]
+    adapter: Vec<PathBuf>,
+    /// Rows to answer: JSON lines, JSON, CSV or Parquet with context and target, messages and so on; or
+    /// `embedded`
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    data: Vec<PathBuf>,
+    /// Scorers, separated by commas [default: all]
+    #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
+    scorer: Vec<Scorer>,
+    /// The labels, separated by commas; told from the targets without it
+    #[arg(long, value_name = "LABEL", value_delimiter = ',')]
+    labels: Vec<String>,
+    /// Targets are lists with commas, each item of which counts (FinLoRA's FiNER and FNXL)
+    #[arg(long)]
+    lists: bool,
+    /// The prompt template [default: the one that the adapters were trained with, else raw]
+    #[arg(long, value_name = "NAME")]
+    template: Option<PromptTemplate>,
+    /// Evaluate with another prompt template than the adapters were trained with
+    #[arg(long)]
+    force: bool,
+    /// Only the adapters
+    #[arg(long, requires = "adapter")]
+    no_base: bool,
+    /// Only the rows that training with this val_set_size and --seed kept aside
+    #[arg(long, value_name = "SIZE")]
+    held_out: Option<f64>,
+    /// Only so many rows of each file, drawn by --seed
+    #[arg(long, value_name = "N")]
+    rows: Option<usize>,
+    /// Decides which rows
+    #[arg(long, value_name = "N", default_value_t = 42)]
+    seed: u64,
+    /// Tokens to write for an answer at most [default: the longest target's, at least FinLoRA's 10]
+    #[arg(long, value_name = "N")]
+    max_new_tokens: Option<usize>,
+    /// Rows that are answered together
+    #[arg(long, value_name = "N", default_value_t = 16)]
+    batch_size: usize,
+    /// Where results.json, results.md and answers.jsonl go
+    #[arg(long, value_name = "DIR", default_value = "target/eval")]
+    output: PathBuf,
+}
+
+/// A file's rows before they are tokenized.
+struct Sample {
+    path: PathBuf,
+    rows: Rows,
+    /// The targets of all its rows, of those too that were not drawn.
+    targets: Vec<String>,
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// What is wrong with the arguments, the files, the model or an adapter.
+pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
+    check(args)?;
+    // Before the weights are loaded, so that a mistake costs nothing.
+    let prompts = training_prompts(&args.adapter)?;
+    let template = template(args, &prompts)?;
+    let samples = args.data.iter().map(|path| sample(args, path));
+    let samples: Vec<Sample> = samples.collect::<anyhow::Result<_>>()?;
+
+    let inference = Inference::load(&args.model, screen)?;
+    let tasks = tasks(args, &samples, &inference, &template, &prompts)?;
+    let mut results = Results {
+        model: args.model.model.clone(),
+        quant_bits: args.model.quant_bits,
+        device: inference.selected.name.clone(),
+        prompt_template: template.to_string(),
+        seed: args.seed,
+        files: tasks
+            .iter()
+            .map(|(task, _)| FileResults::new(task))
+            .collect(),
+    };
+    let names = names(&args.adapter);
+    let mut written = Vec::new();
+    let adapters = args.adapter.iter().zip(&names);
+    let contenders = adapters.map(|(folder, name)| (name.as_str(), Some(folder)));
+    let base = (!args.no_base).then_some(("base", None));
+    for (name, adapter) in base.into_iter().chain(contenders) {
+        let model = match adapter {
+            None => inference.base.clone(),
+            Some(folder) => inference.with_adapter(folder)?.1,
+        };
+        for ((task, tokenizer), file) in tasks.iter().zip(&mut results.files) {
+            let (mut contender, answers) =
+                answer(args, &inference, &model, name, (task, tokenizer), screen)?;
+            contender.adapter = adapter.cloned();
+            write_answers(&mut written, task, name, &answers)?;
+            file.add(contender);
+        }
+    }
+    for line in results.lines() {
+        screen.line(&line);
+    }
+    let path = |name: &str| args.output.join(name);
+    let json = serde_json::to_string_pretty(&results)?;
+    output::write_atomically(&path("results.json"), format!("{json}\n").as_bytes())?;
+    output::write_atomically(&path("results.md"), results.markdown().as_bytes())?;
+    output::write_atomically(&path("answers.jsonl"), &written)?;
+    screen.line("");
+    screen.line(&format!(
+        "written: {}, results.md, answers.jsonl",
+        path("results.json").display()
+    ));
+    Ok(())
+}
+
+fn check(args: &EvalArgs) -> anyhow::Result<()> {
+    for (name, number) in [
+        ("--batch-size", Some(args.batch_size)),
+        ("--rows", args.rows),
+        ("--max-new-tokens", args.max_new_tokens),
+    ] {
+        if number == Some(0) {
+            bail!("{name} is 0; expected at least 1");
+        }
+    }
+    if let Some(size) = args.held_out {
+        let fits = (size > 0.0 && size < 1.0) || (size >= 1.0 && size.fract() == 0.0);
+        if !fits || !size.is_finite() {
+            bail!(
+                "--held-out is {size}; expected a share of the rows below 1, or a whole number of rows"
+            );
+        }
+    }
+    if args.labels.iter().any(|label| label.trim().is_empty()) {
+        bail!("--labels holds an empty label; write them as in --labels negative,neutral,positive");
+    }
+    if args.lists && args.scorer == [Scorer::Likelihood] {
+        bail!(
+            "--lists has no likelihoods: a list is no label; leave out --scorer, or write finlora,strict"
+        );
+    }
+    Ok(())
+}
+
+/// What each adapter's folder says of its training's prompts.
+fn training_prompts(
+    adapters: &[PathBuf],
+) -> anyhow::Result<Vec<(PathBuf, Option<TrainingPrompt>)>> {
+    let prompts = adapters.iter().map(|folder| {
+        if !folder.is_dir() {
+            bail!("there is no adapter folder {}", folder.display());
+        }
+        Ok((folder.clone(), TrainingPrompt::read(folder)?))
+    });
+    prompts.collect()
+}
+
+/// The template to evaluate with: the one asked for, else the adapters' own, which must be one.
+fn template(
+    args: &EvalArgs,
+    prompts: &[(PathBuf, Option<TrainingPrompt>)],
+) -> anyhow::Result<PromptTemplate> {
+    let known = prompts
+        .iter()
+        .filter_map(|(folder, prompt)| Some((folder, prompt.as_ref()?)));
+    let template = match (&args.template, known.clone().next()) {
+        (Some(template), _) => template.clone(),
+        (None, Some((folder, prompt))) => {
+            let template = prompt.template();
+            template
+                .map_err(anyhow::Error::msg)
+                .with_context(|| folder.display().to_string())?
+        }
+        (None, None) => PromptTemplate::Raw,
+    };
+    for (folder, prompt) in known {
+        if prompt.prompt_template != template.to_string() && !args.force {
+            bail!(
+                "the adapter in {} was trained with the prompt template {:?}, and {:?} is to be evaluated: the numbers \
+                 would tell about the template, not about the adapter. Evaluate it by itself without --template, or add \
+                 --force",
+                folder.display(),
+                prompt.prompt_template,
+                template.to_string(),
+            );
+        }
+    }
+    for (folder, _) in prompts.iter().filter(|(_, prompt)| prompt.is_none()) {
+        let file = data::PROMPT_FILE;
+        match &args.template {
+            None => log::warn!(
+                "{} has no {file}, which tells the prompt template of its training; {template} is used. If it was another, \
+                 give it with --template",
+                folder.display()
+            ),
+            Some(_) => log::info!("{} has no {file}", folder.display()),
+        }
+    }
+    Ok(template)
+}
+
+/// A file's rows, or some of them.
+fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
+    let path = match path == Path::new(EMBEDDED) {
+        true => embedded::materialise()?.validation,
+        false => path.to_path_buf(),
+    };
+    let Rows { mut rows, source } = data::read_rows(&path, None)?;
+    let targets = rows.iter().filter_map(|row| row.example.target());
+    let targets = targets.map(String::from).collect();
+    if let Some(size) = args.held_out {
+        rows = data::split(rows, size, args.seed)
+            .with_context(|| format!("--held-out {size} of {}", path.display()))?
+            .1;
+    }
+    if let Some(count) = args.rows {
+        rows = data::sample(rows, count, args.seed);
+    }
+    Ok(Sample {
+        path,
+        rows: Rows { rows, source },
+        targets,
+    })
+}
+
+/// Tokenizes the files' rows, each with the tokenizer that its format needs.
+fn tasks(
+    args: &EvalArgs,
+    samples: &[Sample],
+    inference: &Inference,
+    template: &PromptTemplate,
+    prompts: &[(PathBuf, Option<TrainingPrompt>)],
+) -> anyhow::Result<Vec<(Task, RowTokenizer)>> {
+    let files = &inference.files;
+    let options = TaskOptions {
+        labels: &args.labels,
+        lists: args.lists,
+        max_new_tokens: args.max_new_tokens,
+        vocab_size: inference.config.vocab_size,
+        positions: inference.config.max_position_embeddings,
+    };
+    let mut tasks = Vec::new();
+    for Sample {
+        path,
+        rows,
+        targets,
+    } in samples
+    {
+        let format = rows.source.format;
+        let mut tokenizer = RowTokenizer::new(files, template)?;
+        tokenizer.prepare(files, template, format, path)?;
+        let effective = effective_template(template, format);
+        let now = TrainingPrompt::of_template(files, effective.as_ref().unwrap_or(template));
+        for (folder, prompt) in prompts {
+            let difference = prompt.as_ref().and_then(|prompt| prompt.difference(&now));
+            if let Some(difference) = difference.filter(|_| !args.force) {
+                bail!(
+                    "{}: the adapter in {} was {difference}; --force evaluates all the same",
+                    path.display(),
+                    folder.display()
+                );
+            }
+        }
+        let task = Task::new(path, rows.source, &rows.rows, targets, &tokenizer, options)?;
+        if !task.has_likelihoods() && args.scorer == [Scorer::Likelihood] {
+            bail!(
+                "{}: the likelihood scorer needs labels, and the targets are free text; name them with --labels, or use \
+                 another scorer",
+                path.display()
+            );
+        }
+        tasks.push((task, tokenizer));
+    }
+    Ok(tasks)
+}
+
+/// What a contender is called: its folder, or the run's where training wrote it, or the whole path where
+/// several would be called the same.
+fn names(adapters: &[PathBuf]) -> Vec<String> {
+    let short = |folder: &PathBuf| {
+        let name = |path: &Path| {
+            path.file_name()
+                .map(|name| name.to_string_lossy().into_owned())
+        };
+        match (name(folder), folder.parent().and_then(name)) {
+            (Some(last), Some(run)) if last == "adapter" => run,
+            (Some(last), _) => last,
+            (None, _) => folder.display().to_string(),
+        }
+    };
+    let names: Vec<String> = adapters.iter().map(short).collect();
+    let once =
+        |name: &String| name != "base" && names.iter().filter(|other| *other == name).count() == 1;
+    let all = adapters.iter().zip(&names);
+    all.map(|(folder, name)| match once(name) {
+        true => name.clone(),
+        false => folder.display().to_string(),
+    })
+    .collect()
+}
+
+/// Has a model answer a task, and judges it.
+fn answer(
+    args: &EvalArgs,
+    inference: &Inference,
+    model: &Llama,
+    name: &str,
+    (task, tokenizer): (&Task, &RowTokenizer),
+    screen: &Screen,
+) -> anyhow::Result<(Contender, Vec<Answer>)> {
+    let asked = |scorer: Scorer| args.scorer.is_empty() || args.scorer.contains(&scorer);
+    let compares = asked(Scorer::Likelihood) && task.has_likelihoods();
+    let end_tokens = inference.end_tokens(tokenizer.end_token())?;
+    let answering = Answering {
+        model,
+        tokenizer,
+        end_tokens: &end_tokens,
+        batch_size: args.batch_size,
+        writes: asked(Scorer::Finlora) || asked(Scorer::Strict),
+        compares,
+    };
+    let started = Instant::now();
+    let progress = screen.task(name, task.questions.len());
+    let answers = answering.answer(task, &mut |done| progress.at(done))?;
+    let seconds = started.elapsed().as_secs_f64();
+    let rows = task.questions.len();
+    progress.done(&format!(
+        "{} of {}, {} a second",
+        human::counted(rows as u64, "row"),
+        task.path.display(),
+        human::rate(rows as f64 / seconds)
+    ));
+    let scorers = Scorer::ALL.into_iter().filter(|scorer| match scorer {
+        Scorer::Likelihood => compares,
+        other => asked(*other),
+    });
+    let targets: Vec<usize> = task.targets().collect();
+    let verdict = |scorer| Verdict::new(scorer, &task.answers, &targets, &answers);
+    let scores: BTreeMap<Scorer, Verdict> =
+        scorers.map(|scorer| (scorer, verdict(scorer))).collect();
+    let contender = Contender {
+        name: name.into(),
+        adapter: None,
+        seconds,
+        scores,
+    };
+    Ok((contender, answers))
+}
+
+/// Every answer as a line of JSON.
+fn write_answers(
+    out: &mut Vec<u8>,
+    task: &Task,
+    contender: &str,
+    answers: &[Answer],
+) -> anyhow::Result<()> {
+    let rows = task.questions.iter().zip(&task.right);
+    let asked =
+        rows.flat_map(|(question, right)| right.iter().map(|right| (question.line, *right)));
+    for ((line, right), answer) in asked.zip(answers) {
+        let label = |index: usize| task.answers.all[index].as_str();
+        let likelihoods: serde_json::Map<String, serde_json::Value> = answer
+            .likelihoods
+            .iter()
+            .enumerate()
+            .map(|(index, likelihood)| (label(index).to_string(), (*likelihood).into()))
+            .collect();
+        let line = serde_json::json!({
+            "file": task.path, "line": line, "contender": contender, "target": label(right),
+            "written": answer.written, "finlora": task.answers.first_found(&answer.finlora).map(label),
+            "likeliest": answer.likeliest.map(label), "log_likelihoods": likelihoods,
+        });
+        writeln!(out, "{line}")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct Command {
+        #[command(flatten)]
+        args: EvalArgs,
+    }
+
+    fn args(more: &[&str]) -> EvalArgs {
+        let all = ["eval", "--data", "a.jsonl"].iter().chain(more);
+        Command::try_parse_from(all)
+            .unwrap_or_else(|error| panic!("{error}"))
+            .args
+    }
+
+    #[test]
+    fn arguments_that_cannot_be_meant_are_refused() {
+        for (wrong, part) in [
+            (["--rows", "0"], "--rows is 0"),
+            (["--batch-size", "0"], "--batch-size is 0"),
+            (["--max-new-tokens", "0"], "--max-new-tokens is 0"),
+            (["--held-out", "1.5"], "--held-out is 1.5"),
+            (["--held-out", "0"], "--held-out is 0"),
+            (["--held-out", "NaN"], "--held-out is NaN"),
+            (["--labels", "a,,b"], "empty label"),
+        ] {
+            let error = check(&args(&wrong)).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        check(&args(&["--held-out", "400"])).unwrap();
+        check(&args(&["--held-out", "0.1"])).unwrap();
+        assert!(check(&args(&["--lists", "--scorer", "likelihood"])).is_err());
+    }
+
+    fn trained(template: &str) -> (PathBuf, Option<TrainingPrompt>) {
+        let prompt = TrainingPrompt {
+            prompt_template: template.into(),
+            dataset_format: None,
+            chat_template_sha256: None,
+        };
+        ("runs/a/adapter".into(), Some(prompt))
+    }
+
+    #[test]
+    fn the_template_of_training_is_used_and_another_refused_unless_forced() {
+        let prompts = [trained("inst"), ("peft".into(), None)];
+        assert_eq!(
+            template(&args(&[]), &prompts).unwrap(),
+            PromptTemplate::Inst
+        );
+        let error = template(&args(&["--template", "raw"]), &prompts)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("runs/a/adapter") && error.contains("--force"),
+            "{error}"
+        );
+        let forced = template(&args(&["--template", "raw", "--force"]), &prompts).unwrap();
+        assert_eq!(forced, PromptTemplate::Raw);
+        let unlike = template(&args(&[]), &[trained("raw"), trained("chat")]).unwrap_err();
+        assert!(unlike.to_string().contains("\"chat\""), "{unlike}");
+        let unknown = [("peft".into(), None)];
+        assert_eq!(template(&args(&[]), &unknown).unwrap(), PromptTemplate::Raw);
+    }
+
+    #[test]
+    fn contenders_have_names_that_tell_them_apart() {
+        let names = |paths: &[&str]| {
+            let paths: Vec<PathBuf> = paths.iter().map(PathBuf::from).collect();
+            names(&paths)
+        };
+        assert_eq!(names(&["runs/one/adapter", "peft/two"]), ["one", "two"]);
+        assert_eq!(names(&["a/x", "b/x"]), ["a/x", "b/x"]);
+        assert_eq!(names(&["runs/base"]), ["runs/base"]);
+    }
+}
