@@ -10,6 +10,7 @@ mod backend;
 mod cargo;
 mod ci;
 mod detect;
+mod interop;
 mod test;
 mod trainer;
 
@@ -90,6 +91,10 @@ enum Task {
     ExportGguf(Trainer),
     /// Measure base model and adapters on a task: --model DIR [--adapter DIR …] --data FILE…
     Eval(Trainer),
+    /// Merge an adapter into a whole model folder: --model DIR --adapter DIR --output DIR
+    Merge(Trainer),
+    /// Take an adapter out of a merged model: --model DIR --adapter DIR --output DIR
+    Unmerge(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
     /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
@@ -105,6 +110,8 @@ enum Task {
     MakeAssets(Trainer),
     /// Run every test; words after it select tests by name
     Test(Filter),
+    /// Run the tests against transformers, PEFT and llama.cpp; arguments go to pytest
+    Interop(Filter),
     /// Formatting, lints, documentation and tests, as continuous integration runs them
     Ci,
     /// Ask the drivers (a process of its own, see detect.rs)
@@ -120,7 +127,7 @@ struct Trainer {
     args: Vec<OsString>,
 }
 
-/// Arguments that go to the test harness.
+/// Arguments that go to the test harness, or to pytest.
 #[derive(Args)]
 struct Filter {
     /// Names, or parts of names, of the tests to run
@@ -138,6 +145,8 @@ fn main() -> ExitCode {
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
         Task::Eval(it) => trainer::run("eval", it.args, Backend::Auto),
         // These compute nothing on a GPU, so they need not wait for its build.
+        Task::Merge(it) => trainer::run("merge", it.args, Backend::Cpu),
+        Task::Unmerge(it) => trainer::run("unmerge", it.args, Backend::Cpu),
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
@@ -147,6 +156,7 @@ fn main() -> ExitCode {
         Task::Parity(it) => trainer::parity(it.args),
         Task::Bench(it) => trainer::run("bench", it.args, Backend::Auto),
         Task::Test(it) => test::run(it.filter),
+        Task::Interop(it) => interop::run(it.filter),
         Task::Ci => ci::run(),
         Task::Probe => detect::probe().map(|()| ExitCode::SUCCESS),
     };

@@ -6,6 +6,7 @@ use lora_core::ModuleShape;
 use serde_json::{Map, Value};
 
 use crate::gguf::{self, GgufError, GgufFile};
+use crate::limited::{self, LARGEST_SETTINGS};
 
 /// What is wrong with a `config.json`.
 #[derive(Debug, thiserror::Error)]
@@ -121,9 +122,11 @@ impl LlamaConfig {
             true => path.join("config.json"),
             false => path.to_path_buf(),
         };
-        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read {
-            path: path.clone(),
-            source,
+        let text = limited::read_to_string(&path, LARGEST_SETTINGS).map_err(|source| {
+            ConfigError::Read {
+                path: path.clone(),
+                source,
+            }
         })?;
         let value: Value = serde_json::from_str(&text).map_err(|error| ConfigError::NotJson {
             path: path.clone(),
@@ -147,7 +150,7 @@ impl LlamaConfig {
     pub fn from_json(object: &Map<String, Value>) -> Result<Self, ConfigError> {
         let keys = Keys(object);
         let model_type = match object.get("model_type") {
-            Some(value) => value.as_str().unwrap_or("?").to_string(),
+            Some(value) => limited::clipped(value.as_str().unwrap_or("?"), 80).into_owned(),
             None => return Err(ConfigError::Missing("model_type")),
         };
         if model_type != "llama" {
@@ -197,11 +200,11 @@ impl LlamaConfig {
             let expected = format!("it must divide num_attention_heads, which is {heads}");
             return Err(invalid("num_key_value_heads", kv_heads, &expected));
         }
-        if !self.head_dim.is_multiple_of(2) {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return Err(invalid(
                 "head_dim",
                 self.head_dim,
-                "rotary embeddings need an even number",
+                "rotary embeddings need an even number, at least 2",
             ));
         }
         Ok(self)
@@ -317,8 +320,22 @@ fn rope(keys: &Keys) -> Result<(f64, RopeScaling), ConfigError> {
 fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) -> ConfigError {
     ConfigError::Invalid {
         key: key.into(),
-        value: value.to_string(),
+        value: limited::clipped(&value.to_string(), 200).into_owned(),
         expected: expected.into(),
+    }
+}
+
+/// The largest number that is believed: several times that of any real model, and small enough that lists of all
+/// tensors stay short and no product of a model's numbers, in bytes, leaves 64 bits.
+fn largest(key: &str) -> u64 {
+    match key {
+        "num_hidden_layers" => 1 << 11,
+        "num_attention_heads" | "num_key_value_heads" => 1 << 10,
+        "head_dim" => 1 << 11,
+        "hidden_size" => 1 << 17,
+        "intermediate_size" => 1 << 20,
+        "vocab_size" => 1 << 22,
+        _ => 1 << 28,
     }
 }
 
@@ -331,12 +348,15 @@ impl<'a> Keys<'a> {
     }
 
     fn optional_count(&self, key: &'static str) -> Result<Option<usize>, ConfigError> {
-        // Larger than any real model, small enough that no product of two overflows.
-        const LARGEST: u64 = 1 << 28;
+        let largest = largest(key);
         match self.get(key) {
             None => Ok(None),
             Some(value) => match value.as_u64() {
-                Some(count) if (1..=LARGEST).contains(&count) => Ok(Some(count as usize)),
+                Some(count) if (1..=largest).contains(&count) => Ok(Some(count as usize)),
+                Some(count) if count > largest => {
+                    let expected = format!("no Llama has more than {largest}");
+                    Err(invalid(key, value, &expected))
+                }
                 _ => Err(invalid(key, value, "expected a whole number of at least 1")),
             },
         }

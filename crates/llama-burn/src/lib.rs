@@ -10,6 +10,7 @@
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
 //! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
+//! | [`limited`] | files and messages of bounded length |
 //! | `replace` | single tensors, replaced or read back by name |
 //! | `model` | [`Llama`] |
 //!
@@ -20,6 +21,7 @@ mod config;
 mod decoder_layer;
 pub mod gguf;
 mod kv_cache;
+pub mod limited;
 mod load;
 mod mlp;
 mod model;
@@ -43,4 +45,4 @@ pub use passes::{Activations, LayerPass};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use vocab_table::{PIECE_BYTES, VocabTable};
-pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError};
+pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError, weight_files};

@@ -10,6 +10,7 @@ use half::{bf16, f16};
 
 use crate::LlamaConfig;
 use crate::gguf::{self, GgufError, GgufFile, IntegerTensor, Rows, TensorKind};
+use crate::limited::{self, LARGEST_TABLE, clipped};
 
 /// What is wrong with the weight files.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +29,16 @@ pub enum WeightsError {
     /// The configuration in a GGUF file.
     #[error(transparent)]
     GgufConfig(#[from] Box<crate::ConfigError>),
+    /// The folder has weights in PyTorch's pickle format only, which can run any code when it is read.
+    #[error(
+        "{folder} has no safetensors weights, only {file}, a pickle file, which is never read here; load the model with transformers and save it again with save_pretrained, which writes safetensors"
+    )]
+    Pickle {
+        /// The folder.
+        folder: PathBuf,
+        /// One of its pickle files.
+        file: String,
+    },
     /// A file cannot be read or is no safetensors file.
     #[error("{file} cannot be read: {reason}; it may be cut off, download it again")]
     Unreadable {
@@ -153,17 +164,7 @@ impl Weights {
         if gguf::is_gguf(folder) {
             return Self::open_gguf(folder);
         }
-        let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
-        let files = match (single.is_file(), index.is_file()) {
-            (true, _) => vec![single],
-            (false, true) => shard_files(folder, &index)?,
-            (false, false) => {
-                return Err(WeightsError::NoWeights {
-                    folder: folder.to_path_buf(),
-                });
-            }
-        };
+        let files = weight_files(folder)?;
         let mut weights = Self {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
@@ -472,13 +473,48 @@ fn to_f32(bytes: &[u8], dtype: &str) -> Option<Vec<f32>> {
     }
 }
 
+/// The weight files of a model folder: `model.safetensors`, else those that its index names.
+///
+/// # Errors
+///
+/// If there are none, or pickle files only, or one that the index names is not there.
+pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, WeightsError> {
+    let single = folder.join("model.safetensors");
+    let index = folder.join("model.safetensors.index.json");
+    match (single.is_file(), index.is_file()) {
+        (true, _) => Ok(vec![single]),
+        (false, true) => shard_files(folder, &index),
+        (false, false) => Err(match pickle_file(folder) {
+            Some(file) => WeightsError::Pickle {
+                folder: folder.to_path_buf(),
+                file,
+            },
+            None => WeightsError::NoWeights {
+                folder: folder.to_path_buf(),
+            },
+        }),
+    }
+}
+
+/// The name of a file with weights in PyTorch's own format.
+fn pickle_file(folder: &Path) -> Option<String> {
+    let entries = std::fs::read_dir(folder).ok()?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let is_pickle = |name: &String| {
+        (name.starts_with("pytorch_model") && name.ends_with(".bin"))
+            || [".pth", ".pt"].iter().any(|end| name.ends_with(end))
+    };
+    names.filter(is_pickle).min()
+}
+
 /// The files that the index names, each once. A name that leads out of the folder is refused.
 fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     let wrong = |reason: String| WeightsError::Index {
         file: index.to_path_buf(),
         reason,
     };
-    let text = std::fs::read_to_string(index).map_err(|error| wrong(error.to_string()))?;
+    let text =
+        limited::read_to_string(index, LARGEST_TABLE).map_err(|error| wrong(error.to_string()))?;
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| wrong(format!("not JSON: {error}")))?;
     let map = value.get("weight_map").and_then(|map| map.as_object());
@@ -489,7 +525,9 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
             Some(name) if Path::new(name).file_name() == Some(name.as_ref()) => names.insert(name),
             _ => {
                 return Err(wrong(format!(
-                    "{tensor} is in {file}, which is no file name"
+                    "{} is in {}, which is no file name",
+                    clipped(tensor, 200),
+                    clipped(&file.to_string(), 200)
                 )));
             }
         };
@@ -498,8 +536,27 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
     match files.iter().find(|file| !file.is_file()) {
         Some(missing) => Err(wrong(format!(
             "it names {}, which is not there",
-            missing.display()
+            clipped(&missing.display().to_string(), 400)
         ))),
         None => Ok(files),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pickle_only_folder_is_told_from_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = || weight_files(folder.path()).unwrap_err();
+        assert!(matches!(error(), WeightsError::NoWeights { .. }));
+        let file = "pytorch_model-00001-of-00002.bin";
+        std::fs::write(folder.path().join(file), "").unwrap();
+        let message = error().to_string();
+        assert!(
+            message.contains(file) && message.contains("save_pretrained"),
+            "{message}"
+        );
     }
 }

@@ -486,7 +486,7 @@ pub fn exp(x: f32) -> f32 {
 }
 
 /// Independent sums that [`dot`] and its like run side by side, so that they fill vectors.
-const LANES: usize = 32;
+pub const LANES: usize = 32;
 
 /// Σ aᵢ·bᵢ in an order that depends on the length only.
 #[inline(always)]
@@ -558,8 +558,9 @@ pub fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
     add_lanes(sums) + sum
 }
 
+/// The sum of sums that ran side by side, in a fixed order.
 #[inline(always)]
-fn add_lanes(sums: [f32; LANES]) -> f32 {
+pub fn add_lanes(sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     let mut sums = sums;
     while width > 0 {

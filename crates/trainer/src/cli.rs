@@ -19,6 +19,7 @@ use crate::gguf::{self, ExportGgufArgs};
 use crate::hub::{self, Need};
 use crate::interrupt::{Interrupt, RESUMABLE};
 use crate::logits::{self, LogitsArgs};
+use crate::merge::{self, MergeArgs, UnmergeArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
@@ -49,6 +50,10 @@ enum Command {
     ExportGguf(ExportGgufArgs),
     /// Measure base model and adapters on a task, side by side
     Eval(EvalArgs),
+    /// Merge an adapter into a model: a whole Hugging Face folder
+    Merge(MergeArgs),
+    /// Take an adapter out of a merged model
+    Unmerge(UnmergeArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -282,6 +287,8 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::Logits(args) => logits::run(&args, screen)?,
         Command::ExportGguf(args) => gguf::run(&args, screen)?,
         Command::Eval(args) => eval::run(&args, screen)?,
+        Command::Merge(args) => merge::run_merge(args, screen)?,
+        Command::Unmerge(args) => merge::run_unmerge(args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {

@@ -1,8 +1,9 @@
 //! A model that is used rather than trained: its files, its weights, an adapter.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, FloatDType};
+use burn::tensor::{DType, FloatDType, Tensor};
 use clap::Args;
 use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
 use lora_core::{LoraError, LoraLinear, Quantization};
@@ -12,6 +13,7 @@ use crate::data::{DataError, ModelFiles};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::hub::{self, HubError, Need};
+use crate::merge::{Survival, SurvivalReport};
 use crate::peft::{AdapterConfig, AdapterError, read_adapter};
 use crate::screen::Screen;
 
@@ -62,6 +64,8 @@ pub enum InferenceError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Lora(#[from] LoraError),
+    #[error("the device does not give a weight back: {0}")]
+    Unreadable(String),
     #[error("the adapter in {}: {source}", folder.display())]
     Adapter {
         folder: PathBuf,
@@ -161,6 +165,36 @@ impl Inference {
             };
         }
         Ok(model)
+    }
+
+    /// How much of `adapted`'s adapters is in `merged`, which [`merged`](Self::merged) made of it; none where
+    /// the weights are not quantized, so that nothing is rounded away.
+    ///
+    /// # Errors
+    ///
+    /// A device that does not give the weights back.
+    pub fn survival(
+        &self,
+        adapted: &Llama,
+        merged: &Llama,
+    ) -> Result<Option<SurvivalReport>, InferenceError> {
+        let bits = match self.quantization {
+            Quantization::None => return Ok(None),
+            Quantization::Bits8 => 8,
+            Quantization::Bits4 => 4,
+        };
+        let read = |tensor: Tensor<2>| {
+            let values = tensor.into_data().convert::<f32>().try_to_vec::<f32>();
+            values.map_err(|error| InferenceError::Unreadable(format!("{error:?}")))
+        };
+        let mut modules = BTreeMap::new();
+        for ((name, adapted), (_, merged)) in adapted.linears().zip(merged.linears()) {
+            if let Some(delta) = adapted.adapter_delta() {
+                let actual = merged.dense_base() - adapted.dense_base();
+                modules.insert(name, Survival::of(&read(delta)?, &read(actual)?));
+            }
+        }
+        Ok(Some(SurvivalReport { bits, modules }))
     }
 
     /// Every token that ends a text: those of `generation_config.json`, else of `config.json`, and the

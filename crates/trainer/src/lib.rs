@@ -14,6 +14,7 @@
 //! | [`gguf`] | llama.cpp's files in and out |
 //! | [`tokenize`] | the tokens of texts, for comparisons |
 //! | [`eval`] | base and adapters on a task: answers, scores, significance |
+//! | [`merge`] | adapters into whole models, and out of them |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`combine`] | one adapter from several |
@@ -29,6 +30,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod combine;
 pub mod config;
+pub mod contained;
 pub mod data;
 pub mod device;
 pub mod durable;
@@ -49,6 +51,7 @@ pub mod logits;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;
+pub mod merge;
 pub mod metrics;
 pub mod model_card;
 pub mod optimizer;

@@ -46,7 +46,8 @@ pub fn product(
     if precision::is_bf16() && packed.block.is_multiple_of(2) && n > 0 && d_in > 0 {
         return in_bf16(sum, x.as_slice(), n, &packed, direction, width);
     }
-    let is_few = (1..=few_rows::AT_MOST).contains(&n) && packed.block == few_rows::BLOCK;
+    let block = packed.block;
+    let is_few = (1..=few_rows::AT_MOST).contains(&n) && block == few_rows::BLOCK && d_in > 0;
     if direction == Direction::Forward && is_few {
         return of_few_rows(sum, x.as_slice(), n, &packed);
     }

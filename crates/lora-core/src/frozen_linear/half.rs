@@ -5,16 +5,12 @@ use ::half::slice::HalfFloatSliceExt;
 use ::half::{bf16, f16};
 use burn::backend::Flex;
 use burn::tensor::{DType, Tensor};
-use rayon::prelude::*;
 
 use super::Direction;
+use super::few_scores::{self, Number};
 use super::panels::{self, Stored};
 use crate::cpu::{self, FlexTensor, Values};
 use crate::multiply_add;
-
-/// Rows of `x` up to which [`table_scores`] multiplies as it reads: the table's bytes over the memory's
-/// bandwidth are then the floor.
-const FEW: usize = 4;
 
 /// Whether products with this table unpack it: 16 bits on Burn's CPU backend, off the tape.
 fn is_half(table: &Tensor<2>) -> bool {
@@ -31,10 +27,19 @@ fn is_half(table: &Tensor<2>) -> bool {
 /// - `table`: `[rows, width]`
 /// - output: `[n, rows]`, of `x`'s type
 pub fn table_scores(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
-    if !is_half(&table) || !cpu::is_native(&x) {
+    if !cpu::is_native(&x) {
         return multiply_add(None, 1.0, x, table.transpose());
     }
-    product(None, x, table, Direction::Backward)
+    if is_half(&table) {
+        return product(None, x, table, Direction::Backward);
+    }
+    let ([n, width], [rows, _]) = (x.dims(), table.dims());
+    if !is_few(n) || !cpu::is_native(&table) {
+        return multiply_add(None, 1.0, x, table.transpose());
+    }
+    let (x, table) = (cpu::values(x), cpu::values(table));
+    let scores = few_scores::scores(x.as_slice(), n, table.as_slice(), width);
+    cpu::tensor(scores, [n, rows])
 }
 
 /// `sum + g · T`: the gradient of [`table_scores`]' input, added to that of other tables.
@@ -53,6 +58,10 @@ pub fn table_scores_backward(
         return multiply_add(sum, 1.0, gradient, table);
     }
     product(sum, gradient, table, Direction::Forward)
+}
+
+fn is_few(rows: usize) -> bool {
+    (1..=few_scores::AT_MOST).contains(&rows)
 }
 
 fn product(
@@ -81,18 +90,19 @@ fn of<H: Half>(
     direction: Direction,
 ) -> FlexTensor {
     let start = table.layout().start_offset();
+    let values = &table.storage::<H>()[start..][..rows * width];
+    if direction == Direction::Backward && is_few(n) && sum.is_none() {
+        return cpu::primitive(few_scores::scores(x, n, values, width), [n, rows]);
+    }
     let table = Table {
-        values: &table.storage::<H>()[start..][..rows * width],
+        values,
         shape: [rows, width],
     };
-    if direction == Direction::Backward && (1..=FEW).contains(&n) && sum.is_none() {
-        return cpu::primitive(scores_of_few(x, n, &table), [n, rows]);
-    }
     panels::product(sum, x, n, &table, direction)
 }
 
 /// A float of 16 bits.
-trait Half: burn::tensor::Element + bytemuck::Pod + Sync {
+trait Half: burn::tensor::Element + bytemuck::Pod + Number {
     /// Widens a run of numbers.
     fn widen(from: &[Self], to: &mut [f32]);
 }
@@ -134,38 +144,20 @@ impl<H: Half> Stored for Table<'_, H> {
     }
 }
 
-/// `x · Tᵀ` for a few rows of `x`: each row of the table is widened once, in the first cache.
-fn scores_of_few<H: Half>(x: &[f32], n: usize, table: &Table<H>) -> Vec<f32> {
-    let [rows, width] = table.shape;
-    let threads = rayon::current_num_threads();
-    let each = rows.div_ceil(4 * threads).max(1);
-    let parts = table.values.par_chunks(each * width);
-    let parts: Vec<Vec<f32>> = parts
-        .map(|part| {
-            let mut scores = vec![0f32; part.len() / width * n];
-            let mut widened = vec![0f32; width];
-            cpu::vectorized(|| {
-                for (values, scores) in part.chunks_exact(width).zip(scores.chunks_exact_mut(n)) {
-                    H::widen(values, &mut widened);
-                    for (x, score) in x.chunks_exact(width).zip(scores) {
-                        *score = cpu::dot(&widened, x);
-                    }
-                }
-            });
-            scores
-        })
-        .collect();
-    let mut output = vec![0f32; n * rows];
-    let mut first = 0;
-    for part in parts {
-        for (i, scores) in part.chunks_exact(n).enumerate() {
-            for (row, score) in scores.iter().enumerate() {
-                output[row * rows + first + i] = *score;
-            }
-        }
-        first += part.len() / n;
+impl Number for bf16 {
+    #[inline(always)]
+    fn widened<'a>(row: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
+        Self::widen(row, scratch);
+        scratch
     }
-    output
+}
+
+impl Number for f16 {
+    #[inline(always)]
+    fn widened<'a>(row: &'a [Self], scratch: &'a mut [f32]) -> &'a [f32] {
+        Self::widen(row, scratch);
+        scratch
+    }
 }
 
 #[cfg(test)]

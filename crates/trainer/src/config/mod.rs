@@ -22,6 +22,7 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited;
 use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
 use crate::data::Format;
@@ -31,6 +32,9 @@ pub use error::{ConfigError, Problem, Problems, SyntaxError};
 pub use words::{
     BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory, PromptTemplate,
 };
+
+/// The largest configuration that is read, in bytes: some thousand runs.
+const LARGEST: u64 = 1 << 20;
 
 /// The word that stands for the model or the data built into this program.
 pub const EMBEDDED: &str = "embedded";
@@ -182,7 +186,7 @@ impl Config {
         match path {
             None => Self::parse(EMBEDDED_CONFIG, None, run, overrides),
             Some(path) => {
-                let bytes = std::fs::read(path).map_err(|source| ConfigError::Read {
+                let bytes = limited::read(path, LARGEST).map_err(|source| ConfigError::Read {
                     path: path.into(),
                     source,
                 })?;

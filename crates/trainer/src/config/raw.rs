@@ -11,6 +11,9 @@ use super::{EMBEDDED, Source};
 /// Where the keys of the configuration in this program are.
 pub(super) const BUILT_IN: &str = "the built-in configuration";
 
+/// Each wrong key is compared with all that are right; of more than this, nothing was meant.
+const MOST_KEYS: usize = 1000;
+
 /// One key with its value and where it was written.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct RawEntry {
@@ -59,6 +62,18 @@ impl RawConfig {
             errors,
         })?;
         let (run, table) = pick_run(table, run, &file)?;
+        if table.len() > MOST_KEYS {
+            let message = format!("the run has {} keys, more than there are", table.len());
+            return Err(ConfigError::Syntax {
+                file,
+                format: "a configuration",
+                errors: vec![SyntaxError {
+                    line: 1,
+                    column: 1,
+                    message,
+                }],
+            });
+        }
         let stem = path
             .and_then(Path::file_stem)
             .and_then(|stem| stem.to_str());

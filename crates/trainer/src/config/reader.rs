@@ -247,6 +247,14 @@ fn without_quotes(value: &Value) -> Option<Value> {
 
 /// A whole number of at least `least`. A float without a fraction counts, as in files that Python wrote.
 pub(super) fn whole(least: usize) -> impl Fn(&Value) -> Parsed<usize> {
+    whole_up_to(least, LARGEST_COUNT)
+}
+
+/// Rows, tokens, steps: no product of two leaves 64 bits.
+const LARGEST_COUNT: usize = (1 << 31) - 1;
+
+/// A whole number in a range.
+pub(super) fn whole_up_to(least: usize, largest: usize) -> impl Fn(&Value) -> Parsed<usize> {
     move |value| {
         let number = match value {
             Value::Integer(number) => usize::try_from(*number).ok(),
@@ -256,9 +264,11 @@ pub(super) fn whole(least: usize) -> impl Fn(&Value) -> Parsed<usize> {
             }
             _ => None,
         };
-        number
-            .filter(|number| *number >= least)
-            .ok_or_else(|| format!("must be a whole number of at least {least}"))
+        match number {
+            Some(number) if number > largest => Err(format!("must be at most {largest}")),
+            Some(number) if number >= least => Ok(number),
+            _ => Err(format!("must be a whole number of at least {least}")),
+        }
     }
 }
 

@@ -6,7 +6,7 @@ use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems, nearest};
 use super::raw::RawConfig;
-use super::reader::{Parsed, Reader, boolean, number, text, whole, word};
+use super::reader::{Parsed, Reader, boolean, number, text, whole, whole_up_to, word};
 use super::value::Value;
 use super::words::{BatchSize, Checkpointing, PromptTemplate};
 use super::{Config, files};
@@ -164,7 +164,7 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         gradient_checkpointing: r.or("gradient_checkpointing", Checkpointing::Auto, checkpointing),
         share_prefixes: r.or("share_prefixes", true, boolean),
         merge_micro_batches: r.or("merge_micro_batches", true, boolean),
-        seed: r.or("seed", 42, whole(0)) as u64,
+        seed: r.or("seed", 42, whole_up_to(0, usize::MAX)) as u64,
         eval_steps: r.optional("eval_steps", whole(1)),
         logging_steps: r.or("logging_steps", 1, whole(1)),
         save_best: r.or("save_best", true, boolean),

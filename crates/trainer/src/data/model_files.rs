@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited::{self, LARGEST_SETTINGS, LARGEST_TABLE};
 use serde_json::Value;
 
 use super::error::DataError;
@@ -38,7 +39,7 @@ impl ModelFiles {
             return Ok(crate::gguf::model_files(folder)?);
         }
         let path = folder.join("tokenizer.json");
-        let tokenizer = std::fs::read(&path).map_err(|error| DataError::ModelFile {
+        let tokenizer = limited::read(&path, LARGEST_TABLE).map_err(|error| DataError::ModelFile {
             path,
             message: match error.kind() {
                 ErrorKind::NotFound => "there is no such file; base_model must be a folder with \
@@ -47,7 +48,7 @@ impl ModelFiles {
                 _ => error.to_string(),
             },
         })?;
-        let optional = |name: &str| match std::fs::read_to_string(folder.join(name)) {
+        let optional = |name: &str| match limited::read_to_string(&folder.join(name), LARGEST_SETTINGS) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(DataError::ModelFile {

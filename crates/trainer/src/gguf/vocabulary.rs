@@ -12,7 +12,7 @@ use super::tokenizer::{
     ADD_BOS, ADD_EOS, ADD_SPACE, CHAT_TEMPLATE, MERGES, MODEL, PRE, SCORES, TOKEN_TYPE, TOKENS,
     token_type,
 };
-use crate::data::{DataError, ModelFiles};
+use crate::data::{DataError, Guarded, ModelFiles};
 
 /// The keys `tokenizer.*` of a model with these files.
 ///
@@ -27,7 +27,7 @@ pub(super) fn tokenizer_metadata(
         path: files.folder.join("tokenizer.json"),
         message,
     };
-    let tokenizer = Tokenizer::from_bytes(&files.tokenizer)
+    let tokenizer = Guarded::read(&files.tokenizer)
         .map_err(|error| wrong(format!("not a valid tokenizer: {error}")))?;
     let json: Json = serde_json::from_slice(&files.tokenizer)
         .map_err(|error| wrong(format!("not valid JSON: {error}")))?;
@@ -54,8 +54,8 @@ pub(super) fn tokenizer_metadata(
             set(ADD_SPACE, Value::Bool(*space_first));
         }
     }
-    let special = SpecialIds::read(files, model, &tokenizer)?;
-    let around = around(&tokenizer).map_err(|error| wrong(error.to_string()))?;
+    let special = SpecialIds::read(files, model, &tokenizer.tokenizer)?;
+    let around = around(&tokenizer).map_err(&wrong)?;
     set(TOKENS, Value::Array(Array::Text(vocabulary.tokens)));
     set(TOKEN_TYPE, Value::Array(Array::I32(vocabulary.types)));
     for (key, id) in special.ids {
@@ -254,7 +254,7 @@ fn joined([left, right]: &[String; 2]) -> Option<String> {
 }
 
 /// Whether the tokenizer puts special tokens before and behind a text.
-fn around(tokenizer: &Tokenizer) -> tokenizers::Result<(bool, bool)> {
+fn around(tokenizer: &Guarded) -> Result<(bool, bool), String> {
     let (with, without) = (
         tokenizer.encode_fast("a", true)?,
         tokenizer.encode_fast("a", false)?,

@@ -1,5 +1,6 @@
 //! `adapter_config.json`, as PEFT 0.21 writes and reads it.
 
+use llama_burn::limited::clipped;
 use lora_core::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 use serde_json::{Map, Value, json};
 
@@ -317,7 +318,7 @@ fn as_layers(value: &Value) -> Option<Vec<usize>> {
 fn invalid(field: &str, got: &Value, expected: &str) -> AdapterError {
     AdapterError::Config {
         field: field.into(),
-        got: got.to_string(),
+        got: clipped(&got.to_string(), 200).into_owned(),
         expected: expected.into(),
     }
 }

@@ -17,6 +17,8 @@ use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited::{self, LARGEST_SETTINGS};
+
 use crate::output::{self, OutputError};
 
 pub use combine::{Combination, CombineError, Weighted, combine};
@@ -156,7 +158,7 @@ pub enum AdapterError {
 }
 
 impl AdapterError {
-    fn shape(name: String, expected: &[usize], got: &[usize]) -> Self {
+    pub(crate) fn shape(name: String, expected: &[usize], got: &[usize]) -> Self {
         Self::Shape {
             name,
             expected: expected.to_vec(),
@@ -225,7 +227,8 @@ pub fn read_adapter(folder: &Path) -> Result<(AdapterConfig, AdapterTensors), Ad
 /// As [`read_adapter`].
 pub fn read_adapter_config(folder: &Path) -> Result<AdapterConfig, AdapterError> {
     let path = folder.join(CONFIG_FILE);
-    let text = fs::read_to_string(&path).map_err(|source| cannot_read(&path, source))?;
+    let text = limited::read_to_string(&path, LARGEST_SETTINGS)
+        .map_err(|source| cannot_read(&path, source))?;
     AdapterConfig::from_json(&text).map_err(|error| error.in_file(&path))
 }
 
