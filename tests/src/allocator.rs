@@ -5,6 +5,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 static IN_USE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
+static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
 
 /// The system's allocator, with a counter. Install it with `#[global_allocator]` in a test that has
 /// a process of its own: every thread counts.
@@ -21,6 +22,12 @@ impl CountingAllocator {
         PEAK.load(Ordering::SeqCst)
     }
 
+    /// Ends the process, with a line that says what was being read, when more than this is in use: a program
+    /// that takes all memory of the machine would tell nothing.
+    pub fn refuse_beyond(bytes: usize) {
+        LIMIT.store(bytes, Ordering::SeqCst);
+    }
+
     /// Starts a new measurement of the peak.
     pub fn reset_peak() {
         PEAK.store(Self::bytes_in_use(), Ordering::SeqCst);
@@ -30,6 +37,13 @@ impl CountingAllocator {
 fn grow(bytes: usize) {
     let now = IN_USE.fetch_add(bytes, Ordering::SeqCst) + bytes;
     PEAK.fetch_max(now, Ordering::SeqCst);
+    if now > LIMIT.load(Ordering::Relaxed) {
+        // What is said allocates too.
+        LIMIT.store(usize::MAX, Ordering::SeqCst);
+        let reading = crate::hostile::reading().unwrap_or_default();
+        eprintln!("an allocation of {bytes} bytes, {now} in use, while reading {reading}");
+        std::process::abort();
+    }
 }
 
 // SAFETY: every call is passed on to the system's allocator with the same arguments.

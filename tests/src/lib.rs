@@ -1,7 +1,12 @@
 //! What the workspace's tests share: where fixtures are, which devices to test, the program itself.
 
 pub mod allocator;
+pub mod hostile;
+pub mod hub_server;
+pub mod mutate;
 pub mod program;
+pub mod reliability;
+pub mod runs;
 pub mod workspace;
 
 use std::path::{Path, PathBuf};
@@ -20,6 +25,18 @@ pub fn fixture(name: &str) -> PathBuf {
         .join(name);
     assert!(folder.is_dir(), "{} is not there", folder.display());
     folder
+}
+
+/// A file of `assets/`.
+///
+/// # Panics
+///
+/// If it cannot be read.
+pub fn embedded_asset(name: &str) -> Vec<u8> {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../assets")
+        .join(name);
+    std::fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
 /// The folder of the stories260k model, which is not part of the repository.

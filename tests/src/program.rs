@@ -1,6 +1,6 @@
 //! The trainer's program, run as a user runs it.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
 /// The program's binary: `TRAINER_BIN`, else `trainer` beside the folder of this test's executable.
@@ -48,7 +48,17 @@ pub fn run(arguments: &[&str]) -> Outcome {
 ///
 /// If it cannot be started.
 pub fn run_with(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
+    run_in(Path::new("."), arguments, environment)
+}
+
+/// As [`run_with`], in this folder.
+///
+/// # Panics
+///
+/// If it cannot be started.
+pub fn run_in(folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
     let mut command = Command::new(binary());
+    command.current_dir(folder);
     command
         .args(arguments)
         .env("NO_COLOR", "1")

@@ -35,6 +35,7 @@ fn model(lora_dropout: f64) -> Llama {
         initializer_range: 0.2,
         bos_token_id: None,
         eos_token_ids: vec![],
+        weight_bytes: 4,
     };
     let lora = LoraConfig {
         r: 4,

@@ -63,6 +63,79 @@ fn packed_rows_agree_with_rows_that_transformers_pads() {
 }
 
 #[test]
+fn dora_agrees_with_peft_magnitudes_training_and_merge_included() {
+    agrees("dora", None);
+}
+
+#[test]
+fn patterns_of_ranks_alphas_and_exclusion_agree_with_peft() {
+    agrees("patterns", None);
+}
+
+#[test]
+fn biases_that_an_adapter_brings_agree_with_peft() {
+    agrees("trained_biases", None);
+}
+
+#[test]
+fn whole_modules_and_an_adapted_embedding_agree_with_peft() {
+    agrees("whole_modules", None);
+}
+
+#[test]
+fn a_magnitude_a_rank_s_scale_a_bias_and_a_norm_that_are_left_out_are_noticed() {
+    notices("dora", &["logits", "loss", "LoRA gradients"], |folder| {
+        for adapter in ["adapter", "trained"] {
+            double(
+                &folder.join(adapter).join(peft::WEIGHTS_FILE),
+                "q_proj.lora_magnitude_vector",
+            );
+        }
+    });
+    notices("patterns", &["logits", "LoRA gradients"], |folder| {
+        edit_json(&folder.join("adapter").join(peft::CONFIG_FILE), |config| {
+            config["alpha_pattern"] = json!({});
+        });
+    });
+    notices("trained_biases", &["logits"], |folder| {
+        let path = folder.join("adapter").join(peft::WEIGHTS_FILE);
+        double(&path, "layers.0.self_attn.k_proj.bias");
+    });
+    notices("whole_modules", &["logits"], |folder| {
+        double(
+            &folder.join("adapter").join(peft::WEIGHTS_FILE),
+            "model.norm.weight",
+        );
+    });
+}
+
+/// Doubles the elements of every f32 tensor whose name ends so.
+fn double(path: &Path, end: &str) {
+    let bytes = fs::read(path).expect("the fixture can be read");
+    let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
+    let mut found = 0;
+    let mut tensors = Vec::new();
+    for (name, view) in file.iter() {
+        let mut data = view.data().to_vec();
+        if name.ends_with(end) {
+            found += 1;
+            for word in data.chunks_exact_mut(4) {
+                let value = f32::from_le_bytes([word[0], word[1], word[2], word[3]]);
+                word.copy_from_slice(&(2.0 * value).to_le_bytes());
+            }
+        }
+        tensors.push((name.to_string(), view.dtype(), view.shape().to_vec(), data));
+    }
+    assert!(found > 0, "no tensor ends with {end}");
+    let views = tensors.iter().map(|(name, dtype, shape, data)| {
+        let view = safetensors::tensor::TensorView::new(*dtype, shape.clone(), data);
+        (name, view.expect("the same shape and type"))
+    });
+    let written = safetensors::serialize(views, None).expect("the same tensors");
+    fs::write(path, written).expect("a temporary folder is writable");
+}
+
+#[test]
 fn stories260k_agrees_with_transformers_and_peft() {
     if let Some(model) = stories260k() {
         agrees("stories260k", Some(&model));
@@ -278,6 +351,10 @@ fn an_adapter_of_peft_is_written_again_tensor_by_tensor_as_it_was() {
         "linear_rope",
         "sharded_rslora_all_linear",
         "padded_rows",
+        "dora",
+        "patterns",
+        "trained_biases",
+        "whole_modules",
     ] {
         let theirs = fixture(name).join("adapter");
         let (config, tensors) = peft::read_adapter(&theirs).expect("PEFT's adapter can be read");

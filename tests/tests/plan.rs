@@ -89,6 +89,7 @@ fn config(case: Case) -> LlamaConfig {
         initializer_range: 0.02,
         bos_token_id: None,
         eos_token_ids: vec![],
+        weight_bytes: 4,
     }
 }
 

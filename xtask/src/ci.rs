@@ -7,10 +7,11 @@ use anyhow::{Context, Result, bail};
 
 use crate::backend::Backend;
 use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place};
-use crate::test;
+use crate::interop;
+use crate::test::{self, Totals};
 
-/// Formatting, lints and types of every backend, documentation, tests; stops at the first that
-/// fails.
+/// Formatting, lints and types of every backend, documentation, tests, interop tests; stops at the
+/// first that fails.
 ///
 /// The GPU backends are compiled twice at most: once as metadata for clippy and rustdoc, which
 /// share it, with every backend that this platform has, and once to run, with `wgpu`. Clippy is a
@@ -48,13 +49,18 @@ pub fn run() -> Result<ExitCode> {
 
     announce("tests");
     let since = Instant::now();
-    let code = test::run(Vec::new())?;
-    eprintln!(
-        "xtask: tests took {}, everything {}",
-        clock(since.elapsed()),
-        clock(started.elapsed())
-    );
-    Ok(code)
+    let mut totals = Totals::default();
+    let mut code = test::run_all(&[], &mut totals)?;
+    eprintln!("xtask: tests took {}", clock(since.elapsed()));
+    if code == 0 {
+        announce("interop: transformers, PEFT, llama.cpp");
+        let since = Instant::now();
+        code = interop::run_and_count(&[], &mut totals)?;
+        eprintln!("xtask: interop tests took {}", clock(since.elapsed()));
+    }
+    eprintln!("xtask: everything took {}", clock(started.elapsed()));
+    totals.print();
+    Ok(ExitCode::from(code))
 }
 
 /// The GPU backends to check: all that this platform can build.

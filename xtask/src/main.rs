@@ -10,6 +10,7 @@ mod backend;
 mod cargo;
 mod ci;
 mod detect;
+mod interop;
 mod test;
 mod trainer;
 
@@ -41,6 +42,11 @@ Usage: cargo xtask train [OPTIONS]
   --run NAME          one of the named runs of a FinLoRA config file
   --set KEY=VALUE     overrides one key of the config; may be repeated
   --output-dir DIR    where the adapter, the metrics and the resolved config go
+  --resume [auto|DIR] go on with a run: DIR is its output folder or one of its checkpoints; auto takes the
+                      output folder's newest checkpoint, or starts if there is none
+  --force-resume      resume although the configuration, the data or the model has changed
+
+Ctrl-C finishes the step, writes a checkpoint and exits with code 75; a second one leaves at once.
 
 Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 
@@ -81,10 +87,18 @@ enum Task {
     Train(Trainer),
     /// Continue prompts: --model DIR [--adapter DIR] [--prompt TEXT | --prompts FILE]
     Generate(Trainer),
+    /// Write GGUF for llama.cpp: --model PATH [--adapter DIR [--lora]] --output FILE [--type f16|q8_0|f32]
+    ExportGguf(Trainer),
     /// Measure base model and adapters on a task: --model DIR [--adapter DIR …] --data FILE…
     Eval(Trainer),
+    /// Merge an adapter into a whole model folder: --model DIR --adapter DIR --output DIR
+    Merge(Trainer),
+    /// Take an adapter out of a merged model: --model DIR --adapter DIR --output DIR
+    Unmerge(Trainer),
     /// Print rows of a data set with their tokens and the loss mask: --config FILE
     InspectData(Trainer),
+    /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
+    Combine(Trainer),
     /// Parameters and predicted peak memory of a model, without its weights: --config FILE
     Plan(Trainer),
     /// Compare with a reference or across backends: [--reference DIR] [--backends cpu,wgpu,…]
@@ -96,6 +110,8 @@ enum Task {
     MakeAssets(Trainer),
     /// Run every test; words after it select tests by name
     Test(Filter),
+    /// Run the tests against transformers, PEFT and llama.cpp; arguments go to pytest
+    Interop(Filter),
     /// Formatting, lints, documentation and tests, as continuous integration runs them
     Ci,
     /// Ask the drivers (a process of its own, see detect.rs)
@@ -111,7 +127,7 @@ struct Trainer {
     args: Vec<OsString>,
 }
 
-/// Arguments that go to the test harness.
+/// Arguments that go to the test harness, or to pytest.
 #[derive(Args)]
 struct Filter {
     /// Names, or parts of names, of the tests to run
@@ -128,14 +144,19 @@ fn main() -> ExitCode {
         Task::Train(it) => trainer::run("train", it.args, Backend::Auto),
         Task::Generate(it) => trainer::run("generate", it.args, Backend::Auto),
         Task::Eval(it) => trainer::run("eval", it.args, Backend::Auto),
-        // These two compute nothing on a GPU, so they need not wait for its build.
+        // These compute nothing on a GPU, so they need not wait for its build.
+        Task::Merge(it) => trainer::run("merge", it.args, Backend::Cpu),
+        Task::Unmerge(it) => trainer::run("unmerge", it.args, Backend::Cpu),
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
+        Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),
         Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
+        Task::ExportGguf(it) => trainer::run("export-gguf", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),
         Task::Parity(it) => trainer::parity(it.args),
         Task::Bench(it) => trainer::run("bench", it.args, Backend::Auto),
         Task::Test(it) => test::run(it.filter),
+        Task::Interop(it) => interop::run(it.filter),
         Task::Ci => ci::run(),
         Task::Probe => detect::probe().map(|()| ExitCode::SUCCESS),
     };

@@ -16,11 +16,19 @@ pub fn in_ci() -> bool {
 }
 
 /// Builds and runs the tests of all crates; `filter` goes to cargo's test harness.
+pub fn run(filter: Vec<OsString>) -> Result<ExitCode> {
+    let mut totals = Totals::default();
+    let code = run_all(&filter, &mut totals)?;
+    totals.print();
+    Ok(ExitCode::from(code))
+}
+
+/// As [`run`], with the tests' numbers added to `totals` and without a closing line.
 ///
 /// `cargo build --all-targets` and `cargo test` name the same profile, packages and features, so
 /// the libraries, the tests and the trainer's binary that the end-to-end tests start come from one
 /// build of Burn.
-pub fn run(filter: Vec<OsString>) -> Result<ExitCode> {
+pub fn run_all(filter: &[OsString], totals: &mut Totals) -> Result<u8> {
     let machine = Machine::ask();
     let wgpu = machine.has_wgpu();
     if in_ci() && !wgpu {
@@ -46,7 +54,7 @@ pub fn run(filter: Vec<OsString>) -> Result<ExitCode> {
         .args(packages(wgpu));
     let status = build.status().context("cannot start cargo")?;
     if !status.success() {
-        return Ok(ExitCode::from(exit_code(status)));
+        return Ok(exit_code(status));
     }
 
     // xtask's own tests are apart: a build of the whole workspace would replace the running xtask.
@@ -60,28 +68,22 @@ pub fn run(filter: Vec<OsString>) -> Result<ExitCode> {
     if wgpu && in_ci() {
         tests.env("LORA_REQUIRE_WGPU", "1");
     }
-    let mut totals = Totals::default();
     let mut worst = 0;
     for mut suite in [own, tests] {
-        suite.arg("--").args(&filter);
+        suite.arg("--").args(filter);
         if std::io::stdout().is_terminal() {
             suite.args(["--color", "always"]);
         }
-        worst = worst.max(run_and_count(&mut suite, &mut totals)?);
+        worst = worst.max(run_and_count(&mut suite, totals)?);
     }
     if !wgpu {
         eprintln!("{}", without_wgpu());
     }
-    // The last line of a log, in a form that programs read too.
-    println!(
-        "\n{} passed, {} failed, {} skipped",
-        totals.passed, totals.failed, totals.ignored
-    );
-    Ok(ExitCode::from(worst))
+    Ok(worst)
 }
 
 /// Which packages and features every cargo command of the tests names.
-fn packages(wgpu: bool) -> Vec<OsString> {
+pub fn packages(wgpu: bool) -> Vec<OsString> {
     let mut args: Vec<OsString> = ["--workspace", "--exclude", "xtask"]
         .map(Into::into)
         .to_vec();
@@ -100,15 +102,23 @@ fn without_wgpu() -> &'static str {
      xtask: ************************************************************************"
 }
 
-/// Sums of libtest's summary lines.
+/// Sums of libtest's summary lines; the interop tests write such a line too.
 #[derive(Debug, Default, PartialEq, Eq)]
-struct Totals {
+pub struct Totals {
     passed: usize,
     failed: usize,
     ignored: usize,
 }
 
 impl Totals {
+    /// The last line of a log, in a form that programs read too.
+    pub fn print(&self) {
+        println!(
+            "\n{} passed, {} failed, {} skipped",
+            self.passed, self.failed, self.ignored
+        );
+    }
+
     /// Adds `test result: ok. 12 passed; 0 failed; 1 ignored; …`; any other line counts nothing.
     fn add(&mut self, line: &str) {
         let Some((_, counts)) = line.split_once("test result: ") else {
@@ -132,11 +142,11 @@ impl Totals {
 }
 
 /// Runs a test command, shows its output as it comes, and returns its exit code.
-fn run_and_count(command: &mut Command, totals: &mut Totals) -> Result<u8> {
+pub fn run_and_count(command: &mut Command, totals: &mut Totals) -> Result<u8> {
     let mut child = command
         .stdout(Stdio::piped())
         .spawn()
-        .context("cannot start cargo")?;
+        .with_context(|| format!("cannot start {}", command.get_program().display()))?;
     let output = child.stdout.take().context("the tests have no output")?;
     for line in BufReader::new(output).split(b'\n') {
         let line = line.context("cannot read the tests' output")?;
@@ -145,7 +155,9 @@ fn run_and_count(command: &mut Command, totals: &mut Totals) -> Result<u8> {
         stdout.write_all(&line)?;
         stdout.write_all(b"\n")?;
     }
-    Ok(exit_code(child.wait().context("cannot wait for cargo")?))
+    Ok(exit_code(
+        child.wait().context("cannot wait for the tests")?,
+    ))
 }
 
 #[cfg(test)]

@@ -5,6 +5,9 @@ use std::path::{Path, PathBuf};
 use lora_core::ModuleShape;
 use serde_json::{Map, Value};
 
+use crate::gguf::{self, GgufError, GgufFile};
+use crate::limited::{self, LARGEST_SETTINGS};
+
 /// What is wrong with a `config.json`.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -24,6 +27,9 @@ pub enum ConfigError {
         /// What the parser says.
         reason: String,
     },
+    /// A GGUF file whose metadata describe no Llama.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
     /// Another kind of model.
     #[error(
         "the model is of type {0:?}, not \"llama\"; only Llama-family models (LlamaForCausalLM) can be trained"
@@ -67,6 +73,15 @@ pub enum RopeScaling {
     },
 }
 
+/// transformers 5 writes `dtype` where version 4 wrote `torch_dtype`.
+fn weight_bytes(object: &Map<String, Value>) -> usize {
+    let dtype = object.get("dtype").or_else(|| object.get("torch_dtype"));
+    match dtype.and_then(Value::as_str) {
+        Some("float32") => 4,
+        _ => 2,
+    }
+}
+
 /// The shape of a Llama, with Hugging Face's names.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)] // The names are Hugging Face's; their documentation is there.
@@ -89,22 +104,29 @@ pub struct LlamaConfig {
     pub bos_token_id: Option<u32>,
     /// Llama 3 has several.
     pub eos_token_ids: Vec<u32>,
+    /// Bytes of a weight in the files: 4 where `dtype` (or `torch_dtype`) is float32, else 2.
+    pub weight_bytes: usize,
 }
 
 impl LlamaConfig {
-    /// Reads `config.json`, or the `config.json` of a model folder.
+    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file.
     ///
     /// # Errors
     ///
     /// Names the file, the key, its value and what is expected.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        if gguf::is_gguf(path) {
+            return Self::from_json(&gguf::config_json(&GgufFile::open(path)?)?);
+        }
         let path = match path.is_dir() {
             true => path.join("config.json"),
             false => path.to_path_buf(),
         };
-        let text = std::fs::read_to_string(&path).map_err(|source| ConfigError::Read {
-            path: path.clone(),
-            source,
+        let text = limited::read_to_string(&path, LARGEST_SETTINGS).map_err(|source| {
+            ConfigError::Read {
+                path: path.clone(),
+                source,
+            }
         })?;
         let value: Value = serde_json::from_str(&text).map_err(|error| ConfigError::NotJson {
             path: path.clone(),
@@ -128,7 +150,7 @@ impl LlamaConfig {
     pub fn from_json(object: &Map<String, Value>) -> Result<Self, ConfigError> {
         let keys = Keys(object);
         let model_type = match object.get("model_type") {
-            Some(value) => value.as_str().unwrap_or("?").to_string(),
+            Some(value) => limited::clipped(value.as_str().unwrap_or("?"), 80).into_owned(),
             None => return Err(ConfigError::Missing("model_type")),
         };
         if model_type != "llama" {
@@ -167,6 +189,7 @@ impl LlamaConfig {
             initializer_range: keys.positive("initializer_range")?.unwrap_or(0.02),
             bos_token_id: keys.tokens("bos_token_id")?.first().copied(),
             eos_token_ids: keys.tokens("eos_token_id")?,
+            weight_bytes: weight_bytes(object),
         };
         config.check()
     }
@@ -177,11 +200,11 @@ impl LlamaConfig {
             let expected = format!("it must divide num_attention_heads, which is {heads}");
             return Err(invalid("num_key_value_heads", kv_heads, &expected));
         }
-        if !self.head_dim.is_multiple_of(2) {
+        if self.head_dim == 0 || !self.head_dim.is_multiple_of(2) {
             return Err(invalid(
                 "head_dim",
                 self.head_dim,
-                "rotary embeddings need an even number",
+                "rotary embeddings need an even number, at least 2",
             ));
         }
         Ok(self)
@@ -297,8 +320,22 @@ fn rope(keys: &Keys) -> Result<(f64, RopeScaling), ConfigError> {
 fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) -> ConfigError {
     ConfigError::Invalid {
         key: key.into(),
-        value: value.to_string(),
+        value: limited::clipped(&value.to_string(), 200).into_owned(),
         expected: expected.into(),
+    }
+}
+
+/// The largest number that is believed: several times that of any real model, and small enough that lists of all
+/// tensors stay short and no product of a model's numbers, in bytes, leaves 64 bits.
+fn largest(key: &str) -> u64 {
+    match key {
+        "num_hidden_layers" => 1 << 11,
+        "num_attention_heads" | "num_key_value_heads" => 1 << 10,
+        "head_dim" => 1 << 11,
+        "hidden_size" => 1 << 17,
+        "intermediate_size" => 1 << 20,
+        "vocab_size" => 1 << 22,
+        _ => 1 << 28,
     }
 }
 
@@ -311,12 +348,15 @@ impl<'a> Keys<'a> {
     }
 
     fn optional_count(&self, key: &'static str) -> Result<Option<usize>, ConfigError> {
-        // Larger than any real model, small enough that no product of two overflows.
-        const LARGEST: u64 = 1 << 28;
+        let largest = largest(key);
         match self.get(key) {
             None => Ok(None),
             Some(value) => match value.as_u64() {
-                Some(count) if (1..=LARGEST).contains(&count) => Ok(Some(count as usize)),
+                Some(count) if (1..=largest).contains(&count) => Ok(Some(count as usize)),
+                Some(count) if count > largest => {
+                    let expected = format!("no Llama has more than {largest}");
+                    Err(invalid(key, value, &expected))
+                }
                 _ => Err(invalid(key, value, "expected a whole number of at least 1")),
             },
         }

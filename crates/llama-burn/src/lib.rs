@@ -4,11 +4,14 @@
 //! | --- | --- |
 //! | `config` | [`LlamaConfig`] from `config.json` |
 //! | `weights`, `load` | safetensors, one tensor at a time, quantized as they come |
+//! | [`gguf`] | llama.cpp's files: read as they are, and written |
 //! | `packed` | rows packed into one sequence, each attending within itself |
 //! | `rope`, `rms_norm`, `attention`, `mlp`, `decoder_layer` | the parts, as in `modeling_llama.py` |
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
 //! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
+//! | [`limited`] | files and messages of bounded length |
+//! | `replace` | single tensors, replaced or read back by name |
 //! | `model` | [`Llama`] |
 //!
 //! The reference is `transformers`' `LlamaForCausalLM`; the workspace's tests compare with it.
@@ -16,12 +19,15 @@
 mod attention;
 mod config;
 mod decoder_layer;
+pub mod gguf;
 mod kv_cache;
+pub mod limited;
 mod load;
 mod mlp;
 mod model;
 mod packed;
 mod passes;
+mod replace;
 mod rms_norm;
 mod rope;
 mod vocab_table;
@@ -39,4 +45,4 @@ pub use passes::{Activations, LayerPass};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use vocab_table::{PIECE_BYTES, VocabTable};
-pub use weights::{Weights, WeightsError};
+pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError, weight_files};

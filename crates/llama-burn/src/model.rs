@@ -99,13 +99,26 @@ impl Llama {
         let root = CounterRng::new(seed);
         for (index, layer) in self.layers.iter_mut().enumerate() {
             for (module, (name, linear)) in layer.linears_mut().into_iter().enumerate() {
-                if selector.matches(&format!("model.layers.{index}.{name}")) {
+                let name = format!("model.layers.{index}.{name}");
+                if selector.matches(&name) {
                     let seed = root.fork(index as u64).fork(module as u64).next_u64();
-                    *linear = linear.clone().with_new_adapter(lora, seed)?;
+                    let lora = lora.of_module(&selector, &name);
+                    *linear = linear.clone().with_new_adapter(&lora, seed)?;
                 }
             }
         }
         Ok(self)
+    }
+
+    /// Computes once what depends on the adapters' values only, for a model that is used and not trained
+    /// ([`LoraLinear::settled`]).
+    pub fn settled(mut self) -> Self {
+        for (_, linear) in self.linears_mut() {
+            if linear.dora.is_some() {
+                *linear = linear.clone().settled();
+            }
+        }
+        self
     }
 
     /// Counts the parameters that `lora` would train, from shapes.
@@ -144,7 +157,7 @@ impl Llama {
 
     /// The type it computes in.
     pub fn dtype(&self) -> DType {
-        self.embed_tokens.pieces[0].val().dtype()
+        self.embed_tokens.compute_dtype()
     }
 
     /// Prepares a packed batch for [`embed`](Self::embed) and the layers.
@@ -314,6 +327,7 @@ pub(crate) mod tests {
             initializer_range: 0.2,
             bos_token_id: None,
             eos_token_ids: vec![],
+            weight_bytes: 4,
         }
     }
 

@@ -40,6 +40,9 @@ pub struct Activations {
 #[derive(Debug, Clone)]
 struct AfterAttention {
     output_low: LowRank<1>,
+    /// What attention mixed, `[m, heads · d]`, where the output module has an adapter: nothing else
+    /// reads it again.
+    mixed: Option<Tensor<2>>,
     /// What the feed-forward block gets and is added to, `[m, hidden]`.
     middle: Tensor<2>,
     gate: Tensor<2>,
@@ -64,9 +67,8 @@ impl LayerPass<'_> {
     /// - output: `[n, hidden]`, or `[m, hidden]` for `m` wanted tokens
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
         let ([q, k, v], attention_low) = self.queries_keys_values(x);
-        let attended = attend(q, k, v, self.context, self.layer.self_attn.heads());
-        let mixed = self.select(attended.output.clone());
-        let (output, after) = self.after_attention(mixed, self.select(x.clone()));
+        let (mixed, attended) = attend(q, k, v, self.context, self.layer.self_attn.heads());
+        let (output, after) = self.after_attention(self.select(mixed), self.select(x.clone()));
         let activations = Activations {
             attended,
             attention_low,
@@ -103,8 +105,9 @@ impl LayerPass<'_> {
         mixed: Tensor<2>,
         residual: Tensor<2>,
     ) -> (Tensor<2>, AfterAttention) {
-        let ([middle], output_low) = self.output_group().forward(&mixed, [Some(residual)]);
-        drop(mixed);
+        let group = self.output_group();
+        let ([middle], output_low) = group.forward(&mixed, [Some(residual)]);
+        let mixed = group.has_adapters().then_some(mixed);
 
         let normalised = self.layer.post_attention_layernorm.forward_plain(&middle);
         let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalised, [None, None]);
@@ -113,6 +116,7 @@ impl LayerPass<'_> {
         let ([output], down_low) = self.down_group().forward(&product, [Some(middle.clone())]);
         let after = AfterAttention {
             output_low,
+            mixed,
             middle,
             gate,
             up,
@@ -143,6 +147,7 @@ impl LayerPass<'_> {
             after:
                 AfterAttention {
                     output_low,
+                    mixed,
                     middle,
                     gate,
                     up,
@@ -168,7 +173,8 @@ impl LayerPass<'_> {
             .backward(&middle, through, gradient);
         drop(middle);
 
-        let mixed = || self.select(attended.output.clone());
+        // Asked for only where the module has an adapter.
+        let mixed = || mixed.unwrap_or_else(|| unreachable!("kept for the output's adapter"));
         let output = self.output_group();
         let through = output.backward(
             mixed,

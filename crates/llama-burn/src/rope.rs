@@ -20,7 +20,8 @@ pub fn inverse_frequencies(config: &LlamaConfig) -> Vec<f32> {
         .collect()
 }
 
-fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
+/// A frequency under the model's scaling.
+pub(crate) fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
     match scaling {
         RopeScaling::Default => frequency,
         RopeScaling::Linear { factor } => frequency / factor,

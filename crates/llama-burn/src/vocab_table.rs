@@ -1,11 +1,12 @@
 //! The embedding and the output layer: one row a token.
 
 use burn::module::{Module, Param};
-use burn::tensor::{Int, Tensor, TensorData};
-use lora_core::multiply_add;
+use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData};
+use lora_core::{cpu, table_scores, table_scores_backward};
 
 /// A `[vocab, hidden]` table in pieces of at most [`PIECE_BYTES`], because graphics adapters limit how
-/// large one buffer may be.
+/// large one buffer may be. On the CPU a table may be in 16 bits, as its file is, though the model
+/// computes in f32.
 #[derive(Module, Debug)]
 pub struct VocabTable {
     /// Rows in order, `[rows, hidden]` each; all but the last have `rows_per_piece` rows.
@@ -23,7 +24,16 @@ impl VocabTable {
         (PIECE_BYTES / (hidden * element_bytes)).max(1)
     }
 
-    /// The rows of these tokens.
+    /// The type that products with the table are computed in.
+    pub fn compute_dtype(&self) -> DType {
+        let piece = self.pieces[0].val().without_autodiff();
+        match piece.dtype() {
+            DType::F16 | DType::BF16 if cpu::is_on_cpu(&piece) => DType::F32,
+            dtype => dtype,
+        }
+    }
+
+    /// The rows of these tokens, in the type that is computed in.
     ///
     /// # Shapes
     ///
@@ -57,10 +67,11 @@ impl VocabTable {
             found.push(value(table).select(0, indices(local.collect())));
         }
         assert_eq!(next as usize, ids.len(), "a token id is outside the table");
-        match found.len() {
+        let rows = match found.len() {
             1 => found.remove(0),
             _ => Tensor::cat(found, 0).select(0, indices(order)),
-        }
+        };
+        self.widened(rows)
     }
 
     /// The score of every token for each row of `hidden`.
@@ -71,8 +82,11 @@ impl VocabTable {
     /// - output: `[m, vocab]`
     pub fn scores(&self, hidden: Tensor<2>) -> Tensor<2> {
         let products = self.pieces.iter().map(|piece| match hidden.is_autodiff() {
-            true => hidden.clone().matmul(value(piece).autodiff().transpose()),
-            false => multiply_add(None, 1.0, hidden.clone(), value(piece).transpose()),
+            true => {
+                let piece = self.widened(value(piece)).autodiff();
+                hidden.clone().matmul(piece.transpose())
+            }
+            false => table_scores(hidden.clone(), value(piece)),
         });
         let mut products: Vec<Tensor<2>> = products.collect();
         match products.len() {
@@ -94,10 +108,18 @@ impl VocabTable {
             let piece = piece.val().without_autodiff();
             let rows = piece.dims()[0];
             let gradient = gradient.clone().narrow(1, start, rows);
-            sum = Some(multiply_add(sum, 1.0, gradient, piece));
+            sum = Some(table_scores_backward(sum, gradient, piece));
             start += rows;
         }
         sum.unwrap_or_else(|| gradient.narrow(1, 0, 0))
+    }
+
+    fn widened(&self, x: Tensor<2>) -> Tensor<2> {
+        let dtype = self.compute_dtype();
+        match x.dtype() == dtype {
+            true => x,
+            false => x.cast(FloatDType::from(dtype)),
+        }
     }
 }
 

@@ -1,11 +1,16 @@
-//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index.
+//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index. Those of a GGUF
+//! file appear under Hugging Face's names and in its order of rows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 
-use burn::tensor::DType;
+use burn::tensor::{Bytes, DType, Element, TensorData};
 use burn_store::{ModuleStore, SafetensorsStore};
 use half::{bf16, f16};
+
+use crate::LlamaConfig;
+use crate::gguf::{self, GgufError, GgufFile, IntegerTensor, Rows, TensorKind};
+use crate::limited::{self, LARGEST_TABLE, clipped};
 
 /// What is wrong with the weight files.
 #[derive(Debug, thiserror::Error)]
@@ -17,6 +22,22 @@ pub enum WeightsError {
     NoWeights {
         /// The folder.
         folder: PathBuf,
+    },
+    /// A GGUF file.
+    #[error(transparent)]
+    Gguf(#[from] GgufError),
+    /// The configuration in a GGUF file.
+    #[error(transparent)]
+    GgufConfig(#[from] Box<crate::ConfigError>),
+    /// The folder has weights in PyTorch's pickle format only, which can run any code when it is read.
+    #[error(
+        "{folder} has no safetensors weights, only {file}, a pickle file, which is never read here; load the model with transformers and save it again with save_pretrained, which writes safetensors"
+    )]
+    Pickle {
+        /// The folder.
+        folder: PathBuf,
+        /// One of its pickle files.
+        file: String,
     },
     /// A file cannot be read or is no safetensors file.
     #[error("{file} cannot be read: {reason}; it may be cut off, download it again")]
@@ -86,50 +107,137 @@ pub enum WeightsError {
 
 /// The open, memory-mapped weight files of a folder. Tensors are read one at a time, when asked for.
 pub struct Weights {
-    shards: Vec<(PathBuf, SafetensorsStore)>,
+    shards: Vec<Shard>,
     /// Name → shard, shape.
     tensors: BTreeMap<String, (usize, Vec<usize>)>,
+    gguf: Option<Gguf>,
+}
+
+/// An open GGUF file.
+struct Gguf {
+    file: GgufFile,
+    head_dim: usize,
+}
+
+/// One open file.
+struct Shard {
+    file: PathBuf,
+    store: SafetensorsStore,
+    /// Bytes of tensors that were read since it was mapped.
+    read: usize,
+}
+
+/// A file is mapped anew after this many bytes: what was read of it counts as this process's memory
+/// until then.
+pub const MAPPED_BYTES: usize = 32 << 20;
+
+impl Shard {
+    fn open(file: PathBuf) -> Self {
+        let store = Self::map(&file);
+        Self {
+            file,
+            store,
+            read: 0,
+        }
+    }
+
+    fn map(file: &Path) -> SafetensorsStore {
+        // Whatever is in the name map, burn-store's defaults would rename numbered keys.
+        SafetensorsStore::from_file(file).map_indices_contiguous(false)
+    }
+
+    fn unreadable(&self, reason: String) -> WeightsError {
+        WeightsError::Unreadable {
+            file: self.file.clone(),
+            reason,
+        }
+    }
 }
 
 impl Weights {
-    /// Opens the weights of a folder and reads their headers.
+    /// Opens the weights of a folder, or a GGUF file, and reads their headers.
     ///
     /// # Errors
     ///
     /// If there are none, or a file is cut off or damaged.
     pub fn open(folder: &Path) -> Result<Self, WeightsError> {
-        let single = folder.join("model.safetensors");
-        let index = folder.join("model.safetensors.index.json");
-        let files = match (single.is_file(), index.is_file()) {
-            (true, _) => vec![single],
-            (false, true) => shard_files(folder, &index)?,
-            (false, false) => {
-                return Err(WeightsError::NoWeights {
-                    folder: folder.to_path_buf(),
-                });
-            }
-        };
+        if gguf::is_gguf(folder) {
+            return Self::open_gguf(folder);
+        }
+        let files = weight_files(folder)?;
         let mut weights = Self {
             shards: Vec::new(),
             tensors: BTreeMap::new(),
+            gguf: None,
         };
         for file in files {
-            // Whatever is in the name map, burn-store's defaults would rename numbered keys.
-            let mut store = SafetensorsStore::from_file(&file).map_indices_contiguous(false);
-            let unreadable = |reason: String| WeightsError::Unreadable {
-                file: file.clone(),
-                reason,
+            let mut shard = Shard::open(file);
+            let tensors = match shard.store.get_all_tensors() {
+                Ok(tensors) => tensors,
+                Err(error) => {
+                    let reason = error.to_string();
+                    return Err(shard.unreadable(reason));
+                }
             };
-            let tensors = store
-                .get_all_tensors()
-                .map_err(|e| unreadable(e.to_string()))?;
             for (name, tensor) in tensors {
                 let place = (weights.shards.len(), tensor.shape.to_vec());
                 weights.tensors.insert(name.clone(), place);
             }
-            weights.shards.push((file, store));
+            weights.shards.push(shard);
         }
         Ok(weights)
+    }
+
+    fn open_gguf(path: &Path) -> Result<Self, WeightsError> {
+        let file = GgufFile::open(path)?;
+        let config = gguf::config_json(&file)?;
+        let config = LlamaConfig::from_json(&config).map_err(Box::new)?;
+        let mut tensors = BTreeMap::new();
+        for (name, place) in &file.header.tensors {
+            // What scales the rotary frequencies is in the configuration.
+            if name == "rope_freqs.weight" {
+                continue;
+            }
+            let name = gguf::hugging_face_name(name).unwrap_or_else(|| name.clone());
+            tensors.insert(name, (0, place.shape.clone()));
+        }
+        Ok(Self {
+            shards: Vec::new(),
+            tensors,
+            gguf: Some(Gguf {
+                file,
+                head_dim: config.head_dim,
+            }),
+        })
+    }
+
+    /// A matrix as the integers and scales that a GGUF file holds (Q8_0, Q4_0, Q5_0, Q6_K); `None` where the
+    /// weights are something else.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn integers(&self, name: &str) -> Result<Option<IntegerTensor>, WeightsError> {
+        let (Some(gguf), Some((_, shape))) = (&self.gguf, self.tensors.get(name)) else {
+            return Ok(None);
+        };
+        let (theirs, rows) = gguf.place(name, shape)?;
+        let Some(mut tensor) = gguf.file.integers(&theirs)? else {
+            return Ok(None);
+        };
+        if let Some(rows) = rows {
+            let columns = shape.last().copied().unwrap_or(1);
+            tensor.integers = rows.to_hugging_face(&tensor.integers, columns);
+            tensor.scales = rows.to_hugging_face(&tensor.scales, columns / tensor.block);
+        }
+        match tensor.scales.iter().position(|scale| !scale.is_finite()) {
+            Some(index) => Err(WeightsError::NotFinite {
+                name: name.into(),
+                index: index * tensor.block,
+                value: tensor.scales[index],
+            }),
+            None => Ok(Some(tensor)),
+        }
     }
 
     /// Compares names and shapes with those that the model calls for.
@@ -179,8 +287,53 @@ impl Weights {
     ///
     /// If it is absent, cut off, of another type, or holds something that is not a number.
     pub fn read(&mut self, name: &str) -> Result<Vec<f32>, WeightsError> {
+        if let (Some(gguf), Some((_, shape))) = (&self.gguf, self.tensors.get(name)) {
+            let values = gguf.read(name, shape)?;
+            check_finite(name, values.iter().copied())?;
+            return Ok(values);
+        }
+        let (bytes, dtype) = self.bytes(name)?;
+        let values = to_f32(&bytes, &dtype).ok_or_else(|| wrong_type(name, &dtype))?;
+        check_finite(name, values.iter().copied())?;
+        Ok(values)
+    }
+
+    /// A tensor's values in the file's own type, f32, f16 or bf16, flat and row-major. What a GGUF file
+    /// holds in fewer bits comes in f32.
+    ///
+    /// # Errors
+    ///
+    /// As [`read`](Self::read).
+    pub fn read_as_stored(&mut self, name: &str) -> Result<Stored, WeightsError> {
+        if let Some(kind) = self.gguf.as_ref().and_then(|gguf| gguf.kind(name)) {
+            let values = self.read(name)?;
+            // Exact: the values were 16 bits wide before.
+            return Ok(match kind {
+                TensorKind::F16 => Stored::F16(values.into_iter().map(f16::from_f32).collect()),
+                TensorKind::BF16 => Stored::Bf16(values.into_iter().map(bf16::from_f32).collect()),
+                _ => Stored::F32(values),
+            });
+        }
+        let (bytes, dtype) = self.bytes(name)?;
+        if is(&dtype, DType::F16) {
+            let values: Vec<f16> = halves(&bytes, f16::from_le_bytes);
+            check_finite(name, values.iter().map(|value| value.to_f32()))?;
+            return Ok(Stored::F16(values));
+        }
+        if is(&dtype, DType::BF16) {
+            let values: Vec<bf16> = halves(&bytes, bf16::from_le_bytes);
+            check_finite(name, values.iter().map(|value| value.to_f32()))?;
+            return Ok(Stored::Bf16(values));
+        }
+        let values = to_f32(&bytes, &dtype).ok_or_else(|| wrong_type(name, &dtype))?;
+        check_finite(name, values.iter().copied())?;
+        Ok(Stored::F32(values))
+    }
+
+    /// A tensor's bytes and the name of its type.
+    fn bytes(&mut self, name: &str) -> Result<(Bytes, String), WeightsError> {
         let shard = match self.tensors.get(name) {
-            Some((shard, _)) => *shard,
+            Some((shard, _)) => &mut self.shards[*shard],
             None => {
                 return Err(WeightsError::MissingTensor {
                     name: name.into(),
@@ -188,51 +341,170 @@ impl Weights {
                 });
             }
         };
-        let (file, store) = &mut self.shards[shard];
-        let unreadable = |reason: String| WeightsError::Unreadable {
-            file: file.clone(),
-            reason,
+        if shard.read >= MAPPED_BYTES {
+            shard.store = Shard::map(&shard.file);
+            shard.read = 0;
+        }
+        let read = match shard.store.get_tensor(name) {
+            Ok(Some(tensor)) => match tensor.to_bytes() {
+                Ok(bytes) => Ok((bytes, format!("{:?}", tensor.dtype))),
+                Err(error) => Err(error.to_string()),
+            },
+            Ok(None) => Err(format!("{name} is gone")),
+            Err(error) => Err(error.to_string()),
         };
-        let tensor = match store.get_tensor(name) {
-            Ok(Some(tensor)) => tensor,
-            Ok(None) => return Err(unreadable(format!("{name} is gone"))),
-            Err(error) => return Err(unreadable(error.to_string())),
-        };
-        let dtype = tensor.dtype;
-        let bytes = tensor
-            .to_bytes()
-            .map_err(|error| unreadable(error.to_string()))?;
-        let values =
-            to_f32(&bytes, &format!("{dtype:?}")).ok_or_else(|| WeightsError::WrongType {
-                name: name.into(),
-                got: format!("{dtype:?}"),
-            })?;
-        match values.iter().position(|value| !value.is_finite()) {
-            Some(index) => Err(WeightsError::NotFinite {
-                name: name.into(),
-                index,
-                value: values[index],
-            }),
-            None => Ok(values),
+        match read {
+            Ok((bytes, dtype)) => {
+                shard.read += bytes.len();
+                Ok((bytes, dtype))
+            }
+            Err(reason) => Err(shard.unreadable(reason)),
         }
     }
 }
 
+impl Gguf {
+    fn kind(&self, name: &str) -> Option<TensorKind> {
+        let theirs = gguf::llama_cpp_name(name)?;
+        self.file.header.kind(&theirs).ok()
+    }
+
+    /// llama.cpp's name of a tensor and the order of its rows.
+    fn place(&self, name: &str, shape: &[usize]) -> Result<(String, Option<Rows>), WeightsError> {
+        let theirs = gguf::llama_cpp_name(name).unwrap_or_else(|| name.into());
+        let rows = gguf::rows_of(name, self.head_dim);
+        match shape.first() {
+            Some(count) if rows.is_some() && !count.is_multiple_of(self.head_dim) => {
+                let error = GgufError::Tensor {
+                    file: self.file.header.path.clone(),
+                    name: theirs,
+                    reason: format!(
+                        "has {count} rows, no multiple of the head's {}",
+                        self.head_dim
+                    ),
+                };
+                Err(error.into())
+            }
+            _ => Ok((theirs, rows)),
+        }
+    }
+
+    fn read(&self, name: &str, shape: &[usize]) -> Result<Vec<f32>, WeightsError> {
+        let (theirs, rows) = self.place(name, shape)?;
+        let values = self.file.floats(&theirs)?;
+        let columns = match shape {
+            [_, columns] => *columns,
+            _ => 1,
+        };
+        Ok(match rows {
+            Some(rows) => rows.to_hugging_face(&values, columns),
+            None => values,
+        })
+    }
+}
+
+/// Values in the type that a file holds them in.
+#[derive(Debug, Clone)]
+#[allow(missing_docs)] // The types' names.
+pub enum Stored {
+    F32(Vec<f32>),
+    F16(Vec<f16>),
+    Bf16(Vec<bf16>),
+}
+
+impl Stored {
+    /// The values of `[rows, width]` in pieces of at most `at_once` rows, in their own type.
+    pub fn into_pieces(self, width: usize, at_once: usize) -> Vec<TensorData> {
+        fn cut<T: Element>(values: Vec<T>, width: usize, at_once: usize) -> Vec<TensorData> {
+            if values.len() <= at_once * width {
+                let rows = values.len() / width;
+                return vec![TensorData::new(values, [rows, width])];
+            }
+            let pieces = values.chunks(at_once * width);
+            pieces
+                .map(|piece| TensorData::new(piece.to_vec(), [piece.len() / width, width]))
+                .collect()
+        }
+        match self {
+            Self::F32(values) => cut(values, width, at_once),
+            Self::F16(values) => cut(values, width, at_once),
+            Self::Bf16(values) => cut(values, width, at_once),
+        }
+    }
+}
+
+fn wrong_type(name: &str, dtype: &str) -> WeightsError {
+    WeightsError::WrongType {
+        name: name.into(),
+        got: dtype.into(),
+    }
+}
+
+fn check_finite(name: &str, values: impl Iterator<Item = f32>) -> Result<(), WeightsError> {
+    match values.enumerate().find(|(_, value)| !value.is_finite()) {
+        Some((index, value)) => Err(WeightsError::NotFinite {
+            name: name.into(),
+            index,
+            value,
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Compared by name: burn-pack's type list is its own.
+fn is(dtype: &str, wanted: DType) -> bool {
+    dtype.eq_ignore_ascii_case(&format!("{wanted:?}"))
+}
+
+fn halves<T>(bytes: &[u8], value: fn([u8; 2]) -> T) -> Vec<T> {
+    bytes.as_chunks::<2>().0.iter().map(|b| value(*b)).collect()
+}
+
 fn to_f32(bytes: &[u8], dtype: &str) -> Option<Vec<f32>> {
-    // Compared by name: burn-pack's type list is its own.
-    let is = |wanted: DType| dtype.eq_ignore_ascii_case(&format!("{wanted:?}"));
-    if is(DType::F32) {
+    if is(dtype, DType::F32) {
         let values = bytes.as_chunks::<4>().0.iter();
         Some(values.map(|b| f32::from_le_bytes(*b)).collect())
-    } else if is(DType::F16) {
-        let values = bytes.as_chunks::<2>().0.iter();
-        Some(values.map(|b| f16::from_le_bytes(*b).to_f32()).collect())
-    } else if is(DType::BF16) {
-        let values = bytes.as_chunks::<2>().0.iter();
-        Some(values.map(|b| bf16::from_le_bytes(*b).to_f32()).collect())
+    } else if is(dtype, DType::F16) {
+        Some(halves(bytes, |b| f16::from_le_bytes(b).to_f32()))
+    } else if is(dtype, DType::BF16) {
+        Some(halves(bytes, |b| bf16::from_le_bytes(b).to_f32()))
     } else {
         None
     }
+}
+
+/// The weight files of a model folder: `model.safetensors`, else those that its index names.
+///
+/// # Errors
+///
+/// If there are none, or pickle files only, or one that the index names is not there.
+pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, WeightsError> {
+    let single = folder.join("model.safetensors");
+    let index = folder.join("model.safetensors.index.json");
+    match (single.is_file(), index.is_file()) {
+        (true, _) => Ok(vec![single]),
+        (false, true) => shard_files(folder, &index),
+        (false, false) => Err(match pickle_file(folder) {
+            Some(file) => WeightsError::Pickle {
+                folder: folder.to_path_buf(),
+                file,
+            },
+            None => WeightsError::NoWeights {
+                folder: folder.to_path_buf(),
+            },
+        }),
+    }
+}
+
+/// The name of a file with weights in PyTorch's own format.
+fn pickle_file(folder: &Path) -> Option<String> {
+    let entries = std::fs::read_dir(folder).ok()?;
+    let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
+    let is_pickle = |name: &String| {
+        (name.starts_with("pytorch_model") && name.ends_with(".bin"))
+            || [".pth", ".pt"].iter().any(|end| name.ends_with(end))
+    };
+    names.filter(is_pickle).min()
 }
 
 /// The files that the index names, each once. A name that leads out of the folder is refused.
@@ -241,7 +513,8 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
         file: index.to_path_buf(),
         reason,
     };
-    let text = std::fs::read_to_string(index).map_err(|error| wrong(error.to_string()))?;
+    let text =
+        limited::read_to_string(index, LARGEST_TABLE).map_err(|error| wrong(error.to_string()))?;
     let value: serde_json::Value =
         serde_json::from_str(&text).map_err(|error| wrong(format!("not JSON: {error}")))?;
     let map = value.get("weight_map").and_then(|map| map.as_object());
@@ -252,7 +525,9 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
             Some(name) if Path::new(name).file_name() == Some(name.as_ref()) => names.insert(name),
             _ => {
                 return Err(wrong(format!(
-                    "{tensor} is in {file}, which is no file name"
+                    "{} is in {}, which is no file name",
+                    clipped(tensor, 200),
+                    clipped(&file.to_string(), 200)
                 )));
             }
         };
@@ -261,8 +536,27 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
     match files.iter().find(|file| !file.is_file()) {
         Some(missing) => Err(wrong(format!(
             "it names {}, which is not there",
-            missing.display()
+            clipped(&missing.display().to_string(), 400)
         ))),
         None => Ok(files),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pickle_only_folder_is_told_from_an_empty_one() {
+        let folder = tempfile::tempdir().unwrap();
+        let error = || weight_files(folder.path()).unwrap_err();
+        assert!(matches!(error(), WeightsError::NoWeights { .. }));
+        let file = "pytorch_model-00001-of-00002.bin";
+        std::fs::write(folder.path().join(file), "").unwrap();
+        let message = error().to_string();
+        assert!(
+            message.contains(file) && message.contains("save_pretrained"),
+            "{message}"
+        );
     }
 }

@@ -1,9 +1,8 @@
 //! What to adapt and how: PEFT's `LoraConfig` with PEFT's names and meaning.
 
-use regex::Regex;
 use serde::{Deserialize, Serialize};
 
-use crate::LoraError;
+use crate::{LoraError, ModuleSelector};
 
 /// Which modules get an adapter. The meaning is PEFT's (`check_target_module_exists`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -14,6 +13,27 @@ pub enum TargetModules {
     Regex(String),
     /// Every linear module except the output layer (`lm_head`).
     AllLinear,
+}
+
+/// Which modules get none, whatever [`TargetModules`] says (PEFT's `exclude_modules`).
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub enum ExcludeModules {
+    /// As [`TargetModules::Names`].
+    Names(Vec<String>),
+    /// As [`TargetModules::Regex`].
+    Regex(String),
+}
+
+/// Which of the base model's biases were trained with the adapter (PEFT's `bias`).
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub enum Bias {
+    /// None.
+    #[default]
+    None,
+    /// Every bias of the model.
+    All,
+    /// Those of the modules that have an adapter.
+    LoraOnly,
 }
 
 /// How the adapter's `A` starts. `B` always starts at zero, so the first output is the base model's.
@@ -43,6 +63,23 @@ pub struct LoraConfig {
     pub init: Init,
     /// Adapt these decoder layers only; all where `None`.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// What the list of layers is called in module names, as regular expressions; empty for any name.
+    pub layers_pattern: Vec<String>,
+    /// Modules that get no adapter although they are targets.
+    pub exclude_modules: Option<ExcludeModules>,
+    /// Ranks that differ from `r`: the first expression that a module's name ends with counts.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Values that differ from `lora_alpha`, as `rank_pattern`.
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>): the length of each output's weights
+    /// is a parameter of its own, and the adapter changes their direction.
+    pub use_dora: bool,
+    /// Which of the base model's biases belong to the adapter.
+    pub bias: Bias,
+    /// Whether `B` has a bias.
+    pub lora_bias: bool,
+    /// Modules that belong to the adapter as a whole; they get no low-rank factors.
+    pub modules_to_save: Vec<String>,
 }
 
 impl Default for LoraConfig {
@@ -58,17 +95,23 @@ impl Default for LoraConfig {
             ),
             init: Init::Kaiming,
             layers_to_transform: None,
+            layers_pattern: Vec::new(),
+            exclude_modules: None,
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            use_dora: false,
+            bias: Bias::None,
+            lora_bias: false,
+            modules_to_save: Vec::new(),
         }
     }
 }
 
 impl LoraConfig {
-    /// The scale γ of the adapter: α/r, or α/√r with `use_rslora`.
+    /// The scale γ of the adapter: α/r, or α/√r with `use_rslora`. Where patterns apply, a module's is
+    /// [`ModuleSelector::scale`].
     pub fn scale(&self) -> f64 {
-        match self.use_rslora {
-            true => self.lora_alpha / (self.r as f64).sqrt(),
-            false => self.lora_alpha / self.r as f64,
-        }
+        scale(self.r, self.lora_alpha, self.use_rslora)
     }
 
     /// Checks every field.
@@ -77,114 +120,60 @@ impl LoraConfig {
     ///
     /// The first invalid field, with its value and what would be right.
     pub fn validate(&self) -> Result<(), LoraError> {
-        if self.r == 0 {
+        let ranks = self.rank_pattern.iter().map(|(_, r)| *r);
+        if ranks.chain([self.r]).any(|r| r == 0) {
             return Err(LoraError::ZeroRank);
         }
-        if !(self.lora_alpha.is_finite() && self.lora_alpha > 0.0) {
-            return Err(LoraError::InvalidAlpha(self.lora_alpha));
+        let alphas = self.alpha_pattern.iter().map(|(_, alpha)| *alpha);
+        let wrong = |alpha: &f64| !(alpha.is_finite() && *alpha > 0.0);
+        if let Some(alpha) = alphas.chain([self.lora_alpha]).find(wrong) {
+            return Err(LoraError::InvalidAlpha(alpha));
         }
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(LoraError::InvalidDropout(self.lora_dropout));
         }
+        if self.use_dora && self.lora_bias {
+            return Err(LoraError::DoraWithBias);
+        }
         self.selector().map(|_| ())
     }
 
-    /// Compiles `target_modules` and `layers_to_transform` into a test on module names.
+    /// Compiles everything that depends on a module's name: which modules are adapted, with which rank
+    /// and scale.
     ///
     /// # Errors
     ///
-    /// [`NoTargets`](LoraError::NoTargets), [`InvalidPattern`](LoraError::InvalidPattern) or
-    /// [`LayersWithPattern`](LoraError::LayersWithPattern).
+    /// [`NoTargets`](LoraError::NoTargets), [`InvalidPattern`](LoraError::InvalidPattern),
+    /// [`LayersWithPattern`](LoraError::LayersWithPattern) or
+    /// [`PatternWithoutLayers`](LoraError::PatternWithoutLayers).
     pub fn selector(&self) -> Result<ModuleSelector, LoraError> {
-        let as_string = match &self.target_modules {
-            TargetModules::Names(names) if names.iter().all(|name| name.is_empty()) => {
-                return Err(LoraError::NoTargets);
-            }
-            TargetModules::Names(_) => None,
-            TargetModules::Regex(pattern) => Some(pattern.clone()),
-            TargetModules::AllLinear => Some("all-linear".into()),
-        };
-        if let (Some(string), Some(_)) = (as_string, &self.layers_to_transform) {
-            return Err(LoraError::LayersWithPattern(string));
+        ModuleSelector::new(self)
+    }
+
+    /// These settings with the rank and α that `selector` gives the module of this name, and without
+    /// patterns: what [`LoraLinear::with_new_adapter`](crate::LoraLinear::with_new_adapter) takes.
+    pub fn of_module(&self, selector: &ModuleSelector, name: &str) -> Self {
+        Self {
+            r: selector.r(name),
+            lora_alpha: selector.alpha(name),
+            rank_pattern: Vec::new(),
+            alpha_pattern: Vec::new(),
+            ..self.clone()
         }
-        let targets = match &self.target_modules {
-            TargetModules::Names(names) => Targets::Names(names.clone()),
-            TargetModules::AllLinear => Targets::AllLinear,
-            TargetModules::Regex(pattern) => {
-                let anchored = Regex::new(&format!("^(?:{pattern})$"));
-                Targets::Regex(anchored.map_err(|error| LoraError::InvalidPattern {
-                    pattern: pattern.clone(),
-                    reason: error.to_string(),
-                })?)
-            }
-        };
-        Ok(ModuleSelector {
-            targets,
-            layers: self.layers_to_transform.clone(),
-        })
     }
 }
 
-#[derive(Debug, Clone)]
-enum Targets {
-    Names(Vec<String>),
-    Regex(Regex),
-    AllLinear,
-}
-
-/// Decides by full module name (`model.layers.0.self_attn.q_proj`) whether a linear module is adapted.
-#[derive(Debug, Clone)]
-pub struct ModuleSelector {
-    targets: Targets,
-    layers: Option<Vec<usize>>,
-}
-
-impl ModuleSelector {
-    /// Whether the linear module of this full name is adapted.
-    ///
-    /// The output layer is recognised by its name, `lm_head`; `all-linear` leaves it out.
-    pub fn matches(&self, name: &str) -> bool {
-        let targeted = match &self.targets {
-            Targets::Names(names) => names.iter().any(|target| {
-                name == target
-                    || name
-                        .strip_suffix(target.as_str())
-                        .is_some_and(|rest| rest.ends_with('.'))
-            }),
-            Targets::Regex(regex) => regex.is_match(name),
-            Targets::AllLinear => name != "lm_head" && !name.ends_with(".lm_head"),
-        };
-        let layer_selected = match &self.layers {
-            None => true,
-            Some(layers) => layer_index(name).is_some_and(|index| layers.contains(&index)),
-        };
-        targeted && layer_selected
+/// α/r, or α/√r.
+pub(crate) fn scale(r: usize, alpha: f64, use_rslora: bool) -> f64 {
+    match use_rslora {
+        true => alpha / (r as f64).sqrt(),
+        false => alpha / r as f64,
     }
-}
-
-/// The first number that stands between two dots of a module name: the layer's index.
-fn layer_index(name: &str) -> Option<usize> {
-    let mut parts = name.split('.');
-    parts.next_back();
-    parts.find_map(|part| part.parse().ok())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const Q0: &str = "model.layers.0.self_attn.q_proj";
-
-    fn with_targets(target_modules: TargetModules) -> LoraConfig {
-        LoraConfig {
-            target_modules,
-            ..LoraConfig::default()
-        }
-    }
-
-    fn names(names: &[&str]) -> TargetModules {
-        TargetModules::Names(names.iter().map(|name| name.to_string()).collect())
-    }
 
     #[test]
     fn scale_is_alpha_over_r_and_over_its_root_with_rslora() {
@@ -195,60 +184,6 @@ mod tests {
         assert_eq!(config.scale(), 4.0);
         config.use_rslora = true;
         assert_eq!(config.scale(), 8.0);
-    }
-
-    #[test]
-    fn names_match_whole_path_components_only() {
-        let selector = with_targets(names(&["proj", "q_proj"])).selector().unwrap();
-        assert!(selector.matches(Q0));
-        assert!(selector.matches("q_proj"));
-        assert!(!selector.matches("model.layers.0.self_attn.k_proj"));
-        assert!(!selector.matches("model.layers.0.self_attn.eq_proj"));
-    }
-
-    #[test]
-    fn a_name_may_be_a_dotted_path() {
-        let selector = with_targets(names(&["self_attn.q_proj"]))
-            .selector()
-            .unwrap();
-        assert!(selector.matches(Q0));
-        assert!(!selector.matches("model.layers.0.mlp.q_proj"));
-    }
-
-    #[test]
-    fn a_regex_must_match_the_whole_name() {
-        let select = |pattern: &str| {
-            with_targets(TargetModules::Regex(pattern.into()))
-                .selector()
-                .unwrap()
-        };
-        assert!(select(r".*\.layers\.[02]\..*q_proj").matches(Q0));
-        assert!(!select("q_proj").matches(Q0));
-        assert!(
-            !select("model|q_proj").matches(Q0),
-            "alternatives are anchored too"
-        );
-    }
-
-    #[test]
-    fn all_linear_leaves_the_output_layer_out() {
-        let selector = with_targets(TargetModules::AllLinear).selector().unwrap();
-        assert!(selector.matches(Q0));
-        assert!(!selector.matches("lm_head"));
-    }
-
-    #[test]
-    fn layers_to_transform_restricts_names() {
-        let mut config = with_targets(names(&["q_proj"]));
-        config.layers_to_transform = Some(vec![1, 11]);
-        let selector = config.selector().unwrap();
-        assert!(!selector.matches(Q0));
-        assert!(selector.matches("model.layers.11.self_attn.q_proj"));
-        config.target_modules = TargetModules::AllLinear;
-        assert!(matches!(
-            config.validate(),
-            Err(LoraError::LayersWithPattern(_))
-        ));
     }
 
     #[test]

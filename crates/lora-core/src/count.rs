@@ -17,7 +17,7 @@ pub struct ModuleShape {
 /// How many parameters train, how many are frozen, and what they take.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ParameterCounts {
-    /// Elements of all adapters' `A` and `B`.
+    /// Elements of all adapters' `A` and `B`, and of a DoRA's magnitudes.
     pub trainable: u64,
     /// Elements of the base model.
     pub frozen: u64,
@@ -63,7 +63,9 @@ impl ParameterCounts {
             if let Some((d_in, d_out)) = linear
                 && selector.matches(&module.name)
             {
-                counts.trainable += (config.r * (d_in + d_out)) as u64;
+                let magnitude = if config.use_dora { d_out } else { 0 };
+                let low_rank = selector.r(&module.name) * (d_in + d_out);
+                counts.trainable += (low_rank + magnitude) as u64;
                 counts.adapted_modules += 1;
             }
         }

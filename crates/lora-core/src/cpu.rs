@@ -10,7 +10,7 @@ use std::ops::Range;
 use burn::backend::ops::FloatTensorOps;
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{DispatchDevice, Flex};
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use gemm::Parallelism;
 use rayon::prelude::*;
 
@@ -25,9 +25,20 @@ const PIECE: usize = 16 * 1024;
 
 /// Whether kernels for the CPU apply: f32 on Burn's CPU backend, and not on a tape.
 pub fn is_native<const D: usize>(x: &Tensor<D>) -> bool {
-    x.dtype() == DType::F32
-        && !x.is_autodiff()
-        && matches!(x.device().as_dispatch(), DispatchDevice::Flex(_))
+    x.dtype() == DType::F32 && is_on_cpu(x)
+}
+
+/// Whether a tensor is on Burn's CPU backend, and not on a tape.
+pub fn is_on_cpu<const D: usize>(x: &Tensor<D>) -> bool {
+    !x.is_autodiff() && is_cpu(&x.device())
+}
+
+/// Whether this is Burn's CPU backend, with a tape or without.
+pub fn is_cpu(device: &Device) -> bool {
+    matches!(
+        device.clone().without_autodiff().as_dispatch(),
+        DispatchDevice::Flex(_)
+    )
 }
 
 /// The values of a tensor on Burn's CPU backend, contiguous from the buffer's first element on. No copy
@@ -475,7 +486,7 @@ pub fn exp(x: f32) -> f32 {
 }
 
 /// Independent sums that [`dot`] and its like run side by side, so that they fill vectors.
-const LANES: usize = 32;
+pub const LANES: usize = 32;
 
 /// Σ aᵢ·bᵢ in an order that depends on the length only.
 #[inline(always)]
@@ -547,8 +558,9 @@ pub fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
     add_lanes(sums) + sum
 }
 
+/// The sum of sums that ran side by side, in a fixed order.
 #[inline(always)]
-fn add_lanes(sums: [f32; LANES]) -> f32 {
+pub fn add_lanes(sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
     let mut sums = sums;
     while width > 0 {

@@ -32,6 +32,12 @@ impl AdapterDropout {
         }
     }
 
+    /// Whether [`forward`](Self::forward) drops anything.
+    pub(crate) fn acts(&self, x: &Tensor<2>, seed: Option<u64>) -> bool {
+        let in_training = self.training.is_enabled() && x.is_autodiff();
+        self.prob > 0.0 && (seed.is_some() || in_training)
+    }
+
     /// Drops elements of `x`.
     ///
     /// With a seed it always does, and the mask depends on `seed` and the shape only: a pass without a
@@ -43,8 +49,7 @@ impl AdapterDropout {
     /// - `x`: `[n, d]`
     /// - output: `[n, d]`
     pub fn forward(&self, x: Tensor<2>, seed: Option<u64>) -> Tensor<2> {
-        let in_training = self.training.is_enabled() && x.is_autodiff();
-        if self.prob == 0.0 || (seed.is_none() && !in_training) {
+        if !self.acts(&x, seed) {
             return x;
         }
         let seed = seed.unwrap_or_else(|| NEXT_SEED.fetch_add(1, Ordering::Relaxed));

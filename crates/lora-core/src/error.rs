@@ -15,9 +15,11 @@ pub enum LoraError {
     /// `target_modules` names no module.
     #[error("target_modules is empty; name modules such as q_proj, or use \"all-linear\"")]
     NoTargets,
-    /// The regular expression in `target_modules` does not compile.
-    #[error("target_modules is not a valid regular expression: {pattern:?}: {reason}")]
+    /// A regular expression does not compile.
+    #[error("{field} is not a valid regular expression: {pattern:?}: {reason}")]
     InvalidPattern {
+        /// The setting that holds it.
+        field: &'static str,
         /// The expression as written.
         pattern: String,
         /// What the regex engine says.
@@ -28,6 +30,16 @@ pub enum LoraError {
         "layers_to_transform cannot be used when target_modules is a string ({0:?}); list the module names instead"
     )]
     LayersWithPattern(String),
+    /// `layers_pattern` says where a layer's number is, and no layer is named.
+    #[error(
+        "layers_pattern is set but layers_to_transform is not; name the layers, or leave it out"
+    )]
+    PatternWithoutLayers,
+    /// PEFT does not allow both.
+    #[error(
+        "use_dora and lora_bias are both set, which PEFT does not support; leave lora_bias out"
+    )]
+    DoraWithBias,
     /// No module of the model is selected.
     #[error("{targets} selects none of the model's linear modules ({available})")]
     NothingSelected {

@@ -4,10 +4,13 @@
 //! | --- | --- |
 //! | [`LoraConfig`], [`TargetModules`], [`Init`] | what to adapt and how, with PEFT's names and meaning |
 //! | [`LoraLinear`] | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
+//! | [`Dora`] | what makes such an adapter a DoRA: trained lengths beside the directions |
 //! | [`frozen_linear`] | the product with a frozen weight, dense or quantized; its tape keeps only the packed weight |
+//! | [`table_scores`] | the product with an embedding table, which the CPU may hold in 16 bits |
 //! | [`LinearGroup`] | the same layers' forward and backward passes written out, for trainers that need no tape |
 //! | [`cpu`] | what the CPU kernels are made of |
 //! | [`Quantization`], [`quantize`] | 8- or 4-bit weights, the same bytes on every device |
+//! | [`IntegerWeight`] | 8-bit weights that another program quantized, as they are |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | between adapters and plain `Linear`s |
 //! | [`ParameterCounts`] | trainable and frozen parameters from shapes alone |
 //!
@@ -34,27 +37,34 @@
 mod config;
 mod count;
 pub mod cpu;
+mod dora;
 mod dropout;
 mod error;
 mod frozen_linear;
 mod init;
+mod integers;
 mod linear;
 mod merge;
 mod passes;
 mod products;
 mod quantize;
 mod random;
+mod selector;
 
-pub use config::{Init, LoraConfig, ModuleSelector, TargetModules};
+pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
+pub use dora::Dora;
 pub use dropout::AdapterDropout;
 pub use error::LoraError;
 pub use frozen_linear::{
-    frozen_linear, frozen_linear_backward, has_bf16_products, use_bf16_products,
+    frozen_linear, frozen_linear_backward, has_bf16_products, table_scores, table_scores_backward,
+    use_bf16_products,
 };
 pub use init::{kaiming_uniform, normal};
+pub use integers::IntegerWeight;
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};
 pub use products::multiply_add;
-pub use quantize::{BLOCK, Quantization, QuantizationError, quantize, quantize_data};
+pub use quantize::{BLOCK, Quantization, QuantizationError, compact, quantize, quantize_data};
 pub use random::CounterRng;
+pub use selector::ModuleSelector;

@@ -5,8 +5,8 @@ use burn::nn::Linear;
 use burn::tensor::Tensor;
 
 use crate::{
-    AdapterDropout, CounterRng, Init, LoraConfig, LoraError, Quantization, frozen_linear, init,
-    quantize,
+    AdapterDropout, CounterRng, Dora, Init, LoraConfig, LoraError, Quantization, frozen_linear,
+    init, quantize,
 };
 
 /// A linear layer whose weight is frozen, with or without a LoRA adapter:
@@ -25,6 +25,8 @@ pub struct LoraLinear {
     pub bias: Option<Param<Tensor<1>>>,
     /// Acts on the adapter's input in training.
     pub dropout: AdapterDropout,
+    /// The trained lengths of the outputs' weights, where the adapter is a DoRA.
+    pub dora: Option<Dora>,
 }
 
 impl LoraLinear {
@@ -34,6 +36,7 @@ impl LoraLinear {
             weight: linear.weight.set_require_grad(false),
             bias: linear.bias.map(|bias| bias.set_require_grad(false)),
             dropout: AdapterDropout::new(0.0),
+            dora: None,
         }
     }
 
@@ -71,7 +74,10 @@ impl LoraLinear {
         });
         let mut layer = self.with_adapter(a, b, config.scale())?;
         layer.dropout = AdapterDropout::new(config.lora_dropout);
-        Ok(layer)
+        match config.use_dora {
+            true => layer.with_dora(None),
+            false => Ok(layer),
+        }
     }
 
     /// Adds an adapter with these factors and the scale γ.
@@ -109,6 +115,48 @@ impl LoraLinear {
         Ok(self)
     }
 
+    /// Makes the adapter a DoRA with this magnitude, or with one that leaves the output as it is.
+    ///
+    /// # Shapes
+    ///
+    /// - `magnitude`: `[1, d_out]`
+    ///
+    /// # Errors
+    ///
+    /// If there is no adapter, or the shape does not fit.
+    pub fn with_dora(mut self, magnitude: Option<Tensor<2>>) -> Result<Self, LoraError> {
+        let [_, d_out] = self.dims();
+        if let Some(magnitude) = &magnitude {
+            check_shape("lora_magnitude_vector", magnitude, [1, d_out])?;
+        }
+        let adapter = self.adapter().ok_or(LoraError::NoAdapter)?;
+        let base = self.weight.base();
+        self.dora = Some(Dora::new(&base, adapter, self.dense_base(), magnitude));
+        Ok(self)
+    }
+
+    /// Computes what depends on the weights only, once, for a layer that is not trained any more. Training
+    /// it afterwards would use a DoRA's old norms.
+    pub fn settled(mut self) -> Self {
+        if let (Some(dora), Some(adapter)) = (&self.dora, self.adapter()) {
+            self.dora = Some(dora.clone().settle(&self.weight.base(), adapter));
+        }
+        self
+    }
+
+    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and, where it is a
+    /// DoRA, the magnitude `[1, d_out]`. Empty without an adapter.
+    pub fn trainable(&self) -> Vec<&Param<Tensor<2>>> {
+        let Some(adapter) = self.adapter() else {
+            return Vec::new();
+        };
+        let magnitude = self.dora.as_ref().map(|dora| &dora.magnitude);
+        [&adapter.a, &adapter.b]
+            .into_iter()
+            .chain(magnitude)
+            .collect()
+    }
+
     /// Replaces the frozen weight by its quantized form; the adapter stays.
     ///
     /// # Errors
@@ -124,6 +172,9 @@ impl LoraLinear {
         let (id, _, mapper) = self.weight.consume();
         let weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
         self.weight = weight.apply_reparameterization(Attach(adapter));
+        if let Some(dora) = self.dora.take() {
+            self.dora = Some(dora.with_weight(self.dense_base()));
+        }
         Ok(self)
     }
 
@@ -137,6 +188,7 @@ impl LoraLinear {
         let base = self.weight.base();
         let (id, _, mapper) = self.weight.consume();
         self.weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
+        self.dora = None;
         self
     }
 
@@ -177,21 +229,42 @@ impl LoraLinear {
         let x = x.reshape([rows, d_in]);
         let base = self.weight.base();
         // Only `unfreeze()` makes the base trainable, and then full fine-tuning is what was asked for.
-        let mut y = match base.is_require_grad() {
-            true => x.clone().matmul(base),
-            false => frozen_linear(x.clone(), base),
+        let product = |x: Tensor<2>| match base.is_require_grad() {
+            true => x.matmul(base.clone()),
+            false => frozen_linear(x, base.clone()),
         };
-        if let Some(bias) = &self.bias {
-            y = y + bias.val().unsqueeze();
-        }
+        let mut y = product(x.clone());
         if let Some(adapter) = self.adapter() {
-            let x = self.dropout.forward(x, dropout_seed);
+            let dropped = self.dropout.forward(x.clone(), dropout_seed);
             let dtype = x.dtype();
             // γ goes onto the [n, r] product, the smallest tensor of the chain.
-            let low = x
+            let low = dropped
+                .clone()
                 .matmul(adapter.a.val().cast(dtype))
                 .mul_scalar(adapter.scale);
-            y = y + low.matmul(adapter.b.val().cast(dtype));
+            let low = low.matmul(adapter.b.val().cast(dtype));
+            y = match &self.dora {
+                None => y + low,
+                Some(dora) => {
+                    let norms = dora.norms(&base, adapter);
+                    let norms = match x.is_autodiff() {
+                        true => norms.autodiff(),
+                        false => norms,
+                    };
+                    let factor = (dora.magnitude.val() / norms).cast(dtype);
+                    match self.dropout.acts(&x, dropout_seed) {
+                        false => (y + low) * factor,
+                        // PEFT's: the base's own part sees the whole input, DoRA's the dropped one.
+                        true => {
+                            let through = product(dropped);
+                            y - through.clone() + (through + low) * factor
+                        }
+                    }
+                }
+            };
+        }
+        if let Some(bias) = &self.bias {
+            y = y + bias.val().unsqueeze();
         }
         shape[D - 1] = d_out;
         y.reshape(shape)

@@ -7,7 +7,8 @@ use burn::tensor::{DType, Tensor};
 use crate::{LoraError, LoraLinear};
 
 impl LoraLinear {
-    /// The layer as a plain `Linear` with the weight `W₀ + γ·A·B`, off the tape.
+    /// The layer as a plain `Linear` with the weight `W₀ + γ·A·B`, its columns scaled where the adapter is a
+    /// DoRA, off the tape.
     ///
     /// A quantized W₀ is dequantized first, so the result is dense. A layer without an adapter gives
     /// its own weight.
@@ -20,14 +21,18 @@ impl LoraLinear {
         let weight = match self.adapter_delta() {
             Some(delta) => {
                 let delta = delta.cast(base.dtype());
-                base + delta
+                match self.dora_factor() {
+                    Some(factor) => (base + delta) * factor,
+                    None => base + delta,
+                }
             }
             None => base,
         };
         self.plain_linear(weight)
     }
 
-    /// Takes this layer's adapter out of `merged` again: the weight becomes `W − γ·A·B`.
+    /// Takes this layer's adapter out of `merged` again: the weight becomes `W − γ·A·B`, a DoRA's columns
+    /// scaled back before.
     ///
     /// Equal to W₀ up to one rounding of the sum.
     ///
@@ -45,6 +50,10 @@ impl LoraLinear {
             });
         }
         let delta = delta.cast(weight.dtype());
+        let weight = match self.dora_factor() {
+            Some(factor) => weight / factor,
+            None => weight,
+        };
         Ok(self.plain_linear(weight - delta))
     }
 
@@ -64,6 +73,17 @@ impl LoraLinear {
             a.matmul(adapter.b.val().without_autodiff())
                 .mul_scalar(adapter.scale)
         })
+    }
+
+    /// A DoRA's factor of each column, `[1, d_out]`, in the type of the dense weight.
+    fn dora_factor(&self) -> Option<Tensor<2>> {
+        let (dora, adapter) = (self.dora.as_ref()?, self.adapter()?);
+        let base = self.weight.base();
+        let dtype = match base.dtype() {
+            DType::QFloat(_) => DType::F32,
+            dtype => dtype,
+        };
+        Some(dora.scaling(&base, adapter).factor.cast(dtype))
     }
 
     fn plain_linear(&self, weight: Tensor<2>) -> Linear {

@@ -7,10 +7,14 @@
 //!
 //! For `h = x·W₀ + γ·(x·A)·B` and the gradient G of h (Hu et al., 2021,
 //! <https://arxiv.org/abs/2106.09685>): ∂A = γ·xᵀ·(G·Bᵀ), ∂B = γ·(x·A)ᵀ·G, ∂x = G·W₀ᵀ + γ·(G·Bᵀ)·Aᵀ.
+//!
+//! A DoRA scales h by m/n for each output, n a constant: ∂m = Σ G ⊙ h / n over the rows, and G ⊙ m/n takes
+//! G's place in the rest.
 
 use burn::module::Param;
 use burn::tensor::{DType, Tensor};
 
+use crate::dora::Scaling;
 use crate::frozen_linear::{Direction, frozen_product};
 use crate::{LoraLinear, multiply_add};
 
@@ -23,9 +27,20 @@ pub struct LinearGroup<'a, const N: usize> {
     dropout_seeds: [Option<u64>; N],
 }
 
-/// What a forward pass leaves for the backward pass: the adapters' low-rank products x·A, `[n, r]` each.
+/// What a forward pass leaves for the backward pass: the adapters' low-rank products x·A, `[n, r]` each, and
+/// of a DoRA what it scales, `[n, d_out]`.
 #[derive(Debug, Clone)]
-pub struct LowRank<const N: usize>([Option<Tensor<2>>; N]);
+pub struct LowRank<const N: usize> {
+    products: [Option<Tensor<2>>; N],
+    scaled: [Option<Scaled>; N],
+}
+
+/// What a DoRA scales, before that.
+#[derive(Debug, Clone)]
+struct Scaled {
+    output: Tensor<2>,
+    scaling: Scaling,
+}
 
 impl<'a, const N: usize> LinearGroup<'a, N> {
     /// A group. With seeds the layers' dropout acts, as in [`LoraLinear::forward_seeded`].
@@ -56,23 +71,45 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         x: &Tensor<2>,
         mut sums: [Option<Tensor<2>>; N],
     ) -> ([Tensor<2>; N], LowRank<N>) {
-        let low = self.low_rank(x);
+        let products = self.low_rank(x);
+        let mut scaled = [const { None }; N];
         let outputs = std::array::from_fn(|i| {
             let layer = self.layers[i];
             let weight = layer.weight.base();
-            let mut y = frozen_product(sums[i].take(), x.clone(), weight, Direction::Forward);
-            if let Some(bias) = &layer.bias {
-                y = y + bias.val().without_autodiff().unsqueeze();
-            }
-            match (&low.0[i], layer.adapter()) {
-                (Some(low), Some(adapter)) => {
+            let sum = sums[i].take();
+            let mut y = match (&products[i], layer.adapter(), &layer.dora) {
+                (Some(low), Some(adapter), Some(dora)) => {
+                    let scaling = dora.scaling(&weight, adapter);
+                    let b = factor(&adapter.b, x.dtype());
+                    let by = scaling.factor.clone().cast(x.dtype());
+                    let dropped = self.dropped(i, x.clone());
+                    let through = frozen_product(None, dropped, weight.clone(), Direction::Forward);
+                    // Under dropout the base's own part sees the whole input.
+                    let base = self.drops_in(i).then(|| {
+                        let own = frozen_product(None, x.clone(), weight, Direction::Forward);
+                        own - through.clone()
+                    });
+                    let output = multiply_add(Some(through), adapter.scale, low.clone(), b);
+                    let y = output.clone() * by;
+                    scaled[i] = Some(Scaled { output, scaling });
+                    [base, sum]
+                        .into_iter()
+                        .flatten()
+                        .fold(y, |y, part| y + part)
+                }
+                (Some(low), Some(adapter), None) => {
+                    let y = frozen_product(sum, x.clone(), weight, Direction::Forward);
                     let b = factor(&adapter.b, x.dtype());
                     multiply_add(Some(y), adapter.scale, low.clone(), b)
                 }
-                _ => y,
+                _ => frozen_product(sum, x.clone(), weight, Direction::Forward),
+            };
+            if let Some(bias) = &layer.bias {
+                y = y + bias.val().without_autodiff().unsqueeze();
             }
+            y
         });
-        (outputs, low)
+        (outputs, LowRank { products, scaled })
     }
 
     /// The gradients of the adapters, each given to `collect`, and, if `input_gradient` is set, of `x`.
@@ -93,9 +130,30 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Option<Tensor<2>> {
         let dtype = gradients[0].dtype();
+        // What is left of a gradient behind a DoRA's scaling, and under dropout what it changes of the base.
+        let mut beside: [Option<Tensor<2>>; N] = [const { None }; N];
+        let gradients: [Tensor<2>; N] = {
+            let mut index = 0;
+            gradients.map(|gradient| {
+                let i = index;
+                index += 1;
+                let (Some(dora), Some(scaled)) = (&self.layers[i].dora, &low.scaled[i]) else {
+                    return gradient;
+                };
+                let product =
+                    gradient.clone().cast(DType::F32) * scaled.output.clone().cast(DType::F32);
+                let sum = product.sum_dim(0) / scaled.scaling.norms.clone();
+                collect(&dora.magnitude, sum);
+                let through = gradient.clone() * scaled.scaling.factor.clone().cast(dtype);
+                if self.drops_in(i) {
+                    beside[i] = Some(gradient);
+                }
+                through
+            })
+        };
         let low_gradients: [Option<Tensor<2>>; N] = std::array::from_fn(|i| {
             let adapter = self.layers[i].adapter()?;
-            let low = low.0[i].clone()?;
+            let low = low.products[i].clone()?;
             let gradient = &gradients[i];
             let b = multiply_add(None, adapter.scale, low.transpose(), gradient.clone());
             collect(&adapter.b, b.cast(DType::F32));
@@ -103,41 +161,52 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             Some(multiply_add(None, adapter.scale, gradient.clone(), b))
         });
         let mut below = None;
+        let mut through_mask: [Option<Tensor<2>>; N] = [const { None }; N];
         if input_gradient {
-            for (layer, gradient) in self.layers.iter().zip(gradients) {
-                let weight = layer.weight.base();
-                below = Some(frozen_product(below, gradient, weight, Direction::Backward));
+            for (i, gradient) in gradients.into_iter().enumerate() {
+                let weight = self.layers[i].weight.base();
+                let own = match beside[i].take() {
+                    None => gradient,
+                    Some(own) => {
+                        let rest = gradient - own.clone();
+                        let weight = weight.clone();
+                        through_mask[i] =
+                            Some(frozen_product(None, rest, weight, Direction::Backward));
+                        own
+                    }
+                };
+                below = Some(frozen_product(below, own, weight, Direction::Backward));
             }
         }
         if self.has_adapters() {
             let x = x();
             match self.drops() {
                 false => self.through_shared(x, low_gradients, &mut below, collect),
-                true => self.through_dropped(x, low_gradients, &mut below, collect),
+                true => self.through_dropped(x, low_gradients, through_mask, &mut below, collect),
             }
         }
         below
     }
 
     /// x·A of every adapter; one product for all of them unless dropout gives each an input of its own.
-    fn low_rank(&self, x: &Tensor<2>) -> LowRank<N> {
+    fn low_rank(&self, x: &Tensor<2>) -> [Option<Tensor<2>>; N] {
         if !self.has_adapters() {
-            return LowRank([const { None }; N]);
+            return [const { None }; N];
         }
         if self.drops() {
-            return LowRank(std::array::from_fn(|i| {
+            return std::array::from_fn(|i| {
                 let adapter = self.layers[i].adapter()?;
                 let a = factor(&adapter.a, x.dtype());
                 Some(multiply_add(None, 1.0, self.dropped(i, x.clone()), a))
-            }));
+            });
         }
         let low = multiply_add(None, 1.0, x.clone(), self.all_a(x.dtype()));
         let mut start = 0;
-        LowRank(std::array::from_fn(|i| {
+        std::array::from_fn(|i| {
             let r = self.layers[i].adapter()?.a.lazy_shape()[1];
             start += r;
             Some(low.clone().narrow(1, start - r, r))
-        }))
+        })
     }
 
     /// The adapters' A side by side, `[d_in, Σ r]`.
@@ -181,6 +250,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         &self,
         x: Tensor<2>,
         low_gradients: [Option<Tensor<2>>; N],
+        mut through_mask: [Option<Tensor<2>>; N],
         below: &mut Option<Tensor<2>>,
         collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
@@ -193,7 +263,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             collect(&adapter.a, a.cast(DType::F32));
             if let Some(sum) = below.take() {
                 let a = factor(&adapter.a, x.dtype()).transpose();
-                let through = multiply_add(None, 1.0, gradient, a);
+                let through = multiply_add(through_mask[i].take(), 1.0, gradient, a);
                 // The mask scales what it keeps, in both directions alike.
                 *below = Some(sum + self.dropped(i, through));
             }
@@ -201,10 +271,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     }
 
     fn drops(&self) -> bool {
-        let layers = self.layers.iter().zip(&self.dropout_seeds);
-        layers
-            .into_iter()
-            .any(|(layer, seed)| seed.is_some() && layer.dropout.prob > 0.0)
+        (0..N).any(|layer| self.drops_in(layer))
+    }
+
+    fn drops_in(&self, layer: usize) -> bool {
+        self.dropout_seeds[layer].is_some() && self.layers[layer].dropout.prob > 0.0
     }
 
     /// `x` through a layer's dropout mask, which its seed fixes.

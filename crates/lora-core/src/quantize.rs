@@ -3,6 +3,8 @@
 //! The host does it, not the device, for two reasons: every backend then holds the same integers
 //! and scales, so that their results can be compared; and a device never sees the dense weight.
 
+use burn::backend::flex::{FlexQTensor, FlexTensor};
+use burn::backend::{BackendTensor, DispatchTensorKind, TensorMetadata};
 use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype};
 use burn::tensor::{Bytes, DType, Tensor, TensorData};
 use rayon::prelude::*;
@@ -196,7 +198,32 @@ pub fn quantize(weight: Tensor<2>, quantization: Quantization) -> Result<Tensor<
     let data = weight.into_data().convert::<f32>();
     let values = data.as_slice::<f32>().expect("converted to f32 above");
     let (data, _) = quantize_data(values, shape, quantization).expect("the row can be packed");
-    Ok(Tensor::from_data(data, &device))
+    Ok(compact(Tensor::from_data(data, &device)))
+}
+
+/// The same weight in no more memory than it needs.
+///
+/// Burn's CPU backend takes the scales out of a quantized tensor's bytes and keeps them apart; the
+/// buffer that they were in keeps its size, an eighth more than the integers fill. Other backends'
+/// tensors come back as they are.
+pub fn compact(weight: Tensor<2>) -> Tensor<2> {
+    let mut weight = weight.into_dispatch();
+    let quantized = match &mut weight.kind {
+        DispatchTensorKind::Flex(BackendTensor::Quantized(quantized)) => quantized,
+        _ => return Tensor::from_dispatch(weight),
+    };
+    let DType::QFloat(scheme) = quantized.dtype() else {
+        return Tensor::from_dispatch(weight);
+    };
+    // A second level of scales is nothing that `quantize_data` makes.
+    if scheme.num_levels() == 1 && quantized.tensor().is_contiguous() {
+        let count = quantized.shape().num_elements();
+        let integers = quantized.tensor().storage::<i8>()[..count].to_vec();
+        let data = TensorData::new(integers, quantized.shape());
+        let scales = quantized.scales().to_vec();
+        *quantized = FlexQTensor::new(FlexTensor::from_data(data), scheme, scales, None);
+    }
+    Tensor::from_dispatch(weight)
 }
 
 #[cfg(test)]

@@ -1,24 +1,32 @@
 //! The command line: raw arguments to calls into the library, errors to sentences and exit codes.
 
 use std::io::Write;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
-use anyhow::{Context, anyhow};
+use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
 use crate::bench::BenchOptions;
+use crate::checkpoint::{Resume, run_folder};
+use crate::combine::{self, CombineArgs};
 use crate::config::Config;
 use crate::device::Backend;
 use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
+use crate::gguf::{self, ExportGgufArgs};
+use crate::hub::{self, Need};
+use crate::interrupt::{Interrupt, RESUMABLE};
+use crate::logits::{self, LogitsArgs};
+use crate::merge::{self, MergeArgs, UnmergeArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::{Screen, ScreenKind};
-use crate::train::{self, RunFiles};
-use crate::{bench, data, make_assets, parity, plan};
+use crate::tokenize::{self, TokenizeArgs};
+use crate::train::{self, Ended, Request, RunFiles, TrainError};
+use crate::{bench, checkpoint, data, make_assets, parity, peft, plan};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -34,8 +42,18 @@ enum Command {
     Train(Train),
     /// Continue prompts, with or without an adapter
     Generate(GenerateArgs),
+    /// One adapter from several with weights
+    Combine(CombineArgs),
+    /// Scores of given tokens, to compare with another program's
+    Logits(LogitsArgs),
+    /// Write a model or an adapter in llama.cpp's GGUF format
+    ExportGguf(ExportGgufArgs),
     /// Measure base model and adapters on a task, side by side
     Eval(EvalArgs),
+    /// Merge an adapter into a model: a whole Hugging Face folder
+    Merge(MergeArgs),
+    /// Take an adapter out of a merged model
+    Unmerge(UnmergeArgs),
     /// Print rows with their tokens and the loss mask
     InspectData(InspectData),
     /// Parameters and predicted peak memory of a model, without its weights
@@ -47,6 +65,9 @@ enum Command {
     /// One of the benchmark's processes
     #[command(hide = true)]
     BenchWorker(BenchWorker),
+    /// The tokens of given texts, for programs that compare them with another implementation's
+    #[command(hide = true)]
+    Tokenize(TokenizeArgs),
     /// Make the embedded model, tokenizer and data again from their seed
     MakeAssets(MakeAssets),
 }
@@ -84,6 +105,14 @@ struct Train {
     /// Take the place of a run that is in the output folder
     #[arg(long)]
     overwrite: bool,
+    /// Go on with a run: auto (the output folder's newest checkpoint, or a start if there is none), the folder
+    /// of a run, or one of its checkpoints
+    #[arg(long, value_name = "auto|DIR", num_args = 0..=1, default_missing_value = "auto",
+          conflicts_with = "overwrite")]
+    resume: Option<PathBuf>,
+    /// Resume although the configuration, the data or the model has changed
+    #[arg(long, requires = "resume")]
+    force_resume: bool,
 }
 
 #[derive(Args)]
@@ -199,7 +228,9 @@ impl From<Bench> for BenchOptions {
     }
 }
 
-/// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage gives 2.
+/// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage gives 2. A
+/// training run that stopped before its end and can be resumed, because of Ctrl-C or a device that failed,
+/// gives 75; one that a second Ctrl-C ended at once, 130, or 143 for SIGTERM.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     let mut screen = Screen::new(ScreenKind::detect());
@@ -213,7 +244,12 @@ pub fn main() -> ExitCode {
         Err(error) => {
             drop(screen);
             eprintln!("error: {}", whole_chain(&error));
-            ExitCode::FAILURE
+            match error.downcast_ref() {
+                Some(TrainError::Fault {
+                    resumable: true, ..
+                }) => ExitCode::from(RESUMABLE),
+                _ => ExitCode::FAILURE,
+            }
         }
     }
 }
@@ -231,21 +267,10 @@ fn whole_chain(error: &anyhow::Error) -> String {
 
 fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
     match command {
-        Command::Train(args) => {
-            let mut config = args.config.load()?;
-            let existing = match (args.overwrite, &args.output_dir) {
-                (true, _) => Existing::Replace,
-                (false, Some(_)) => Existing::Refuse,
-                (false, None) => Existing::Number,
-            };
-            if let Some(folder) = args.output_dir {
-                config.output_dir = folder;
-            }
-            train::train(&config, args.backend, existing, screen)?;
-        }
+        Command::Train(args) => return train(args, screen),
         Command::InspectData(args) => {
             let config = args.config.load()?;
-            let files = RunFiles::find(&config)?;
+            let files = RunFiles::find_for(&config, Need::Text)?;
             let model = LlamaConfig::from_file(&files.model)?;
             let rows = files.data(&config, &model)?;
             let colour = console::colors_enabled();
@@ -258,7 +283,12 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             let _ = written.and_then(|()| out.flush());
         }
         Command::Generate(args) => generate::run(&args, screen)?,
+        Command::Combine(args) => combine::run(&args, screen)?,
+        Command::Logits(args) => logits::run(&args, screen)?,
+        Command::ExportGguf(args) => gguf::run(&args, screen)?,
         Command::Eval(args) => eval::run(&args, screen)?,
+        Command::Merge(args) => merge::run_merge(args, screen)?,
+        Command::Unmerge(args) => merge::run_unmerge(args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
         Command::Parity(args) => {
             let report = parity::parity(&ParityOptions {
@@ -276,6 +306,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::BenchWorker(args) => {
             bench::serve(&args.spec).context("the benchmark does not listen any more")?;
         }
+        Command::Tokenize(args) => tokenize::run(&args)?,
         Command::MakeAssets(args) => {
             make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))
                 .with_context(|| format!("cannot make {}", args.output.display()))?;
@@ -284,12 +315,61 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
+/// Trains; the exit code is 0 for a run that is done and [`RESUMABLE`] for one that stopped before.
+fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
+    let auto = args.resume.as_deref() == Some(Path::new("auto"));
+    let from = args.resume.filter(|_| !auto);
+    // A run that goes on has its configuration in its folder.
+    let given = args.config.config.is_some() || args.config.run.is_some();
+    let mut config = match from.as_deref().filter(|_| !given) {
+        Some(from) => {
+            let file = checkpoint::config_of(from).with_context(|| {
+                format!(
+                    "--resume {}: this is neither the output folder of a run nor one of its checkpoints",
+                    from.display()
+                )
+            })?;
+            Config::load(Some(&file), None, &args.config.set)?
+        }
+        None => args.config.load()?,
+    };
+    let existing = match (args.overwrite, &args.output_dir) {
+        (true, _) => Existing::Replace,
+        _ if auto => Existing::Restart,
+        (false, Some(_)) => Existing::Refuse,
+        (false, None) => Existing::Number,
+    };
+    match (args.output_dir, from.as_deref()) {
+        (Some(folder), _) => config.output_dir = folder,
+        (None, Some(from)) => config.output_dir = run_folder(from),
+        (None, None) => {}
+    }
+    let resume = (auto || from.is_some()).then(|| Resume {
+        from: from.unwrap_or_else(|| config.output_dir.clone()),
+        or_start: auto,
+        force: args.force_resume,
+    });
+    let request = Request {
+        config,
+        backend: args.backend,
+        existing,
+        resume,
+    };
+    let interrupt = Interrupt::of_signals().context("cannot listen for Ctrl-C")?;
+    match train::train(&request, &interrupt, screen) {
+        Ok(Ended::Done(_)) => Ok(ExitCode::SUCCESS),
+        Ok(Ended::Interrupted(_)) => Ok(ExitCode::from(RESUMABLE)),
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// A configuration's plan, or that of a bare `config.json` of a model under the default settings.
 fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
-    let bare =
-        args.config.config.as_deref().filter(|path| {
-            path.is_dir() || path.file_name().is_some_and(|name| name == "config.json")
-        });
+    let bare = args.config.config.as_deref().filter(|path| {
+        path.is_dir()
+            || path.file_name().is_some_and(|name| name == "config.json")
+            || llama_burn::gguf::is_gguf(path)
+    });
     let (config, model) = match bare {
         Some(path) => {
             let config = Config::load(None, None, &args.config.set)?;
@@ -297,16 +377,16 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         }
         None => {
             let config = args.config.load()?;
-            let folder = match config.embedded_model() {
-                true => RunFiles::find(&config)?.model,
-                false => config
-                    .model_folder()
-                    .ok_or_else(|| anyhow!("no model folder"))?,
+            let folder = match (config.hub_model(), config.model_folder()) {
+                (Some(_), _) => hub::model_folder(&config.base_model, Need::Config)?,
+                (None, Some(folder)) => folder,
+                (None, None) => RunFiles::find_for(&config, Need::Config)?.model,
             };
             let model = LlamaConfig::from_file(&folder)?;
             (config, model)
         }
     };
+    let config = peft::continued(&config, &model)?;
     let length = config.max_seq_len.min(model.max_position_embeddings);
     let options = PlanOptions {
         lora: config.lora_config(),

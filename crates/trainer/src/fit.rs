@@ -5,6 +5,7 @@ use burn::tensor::{DType, FloatDType};
 use llama_burn::LlamaConfig;
 use lora_core::{LoraError, Quantization};
 
+use crate::checkpoint::Division;
 use crate::config::{BatchSize, Checkpointing, Config};
 use crate::data::{Data, Order, Prefixes};
 use crate::device::{Backend, Selected};
@@ -77,20 +78,69 @@ pub fn fit(
     dtype: FloatDType,
     data: &Data,
 ) -> Result<Fit, FitError> {
-    // A GPU does not tell its free memory; there the run itself finds out.
-    let available = match selected.backend {
-        Backend::Cpu => memory::available(),
-        _ => None,
+    Search::new(config, model, selected, dtype, data).run()
+}
+
+/// As [`fit`] for a run that goes on: it divides its rows as before, because sums of floats depend on that in
+/// their last bits. Where that does not fit any more, as on another machine, it is decided anew, and the
+/// second value says so.
+///
+/// # Errors
+///
+/// As [`fit`].
+pub fn refit(
+    config: &Config,
+    model: &LlamaConfig,
+    selected: &Selected,
+    dtype: FloatDType,
+    data: &Data,
+    before: Division,
+) -> Result<(Fit, bool), FitError> {
+    let search = Search::new(config, model, selected, dtype, data);
+    // Recomputing changes no bit, so a word of the user's counts.
+    let checkpointing = match config.gradient_checkpointing {
+        Checkpointing::On => true,
+        Checkpointing::Off => false,
+        Checkpointing::Auto => before.gradient_checkpointing,
     };
-    let search = Search {
-        config,
-        model,
-        data,
-        float_bytes: DType::from(dtype).size(),
-        on_gpu: selected.backend != Backend::Cpu,
-        available,
-    };
-    search.run()
+    let rows = before.batch_size.max(1);
+    let steps = before.gradient_accumulation_steps.max(1);
+    let mut fit = search.at(rows, steps, checkpointing)?;
+    if !before.share_prefixes {
+        fit.prefixes = Prefixes::Apart;
+    }
+    match search.fits(&fit.plan) {
+        true => Ok((fit, false)),
+        false => Ok((search.run()?, true)),
+    }
+}
+
+impl Fit {
+    /// The same update in smaller micro-batches, for a device whose memory is too small; without that, with
+    /// activations recomputed where the configuration leaves it open. `None` where neither is possible.
+    pub fn smaller(&self, config: &Config) -> Option<Self> {
+        let rows = self.batch_size;
+        // The largest divisor up to the half, so that an update keeps its rows.
+        let fewer = (1..=rows / 2)
+            .rev()
+            .find(|fewer| rows.is_multiple_of(*fewer));
+        match fewer {
+            Some(fewer) => Some(Self {
+                batch_size: fewer,
+                gradient_accumulation_steps: self.gradient_accumulation_steps * (rows / fewer),
+                ..self.clone()
+            }),
+            None if !self.gradient_checkpointing
+                && config.gradient_checkpointing == Checkpointing::Auto =>
+            {
+                Some(Self {
+                    gradient_checkpointing: true,
+                    ..self.clone()
+                })
+            }
+            None => None,
+        }
+    }
 }
 
 /// Whether beginnings are shared. Dropout draws a mask for each row: shared, they would have one.
@@ -124,7 +174,28 @@ struct Search<'a> {
     available: Option<u64>,
 }
 
-impl Search<'_> {
+impl<'a> Search<'a> {
+    fn new(
+        config: &'a Config,
+        model: &'a LlamaConfig,
+        selected: &Selected,
+        dtype: FloatDType,
+        data: &'a Data,
+    ) -> Self {
+        Self {
+            config,
+            model,
+            data,
+            float_bytes: DType::from(dtype).size(),
+            on_gpu: selected.backend != Backend::Cpu,
+            // A GPU does not tell its free memory; there the run itself finds out.
+            available: match selected.backend {
+                Backend::Cpu => memory::available(),
+                _ => None,
+            },
+        }
+    }
+
     fn run(&self) -> Result<Fit, FitError> {
         let auto = self.config.gradient_checkpointing == Checkpointing::Auto;
         let choices: &[bool] = match self.config.gradient_checkpointing {

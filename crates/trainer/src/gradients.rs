@@ -159,10 +159,7 @@ pub fn accumulate_on_tape(
     into.totals.add(sums);
     let mut gradients = loss.backward();
     for (_, linear) in model.linears() {
-        let Some(adapter) = linear.adapter() else {
-            continue;
-        };
-        for param in [&adapter.a, &adapter.b] {
+        for param in linear.trainable() {
             if let Some(gradient) = param.val().grad_remove(&mut gradients) {
                 into.add(param, gradient);
             }

@@ -1,8 +1,9 @@
 //! A model that is used rather than trained: its files, its weights, an adapter.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, FloatDType};
+use burn::tensor::{DType, FloatDType, Tensor};
 use clap::Args;
 use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
 use lora_core::{LoraError, LoraLinear, Quantization};
@@ -11,14 +12,17 @@ use crate::config::EMBEDDED;
 use crate::data::{DataError, ModelFiles};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
+use crate::hub::{self, HubError, Need};
+use crate::merge::{Survival, SurvivalReport};
 use crate::peft::{AdapterConfig, AdapterError, read_adapter};
 use crate::screen::Screen;
 
 /// What to load and where to run it.
 #[derive(Debug, Clone, Args)]
 pub struct ModelArgs {
-    /// A Hugging Face model folder, or `embedded`
-    #[arg(long, value_name = "DIR", default_value = EMBEDDED)]
+    /// A Hugging Face model folder, a GGUF file, a name on the Hub (ORG/NAME or ORG/NAME@REVISION), or
+    /// `embedded`
+    #[arg(long, value_name = "MODEL", default_value = EMBEDDED)]
     pub model: String,
     /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
     #[arg(long, default_value = "auto")]
@@ -49,6 +53,8 @@ pub enum InferenceError {
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
     #[error(transparent)]
+    Hub(#[from] HubError),
+    #[error(transparent)]
     Config(#[from] ConfigError),
     #[error(transparent)]
     Data(#[from] DataError),
@@ -58,6 +64,8 @@ pub enum InferenceError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Lora(#[from] LoraError),
+    #[error("the device does not give a weight back: {0}")]
+    Unreadable(String),
     #[error("the adapter in {}: {source}", folder.display())]
     Adapter {
         folder: PathBuf,
@@ -95,7 +103,7 @@ impl Inference {
             .ok_or(InferenceError::QuantBits(args.quant_bits))?;
         let folder = match args.model == EMBEDDED {
             true => embedded::materialise()?.model_dir,
-            false => PathBuf::from(&args.model),
+            false => hub::model_folder(&args.model, Need::Model)?,
         };
         let config = LlamaConfig::from_file(&folder)?;
         let files = ModelFiles::read(&folder)?;
@@ -130,13 +138,14 @@ impl Inference {
     ///
     /// An adapter that cannot be read, or that is not for this model.
     pub fn with_adapter(&self, folder: &Path) -> Result<(AdapterConfig, Llama), InferenceError> {
+        let folder = &hub::adapter_folder(folder)?;
         let adapter = |source| InferenceError::Adapter {
             folder: folder.into(),
             source,
         };
         let (config, tensors) = read_adapter(folder).map_err(adapter)?;
         let model = tensors.put_on(self.base.clone(), &config.lora);
-        Ok((config, model.map_err(adapter)?))
+        Ok((config, model.map_err(adapter)?.settled()))
     }
 
     /// `model` with its adapters merged into the weights, quantized again as the base was.
@@ -156,6 +165,36 @@ impl Inference {
             };
         }
         Ok(model)
+    }
+
+    /// How much of `adapted`'s adapters is in `merged`, which [`merged`](Self::merged) made of it; none where
+    /// the weights are not quantized, so that nothing is rounded away.
+    ///
+    /// # Errors
+    ///
+    /// A device that does not give the weights back.
+    pub fn survival(
+        &self,
+        adapted: &Llama,
+        merged: &Llama,
+    ) -> Result<Option<SurvivalReport>, InferenceError> {
+        let bits = match self.quantization {
+            Quantization::None => return Ok(None),
+            Quantization::Bits8 => 8,
+            Quantization::Bits4 => 4,
+        };
+        let read = |tensor: Tensor<2>| {
+            let values = tensor.into_data().convert::<f32>().try_to_vec::<f32>();
+            values.map_err(|error| InferenceError::Unreadable(format!("{error:?}")))
+        };
+        let mut modules = BTreeMap::new();
+        for ((name, adapted), (_, merged)) in adapted.linears().zip(merged.linears()) {
+            if let Some(delta) = adapted.adapter_delta() {
+                let actual = merged.dense_base() - adapted.dense_base();
+                modules.insert(name, Survival::of(&read(delta)?, &read(actual)?));
+            }
+        }
+        Ok(Some(SurvivalReport { bits, modules }))
     }
 
     /// Every token that ends a text: those of `generation_config.json`, else of `config.json`, and the

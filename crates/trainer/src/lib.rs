@@ -7,32 +7,53 @@
 //! | [`data`] | rows, prompts, tokens, packed batches |
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
-//! | [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
-//! | [`inference`], [`generate`] | a model that is used: text from prompts |
+//! | [`session`], [`step`], [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`checkpoint`], [`durable`], [`lock`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
+//! | [`fault`] | faults on demand, for tests |
+//! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
+//! | [`gguf`] | llama.cpp's files in and out |
+//! | [`tokenize`] | the tokens of texts, for comparisons |
 //! | [`eval`] | base and adapters on a task: answers, scores, significance |
+//! | [`merge`] | adapters into whole models, and out of them |
 //! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
+//! | [`combine`] | one adapter from several |
+//! | [`model_card`] | the README.md of an adapter |
 //! | [`plan`] | parameters and memory from shapes alone |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
+//! | [`hub`] | models and adapters by their names on the Hugging Face Hub |
 //! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
 
 pub mod bench;
+pub mod checkpoint;
 pub mod cli;
+pub mod combine;
 pub mod config;
+pub mod contained;
 pub mod data;
 pub mod device;
+pub mod durable;
 pub mod embedded;
 pub mod eval;
+pub mod fault;
 pub mod fit;
 pub mod generate;
+pub mod gguf;
 pub mod gradients;
+pub mod guard;
+pub mod hub;
 pub mod human;
 pub mod inference;
+pub mod interrupt;
+pub mod lock;
+pub mod logits;
 pub mod loss;
 pub mod make_assets;
 pub mod memory;
+pub mod merge;
 pub mod metrics;
+pub mod model_card;
 pub mod optimizer;
 pub mod output;
 pub mod parity;
@@ -40,4 +61,7 @@ pub mod peft;
 pub mod plan;
 pub mod schedule;
 pub mod screen;
+pub mod session;
+pub mod step;
+pub mod tokenize;
 pub mod train;

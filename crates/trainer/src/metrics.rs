@@ -4,7 +4,7 @@ use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 
 /// The file of metrics cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -61,11 +61,31 @@ pub struct ValidationLine {
     pub val_s: f64,
 }
 
-/// Appends lines to a run's metrics. Each line is in the file when its call returns.
+/// A step that was left out because a loss or gradient is not finite.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct SkippedLine {
+    /// Optimizer steps so far, this one included.
+    pub step: usize,
+    /// Passes over the training rows so far, with a fraction.
+    pub epoch: f64,
+    /// Why, and which rows: `the loss is NaN; it comes from …`.
+    pub skipped: String,
+    /// What the learning rate is multiplied by from here on.
+    pub rate_factor: f64,
+}
+
+/// Lines that the disk did not take are kept up to this many bytes.
+const PENDING: usize = 64 << 20;
+
+/// Appends lines to a run's metrics. Each line is in the file when its call returns, unless the disk is
+/// full: then they wait in memory, and go into the file when there is room.
 #[derive(Debug)]
 pub struct MetricsWriter {
     path: PathBuf,
     file: File,
+    /// Bytes of the file that are whole lines.
+    end: u64,
+    pending: Vec<u8>,
 }
 
 impl MetricsWriter {
@@ -88,13 +108,52 @@ impl MetricsWriter {
         match open() {
             Ok(file) => Ok(Self {
                 path: path.into(),
+                end: file.metadata().map_or(0, |file| file.len()),
                 file,
+                pending: Vec::new(),
             }),
             Err(source) => Err(MetricsError {
                 path: path.into(),
                 source,
             }),
         }
+    }
+
+    /// As [`append`](Self::append) for a run that goes on: lines after the first `bytes` are of steps that
+    /// will be taken again, and go.
+    ///
+    /// # Errors
+    ///
+    /// [`MetricsError`] with the path.
+    pub fn resume(path: &Path, bytes: u64) -> Result<Self, MetricsError> {
+        let mut writer = Self::append(path)?;
+        if writer.end > bytes {
+            let cut = writer.file.set_len(bytes);
+            cut.map_err(|source| writer.error(source))?;
+            writer.end = bytes;
+        } else if writer.end < bytes {
+            log::warn!(
+                "{} is shorter than it was when the checkpoint was written; lines are missing in it",
+                path.display()
+            );
+        }
+        Ok(writer)
+    }
+
+    /// Waits until the disk has every line, and says how many bytes they are.
+    ///
+    /// # Errors
+    ///
+    /// [`MetricsError`], on a full disk for example.
+    pub fn sync(&mut self) -> Result<u64, MetricsError> {
+        let synced = self.flush().and_then(|()| self.file.sync_all());
+        synced.map_err(|source| self.error(source))?;
+        Ok(self.end)
+    }
+
+    /// Bytes of the file and of the lines that wait for room.
+    pub fn bytes(&self) -> u64 {
+        self.end + self.pending.len() as u64
     }
 
     /// Adds a training line.
@@ -115,19 +174,92 @@ impl MetricsWriter {
         self.write(line)
     }
 
+    /// Adds the line of a step that was skipped.
+    ///
+    /// # Errors
+    ///
+    /// [`MetricsError`], on a full disk for example.
+    pub fn skipped(&mut self, line: &SkippedLine) -> Result<(), MetricsError> {
+        self.write(line)
+    }
+
     fn write(&mut self, line: &impl Serialize) -> Result<(), MetricsError> {
-        // One call to the system a line, so that a reader never sees half of one.
-        let result = serde_json::to_vec(line)
-            .map_err(io::Error::from)
-            .and_then(|mut bytes| {
-                bytes.push(b'\n');
-                self.file.write_all(&bytes)
-            });
-        result.map_err(|source| MetricsError {
+        let bytes = serde_json::to_vec(line).map_err(|error| self.error(error.into()))?;
+        if self.pending.len() < PENDING {
+            self.pending.extend(bytes);
+            self.pending.push(b'\n');
+        }
+        self.flush().map_err(|source| self.error(source))
+    }
+
+    /// One call to the system for all whole lines, so that a reader never sees half of one.
+    fn flush(&mut self) -> io::Result<()> {
+        if self.pending.is_empty() {
+            return Ok(());
+        }
+        let written = crate::fault::space().and_then(|()| self.file.write_all(&self.pending));
+        match written {
+            Ok(()) => {
+                self.end += self.pending.len() as u64;
+                self.pending.clear();
+                Ok(())
+            }
+            Err(error) => {
+                // A full disk may have taken a part. The first error is the one to report.
+                let _ = self.file.set_len(self.end);
+                Err(error)
+            }
+        }
+    }
+
+    fn error(&self, source: io::Error) -> MetricsError {
+        MetricsError {
             path: self.path.clone(),
             source,
-        })
+        }
     }
+}
+
+/// What a file of metrics tells of the steps so far; lines that are none of ours are passed over.
+///
+/// # Errors
+///
+/// [`MetricsError`] where the file cannot be read.
+pub fn history(path: &Path) -> Result<History, MetricsError> {
+    let text = std::fs::read_to_string(path).map_err(|source| MetricsError {
+        path: path.into(),
+        source,
+    })?;
+    let mut history = History::default();
+    for line in text.lines() {
+        let Ok(line) = serde_json::from_str::<PastLine>(line) else {
+            continue;
+        };
+        if let Some(loss) = line.loss {
+            history.losses.push(loss);
+        }
+        if let (Some(loss), Some(accuracy)) = (line.val_loss, line.val_accuracy) {
+            history.validations.push((line.step, loss, accuracy));
+        }
+    }
+    Ok(history)
+}
+
+/// The losses of a run so far.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct History {
+    /// Of the steps.
+    pub losses: Vec<f64>,
+    /// Of the validations: step, loss, accuracy.
+    pub validations: Vec<(usize, f64, f64)>,
+}
+
+#[derive(Deserialize)]
+struct PastLine {
+    step: usize,
+    loss: Option<f64>,
+    val_loss: Option<f64>,
+    val_accuracy: Option<f64>,
 }
 
 /// Bytes up to the end of the last line that has one, looked for from the back.
@@ -280,6 +412,27 @@ mod tests {
     }
 
     #[test]
+    fn a_run_that_goes_on_drops_the_lines_of_steps_that_it_takes_again() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut metrics = MetricsWriter::append(&path).unwrap();
+        metrics.train(&line(1)).unwrap();
+        metrics.validation(&validation()).unwrap();
+        let bytes = metrics.sync().unwrap();
+        metrics.train(&line(2)).unwrap();
+        let mut metrics = MetricsWriter::resume(&path, bytes).unwrap();
+        metrics.train(&line(3)).unwrap();
+        let steps: Vec<Value> = read(&path).iter().map(|l| l["step"].clone()).collect();
+        assert_eq!(steps, [1, 2, 3]);
+        let history = history(&path).unwrap();
+        assert_eq!(history.losses, [1.5, 1.5]);
+        assert_eq!(history.validations, [(2, 0.5, 0.875)]);
+        // A file that somebody shortened is gone on with.
+        MetricsWriter::resume(&path, 1 << 20).unwrap();
+        assert_eq!(read(&path).len(), 3);
+    }
+
+    #[test]
     fn errors_name_the_file() {
         let folder = tempfile::tempdir().unwrap();
         let error = MetricsWriter::append(folder.path())
@@ -294,9 +447,28 @@ mod tests {
             // The device that is always full. It has no end to look at, so it is opened by hand.
             let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
             let path = PathBuf::from("/dev/full");
-            let error = MetricsWriter { path, file }.train(&line(1)).unwrap_err();
+            let mut metrics = MetricsWriter {
+                path,
+                file,
+                end: 0,
+                pending: Vec::new(),
+            };
+            let error = metrics.train(&line(1)).unwrap_err();
             assert_eq!(error.source.kind(), io::ErrorKind::StorageFull);
             assert!(error.to_string().contains("/dev/full"));
+
+            // Room again: what waited is written, in order.
+            let path = folder.path().join("metrics.jsonl");
+            metrics.file = OpenOptions::new()
+                .create(true)
+                .append(true)
+                .open(&path)
+                .unwrap();
+            metrics.train(&line(2)).unwrap();
+            let steps: Vec<Value> = read(&path).iter().map(|l| l["step"].clone()).collect();
+            assert_eq!(steps, [1, 2]);
+            let bytes = std::fs::metadata(&path).unwrap().len();
+            assert_eq!((metrics.bytes(), metrics.sync().unwrap()), (bytes, bytes));
         }
     }
 }

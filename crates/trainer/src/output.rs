@@ -5,11 +5,17 @@
 //!   adapter/        the adapter in PEFT's layout
 //!   config.toml     every setting of the run, as it was used
 //!   metrics.jsonl   one line a step, one a validation
+//!   checkpoints/    what a run needs to go on after an interruption
 //! ```
 
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, Write};
+use std::fs::{self, OpenOptions};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use crate::checkpoint::Store;
+use crate::durable;
+use crate::lock::{Lock, LockError};
 
 /// Why the output folder cannot be used, or a file in it not be written.
 #[derive(Debug, thiserror::Error)]
@@ -24,12 +30,35 @@ pub enum OutputError {
     },
     /// There is a run in the folder.
     #[error(
-        "{} already holds a run; choose another folder with --output-dir, or replace it with --overwrite",
+        "{} already holds a run; go on with it with --resume, choose another folder with --output-dir, or \
+         replace it with --overwrite",
         folder.display()
     )]
     Taken {
         /// The folder.
         folder: PathBuf,
+    },
+    /// There is a run in the folder that left nothing to resume from.
+    #[error(
+        "{} holds an adapter and no checkpoint, so there is nothing to resume from; choose another folder with \
+         --output-dir, or start again with --overwrite",
+        folder.display()
+    )]
+    NoCheckpoint {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// Another run is writing into the folder.
+    #[error(
+        "{holder} is training into {} at this moment; wait for it, stop it, or choose another folder with \
+         --output-dir",
+        folder.display()
+    )]
+    Locked {
+        /// The folder.
+        folder: PathBuf,
+        /// Who it is.
+        holder: String,
     },
     /// A file cannot be written.
     #[error("cannot write {}: {source}", path.display())]
@@ -51,12 +80,18 @@ pub enum Existing {
     Refuse,
     /// Delete that run's files, and no others, and take its place (`--overwrite`).
     Replace,
+    /// Take the place of a run that died before its first checkpoint, and refuse any other
+    /// (`--resume auto`, where there is nothing to resume from).
+    Restart,
 }
 
-/// The output folder of a run. It exists and can be written to.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// The output folder of a run. It exists, can be written to, and is locked as long as this or a clone of it
+/// lives.
+#[derive(Debug, Clone)]
 pub struct OutputFolder {
     path: PathBuf,
+    /// None while it is only looked at.
+    lock: Option<Arc<Lock>>,
 }
 
 impl OutputFolder {
@@ -70,9 +105,13 @@ impl OutputFolder {
     ///
     /// # Errors
     ///
-    /// [`OutputError::NotWritable`] and [`OutputError::Taken`].
+    /// [`OutputError::NotWritable`], [`OutputError::Taken`], [`OutputError::NoCheckpoint`] and
+    /// [`OutputError::Locked`].
     pub fn prepare(path: &Path, existing: Existing) -> Result<Self, OutputError> {
-        let folder = |path: &Path| Self { path: path.into() };
+        let folder = |path: &Path| Self {
+            path: path.into(),
+            lock: None,
+        };
         let mut chosen = folder(path);
         match existing {
             Existing::Refuse if chosen.is_taken() => {
@@ -80,18 +119,45 @@ impl OutputFolder {
                     folder: chosen.path,
                 });
             }
-            Existing::Refuse => {}
+            Existing::Refuse => chosen.lock()?,
             Existing::Number => {
                 let mut number = 2u64;
-                while chosen.is_taken() {
+                while chosen.is_taken() || !chosen.lock_if_free()? {
                     chosen = folder(&numbered(path, number));
                     number += 1;
                 }
             }
-            Existing::Replace => chosen.clear()?,
+            Existing::Replace => {
+                chosen.lock()?;
+                chosen.clear()?;
+            }
+            Existing::Restart => {
+                chosen.lock()?;
+                let foreign = chosen.config().exists() && !chosen.metrics().exists();
+                if chosen.has_adapter() || foreign {
+                    return Err(OutputError::NoCheckpoint {
+                        folder: chosen.path,
+                    });
+                }
+                chosen.clear()?;
+            }
         }
         chosen.open()?;
         Ok(chosen)
+    }
+
+    /// The folder of a run that goes on: locked, and nothing in it touched.
+    ///
+    /// # Errors
+    ///
+    /// [`OutputError::NotWritable`] and [`OutputError::Locked`].
+    pub fn reopen(path: &Path) -> Result<Self, OutputError> {
+        let mut folder = Self {
+            path: path.into(),
+            lock: None,
+        };
+        folder.lock()?;
+        Ok(folder)
     }
 
     /// The folder.
@@ -114,11 +180,46 @@ impl OutputFolder {
         self.path.join("metrics.jsonl")
     }
 
+    /// The checkpoints.
+    pub fn checkpoints(&self) -> Store {
+        Store::new(self.path.join("checkpoints"))
+    }
+
     fn is_taken(&self) -> bool {
-        let adapter = fs::read_dir(self.adapter()).is_ok_and(|mut files| files.next().is_some());
         let metrics = fs::metadata(self.metrics());
         let started = metrics.as_ref().is_ok_and(|file| file.len() > 0);
-        adapter || started || (metrics.is_err() && self.config().exists())
+        let checkpoints = !self.checkpoints().steps().is_empty();
+        let config = metrics.is_err() && self.config().exists();
+        self.has_adapter() || started || checkpoints || config
+    }
+
+    fn has_adapter(&self) -> bool {
+        fs::read_dir(self.adapter()).is_ok_and(|mut files| files.next().is_some())
+    }
+
+    /// Makes the folder and locks it.
+    fn lock(&mut self) -> Result<(), OutputError> {
+        fs::create_dir_all(&self.path).map_err(|error| self.not_writable(error))?;
+        match Lock::acquire(&self.path) {
+            Ok(lock) => {
+                self.lock = Some(Arc::new(lock));
+                Ok(())
+            }
+            Err(LockError::Held(holder)) => Err(OutputError::Locked {
+                folder: self.path.clone(),
+                holder,
+            }),
+            Err(LockError::Io(error)) => Err(self.not_writable(error)),
+        }
+    }
+
+    fn lock_if_free(&mut self) -> Result<bool, OutputError> {
+        match self.lock() {
+            Err(OutputError::Locked { .. }) => Ok(false),
+            // Another run may have come and gone since the last look.
+            Ok(()) => Ok(!self.is_taken()),
+            Err(error) => Err(error),
+        }
     }
 
     fn clear(&self) -> Result<(), OutputError> {
@@ -135,6 +236,11 @@ impl OutputFolder {
                 _ => {}
             }
         }
+        let store = self.checkpoints();
+        let cleared = store.sweep().and_then(|()| store.prune(0, None, None));
+        cleared.map_err(|error| self.not_writable(io::Error::other(error)))?;
+        // Not if something else lies in it.
+        let _ = fs::remove_dir(store.folder());
         Ok(())
     }
 
@@ -204,33 +310,15 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), OutputError> {
     temporary.push(format!(".{}.tmp", std::process::id()));
     let temporary = folder.join(temporary);
     let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(bytes)?;
-        file.sync_all()?;
-        drop(file);
-        fs::rename(&temporary, path)?;
-        sync_folder(folder)
+        durable::write(&temporary, bytes)?;
+        durable::rename(&temporary, path)?;
+        durable::sync_folder(folder)
     };
     write().map_err(|error| {
         // The first error is the one to report.
         let _ = fs::remove_file(&temporary);
         failed(error)
     })
-}
-
-/// A rename is on the disk once its folder is.
-#[cfg(unix)]
-fn sync_folder(folder: &Path) -> io::Result<()> {
-    match File::open(folder)?.sync_all() {
-        // Some network and container file systems cannot; the rename is done all the same.
-        Err(error) if error.kind() == io::ErrorKind::InvalidInput => Ok(()),
-        result => result,
-    }
-}
-
-#[cfg(not(unix))]
-fn sync_folder(_folder: &Path) -> io::Result<()> {
-    Ok(())
 }
 
 #[cfg(test)]
@@ -288,7 +376,10 @@ mod tests {
         finish(&folder);
         fs::write(folder.adapter().join("README.md"), "notes").unwrap();
         fs::write(root.path().join("notes.txt"), "notes").unwrap();
+        fs::create_dir_all(folder.checkpoints().path(3)).unwrap();
+        drop(folder);
         let folder = OutputFolder::prepare(root.path(), Existing::Replace).unwrap();
+        assert!(!folder.checkpoints().folder().exists());
         assert_eq!(fs::read(folder.metrics()).unwrap(), b"");
         assert!(!folder.config().exists());
         assert!(!folder.adapter().join(WEIGHTS_FILE).exists());
@@ -296,6 +387,37 @@ mod tests {
         assert!(root.path().join("notes.txt").exists());
         // Nothing there at all is fine too.
         OutputFolder::prepare(&root.path().join("new"), Existing::Replace).unwrap();
+    }
+
+    #[test]
+    fn a_folder_in_which_a_run_is_under_way_is_refused_or_passed_over() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("run");
+        let running = OutputFolder::prepare(&path, Existing::Refuse).unwrap();
+        for existing in [Existing::Refuse, Existing::Replace, Existing::Restart] {
+            let error = OutputFolder::prepare(&path, existing).unwrap_err();
+            assert!(matches!(error, OutputError::Locked { .. }), "{error}");
+        }
+        assert!(OutputFolder::reopen(&path).is_err());
+        let other = OutputFolder::prepare(&path, Existing::Number).unwrap();
+        assert_eq!(other.path(), root.path().join("run-2"));
+        drop(running);
+        OutputFolder::reopen(&path).unwrap();
+    }
+
+    #[test]
+    fn restarting_takes_the_place_of_a_run_without_an_adapter_only() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = OutputFolder::prepare(root.path(), Existing::Restart).unwrap();
+        fs::write(folder.config(), "lora_r = 8").unwrap();
+        fs::write(folder.metrics(), "{}\n").unwrap();
+        drop(folder);
+        let folder = OutputFolder::prepare(root.path(), Existing::Restart).unwrap();
+        assert_eq!(fs::read(folder.metrics()).unwrap(), b"");
+        finish(&folder);
+        drop(folder);
+        let error = OutputFolder::prepare(root.path(), Existing::Restart).unwrap_err();
+        assert!(matches!(error, OutputError::NoCheckpoint { .. }), "{error}");
     }
 
     #[test]

@@ -207,6 +207,14 @@ impl PlanOptions {
         }
     }
 
+    /// On the CPU, which computes in f32, embedding and head stay in their file's type.
+    fn table_bytes(&self, model: &LlamaConfig) -> usize {
+        match self.on_gpu {
+            true => self.float_bytes,
+            false => self.float_bytes.min(model.weight_bytes),
+        }
+    }
+
     fn adapter_name(&self) -> String {
         format!(
             "adapters: {}, r {}, f32",
@@ -227,7 +235,7 @@ pub fn targets(targets: &TargetModules) -> String {
 
 /// The base model's parts; their sums are those of `counts`.
 fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCounts) -> Vec<Part> {
-    let float = options.float_bytes as u64;
+    let float = options.table_bytes(model) as u64;
     let table = (model.vocab_size * model.hidden_size) as u64;
     let tied = model.tie_word_embeddings;
     let linear: u64 = model
@@ -235,11 +243,6 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
         .iter()
         .map(|(_, d_in, d_out, _)| (d_in * d_out * model.num_hidden_layers) as u64)
         .sum();
-    // Burn's CPU backend takes the scales out of the packed bytes, whose buffer keeps its size.
-    let scales = match (options.stored(), options.on_gpu) {
-        (Quantization::None, _) | (_, true) => 0,
-        _ => counts.linear_bytes.saturating_sub(linear),
-    };
     let bits = match (options.quantization, options.stored()) {
         (Quantization::Bits4, Quantization::Bits8) => "4 bits in bytes".into(),
         (Quantization::Bits4, _) => "4 bits".into(),
@@ -260,7 +263,7 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
         part(
             format!("linear weights of the layers, {bits}"),
             linear,
-            counts.linear_bytes + scales,
+            counts.linear_bytes,
         ),
     ];
     if !tied {
@@ -272,22 +275,16 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
     parts
 }
 
-/// Tensors are read one at a time: the file's bytes, the f32 values, and those turned.
+/// Tensors are read one at a time: what is mapped of their file, its bytes once more, the f32 values,
+/// and those turned. The embedding, which comes first, is only read and kept.
 fn loading(model: &LlamaConfig) -> Part {
-    let shapes = model.tensor_shapes();
-    let sizes = shapes
-        .iter()
-        .map(|(_, shape)| shape.iter().product::<usize>() as u64);
-    let all: u64 = sizes.sum();
     let linears = model.layer_linears();
-    let largest = linears
-        .iter()
-        .map(|(_, d_in, d_out, _)| (d_in * d_out) as u64)
-        .max();
+    let largest = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).max();
+    let largest = (largest.unwrap_or(0) * (model.weight_bytes + 8)) as u64;
     Part {
-        name: "while loading: weight files (16 bits) mapped, one tensor in f32".into(),
+        name: "while loading: a part of the weight files mapped, one tensor in f32".into(),
         parameters: None,
-        bytes: 2 * all + 8 * largest.unwrap_or(0),
+        bytes: llama_burn::MAPPED_BYTES as u64 + largest,
     }
 }
 
@@ -323,6 +320,7 @@ mod tests {
             initializer_range: 0.02,
             bos_token_id: None,
             eos_token_ids: vec![],
+            weight_bytes: 2,
         }
     }
 
@@ -402,7 +400,7 @@ mod tests {
     }
 
     #[test]
-    fn eight_bits_and_their_scales_take_nine_bytes_for_eight_weights_and_ten_on_the_cpu() {
+    fn eight_bits_and_their_scales_take_nine_bytes_for_eight_weights() {
         let on_gpu = PlanOptions {
             on_gpu: true,
             ..options(8)
@@ -411,8 +409,9 @@ mod tests {
         assert_eq!(plan.base[1].bytes, 106_168_320 * 9 / 8);
         let plan = Plan::new(&smollm2(), &options(8)).unwrap();
         assert_eq!(plan.base[1].parameters, Some(106_168_320));
-        assert_eq!(plan.base[1].bytes, 106_168_320 * 10 / 8);
-        assert_eq!(plan.base[0].bytes, 28_311_552 * 4);
+        assert_eq!(plan.base[1].bytes, 106_168_320 * 9 / 8);
+        // In the 16 bits of its file.
+        assert_eq!(plan.base[0].bytes, 28_311_552 * 2);
         assert_eq!(plan.adapters[0].bytes, 4 * plan.counts.trainable);
     }
 

@@ -23,7 +23,7 @@ use indicatif_log_bridge::LogWrapper;
 use self::run::Run;
 use self::style::Style;
 use crate::human;
-use crate::metrics::{TrainLine, ValidationLine};
+use crate::metrics::{History, TrainLine, ValidationLine};
 
 pub use result::{RunResult, Scores};
 pub use summary::{AdapterSummary, DataSummary, RunSummary, StepSummary};
@@ -113,6 +113,15 @@ impl Screen {
         }
     }
 
+    /// Prints something that the user should know, after "note".
+    pub fn note(&self, text: &str) {
+        let wrapped = summary::wrap(text, self.width().saturating_sub(6));
+        for (index, line) in wrapped.iter().enumerate() {
+            let heading = if index == 0 { "note  " } else { "      " };
+            self.line(&format!("{}{line}", self.style.warn(heading)));
+        }
+    }
+
     /// Shows the progress of something of known length that comes before the run, such as loading weights.
     pub fn task(&self, name: &str, length: usize) -> Task<'_> {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
@@ -167,6 +176,13 @@ impl Screen {
         self.run = Some(Run::new(bar, end, &summary.steps));
     }
 
+    /// Goes on after `step` steps of an earlier session, which had this history.
+    pub fn resume(&mut self, step: usize, history: &History) {
+        if let Some(run) = &mut self.run {
+            run.resume(step, history);
+        }
+    }
+
     /// Shows a step: on the bar, or as a line every `logging_steps`.
     pub fn step(&mut self, line: &TrainLine) {
         let width = self.width();
@@ -177,7 +193,7 @@ impl Screen {
         run.bar.set_position(line.step as u64);
         run.bar.set_message(run.numbers(line, width).join("  "));
         let due = line.step.is_multiple_of(run.logging_steps) || line.step == run.total;
-        if self.plain.is_some() && (due || run.losses.len() == 1) {
+        if self.plain.is_some() && (due || run.is_first(line.step)) {
             let text = run.plain_line(line);
             self.line(&text);
         }

@@ -1,28 +1,32 @@
 //! Training, from a configuration to an adapter on disk: [`train`] reads from top to bottom.
 
 use std::path::{Path, PathBuf};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use burn::tensor::{DType, FloatDType};
-use llama_burn::{Llama, LlamaConfig, LoadOptions};
-use lora_core::{CounterRng, LoraError, Quantization};
+use llama_burn::{LlamaConfig, LoadOptions};
+use lora_core::{LoraError, Quantization};
 
+use crate::checkpoint::{CheckpointError, Fingerprint, Keeper, Progress, Resume, Resumed};
 use crate::config::{BatchSize, ComputeDtype, Config, Problems};
-use crate::data::{self, Data, DataError, Dataset, Order, Prefixes};
+use crate::data::{self, Data, DataError, Dataset};
 use crate::device::{self, Backend, DeviceError, Selected};
 use crate::embedded::{self, EmbeddedError};
+use crate::fault::{self, FaultError};
 use crate::fit::{self, Fit, FitError};
-use crate::gradients::{self, AdapterGradients, PassOptions};
-use crate::loss::LossSums;
-use crate::metrics::{MetricsError, MetricsWriter, TrainLine, ValidationLine};
+use crate::guard::DeviceFault;
+use crate::hub::{self, HubError, Need};
+use crate::interrupt::Interrupt;
+use crate::metrics::{self, MetricsError, TrainLine};
+use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
 use crate::output::{self, Existing, OutputError, OutputFolder};
-use crate::peft::{AdapterConfig, AdapterError, AdapterTensors, write_adapter};
+use crate::peft::{self, AdapterError};
 use crate::plan;
 use crate::schedule::Schedule;
-use crate::screen::{
-    AdapterSummary, DataSummary, RunResult, RunSummary, Scores, Screen, StepSummary,
-};
+use crate::screen::{AdapterSummary, DataSummary, RunResult, RunSummary, Screen, StepSummary};
+use crate::session::{self, Beginning, Session};
+use crate::step::{self, NotFinite, StepInput};
 use crate::{human, memory};
 
 /// Why a run did not start, or stopped.
@@ -33,6 +37,8 @@ pub enum TrainError {
     Files(#[from] Problems),
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Model(#[from] llama_burn::ConfigError),
     #[error(transparent)]
@@ -50,22 +56,45 @@ pub enum TrainError {
     #[error(transparent)]
     Adapter(#[from] AdapterError),
     #[error(transparent)]
+    Start(#[from] peft::StartError),
+    #[error(transparent)]
     Metrics(#[from] MetricsError),
     #[error(transparent)]
-    Prompt(#[from] data::PromptFileError),
+    Checkpoint(#[from] CheckpointError),
+    #[error(transparent)]
+    OnDemand(#[from] FaultError),
     /// A loss or gradient that is not a number.
     #[error(
-        "the {what} of step {step} is {value}; {rows}. Nothing of this step was kept. A lower learning_rate or a longer warm-up usually helps; see whether the rows named are what you expect"
+        "{problem}.{skipped} Nothing of this step was kept. A lower learning_rate or a longer warm-up usually helps, \
+         and on_non_finite = \"skip\" leaves such steps out; see whether the rows named are what you expect. {resume}"
     )]
     NotFinite {
-        /// Loss or gradient norm.
-        what: &'static str,
-        /// Its value.
-        value: f64,
-        /// The optimizer step, from 1.
+        /// What is not a number, and where it comes from.
+        problem: NotFinite,
+        /// How many steps were skipped for it before; empty if none was.
+        skipped: String,
+        /// How to go on, in words.
+        resume: String,
+    },
+    /// The device failed.
+    #[error("step {step}: {fault}. {advice}. {resume}")]
+    Fault {
+        /// The step under way.
         step: usize,
-        /// Which lines of the data it came from.
-        rows: String,
+        /// What happened.
+        fault: DeviceFault,
+        /// What it may come from.
+        advice: String,
+        /// How to go on, in words.
+        resume: String,
+        /// Whether there is a checkpoint.
+        resumable: bool,
+    },
+    /// A data file that somebody writes to.
+    #[error("{} changed while it was read; start again when it is complete", path.display())]
+    DataChanged {
+        /// The file.
+        path: PathBuf,
     },
 }
 
@@ -81,12 +110,22 @@ pub struct RunFiles {
 }
 
 impl RunFiles {
-    /// Finds the files, and unpacks the embedded ones if they are asked for.
+    /// Finds the files; downloads the model if it is a name on the Hub, and unpacks the embedded files if they
+    /// are asked for.
     ///
     /// # Errors
     ///
-    /// Every file that is missing.
+    /// Every file that is missing; then what stands between us and the Hub.
     pub fn find(config: &Config) -> Result<Self, TrainError> {
+        Self::find_for(config, Need::Model)
+    }
+
+    /// As [`find`](Self::find), where not all of a model on the Hub is needed.
+    ///
+    /// # Errors
+    ///
+    /// As [`find`](Self::find).
+    pub fn find_for(config: &Config, need: Need) -> Result<Self, TrainError> {
         config.check_files()?;
         let embedded = match config.embedded_model() || config.embedded_data() {
             true => Some(embedded::materialise()?),
@@ -98,12 +137,14 @@ impl RunFiles {
             None => config.dataset_path.clone(),
         };
         let own_validation = embedded.filter(|_| config.embedded_data());
+        let model = match (config.hub_model(), config.model_folder(), embedded) {
+            (Some(_), _, _) => hub::model_folder(&config.base_model, need)?,
+            (None, Some(folder), _) => folder,
+            (None, None, Some(paths)) => paths.model_dir.clone(),
+            (None, None, None) => PathBuf::from(&config.base_model),
+        };
         Ok(Self {
-            model: match (config.model_folder(), embedded) {
-                (Some(folder), _) => folder,
-                (None, Some(paths)) => paths.model_dir.clone(),
-                (None, None) => PathBuf::from(&config.base_model),
-            },
+            model,
             validation: match (&config.val_dataset_path, own_validation) {
                 (Some(path), _) => Some(path.clone()),
                 (None, paths) => paths.map(|paths| paths.validation.clone()),
@@ -129,31 +170,86 @@ impl RunFiles {
     }
 }
 
-/// Trains an adapter as `config` says, shows it on `screen`, and writes it.
+/// What to train, and where.
+#[derive(Debug, Clone)]
+pub struct Request {
+    /// The settings.
+    pub config: Config,
+    /// The device.
+    pub backend: Backend,
+    /// What to do where the output folder holds a run.
+    pub existing: Existing,
+    /// Where to go on from.
+    pub resume: Option<Resume>,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone)]
+pub enum Ended {
+    /// All steps are done, and the adapter is in this folder.
+    Done(OutputFolder),
+    /// It was asked to stop; with this folder it can be resumed.
+    Interrupted(OutputFolder),
+}
+
+/// Trains an adapter as `request` says, shows it on `screen`, and writes it.
 ///
 /// # Errors
 ///
-/// Whatever is wrong with the files, the device or the configuration is found before the first step.
+/// Whatever is wrong with the files, the device or the configuration is found before the first step. A
+/// device that fails after it is an error too, with what was saved.
 pub fn train(
-    config: &Config,
-    backend: Backend,
-    existing: Existing,
+    request: &Request,
+    interrupt: &Interrupt,
     screen: &mut Screen,
-) -> Result<OutputFolder, TrainError> {
+) -> Result<Ended, TrainError> {
+    fault::init()?;
+    let config = &request.config;
+    // A run that goes on holds its folder's lock from here on.
+    let (locked, mut resumed) = match &request.resume {
+        Some(resume) => session::open(resume, &config.output_dir)?,
+        None => (None, None),
+    };
+
     // What needs no weights comes first, so that a mistake costs seconds.
     let files = RunFiles::find(config)?;
+    let fingerprint = Fingerprint::of(&files)?;
+    if let (Some(resumed), Some(resume)) = (&mut resumed, &request.resume) {
+        resumed.check(config, &fingerprint, resume.force)?;
+    }
     let model_config = LlamaConfig::from_file(&files.model)?;
+    let config = &peft::continued(config, &model_config)?;
     let lora = config.lora_config();
     let data = files.data(config, &model_config)?;
-    let selected = device::select(backend)?;
+    if let Some(path) = fingerprint.changed_data().into_iter().next() {
+        return Err(TrainError::DataChanged { path });
+    }
+    let selected = device::select(request.backend)?;
     let dtype = compute_dtype(config, &selected)?;
     let stored = device::prepare(&selected, dtype)?;
-    let fit = fit::fit(config, &model_config, &selected, stored, &data)?;
-    let (plan, gradient_checkpointing) = (&fit.plan, fit.gradient_checkpointing);
+    let before = resumed.as_ref().map(Resumed::division);
+    let (fit, divided_anew) = match before {
+        Some(before) => fit::refit(config, &model_config, &selected, stored, &data, before)?,
+        None => (
+            fit::fit(config, &model_config, &selected, stored, &data)?,
+            false,
+        ),
+    };
+    let order = session::order(config, &data, &fit);
+    let total_steps = order.total_steps(config.num_epochs, config.max_steps);
     device::self_test(&selected)?;
-    let folder = OutputFolder::prepare(&config.output_dir, existing)?;
-    output::write_atomically(&folder.config(), config.to_toml().as_bytes())?;
-    let mut metrics = MetricsWriter::append(&folder.metrics())?;
+    let folder = match locked {
+        Some(folder) => folder,
+        None => OutputFolder::prepare(&config.output_dir, request.existing)?,
+    };
+    let checkpoint = resumed.as_ref().map(|resumed| &resumed.checkpoint);
+    let mut keeper = Keeper::new(config, &folder, fingerprint, checkpoint)?;
+    let progress = checkpoint.map_or_else(Progress::start, |from| from.state.progress.clone());
+    if progress.is_over(total_steps) {
+        keeper.finish(interrupt, screen)?;
+        screen.line(&nothing_left(&folder, total_steps));
+        return Ok(Ended::Done(folder));
+    }
 
     // Weights, quantized one at a time as they are read; then the adapters.
     let device = selected.device.clone().autodiff();
@@ -174,34 +270,33 @@ pub fn train(
             );
         }
     })?;
-    let mut model = model.with_lora(&lora, config.seed)?;
-    drop(task);
-
-    let order = Order::new(
-        config.seed,
-        &data.train,
-        fit.batch_size,
-        fit.gradient_accumulation_steps,
-        config.max_batch_tokens,
-    );
-    let total_steps = order.total_steps(config.num_epochs, config.max_steps);
-    let schedule = Schedule {
-        peak: config.learning_rate,
-        warmup_steps: config.warmup(total_steps),
-        total_steps,
-        decay: config.lr_scheduler,
-    };
+    let mut model = peft::start(model, config)?;
     let mut optimizer = AdamW {
         beta_1: config.adam_beta1,
         beta_2: config.adam_beta2,
         epsilon: config.adam_epsilon,
         weight_decay: config.weight_decay,
     }
-    .init();
+    .resumable();
+    if let Some(checkpoint) = checkpoint {
+        model = checkpoint.tensors()?.put(model, &mut optimizer)?;
+    }
+    drop(task);
+    // Nothing in the folder of a run that goes on has changed until here.
+    output::write_atomically(&folder.config(), config.to_toml().as_bytes())?;
+    let metrics = session::metrics(&folder, resumed.as_ref())?;
+
+    let schedule = Schedule {
+        peak: config.learning_rate,
+        warmup_steps: config.warmup(total_steps),
+        total_steps,
+        decay: config.lr_scheduler,
+    };
+    let plan = &fit.plan;
     screen.start(&RunSummary {
         name: run_name(config),
         model: format!("{}: {}", config.base_model, plan::shape(&model_config)),
-        precision: precision(config, dtype, gradient_checkpointing),
+        precision: precision(config, dtype, fit.gradient_checkpointing),
         device: selected.name.clone(),
         device_reason: selected.reason.clone(),
         adapters: AdapterSummary {
@@ -227,199 +322,161 @@ pub fn train(
             logging_steps: config.logging_steps,
         },
         output: folder.path().to_path_buf(),
-        warnings: selected.warning().into_iter().collect(),
+        warnings: warnings(&selected, resumed.as_ref(), divided_anew),
     });
+    if resumed.is_some() {
+        screen.resume(progress.step, &metrics::history(&folder.metrics())?);
+    }
+    // A run that was killed may have left an adapter of a later step, or none.
+    keeper.write_adapter(screen);
 
-    let prefixes = fit.prefixes;
-    let run = Run {
+    let first = progress.next();
+    let beginning = Beginning {
         config,
-        fit: &fit,
         data: &data,
         selected: &selected,
+        asked: request.backend,
+        folder: &folder,
+        total_steps,
+        fit,
+        progress,
+        keeper,
+        metrics,
     };
-    let started = Instant::now();
-    let base = run.validate(&model, 0, 0.0, screen, &mut metrics)?;
-    let mut best: Option<(usize, Scores)> = None;
-    let mut tokens_in_all = 0u64;
-    let dropout = CounterRng::new(config.seed).fork(DROPOUT);
-
-    for step in 1..=total_steps {
-        let step_started = Instant::now();
-        let mut sums = AdapterGradients::default();
-        let mut tokens = 0;
-        for (index, rows) in order.step(step - 1).into_iter().enumerate() {
-            let batch = data.train.batch(&rows, prefixes);
-            let options = PassOptions {
-                gradient_checkpointing,
-                dropout_seed: dropout.fork(step as u64).fork(index as u64).next_u64(),
-            };
-            gradients::accumulate(&model, &batch, options, &mut sums);
-            if !sums.totals.loss.is_finite() {
-                return Err(run.not_finite("loss", sums.totals.loss, step, &model, &[rows]));
+    let mut session = Session::new(beginning, interrupt, screen);
+    if resumed.is_some_and(|resumed| resumed.forced) {
+        // What was forced once need not be forced again.
+        session.save(&model, &optimizer)?;
+    }
+    if session.progress.step == 0 {
+        let scores = session.validate(&model, &optimizer)?;
+        session.progress.base = scores.flatten();
+    }
+    let mut described = false;
+    for step in first..=total_steps {
+        if interrupt.asked() {
+            break;
+        }
+        fault::at_step(step);
+        if !session.progress.owes_validation {
+            let step_started = Instant::now();
+            let gradient = session.compute(&model, &optimizer, |session| {
+                let input = StepInput {
+                    rows: &data.train,
+                    micro_batches: &session.order().step(step - 1),
+                    fit: &session.fit,
+                    step,
+                    seed: config.seed,
+                    max_grad_norm: config.max_grad_norm,
+                };
+                step::gradient(&model, input)
+            })?;
+            match gradient {
+                Ok(gradient) => {
+                    let learning_rate = schedule.rate(step) * session.progress.rate_factor();
+                    let gradients = gradient.gradients;
+                    model = session.update(|| optimizer.step(learning_rate, model, gradients))?;
+                    session.progress.step = step;
+                    session.progress.tokens += gradient.tokens as u64;
+                    let step_s = step_started.elapsed().as_secs_f64();
+                    session.record(&TrainLine {
+                        step,
+                        epoch: order.epoch_at(step),
+                        loss: gradient.loss,
+                        learning_rate,
+                        grad_norm: gradient.norm,
+                        tokens: gradient.tokens,
+                        tokens_per_s: gradient.tokens as f64 / step_s,
+                        step_s,
+                        memory_mib: human::mib(memory::peak()),
+                        device_memory_mib: device::memory_in_use(&selected.device).map(human::mib),
+                    });
+                }
+                Err(problem) => session.skip(problem, &model, &optimizer)?,
             }
-            tokens += batch.row_tokens;
-        }
-        let loss = sums.totals.mean();
-        let (gradients, grad_norm) = sums.into_mean(config.max_grad_norm);
-        if !grad_norm.is_finite() {
-            let rows = order.step(step - 1);
-            return Err(run.not_finite("gradient", grad_norm, step, &model, &rows));
-        }
-        let learning_rate = schedule.rate(step);
-        model = optimizer.step(learning_rate, model, gradients);
-
-        let step_s = step_started.elapsed().as_secs_f64();
-        tokens_in_all += tokens as u64;
-        let line = TrainLine {
-            step,
-            epoch: order.epoch_at(step),
-            loss,
-            learning_rate,
-            grad_norm,
-            tokens,
-            tokens_per_s: tokens as f64 / step_s,
-            step_s,
-            memory_mib: human::mib(memory::peak()),
-            device_memory_mib: device::memory_in_use(&selected.device).map(human::mib),
-        };
-        metrics.train(&line)?;
-        screen.step(&line);
-
-        let due = match config.eval_steps {
-            Some(interval) => step.is_multiple_of(interval),
-            None => step.is_multiple_of(order.steps_per_epoch()),
-        };
-        if due || step == total_steps {
-            let scores = run.validate(&model, step, order.epoch_at(step), screen, &mut metrics)?;
-            let better = match (scores, best) {
-                (Some(now), Some((_, before))) => now.loss < before.loss,
-                _ => true,
+            let due = match config.eval_steps {
+                Some(interval) => step.is_multiple_of(interval),
+                None => step.is_multiple_of(order.steps_per_epoch()),
             };
-            // Without `save_best`, or without validation rows, the newest adapter is the one to keep.
-            if better || !config.save_best {
-                run.save(&model, &folder)?;
-                best = scores.map(|scores| (step, scores));
-            }
+            session.progress.owes_validation = due || step == total_steps;
         }
+
+        let mut improved = false;
+        if session.progress.owes_validation
+            && let Some(scores) = session.validate(&model, &optimizer)?
+        {
+            session.progress.owes_validation = false;
+            improved = session.keep_if_better(scores, &model, &optimizer)?;
+        }
+        // The checkpoint before the adapter: an adapter is never of a step that a resumed run does not know.
+        let milestone = improved || session.progress.is_over(total_steps);
+        let due = session.keeper.is_due(step) || milestone && session.keeper.is_on();
+        if due || interrupt.asked() {
+            session.save(&model, &optimizer)?;
+        }
+        session.keeper.write_adapter(session.screen);
+        described = described || describe_prompt(&data, &folder);
+        session.copy(&model, &optimizer)?;
     }
 
-    screen.finish(&RunResult {
-        steps: total_steps,
-        tokens: tokens_in_all,
-        elapsed: started.elapsed(),
+    let is_over = session.progress.is_over(total_steps);
+    if is_over {
+        session.keeper.finish(interrupt, session.screen)?;
+        if !described && !describe_prompt(&data, &folder) {
+            log::warn!("{} could not be written", data::PROMPT_FILE);
+        }
+    }
+    let progress = &session.progress;
+    if is_over {
+        let card = ModelCard {
+            config,
+            shape: plan::shape(&model_config),
+            trainable: session.fit.plan.counts.trainable as u64,
+            train_rows: data.train.len(),
+            validation_rows: data.validation.len(),
+            step: progress.kept.unwrap_or(total_steps),
+            total_steps,
+            device: format!(
+                "{}, {}",
+                selected.name,
+                precision(config, dtype, session.fit.gradient_checkpointing)
+            ),
+            base: progress.base,
+            adapter: progress.kept_scores,
+            command: model_card::command(&folder.config()),
+        };
+        // The adapter is safe already; a card that cannot be written is no reason to call the run a failure.
+        if let Err(error) = card.write(&folder.adapter()) {
+            log::warn!("{error}");
+        }
+    }
+    let result = RunResult {
+        steps: progress.step,
+        tokens: progress.tokens,
+        elapsed: Duration::from_secs_f64(session.seconds()),
         peak_memory: memory::peak(),
         device_memory: device::memory_reserved(&selected.device),
-        base,
-        kept: best,
-        stopped: None,
-        written: vec![
-            ("adapter".into(), folder.adapter()),
-            ("configuration".into(), folder.config()),
-            ("metrics".into(), folder.metrics()),
-        ],
-        next: next_commands(config, &folder),
-    });
-    Ok(folder)
+        base: progress.base,
+        kept: progress.kept.zip(progress.kept_scores),
+        stopped: (!is_over).then(|| "interrupted".into()),
+        written: written(&session, is_over),
+        next: match is_over {
+            true => next_commands(config, &folder),
+            false => vec![session.how_to_go_on()],
+        },
+    };
+    session.screen.finish(&result);
+    Ok(match is_over {
+        true => Ended::Done(folder),
+        false => Ended::Interrupted(folder),
+    })
 }
 
-/// What stays the same over a run.
-struct Run<'a> {
-    config: &'a Config,
-    fit: &'a Fit,
-    data: &'a Data,
-    selected: &'a Selected,
+/// Says beside an adapter that was written how its prompts were made; whether that worked.
+fn describe_prompt(data: &Data, folder: &OutputFolder) -> bool {
+    let adapter = folder.adapter();
+    adapter.join(peft::WEIGHTS_FILE).exists() && data.prompt.write(&adapter).is_ok()
 }
-
-impl Run<'_> {
-    /// Loss and accuracy on the validation rows; `None` without any.
-    fn validate(
-        &self,
-        model: &Llama,
-        step: usize,
-        epoch: f64,
-        screen: &mut Screen,
-        metrics: &mut MetricsWriter,
-    ) -> Result<Option<Scores>, TrainError> {
-        let rows = &self.data.validation;
-        if rows.is_empty() {
-            return Ok(None);
-        }
-        let started = Instant::now();
-        let mut sums = LossSums::default();
-        for indices in rows.in_order(self.fit.batch_size, self.config.max_batch_tokens) {
-            let batch = rows.batch(&indices, self.fit.prefixes);
-            sums.add(gradients::evaluate(model, &batch));
-            screen.validating(sums.rows, rows.len());
-        }
-        let line = ValidationLine {
-            step,
-            epoch,
-            val_loss: sums.mean(),
-            val_accuracy: sums.accuracy(),
-            val_row_accuracy: sums.row_accuracy(),
-            val_tokens: sums.tokens,
-            val_s: started.elapsed().as_secs_f64(),
-        };
-        metrics.validation(&line)?;
-        screen.validation(&line);
-        Ok(Some(Scores {
-            loss: line.val_loss,
-            accuracy: line.val_accuracy,
-            row_accuracy: line.val_row_accuracy,
-        }))
-    }
-
-    fn save(&self, model: &Llama, folder: &OutputFolder) -> Result<(), TrainError> {
-        let config = AdapterConfig {
-            lora: self.config.lora_config(),
-            base_model_name_or_path: Some(self.config.base_model.clone()),
-        };
-        let tensors = AdapterTensors::from_model(model)?;
-        log::debug!("writing the adapter from {}", self.selected.name);
-        write_adapter(&folder.adapter(), &config, &tensors)?;
-        Ok(self.data.prompt.write(&folder.adapter())?)
-    }
-
-    /// Looks for the rows that give a loss that is not a number, each by itself.
-    fn not_finite(
-        &self,
-        what: &'static str,
-        value: f64,
-        step: usize,
-        model: &Llama,
-        micro_batches: &[Vec<usize>],
-    ) -> TrainError {
-        let mut all = Vec::new();
-        let mut culprits = Vec::new();
-        for index in micro_batches.iter().flatten() {
-            let row = self.data.train.batch(&[*index], Prefixes::Apart);
-            let line = row.rows[0].to_string();
-            if !gradients::evaluate(model, &row).loss.is_finite() {
-                culprits.push(line.clone());
-            }
-            all.push(line);
-        }
-        let rows = match culprits.is_empty() {
-            true => format!(
-                "no row alone does that; together they are lines {}",
-                all.join(", ")
-            ),
-            false => format!(
-                "it comes from these lines of the data: {}",
-                culprits.join(", ")
-            ),
-        };
-        TrainError::NotFinite {
-            what,
-            value,
-            step,
-            rows,
-        }
-    }
-}
-
-/// Separates the dropout's random numbers from those that the same seed gives elsewhere.
-const DROPOUT: u64 = 0x64_72_6f_70;
 
 /// The micro-batches that the configuration asks for, where `fit` has fewer and larger ones.
 fn merged_from(config: &Config, fit: &Fit) -> Option<[usize; 2]> {
@@ -484,6 +541,61 @@ fn data_summary(config: &Config, data: &Data) -> DataSummary {
     }
 }
 
+/// What the user should know before the first step.
+fn warnings(selected: &Selected, resumed: Option<&Resumed>, divided_anew: bool) -> Vec<String> {
+    let mut warnings: Vec<String> = selected.warning().into_iter().collect();
+    let Some(resumed) = resumed else {
+        return warnings;
+    };
+    let state = &resumed.checkpoint.state;
+    warnings.push(format!(
+        "going on after step {} of {}, from {}",
+        state.progress.step,
+        state.total_steps,
+        resumed.checkpoint.folder().display()
+    ));
+    warnings.extend(resumed.notes.iter().cloned());
+    if state.device != selected.name {
+        warnings.push(format!(
+            "the run was on {}: the results agree up to rounding, not bit for bit",
+            state.device
+        ));
+    }
+    if divided_anew {
+        warnings.push(
+            "the rows of an update are divided anew, since less memory is free than before: the results agree up \
+             to rounding, not bit for bit"
+                .into(),
+        );
+    }
+    warnings
+}
+
+/// What is said of a run that was resumed at its end.
+fn nothing_left(folder: &OutputFolder, total_steps: usize) -> String {
+    format!(
+        "{}: all {total_steps} steps of this run are done. Its adapter is in {}",
+        folder.path().display(),
+        folder.adapter().display()
+    )
+}
+
+/// What a run has written so far.
+fn written(session: &Session, is_over: bool) -> Vec<(String, PathBuf)> {
+    let folder = session.folder;
+    let mut written = Vec::new();
+    if is_over || session.progress.kept.is_some() {
+        written.push(("adapter".into(), folder.adapter()));
+    }
+    written.push(("configuration".into(), folder.config()));
+    written.push(("metrics".into(), folder.metrics()));
+    if session.keeper.newest().is_some() {
+        let checkpoints = folder.checkpoints().folder().to_path_buf();
+        written.push(("checkpoints".into(), checkpoints));
+    }
+    written
+}
+
 fn next_commands(config: &Config, folder: &OutputFolder) -> Vec<(String, String)> {
     let mut next = vec![(
         "use it in PEFT".to_string(),
@@ -502,7 +614,8 @@ fn next_commands(config: &Config, folder: &OutputFolder) -> Vec<(String, String)
     next
 }
 
-fn shown(path: &Path) -> String {
+/// A path as a shell takes it.
+pub(crate) fn shown(path: &Path) -> String {
     match path.to_string_lossy() {
         text if text.contains(' ') => format!("\"{text}\""),
         text => text.into_owned(),

@@ -84,41 +84,27 @@ pub(super) fn forward(
 /// The gradients of queries, keys and values from that of the output.
 pub(super) fn backward(
     inputs: Inputs,
-    output: &[f32],
     log_sums: &[f32],
     gradient: &[f32],
     spans: &Spans,
     heads: Heads,
 ) -> [Vec<f32>; 3] {
     let n = log_sums.len() / heads.query.max(1);
-    // Σ over a head of output ∘ gradient: what the softmax's derivative subtracts.
-    let mut deltas = vec![0f32; n * heads.query];
-    cpu::for_each_piece(&mut deltas, heads.query, |first, piece| {
-        for (i, delta) in piece.iter_mut().enumerate() {
-            let at = (first * heads.query + i) * heads.d;
-            *delta = cpu::dot(&output[at..][..heads.d], &gradient[at..][..heads.d]);
-        }
-    });
-    let upstream = Upstream {
-        gradient,
-        log_sums,
-        deltas: &deltas,
-    };
+    let upstream = Upstream { gradient, log_sums };
     // A thread a head computes weights once, if there are heads enough to keep all threads at work.
     if heads_apart(heads.query) {
         return head_gradients(inputs, upstream, spans, heads, n);
     }
-    let q = query_gradients(inputs, upstream, spans, heads, n);
-    let (k, v) = key_gradients(inputs, upstream, spans, heads, n);
+    let (q, deltas) = query_gradients(inputs, upstream, spans, heads, n);
+    let (k, v) = key_gradients(inputs, upstream, &deltas, spans, heads, n);
     [q, k, v]
 }
 
-/// What comes down to a query: the output's gradient, the log-sum-exp, the delta.
+/// What comes down to a query: the output's gradient and the log-sum-exp.
 #[derive(Clone, Copy)]
 struct Upstream<'a> {
     gradient: &'a [f32],
     log_sums: &'a [f32],
-    deltas: &'a [f32],
 }
 
 /// All gradients, head by head: five products a tile. Each head adds up gradients of keys and values of
@@ -149,7 +135,7 @@ fn head_gradients(
                 through.resize(count * keys.count, 0.0);
                 keys.scores(inputs, heads, tile, &mut scores);
                 keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, &mut through);
-                keys.weigh(upstream, heads, tile, &mut scores, &mut through);
+                keys.weigh(upstream, heads, tile, &mut scores, &mut through, |_, _| {});
                 let gradient = heads.queries(upstream.gradient, &keys.queries(tile), head);
                 keys.add(&scores, gradient, tile, 1.0, &mut d_v);
                 let q = heads.queries(inputs.q, &keys.queries(tile), head);
@@ -180,15 +166,17 @@ fn head_gradients(
     [d_q, d_k, d_v]
 }
 
+/// The queries' gradients, and each query's delta in each head, `[n, heads]`.
 fn query_gradients(
     inputs: Inputs,
     upstream: Upstream,
     spans: &Spans,
     heads: Heads,
     n: usize,
-) -> Vec<f32> {
+) -> (Vec<f32>, Vec<f32>) {
     let mut gradients = vec![0f32; n * heads.query_width()];
-    let out = Shared::new(&mut gradients);
+    let mut deltas = vec![0f32; n * heads.query];
+    let (out, delta_out) = (Shared::new(&mut gradients), Shared::new(&mut deltas));
     let scratch = || (Vec::new(), Vec::new());
     query_tiles(spans, heads)
         .into_par_iter()
@@ -198,17 +186,21 @@ fn query_gradients(
             through.resize(tile.count * keys.count, 0.0);
             keys.scores(inputs, heads, tile, scores);
             keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, through);
-            keys.weigh(upstream, heads, tile, scores, through);
+            keys.weigh(upstream, heads, tile, scores, through, |at, delta| {
+                // SAFETY: this query and head are this task's.
+                unsafe { *delta_out.at(at) = delta };
+            });
             // SAFETY: these rows' columns of this head are this task's.
             unsafe { keys.mix(inputs.k, heads, tile, through, heads.scale(), out) };
         });
-    gradients
+    (gradients, deltas)
 }
 
 /// A piece of a segment's keys in one key head; nobody else adds to their gradients.
 fn key_gradients(
     inputs: Inputs,
     upstream: Upstream,
+    deltas: &[f32],
     spans: &Spans,
     heads: Heads,
     n: usize,
@@ -267,12 +259,12 @@ fn key_gradients(
                                 rows.zip(through.chunks_exact_mut(count)).enumerate()
                             {
                                 let at = (tokens.start + i) * heads.query + head;
-                                let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
                                 let seen = match itself {
                                     true => (from + i + 1).saturating_sub(first).min(count),
                                     false => count,
                                 };
-                                weigh(row, through, seen, log_sum, delta);
+                                weights_of(row, seen, upstream.log_sums[at]);
+                                through_weights(row, through, seen, deltas[at]);
                             }
                         });
                         let weights = Matrix::new(weights, tokens.len(), count, count).transposed();
@@ -287,16 +279,25 @@ fn key_gradients(
     (d_k, d_v)
 }
 
-/// Turns a query's scores into weights, and what comes through them into the gradient of the scores; 0
-/// for keys past those it sees.
+/// Turns a query's scores into weights; 0 for keys past those it sees.
 #[inline(always)]
-fn weigh(scores: &mut [f32], through: &mut [f32], seen: usize, log_sum: f32, delta: f32) {
-    for (weight, through) in scores[..seen].iter_mut().zip(through.iter_mut()) {
+fn weights_of(scores: &mut [f32], seen: usize, log_sum: f32) {
+    let (seen, hidden) = scores.split_at_mut(seen);
+    for weight in seen {
         *weight = cpu::exp(*weight - log_sum);
+    }
+    hidden.fill(0.0);
+}
+
+/// Turns what comes through the weights into the gradient of the scores. `delta` is the sum of what
+/// comes through, weighted: what the softmax's derivative subtracts.
+#[inline(always)]
+fn through_weights(weights: &[f32], through: &mut [f32], seen: usize, delta: f32) {
+    let (seen, hidden) = through.split_at_mut(seen);
+    for (weight, through) in weights.iter().zip(seen) {
         *through = *weight * (*through - delta);
     }
-    scores[seen..].fill(0.0);
-    through[seen..].fill(0.0);
+    hidden.fill(0.0);
 }
 
 fn query_tiles(spans: &Spans, heads: Heads) -> Vec<Tile> {
@@ -354,6 +355,10 @@ impl<'a> Keys<'a> {
     }
 
     /// Turns scores into weights and what comes through the weights into the gradient of the scores.
+    ///
+    /// A tile holds all keys that its queries see, so a query's delta, Σ output ∘ gradient, is the sum of
+    /// what comes through by weight, and the output need not be kept. `tell` gets it, with its place in
+    /// `[n, heads]`.
     fn weigh(
         &self,
         upstream: Upstream,
@@ -361,15 +366,18 @@ impl<'a> Keys<'a> {
         tile: Tile,
         scores: &mut [f32],
         through: &mut [f32],
+        tell: impl Fn(usize, f32),
     ) {
         cpu::vectorized(|| {
             let rows = scores.chunks_exact_mut(self.count);
             let rows = rows.zip(through.chunks_exact_mut(self.count));
             for (i, (row, through)) in rows.enumerate() {
                 let at = self.query(i) * heads.query + tile.head;
-                let (log_sum, delta) = (upstream.log_sums[at], upstream.deltas[at]);
                 let seen = self.seen_by(tile.first + i);
-                weigh(row, through, seen, log_sum, delta);
+                weights_of(row, seen, upstream.log_sums[at]);
+                let delta = cpu::dot(&row[..seen], &through[..seen]);
+                tell(at, delta);
+                through_weights(row, through, seen, delta);
             }
         });
     }

@@ -81,8 +81,6 @@ pub(crate) struct Attended {
     q: Tensor<2>,
     k: Tensor<2>,
     v: Tensor<2>,
-    /// The output, `[n, heads · d]`.
-    pub(crate) output: Tensor<2>,
     /// Each query's log-sum-exp of scores, `[n, heads]`, where the CPU's kernel ran.
     log_sums: Option<Tensor<2>>,
 }
@@ -97,7 +95,7 @@ impl Attended {
 ///
 /// # Shapes
 ///
-/// - `q`: `[n, heads · d]`, rotated
+/// - `q`, output: `[n, heads · d]`, the queries rotated
 /// - `k`, `v`: `[n, key heads · d]`, the keys rotated
 pub(crate) fn attend(
     q: Tensor<2>,
@@ -105,7 +103,7 @@ pub(crate) fn attend(
     v: Tensor<2>,
     context: &PackedContext,
     heads: Heads,
-) -> Attended {
+) -> (Tensor<2>, Attended) {
     let (output, log_sums) = match kernels::is_native(&q) {
         true => {
             let n = q.dims()[0];
@@ -121,13 +119,7 @@ pub(crate) fn attend(
             (padded::forward(q, k, v, padded, heads, tile), None)
         }
     };
-    Attended {
-        q,
-        k,
-        v,
-        output,
-        log_sums,
-    }
+    (output, Attended { q, k, v, log_sums })
 }
 
 /// The gradients of `q`, `k` and `v` from that of the output. Shapes as in [`attend`].
@@ -137,13 +129,7 @@ pub(crate) fn attend_backward(
     context: &PackedContext,
     heads: Heads,
 ) -> [Tensor<2>; 3] {
-    let Attended {
-        q,
-        k,
-        v,
-        output,
-        log_sums,
-    } = attended;
+    let Attended { q, k, v, log_sums } = attended;
     let Some(log_sums) = log_sums else {
         let padded = context.padded();
         let tile = padded::tile(padded, heads);
@@ -153,7 +139,6 @@ pub(crate) fn attend_backward(
     let values = [q, k, v].map(kernels::values);
     let gradients = cpu::backward(
         inputs(&values),
-        kernels::values(output).as_slice(),
         kernels::values(log_sums).as_slice(),
         kernels::values(gradient).as_slice(),
         &context.spans,
@@ -236,9 +221,9 @@ mod tests {
             let (y, gradient) = (y.inner(), gradient.inner());
             let [q, k, v] = [q, k, v].map(|x| x.inner());
 
-            let attended = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
+            let (output, attended) = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
             assert!(attended.log_sums.is_some());
-            assert!(distance(&attended.output, &y) < 1e-6);
+            assert!(distance(&output, &y) < 1e-6);
             let got = attend_backward(attended, gradient.clone(), &context, HEADS);
             for (got, expected) in got.iter().zip(&expected) {
                 // f32 sums of some hundred products in another order.
@@ -252,7 +237,7 @@ mod tests {
             for threads in [1, 3] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
                 let pool = pool.build().unwrap();
-                let attended = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
+                let (_, attended) = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
                 let got =
                     pool.install(|| attend_backward(attended, gradient.clone(), &context, HEADS));
                 for (got, expected) in got.iter().zip(&expected) {
@@ -296,7 +281,7 @@ mod tests {
         let indices = Tensor::<1, burn::tensor::Int>::from_data(&indices[..], &device);
         let output = |packed: &PackedTokens, [q, k, v]: [Tensor<2>; 3]| {
             let context = PackedContext::new(packed, &config, DType::F32, &device);
-            attend(q, k, v, &context, HEADS).output
+            attend(q, k, v, &context, HEADS).0
         };
         let together = output(&shared, qkv.clone()).select(0, indices.clone());
         let alone = output(&apart, qkv.map(|x| x.select(0, indices.clone())));

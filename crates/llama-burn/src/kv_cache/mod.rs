@@ -28,7 +28,7 @@ pub struct KvCache {
 #[derive(Debug, Clone)]
 pub(crate) enum LayerCache {
     /// For the kernel on the CPU.
-    Cpu(cpu::Cache),
+    Cpu(Box<cpu::Cache>),
     /// For any backend.
     Padded(Box<padded::Cache>),
 }
@@ -69,7 +69,7 @@ impl LayerCache {
     /// Keeps the prompts' keys and values, `[n, key heads · d]` each.
     fn new([k, v]: [Tensor<2>; 2], prompts: &Prompts, heads: Heads) -> Self {
         match kernels::is_native(&k) && kernels::is_native(&v) {
-            true => Self::Cpu(cpu::Cache::new([k, v], prompts)),
+            true => Self::Cpu(Box::new(cpu::Cache::new([k, v], prompts))),
             false => Self::Padded(Box::new(padded::Cache::new([k, v], prompts, heads))),
         }
     }

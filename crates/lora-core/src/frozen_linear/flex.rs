@@ -1,30 +1,17 @@
-//! The CPU: every thread unpacks panels of the weight into a buffer of its own and multiplies with them.
+//! The CPU: 8-bit weights, unpacked panel by panel (see `panels.rs`).
 //!
-//! A panel is some columns of W forward and some rows of it backward: columns of the output either way,
-//! so that no thread waits for another and no output is written twice. Flex's own `dequantize` is a
-//! scalar loop that divides to find each element's block, and takes longer than the product it feeds.
-//! Here a block's scale is applied to a run of integers at once, in the widest vectors that the
-//! processor has.
-
-use std::cell::RefCell;
+//! Flex's own `dequantize` is a scalar loop that divides to find each element's block, and takes longer
+//! than the product it feeds. Here a block's scale is applied to a run of integers at once, in the
+//! widest vectors that the processor has.
 
 use burn::backend::ops::{FloatTensorOps, QTensorOps};
 use burn::backend::tensor::QuantizedTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
-use rayon::prelude::*;
 
-use super::{Direction, bf16, few_rows, precision};
-use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
-
-/// Floats in a panel at most: 2 MiB, which a processor's share of the last cache holds. Smaller panels
-/// would have the activations packed more often.
-const PANEL: usize = 512 * 1024;
-
-thread_local! {
-    /// The panel that a thread works with; kept, so that its pages are not cleared for every product.
-    static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
+use super::panels::{self, Stored};
+use super::{Direction, bf16, columns, few_rows, precision};
+use crate::cpu::{self, FlexTensor, Values};
 
 /// `sum + x · W` or `sum + x · Wᵀ` for W `[d_in, d_out]`; without a sum, the product alone.
 pub fn product(
@@ -34,6 +21,9 @@ pub fn product(
     direction: Direction,
 ) -> FlexTensor {
     let Some(packed) = Packed::read(&x, &weight) else {
+        if let Some(weight) = columns::Weight::read(&x, &weight) {
+            return weight.product(sum, x, direction);
+        }
         let dense = Flex::dequantize(weight, x.dtype().into());
         let product = match direction {
             Direction::Forward => Flex::float_matmul(x, dense),
@@ -51,59 +41,17 @@ pub fn product(
         Direction::Forward => d_out,
         Direction::Backward => d_in,
     };
-    let accumulate = sum.is_some();
-    let mut sum = sum.map(Values::new);
+    let sum = sum.map(Values::new);
     // Pairs of weights must not have two scales.
     if precision::is_bf16() && packed.block.is_multiple_of(2) && n > 0 && d_in > 0 {
         return in_bf16(sum, x.as_slice(), n, &packed, direction, width);
     }
     let block = packed.block;
-    let is_few = (1..=few_rows::AT_MOST).contains(&n) && block == few_rows::BLOCK;
+    let is_few = (1..=few_rows::AT_MOST).contains(&n) && block == few_rows::BLOCK && d_in > 0;
     if direction == Direction::Forward && is_few {
         return of_few_rows(sum, x.as_slice(), n, &packed);
     }
-    let mut new = Vec::new();
-    let output = match &mut sum {
-        Some(sum) => {
-            let sum = sum.as_mut_slice();
-            assert_eq!(
-                sum.len(),
-                n * width,
-                "the sum has another shape than the product"
-            );
-            sum.as_mut_ptr()
-        }
-        None => {
-            new.reserve_exact(n * width);
-            new.as_mut_ptr()
-        }
-    };
-    let output = Output(output);
-    let x = x.as_slice();
-    packed.for_each_panel(direction, |first, count, panel| match direction {
-        Direction::Forward => {
-            let x = Matrix::new(x, n, d_in, d_in);
-            let panel = Matrix::new(panel, d_in, count, count);
-            // SAFETY: `output` has n · d_out elements, and these columns are this call's.
-            let output = unsafe { output.columns(first, [n, count], d_out) };
-            cpu::multiply(output, accumulate, 1.0, x, panel, Threads::One);
-        }
-        Direction::Backward => {
-            let x = Matrix::new(x, n, d_out, d_out);
-            let panel = Matrix::new(panel, count, d_out, d_out).transposed();
-            // SAFETY: `output` has n · d_in elements, and these columns are this call's.
-            let output = unsafe { output.columns(first, [n, count], d_in) };
-            cpu::multiply(output, accumulate, 1.0, x, panel, Threads::One);
-        }
-    });
-    match sum {
-        Some(sum) => sum.into_primitive(),
-        None => {
-            // SAFETY: the panels cover the whole output, and a product writes all of its part.
-            unsafe { new.set_len(n * width) };
-            cpu::primitive(new, [n, width])
-        }
-    }
+    panels::product(sum, x.as_slice(), n, &packed, direction)
 }
 
 /// As [`product`] forward, for a few rows.
@@ -164,29 +112,6 @@ fn in_bf16(
     }
 }
 
-/// The output that threads write columns of.
-#[derive(Clone, Copy)]
-struct Output(*mut f32);
-
-// SAFETY: every panel gives columns of its own.
-unsafe impl Send for Output {}
-unsafe impl Sync for Output {}
-
-impl Output {
-    /// # Safety
-    ///
-    /// The output has `rows · stride` elements, and nobody else uses these columns meanwhile.
-    unsafe fn columns(
-        &self,
-        first: usize,
-        [rows, count]: [usize; 2],
-        stride: usize,
-    ) -> MatrixMut<'_> {
-        // SAFETY: the caller's promise.
-        unsafe { MatrixMut::from_raw(self.0.add(first), rows, count, stride) }
-    }
-}
-
 /// A quantized weight's integers and scales, where they lie as this file expects them.
 struct Packed<'a> {
     integers: &'a [i8],
@@ -227,47 +152,17 @@ impl<'a> Packed<'a> {
             block,
         })
     }
+}
 
-    /// Calls `work(first, count, panel)` on all threads, for panels of `count` columns forward or rows
-    /// backward, unpacked row by row.
-    fn for_each_panel(&self, direction: Direction, work: impl Fn(usize, usize, &[f32]) + Sync) {
-        let (along, across) = match direction {
-            Direction::Forward => (self.d_out, self.d_in),
-            Direction::Backward => (self.d_in, self.d_out),
-        };
-        // As many panels as threads, or a multiple of that.
-        let threads = rayon::current_num_threads();
-        let rounds = along
-            .div_ceil((PANEL / across.max(1)).max(1) * threads)
-            .max(1);
-        let count = along.div_ceil(rounds * threads);
-        let count = count.next_multiple_of(self.block.max(COUNT_MULTIPLE));
-        let starts = (0..along).into_par_iter().step_by(count.max(1));
-        starts.for_each(|first| {
-            let count = count.min(along - first);
-            BUFFER.with_borrow_mut(|buffer| {
-                if buffer.len() < across * count {
-                    buffer.resize(across * count, 0.0);
-                }
-                let panel = &mut buffer[..across * count];
-                cpu::vectorized(|| match direction {
-                    Direction::Forward => self.unpack_columns(first, count, panel),
-                    Direction::Backward => self.unpack(first * self.d_out, panel),
-                });
-                work(first, count, panel);
-            });
-        });
+impl Stored for Packed<'_> {
+    fn shape(&self) -> [usize; 2] {
+        [self.d_in, self.d_out]
     }
 
-    /// Dequantizes `count` columns from `first` on, whole blocks.
-    #[inline(always)]
-    fn unpack_columns(&self, first: usize, count: usize, panel: &mut [f32]) {
-        for (row, panel) in panel.chunks_exact_mut(count).enumerate() {
-            self.unpack(row * self.d_out + first, panel);
-        }
+    fn block(&self) -> usize {
+        self.block
     }
 
-    /// Dequantizes the elements from `first` on, whole blocks, into `panel`.
     #[inline(always)]
     fn unpack(&self, first: usize, panel: &mut [f32]) {
         let integers = &self.integers[first..][..panel.len()];
@@ -275,9 +170,6 @@ impl<'a> Packed<'a> {
         unpack_blocks(panel, integers, scales, self.block);
     }
 }
-
-/// Panels are multiples of this: of what the product's innermost loop computes at once.
-const COUNT_MULTIPLE: usize = 32;
 
 /// `panel[i] = integers[i] · scales[i / block]`.
 #[inline(always)]

@@ -3,6 +3,8 @@
 use std::fmt;
 use std::path::PathBuf;
 
+use llama_burn::limited::clipped;
+
 /// Why there is no valid configuration.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
@@ -128,8 +130,17 @@ fn count(problems: usize) -> String {
     }
 }
 
+/// The first of them, each with its beginning: a damaged file can have thousands, of any length.
 fn list(items: &[impl fmt::Display]) -> String {
-    items.iter().map(|item| format!("\n  {item}")).collect()
+    const MOST: usize = 40;
+    let shown = items.iter().take(MOST);
+    let mut text: String = shown
+        .map(|item| format!("\n  {}", clipped(&item.to_string(), 300)))
+        .collect();
+    if items.len() > MOST {
+        text += &format!("\n  and {} more", items.len() - MOST);
+    }
+    text
 }
 
 fn did_you_mean(nearest: &Option<String>) -> String {

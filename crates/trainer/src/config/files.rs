@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use super::error::{Problem, Problems};
 use super::{Config, EMBEDDED, Source};
+use crate::hub::{self, HubName};
 
 /// The places where a path of this configuration may lead, best first.
 ///
@@ -40,55 +41,17 @@ pub(super) fn location(source: &Source) -> String {
     }
 }
 
-/// The folder in which Hugging Face's own programs keep what they downloaded.
-fn hugging_face_cache() -> Option<PathBuf> {
-    let variable = |name| {
-        std::env::var_os(name)
-            .filter(|value| !value.is_empty())
-            .map(PathBuf::from)
-    };
-    variable("HF_HUB_CACHE")
-        .or_else(|| variable("HF_HOME").map(|home| home.join("hub")))
-        .or_else(|| std::env::home_dir().map(|home| home.join(".cache/huggingface/hub")))
-}
-
-/// Whether this could be a Hugging Face name: `owner/model`. `models/…` is a folder that is missing.
-fn is_hugging_face_name(name: &str) -> bool {
-    let parts: Vec<&str> = name.split('/').collect();
-    let plain = |part: &&str| {
-        !part.is_empty()
-            && !part.starts_with('.')
-            && part
-                .chars()
-                .all(|c| c.is_ascii_alphanumeric() || "-_.".contains(c))
-    };
-    parts.len() == 2 && parts.iter().all(plain) && !["models", "model"].contains(&parts[0])
-}
-
-/// The folder of a model in a Hugging Face cache, in its `main` version.
-fn in_cache(name: &str, cache: &Path) -> Option<PathBuf> {
-    if !is_hugging_face_name(name) {
-        return None;
-    }
-    let folder = cache.join(format!("models--{}", name.replace('/', "--")));
-    let version = std::fs::read_to_string(folder.join("refs/main")).ok()?;
-    Some(folder.join("snapshots").join(version.trim())).filter(|folder| folder.is_dir())
-}
-
 impl Config {
-    /// The folder of the model: `base_model` itself, or its place in the local Hugging Face cache where
-    /// `base_model` is a name such as `meta-llama/Llama-3.1-8B-Instruct` and no folder. `None` for the
-    /// embedded model. The folder need not exist.
+    /// The folder of the model as a path on this machine. `None` for the embedded model. Where nothing is there,
+    /// `base_model` may be a name on the Hub ([`hub_model`](Self::hub_model)), or wrong.
     pub fn model_folder(&self) -> Option<PathBuf> {
-        if self.embedded_model() {
-            return None;
-        }
-        let folder = resolve(&self.base_model, &self.source);
-        if folder.exists() {
-            return Some(folder);
-        }
-        let cached = hugging_face_cache().and_then(|cache| in_cache(&self.base_model, &cache));
-        Some(cached.unwrap_or(folder))
+        (!self.embedded_model()).then(|| resolve(&self.base_model, &self.source))
+    }
+
+    /// The model's name on the Hub, such as `meta-llama/Llama-3.1-8B-Instruct`, where `base_model` is no folder.
+    pub fn hub_model(&self) -> Option<HubName> {
+        let folder = self.model_folder()?;
+        HubName::parse(&self.base_model).filter(|_| !folder.exists())
     }
 
     /// Checks that the model and the data are where the configuration says.
@@ -106,7 +69,8 @@ impl Config {
                 message,
             }));
         };
-        if let Some(folder) = self.model_folder() {
+        // What is on the Hub is fetched once everything else is known to be there.
+        if let (Some(folder), None) = (self.model_folder(), self.hub_model()) {
             problem("base_model", &self.base_model, self.model_problem(&folder));
         }
         if !self.embedded_data() {
@@ -132,28 +96,20 @@ impl Config {
 
     fn model_problem(&self, folder: &Path) -> Option<String> {
         if !folder.exists() {
-            let mut message = format!(
-                "there is no such folder; looked at {}",
-                self.looked_at(folder)
+            let message = format!(
+                "there is no such folder; looked at {}. Name the folder of a Hugging Face model, as in --set \
+                 base_model=FOLDER, or a model of the Hub, as in --set base_model={}",
+                self.looked_at(folder),
+                hub::EXAMPLE
             );
-            match is_hugging_face_name(&self.base_model) {
-                true => {
-                    let short = self.base_model.rsplit('/').next().unwrap_or_default();
-                    message.push_str(&format!(
-                        ", and in the local Hugging Face cache. Fetch the model first: hf download {} \
-                         --local-dir models/{short}, then --set base_model=models/{short}",
-                        self.base_model
-                    ));
-                }
-                false => message.push_str(
-                    ". Name the folder of a Hugging Face model, as in --set base_model=FOLDER",
-                ),
-            }
             return Some(message);
+        }
+        if llama_burn::gguf::is_gguf(folder) {
+            return None;
         }
         if !folder.is_dir() {
             return Some(
-                "must be a folder with config.json, tokenizer.json and *.safetensors, not a file"
+                "must be a folder with config.json, tokenizer.json and *.safetensors, or a GGUF file"
                     .into(),
             );
         }
@@ -232,12 +188,9 @@ mod tests {
         let (_folder, file) = finlora();
         let config = load(&file, Some("there"));
         assert!(config.dataset_path.is_file(), "{:?}", config.dataset_path);
-        let error = config.check_files().unwrap_err();
-        assert_eq!(error.0.len(), 1, "{error}");
-        assert!(
-            error.to_string().contains("hf download nobody/no-model"),
-            "{error}"
-        );
+        // A name on the Hub is no missing folder.
+        assert_eq!(config.check_files(), Ok(()));
+        assert_eq!(config.hub_model(), HubName::parse("nobody/no-model"));
     }
 
     #[test]
@@ -300,8 +253,8 @@ mod tests {
         let error = check(&folder.path().join("none")).unwrap_err().to_string();
         assert!(
             error.contains("there is no such folder")
-                && !error.contains("hf download")
-                && error.contains("--set base_model"),
+                && error.contains("--set base_model=FOLDER")
+                && error.contains(hub::EXAMPLE),
             "{error}"
         );
         for name in [
@@ -315,19 +268,20 @@ mod tests {
     }
 
     #[test]
-    fn a_name_is_found_in_the_hugging_face_cache() {
-        let cache = tempfile::tempdir().unwrap();
-        let folder = cache.path().join("models--owner--model-1.5");
-        fs::create_dir_all(folder.join("snapshots/abc")).unwrap();
-        fs::create_dir_all(folder.join("refs")).unwrap();
-        assert_eq!(in_cache("owner/model-1.5", cache.path()), None);
-        fs::write(folder.join("refs/main"), "abc\n").unwrap();
-        assert_eq!(
-            in_cache("owner/model-1.5", cache.path()),
-            Some(folder.join("snapshots/abc"))
+    fn a_folder_that_is_there_is_no_name_on_the_hub() {
+        let folder = tempfile::tempdir().unwrap();
+        fs::create_dir_all(folder.path().join("owner/model")).unwrap();
+        let file = folder.path().join("runs.json");
+        let run =
+            |model: &str| format!(r#"{{"base_model": "{model}", "dataset_path": "embedded"}}"#);
+        let text = format!(
+            r#"{{"a": {}, "b": {}}}"#,
+            run("owner/model"),
+            run("owner/other@v1")
         );
-        assert_eq!(in_cache("../model-1.5", cache.path()), None);
-        assert_eq!(in_cache("models/owner/x", cache.path()), None);
-        assert!(!is_hugging_face_name("models/SmolLM2") && is_hugging_face_name("owner/SmolLM2"));
+        fs::write(&file, text).unwrap();
+        assert_eq!(load(&file, Some("a")).hub_model(), None);
+        let name = load(&file, Some("b")).hub_model().unwrap();
+        assert_eq!(name.to_string(), "owner/other@v1");
     }
 }

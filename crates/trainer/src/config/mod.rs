@@ -22,13 +22,19 @@ mod write;
 
 use std::path::{Path, PathBuf};
 
-use lora_core::{Init, LoraConfig, TargetModules};
+use llama_burn::limited;
+use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
 use crate::data::Format;
 use crate::schedule::Decay;
 
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
-pub use words::{BatchSize, Checkpointing, ComputeDtype, PromptTemplate};
+pub use words::{
+    BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory, PromptTemplate,
+};
+
+/// The largest configuration that is read, in bytes: some thousand runs.
+const LARGEST: u64 = 1 << 20;
 
 /// The word that stands for the model or the data built into this program.
 pub const EMBEDDED: &str = "embedded";
@@ -43,13 +49,14 @@ pub struct Source {
     pub file: Option<PathBuf>,
     /// The name of the run within a file of several.
     pub run: Option<String>,
+    /// Beside `init_adapter`, the keys of adapters that were written and must not contradict it.
+    pub lora_keys: Vec<String>,
 }
 
 /// A validated configuration. Every public field but `source` is the config key of that name.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Config {
-    /// The folder of the model, a Hugging Face name that is in the local cache, or `embedded`;
-    /// [`model_folder`](Self::model_folder) finds the folder.
+    /// The folder of the model, its name on the Hugging Face Hub (`ORG/NAME`, `ORG/NAME@REVISION`), or `embedded`.
     pub base_model: String,
     /// JSON lines, a JSON array, CSV or Parquet, in a format of [`Format`]; or `embedded`.
     pub dataset_path: PathBuf,
@@ -72,12 +79,22 @@ pub struct Config {
     pub lora_dropout: f64,
     /// Scale by α/√r instead of α/r.
     pub peft_use_rslora: bool,
+    /// Train a DoRA: a length for each output's weights beside the adapter.
+    pub peft_use_dora: bool,
     /// Which linear modules are adapted.
     pub target_modules: TargetModules,
     /// Adapt these decoder layers only; all where `None`.
     pub layers_to_transform: Option<Vec<usize>>,
+    /// Modules that are not adapted although they are targets.
+    pub exclude_modules: Option<ExcludeModules>,
+    /// Ranks that differ from `lora_r`, by expressions for the end of a module's name.
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Values that differ from `lora_alpha`, as `rank_pattern`.
+    pub alpha_pattern: Vec<(String, f64)>,
     /// How the adapters' `A` starts.
     pub init_lora_weights: Init,
+    /// The folder of a PEFT adapter to train on from; what it says of adapters counts.
+    pub init_adapter: Option<PathBuf>,
     /// Bits of a frozen weight: 4, 8, or 16 for none quantized.
     pub quant_bits: u8,
     /// Whether the output layer is quantized as well.
@@ -130,6 +147,19 @@ pub struct Config {
     pub logging_steps: usize,
     /// Keep the adapter with the lowest validation loss rather than the last one.
     pub save_best: bool,
+    /// Optimizer steps between two checkpoints; `None`: they go by time only.
+    pub save_steps: Option<usize>,
+    /// Minutes between two checkpoints; `None`: they go by steps only. With neither of the two there are no
+    /// checkpoints, except on Ctrl-C.
+    pub save_minutes: Option<f64>,
+    /// Checkpoints that are kept, the newest; that of the best validation is kept besides. `None`: all.
+    pub save_total_limit: Option<usize>,
+    /// What happens when a loss or gradient is not a number.
+    pub on_non_finite: OnNonFinite,
+    /// Steps that may be skipped in a run, where `on_non_finite` says so.
+    pub max_skipped_steps: usize,
+    /// What happens when the device's memory is too small for a micro-batch.
+    pub on_out_of_memory: OnOutOfMemory,
     /// Where the adapter, the metrics and this configuration are written.
     pub output_dir: PathBuf,
 
@@ -156,7 +186,7 @@ impl Config {
         match path {
             None => Self::parse(EMBEDDED_CONFIG, None, run, overrides),
             Some(path) => {
-                let bytes = std::fs::read(path).map_err(|source| ConfigError::Read {
+                let bytes = limited::read(path, LARGEST).map_err(|source| ConfigError::Read {
                     path: path.into(),
                     source,
                 })?;
@@ -199,6 +229,11 @@ impl Config {
             target_modules: self.target_modules.clone(),
             init: self.init_lora_weights,
             layers_to_transform: self.layers_to_transform.clone(),
+            use_dora: self.peft_use_dora,
+            exclude_modules: self.exclude_modules.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            ..LoraConfig::default()
         }
     }
 

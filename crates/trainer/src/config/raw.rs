@@ -8,6 +8,12 @@ use super::error::{ConfigError, Problem, SyntaxError, nearest};
 use super::value::{Entry, Value, line_and_column};
 use super::{EMBEDDED, Source};
 
+/// Where the keys of the configuration in this program are.
+pub(super) const BUILT_IN: &str = "the built-in configuration";
+
+/// Each wrong key is compared with all that are right; of more than this, nothing was meant.
+const MOST_KEYS: usize = 1000;
+
 /// One key with its value and where it was written.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct RawEntry {
@@ -35,7 +41,7 @@ impl RawConfig {
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let file = match path {
             Some(path) => path.display().to_string(),
-            None => "the built-in configuration".into(),
+            None => BUILT_IN.into(),
         };
         let extension = path
             .and_then(Path::extension)
@@ -56,6 +62,18 @@ impl RawConfig {
             errors,
         })?;
         let (run, table) = pick_run(table, run, &file)?;
+        if table.len() > MOST_KEYS {
+            let message = format!("the run has {} keys, more than there are", table.len());
+            return Err(ConfigError::Syntax {
+                file,
+                format: "a configuration",
+                errors: vec![SyntaxError {
+                    line: 1,
+                    column: 1,
+                    message,
+                }],
+            });
+        }
         let stem = path
             .and_then(Path::file_stem)
             .and_then(|stem| stem.to_str());
@@ -75,6 +93,7 @@ impl RawConfig {
             source: Source {
                 file: path.map(Path::to_path_buf),
                 run,
+                lora_keys: Vec::new(),
             },
             file,
             name,

@@ -1,7 +1,7 @@
 //! Takes one key after another out of a raw configuration and collects everything that is wrong.
 
 use super::error::{Problem, Problems, nearest};
-use super::raw::{RawConfig, RawEntry};
+use super::raw::{BUILT_IN, RawConfig, RawEntry};
 use super::value::Value;
 use super::words::Word;
 
@@ -24,7 +24,11 @@ pub(super) const KEYS: &[&str] = &[
     "peft_use_dora",
     "target_modules",
     "layers_to_transform",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
     "init_lora_weights",
+    "init_adapter",
     "quant_bits",
     "quantize_lm_head",
     "compute_dtype",
@@ -49,6 +53,12 @@ pub(super) const KEYS: &[&str] = &[
     "eval_steps",
     "logging_steps",
     "save_best",
+    "save_steps",
+    "save_minutes",
+    "save_total_limit",
+    "on_non_finite",
+    "max_skipped_steps",
+    "on_out_of_memory",
     "output_dir",
 ];
 
@@ -60,6 +70,11 @@ const ELSEWHERE: &[(&str, &str)] = &[
     ("dropout", "lora_dropout"),
     ("use_rslora", "peft_use_rslora"),
     ("rslora", "peft_use_rslora"),
+    ("use_dora", "peft_use_dora"),
+    ("dora", "peft_use_dora"),
+    ("adapter", "init_adapter"),
+    ("lora_model_dir", "init_adapter"),
+    ("resume_adapter_file", "init_adapter"),
     ("lora_target_modules", "target_modules"),
     ("model", "base_model"),
     ("model_name_or_path", "base_model"),
@@ -118,6 +133,12 @@ impl Reader {
     pub fn has(&self, key: &str) -> bool {
         let index = self.index(key);
         index.is_some_and(|index| self.entries[index].value != Value::Null)
+    }
+
+    /// Whether somebody wrote the key, with a value: not the configuration that is built in.
+    pub fn written(&self, key: &str) -> bool {
+        let index = self.index(key).filter(|_| self.has(key));
+        index.is_some_and(|index| self.entries[index].location != BUILT_IN)
     }
 
     /// The key's value; `None` where it is absent or wrong.
@@ -226,6 +247,14 @@ fn without_quotes(value: &Value) -> Option<Value> {
 
 /// A whole number of at least `least`. A float without a fraction counts, as in files that Python wrote.
 pub(super) fn whole(least: usize) -> impl Fn(&Value) -> Parsed<usize> {
+    whole_up_to(least, LARGEST_COUNT)
+}
+
+/// Rows, tokens, steps: no product of two leaves 64 bits.
+const LARGEST_COUNT: usize = (1 << 31) - 1;
+
+/// A whole number in a range.
+pub(super) fn whole_up_to(least: usize, largest: usize) -> impl Fn(&Value) -> Parsed<usize> {
     move |value| {
         let number = match value {
             Value::Integer(number) => usize::try_from(*number).ok(),
@@ -235,9 +264,11 @@ pub(super) fn whole(least: usize) -> impl Fn(&Value) -> Parsed<usize> {
             }
             _ => None,
         };
-        number
-            .filter(|number| *number >= least)
-            .ok_or_else(|| format!("must be a whole number of at least {least}"))
+        match number {
+            Some(number) if number > largest => Err(format!("must be at most {largest}")),
+            Some(number) if number >= least => Ok(number),
+            _ => Err(format!("must be a whole number of at least {least}")),
+        }
     }
 }
 

@@ -2,11 +2,11 @@
 
 use std::path::PathBuf;
 
-use lora_core::{Init, LoraConfig, LoraError, TargetModules};
+use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems, nearest};
 use super::raw::RawConfig;
-use super::reader::{Parsed, Reader, boolean, number, text, whole, word};
+use super::reader::{Parsed, Reader, boolean, number, text, whole, whole_up_to, word};
 use super::value::Value;
 use super::words::{BatchSize, Checkpointing, PromptTemplate};
 use super::{Config, files};
@@ -24,7 +24,20 @@ const LINEAR_MODULES: [&str; 7] = [
     "down_proj",
 ];
 
-const MODEL: &str = "the folder of a Hugging Face model, or \"embedded\"";
+const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
+/// The keys that say what adapters are like. Dropout is not among them: it is a training's own affair.
+const LORA_KEYS: [&str; 9] = [
+    "lora_r",
+    "lora_alpha",
+    "peft_use_rslora",
+    "peft_use_dora",
+    "target_modules",
+    "layers_to_transform",
+    "exclude_modules",
+    "rank_pattern",
+    "alpha_pattern",
+];
+
 const DATA: &str = "the path of a file of rows (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
 const POSITIVE: &str = "a number above 0";
 const FRACTION: &str = "a number of at least 0 and below 1";
@@ -32,7 +45,7 @@ const NOT_NEGATIVE: &str = "a number of at least 0";
 
 /// Checks every key and says everything that is wrong; `problems` are those found before.
 pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config, ConfigError> {
-    let source = raw.source.clone();
+    let mut source = raw.source.clone();
     let default_output = PathBuf::from("runs").join(&raw.name);
     let mut reader = Reader::new(raw, problems);
     let r = &mut reader;
@@ -86,12 +99,9 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
             list the module names, as in [\"q_proj\", \"v_proj\"]",
         );
     }
-    if r.or("peft_use_dora", false, boolean) {
-        r.problem(
-            "peft_use_dora",
-            "DoRA is not supported yet; set it to false, or leave it out, for LoRA",
-        );
-    }
+    let init_adapter = r
+        .optional("init_adapter", text("the folder of a PEFT adapter"))
+        .map(path);
 
     let warmup_steps = r.or("warmup_steps", 0, whole(0));
     let default_ratio = if r.has("warmup_steps") { 0.0 } else { 0.03 };
@@ -102,6 +112,15 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
             "must be 0, or left out, beside warmup_steps: the warm-up has one length",
         );
     }
+
+    let save_minutes = match r.has("save_minutes") {
+        true => r.optional("save_minutes", positive()),
+        false => Some(5.0),
+    };
+    let save_total_limit = match r.has("save_total_limit") {
+        true => r.optional("save_total_limit", whole(1)),
+        false => Some(2),
+    };
 
     let config = Config {
         base_model: base_model.unwrap_or_default(),
@@ -115,9 +134,16 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         lora_alpha: r.or("lora_alpha", 16.0, positive()),
         lora_dropout: r.or("lora_dropout", 0.0, fraction()),
         peft_use_rslora: r.or("peft_use_rslora", false, boolean),
+        peft_use_dora: r.or("peft_use_dora", false, boolean),
         target_modules,
         layers_to_transform,
+        exclude_modules: r.optional("exclude_modules", exclude_modules),
+        rank_pattern: r.optional("rank_pattern", rank_pattern).unwrap_or_default(),
+        alpha_pattern: r
+            .optional("alpha_pattern", alpha_pattern)
+            .unwrap_or_default(),
         init_lora_weights: r.or("init_lora_weights", Init::Kaiming, init),
+        init_adapter: init_adapter.clone(),
         quant_bits: r.or("quant_bits", 8, quant_bits),
         quantize_lm_head: r.or("quantize_lm_head", false, boolean),
         compute_dtype: r.or("compute_dtype", Default::default(), word),
@@ -138,14 +164,25 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         gradient_checkpointing: r.or("gradient_checkpointing", Checkpointing::Auto, checkpointing),
         share_prefixes: r.or("share_prefixes", true, boolean),
         merge_micro_batches: r.or("merge_micro_batches", true, boolean),
-        seed: r.or("seed", 42, whole(0)) as u64,
+        seed: r.or("seed", 42, whole_up_to(0, usize::MAX)) as u64,
         eval_steps: r.optional("eval_steps", whole(1)),
         logging_steps: r.or("logging_steps", 1, whole(1)),
         save_best: r.or("save_best", true, boolean),
+        save_steps: r.optional("save_steps", whole(1)),
+        save_minutes,
+        save_total_limit,
+        on_non_finite: r.or("on_non_finite", Default::default(), word),
+        max_skipped_steps: r.or("max_skipped_steps", 3, whole(0)),
+        on_out_of_memory: r.or("on_out_of_memory", Default::default(), word),
         output_dir: r
             .get("output_dir", text("the path of a folder"))
             .map_or(default_output, PathBuf::from),
-        source: source.clone(),
+        source: {
+            let written = LORA_KEYS.iter().chain(&["lora_dropout"]);
+            let written = written.filter(|key| init_adapter.is_some() && r.written(key));
+            source.lora_keys = written.map(|key| key.to_string()).collect();
+            source.clone()
+        },
     };
     reader.finish()?;
     // The ranges above are lora-core's own; should they ever part, it has the last word.
@@ -295,6 +332,52 @@ fn target_modules(value: &Value) -> Parsed<TargetModules> {
     }
 }
 
+/// As `target_modules`, without its one word.
+fn exclude_modules(value: &Value) -> Parsed<ExcludeModules> {
+    match target_modules(value)? {
+        TargetModules::Names(names) => Ok(ExcludeModules::Names(names)),
+        TargetModules::Regex(pattern) => Ok(ExcludeModules::Regex(pattern)),
+        TargetModules::AllLinear => {
+            Err("must be a list of module names or a regular expression".into())
+        }
+    }
+}
+
+fn rank_pattern(value: &Value) -> Parsed<Vec<(String, usize)>> {
+    let pattern = pattern(value, whole(1))?;
+    let config = LoraConfig {
+        rank_pattern: pattern.clone(),
+        ..LoraConfig::default()
+    };
+    config.selector().map_err(|error| error.to_string())?;
+    Ok(pattern)
+}
+
+fn alpha_pattern(value: &Value) -> Parsed<Vec<(String, f64)>> {
+    let pattern = pattern(value, number(POSITIVE, |x| x > 0.0))?;
+    let config = LoraConfig {
+        alpha_pattern: pattern.clone(),
+        ..LoraConfig::default()
+    };
+    config.selector().map_err(|error| error.to_string())?;
+    Ok(pattern)
+}
+
+/// A table from expressions for the end of a module's name to values, in the file's order.
+fn pattern<T>(value: &Value, parse: impl Fn(&Value) -> Parsed<T>) -> Parsed<Vec<(String, T)>> {
+    let Value::Table(entries) = value else {
+        return Err(
+            "must be a table from module names to numbers, as in { q_proj = 16, v_proj = 4 }"
+                .into(),
+        );
+    };
+    let parsed = entries.iter().map(|entry| match parse(&entry.value) {
+        Ok(value) => Ok((entry.key.clone(), value)),
+        Err(right) => Err(format!("{:?} {right}; it is {}", entry.key, entry.value)),
+    });
+    parsed.collect()
+}
+
 /// One of the model's linear modules, perhaps with a part of the path before it.
 fn module_name(value: &Value) -> Parsed<String> {
     let Value::String(name) = value else {
@@ -364,6 +447,14 @@ mod tests {
             (config.max_steps, config.eval_steps, config.logging_steps),
             (None, None, 1)
         );
+        assert_eq!(
+            (
+                config.save_steps,
+                config.save_minutes,
+                config.save_total_limit
+            ),
+            (None, Some(5.0), Some(2))
+        );
     }
 
     #[test]
@@ -425,6 +516,13 @@ mod tests {
             "peft_use_dora = true",
             "peft_use_dora = \"no\"",
             "save_best = 0",
+            "save_steps = 0",
+            "save_minutes = 0",
+            "save_minutes = nan",
+            "save_total_limit = 0",
+            "on_non_finite = \"ignore\"",
+            "max_skipped_steps = -1",
+            "on_out_of_memory = 1",
             "output_dir = \"\"",
             "target_modules = []",
             "target_modules = \"(\"",
@@ -631,16 +729,42 @@ mod tests {
     }
 
     #[test]
-    fn finlora_s_run_with_dora_is_refused_by_name() {
-        let json =
+    fn finlora_s_run_with_dora_is_read_and_so_are_patterns() {
+        let runs =
             r#"{"a": {"base_model": "m", "dataset_path": "d", "peft_use_dora": true}, "b": {}}"#;
-        let error = Config::parse(json, None, Some("a"), &[])
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("peft_use_dora = true: DoRA is not supported yet"),
-            "{error}"
-        );
+        let config = Config::parse(runs, Some(Path::new("runs.json")), Some("a"), &[]).unwrap();
+        assert!(config.lora_config().use_dora);
+        let config = parse(
+            "rank_pattern = { '^model\\.layers\\.0\\..*' = 2, q_proj = 4 }\nalpha_pattern = { q_proj = 1.5 }\n\
+             exclude_modules = [\"k_proj\"]",
+        )
+        .unwrap();
+        let selector = config.lora_config().selector().unwrap();
+        let names = [
+            "model.layers.0.self_attn.q_proj",
+            "model.layers.1.self_attn.q_proj",
+        ];
+        assert_eq!(names.map(|name| selector.r(name)), [2, 4]);
+        assert_eq!(selector.alpha(names[0]), 1.5);
+        assert!(!selector.matches("model.layers.0.self_attn.k_proj"));
+        for (text, words) in [
+            (
+                "rank_pattern = { q_proj = 0 }",
+                "\"q_proj\" must be a whole number of at least 1",
+            ),
+            (
+                "alpha_pattern = { \"(\" = 2 }",
+                "not a valid regular expression",
+            ),
+            ("rank_pattern = 3", "must be a table"),
+            ("exclude_modules = \"all-linear\"", "must be a list"),
+        ] {
+            let found = problems(text);
+            assert!(
+                found.iter().any(|problem| problem.contains(words)),
+                "{text}: {found:?}"
+            );
+        }
     }
 
     #[test]

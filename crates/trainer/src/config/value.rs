@@ -1,5 +1,6 @@
 //! A value as a config file holds it, before anyone knows what it should be.
 
+use std::collections::HashSet;
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, Error, MapAccess, SeqAccess, Visitor};
@@ -32,17 +33,24 @@ pub(super) enum Value {
 impl Value {
     /// The entries of a parsed TOML table; `text` is the whole document, for line numbers.
     pub fn from_toml(table: &DeTable, text: &str) -> Vec<Entry> {
+        let breaks = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n');
+        let breaks: Vec<usize> = breaks.map(|(at, _)| at).collect();
+        Self::entries(table, &breaks)
+    }
+
+    /// `breaks` are the places of the document's line breaks.
+    fn entries(table: &DeTable, breaks: &[usize]) -> Vec<Entry> {
         table
             .iter()
             .map(|(key, value)| Entry {
                 key: key.get_ref().to_string(),
-                value: Self::from_toml_value(value.get_ref(), text),
-                line: Some(line_and_column(text, key.span().start).0),
+                value: Self::from_toml_value(value.get_ref(), breaks),
+                line: Some(1 + breaks.partition_point(|at| *at < key.span().start)),
             })
             .collect()
     }
 
-    fn from_toml_value(value: &DeValue, text: &str) -> Self {
+    fn from_toml_value(value: &DeValue, breaks: &[usize]) -> Self {
         match value {
             DeValue::String(string) => Self::String(string.to_string()),
             DeValue::Integer(integer) => {
@@ -59,10 +67,10 @@ impl Value {
             DeValue::Datetime(datetime) => Self::Other(datetime.to_string()),
             DeValue::Array(list) => Self::List(
                 list.iter()
-                    .map(|item| Self::from_toml_value(item.get_ref(), text))
+                    .map(|item| Self::from_toml_value(item.get_ref(), breaks))
                     .collect(),
             ),
-            DeValue::Table(table) => Self::Table(Self::from_toml(table, text)),
+            DeValue::Table(table) => Self::Table(Self::entries(table, breaks)),
         }
     }
 }
@@ -155,8 +163,9 @@ impl<'de> Visitor<'de> for JsonVisitor {
 
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Value, A::Error> {
         let mut entries: Vec<Entry> = Vec::new();
+        let mut keys = HashSet::new();
         while let Some(key) = map.next_key::<String>()? {
-            if entries.iter().any(|entry| entry.key == key) {
+            if !keys.insert(key.clone()) {
                 return Err(A::Error::custom(format!(
                     "the key {key:?} stands here twice"
                 )));

@@ -32,6 +32,26 @@ pub enum Checkpointing {
     Auto,
 }
 
+/// What happens when a loss or gradient is not a number.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnNonFinite {
+    /// The run stops, with a checkpoint of the step before.
+    #[default]
+    Stop,
+    /// The step is left out and the learning rate halved from there on, up to `max_skipped_steps` times.
+    Skip,
+}
+
+/// What happens when the device's memory is too small for a micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum OnOutOfMemory {
+    /// Micro-batches are halved and more of them accumulated: the same update, up to rounding.
+    #[default]
+    Halve,
+    /// The run stops, with a checkpoint of the step before.
+    Stop,
+}
+
 /// How many rows are computed at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BatchSize {
@@ -136,6 +156,14 @@ impl Word for ComputeDtype {
 impl Word for Checkpointing {
     const WORDS: &'static [(&'static str, Self)] =
         &[("auto", Self::Auto), ("on", Self::On), ("off", Self::Off)];
+}
+
+impl Word for OnNonFinite {
+    const WORDS: &'static [(&'static str, Self)] = &[("stop", Self::Stop), ("skip", Self::Skip)];
+}
+
+impl Word for OnOutOfMemory {
+    const WORDS: &'static [(&'static str, Self)] = &[("halve", Self::Halve), ("stop", Self::Stop)];
 }
 
 impl Word for Decay {

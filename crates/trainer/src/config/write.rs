@@ -1,6 +1,6 @@
 //! A configuration as TOML, with every key.
 
-use lora_core::TargetModules;
+use lora_core::{ExcludeModules, TargetModules};
 use toml::{Table, Value};
 
 use super::Config;
@@ -32,7 +32,7 @@ impl Config {
         set("lora_alpha", self.lora_alpha.into());
         set("lora_dropout", self.lora_dropout.into());
         set("peft_use_rslora", self.peft_use_rslora.into());
-        set("peft_use_dora", false.into());
+        set("peft_use_dora", self.peft_use_dora.into());
         set(
             "target_modules",
             match &self.target_modules {
@@ -47,7 +47,24 @@ impl Config {
             "layers_to_transform",
             self.layers_to_transform.as_ref().map_or_else(none, layers),
         );
+        set(
+            "exclude_modules",
+            match &self.exclude_modules {
+                None => none(),
+                Some(ExcludeModules::Names(names)) => names.clone().into(),
+                Some(ExcludeModules::Regex(pattern)) => pattern.clone().into(),
+            },
+        );
+        set("rank_pattern", pattern(&self.rank_pattern, |r| whole(*r)));
+        set(
+            "alpha_pattern",
+            pattern(&self.alpha_pattern, |alpha| Value::from(*alpha)),
+        );
         set("init_lora_weights", self.init_lora_weights.word().into());
+        set(
+            "init_adapter",
+            self.init_adapter.as_deref().map_or_else(none, path),
+        );
         set("quant_bits", whole(self.quant_bits.into()));
         set("quantize_lm_head", self.quantize_lm_head.into());
         set("compute_dtype", self.compute_dtype.word().into());
@@ -82,9 +99,28 @@ impl Config {
         set("eval_steps", optional(self.eval_steps));
         set("logging_steps", whole(self.logging_steps));
         set("save_best", self.save_best.into());
+        set("save_steps", optional(self.save_steps));
+        let minutes = self.save_minutes.map_or_else(none, Value::from);
+        set("save_minutes", minutes);
+        set("save_total_limit", optional(self.save_total_limit));
+        set("on_non_finite", self.on_non_finite.word().into());
+        set("max_skipped_steps", whole(self.max_skipped_steps));
+        set("on_out_of_memory", self.on_out_of_memory.word().into());
         set("output_dir", path(&self.output_dir));
         table.to_string()
     }
+}
+
+fn pattern<T>(pattern: &[(String, T)], write: impl Fn(&T) -> Value) -> Value {
+    if pattern.is_empty() {
+        return none();
+    }
+    let entries = pattern.iter();
+    Value::Table(
+        entries
+            .map(|(name, value)| (name.clone(), write(value)))
+            .collect(),
+    )
 }
 
 fn none() -> Value {
@@ -137,6 +173,13 @@ mod tests {
             "init_lora_weights=gaussian",
         ]));
         round_trip(&load(&[
+            "peft_use_dora=true",
+            r"rank_pattern={ 'layers\.0\..*' = 4, q_proj = 2 }",
+            "alpha_pattern={ v_proj = 2.5 }",
+            "exclude_modules=[\"k_proj\"]",
+        ]));
+        round_trip(&load(&[
+            "exclude_modules='.*k_proj'",
             "layers_to_transform=[0, 5]",
             "target_modules=[\"o_proj\"]",
             "quant_bits=16",
@@ -144,6 +187,12 @@ mod tests {
         round_trip(&load(&[
             r"target_modules='.*\.layers\.[0-3]\..*_proj'",
             "adam_epsilon=1e-300",
+            "save_steps=50",
+            "save_minutes=none",
+            "save_total_limit=none",
+            "on_non_finite=skip",
+            "max_skipped_steps=0",
+            "on_out_of_memory=stop",
             "dataset_format=alpaca",
         ]));
     }

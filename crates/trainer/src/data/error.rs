@@ -113,6 +113,9 @@ fn keys(present: &[String]) -> String {
 /// Why there are no rows to train on.
 #[derive(Debug, thiserror::Error)]
 pub enum DataError {
+    /// A GGUF file that is damaged or has no tokenizer that can be used.
+    #[error(transparent)]
+    Gguf(#[from] llama_burn::gguf::GgufError),
     /// A data file cannot be read.
     #[error("cannot read the data file {path}: {source}", path = path.display())]
     Read {

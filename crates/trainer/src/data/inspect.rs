@@ -7,6 +7,7 @@ use tokenizers::Tokenizer;
 
 use super::Data;
 use super::tokenize::TokenizedRow;
+use crate::contained::decoded;
 
 /// Ids in one line of the screen.
 const IDS_PER_LINE: usize = 16;
@@ -172,7 +173,7 @@ fn visible(tokenizer: &Tokenizer, id: u32) -> String {
     // A SentencePiece decoder drops the space of a first piece, and a lone piece is always the first.
     let decoded = match piece.contains('▁') {
         true => piece.replace('▁', " "),
-        false => tokenizer.decode(&[id], false).unwrap_or_default(),
+        false => decoded(tokenizer, &[id], false),
     };
     let text = match decoded.is_empty() || decoded.contains('\u{fffd}') {
         true => bytes_of(&piece).unwrap_or(piece),

@@ -11,6 +11,7 @@
 //! model_files.rs  tokenizer.json and its neighbours
 //! template.rs     a context becomes a prompt; the model's chat template
 //! chat.rs         what of a rendered conversation the assistant says
+//! guarded.rs      the tokenizers crate, held within bounds
 //! tokenize.rs     a row becomes ids; which are supervised
 //! training_prompt.rs  how an adapter's prompts were made, kept beside it
 //! dataset.rs      the tokenized rows, and how many were too long
@@ -28,6 +29,7 @@ mod conversation;
 mod dataset;
 mod error;
 mod format;
+mod guarded;
 mod inspect;
 mod json;
 mod model_files;
@@ -48,6 +50,7 @@ pub use conversation::Conversation;
 pub use dataset::{Dataset, Statistics};
 pub use error::{DataError, LineError};
 pub use format::{Example, Format};
+pub(crate) use guarded::Guarded;
 pub use inspect::{inspect, inspect_as_json, inspect_rows};
 pub use model_files::ModelFiles;
 pub use order::Order;

@@ -3,6 +3,7 @@
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited::{self, LARGEST_SETTINGS, LARGEST_TABLE};
 use serde_json::Value;
 
 use super::error::DataError;
@@ -28,14 +29,17 @@ pub struct ModelFiles {
 }
 
 impl ModelFiles {
-    /// Reads the files of a folder; all but `tokenizer.json` may be missing.
+    /// Reads the files of a folder; all but `tokenizer.json` may be missing. A GGUF file holds them all.
     ///
     /// # Errors
     ///
     /// [`DataError::ModelFile`] names the file that is missing or cannot be read.
     pub fn read(folder: &Path) -> Result<Self, DataError> {
+        if llama_burn::gguf::is_gguf(folder) {
+            return Ok(crate::gguf::model_files(folder)?);
+        }
         let path = folder.join("tokenizer.json");
-        let tokenizer = std::fs::read(&path).map_err(|error| DataError::ModelFile {
+        let tokenizer = limited::read(&path, LARGEST_TABLE).map_err(|error| DataError::ModelFile {
             path,
             message: match error.kind() {
                 ErrorKind::NotFound => "there is no such file; base_model must be a folder with \
@@ -44,7 +48,7 @@ impl ModelFiles {
                 _ => error.to_string(),
             },
         })?;
-        let optional = |name: &str| match std::fs::read_to_string(folder.join(name)) {
+        let optional = |name: &str| match limited::read_to_string(&folder.join(name), LARGEST_SETTINGS) {
             Ok(text) => Ok(Some(text)),
             Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
             Err(error) => Err(DataError::ModelFile {
@@ -71,7 +75,7 @@ impl ModelFiles {
     }
 
     /// A special token of `tokenizer_config.json` (`bos_token`, …): a string, or an object with `content`.
-    pub(super) fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
+    pub(crate) fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
         let object = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
         let content = match object.get(key) {
             None | Some(Value::Null) => return Ok(None),
@@ -89,7 +93,7 @@ impl ModelFiles {
 
     /// The id of the token that ends a text: `tokenizer_config.json`'s `eos_token`, looked up by `id_of`; else
     /// the first `eos_token_id` of `generation_config.json`, else of `config.json`.
-    pub(super) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
+    pub(crate) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
         if let Some(token) = self.special_token("eos_token")? {
             return id_of(&token).ok_or_else(|| {
                 let message =
@@ -151,7 +155,7 @@ impl ModelFiles {
     /// The model's own chat template with the file that it is from: `chat_template.jinja`, else
     /// `tokenizer_config.json`'s `chat_template`, a text or a list of named ones of which `default` counts
     /// (transformers' order).
-    pub(super) fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
+    pub(crate) fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
         if let Some(text) = &self.chat_template {
             return Ok((text.clone(), self.folder.join(CHAT_TEMPLATE)));
         }

@@ -10,6 +10,9 @@ use serde_json::{Map, Value};
 use super::error::{DataError, LineError};
 use super::rows::Collected;
 
+/// More columns than a table of texts has.
+const MOST_COLUMNS: usize = 4096;
+
 /// Reads a table, a row at a time.
 pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Result<(), DataError> {
     let ended = Rc::new(Cell::new(false));
@@ -94,6 +97,10 @@ fn trim_carriage_return(record: &mut ByteRecord) {
 /// The columns' names, each once.
 fn names(headers: &ByteRecord) -> Result<Vec<String>, LineError> {
     let mut names: Vec<String> = Vec::new();
+    if headers.len() > MOST_COLUMNS {
+        let problem = format!("the first line names {} columns", headers.len());
+        return Err(LineError::Table(problem));
+    }
     for (index, header) in headers.iter().enumerate() {
         let Ok(header) = std::str::from_utf8(header) else {
             let problem = format!("the name of column {} is not UTF-8 text", index + 1);

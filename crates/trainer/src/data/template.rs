@@ -2,10 +2,12 @@
 //! And the chat template itself, for whole conversations too.
 
 use std::borrow::Cow;
+use std::io::{self, Write};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use llama_burn::limited::clipped;
 use minijinja::syntax::SyntaxConfig;
 use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
@@ -13,10 +15,18 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use super::error::DataError;
 use super::model_files::ModelFiles;
 use crate::config::PromptTemplate;
+use crate::contained::contain;
 
 /// What a custom template replaces by the context.
 const PLACEHOLDER: &str = "{context}";
 const NAME: &str = "chat";
+/// Instructions of a template that are carried out for a prompt; those of models in use take some thousands a
+/// message.
+const MOST_STEPS: u64 = 1_000_000;
+/// Bytes of the longest prompt that a template may write.
+const LONGEST_PROMPT: usize = 64 << 20;
+/// Levels of what `tojson` writes.
+const DEEPEST: usize = 128;
 
 /// A prompt template that is ready to use.
 #[derive(Debug)]
@@ -86,6 +96,8 @@ impl ChatTemplate {
         environment.set_syntax(syntax.map_err(failure)?);
         environment
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+        // A template is a program from whoever made the model: it ends, and what it writes does.
+        environment.set_fuel(Some(MOST_STEPS));
         environment.add_filter("tojson", tojson);
         environment.add_function("raise_exception", |message: String| {
             Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, message))
@@ -123,13 +135,41 @@ impl ChatTemplate {
             messages => messages.iter().map(in_order).collect::<Vec<_>>(), add_generation_prompt,
             tools => tools.map(in_order), documents => (), ..special_tokens
         };
-        let template = self.environment.get_template(NAME);
-        template
-            .and_then(|template| template.render(variables))
-            .map_err(|error| DataError::ChatTemplate {
-                path: self.path.clone(),
-                message: chain(&error),
-            })
+        let mut text = Bounded(Vec::new());
+        let rendered = contain(|| {
+            let template = self.environment.get_template(NAME)?;
+            template.render_captured_to(variables, &mut text).map(drop)
+        });
+        let problem = match rendered {
+            Ok(Ok(())) => match String::from_utf8(text.0) {
+                Ok(text) => return Ok(text),
+                Err(error) => error.to_string(),
+            },
+            Ok(Err(error)) => chain(&error),
+            Err(panic) => panic,
+        };
+        Err(DataError::ChatTemplate {
+            path: self.path.clone(),
+            message: clipped(&problem, 1000).into_owned(),
+        })
+    }
+}
+
+/// What a template writes, up to [`LONGEST_PROMPT`].
+struct Bounded(Vec<u8>);
+
+impl Write for Bounded {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if self.0.len() + bytes.len() > LONGEST_PROMPT {
+            let message = format!("the template writes more than {LONGEST_PROMPT} bytes");
+            return Err(io::Error::other(message));
+        }
+        self.0.extend_from_slice(bytes);
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
     }
 }
 
@@ -178,7 +218,8 @@ fn without_generation_tags(text: &str) -> String {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         result.push_str(before);
-        let Some(end) = tag.find("%}") else {
+        // Behind the opening: `{%}` is no tag.
+        let Some(end) = tag[2..].find("%}").map(|end| end + 2) else {
             rest = tag;
             break;
         };
@@ -210,6 +251,10 @@ fn write_json(
     depth: usize,
     text: &mut String,
 ) -> Result<(), Error> {
+    if depth > DEEPEST {
+        let message = format!("tojson of something with more than {DEEPEST} levels");
+        return Err(Error::new(ErrorKind::InvalidOperation, message));
+    }
     let [open, close] = match value.kind() {
         ValueKind::Undefined | ValueKind::None => {
             text.push_str("null");

@@ -10,6 +10,7 @@ use tokenizers::{Encoding, Tokenizer};
 use super::chat;
 use super::error::DataError;
 use super::format::{Example, Format};
+use super::guarded::Guarded;
 use super::model_files::ModelFiles;
 use super::rows::Row;
 use super::template::{ChatTemplate, Prompt};
@@ -74,7 +75,7 @@ pub struct Question {
 /// in transformers; a chat template writes its special tokens itself.
 #[derive(Debug)]
 pub struct RowTokenizer {
-    tokenizer: Tokenizer,
+    tokenizer: Guarded,
     prompt: Prompt,
     /// For conversations, which no other template can render.
     chat: Option<ChatTemplate>,
@@ -91,9 +92,10 @@ impl RowTokenizer {
     /// A file that is not valid, or no end token, or no chat template where one is asked for.
     pub fn new(files: &ModelFiles, template: &PromptTemplate) -> Result<Self, DataError> {
         const NAME: &str = "tokenizer.json";
-        let mut tokenizer = Tokenizer::from_bytes(&files.tokenizer)
+        let mut guarded = Guarded::read(&files.tokenizer)
             .map_err(|error| files.error(NAME, format!("not a valid tokenizer: {error}")))?;
         // Some tokenizer.json cut and pad. Rows are never cut, and there is no padding in a packed batch.
+        let tokenizer = &mut guarded.tokenizer;
         tokenizer
             .with_truncation(None)
             .map_err(|error| files.error(NAME, error.to_string()))?;
@@ -102,15 +104,16 @@ impl RowTokenizer {
         let before = match prompt.has_its_own_special_tokens() {
             true => Vec::new(),
             false => {
-                tokens_before(&tokenizer).map_err(|error| files.error(NAME, error.to_string()))?
+                tokens_before(&guarded).map_err(|error| files.error(NAME, error))?
             }
         };
+        let tokenizer = &guarded.tokenizer;
         let end = files.end_token(|token| tokenizer.token_to_id(token))?;
         let added = tokenizer.get_added_tokens_decoder().into_iter();
         let special = added.filter(|(_, token)| token.special).map(|(id, _)| id);
         Ok(Self {
             special: special.collect(),
-            tokenizer,
+            tokenizer: guarded,
             prompt,
             chat: None,
             before,
@@ -154,7 +157,7 @@ impl RowTokenizer {
 
     /// The tokenizer itself.
     pub fn tokenizer(&self) -> &Tokenizer {
-        &self.tokenizer
+        &self.tokenizer.tokenizer
     }
 
     /// The id of the token that ends a text.
@@ -297,7 +300,7 @@ impl RowTokenizer {
             Some(id) => Err(DataError::TokenOutsideVocabulary {
                 path: path.into(),
                 line,
-                token: self.tokenizer.id_to_token(*id).unwrap_or_default(),
+                token: self.tokenizer().id_to_token(*id).unwrap_or_default(),
                 id: *id,
                 vocab_size,
             }),
@@ -340,22 +343,22 @@ impl RowTokenizer {
     fn encode(&self, text: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
         match self.tokenizer.encode_fast(text, false) {
             Ok(encoding) => Ok(encoding.get_ids().to_vec()),
-            Err(error) => Err(failed(&error, path, line)),
+            Err(error) => Err(failed(error, path, line)),
         }
     }
 
     /// As [`encode`](Self::encode), with where in the text each token is from, in bytes.
     fn encoding(&self, text: &str, path: &Path, line: usize) -> Result<Encoding, DataError> {
-        let encoding = self.tokenizer.encode(text, false);
-        encoding.map_err(|error| failed(&error, path, line))
+        let encoding = self.tokenizer.encode(text);
+        encoding.map_err(|error| failed(error, path, line))
     }
 }
 
-fn failed(error: &tokenizers::Error, path: &Path, line: usize) -> DataError {
+fn failed(message: String, path: &Path, line: usize) -> DataError {
     DataError::Tokenize {
         path: path.into(),
         line,
-        message: error.to_string(),
+        message,
     }
 }
 
@@ -373,7 +376,7 @@ pub fn effective_template(template: &PromptTemplate, format: Format) -> Option<P
 }
 
 /// The special tokens that the post-processor puts before a text.
-fn tokens_before(tokenizer: &Tokenizer) -> tokenizers::Result<Vec<u32>> {
+fn tokens_before(tokenizer: &Guarded) -> Result<Vec<u32>, String> {
     let with = tokenizer.encode_fast("a", true)?;
     let without = tokenizer.encode_fast("a", false)?;
     let (with, without) = (with.get_ids(), without.get_ids());

@@ -6,6 +6,7 @@ use llama_burn::Llama;
 
 use super::labels::{Answers, finlora_answer};
 use super::likelihood::{LikelihoodError, log_likelihoods, most_likely};
+use crate::contained::decoded;
 use crate::data::{DataError, Question, Row, RowTokenizer, Source};
 use crate::generate::{GenerateError, Generator, Limits, Sampling};
 
@@ -301,7 +302,7 @@ impl Answering<'_> {
         };
         let greedy = Sampling::default();
         let (written, _) = generator.generate(prompts, first, &limits, &greedy, &mut |_, _| {})?;
-        let decode = |ids: &[u32]| tokenizer.decode(ids, true).unwrap_or_default();
+        let decode = |ids: &[u32]| decoded(tokenizer, ids, true);
         let answers = prompts.iter().zip(written).map(|(prompt, written)| {
             let whole = decode(&[prompt, &written.tokens[..]].concat());
             let finlora = finlora_answer(&whole, &decode(prompt), &written.text);

@@ -192,6 +192,7 @@ mod tests {
             initializer_range: 0.3,
             bos_token_id: None,
             eos_token_ids: vec![],
+            weight_bytes: 4,
         };
         Llama::random(&config, 3, &Device::flex())
     }

@@ -27,6 +27,9 @@ pub struct GenerateArgs {
     /// Merge the adapter into the weights first, instead of computing it beside them
     #[arg(long, requires = "adapter")]
     merge: bool,
+    /// Merge although too little of the adapter is left when the weights are quantized again
+    #[arg(long, requires = "merge")]
+    force: bool,
     /// Continue this text. Without it and without --prompts: a prompt at a time from the keyboard
     #[arg(long, value_name = "TEXT", conflicts_with = "prompts")]
     prompt: Option<String>,
@@ -127,7 +130,7 @@ pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
         Some(folder) => {
             let (_, model) = inference.with_adapter(folder)?;
             match args.merge {
-                true => inference.merged(model)?,
+                true => merged(&inference, model, args.force)?,
                 false => model,
             }
         }
@@ -156,6 +159,28 @@ pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
         (None, Some(prompts)) => session.all(&prompts, args.output.as_deref(), screen),
         (None, None) => session.interactive(&template),
     }
+}
+
+/// The model with its adapter merged, if enough of it survives quantization.
+fn merged(inference: &Inference, adapted: Llama, force: bool) -> anyhow::Result<Llama> {
+    let merged = inference.merged(adapted.clone())?;
+    if let Some(report) = inference.survival(&adapted, &merged)? {
+        log::info!(
+            "cosine of intended and merged change: {:.4}",
+            report.overall()
+        );
+        match report.refusal() {
+            Some(reason) if !force => {
+                bail!(
+                    "{reason}; leave --merge out (the adapter then is a second path), merge with --quant-bits 16, or \
+                     use --force"
+                )
+            }
+            Some(reason) => log::warn!("{reason}"),
+            None => {}
+        }
+    }
+    Ok(merged)
 }
 
 /// A loaded model and how it writes.

@@ -2,8 +2,13 @@
 
 use tokenizers::Tokenizer;
 
+use crate::contained::decoded;
+
 /// What the tokenizer puts where bytes are not (yet) a character.
 const INCOMPLETE: char = '\u{fffd}';
+
+/// Tokens without text that are kept as context.
+const LONGEST_CONTEXT: usize = 32;
 
 /// A row's tokens so far, as text.
 #[derive(Debug, Clone, Default)]
@@ -29,12 +34,19 @@ impl GrowingText {
         if now.ends_with(INCOMPLETE) && self.ids.len() - self.known < 8 {
             return;
         }
-        if let Some(new) = now.strip_prefix(before.as_str()) {
-            self.text.push_str(new);
-            self.start = self.known;
-        } else {
-            // A decoder that rewrites what was there: begin anew behind it.
-            self.start = self.ids.len();
+        match now.strip_prefix(before.as_str()) {
+            // Tokens without a text of their own, as special ones, are no context: a space that follows them
+            // would be taken for the first of a text. Not without end: each is decoded again every time.
+            Some("") if self.ids.len() - self.start < LONGEST_CONTEXT => {}
+            Some(new) => {
+                self.text.push_str(new);
+                self.start = self.known;
+            }
+            // A decoder that rewrites what was there: begin anew with this token.
+            None => {
+                self.text += &decode(tokenizer, &self.ids[self.known..]);
+                self.start = self.known;
+            }
         }
         self.known = self.ids.len();
     }
@@ -78,7 +90,7 @@ impl GrowingText {
 
 /// Special tokens are no text.
 fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
-    tokenizer.decode(ids, true).unwrap_or_default()
+    decoded(tokenizer, ids, true)
 }
 
 /// Bytes at the end of `text` that `stop` begins with.
@@ -141,6 +153,63 @@ mod tests {
             assert_eq!(pieces.concat(), text);
             assert_eq!(whole, text);
             assert!(pieces.iter().all(|piece| !piece.contains(INCOMPLETE)));
+        }
+    }
+
+    /// Llama 2's kind of tokenizer: a space is ▁, the first of a text is dropped, unknown characters are bytes.
+    fn sentence_pieces() -> Tokenizer {
+        let mut vocab = serde_json::Map::new();
+        for token in ["</s>", "▁", "▁a", "b", "▁▁"] {
+            vocab.insert(token.into(), vocab.len().into());
+        }
+        for byte in 0..256 {
+            vocab.insert(format!("<0x{byte:02X}>"), vocab.len().into());
+        }
+        let json = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "pre_tokenizer": null,
+            "post_processor": null,
+            "added_tokens": [{"id": 0, "content": "</s>", "single_word": false, "lstrip": false,
+                              "rstrip": false, "normalized": false, "special": true}],
+            "decoder": {"type": "Sequence", "decoders": [
+                {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}, {"type": "ByteFallback"},
+                {"type": "Fuse"}, {"type": "Strip", "content": " ", "start": 1, "stop": 0}]},
+            "model": {"type": "BPE", "vocab": vocab, "merges": [], "byte_fallback": true, "unk_token": "</s>"},
+        });
+        json.to_string().parse().unwrap()
+    }
+
+    #[test]
+    fn pieces_add_up_to_what_the_tokenizer_makes_of_all_tokens() {
+        let tokenizer = sentence_pieces();
+        let bytes = |text: &str| text.bytes().map(|byte| 5 + byte as u32).collect::<Vec<_>>();
+        for ids in [
+            vec![2, 3, 2, 2],
+            // A special token in the middle: the space behind it is no text's first.
+            vec![2, 0, 2, 3],
+            vec![0, 0, 2, 0, 2],
+            vec![1, 2, 4, 4, 1, 3],
+            [vec![2], bytes("€"), vec![2], bytes("日"), bytes("本")].concat(),
+            // Bytes that are no character, in the middle and at the end.
+            [
+                vec![2],
+                bytes("€")[..2].to_vec(),
+                vec![2],
+                bytes("€")[..1].to_vec(),
+            ]
+            .concat(),
+            [vec![2, 5 + 0xFF, 5 + 0xFE], vec![5 + 0xFF; 20], vec![2]].concat(),
+        ] {
+            let mut growing = GrowingText::default();
+            let mut pieces = String::new();
+            for id in &ids {
+                growing.push(*id, &tokenizer);
+                pieces += growing.take(&[]);
+            }
+            growing.finish(&tokenizer);
+            pieces += growing.take(&[]);
+            let whole = tokenizer.decode(&ids, true).unwrap();
+            assert_eq!(pieces, whole, "{ids:?}");
+            assert_eq!(growing.text(), whole);
         }
     }
 

@@ -10,7 +10,7 @@ use super::difference::{curves, max_abs, relative};
 use super::reference::Reference;
 use super::run;
 use super::{Check, ParityError, Section};
-use crate::peft::{AdapterTensors, tensor_names};
+use crate::peft::{AdapterTensors, magnitude_name, tensor_names};
 
 // Why these tolerances: both sides compute in f32 and differ in the order of their sums only. On
 // models of this kind that gives 1e-6 to 1e-5 on logits of size 1 to 10, 1e-6 relative on gradients;
@@ -75,25 +75,12 @@ pub(super) fn check(
         tolerance: LOSS.max(LOSS_RELATIVE * reference.loss.abs()),
         note: format!("absolute; {loss:.6}, reference {:.6}", reference.loss),
     });
-    for (gradient_checkpointing, quantity) in [
-        (false, "LoRA gradients"),
-        (true, "LoRA gradients, layers run again"),
-    ] {
-        let got = run::gradients(&adapted, &reference.batch, gradient_checkpointing)?;
-        checks.push(tensors(quantity, GRADIENT, &got, &reference.gradients)?);
+    match &reference.train_losses {
+        None => left_out.push("training: the reference has no train_losses".into()),
+        Some(losses) => {
+            checks.extend(training(reference, adapted, losses, learning_rate)?);
+        }
     }
-    let steps = reference.train_losses.len();
-    let (trained, losses) = run::train(adapted, &reference.batch, steps, learning_rate);
-    let (difference, step) = curves(&losses, &reference.train_losses);
-    checks.push(Check {
-        quantity: format!("train_losses, {steps} AdamW steps"),
-        difference,
-        tolerance: TRAIN_LOSSES,
-        note: format!("relative; largest at step {step}, learning rate {learning_rate}"),
-    });
-    let got = by_tensor(&AdapterTensors::from_model(&trained)?);
-    let expected = by_tensor(&reference.trained);
-    checks.push(tensors("adapter after training", TRAINED, &got, &expected)?);
     match &reference.merged {
         None => left_out.push("merged weights: the folder has no merged/".into()),
         Some(folder) => {
@@ -102,6 +89,7 @@ pub(super) fn check(
             let mut merged = Weights::open(folder)?;
             merged.check(&config.tensor_shapes())?;
             checks.push(merged_weights(&model, &mut merged)?);
+            checks.push(merged_on_the_host(reference, &config, &mut merged)?);
         }
     }
     Ok(Section {
@@ -112,6 +100,36 @@ pub(super) fn check(
         checks,
         left_out,
     })
+}
+
+/// Gradients, and AdamW steps.
+fn training(
+    reference: &Reference,
+    adapted: Llama,
+    expected: &[f64],
+    learning_rate: f64,
+) -> Result<Vec<Check>, ParityError> {
+    let mut checks = Vec::new();
+    for (gradient_checkpointing, quantity) in [
+        (false, "LoRA gradients"),
+        (true, "LoRA gradients, layers run again"),
+    ] {
+        let got = run::gradients(&adapted, &reference.batch, gradient_checkpointing)?;
+        checks.push(tensors(quantity, GRADIENT, &got, &reference.gradients)?);
+    }
+    let steps = expected.len();
+    let (trained, losses) = run::train(adapted, &reference.batch, steps, learning_rate);
+    let (difference, step) = curves(&losses, expected);
+    checks.push(Check {
+        quantity: format!("train_losses, {steps} AdamW steps"),
+        difference,
+        tolerance: TRAIN_LOSSES,
+        note: format!("relative; largest at step {step}, learning rate {learning_rate}"),
+    });
+    let got = by_tensor(&AdapterTensors::from_model(&trained)?);
+    let expected = by_tensor(&reference.trained);
+    checks.push(tensors("adapter after training", TRAINED, &got, &expected)?);
+    Ok(checks)
 }
 
 fn logits(quantity: &str, got: &[f32], expected: &[f32], vocab: usize) -> Check {
@@ -167,12 +185,15 @@ pub(super) fn tensors(
     })
 }
 
-/// An adapter's matrices by PEFT's tensor name.
+/// An adapter's trainable tensors by PEFT's tensor name.
 fn by_tensor(adapter: &AdapterTensors) -> BTreeMap<String, Vec<f32>> {
     let pairs = adapter.modules.iter();
     let named = pairs.flat_map(|(module, pair)| {
         let [a, b] = tensor_names(module);
-        [(a, pair.a.clone()), (b, pair.b.clone())]
+        let magnitude = pair.magnitude.clone();
+        let magnitude = magnitude.map(|values| (magnitude_name(module), values));
+        let factors = [(a, pair.a.clone()), (b, pair.b.clone())];
+        factors.into_iter().chain(magnitude)
     });
     named.collect()
 }
@@ -197,6 +218,38 @@ fn merged_weights(model: &Llama, merged: &mut Weights) -> Result<Check, ParityEr
     }
     Ok(Check {
         quantity: format!("merged weights ({count} tensors)"),
+        difference: worst.0,
+        tolerance: MERGED,
+        note: format!("largest absolute; {}", worst.1),
+    })
+}
+
+/// Merges each tensor of the base model as it lies in its file, and compares it with the merged model's.
+fn merged_on_the_host(
+    reference: &Reference,
+    config: &LlamaConfig,
+    merged: &mut Weights,
+) -> Result<Check, ParityError> {
+    let lora = &reference.config.lora;
+    let mut base = Weights::open(&reference.model)?;
+    let mut worst = (0.0f64, String::new());
+    let mut count = 0;
+    for (name, _) in config.tensor_shapes() {
+        let expected = merged.read(&name)?;
+        let got = reference
+            .trained
+            .merged(config, lora, &name, base.read(&name)?)?;
+        let (difference, _) = max_abs(&got, &expected);
+        count += 1;
+        if difference.is_nan() || difference >= worst.0 {
+            worst = (difference, name);
+        }
+        if difference.is_nan() {
+            break;
+        }
+    }
+    Ok(Check {
+        quantity: format!("merged weights, file to file ({count} tensors)"),
         difference: worst.0,
         tolerance: MERGED,
         note: format!("largest absolute; {}", worst.1),

@@ -131,6 +131,7 @@ fn config() -> LlamaConfig {
         initializer_range: 0.15,
         bos_token_id: None,
         eos_token_ids: vec![],
+        weight_bytes: 4,
     }
 }
 

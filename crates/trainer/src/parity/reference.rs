@@ -31,7 +31,8 @@ pub(super) struct Reference {
     pub loss: f64,
     /// Gradients of the mean loss by PEFT's tensor name, each as in the file: A `[r, d_in]`, B `[d_out, r]`.
     pub gradients: BTreeMap<String, Vec<f32>>,
-    pub train_losses: Vec<f64>,
+    /// None where the reference's training has no counterpart here.
+    pub train_losses: Option<Vec<f64>>,
     pub config: AdapterConfig,
     pub adapter: AdapterTensors,
     pub trained: AdapterTensors,
@@ -87,7 +88,11 @@ impl Reference {
         let (config, adapter) = peft::read_adapter(&folder.join("adapter"))?;
         let (_, trained) = peft::read_adapter(&folder.join("trained"))?;
         let first = |values: Vec<f32>| values.first().map_or(f64::NAN, |value| *value as f64);
-        let losses = numbers.floats("train_losses")?.1;
+        let losses = match numbers.file.names().contains(&"train_losses") {
+            true => Some(numbers.floats("train_losses")?.1),
+            false => None,
+        };
+        let losses = losses.map(|losses| losses.into_iter().map(f64::from).collect());
         Ok(Self {
             model,
             merged,
@@ -97,7 +102,7 @@ impl Reference {
             vocab,
             loss: first(numbers.floats("loss")?.1),
             gradients: gradients.collect::<Result<_, _>>()?,
-            train_losses: losses.into_iter().map(f64::from).collect(),
+            train_losses: losses,
             config,
             adapter,
             trained,

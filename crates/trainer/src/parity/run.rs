@@ -9,7 +9,7 @@ use super::ParityError;
 use crate::data::Batch;
 use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::optimizer::AdamW;
-use crate::peft::tensor_names;
+use crate::peft::{magnitude_name, tensor_names};
 
 /// The scores at every position, `[n, vocab]` row by row.
 pub(super) fn logits(model: &Llama, batch: &Batch) -> Result<Vec<f32>, ParityError> {
@@ -22,7 +22,8 @@ pub(super) fn loss(model: &Llama, batch: &Batch) -> f64 {
     gradients::evaluate(model, batch).mean()
 }
 
-/// The gradients of the mean loss by PEFT's tensor name and in its layout: A `[r, d_in]`, B `[d_out, r]`.
+/// The gradients of the mean loss by PEFT's tensor name and in its layout: A `[r, d_in]`, B `[d_out, r]`,
+/// a DoRA's magnitude `[d_out]`.
 pub(super) fn gradients(
     model: &Llama,
     batch: &Batch,
@@ -33,13 +34,9 @@ pub(super) fn gradients(
     let tokens = sums.totals.tokens as f64;
     let mut named = BTreeMap::new();
     for (module, linear) in model.linears() {
-        let Some(adapter) = linear.adapter() else {
-            continue;
-        };
-        for (name, param) in tensor_names(&module)
-            .into_iter()
-            .zip([&adapter.a, &adapter.b])
-        {
+        let [a, b] = tensor_names(&module);
+        let names = [a, b, magnitude_name(&module)];
+        for (name, param) in names.into_iter().zip(linear.trainable()) {
             let sum = sums
                 .get(param.id)
                 .ok_or_else(|| ParityError::NoGradient { name: name.clone() })?;

@@ -1,6 +1,7 @@
 //! `adapter_config.json`, as PEFT 0.21 writes and reads it.
 
-use lora_core::{Init, LoraConfig, TargetModules};
+use llama_burn::limited::clipped;
+use lora_core::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 use serde_json::{Map, Value, json};
 
 use super::AdapterError;
@@ -15,7 +16,7 @@ pub struct AdapterConfig {
 }
 
 /// Fields that do not change what the adapter computes, whatever they hold.
-const HARMLESS: [&str; 7] = [
+const HARMLESS: [&str; 11] = [
     "auto_mapping",
     "revision",
     "peft_version",
@@ -24,10 +25,16 @@ const HARMLESS: [&str; 7] = [
     "megatron_core",
     "qalora_group_size",
     "base_model_class",
+    // Where factors wait while they are loaded.
+    "runtime_config",
+    // How an initialisation was computed that leaves the base weights alone; others are refused.
+    "eva_config",
+    "corda_config",
+    "lora_ga_config",
 ];
 
 /// Fields that are read, or that are refused with a reason of their own.
-const HANDLED: [&str; 14] = [
+const HANDLED: [&str; 21] = [
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -35,12 +42,20 @@ const HANDLED: [&str; 14] = [
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
+    "use_dora",
     "target_modules",
+    "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
     "init_lora_weights",
     "bias",
+    "lora_bias",
+    "modules_to_save",
     "fan_in_fan_out",
+    // Whatever it ties is in the file twice, with the same values.
+    "ensure_weight_tying",
     "peft_version",
 ];
 
@@ -59,22 +74,32 @@ impl AdapterConfig {
             "lora_alpha": number(lora.lora_alpha),
             "lora_dropout": lora.lora_dropout,
             "use_rslora": lora.use_rslora,
-            "use_dora": false,
+            "use_dora": lora.use_dora,
             "target_modules": match &lora.target_modules {
                 TargetModules::Names(names) => json!(names),
                 TargetModules::Regex(pattern) => json!(pattern),
                 TargetModules::AllLinear => json!("all-linear"),
             },
+            "exclude_modules": match &lora.exclude_modules {
+                None => Value::Null,
+                Some(ExcludeModules::Names(names)) => json!(names),
+                Some(ExcludeModules::Regex(pattern)) => json!(pattern),
+            },
             "layers_to_transform": lora.layers_to_transform,
-            "layers_pattern": null,
-            "modules_to_save": null,
-            "rank_pattern": {},
-            "alpha_pattern": {},
+            "layers_pattern": or_null(&lora.layers_pattern),
+            "modules_to_save": or_null(&lora.modules_to_save),
+            "rank_pattern": pattern_json(&lora.rank_pattern, |r| json!(r)),
+            "alpha_pattern": pattern_json(&lora.alpha_pattern, |alpha| number(*alpha)),
             "init_lora_weights": match lora.init {
                 Init::Kaiming => json!(true),
                 Init::Gaussian => json!("gaussian"),
             },
-            "bias": "none",
+            "bias": match lora.bias {
+                Bias::None => "none",
+                Bias::All => "all",
+                Bias::LoraOnly => "lora_only",
+            },
+            "lora_bias": lora.lora_bias,
             "fan_in_fan_out": false,
         })
     }
@@ -85,8 +110,7 @@ impl AdapterConfig {
     ///
     /// [`AdapterError::Config`] names the first field that is missing, has the wrong type, or asks
     /// for something that would change what the adapter computes and that is not supported here
-    /// (DoRA, trained biases, whole modules beside the adapter, ranks that differ by module, …).
-    /// An unknown field is accepted only while it is off: null, false, or empty.
+    /// (base weights changed by the initialisation, activated or block-diagonal LoRA, …). An unknown field is accepted only while it is off: null, false, or empty.
     pub fn from_json(text: &str) -> Result<Self, AdapterError> {
         let value: Value = serde_json::from_str(text).map_err(|error| AdapterError::Json {
             reason: error.to_string(),
@@ -99,13 +123,12 @@ impl AdapterConfig {
         let fields = Fields(fields);
         fields.must_be("peft_type", &[json!("LORA")], true)?;
         fields.must_be("task_type", &[json!("CAUSAL_LM"), Value::Null], false)?;
-        fields.must_be("bias", &[json!("none"), Value::Null], false)?;
-        fields.must_be("fan_in_fan_out", &[json!(false), Value::Null], false)?;
-        fields.must_be(
-            "layers_pattern",
-            &[Value::Null, json!("layers"), json!(["layers"]), json!([])],
-            false,
-        )?;
+        let fan = fields.optional("fan_in_fan_out", "true or false", Value::as_bool)?;
+        if fan == Some(true) {
+            log::warn!(
+                "the adapter's fan_in_fan_out is true, which is for another kind of layer; as in PEFT, a linear layer's is false"
+            );
+        }
         for (field, value) in &fields.0 {
             let known = HANDLED.contains(&field.as_str()) || HARMLESS.contains(&field.as_str());
             if !known && !is_off(value) {
@@ -116,25 +139,36 @@ impl AdapterConfig {
                 ));
             }
         }
+        let on = |field| fields.optional(field, "true or false", Value::as_bool);
+        let names = |field| fields.optional(field, "a list of names", as_names);
         let lora = LoraConfig {
             r: fields.required("r", "a whole number of at least 1", as_index)?,
             lora_alpha: fields.required("lora_alpha", "a positive number", Value::as_f64)?,
             lora_dropout: fields
                 .optional("lora_dropout", "a number", Value::as_f64)?
                 .unwrap_or(0.0),
-            use_rslora: fields
-                .optional("use_rslora", "true or false", Value::as_bool)?
-                .unwrap_or(false),
-            target_modules: fields.required(
-                "target_modules",
-                "a list of module names, a regular expression, or \"all-linear\"",
-                as_targets,
+            use_rslora: on("use_rslora")?.unwrap_or(false),
+            use_dora: on("use_dora")?.unwrap_or(false),
+            lora_bias: on("lora_bias")?.unwrap_or(false),
+            target_modules: fields
+                .optional(
+                    "target_modules",
+                    "a list of module names, a regular expression, or \"all-linear\"",
+                    as_targets,
+                )?
+                // PEFT's for a Llama.
+                .unwrap_or_else(|| {
+                    TargetModules::Names(["q_proj", "v_proj"].map(String::from).to_vec())
+                }),
+            exclude_modules: fields.optional(
+                "exclude_modules",
+                "a list of module names or a regular expression",
+                as_exclusion,
             )?,
             init: fields
                 .optional(
                     "init_lora_weights",
-                    // PiSSA, OLoRA, CorDA and LoftQ change the base weights as well.
-                    "true, false or \"gaussian\": other kinds change the base weights",
+                    "true, false, \"gaussian\", \"eva\", \"orthogonal\" or \"mica\": other kinds change the base weights; PEFT's save_pretrained with path_initial_model_for_weight_conversion makes such an adapter a plain one",
                     as_init,
                 )?
                 .unwrap_or_default(),
@@ -143,6 +177,21 @@ impl AdapterConfig {
                 "a layer number or a list of them",
                 as_layers,
             )?,
+            layers_pattern: names("layers_pattern")?.unwrap_or_default(),
+            rank_pattern: fields
+                .optional("rank_pattern", "names with ranks of at least 1", |value| {
+                    as_pattern(value, as_index)
+                })?
+                .unwrap_or_default(),
+            alpha_pattern: fields
+                .optional("alpha_pattern", "names with positive numbers", |value| {
+                    as_pattern(value, Value::as_f64)
+                })?
+                .unwrap_or_default(),
+            bias: fields
+                .optional("bias", "\"none\", \"all\" or \"lora_only\"", as_bias)?
+                .unwrap_or_default(),
+            modules_to_save: names("modules_to_save")?.unwrap_or_default(),
         };
         lora.validate()?;
         Ok(Self {
@@ -181,7 +230,9 @@ fn as_index(value: &Value) -> Option<usize> {
 
 fn as_targets(value: &Value) -> Option<TargetModules> {
     match value {
-        Value::String(word) if word == "all-linear" => Some(TargetModules::AllLinear),
+        Value::String(word) if word.to_lowercase() == "all-linear" => {
+            Some(TargetModules::AllLinear)
+        }
         Value::String(pattern) => Some(TargetModules::Regex(pattern.clone())),
         Value::Array(names) => names
             .iter()
@@ -192,13 +243,69 @@ fn as_targets(value: &Value) -> Option<TargetModules> {
     }
 }
 
-fn as_init(value: &Value) -> Option<Init> {
+fn as_names(value: &Value) -> Option<Vec<String>> {
     match value {
-        // `false` means random values that training has replaced by the time a file exists.
-        Value::Bool(_) => Some(Init::Kaiming),
-        Value::String(kind) if kind == "gaussian" => Some(Init::Gaussian),
+        Value::String(name) if name.is_empty() => Some(Vec::new()),
+        Value::String(name) => Some(vec![name.clone()]),
+        Value::Array(names) => names
+            .iter()
+            .map(|name| name.as_str().map(String::from))
+            .collect(),
         _ => None,
     }
+}
+
+fn as_exclusion(value: &Value) -> Option<ExcludeModules> {
+    match value {
+        Value::String(pattern) => Some(ExcludeModules::Regex(pattern.clone())),
+        names => as_names(names).map(ExcludeModules::Names),
+    }
+}
+
+/// In the file's order: the first expression that matches counts.
+fn as_pattern<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Vec<(String, T)>> {
+    let entries = value.as_object()?.iter();
+    entries
+        .map(|(name, value)| Some((name.clone(), read(value)?)))
+        .collect()
+}
+
+fn as_bias(value: &Value) -> Option<Bias> {
+    match value.as_str()? {
+        "none" => Some(Bias::None),
+        "all" => Some(Bias::All),
+        "lora_only" => Some(Bias::LoraOnly),
+        _ => None,
+    }
+}
+
+fn as_init(value: &Value) -> Option<Init> {
+    match value {
+        // How the factors started does not matter once they are in a file, as long as only they did.
+        Value::Bool(_) => Some(Init::Kaiming),
+        Value::String(kind) => match kind.to_lowercase().as_str() {
+            "gaussian" => Some(Init::Gaussian),
+            "eva" | "orthogonal" | "mica" => Some(Init::Kaiming),
+            _ => None,
+        },
+        _ => None,
+    }
+}
+
+fn or_null(names: &[String]) -> Value {
+    match names.is_empty() {
+        true => Value::Null,
+        false => json!(names),
+    }
+}
+
+fn pattern_json<T>(pattern: &[(String, T)], write: impl Fn(&T) -> Value) -> Value {
+    let entries = pattern.iter();
+    Value::Object(
+        entries
+            .map(|(name, value)| (name.clone(), write(value)))
+            .collect(),
+    )
 }
 
 fn as_layers(value: &Value) -> Option<Vec<usize>> {
@@ -211,7 +318,7 @@ fn as_layers(value: &Value) -> Option<Vec<usize>> {
 fn invalid(field: &str, got: &Value, expected: &str) -> AdapterError {
     AdapterError::Config {
         field: field.into(),
-        got: got.to_string(),
+        got: clipped(&got.to_string(), 200).into_owned(),
         expected: expected.into(),
     }
 }
@@ -301,6 +408,22 @@ mod tests {
             },
             LoraConfig {
                 layers_to_transform: Some(vec![0, 3]),
+                layers_pattern: vec!["layers".into()],
+                ..LoraConfig::default()
+            },
+            LoraConfig {
+                use_dora: true,
+                rank_pattern: vec![("q_proj".into(), 2)],
+                alpha_pattern: vec![("q_proj".into(), 2.5)],
+                exclude_modules: Some(ExcludeModules::Names(vec!["k_proj".into()])),
+                bias: Bias::LoraOnly,
+                modules_to_save: vec!["lm_head".into()],
+                ..LoraConfig::default()
+            },
+            LoraConfig {
+                exclude_modules: Some(ExcludeModules::Regex(".*k_proj".into())),
+                bias: Bias::All,
+                lora_bias: true,
                 ..LoraConfig::default()
             },
         ] {
@@ -321,17 +444,33 @@ mod tests {
     #[test]
     fn a_field_that_would_change_the_result_is_refused_by_name() {
         for (field, value) in [
-            ("use_dora", json!(true)),
-            ("bias", json!("lora_only")),
-            ("modules_to_save", json!(["lm_head"])),
-            ("rank_pattern", json!({"q_proj": 2})),
-            ("alpha_pattern", json!({"q_proj": 2})),
-            ("fan_in_fan_out", json!(true)),
-            ("exclude_modules", json!(["k_proj"])),
-            ("lora_bias", json!(true)),
+            ("use_dora", json!(1)),
+            ("bias", json!("some")),
+            ("modules_to_save", json!([1])),
+            ("rank_pattern", json!({"q_proj": "2"})),
+            ("rank_pattern", json!({"(": 2})),
+            ("alpha_pattern", json!(["q_proj"])),
+            ("exclude_modules", json!(3)),
+            ("fan_in_fan_out", json!("yes")),
             ("layer_replication", json!([[0, 1]])),
             ("layers_pattern", json!("blocks")),
             ("init_lora_weights", json!("pissa")),
+            ("init_lora_weights", json!("pissa_niter_4")),
+            ("init_lora_weights", json!("olora")),
+            ("init_lora_weights", json!("corda")),
+            ("init_lora_weights", json!("loftq")),
+            ("init_lora_weights", json!("lora_ga")),
+            ("loftq_config", json!({"loftq_bits": 4})),
+            ("alora_invocation_tokens", json!([1, 2])),
+            ("trainable_token_indices", json!([1, 2])),
+            ("target_parameters", json!(["weight"])),
+            ("use_qalora", json!(true)),
+            ("use_bdlora", json!({"nblocks": 2})),
+            ("arrow_config", json!({"top_k": 2})),
+            ("velora_config", json!({"rank": 2})),
+            ("monteclora_config", json!({"num_samples": 2})),
+            ("kasa_config", json!({"beta": 1e-4})),
+            ("megatron_config", json!({"a": 1})),
             ("task_type", json!("SEQ_CLS")),
             ("peft_type", json!("IA3")),
             ("a_field_of_the_future", json!(1)),
@@ -342,6 +481,41 @@ mod tests {
             let error = with(field, value).unwrap_err().to_string();
             assert!(error.contains(field), "{field}: {error}");
         }
+        let mut both = config(LoraConfig::default()).to_json();
+        both["use_dora"] = json!(true);
+        both["lora_bias"] = json!(true);
+        let error = AdapterConfig::from_json(&both.to_string()).unwrap_err();
+        assert!(error.to_string().contains("lora_bias"), "{error}");
+    }
+
+    #[test]
+    fn patterns_keep_the_order_of_the_file() {
+        let pattern = json!({"v_proj": 4, "_proj": 2, "a": 1});
+        let read = with("rank_pattern", pattern).unwrap();
+        let names: Vec<&str> = read
+            .lora
+            .rank_pattern
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        assert_eq!(names, ["v_proj", "_proj", "a"]);
+        assert_eq!(
+            AdapterConfig::from_json(&read.to_json().to_string()).unwrap(),
+            read
+        );
+    }
+
+    #[test]
+    fn what_peft_leaves_to_its_defaults_is_the_same_here() {
+        let read = with("target_modules", Value::Null)
+            .unwrap()
+            .lora
+            .target_modules;
+        let expected = ["q_proj", "v_proj"].map(String::from).to_vec();
+        assert_eq!(read, TargetModules::Names(expected));
+        assert!(with("fan_in_fan_out", json!(true)).is_ok());
+        assert!(with("init_lora_weights", json!("eva")).is_ok());
+        assert!(with("runtime_config", json!({"ephemeral_gpu_offload": false})).is_ok());
     }
 
     #[test]

@@ -4,19 +4,28 @@
 //! Reading is strict. A field or a tensor that would change what the adapter computes, and that is
 //! not supported here, is an error that names it; nothing is ignored silently.
 
+mod check;
+mod combine;
 mod config;
+mod continued;
+mod merged;
 mod model;
+mod svd;
 mod tensors;
 
 use std::fs;
 use std::io;
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited::{self, LARGEST_SETTINGS};
+
 use crate::output::{self, OutputError};
 
+pub use combine::{Combination, CombineError, Weighted, combine};
 pub use config::AdapterConfig;
+pub use continued::{StartError, continued, start};
 pub(crate) use tensors::read_floats;
-pub use tensors::{AdapterPair, AdapterTensors, tensor_names};
+pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
 
 /// Name of the settings in an adapter's folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -85,7 +94,9 @@ pub enum AdapterError {
         name: String,
     },
     /// A tensor that no adapted module has.
-    #[error("tensor {name} is unexpected: the model has no adapter there")]
+    #[error(
+        "tensor {name} is unexpected: the adapter's configuration and the model have no place for it"
+    )]
     Unexpected {
         /// The tensor's name.
         name: String,
@@ -147,7 +158,7 @@ pub enum AdapterError {
 }
 
 impl AdapterError {
-    fn shape(name: String, expected: &[usize], got: &[usize]) -> Self {
+    pub(crate) fn shape(name: String, expected: &[usize], got: &[usize]) -> Self {
         Self::Shape {
             name,
             expected: expected.to_vec(),
@@ -205,7 +216,7 @@ pub fn read_adapter(folder: &Path) -> Result<(AdapterConfig, AdapterTensors), Ad
         });
     }
     let bytes = fs::read(&path).map_err(|source| cannot_read(&path, source))?;
-    let tensors = AdapterTensors::from_bytes(&bytes, config.lora.r);
+    let tensors = AdapterTensors::from_bytes(&bytes, &config.lora);
     Ok((config, tensors.map_err(|error| error.in_file(&path))?))
 }
 
@@ -216,7 +227,8 @@ pub fn read_adapter(folder: &Path) -> Result<(AdapterConfig, AdapterTensors), Ad
 /// As [`read_adapter`].
 pub fn read_adapter_config(folder: &Path) -> Result<AdapterConfig, AdapterError> {
     let path = folder.join(CONFIG_FILE);
-    let text = fs::read_to_string(&path).map_err(|source| cannot_read(&path, source))?;
+    let text = limited::read_to_string(&path, LARGEST_SETTINGS)
+        .map_err(|source| cannot_read(&path, source))?;
     AdapterConfig::from_json(&text).map_err(|error| error.in_file(&path))
 }
 

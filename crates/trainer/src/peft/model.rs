@@ -1,13 +1,17 @@
 //! Between an adapter on the host and one on a model.
 
-use burn::tensor::{DType, Tensor, TensorData};
+use burn::module::Param;
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use llama_burn::Llama;
-use lora_core::{AdapterDropout, LoraConfig, LoraError};
+use lora_core::{AdapterDropout, LoraConfig, LoraError, LoraLinear};
 
-use super::{AdapterError, AdapterPair, AdapterTensors, tensor_names};
+use super::check::{EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT};
+use super::tensors::{EMBEDDING, bias_name};
+use super::{AdapterError, AdapterPair, AdapterTensors, magnitude_name, tensor_names};
 
 impl AdapterTensors {
-    /// Reads every adapter of `model` to the host, in f32.
+    /// Reads every adapter of `model` to the host, in f32. What [`put_on`](Self::put_on) wrote into the base
+    /// model is not among them.
     ///
     /// # Errors
     ///
@@ -22,68 +26,114 @@ impl AdapterTensors {
             let ([d_in, r], [_, d_out]) = (factors.a.val().dims(), factors.b.val().dims());
             let a = read(&a_name, factors.a.val())?;
             let b = read(&b_name, factors.b.val())?;
-            let pair = AdapterPair::new(d_in, r, d_out, a, b);
+            let mut pair = AdapterPair::new(d_in, r, d_out, a, b);
+            if let Some(dora) = &linear.dora {
+                pair.magnitude = Some(read(&magnitude_name(&module), dora.magnitude.val())?);
+            }
             adapter.modules.insert(module, pair);
         }
         Ok(adapter)
     }
 
     /// Puts this adapter on every module of `model` that `lora` selects, in place of the adapters
-    /// that the model has. The factors are trainable, in f32.
+    /// that the model has. The factors and magnitudes are trainable, in f32.
+    ///
+    /// What is no second path is written into the model: tensors that the adapter brings its own version
+    /// of, biases, and the adapters of the embedding and of the output layer, which get tables of their own
+    /// with the adapter merged in.
     ///
     /// # Errors
     ///
-    /// A selected module whose tensors are missing, a tensor that no selected module has, or one of
-    /// another shape, by PEFT's name; an invalid `lora`, or one that selects nothing.
+    /// As [`check`](Self::check).
     pub fn put_on(&self, mut model: Llama, lora: &LoraConfig) -> Result<Llama, AdapterError> {
-        // Counting tells an invalid configuration and one that selects nothing.
-        model.count(lora)?;
+        self.check(&model.config, lora)?;
         let selector = lora.selector()?;
-        let unselected = |module: &&String| !selector.matches(module);
-        let known: Vec<String> = model.linears().map(|(module, _)| module).collect();
-        let unknown = |module: &&String| !known.contains(module);
-        let stray = self.modules.keys().find(|m| unselected(m) || unknown(m));
-        if let Some(module) = stray {
-            let [name, _] = tensor_names(module);
-            return Err(AdapterError::Unexpected { name });
+        for (_, linear) in model.linears_mut() {
+            *linear = linear.clone().without_adapter();
         }
+        self.write_whole(&mut model, lora)?;
         let device = model.device();
         for (module, linear) in model.linears_mut() {
-            *linear = linear.clone().without_adapter();
-            if !selector.matches(&module) {
-                continue;
-            }
-            let [a_name, b_name] = tensor_names(&module);
             let Some(pair) = self.modules.get(&module) else {
-                return Err(AdapterError::Missing { name: a_name });
+                continue;
             };
-            let [d_in, d_out] = linear.dims();
-            // Named and shaped as in the file, where the matrices are transposed.
-            if (pair.r, pair.d_in) != (lora.r, d_in) {
-                return Err(AdapterError::shape(
-                    a_name,
-                    &[lora.r, d_in],
-                    &[pair.r, pair.d_in],
-                ));
-            }
-            if pair.d_out != d_out {
-                return Err(AdapterError::shape(
-                    b_name,
-                    &[d_out, lora.r],
-                    &[pair.d_out, pair.r],
-                ));
-            }
-            let place = |values: &[f32], shape: [usize; 2]| {
-                let data = TensorData::new(values.to_vec(), shape);
-                Tensor::<2>::from_data(data, (&device, DType::F32))
-            };
-            let a = place(&pair.a, [d_in, pair.r]);
-            let b = place(&pair.b, [pair.r, d_out]);
-            let adapted = linear.clone().with_adapter(a, b, lora.scale());
+            let scale = selector.scale(&module);
+            let adapted = pair.put_on(linear.clone(), scale, &device);
             *linear = adapted.map_err(|error| name_of(error, &module))?;
             linear.dropout = AdapterDropout::new(lora.lora_dropout);
+            if let Some(bias) = &pair.bias {
+                let scaled = bias.iter().map(|value| value * scale as f32);
+                let values = match &linear.bias {
+                    None => scaled.collect(),
+                    Some(old) => {
+                        let old = read(&bias_name(&module), old.val().unsqueeze())?;
+                        scaled.zip(old).map(|(bias, old)| bias + old).collect()
+                    }
+                };
+                let values: Vec<f32> = values;
+                let data = TensorData::new(values, [pair.d_out]);
+                let bias = Tensor::<1>::from_data(data, (&device, DType::F32));
+                linear.bias = Some(Param::from_tensor(bias).set_require_grad(false));
+            }
         }
         Ok(model)
+    }
+
+    /// Writes into the model what is no second path beside a linear layer.
+    fn write_whole(&self, model: &mut Llama, lora: &LoraConfig) -> Result<(), AdapterError> {
+        let config = model.config.clone();
+        // The tables before anything changes: that of a tied model is both.
+        let mut tables = Vec::new();
+        for (name, module) in [(EMBEDDING_WEIGHT, EMBEDDING), (HEAD_WEIGHT, HEAD)] {
+            let follows =
+                name == HEAD_WEIGHT && !self.unties(&config, lora) && config.tie_word_embeddings;
+            if follows || !self.changes(&config, lora, name) {
+                continue;
+            }
+            let values = match name {
+                HEAD_WEIGHT => model.head_values(),
+                _ => model.embed_tokens.values(),
+            };
+            let values = values.map_err(|reason| {
+                let [name, _] = tensor_names(module);
+                AdapterError::Unreadable { name, reason }
+            })?;
+            tables.push((name, self.merged(&config, lora, name, values)?));
+        }
+        if self.unties(&config, lora) {
+            model.untie();
+        }
+        let whole = self.whole.iter();
+        let others =
+            whole.filter(|(name, _)| ![EMBEDDING_WEIGHT, HEAD_WEIGHT].contains(&name.as_str()));
+        let others = others.map(|(name, tensor)| (name.as_str(), tensor.values.clone()));
+        for (name, values) in tables.into_iter().chain(others) {
+            if !model.set_tensor(name, values) {
+                return Err(AdapterError::Unexpected { name: name.into() });
+            }
+        }
+        Ok(())
+    }
+}
+
+impl AdapterPair {
+    fn put_on(
+        &self,
+        linear: LoraLinear,
+        scale: f64,
+        device: &Device,
+    ) -> Result<LoraLinear, LoraError> {
+        let place = |values: &[f32], shape: [usize; 2]| {
+            let data = TensorData::new(values.to_vec(), shape);
+            Tensor::<2>::from_data(data, (device, DType::F32))
+        };
+        let a = place(&self.a, [self.d_in, self.r]);
+        let b = place(&self.b, [self.r, self.d_out]);
+        let adapted = linear.with_adapter(a, b, scale)?;
+        match &self.magnitude {
+            None => Ok(adapted),
+            Some(magnitude) => adapted.with_dora(Some(place(magnitude, [1, self.d_out]))),
+        }
     }
 }
 
@@ -129,6 +179,7 @@ mod tests {
             initializer_range: 0.3,
             bos_token_id: None,
             eos_token_ids: vec![],
+            weight_bytes: 4,
         }
     }
 

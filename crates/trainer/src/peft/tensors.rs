@@ -1,8 +1,9 @@
-//! `adapter_model.safetensors`: the adapter's matrices under PEFT's names.
+//! `adapter_model.safetensors`: the adapter's tensors under PEFT's names.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
+use lora_core::{Bias, LoraConfig};
 use safetensors::{Dtype, SafeTensors, View};
 
 use super::AdapterError;
@@ -10,9 +11,17 @@ use super::AdapterError;
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
 const B: &str = ".lora_B.weight";
+const EMBEDDING_A: &str = ".lora_embedding_A";
+const EMBEDDING_B: &str = ".lora_embedding_B";
+const B_BIAS: &str = ".lora_B.bias";
+const MAGNITUDE: &str = ".lora_magnitude_vector";
+/// What a module that PEFT wraps is called inside the wrapper.
+const WRAPPED: &str = ".base_layer";
 
-/// The two matrices of one adapted module, on the host, row-major, as `lora_core` lays them out:
+/// The tensors of one adapted module, on the host, row-major, as `lora_core` lays them out:
 /// `a` is `[d_in, r]` and `b` is `[r, d_out]` (PEFT's file holds both transposed).
+///
+/// An embedding counts as a module from tokens to hidden states: d_in is the vocabulary.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterPair {
     /// Width of the module's input.
@@ -25,10 +34,14 @@ pub struct AdapterPair {
     pub a: Vec<f32>,
     /// `[r, d_out]`.
     pub b: Vec<f32>,
+    /// A DoRA's length of each output's weights, `[d_out]`.
+    pub magnitude: Option<Vec<f32>>,
+    /// What `lora_bias` adds to the output, before the scale, `[d_out]`.
+    pub bias: Option<Vec<f32>>,
 }
 
 impl AdapterPair {
-    /// A pair of these sizes.
+    /// A pair of these sizes, without magnitude and bias.
     ///
     /// # Panics
     ///
@@ -42,23 +55,107 @@ impl AdapterPair {
             r,
             a,
             b,
+            magnitude: None,
+            bias: None,
         }
     }
 }
 
-/// An adapter's matrices by Hugging Face module name (`model.layers.0.self_attn.q_proj`).
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct AdapterTensors {
-    /// The matrices; the order of the names is the order in the file.
-    pub modules: BTreeMap<String, AdapterPair>,
+/// A tensor of the base model that the adapter brings its own version of, row-major as Hugging Face stores it.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WholeTensor {
+    /// Its shape.
+    pub shape: Vec<usize>,
+    /// Its elements.
+    pub values: Vec<f32>,
 }
 
-/// PEFT's names of a module's two tensors.
+/// An adapter's tensors.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct AdapterTensors {
+    /// Those of the adapted modules by Hugging Face module name (`model.layers.0.self_attn.q_proj`); the
+    /// order of the names is the order in the file.
+    pub modules: BTreeMap<String, AdapterPair>,
+    /// Those that take the place of the base model's: trained biases, modules that were saved as a whole,
+    /// and embeddings that PEFT saves beside their adapter; by Hugging Face's name
+    /// (`model.norm.weight`).
+    pub whole: BTreeMap<String, WholeTensor>,
+}
+
+/// The module whose rows are looked up and not multiplied with.
+pub(super) const EMBEDDING: &str = "model.embed_tokens";
+
+/// PEFT's names of a module's two factors.
 pub fn tensor_names(module: &str) -> [String; 2] {
+    let [a, b] = match module {
+        EMBEDDING => [EMBEDDING_A, EMBEDDING_B],
+        _ => [A, B],
+    };
     [
-        format!("{PREFIX}{module}{A}"),
-        format!("{PREFIX}{module}{B}"),
+        format!("{PREFIX}{module}{a}"),
+        format!("{PREFIX}{module}{b}"),
     ]
+}
+
+/// PEFT's name of a module's magnitude.
+pub fn magnitude_name(module: &str) -> String {
+    format!("{PREFIX}{module}{MAGNITUDE}")
+}
+
+/// PEFT's name of what `lora_bias` adds to a module.
+pub(super) fn bias_name(module: &str) -> String {
+    format!("{PREFIX}{module}{B_BIAS}")
+}
+
+/// What a tensor of the file belongs to.
+enum Place {
+    A,
+    B,
+    Bias,
+    Magnitude,
+}
+
+/// The module and what of it a tensor is; `None` for a tensor that stands for itself.
+fn place(name: &str) -> Option<(&str, Place)> {
+    let ends = [
+        (A, Place::A),
+        (B, Place::B),
+        (EMBEDDING_A, Place::A),
+        (EMBEDDING_B, Place::B),
+        (B_BIAS, Place::Bias),
+        (MAGNITUDE, Place::Magnitude),
+        // PEFT renames it on saving; a state dict that was written by hand has it.
+        (".lora_magnitude_vector.weight", Place::Magnitude),
+    ];
+    ends.into_iter()
+        .find_map(|(end, place)| Some((name.strip_suffix(end)?, place)))
+}
+
+/// Whether PEFT saves this tensor of the base model as a part of the module names in `modules_to_save`:
+/// those that the tensor's module or one around it ends with.
+pub(super) fn saved_whole(lora: &LoraConfig, tensor: &str) -> bool {
+    let dots = tensor.match_indices('.').map(|(dot, _)| &tensor[..dot]);
+    let mut modules = dots;
+    modules.any(|module| {
+        let mut saved = lora.modules_to_save.iter();
+        saved.any(|saved| module.ends_with(saved.as_str()))
+    })
+}
+
+/// Whether a tensor of the base model may be in the file at all.
+fn explained(lora: &LoraConfig, tensor: &str) -> bool {
+    let embedding = ["model.embed_tokens.weight", "lm_head.weight"].contains(&tensor);
+    let bias = lora.bias != Bias::None && tensor.ends_with(".bias");
+    embedding || bias || saved_whole(lora, tensor)
+}
+
+/// A module's tensors while a file is read.
+#[derive(Default)]
+struct Parts {
+    a: Option<Values>,
+    b: Option<Values>,
+    bias: Option<Values>,
+    magnitude: Option<Values>,
 }
 
 impl AdapterTensors {
@@ -73,11 +170,32 @@ impl AdapterTensors {
         for (module, pair) in &self.modules {
             let [a, b] = tensor_names(module);
             let (d_in, r, d_out) = (pair.d_in, pair.r, pair.d_out);
-            tensors.push((a, Matrix::transposed(&pair.a, [d_in, r])));
-            tensors.push((b, Matrix::transposed(&pair.b, [r, d_out])));
+            tensors.push((a, Values::transposed(&pair.a, [d_in, r])));
+            tensors.push((b, Values::transposed(&pair.b, [r, d_out])));
+            if let Some(bias) = &pair.bias {
+                tensors.push((bias_name(module), Values::vector(bias)));
+            }
+            if let Some(magnitude) = &pair.magnitude {
+                tensors.push((magnitude_name(module), Values::vector(magnitude)));
+            }
         }
-        for (name, matrix) in &tensors {
-            check_finite(name, &matrix.values)?;
+        for (name, tensor) in &self.whole {
+            let name = match name.rsplit_once('.') {
+                Some((module, end)) if self.modules.contains_key(module) => {
+                    format!("{PREFIX}{module}{WRAPPED}.{end}")
+                }
+                _ => format!("{PREFIX}{name}"),
+            };
+            tensors.push((
+                name,
+                Values {
+                    shape: tensor.shape.clone(),
+                    values: tensor.values.clone(),
+                },
+            ));
+        }
+        for (name, tensor) in &tensors {
+            check_finite(name, &tensor.values)?;
         }
         let metadata = [("format".to_string(), "pt".to_string())].into();
         safetensors::serialize(tensors, Some(metadata)).map_err(|error| AdapterError::Safetensors {
@@ -89,56 +207,92 @@ impl AdapterTensors {
     ///
     /// # Errors
     ///
-    /// A tensor whose name is not that of a `lora_A` or `lora_B`, that lacks its partner, whose
-    /// rank is not `r`, whose type is not a float, or that holds NaN or infinity, by its name; a
-    /// file that is cut off or is no safetensors file.
-    pub fn from_bytes(bytes: &[u8], r: usize) -> Result<Self, AdapterError> {
+    /// A tensor that the settings do not explain, that lacks its partner, whose rank is not the
+    /// module's, whose type is not a float, or that holds NaN or infinity, by its name; a file that is cut
+    /// off or is no safetensors file.
+    pub fn from_bytes(bytes: &[u8], lora: &LoraConfig) -> Result<Self, AdapterError> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| AdapterError::Safetensors {
             reason: error.to_string(),
         })?;
-        let mut halves: BTreeMap<String, [Option<Matrix>; 2]> = BTreeMap::new();
+        let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
+        let mut whole = BTreeMap::new();
         for (name, view) in file.iter() {
-            let module = name.strip_prefix(PREFIX).and_then(|rest| {
-                let a = rest.strip_suffix(A).map(|module| (module, 0));
-                a.or_else(|| rest.strip_suffix(B).map(|module| (module, 1)))
-            });
-            let Some((module, half)) = module else {
-                return Err(AdapterError::Unexpected { name: name.into() });
-            };
-            let matrix = Matrix::read(name, view.dtype(), view.shape(), view.data())?;
-            halves.entry(module.into()).or_default()[half] = Some(matrix);
+            let unexpected = || AdapterError::Unexpected { name: name.into() };
+            let rest = name.strip_prefix(PREFIX).ok_or_else(unexpected)?;
+            let read = || Values::read(name, view.dtype(), view.shape(), view.data());
+            if let Some((module, place)) = place(rest) {
+                let parts = parts.entry(module.into()).or_default();
+                let place = match place {
+                    Place::A => &mut parts.a,
+                    Place::B => &mut parts.b,
+                    Place::Bias if lora.lora_bias => &mut parts.bias,
+                    Place::Magnitude if lora.use_dora => &mut parts.magnitude,
+                    Place::Bias | Place::Magnitude => return Err(unexpected()),
+                };
+                if place.replace(read()?).is_some() {
+                    return Err(unexpected());
+                }
+                continue;
+            }
+            let tensor = rest.replace(WRAPPED, "");
+            if !explained(lora, &tensor) {
+                return Err(unexpected());
+            }
+            let Values { shape, values } = read()?;
+            let tensor = whole.insert(tensor, WholeTensor { shape, values });
+            if tensor.is_some() {
+                return Err(unexpected());
+            }
         }
+        let selector = lora.selector()?;
         let mut modules = BTreeMap::new();
-        for (module, [a, b]) in halves {
-            let [a_name, b_name] = tensor_names(&module);
-            let a = a.ok_or(AdapterError::Missing {
-                name: a_name.clone(),
-            })?;
-            let b = b.ok_or(AdapterError::Missing {
-                name: b_name.clone(),
-            })?;
-            let ([a_r, d_in], [d_out, b_r]) = (a.shape, b.shape);
-            if a_r != r {
-                return Err(AdapterError::shape(a_name, &[r, d_in], &[a_r, d_in]));
-            }
-            if b_r != r {
-                return Err(AdapterError::shape(b_name, &[d_out, r], &[d_out, b_r]));
-            }
-            let a = Matrix::transposed(&a.values, [r, d_in]).values;
-            let b = Matrix::transposed(&b.values, [d_out, r]).values;
-            modules.insert(
-                module,
-                AdapterPair {
-                    d_in,
-                    d_out,
-                    r,
-                    a,
-                    b,
-                },
-            );
+        for (module, parts) in parts {
+            let pair = pair(&module, parts, lora, selector.r(&module))?;
+            modules.insert(module, pair);
         }
-        Ok(Self { modules })
+        Ok(Self { modules, whole })
     }
+}
+
+/// Puts a module's tensors together.
+fn pair(
+    module: &str,
+    parts: Parts,
+    lora: &LoraConfig,
+    r: usize,
+) -> Result<AdapterPair, AdapterError> {
+    let [a_name, b_name] = tensor_names(module);
+    let needed = |values: Option<Values>, name: &str| {
+        values.ok_or(AdapterError::Missing { name: name.into() })
+    };
+    let a = needed(parts.a, &a_name)?;
+    let b = needed(parts.b, &b_name)?;
+    let ([a_r, d_in], [d_out, b_r]) = (a.matrix(&a_name)?, b.matrix(&b_name)?);
+    if a_r != r {
+        return Err(AdapterError::shape(a_name, &[r, d_in], &[a_r, d_in]));
+    }
+    if b_r != r {
+        return Err(AdapterError::shape(b_name, &[d_out, r], &[d_out, b_r]));
+    }
+    let vector = |asked: bool, values: Option<Values>, name: String| match asked {
+        false => Ok(None),
+        true => {
+            let values = needed(values, &name)?;
+            match values.shape[..] == [d_out] {
+                true => Ok(Some(values.values)),
+                false => Err(AdapterError::shape(name, &[d_out], &values.shape)),
+            }
+        }
+    };
+    Ok(AdapterPair {
+        d_in,
+        d_out,
+        r,
+        a: Values::transposed(&a.values, [r, d_in]).values,
+        b: Values::transposed(&b.values, [d_out, r]).values,
+        bias: vector(lora.lora_bias, parts.bias, bias_name(module))?,
+        magnitude: vector(lora.use_dora, parts.magnitude, magnitude_name(module))?,
+    })
 }
 
 fn check_finite(name: &str, values: &[f32]) -> Result<(), AdapterError> {
@@ -152,13 +306,13 @@ fn check_finite(name: &str, values: &[f32]) -> Result<(), AdapterError> {
     }
 }
 
-/// A row-major f32 matrix as a safetensors file holds it.
-struct Matrix {
-    shape: [usize; 2],
+/// Row-major f32 elements as a safetensors file holds them.
+struct Values {
+    shape: Vec<usize>,
     values: Vec<f32>,
 }
 
-impl Matrix {
+impl Values {
     /// The transpose of a row-major `[rows, columns]` matrix.
     fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Self {
         let mut transposed = vec![0.0; values.len()];
@@ -168,25 +322,36 @@ impl Matrix {
             }
         }
         Self {
-            shape: [columns, rows],
+            shape: vec![columns, rows],
             values: transposed,
         }
     }
 
-    fn read(name: &str, dtype: Dtype, shape: &[usize], data: &[u8]) -> Result<Self, AdapterError> {
-        let &[rows, columns] = shape else {
-            return Err(AdapterError::Rank {
+    fn vector(values: &[f32]) -> Self {
+        Self {
+            shape: vec![values.len()],
+            values: values.to_vec(),
+        }
+    }
+
+    fn matrix(&self, name: &str) -> Result<[usize; 2], AdapterError> {
+        match self.shape[..] {
+            [rows, columns] => Ok([rows, columns]),
+            _ => Err(AdapterError::Rank {
                 name: name.into(),
-                got: shape.to_vec(),
-            });
-        };
+                got: self.shape.clone(),
+            }),
+        }
+    }
+
+    fn read(name: &str, dtype: Dtype, shape: &[usize], data: &[u8]) -> Result<Self, AdapterError> {
         let values = read_floats(dtype, data).ok_or_else(|| AdapterError::Dtype {
             name: name.into(),
             got: format!("{dtype:?}"),
         })?;
         check_finite(name, &values)?;
         Ok(Self {
-            shape: [rows, columns],
+            shape: shape.to_vec(),
             values,
         })
     }
@@ -210,7 +375,7 @@ pub(crate) fn read_floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     }
 }
 
-impl View for Matrix {
+impl View for Values {
     fn dtype(&self) -> Dtype {
         Dtype::F32
     }
@@ -234,6 +399,13 @@ pub(super) mod tests {
     use super::*;
 
     const Q: &str = "model.layers.0.self_attn.q_proj";
+
+    fn lora() -> LoraConfig {
+        LoraConfig {
+            r: 3,
+            ..LoraConfig::default()
+        }
+    }
 
     pub fn example() -> AdapterTensors {
         let ramp = |length: usize, scale: f32| (0..length).map(|i| i as f32 * scale).collect();
@@ -266,7 +438,10 @@ pub(super) mod tests {
     #[test]
     fn what_is_written_reads_back_the_same() {
         let bytes = example().to_bytes().unwrap();
-        assert_eq!(AdapterTensors::from_bytes(&bytes, 3).unwrap(), example());
+        assert_eq!(
+            AdapterTensors::from_bytes(&bytes, &lora()).unwrap(),
+            example()
+        );
     }
 
     #[test]
@@ -287,6 +462,97 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn magnitudes_biases_embeddings_and_whole_tensors_read_back_under_pefts_names() {
+        let lora = LoraConfig {
+            r: 3,
+            lora_bias: true,
+            bias: Bias::LoraOnly,
+            modules_to_save: vec!["norm".into()],
+            rank_pattern: vec![("embed_tokens".into(), 1)],
+            ..LoraConfig::default()
+        };
+        let mut tensors = example();
+        for pair in tensors.modules.values_mut() {
+            pair.bias = Some(vec![0.5; pair.d_out]);
+        }
+        let mut embedding = AdapterPair::new(5, 1, 2, vec![1.0; 5], vec![2.0; 2]);
+        embedding.bias = Some(vec![0.0; 2]);
+        tensors.modules.insert(EMBEDDING.into(), embedding);
+        for (name, shape) in [
+            ("model.layers.0.self_attn.q_proj.bias", vec![4]),
+            ("model.layers.0.input_layernorm.weight", vec![6]),
+            ("model.norm.weight", vec![6]),
+            ("model.embed_tokens.weight", vec![5, 2]),
+        ] {
+            let values = vec![0.25; shape.iter().product()];
+            tensors
+                .whole
+                .insert(name.into(), WholeTensor { shape, values });
+        }
+        let bytes = tensors.to_bytes().unwrap();
+        assert_eq!(AdapterTensors::from_bytes(&bytes, &lora).unwrap(), tensors);
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        for (name, shape) in [
+            ("model.layers.0.self_attn.q_proj.base_layer.bias", vec![4]),
+            ("model.layers.0.self_attn.q_proj.lora_B.bias", vec![4]),
+            ("model.layers.0.input_layernorm.weight", vec![6]),
+            ("model.embed_tokens.base_layer.weight", vec![5, 2]),
+            ("model.embed_tokens.lora_embedding_A", vec![1, 5]),
+            ("model.embed_tokens.lora_embedding_B", vec![2, 1]),
+        ] {
+            assert_eq!(
+                file.tensor(&format!("{PREFIX}{name}")).unwrap().shape(),
+                shape
+            );
+        }
+
+        let dora = LoraConfig {
+            use_dora: true,
+            r: 3,
+            ..LoraConfig::default()
+        };
+        let mut tensors = example();
+        for pair in tensors.modules.values_mut() {
+            pair.magnitude = Some(vec![1.5; pair.d_out]);
+        }
+        let bytes = tensors.to_bytes().unwrap();
+        assert_eq!(AdapterTensors::from_bytes(&bytes, &dora).unwrap(), tensors);
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        assert_eq!(file.tensor(&magnitude_name(Q)).unwrap().shape(), [4]);
+        // Of the two files neither is the other's: a tensor too much, a tensor too few.
+        let error = AdapterTensors::from_bytes(&bytes, &super::tests::lora()).unwrap_err();
+        assert!(
+            error.to_string().contains("lora_magnitude_vector"),
+            "{error}"
+        );
+        let plain = example().to_bytes().unwrap();
+        let error = AdapterTensors::from_bytes(&plain, &dora)
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("lora_magnitude_vector") && error.contains("missing"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_tensor_of_the_base_model_needs_a_setting_that_explains_it() {
+        let norm = "base_model.model.model.norm.weight";
+        let bytes = file(vec![(norm, Dtype::F32, vec![2], vec![0; 8])]);
+        let error = AdapterTensors::from_bytes(&bytes, &lora()).unwrap_err();
+        assert!(error.to_string().contains(norm), "{error}");
+        let mut saved = lora();
+        saved.modules_to_save = vec!["norm".into()];
+        assert_eq!(
+            AdapterTensors::from_bytes(&bytes, &saved)
+                .unwrap()
+                .whole
+                .len(),
+            1
+        );
+    }
+
+    #[test]
     fn half_precision_is_widened() {
         let one = half::bf16::from_f32(1.5).to_le_bytes();
         assert_eq!(read_floats(Dtype::BF16, &one), Some(vec![1.5]));
@@ -299,7 +565,7 @@ pub(super) mod tests {
     fn a_wrong_tensor_is_named_with_expected_and_got() {
         let [a, b] = tensor_names(Q);
         let read = |tensors| {
-            let error = AdapterTensors::from_bytes(&file(tensors), 3).unwrap_err();
+            let error = AdapterTensors::from_bytes(&file(tensors), &lora()).unwrap_err();
             error.to_string()
         };
         let missing = read(vec![zeros(&a, [3, 6])]);
@@ -336,7 +602,7 @@ pub(super) mod tests {
     fn a_file_that_is_cut_off_is_an_error() {
         let bytes = example().to_bytes().unwrap();
         for length in [0, 4, 20, bytes.len() - 1] {
-            let error = AdapterTensors::from_bytes(&bytes[..length], 3).unwrap_err();
+            let error = AdapterTensors::from_bytes(&bytes[..length], &lora()).unwrap_err();
             assert!(matches!(error, AdapterError::Safetensors { .. }));
         }
     }

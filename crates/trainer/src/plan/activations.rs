@@ -201,10 +201,9 @@ struct Sizes {
 impl Sizes {
     fn new(model: &LlamaConfig, options: &PlanOptions, adapted: &Adapted, tokens: usize) -> Self {
         let floats = (tokens * options.float_bytes) as f64;
-        let r = options.lora.r as f64;
         let low = |names: &[&str]| {
-            let modules = names.iter().filter(|name| adapted.has(name)).count();
-            floats * r * modules as f64
+            let modules = names.iter().map(|name| adapted.kept_floats(name));
+            floats * modules.sum::<usize>() as f64
         };
         let hidden = floats * model.hidden_size as f64;
         let query = floats * (model.num_attention_heads * model.head_dim) as f64;
@@ -227,11 +226,10 @@ impl Sizes {
                 true => SCORE_COPIES * 4.0 * scores as f64,
                 false => 0.0,
             },
-            attention: 2.0 * query
-                + 2.0 * key_value
-                + log_sums
-                + low(&["q_proj", "k_proj", "v_proj"]),
+            attention: query + 2.0 * key_value + log_sums + low(&["q_proj", "k_proj", "v_proj"]),
+            // With what attention mixed, if the output module's adapter reads it again.
             feed_forward_block: hidden
+                + f64::from(adapted.has("o_proj")) * query
                 + 2.0 * feed_forward
                 + low(&["o_proj", "gate_proj", "up_proj", "down_proj"]),
         }
@@ -246,24 +244,27 @@ impl Sizes {
 struct Adapted {
     /// Layers from the lowest with an adapter to the last: those that have a backward pass.
     layers: usize,
-    /// The layer's linear modules that have one in any layer.
-    modules: Vec<&'static str>,
+    /// The layer's linear modules that have one in any layer, with the floats that the largest of them
+    /// keeps of a token: its low-rank product, and what a DoRA scales.
+    modules: Vec<(&'static str, usize)>,
 }
 
 impl Adapted {
     fn new(model: &LlamaConfig, options: &PlanOptions) -> Result<Self, LoraError> {
         let selector: ModuleSelector = options.lora.selector()?;
-        let adapted =
-            |layer: usize, name: &str| selector.matches(&format!("model.layers.{layer}.{name}"));
+        let full = |layer: usize, name: &str| format!("model.layers.{layer}.{name}");
+        let adapted = |layer: usize, name: &str| selector.matches(&full(layer, name));
         let linears = model.layer_linears();
         let all = 0..model.num_hidden_layers;
         let lowest = all
             .clone()
             .find(|layer| linears.iter().any(|(name, ..)| adapted(*layer, name)));
-        let modules = linears
-            .iter()
-            .filter(|(name, ..)| all.clone().any(|layer| adapted(layer, name)))
-            .map(|(name, ..)| *name);
+        let modules = linears.iter().filter_map(|(name, _, d_out, _)| {
+            let layers = all.clone().filter(|layer| adapted(*layer, name));
+            let r = layers.map(|layer| selector.r(&full(layer, name))).max()?;
+            let scaled = if options.lora.use_dora { *d_out } else { 0 };
+            Some((*name, r + scaled))
+        });
         Ok(Self {
             layers: model.num_hidden_layers - lowest.unwrap_or(model.num_hidden_layers),
             modules: modules.collect(),
@@ -271,7 +272,13 @@ impl Adapted {
     }
 
     fn has(&self, name: &str) -> bool {
-        self.modules.iter().any(|module| module.ends_with(name))
+        self.kept_floats(name) > 0
+    }
+
+    fn kept_floats(&self, name: &str) -> usize {
+        let mut modules = self.modules.iter();
+        let found = modules.find(|(module, _)| module.ends_with(name));
+        found.map_or(0, |(_, floats)| *floats)
     }
 }
 

@@ -9,7 +9,7 @@ use indicatif::ProgressBar;
 use super::style::Style;
 use super::{StepSummary, result};
 use crate::human;
-use crate::metrics::{TrainLine, ValidationLine};
+use crate::metrics::{History, TrainLine, ValidationLine};
 
 /// What the screen remembers of a run.
 pub(super) struct Run {
@@ -26,7 +26,8 @@ pub(super) struct Run {
     /// Tokens and seconds of recent steps.
     speed: (Smoothed, Smoothed),
     pub validations: Vec<(usize, f64)>,
-    last_validation: Option<ValidationLine>,
+    /// Loss and accuracy.
+    last_validation: Option<(f64, f64)>,
     best: f64,
 }
 
@@ -47,6 +48,25 @@ impl Run {
             last_validation: None,
             best: f64::INFINITY,
         }
+    }
+
+    /// Goes on after an earlier session.
+    pub fn resume(&mut self, step: usize, history: &History) {
+        self.bar.set_position(step as u64);
+        self.losses = history.losses.clone();
+        for loss in &history.losses {
+            self.smoothed.add(*loss);
+        }
+        for (step, loss, accuracy) in &history.validations {
+            self.validations.push((*step, *loss));
+            self.last_validation = Some((*loss, *accuracy));
+            self.best = self.best.min(*loss);
+        }
+    }
+
+    /// Whether this step is the first of this session.
+    pub fn is_first(&self, step: usize) -> bool {
+        self.first.is_some_and(|(first, _)| first == step)
     }
 
     pub fn record(&mut self, line: &TrainLine) {
@@ -125,10 +145,10 @@ impl Run {
             human::number(line.val_loss),
             human::percent(line.val_accuracy),
         );
-        if let Some(last) = self.last_validation {
-            let by = line.val_loss - last.val_loss;
+        if let Some((last_loss, last_accuracy)) = self.last_validation {
+            let by = line.val_loss - last_loss;
             loss += &format!(" ({})", result::signed(by, &human::number(by.abs())));
-            let by = (line.val_accuracy - last.val_accuracy) * 100.0;
+            let by = (line.val_accuracy - last_accuracy) * 100.0;
             accuracy += &format!(" ({})", result::signed(by, &format!("{:.1}", by.abs())));
         }
         let is_best = line.val_loss < self.best;
@@ -140,7 +160,7 @@ impl Run {
             self.best = line.val_loss;
         }
         self.validations.push((line.step, line.val_loss));
-        self.last_validation = Some(*line);
+        self.last_validation = Some((line.val_loss, line.val_accuracy));
         let answers = human::percent(line.val_row_accuracy);
         format!(
             "{when}  validation loss {loss}  accuracy {accuracy}  answers right {answers}{best}"

@@ -1,0 +1,399 @@
+//! A Llama's shape between GGUF's metadata and Hugging Face's `config.json`.
+
+use serde_json::{Map, Number, Value as Json, json};
+
+use super::{GgufError, Header, TensorKind, Value};
+use crate::rope::scale;
+use crate::{LlamaConfig, RopeScaling};
+
+/// The tensor in which llama.cpp keeps what Llama 3.1's scaling divides each rotary frequency by.
+const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+/// The object that `config.json` of the same model holds.
+///
+/// # Errors
+///
+/// Another architecture, or a key that is missing or has a value that no Llama has.
+pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufError> {
+    let header = &file.header;
+    const ARCHITECTURE: &str = "general.architecture";
+    match header.text(ARCHITECTURE)? {
+        Some("llama") => {}
+        Some(other) => {
+            let reason =
+                format!("is {other:?}; only models of the architecture \"llama\" are read");
+            return Err(header.wrong(ARCHITECTURE, reason));
+        }
+        None => return Err(header.wrong(ARCHITECTURE, "is missing; is this a model?")),
+    }
+    if let Some(kind) = header.text("general.type")?.filter(|kind| *kind != "model") {
+        return Err(header.wrong("general.type", format!("is {kind:?}, not \"model\"")));
+    }
+    if header.count("llama.expert_count")?.unwrap_or(0) > 0 {
+        let reason = "is above 0: a mixture of experts is no Llama that can be trained here";
+        return Err(header.wrong("llama.expert_count", reason));
+    }
+    let need = |key: &str| match header.count(key)? {
+        Some(count) if (1..=1 << 28).contains(&count) => Ok(count),
+        Some(count) => Err(header.wrong(key, format!("is {count}"))),
+        None => Err(header.wrong(key, "is missing")),
+    };
+    let heads = need("llama.attention.head_count")?;
+    let kv_heads = match header.metadata.get("llama.attention.head_count_kv") {
+        None => heads,
+        Some(_) => need("llama.attention.head_count_kv")?,
+    };
+    let hidden = need("llama.embedding_length")?;
+    let head_dim = match header.count("llama.attention.key_length")? {
+        Some(_) => need("llama.attention.key_length")?,
+        None => hidden / heads,
+    };
+    for (key, of) in [
+        ("llama.attention.value_length", "values"),
+        ("llama.rope.dimension_count", "rotated parts"),
+    ] {
+        if let Some(other) = header.count(key)?.filter(|other| *other != head_dim) {
+            let reason = format!(
+                "is {other}, and heads have {head_dim}; {of} of another size are not supported"
+            );
+            return Err(header.wrong(key, reason));
+        }
+    }
+    let vocab = match header
+        .tensors
+        .get("token_embd.weight")
+        .map(|place| &place.shape[..])
+    {
+        Some([rows, _]) => *rows as u64,
+        _ => {
+            return Err(wrong_tensor(
+                header,
+                "token_embd.weight",
+                "is missing or no table",
+            ));
+        }
+    };
+    let decimal = |key: &str| header.get(key, "a number", Value::as_decimal);
+    let eps = decimal("llama.attention.layer_norm_rms_epsilon")?;
+    let eps =
+        eps.ok_or_else(|| header.wrong("llama.attention.layer_norm_rms_epsilon", "is missing"))?;
+    let theta = decimal("llama.rope.freq_base")?.unwrap_or(10_000.0);
+    let has = |name: &str| header.tensors.contains_key(name);
+    let mut config = Map::new();
+    let mut set = |key: &str, value: Json| config.insert(key.into(), value);
+    set("architectures", json!(["LlamaForCausalLM"]));
+    set("model_type", json!("llama"));
+    // What the tables are loaded in.
+    set(
+        "dtype",
+        json!(match header.kind("token_embd.weight")? {
+            TensorKind::F16 => "float16",
+            TensorKind::BF16 => "bfloat16",
+            _ => "float32",
+        }),
+    );
+    set("hidden_act", json!("silu"));
+    set("vocab_size", json!(vocab));
+    set("hidden_size", json!(hidden));
+    set(
+        "intermediate_size",
+        json!(need("llama.feed_forward_length")?),
+    );
+    set("num_hidden_layers", json!(need("llama.block_count")?));
+    set("num_attention_heads", json!(heads));
+    set("num_key_value_heads", json!(kv_heads));
+    set("head_dim", json!(head_dim));
+    set(
+        "max_position_embeddings",
+        json!(need("llama.context_length")?),
+    );
+    set(
+        "rms_norm_eps",
+        number(header, "llama.attention.layer_norm_rms_epsilon", eps)?,
+    );
+    set("rope_theta", number(header, "llama.rope.freq_base", theta)?);
+    let scaling = rope_scaling(file, head_dim, theta)?;
+    set("rope_scaling", scaling);
+    set("tie_word_embeddings", json!(!has("output.weight")));
+    set("attention_bias", json!(has("blk.0.attn_q.bias")));
+    set("mlp_bias", json!(has("blk.0.ffn_gate.bias")));
+    for (key, ids) in [
+        ("bos_token_id", &["tokenizer.ggml.bos_token_id"][..]),
+        (
+            "eos_token_id",
+            &[
+                "tokenizer.ggml.eos_token_id",
+                "tokenizer.ggml.eot_token_id",
+                "tokenizer.ggml.eom_token_id",
+            ],
+        ),
+    ] {
+        let mut found = Vec::new();
+        for id in ids {
+            found.extend(header.count(id)?.filter(|id| !found.contains(id)));
+        }
+        match found[..] {
+            [] => {}
+            [one] => {
+                set(key, json!(one));
+            }
+            _ => {
+                set(key, json!(found));
+            }
+        }
+    }
+    Ok(config)
+}
+
+fn number(header: &Header, key: &str, value: f64) -> Result<Json, GgufError> {
+    let number = Number::from_f64(value);
+    number
+        .map(Json::Number)
+        .ok_or_else(|| header.wrong(key, "is not finite"))
+}
+
+fn wrong_tensor(header: &Header, name: &str, reason: impl Into<String>) -> GgufError {
+    GgufError::Tensor {
+        file: header.path.clone(),
+        name: name.into(),
+        reason: reason.into(),
+    }
+}
+
+fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Json, GgufError> {
+    let header = &file.header;
+    if let Some(place) = header.tensors.get(ROPE_FACTORS) {
+        // Checked before it is read: a wrong size must not become a large allocation.
+        if place.shape != [head_dim as usize / 2] {
+            let reason = format!(
+                "has the shape {:?}, expected [{}]",
+                place.shape,
+                head_dim / 2
+            );
+            return Err(wrong_tensor(header, ROPE_FACTORS, reason));
+        }
+        let factors = file.floats(ROPE_FACTORS)?;
+        return match llama3_scaling(&factors, theta) {
+            Some(RopeScaling::Default) => Ok(Json::Null),
+            Some(scaling) => Ok(scaling_json(scaling)),
+            None => Err(wrong_tensor(
+                header,
+                ROPE_FACTORS,
+                "is not the scaling of Llama 3.1; other scalings are not supported",
+            )),
+        };
+    }
+    let factor = |key: &'static str| {
+        let factor = header.get(key, "a number", Value::as_decimal)?;
+        match factor {
+            Some(factor) if factor.is_finite() && factor > 0.0 => Ok(Some(factor)),
+            None => Ok(None),
+            _ => Err(header.wrong(key, "must be above 0")),
+        }
+    };
+    const KIND: &str = "llama.rope.scaling.type";
+    let scaling = match header.text(KIND)? {
+        // What files before `scaling.type` had.
+        None => factor("llama.rope.scale_linear")?,
+        Some("none") => None,
+        Some("linear") => factor("llama.rope.scaling.factor")?,
+        Some(other) => {
+            let reason = format!("is {other:?}; \"none\" and \"linear\" are supported");
+            return Err(header.wrong(KIND, reason));
+        }
+    };
+    Ok(match scaling {
+        None => Json::Null,
+        Some(factor) => scaling_json(RopeScaling::Linear { factor }),
+    })
+}
+
+fn scaling_json(scaling: RopeScaling) -> Json {
+    match scaling {
+        RopeScaling::Default => Json::Null,
+        RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Llama3 {
+            factor,
+            low_freq_factor,
+            high_freq_factor,
+            original_max_position_embeddings,
+        } => json!({"rope_type": "llama3", "factor": factor, "low_freq_factor": low_freq_factor,
+            "high_freq_factor": high_freq_factor,
+            "original_max_position_embeddings": original_max_position_embeddings}),
+    }
+}
+
+/// What each rotary frequency is divided by, as the tensor `rope_freqs.weight` holds it; `None` where
+/// nothing but a common factor, or nothing, is changed.
+pub fn rope_factors(config: &LlamaConfig) -> Option<Vec<f32>> {
+    let RopeScaling::Llama3 { .. } = config.rope_scaling else {
+        return None;
+    };
+    let plain = frequencies(config.head_dim / 2, config.rope_theta);
+    let factors = plain
+        .iter()
+        .map(|f| (f / scale(*f, config.rope_scaling)) as f32);
+    Some(factors.collect())
+}
+
+/// The unscaled rotary frequencies.
+fn frequencies(pairs: usize, theta: f64) -> Vec<f64> {
+    let exponents = (0..pairs).map(|pair| pair as f64 / pairs as f64);
+    exponents.map(|exponent| theta.powf(-exponent)).collect()
+}
+
+/// The settings of Llama 3.1's scaling that give these factors.
+///
+/// The file holds the result only. With 1/factor = 1/f + (1 − 1/f)·s, the blend s is a straight line in the
+/// frequency, so two frequencies on the ramp give it back; which of the settings that mean the same line is
+/// taken changes nothing. Meta's own (low 1, high 4, context 8192) are tried first.
+fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
+    let factor = f64::from(*factors.last()?);
+    let plain = frequencies(factors.len(), theta);
+    if factors.iter().all(|factor| *factor == 1.0) {
+        return Some(RopeScaling::Default);
+    }
+    // Slower frequencies only.
+    if !factors
+        .iter()
+        .all(|factor| factor.is_finite() && *factor > 0.0)
+        || factor <= 1.0
+    {
+        return None;
+    }
+    if factors.iter().all(|other| f64::from(*other) == factor) {
+        return Some(RopeScaling::Linear { factor });
+    }
+    let llama3 = |low, high, context| RopeScaling::Llama3 {
+        factor,
+        low_freq_factor: low,
+        high_freq_factor: high,
+        original_max_position_embeddings: context,
+    };
+    let fits = |scaling: &RopeScaling| {
+        // The file's factors are rounded to f32, in another order of operations.
+        plain.iter().zip(factors).all(|(frequency, factor)| {
+            (frequency / scale(*frequency, *scaling) / f64::from(*factor) - 1.0).abs() < 1e-4
+        })
+    };
+    let mut candidates = vec![llama3(1.0, 4.0, 8192.0)];
+    // Frequencies with their blends; low frequencies come last and have none of the original.
+    let points: Vec<(f64, f64)> = plain
+        .iter()
+        .zip(factors)
+        .map(|(frequency, own)| {
+            let blend = (1.0 / f64::from(*own) - 1.0 / factor) / (1.0 - 1.0 / factor);
+            (frequency / std::f64::consts::TAU, blend)
+        })
+        .collect();
+    let on_ramp = |point: &&(f64, f64)| (1e-3..=0.999).contains(&point.1);
+    let kept = points.iter().rfind(|point| point.1 > 0.999);
+    let divided = points.iter().find(|point| point.1 < 1e-3);
+    let ramp = [points.iter().find(on_ramp), points.iter().rfind(on_ramp)];
+    let slope = |a: &(f64, f64), b: &(f64, f64)| (a.1 - b.1) / (a.0 - b.0);
+    let line = match (ramp, divided) {
+        ([Some(first), Some(last)], _) if first != last => Some((slope(first, last), *first)),
+        // With one frequency on the ramp, the flattest line that leaves its neighbours where they are.
+        ([Some(only), _], Some(divided)) => {
+            let below = slope(only, &(divided.0, 0.0));
+            let above = kept.map_or(0.0, |kept| slope(&(kept.0, 1.0), only));
+            Some((below.max(above), *only))
+        }
+        (_, Some(divided)) => kept.map(|kept| {
+            let kept = (kept.0, 1.0);
+            (slope(&kept, &(divided.0, 0.0)), kept)
+        }),
+        _ => None,
+    };
+    if let Some((slope, (turns, blend))) = line {
+        // blend = (context · turns − low) / (high − low), with low = 1.
+        let offset = slope * turns - blend;
+        if slope > 0.0 && offset > 0.0 {
+            candidates.push(llama3(1.0, 1.0 + 1.0 / offset, slope / offset));
+        }
+    }
+    candidates.into_iter().find(fits)
+}
+
+/// The metadata of `config`'s shape, without tokenizer and names.
+pub fn config_metadata(config: &LlamaConfig) -> Vec<(String, Value)> {
+    let count = |x: usize| Value::U32(u32::try_from(x).unwrap_or(u32::MAX));
+    let mut metadata: Vec<(String, Value)> = [
+        ("vocab_size", count(config.vocab_size)),
+        ("context_length", count(config.max_position_embeddings)),
+        ("embedding_length", count(config.hidden_size)),
+        ("block_count", count(config.num_hidden_layers)),
+        ("feed_forward_length", count(config.intermediate_size)),
+        ("attention.head_count", count(config.num_attention_heads)),
+        ("attention.head_count_kv", count(config.num_key_value_heads)),
+        ("attention.key_length", count(config.head_dim)),
+        ("attention.value_length", count(config.head_dim)),
+        (
+            "attention.layer_norm_rms_epsilon",
+            Value::F32(config.rms_norm_eps as f32),
+        ),
+        ("rope.dimension_count", count(config.head_dim)),
+        ("rope.freq_base", Value::F32(config.rope_theta as f32)),
+    ]
+    .map(|(key, value)| (format!("llama.{key}"), value))
+    .into();
+    if let RopeScaling::Linear { factor } = config.rope_scaling {
+        let scaling = |key: &str, value| (format!("llama.rope.scaling.{key}"), value);
+        metadata.push(scaling("type", Value::Text("linear".into())));
+        metadata.push(scaling("factor", Value::F32(factor as f32)));
+    }
+    metadata
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn factors_of(scaling: RopeScaling, head_dim: usize, theta: f64) -> Vec<f32> {
+        let plain = frequencies(head_dim / 2, theta);
+        plain
+            .iter()
+            .map(|f| (f / scale(*f, scaling)) as f32)
+            .collect()
+    }
+
+    #[test]
+    fn a_scaling_is_found_again_from_its_factors() {
+        let llama3 = |factor, low, high, context| RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: low,
+            high_freq_factor: high,
+            original_max_position_embeddings: context,
+        };
+        for (scaling, head_dim, theta) in [
+            (llama3(8.0, 1.0, 4.0, 8192.0), 128, 500_000.0),
+            (llama3(32.0, 1.0, 4.0, 8192.0), 64, 500_000.0),
+            // One frequency on the ramp, two, many; another low factor.
+            (llama3(8.0, 1.0, 4.0, 32.0), 8, 100.0),
+            (llama3(8.0, 1.0, 4.0, 32.0), 16, 100.0),
+            (llama3(4.0, 2.0, 7.0, 4096.0), 64, 10_000.0),
+            // None on it.
+            (llama3(8.0, 1.0, 1.01, 32.0), 8, 100.0),
+            (RopeScaling::Linear { factor: 2.5 }, 64, 10_000.0),
+            (RopeScaling::Default, 64, 10_000.0),
+        ] {
+            let factors = factors_of(scaling, head_dim, theta);
+            let found = llama3_scaling(&factors, theta).unwrap_or_else(|| panic!("{scaling:?}"));
+            let again = factors_of(found, head_dim, theta);
+            for (one, other) in factors.iter().zip(&again) {
+                // The factors are known to f32.
+                assert!((one / other - 1.0).abs() < 1e-5, "{scaling:?}: {found:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn other_factors_are_none() {
+        let frequencies = 32;
+        let zigzag: Vec<f32> = (0..frequencies).map(|i| 1.0 + (i % 3) as f32).collect();
+        assert_eq!(llama3_scaling(&zigzag, 10_000.0), None);
+        assert_eq!(llama3_scaling(&[f32::NAN; 4], 10_000.0), None);
+        assert_eq!(llama3_scaling(&[0.5; 4], 10_000.0), None);
+        assert_eq!(llama3_scaling(&[], 10_000.0), None);
+    }
+}

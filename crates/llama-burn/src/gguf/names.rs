@@ -1,0 +1,106 @@
+//! A Llama's tensors under llama.cpp's names and Hugging Face's.
+//!
+//! llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face the two halves of a head, so
+//! llama.cpp's converter orders the rows of the query and key projections differently.
+
+/// A module of a decoder layer: Hugging Face's name, llama.cpp's.
+const IN_LAYER: [(&str, &str); 9] = [
+    ("input_layernorm", "attn_norm"),
+    ("post_attention_layernorm", "ffn_norm"),
+    ("self_attn.q_proj", "attn_q"),
+    ("self_attn.k_proj", "attn_k"),
+    ("self_attn.v_proj", "attn_v"),
+    ("self_attn.o_proj", "attn_output"),
+    ("mlp.gate_proj", "ffn_gate"),
+    ("mlp.up_proj", "ffn_up"),
+    ("mlp.down_proj", "ffn_down"),
+];
+
+const OUTSIDE: [(&str, &str); 3] = [
+    ("model.embed_tokens", "token_embd"),
+    ("model.norm", "output_norm"),
+    ("lm_head", "output"),
+];
+
+/// Hugging Face's name of a tensor (`model.layers.0.self_attn.q_proj.weight`) for llama.cpp's
+/// (`blk.0.attn_q.weight`); `None` for one that a Llama does not have.
+pub fn hugging_face_name(name: &str) -> Option<String> {
+    translate(name, "blk.", "model.layers.", |(theirs, ours)| {
+        (ours, theirs)
+    })
+}
+
+/// The other way round.
+pub fn llama_cpp_name(name: &str) -> Option<String> {
+    translate(name, "model.layers.", "blk.", |(ours, theirs)| {
+        (ours, theirs)
+    })
+}
+
+fn translate(
+    name: &str,
+    from: &str,
+    to: &str,
+    order: impl Fn((&'static str, &'static str)) -> (&'static str, &'static str),
+) -> Option<String> {
+    let (module, kind) = name.rsplit_once('.')?;
+    if !["weight", "bias"].contains(&kind) {
+        return None;
+    }
+    let find = |table: &[(&'static str, &'static str)], wanted: &str| {
+        let mut pairs = table.iter().map(|pair| order(*pair));
+        pairs.find(|pair| pair.0 == wanted).map(|pair| pair.1)
+    };
+    match module.strip_prefix(from) {
+        None => Some(format!("{}.{kind}", find(&OUTSIDE, module)?)),
+        Some(rest) => {
+            let (layer, module) = rest.split_once('.')?;
+            // One way to write a number, so that two names never mean one tensor.
+            let number: u32 = layer.parse().ok()?;
+            if number.to_string() != layer {
+                return None;
+            }
+            Some(format!("{to}{layer}.{}.{kind}", find(&IN_LAYER, module)?))
+        }
+    }
+}
+
+/// How the rows of a projection are ordered in the two programs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Rows {
+    /// Rows of a head.
+    pub head_dim: usize,
+}
+
+/// The order of rows of a tensor with this Hugging Face name; `None` where both programs agree.
+pub fn rows_of(name: &str, head_dim: usize) -> Option<Rows> {
+    let rotated = name.contains(".q_proj.") || name.contains(".k_proj.");
+    rotated.then_some(Rows { head_dim })
+}
+
+impl Rows {
+    /// llama.cpp's place for Hugging Face's row.
+    pub fn in_llama_cpp(self, row: usize) -> usize {
+        let (head, within) = (row / self.head_dim, row % self.head_dim);
+        let half = self.head_dim / 2;
+        head * self.head_dim + within % half * 2 + within / half
+    }
+
+    /// Rows of `columns` elements in Hugging Face's order, from llama.cpp's.
+    pub fn to_hugging_face<T: Copy>(self, values: &[T], columns: usize) -> Vec<T> {
+        let mut ordered = Vec::with_capacity(values.len());
+        for row in 0..values.len() / columns.max(1) {
+            ordered.extend_from_slice(&values[self.in_llama_cpp(row) * columns..][..columns]);
+        }
+        ordered
+    }
+
+    /// Rows of `columns` elements in llama.cpp's order, from Hugging Face's.
+    pub fn to_llama_cpp<T: Copy + Default>(self, values: &[T], columns: usize) -> Vec<T> {
+        let mut ordered = vec![T::default(); values.len()];
+        for (row, values) in values.chunks_exact(columns.max(1)).enumerate() {
+            ordered[self.in_llama_cpp(row) * columns..][..columns].copy_from_slice(values);
+        }
+        ordered
+    }
+}

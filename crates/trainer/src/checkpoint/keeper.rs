@@ -1,0 +1,287 @@
+//! Keeps a run's work: writes its checkpoints when they are due and its adapter when there is a better one,
+//! and lets the run go on where the disk does not take them.
+
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+use super::{AdapterFile, Checkpoint, CheckpointError, Fingerprint, Snapshot, Store};
+use crate::config::Config;
+use crate::interrupt::Interrupt;
+use crate::output::{self, OutputFolder};
+use crate::peft::{AdapterConfig, AdapterTensors, write_adapter};
+use crate::screen::Screen;
+
+/// A copy on the host takes at most this share of a run's time.
+const COPYING: f64 = 0.01;
+
+/// How long a finished run waits for room for its adapter.
+const PATIENCE: Duration = Duration::from_secs(3600);
+
+/// The adapter that is kept.
+enum Kept {
+    Tensors(Box<(AdapterConfig, AdapterTensors)>),
+    Files(Vec<AdapterFile>),
+}
+
+/// What keeps a run's work.
+pub struct Keeper {
+    store: Store,
+    adapter: PathBuf,
+    config: String,
+    save_steps: Option<usize>,
+    save_minutes: Option<f64>,
+    save_total_limit: Option<usize>,
+    files: Fingerprint,
+    kept: Option<Kept>,
+    /// The adapter's folder does not have what is kept.
+    owed: bool,
+    /// The last step with a checkpoint on the disk.
+    newest: Option<usize>,
+    written: Instant,
+    /// The last checkpoint was not written.
+    failed: bool,
+    copy: Option<Snapshot>,
+    copied: Instant,
+    copying: Duration,
+    changed: Vec<PathBuf>,
+}
+
+impl Keeper {
+    /// For a run in this folder that reads these files, and goes on from `checkpoint` if there is one.
+    ///
+    /// # Errors
+    ///
+    /// An adapter in the checkpoint that cannot be read.
+    pub fn new(
+        config: &Config,
+        folder: &OutputFolder,
+        files: Fingerprint,
+        checkpoint: Option<&Checkpoint>,
+    ) -> Result<Self, CheckpointError> {
+        let kept = checkpoint.map(Checkpoint::kept).transpose()?;
+        let kept = kept.filter(|files| !files.is_empty());
+        let store = folder.checkpoints();
+        // A run may go on in another folder; there it has no checkpoint yet.
+        let here = checkpoint.filter(|checkpoint| checkpoint.folder().starts_with(store.folder()));
+        Ok(Self {
+            adapter: folder.adapter(),
+            config: config.to_toml(),
+            save_steps: config.save_steps,
+            save_minutes: config.save_minutes,
+            save_total_limit: config.save_total_limit,
+            files,
+            owed: kept.is_some(),
+            kept: kept.map(Kept::Files),
+            newest: here.map(|checkpoint| checkpoint.state.progress.step),
+            store,
+            written: Instant::now(),
+            failed: false,
+            copy: None,
+            copied: Instant::now(),
+            copying: Duration::ZERO,
+            changed: Vec::new(),
+        })
+    }
+
+    /// The files that the run reads.
+    pub fn files(&self) -> &Fingerprint {
+        &self.files
+    }
+
+    /// The last step with a checkpoint on the disk.
+    pub fn newest(&self) -> Option<usize> {
+        self.newest
+    }
+
+    /// Whether checkpoints are wanted at all.
+    pub fn is_on(&self) -> bool {
+        self.save_steps.is_some() || self.save_minutes.is_some()
+    }
+
+    /// Whether a checkpoint is due after this step.
+    pub fn is_due(&self, step: usize) -> bool {
+        let steps = self
+            .save_steps
+            .is_some_and(|steps| step.is_multiple_of(steps));
+        let seconds = self.save_minutes.map(|minutes| minutes * 60.0);
+        steps || seconds.is_some_and(|seconds| self.written.elapsed().as_secs_f64() >= seconds)
+    }
+
+    /// Whether it is time for a copy on the host, for the case that the device is lost.
+    pub fn wants_copy(&self) -> bool {
+        self.copying.as_secs_f64() <= COPYING * self.copied.elapsed().as_secs_f64()
+    }
+
+    /// Keeps a copy on the host, which took so long to make.
+    pub fn copy(&mut self, snapshot: Snapshot, took: Duration) {
+        self.copy = Some(snapshot);
+        self.copying = took;
+        self.copied = Instant::now();
+    }
+
+    /// The adapter of this checkpoint's step is the one to keep from now on.
+    pub fn keep(&mut self, adapter: (AdapterConfig, AdapterTensors)) {
+        self.kept = Some(Kept::Tensors(Box::new(adapter)));
+        self.owed = true;
+    }
+
+    /// Writes a checkpoint. If the disk is full, older ones give up their place; if that does not help, the
+    /// user is told and the run goes on.
+    pub fn write(&mut self, snapshot: &Snapshot, screen: &Screen) {
+        self.written = Instant::now();
+        self.watch_data(screen);
+        let progress = &snapshot.state.progress;
+        let step = progress.step;
+        let mut written = self.try_write(snapshot);
+        if written.as_ref().is_err_and(CheckpointError::is_full) && self.newest.is_some() {
+            // Room for the new one: the newest that is there stays until then.
+            let newest = self.newest.unwrap_or(0);
+            let pruned = self.store.prune(newest, Some(1), None);
+            log::debug!("the disk is full; older checkpoints removed: {pruned:?}");
+            written = self.try_write(snapshot);
+        }
+        match written {
+            Ok(()) => {
+                self.newest = Some(step);
+                self.copy = None;
+                if self.failed {
+                    screen.note("checkpoints are written again");
+                }
+                self.failed = false;
+                let limit = self.save_total_limit;
+                if let Err(error) = self.store.prune(step, limit, progress.kept) {
+                    screen.note(&format!("an old checkpoint stays: {error}"));
+                }
+            }
+            Err(error) => {
+                self.failed = true;
+                let newest = match self.newest {
+                    Some(newest) => format!("the newest is that of step {newest}"),
+                    None => "there is none yet".into(),
+                };
+                screen.note(&format!(
+                    "step {step}: no checkpoint, {newest}: {error}. The run goes on and tries again"
+                ));
+            }
+        }
+    }
+
+    fn try_write(&self, snapshot: &Snapshot) -> Result<(), CheckpointError> {
+        let progress = &snapshot.state.progress;
+        // Where it is the adapter of this very step, the checkpoint has it anyway.
+        let other = progress.kept.is_some_and(|kept| kept != progress.step);
+        let kept = self.kept.as_ref().filter(|_| other);
+        let write_kept = |folder: &Path| kept.map_or(Ok(()), |kept| kept.write(folder));
+        let written = self.store.write(snapshot, &self.config, &write_kept);
+        written.map(|_| ())
+    }
+
+    /// Puts the adapter that is kept into its folder, if it is not there yet; says so where it cannot.
+    pub fn write_adapter(&mut self, screen: &Screen) {
+        if !self.owed {
+            return;
+        }
+        match self.try_write_adapter() {
+            Ok(()) => self.owed = false,
+            Err(error) => screen.note(&format!(
+                "the adapter stays as it was: {error}. The run goes on and tries again"
+            )),
+        }
+    }
+
+    fn try_write_adapter(&self) -> Result<(), CheckpointError> {
+        match &self.kept {
+            Some(kept) => kept.write(&self.adapter),
+            None => Ok(()),
+        }
+    }
+
+    /// At the end of a run: as [`write_adapter`](Self::write_adapter), and again until there is room for it.
+    ///
+    /// # Errors
+    ///
+    /// If there is none within an hour, or somebody asks the run to stop.
+    pub fn finish(
+        &mut self,
+        interrupt: &Interrupt,
+        screen: &Screen,
+    ) -> Result<(), CheckpointError> {
+        let started = Instant::now();
+        let mut told = false;
+        while self.owed {
+            match self.try_write_adapter() {
+                Ok(()) => self.owed = false,
+                Err(error) if interrupt.asked() || started.elapsed() > PATIENCE => {
+                    return Err(error);
+                }
+                Err(error) => {
+                    if !told {
+                        screen.note(&format!(
+                            "the run is over, but {error}. Make room: this is tried again until it works, for an \
+                             hour. Ctrl-C gives the adapter up"
+                        ));
+                    }
+                    told = true;
+                    let pause = Instant::now();
+                    while pause.elapsed() < Duration::from_secs(2) && !interrupt.asked() {
+                        std::thread::sleep(Duration::from_millis(50));
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// After a failure: makes a checkpoint of the last copy, if that is newer than the last checkpoint.
+    pub fn rescue(&mut self, screen: &Screen) {
+        let copy = self.copy.take();
+        let newer = copy.filter(|copy| Some(copy.state.progress.step) > self.newest);
+        if let Some(copy) = newer {
+            self.write(&copy, screen);
+        }
+    }
+
+    /// Says once which data files are no longer what the run has read.
+    fn watch_data(&mut self, screen: &Screen) {
+        for path in self.files.changed_data() {
+            if !self.changed.contains(&path) {
+                screen.note(&format!(
+                    "{} has changed since the run read it. The run goes on with what it has read; resuming will \
+                     ask for the file as it was",
+                    path.display()
+                ));
+                self.changed.push(path);
+            }
+        }
+    }
+}
+
+impl Kept {
+    fn write(&self, folder: &Path) -> Result<(), CheckpointError> {
+        match self {
+            Self::Tensors(adapter) => Ok(write_adapter(folder, &adapter.0, &adapter.1)?),
+            Self::Files(files) => {
+                for (name, bytes) in files {
+                    let path = folder.join(name);
+                    // What is there already is not written again: a resumed run mostly finds it so.
+                    if std::fs::read(&path).is_ok_and(|there| there == *bytes) {
+                        continue;
+                    }
+                    output::write_atomically(&path, bytes).map_err(|error| match error {
+                        output::OutputError::Write { path, source } => CheckpointError::Io {
+                            action: "write",
+                            path,
+                            source,
+                        },
+                        other => CheckpointError::Io {
+                            action: "write",
+                            path: path.clone(),
+                            source: std::io::Error::other(other),
+                        },
+                    })?;
+                }
+                Ok(())
+            }
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! What training changes, on the host: every trainable parameter and AdamW's moments, bit for bit.
+//!
+//! Parameters go by their path in the module (`layers.0.self_attn.q_proj.weight.lora.a`), so whatever is
+//! trainable is kept, not only adapters.
+
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+
+use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
+use burn::tensor::{Device, Tensor, TensorData};
+use llama_burn::Llama;
+use safetensors::{Dtype, SafeTensors, View};
+
+use super::CheckpointError;
+use crate::optimizer::{Moments, Optimizer, to_host};
+
+/// A run's trainable parameters with their moments.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct TrainingTensors {
+    parameters: BTreeMap<String, Parameter>,
+}
+
+#[derive(Debug, Clone, PartialEq)]
+struct Parameter {
+    shape: Vec<usize>,
+    values: Vec<f32>,
+    moments: Option<Moments>,
+}
+
+const FIRST: &str = "moment_1";
+const SECOND: &str = "moment_2";
+const UPDATES: &str = "updates";
+
+impl TrainingTensors {
+    /// Reads everything from the device.
+    ///
+    /// # Panics
+    ///
+    /// If the device does not give a tensor back.
+    pub fn take(model: &Llama, optimizer: &Optimizer) -> Self {
+        let mut take = Take {
+            path: Vec::new(),
+            optimizer,
+            taken: Self::default(),
+        };
+        model.visit(&mut take);
+        take.taken
+    }
+
+    /// Puts everything onto a model with the same trainable parameters, and into its new optimizer.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Parameter`] names a parameter that only one of the two has, or of another shape.
+    pub fn put(self, model: Llama, optimizer: &mut Optimizer) -> Result<Llama, CheckpointError> {
+        let mut put = Put {
+            path: Vec::new(),
+            device: model.device(),
+            optimizer,
+            left: self.parameters,
+            error: None,
+        };
+        let model = model.map(&mut put);
+        match (put.error, put.left.into_keys().next()) {
+            (Some(error), _) => Err(error),
+            (None, Some(name)) => Err(CheckpointError::Parameter {
+                name,
+                problem: "is not trained by this configuration".into(),
+            }),
+            (None, None) => Ok(model),
+        }
+    }
+
+    /// The bytes of a safetensors file.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Tensors`] where the format cannot hold them.
+    pub fn to_bytes(&self) -> Result<Vec<u8>, CheckpointError> {
+        let mut tensors: Vec<(String, Floats)> = Vec::new();
+        let mut updates = Vec::new();
+        for (name, parameter) in &self.parameters {
+            let mut push = |name: String, values| {
+                let shape = parameter.shape.as_slice();
+                tensors.push((name, Floats { shape, values }));
+            };
+            push(name.clone(), &parameter.values);
+            if let Some(moments) = &parameter.moments {
+                push(format!("{name}.{FIRST}"), &moments.first);
+                push(format!("{name}.{SECOND}"), &moments.second);
+                updates.push((format!("{name}.{UPDATES}"), moments.updates.to_string()));
+            }
+        }
+        safetensors::serialize(tensors, Some(updates.into_iter().collect())).map_err(unreadable)
+    }
+
+    /// Reads the bytes of such a file.
+    ///
+    /// # Errors
+    ///
+    /// [`CheckpointError::Tensors`] says what is wrong with it.
+    pub fn from_bytes(bytes: &[u8]) -> Result<Self, CheckpointError> {
+        let file = SafeTensors::deserialize(bytes).map_err(unreadable)?;
+        let (_, header) = SafeTensors::read_metadata(bytes).map_err(unreadable)?;
+        let metadata = header.metadata().clone().unwrap_or_default();
+        let floats = |name: &str, shape: &[usize]| {
+            let view = file.tensor(name).map_err(unreadable)?;
+            if view.dtype() != Dtype::F32 || view.shape() != shape {
+                return Err(unreadable(format!(
+                    "{name} is {:?} {:?}, expected F32 {shape:?}",
+                    view.dtype(),
+                    view.shape()
+                )));
+            }
+            let numbers = view.data().chunks_exact(4);
+            let numbers = numbers.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]]));
+            Ok(numbers.collect::<Vec<f32>>())
+        };
+        let mut parameters = BTreeMap::new();
+        for (name, view) in file.iter() {
+            let is_moment = [FIRST, SECOND]
+                .iter()
+                .any(|moment| name.ends_with(&format!(".{moment}")));
+            if is_moment {
+                continue;
+            }
+            let shape = view.shape();
+            let moments = match metadata.get(&format!("{name}.{UPDATES}")) {
+                None => None,
+                Some(updates) => Some(Moments {
+                    updates: updates.parse().map_err(|_| {
+                        unreadable(format!("{name}.{UPDATES} is {updates:?}, no number"))
+                    })?,
+                    first: floats(&format!("{name}.{FIRST}"), shape)?,
+                    second: floats(&format!("{name}.{SECOND}"), shape)?,
+                }),
+            };
+            let parameter = Parameter {
+                shape: shape.to_vec(),
+                values: floats(name, shape)?,
+                moments,
+            };
+            parameters.insert(name.to_string(), parameter);
+        }
+        Ok(Self { parameters })
+    }
+}
+
+fn unreadable(reason: impl ToString) -> CheckpointError {
+    CheckpointError::Tensors {
+        reason: reason.to_string(),
+    }
+}
+
+struct Floats<'a> {
+    shape: &'a [usize],
+    values: &'a [f32],
+}
+
+impl View for Floats<'_> {
+    fn dtype(&self) -> Dtype {
+        Dtype::F32
+    }
+    fn shape(&self) -> &[usize] {
+        self.shape
+    }
+    fn data(&self) -> Cow<'_, [u8]> {
+        let bytes = self.values.iter().flat_map(|value| value.to_le_bytes());
+        bytes.collect::<Vec<u8>>().into()
+    }
+    fn data_len(&self) -> usize {
+        self.values.len() * 4
+    }
+}
+
+struct Take<'a> {
+    path: Vec<String>,
+    optimizer: &'a Optimizer,
+    taken: TrainingTensors,
+}
+
+impl ModuleVisitor for Take<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        if !param.is_require_grad() {
+            return;
+        }
+        let tensor = param.val().inner();
+        let parameter = Parameter {
+            shape: tensor.dims().to_vec(),
+            values: to_host(tensor),
+            moments: self.optimizer.moments::<D>(param.id),
+        };
+        self.taken.parameters.insert(self.path.join("."), parameter);
+    }
+}
+
+struct Put<'a> {
+    path: Vec<String>,
+    device: Device,
+    optimizer: &'a mut Optimizer,
+    left: BTreeMap<String, Parameter>,
+    error: Option<CheckpointError>,
+}
+
+impl Put<'_> {
+    fn place<const D: usize>(
+        &mut self,
+        param: Param<Tensor<D>>,
+        name: &str,
+    ) -> Result<Param<Tensor<D>>, CheckpointError> {
+        let problem = |problem| CheckpointError::Parameter {
+            name: name.into(),
+            problem,
+        };
+        let Some(parameter) = self.left.remove(name) else {
+            return Err(problem("is not in the checkpoint".into()));
+        };
+        let shape = param.val().dims();
+        if parameter.shape != shape {
+            let got = parameter.shape;
+            return Err(problem(format!(
+                "has the shape {got:?} in the checkpoint and {shape:?} in this configuration"
+            )));
+        }
+        if let Some(moments) = parameter.moments {
+            self.optimizer
+                .set_moments(param.id, moments, shape, &self.device);
+        }
+        let data = TensorData::new(parameter.values, shape);
+        Ok(param.map(|tensor| {
+            let options = (&self.device, tensor.dtype());
+            Tensor::from_data(data, options).set_require_grad(tensor.is_require_grad())
+        }))
+    }
+}
+
+impl ModuleMapper for Put<'_> {
+    fn enter_module(&mut self, name: &str, _: &str) {
+        self.path.push(name.into());
+    }
+
+    fn exit_module(&mut self, _: &str, _: &str) {
+        self.path.pop();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !param.is_require_grad() || self.error.is_some() {
+            return param;
+        }
+        let name = self.path.join(".");
+        match self.place(param.clone(), &name) {
+            Ok(placed) => placed,
+            Err(error) => {
+                self.error = Some(error);
+                param
+            }
+        }
+    }
+}

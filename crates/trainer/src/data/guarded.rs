@@ -1,0 +1,205 @@
+//! `tokenizer.json` from somebody else: the `tokenizers` crate reads it, and panics on some files, writes more for a
+//! short text than a machine has memory on others. Here it can do neither.
+
+use serde::Serialize;
+use serde_json::Value;
+use tokenizers::{Encoding, Tokenizer};
+
+use crate::contained::contain;
+
+/// The most that a normalizer may make of one byte. Those of models in use reach some dozens.
+const MOST_GROWTH: f64 = 4096.0;
+/// The most that a text may grow to.
+const LONGEST_NORMALIZED: f64 = (1u64 << 30) as f64;
+
+/// A tokenizer that was looked through.
+#[derive(Debug)]
+pub(crate) struct Guarded {
+    pub tokenizer: Tokenizer,
+    /// How many bytes its normalizer makes of one, at most.
+    growth: f64,
+}
+
+impl Guarded {
+    /// Reads a `tokenizer.json`.
+    pub fn read(json: &[u8]) -> Result<Self, String> {
+        let read = contain(|| Tokenizer::from_bytes(json));
+        let tokenizer = match read {
+            Ok(Ok(tokenizer)) => tokenizer,
+            Ok(Err(error)) => return Err(error.to_string()),
+            Err(panic) => return Err(panic),
+        };
+        // What it wrote is what it will do; the file's own text might be read in another way.
+        let normalizer = described(tokenizer.get_normalizer())?;
+        let decoder = described(tokenizer.get_decoder())?;
+        for (name, value) in [("normalizer", &normalizer), ("decoder", &decoder)] {
+            if growth(value) > MOST_GROWTH {
+                return Err(format!(
+                    "its {name} makes more than {MOST_GROWTH} characters of one, which no tokenizer needs"
+                ));
+            }
+        }
+        Ok(Self {
+            growth: growth(&normalizer),
+            tokenizer,
+        })
+    }
+
+    /// The tokens of a text, without special ones, and without their places.
+    pub fn encode_fast(&self, text: &str, special: bool) -> Result<Encoding, String> {
+        self.encoded(text, || self.tokenizer.encode_fast(text, special))
+    }
+
+    /// The tokens of a text with their places in it.
+    pub fn encode(&self, text: &str) -> Result<Encoding, String> {
+        self.encoded(text, || self.tokenizer.encode(text, false))
+    }
+
+    fn encoded(
+        &self,
+        text: &str,
+        encode: impl FnOnce() -> tokenizers::Result<Encoding>,
+    ) -> Result<Encoding, String> {
+        if self.growth * text.len() as f64 > LONGEST_NORMALIZED {
+            return Err(format!(
+                "{} bytes are too long for this tokenizer, whose normalizer can make {} of each",
+                text.len(),
+                self.growth
+            ));
+        }
+        match contain(encode) {
+            Ok(Ok(encoding)) => Ok(encoding),
+            Ok(Err(error)) => Err(error.to_string()),
+            Err(panic) => Err(format!("tokenizer.json does not work: {panic}")),
+        }
+    }
+}
+
+fn described(part: Option<&impl Serialize>) -> Result<Value, String> {
+    match contain(|| serde_json::to_value(part)) {
+        Ok(Ok(value)) => Ok(value),
+        Ok(Err(error)) => Err(error.to_string()),
+        Err(panic) => Err(panic),
+    }
+}
+
+/// How many bytes a normalizer or decoder makes of one, at most.
+fn growth(part: &Value) -> f64 {
+    let parts = |key: &str| -> f64 {
+        let parts = part[key].as_array().into_iter().flatten();
+        parts.map(growth).product()
+    };
+    let length = |value: &Value| value.as_str().map_or(0.0, |text| text.len() as f64);
+    match part["type"].as_str().unwrap_or_default() {
+        "Sequence" => parts("normalizers") * parts("decoders"),
+        "Replace" => {
+            let content = length(&part["content"]);
+            match length(&part["pattern"]["String"]) {
+                // A regular expression may match between any two bytes.
+                0.0 => 1.0 + content,
+                pattern => (content / pattern).max(1.0),
+            }
+        }
+        "Prepend" => 1.0 + length(&part["prepend"]),
+        "Precompiled" => 1.0 + longest_replacement(part["precompiled_charsmap"].as_str().unwrap_or_default()),
+        // Unicode's own: the longest decomposition is 18 times its character, an upper case 3 times its lower.
+        "NFKD" | "NFKC" | "NFD" | "NFC" => 18.0,
+        "BertNormalizer" => 3.0 * 18.0,
+        "Lowercase" | "Nmt" => 3.0,
+        "ByteLevel" => 2.0,
+        _ => 1.0,
+    }
+}
+
+/// The longest text in a SentencePiece map of characters: the size of a table, the table, texts that end in zero.
+/// In base 64; four letters are three bytes, so that lengths of what is between zeros are what is wanted.
+fn longest_replacement(base64: &str) -> f64 {
+    let digit = |byte: u8| match byte {
+        b'A'..=b'Z' => Some(byte - b'A'),
+        b'a'..=b'z' => Some(byte - b'a' + 26),
+        b'0'..=b'9' => Some(byte - b'0' + 52),
+        b'+' => Some(62),
+        b'/' => Some(63),
+        _ => None,
+    };
+    let digits: Vec<u8> = base64.bytes().filter_map(digit).collect();
+    let bytes: Vec<u8> = digits
+        .chunks(4)
+        .flat_map(|four| {
+            let bits = four.iter().fold(0u32, |bits, digit| bits << 6 | u32::from(*digit)) << (6 * (4 - four.len()));
+            bits.to_be_bytes()[1..four.len().max(1)].to_vec()
+        })
+        .collect();
+    let Some(size) = bytes.first_chunk::<4>() else {
+        return bytes.len() as f64;
+    };
+    let texts = bytes.get(4..).and_then(|rest| rest.get(u32::from_le_bytes(*size) as usize..));
+    let longest = texts.unwrap_or(&bytes).split(|byte| *byte == 0).map(<[u8]>::len).max();
+    longest.unwrap_or(0) as f64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn file(normalizer: Value) -> Vec<u8> {
+        json!({"version": "1.0", "truncation": null, "padding": null, "added_tokens": [], "normalizer": normalizer,
+            "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": null, "decoder": null,
+            "model": {"type": "WordLevel", "vocab": {"<unk>": 0, "a": 1}, "unk_token": "<unk>"}})
+        .to_string()
+        .into_bytes()
+    }
+
+    #[test]
+    fn a_normalizer_that_doubles_and_doubles_is_refused() {
+        let doubling = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
+        let times = |count: usize| file(json!({"type": "Sequence", "normalizers": vec![doubling.clone(); count]}));
+        assert!(Guarded::read(&times(10)).is_ok());
+        let error = Guarded::read(&times(40)).unwrap_err();
+        assert!(error.contains("normalizer"), "{error}");
+        let nested = json!({"type": "Sequence", "normalizers": [
+            {"type": "Sequence", "normalizers": vec![doubling; 20]}]});
+        assert!(Guarded::read(&file(nested)).is_err());
+    }
+
+    #[test]
+    fn a_text_that_would_grow_beyond_all_memory_is_refused_and_a_short_one_is_not() {
+        let long = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "b".repeat(4000)});
+        let guarded = Guarded::read(&file(long)).unwrap();
+        assert!(guarded.encode_fast("a a", false).is_ok());
+        let error = guarded.encode_fast(&"a".repeat(1 << 20), false).unwrap_err();
+        assert!(error.contains("too long"), "{error}");
+    }
+
+    #[test]
+    fn the_normalizers_of_models_in_use_are_let_pass() {
+        let llama = json!({"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"}, {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}]});
+        let albert = json!({"type": "Sequence", "normalizers": [
+            {"type": "Replace", "pattern": {"String": "``"}, "content": "\""}, {"type": "NFKD"},
+            {"type": "StripAccents"}, {"type": "Lowercase"},
+            {"type": "Replace", "pattern": {"Regex": " {2,}"}, "content": " "}]});
+        for normalizer in [llama, albert, Value::Null, json!({"type": "NFKC"})] {
+            let guarded = Guarded::read(&file(normalizer)).unwrap();
+            assert!(guarded.encode_fast(&"a ".repeat(100_000), false).is_ok());
+        }
+    }
+
+    #[test]
+    fn a_panic_of_the_crate_is_a_message() {
+        let mut broken: Value = serde_json::from_slice(&file(Value::Null)).unwrap();
+        // tokenizers 0.23 unwraps what it writes of a decoder that it cannot read.
+        let deep = format!("{}1{}", "[".repeat(120), "]".repeat(120));
+        broken["decoder"] = json!({"type": "Fuse", "x": serde_json::from_str::<Value>(&deep).unwrap()});
+        assert!(Guarded::read(broken.to_string().as_bytes()).is_err());
+    }
+
+    #[test]
+    fn the_longest_text_of_a_characters_map_is_found() {
+        // Table of 4 bytes, then "ab\0abcde\0c\0", in base 64.
+        assert_eq!(longest_replacement("BAAAAAAAAABhYgBhYmNkZQBjAA=="), 5.0);
+        assert_eq!(longest_replacement(""), 0.0);
+        assert!(longest_replacement("////AAAA") > 0.0);
+    }
+}

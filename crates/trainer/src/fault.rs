@@ -1,0 +1,217 @@
+//! Faults on demand: what tests switch on to see that a run survives them. Nothing here acts unless the
+//! environment variable `LORA_TRAINER_FAULT` says so.
+//!
+//! A comma-separated list of:
+//!
+//! | fault | what happens |
+//! | --- | --- |
+//! | `delay=MS` | before each write, sync, rename and removal: a wait of up to MS milliseconds |
+//! | `trace=FILE` | each of these operations is appended to FILE, with its path, once it is done |
+//! | `full=STEP..STEP` | while these optimizer steps are under way (the second not included), writing finds the disk full |
+//! | `nan=STEP..STEP` | the losses of these steps are not numbers |
+//! | `oom=STEP>ROWS` | from this step on, a micro-batch of more than ROWS rows finds the device's memory full |
+//! | `lost=STEP` | in this step the device is lost |
+
+use std::fmt;
+use std::fs::{File, OpenOptions};
+use std::io::{self, Write};
+use std::ops::Range;
+use std::path::Path;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock, PoisonError};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// The environment variable.
+pub const VARIABLE: &str = "LORA_TRAINER_FAULT";
+
+/// The variable is set to something that is no fault.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "{VARIABLE}: {part:?} is none of delay=MS, trace=FILE, full=STEP..STEP, nan=STEP..STEP, \
+     oom=STEP>ROWS, lost=STEP; unset the variable, it is for tests"
+)]
+pub struct FaultError {
+    /// What was not understood.
+    part: String,
+}
+
+/// Something that is done to files.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Operation {
+    /// All bytes of a new file.
+    Write,
+    /// A file's content onto the disk.
+    Sync,
+    /// Another name, in one step.
+    Rename,
+    /// A folder's entries onto the disk.
+    SyncFolder,
+    /// A file or folder goes.
+    Remove,
+}
+
+impl fmt::Display for Operation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Write => "write",
+            Self::Sync => "sync",
+            Self::Rename => "rename",
+            Self::SyncFolder => "sync-folder",
+            Self::Remove => "remove",
+        })
+    }
+}
+
+#[derive(Debug, Default)]
+struct Faults {
+    delay_ms: u64,
+    trace: Option<Mutex<File>>,
+    full: Range<usize>,
+    nan: Range<usize>,
+    oom: Option<(usize, usize)>,
+    lost: Option<usize>,
+}
+
+static FAULTS: OnceLock<Faults> = OnceLock::new();
+/// The optimizer step under way.
+static STEP: AtomicUsize = AtomicUsize::new(0);
+
+/// Reads the variable. Without a call of this nothing ever fails on demand.
+///
+/// # Errors
+///
+/// If it is set to something else than faults.
+pub fn init() -> Result<(), FaultError> {
+    let Some(text) = std::env::var_os(VARIABLE).filter(|text| !text.is_empty()) else {
+        return Ok(());
+    };
+    let faults = parse(&text.to_string_lossy())?;
+    log::warn!("{VARIABLE} is set: this run fails on demand");
+    // A second run of one process has the same environment.
+    let _ = FAULTS.set(faults);
+    Ok(())
+}
+
+fn parse(text: &str) -> Result<Faults, FaultError> {
+    let mut faults = Faults::default();
+    for part in text.split(',').filter(|part| !part.is_empty()) {
+        let understood = part
+            .split_once('=')
+            .and_then(|(name, value)| set(&mut faults, name, value));
+        if understood.is_none() {
+            return Err(FaultError { part: part.into() });
+        }
+    }
+    Ok(faults)
+}
+
+fn set(faults: &mut Faults, name: &str, value: &str) -> Option<()> {
+    let steps = |text: &str| {
+        let (first, last) = text.split_once("..")?;
+        Some(first.parse().ok()?..last.parse().ok()?)
+    };
+    match name {
+        "delay" => faults.delay_ms = value.parse().ok()?,
+        "trace" => {
+            let file = OpenOptions::new().create(true).append(true).open(value);
+            faults.trace = Some(Mutex::new(file.ok()?));
+        }
+        "full" => faults.full = steps(value)?,
+        "nan" => faults.nan = steps(value)?,
+        "oom" => {
+            let (step, rows) = value.split_once('>')?;
+            faults.oom = Some((step.parse().ok()?, rows.parse().ok()?));
+        }
+        "lost" => faults.lost = Some(value.parse().ok()?),
+        _ => return None,
+    }
+    Some(())
+}
+
+fn faults() -> Option<&'static Faults> {
+    FAULTS.get()
+}
+
+/// Tells which optimizer step is under way, from 1.
+pub fn at_step(step: usize) {
+    STEP.store(step, Ordering::Relaxed);
+}
+
+/// Before an operation: waits if it is to be slow.
+pub fn before(_operation: Operation) {
+    let Some(faults) = faults().filter(|faults| faults.delay_ms > 0) else {
+        return;
+    };
+    let now = SystemTime::now().duration_since(UNIX_EPOCH);
+    let random = u64::from(now.map_or(0, |now| now.subsec_nanos() / 1000));
+    std::thread::sleep(Duration::from_millis(random % (faults.delay_ms + 1)));
+}
+
+/// After an operation: notes it.
+pub fn after(operation: Operation, path: &Path) {
+    if let Some(trace) = faults().and_then(|faults| faults.trace.as_ref()) {
+        let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ = writeln!(trace, "{operation} {}", path.display());
+    }
+}
+
+/// The error of a full disk, while there is to be one.
+///
+/// # Errors
+///
+/// [`io::ErrorKind::StorageFull`].
+pub fn space() -> io::Result<()> {
+    let step = STEP.load(Ordering::Relaxed);
+    match faults().is_some_and(|faults| faults.full.contains(&step)) {
+        true => Err(io::ErrorKind::StorageFull.into()),
+        false => Ok(()),
+    }
+}
+
+/// The loss of a micro-batch, or what a fault makes of it.
+pub fn loss(loss: f64) -> f64 {
+    let step = STEP.load(Ordering::Relaxed);
+    match faults().is_some_and(|faults| faults.nan.contains(&step)) {
+        true => f64::NAN,
+        false => loss,
+    }
+}
+
+/// Fails as a device does: with a panic, in the words of CubeCL's errors.
+///
+/// # Panics
+///
+/// If a fault asks for it in this step, for a micro-batch of so many rows.
+pub fn device(rows: usize) {
+    let Some(faults) = faults() else {
+        return;
+    };
+    let step = STEP.load(Ordering::Relaxed);
+    if faults.lost == Some(step) {
+        panic!("The device was poisoned: the wgpu device was lost (by {VARIABLE})");
+    }
+    if faults
+        .oom
+        .is_some_and(|(first, most)| step >= first && rows > most)
+    {
+        panic!("out of device memory allocating 1073741824 bytes (by {VARIABLE})");
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn faults_are_read_and_a_slip_is_named() {
+        let faults = parse("delay=20,full=3..5,nan=2..3,oom=4>2,lost=9").unwrap();
+        assert_eq!((faults.delay_ms, faults.lost), (20, Some(9)));
+        assert_eq!((faults.full, faults.nan), (3..5, 2..3));
+        assert_eq!(faults.oom, Some((4, 2)));
+        for wrong in ["dealy=20", "full=3", "oom=4", "lost", "nan=a..b"] {
+            let error = parse(wrong).unwrap_err().to_string();
+            assert!(error.contains(wrong), "{error}");
+        }
+        assert!(parse("").unwrap().trace.is_none());
+    }
+}

@@ -1,0 +1,272 @@
+//! `trainer export-gguf`: a model, with an adapter in its weights or without, or the adapter alone, for llama.cpp.
+
+use std::fs::{self, File};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+use clap::Args;
+use llama_burn::gguf::{
+    self, GgufFile, GgufWriter, TensorKind, TensorPlan, Value, config_metadata, llama_cpp_name,
+    rope_factors, rows_of,
+};
+use llama_burn::{LlamaConfig, Weights};
+
+use super::adapter::Adapter;
+use super::vocabulary::tokenizer_metadata;
+use crate::config::EMBEDDED;
+use crate::data::ModelFiles;
+use crate::embedded;
+use crate::hub::{self, Need};
+use crate::human;
+use crate::screen::Screen;
+
+/// The command's arguments.
+#[derive(Debug, Args)]
+pub struct ExportGgufArgs {
+    /// The base model: a Hugging Face folder, a GGUF file, or `embedded`
+    #[arg(long, value_name = "PATH", default_value = EMBEDDED)]
+    model: String,
+    /// An adapter in PEFT's format, which goes into the weights
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Write the adapter alone, for llama.cpp's --lora
+    #[arg(long, requires = "adapter")]
+    lora: bool,
+    /// The file to make
+    #[arg(long, value_name = "FILE")]
+    output: PathBuf,
+    /// f32, f16 or q8_0, for the matrices [default: f16; f32 for an adapter alone]
+    #[arg(long = "type", value_name = "TYPE", value_parser = tensor_kind)]
+    kind: Option<TensorKind>,
+    /// Replace a file that is there
+    #[arg(long)]
+    overwrite: bool,
+}
+
+fn tensor_kind(word: &str) -> Result<TensorKind, String> {
+    match word.to_ascii_lowercase().as_str() {
+        "f32" => Ok(TensorKind::F32),
+        "f16" => Ok(TensorKind::F16),
+        "q8_0" => Ok(TensorKind::Q8_0),
+        _ => Err("expected f32, f16 or q8_0".into()),
+    }
+}
+
+/// Runs the command.
+///
+/// # Errors
+///
+/// What is wrong with the model, the adapter or the output. Nothing is left in the output's place.
+pub fn run(args: &ExportGgufArgs, screen: &mut Screen) -> anyhow::Result<()> {
+    let output = &args.output;
+    if output.is_dir() {
+        bail!(
+            "--output is the folder {}; name a file in it",
+            output.display()
+        );
+    }
+    if output.exists() && !args.overwrite {
+        bail!(
+            "{} is there already; choose another --output, or replace it with --overwrite",
+            output.display()
+        );
+    }
+    let path = match args.model == EMBEDDED {
+        true => embedded::materialise()?.model_dir,
+        false => hub::model_folder(&args.model, Need::Model)?,
+    };
+    let same = |a: &Path, b: &Path| {
+        a.canonicalize()
+            .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
+    };
+    if same(output, &path) {
+        bail!(
+            "--output is {}, which is read from as well; choose another file",
+            output.display()
+        );
+    }
+    let model = LlamaConfig::from_file(&path)?;
+    let adapter = match &args.adapter {
+        Some(folder) => Some(Adapter::read(&hub::adapter_folder(folder)?, &model)?),
+        None => None,
+    };
+    let bytes = match &adapter {
+        Some(adapter) if args.lora => {
+            let kind = args.kind.unwrap_or(TensorKind::F32);
+            write_adapter(output, adapter, kind)?
+        }
+        _ => {
+            let kind = args.kind.unwrap_or(TensorKind::F16);
+            write_model(output, &path, &model, adapter.as_ref(), kind, screen)?
+        }
+    };
+    screen.line(&format!("{}: {}", output.display(), human::bytes(bytes)));
+    Ok(())
+}
+
+fn text(key: &str, value: &str) -> (String, Value) {
+    (key.into(), Value::Text(value.into()))
+}
+
+/// Writes a whole model, a tensor at a time. Gives the file's size.
+fn write_model(
+    output: &Path,
+    path: &Path,
+    model: &LlamaConfig,
+    adapter: Option<&Adapter>,
+    kind: TensorKind,
+    screen: &mut Screen,
+) -> anyhow::Result<u64> {
+    let mut weights = Weights::open(path)?;
+    let mut shapes = model.tensor_shapes();
+    weights.check(&shapes)?;
+    if let Some(adapter) = adapter {
+        adapter.add_untied_head(model, &mut shapes);
+    }
+    let mut metadata = vec![
+        text("general.architecture", "llama"),
+        text("general.type", "model"),
+    ];
+    if let Some(name) = path.file_stem() {
+        metadata.push(text("general.name", &name.to_string_lossy()));
+    }
+    metadata.push(("general.file_type".into(), Value::U32(kind.file_type())));
+    metadata.push(("general.quantization_version".into(), Value::U32(2)));
+    metadata.extend(config_metadata(model));
+    metadata.extend(match gguf::is_gguf(path) {
+        // Its own keys, so that nothing of the tokenizer is lost in between.
+        true => {
+            let header = GgufFile::open(path)?.header;
+            let keys = header.metadata.into_iter();
+            keys.filter(|(key, _)| key.starts_with("tokenizer."))
+                .collect()
+        }
+        false => tokenizer_metadata(&ModelFiles::read(path)?, model)?,
+    });
+
+    let factors = rope_factors(model);
+    let mut plans = Vec::new();
+    if let Some(factors) = &factors {
+        plans.push(TensorPlan {
+            name: "rope_freqs.weight".into(),
+            shape: vec![factors.len()],
+            kind: TensorKind::F32,
+        });
+    }
+    let mut unpacked = 0;
+    for (name, shape) in &shapes {
+        let Some(theirs) = llama_cpp_name(name) else {
+            bail!("llama.cpp has no name for the tensor {name}");
+        };
+        // Vectors stay floats, as in llama.cpp's own files.
+        let kind = match shape[..] {
+            [_, columns] if columns.is_multiple_of(kind.block()) => kind,
+            [_, _] => {
+                unpacked += 1;
+                TensorKind::F16
+            }
+            _ => TensorKind::F32,
+        };
+        plans.push(TensorPlan {
+            name: theirs,
+            shape: shape.clone(),
+            kind,
+        });
+    }
+    if unpacked > 0 {
+        screen.line(&format!(
+            "{unpacked} matrices have rows that blocks of {} do not divide; they are written in F16",
+            kind.block()
+        ));
+    }
+    let task = screen.task("writing tensors", shapes.len());
+    let bytes = write_atomically(output, |out| {
+        let mut writer = GgufWriter::new(out, &metadata, plans)?;
+        if let Some(factors) = &factors {
+            writer.write(factors)?;
+        }
+        for (done, (name, shape)) in shapes.iter().enumerate() {
+            let mut values = match adapter {
+                Some(adapter) => adapter.merged(&mut weights, model, name)?,
+                None => weights.read(name)?,
+            };
+            if let Some(rows) = rows_of(name, model.head_dim) {
+                let columns = shape.get(1).copied().unwrap_or(1);
+                values = rows.to_llama_cpp(&values, columns);
+            }
+            writer.write(&values)?;
+            task.at(done + 1);
+        }
+        writer.finish();
+        Ok(())
+    })?;
+    drop(task);
+    Ok(bytes)
+}
+
+/// Writes llama.cpp's LoRA file. Gives its size.
+fn write_adapter(output: &Path, adapter: &Adapter, kind: TensorKind) -> anyhow::Result<u64> {
+    if kind == TensorKind::Q8_0 {
+        bail!("an adapter alone is written in f32 or f16; its ranks are too small for blocks");
+    }
+    let (alpha, tensors) = adapter.lora_tensors()?;
+    let metadata = [
+        text("general.architecture", "llama"),
+        text("general.type", "adapter"),
+        text("adapter.type", "lora"),
+        ("adapter.lora.alpha".into(), Value::F32(alpha)),
+        ("general.file_type".into(), Value::U32(kind.file_type())),
+    ];
+    let plans = tensors.iter().map(|tensor| TensorPlan {
+        name: tensor.name.clone(),
+        shape: tensor.shape.to_vec(),
+        kind,
+    });
+    let plans = plans.collect();
+    write_atomically(output, |out| {
+        let mut writer = GgufWriter::new(out, &metadata, plans)?;
+        for tensor in &tensors {
+            writer.write(&tensor.values)?;
+        }
+        writer.finish();
+        Ok(())
+    })
+}
+
+/// Writes a file under another name in the same folder and gives it its own when it is complete and on the disk.
+/// Gives its size.
+fn write_atomically(
+    path: &Path,
+    write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>,
+) -> anyhow::Result<u64> {
+    let folder = match path.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    let name = path.file_name();
+    let name = name.with_context(|| format!("{} is no name of a file", path.display()))?;
+    fs::create_dir_all(folder)
+        .with_context(|| format!("cannot make the folder {}", folder.display()))?;
+    let temporary = folder.join(format!(
+        ".{}.{}.tmp",
+        name.to_string_lossy(),
+        std::process::id()
+    ));
+    let all = || -> anyhow::Result<u64> {
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(&temporary)?);
+        write(&mut out)?;
+        out.flush()?;
+        let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
+        file.sync_all()?;
+        let bytes = file.metadata()?.len();
+        drop(file);
+        fs::rename(&temporary, path)?;
+        Ok(bytes)
+    };
+    all().map_err(|error| {
+        // The first error is the one to report.
+        let _ = fs::remove_file(&temporary);
+        error.context(format!("cannot write {}", path.display()))
+    })
+}

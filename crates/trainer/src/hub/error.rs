@@ -1,0 +1,192 @@
+//! What can go wrong between a name and a folder.
+
+use std::io;
+use std::path::PathBuf;
+
+use super::HubName;
+use crate::human;
+
+/// Why a name does not lead to a folder with a model or an adapter. Messages say what to do.
+#[derive(Debug, thiserror::Error)]
+pub enum HubError {
+    /// The text is no folder and cannot be a name.
+    #[error(
+        "{text:?} is neither a folder (looked at {}) nor a name on the Hub, which has the form ORG/NAME or \
+         ORG/NAME@REVISION. Name a folder in Hugging Face's layout, or a repository such as {example}",
+        looked_at.display()
+    )]
+    Neither {
+        /// What was given.
+        text: String,
+        /// The path that it would be.
+        looked_at: PathBuf,
+        /// A name that would do.
+        example: &'static str,
+    },
+    /// A variable of the environment has a value that cannot be used.
+    #[error("the environment variable {variable} cannot be used: {reason}")]
+    Setting {
+        /// The variable.
+        variable: &'static str,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// Offline was asked for, and the cache does not have it.
+    #[error(
+        "{name} is not whole in the local cache ({missing}), and HF_HUB_OFFLINE forbids to download it. Unset \
+         HF_HUB_OFFLINE; or on a machine with a connection: hf download {} --local-dir FOLDER, and name FOLDER \
+         here",
+        name.repository
+    )]
+    Offline {
+        /// The repository.
+        name: HubName,
+        /// What the cache lacks, and where it is.
+        missing: String,
+    },
+    /// No answer, or none that helps, after several attempts.
+    #[error(
+        "{name} cannot be downloaded from {endpoint}: {reason}. What is there already is kept; the same command \
+         goes on from it. Without a connection: on another machine hf download {} --local-dir FOLDER, copy \
+         FOLDER, and name it here. HF_ENDPOINT chooses a mirror, HTTPS_PROXY a proxy",
+        name.repository
+    )]
+    NoConnection {
+        /// The repository.
+        name: HubName,
+        /// Where the Hub should be.
+        endpoint: String,
+        /// The last failure.
+        reason: String,
+    },
+    /// The Hub has no such repository, or does not show it to this user.
+    #[error(
+        "{name} is neither a folder here nor a repository that {endpoint} shows {who}. See whether the name is \
+         spelt right; a private repository needs a token that may read it: hf auth login, or export HF_TOKEN=hf_…"
+    )]
+    NotFound {
+        /// The repository.
+        name: HubName,
+        /// Where was asked.
+        endpoint: String,
+        /// With or without a token.
+        who: &'static str,
+    },
+    /// The repository has no such revision.
+    #[error("{} has no revision {:?}; expected a branch, a tag or a full commit hash", name.repository, name.revision_or_main())]
+    NoRevision {
+        /// The repository and what was asked for.
+        name: HubName,
+    },
+    /// The authors want their terms accepted first.
+    #[error(
+        "{name} is gated: its authors ask you to accept their terms. 1. Open {endpoint}/{} in a browser, log in and \
+         accept (some authors answer after hours). 2. Make a token that may read it at {endpoint}/settings/tokens. \
+         3. hf auth login, or export HF_TOKEN=hf_…, and start again. {detail}",
+        name.repository
+    )]
+    Gated {
+        /// The repository.
+        name: HubName,
+        /// Where was asked.
+        endpoint: String,
+        /// Whether a token was sent, and what the Hub says.
+        detail: String,
+    },
+    /// The token is wrong or may not do this.
+    #[error(
+        "{endpoint} does not accept the token for {name} ({status}{said}). Make a new one that may read it at \
+         {endpoint}/settings/tokens, then hf auth login, or export HF_TOKEN=hf_…"
+    )]
+    Token {
+        /// The repository.
+        name: HubName,
+        /// Where was asked.
+        endpoint: String,
+        /// The HTTP status.
+        status: u16,
+        /// The Hub's own words, if any.
+        said: String,
+    },
+    /// An answer that is not the Hub's protocol.
+    #[error(
+        "{url} does not answer as the Hub does: {reason}. Is HF_ENDPOINT right, and is there a proxy between?"
+    )]
+    Protocol {
+        /// The address.
+        url: String,
+        /// What was wrong.
+        reason: String,
+    },
+    /// The weights are there only in a format that runs code when it is read.
+    #[error(
+        "{name} has its weights as Python pickles only ({files}), which can run any code when they are loaded and \
+         are not read here. Take a repository with *.safetensors, or convert it with transformers on a machine \
+         that you can lose: AutoModelForCausalLM.from_pretrained(\"{}\").save_pretrained(\"FOLDER\")",
+        name.repository
+    )]
+    PickleOnly {
+        /// The repository.
+        name: HubName,
+        /// The pickle files.
+        files: String,
+    },
+    /// A file that is needed is not in the repository.
+    #[error("{name} has no {file}{hint}")]
+    MissingFile {
+        /// The repository.
+        name: HubName,
+        /// The file, or files of which one is needed.
+        file: String,
+        /// What it looks like instead.
+        hint: String,
+    },
+    /// The index of a model in several files.
+    #[error("{name}: model.safetensors.index.json: {reason}")]
+    Index {
+        /// The repository.
+        name: HubName,
+        /// What is wrong in it.
+        reason: String,
+    },
+    /// Other bytes than the Hub announced.
+    #[error(
+        "{file} of {name} arrived with {got} instead of {expected}, twice. It was deleted. Something on the way \
+         changes it (a proxy, a mirror in HF_ENDPOINT, a failing disk); try another connection"
+    )]
+    Damaged {
+        /// The repository.
+        name: HubName,
+        /// The file.
+        file: String,
+        /// The hash or size that the Hub states.
+        expected: String,
+        /// That of what came.
+        got: String,
+    },
+    /// Not enough room.
+    #[error(
+        "{name} needs {} more in {}, which has {} free. Free some, or let HF_HOME name a folder on a larger disk",
+        human::bytes(*needed), folder.display(), human::bytes(*free)
+    )]
+    NoSpace {
+        /// The repository.
+        name: HubName,
+        /// The cache.
+        folder: PathBuf,
+        /// Bytes that are still to come.
+        needed: u64,
+        /// Bytes that are free.
+        free: u64,
+    },
+    /// The cache cannot be read or written.
+    #[error("cannot {action} {}: {source}. HF_HOME chooses another folder for downloads", path.display())]
+    Cache {
+        /// What was tried.
+        action: &'static str,
+        /// The file or folder.
+        path: PathBuf,
+        /// What the system says.
+        source: io::Error,
+    },
+}

@@ -1,0 +1,114 @@
+//! `trainer logits`: a model's scores of given tokens, for programs that compare them with another
+//! implementation's.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+
+use clap::Args;
+use llama_burn::{PackedError, PackedTokens};
+use safetensors::Dtype;
+use safetensors::tensor::TensorView;
+
+use crate::inference::{Inference, InferenceError, ModelArgs};
+use crate::output::{self, OutputError};
+use crate::screen::Screen;
+
+/// What to score.
+#[derive(Debug, Clone, Args)]
+pub struct LogitsArgs {
+    /// The model
+    #[command(flatten)]
+    pub model: ModelArgs,
+    /// A PEFT adapter
+    #[arg(long, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Merge the adapter into the weights instead of running it beside them
+    #[arg(long, requires = "adapter")]
+    pub merge: bool,
+    /// JSON: a list of rows, each a list of token ids
+    #[arg(long, value_name = "FILE")]
+    pub tokens: PathBuf,
+    /// A safetensors file with a tensor `row.N` [tokens, vocabulary] in f32 for each row
+    #[arg(long, value_name = "FILE")]
+    pub output: PathBuf,
+}
+
+/// Why there are no scores.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // Each variant carries the error of the part that failed.
+pub enum LogitsError {
+    #[error(transparent)]
+    Inference(#[from] InferenceError),
+    #[error(transparent)]
+    Output(#[from] OutputError),
+    #[error("cannot read {}: {source}", path.display())]
+    Read {
+        path: PathBuf,
+        source: std::io::Error,
+    },
+    #[error("{}: expected a list of lists of token ids: {reason}", path.display())]
+    Tokens { path: PathBuf, reason: String },
+    #[error("row {row}: {source}")]
+    Row { row: usize, source: PackedError },
+    #[error("row {row}: its scores cannot be read from the device: {reason}")]
+    Unreadable { row: usize, reason: String },
+    #[error("the scores cannot be written: {0}")]
+    Safetensors(String),
+}
+
+/// Scores every row by itself, every token after those before it.
+///
+/// # Errors
+///
+/// What is wrong with the model, the adapter, the rows or the output.
+pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
+    let text = std::fs::read_to_string(&args.tokens).map_err(|source| LogitsError::Read {
+        path: args.tokens.clone(),
+        source,
+    })?;
+    let wrong = |reason: String| LogitsError::Tokens {
+        path: args.tokens.clone(),
+        reason,
+    };
+    let rows: Vec<Vec<u32>> =
+        serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
+    if rows.iter().any(Vec::is_empty) {
+        return Err(wrong("a row is empty".into()));
+    }
+    let inference = Inference::load(&args.model, screen)?;
+    let model = match &args.adapter {
+        None => inference.base.clone(),
+        Some(folder) => {
+            let (_, adapted) = inference.with_adapter(folder)?;
+            match args.merge {
+                true => inference.merged(adapted)?,
+                false => adapted,
+            }
+        }
+    };
+    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    for (row, ids) in rows.iter().enumerate() {
+        let packed = PackedTokens::from_rows([&ids[..]]);
+        packed
+            .check(&inference.config)
+            .map_err(|source| LogitsError::Row { row, source })?;
+        let logits = model.logits(model.hidden_states(&packed));
+        let shape = logits.dims().to_vec();
+        let data = logits.into_data().convert::<f32>();
+        let values: Vec<f32> = data.try_to_vec().map_err(|error| LogitsError::Unreadable {
+            row,
+            reason: format!("{error:?}"),
+        })?;
+        let bytes = values.iter().flat_map(|value| value.to_le_bytes());
+        tensors.insert(format!("row.{row}"), (shape, bytes.collect()));
+    }
+    let wrong = |error: safetensors::SafeTensorError| LogitsError::Safetensors(error.to_string());
+    let views: Result<Vec<_>, _> = tensors
+        .iter()
+        .map(|(name, (shape, bytes))| {
+            TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name, view))
+        })
+        .collect();
+    let bytes = safetensors::serialize(views.map_err(wrong)?, None).map_err(wrong)?;
+    Ok(output::write_atomically(&args.output, &bytes)?)
+}

@@ -1,0 +1,241 @@
+//! `trainer merge` and `trainer unmerge`.
+
+use std::path::PathBuf;
+
+use clap::Args;
+use lora_core::Quantization;
+use safetensors::Dtype;
+
+use super::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, merge, survival, unmerge};
+use crate::human;
+use crate::screen::Screen;
+
+/// The arguments of `merge`.
+#[derive(Debug, Args)]
+pub struct MergeArgs {
+    /// The base model, a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// The adapter, in PEFT's format
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// The folder to make; without it only --check-bits can be done
+    #[arg(long, value_name = "DIR", required_unless_present = "check_bits")]
+    output: Option<PathBuf>,
+    #[command(flatten)]
+    form: Form,
+    /// Measure first how much of the adapter is left when the merged weights are quantized to 8 or 4 bits, and
+    /// refuse if it is too little
+    #[arg(long, value_name = "BITS")]
+    check_bits: Option<u8>,
+    /// Merge although --check-bits found too little of the adapter left
+    #[arg(long, requires = "check_bits")]
+    force: bool,
+    /// Merge although the model has no tokenizer
+    #[arg(long)]
+    without_tokenizer: bool,
+}
+
+/// The arguments of `unmerge`.
+#[derive(Debug, Args)]
+pub struct UnmergeArgs {
+    /// The merged model, a Hugging Face folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// The adapter that was merged into it
+    #[arg(long, value_name = "DIR")]
+    adapter: PathBuf,
+    /// The folder to make
+    #[arg(long, value_name = "DIR")]
+    output: PathBuf,
+    #[command(flatten)]
+    form: Form,
+    /// Go on although the folder does not say that this adapter was merged into it
+    #[arg(long)]
+    force: bool,
+}
+
+/// How a model is written.
+#[derive(Debug, Args)]
+struct Form {
+    /// f32, f16 or bf16 [default: what each tensor has]
+    #[arg(long, value_name = "TYPE", value_parser = float_type)]
+    dtype: Option<Dtype>,
+    /// Size of a weight file at most, such as 500MB or 5GB
+    #[arg(long, value_name = "SIZE", value_parser = size, default_value = "5GB")]
+    max_shard_size: u64,
+    /// Take the place of what is in the output folder
+    #[arg(long)]
+    overwrite: bool,
+}
+
+fn float_type(word: &str) -> Result<Dtype, String> {
+    match word {
+        "f32" | "float32" => Ok(Dtype::F32),
+        "f16" | "float16" => Ok(Dtype::F16),
+        "bf16" | "bfloat16" => Ok(Dtype::BF16),
+        _ => Err("expected f32, f16 or bf16".into()),
+    }
+}
+
+/// Bytes; as in Hugging Face, GB are powers of ten and GiB powers of two.
+fn size(word: &str) -> Result<u64, String> {
+    let digits = word.trim_end_matches(|c: char| c.is_ascii_alphabetic());
+    let unit = match word[digits.len()..].to_ascii_lowercase().as_str() {
+        "" | "b" => 1,
+        "kb" => 1_000,
+        "mb" => 1_000_000,
+        "gb" => 1_000_000_000,
+        "kib" => 1 << 10,
+        "mib" => 1 << 20,
+        "gib" => 1 << 30,
+        _ => return Err("expected a number with KB, MB, GB, KiB, MiB or GiB".into()),
+    };
+    let number = digits.trim().parse::<u64>().ok();
+    let bytes = number.and_then(|number| number.checked_mul(unit));
+    match bytes {
+        Some(bytes) if bytes > 0 => Ok(bytes),
+        _ => Err("expected a positive whole number with a unit, such as 500MB".into()),
+    }
+}
+
+/// Runs `merge`.
+///
+/// # Errors
+///
+/// What is wrong with the model, the adapter or the output folder.
+pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
+    if let Some(bits) = args.check_bits {
+        let quantization = match bits {
+            8 => Quantization::Bits8,
+            4 => Quantization::Bits4,
+            _ => anyhow::bail!("--check-bits is {bits}; expected 8 or 4"),
+        };
+        let report = {
+            let mut task = None;
+            let mut progress = |done, total| {
+                let task = task.get_or_insert_with(|| screen.task("checking modules", total));
+                task.at(done);
+            };
+            survival(
+                &args.model,
+                &args.adapter,
+                bits,
+                quantization,
+                &mut progress,
+            )?
+        };
+        for line in report.lines() {
+            screen.line(&line);
+        }
+        match report.refusal() {
+            Some(reason) if !args.force => return Err(MergeError::Lost { reason }.into()),
+            Some(reason) => log::warn!("{reason}"),
+            None => {}
+        }
+    }
+    let Some(output) = args.output else {
+        return Ok(());
+    };
+    let options = MergeOptions {
+        model: args.model,
+        adapter: args.adapter,
+        output,
+        dtype: args.form.dtype,
+        largest_shard: args.form.max_shard_size,
+        overwrite: args.form.overwrite,
+        without_tokenizer: args.without_tokenizer,
+    };
+    let report = {
+        let mut task = None;
+        merge(&options, &mut |done, total| {
+            let task = task.get_or_insert_with(|| screen.task("merging tensors", total));
+            task.at(done);
+        })?
+    };
+    let replaced = match report.replaced {
+        0 => String::new(),
+        count => format!(" and {} of its own", human::counted(count as u64, "tensor")),
+    };
+    screen.line(&format!(
+        "merged {}{replaced} into {}: {}, {}, {}",
+        human::counted(report.modules as u64, "module"),
+        options.output.display(),
+        human::counted(report.files as u64, "weight file"),
+        human::bytes(report.bytes),
+        report.dtype,
+    ));
+    Ok(())
+}
+
+/// Runs `unmerge`.
+///
+/// # Errors
+///
+/// As [`unmerge`].
+pub fn run_unmerge(args: UnmergeArgs, screen: &Screen) -> anyhow::Result<()> {
+    let options = UnmergeOptions {
+        model: args.model,
+        adapter: args.adapter,
+        output: args.output,
+        dtype: args.form.dtype,
+        largest_shard: args.form.max_shard_size,
+        overwrite: args.form.overwrite,
+        force: args.force,
+    };
+    let report = {
+        let mut task = None;
+        unmerge(&options, &mut |done, total| {
+            let task = task.get_or_insert_with(|| screen.task("restoring tensors", total));
+            task.at(done);
+        })?
+    };
+    let what = match report.exact {
+        Some(exact) if exact == report.changed => {
+            "all of them the base's, number for number".to_string()
+        }
+        Some(exact) => format!(
+            "{exact} of them the base's, number for number; the others are within {:.1e} of it, which is what {} \
+             kept of the merged weights (a model merged with --dtype f32 comes apart without loss)",
+            report.rounding, report.merged_dtype
+        ),
+        None => format!(
+            "within {:.1e} of the base if this adapter is what was merged, which the folder does not say",
+            report.rounding
+        ),
+    };
+    screen.line(&format!(
+        "took the adapter out of {} into {} ({}): {what}",
+        human::counted(report.changed as u64, "tensor"),
+        options.output.display(),
+        report.dtype,
+    ));
+    Ok(())
+}
+
+const _: () = assert!(LARGEST_SHARD == 5_000_000_000, "--max-shard-size's default");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn sizes_are_numbers_with_a_unit() {
+        assert_eq!(size("5GB").unwrap(), LARGEST_SHARD);
+        assert_eq!(size("500mb").unwrap(), 500_000_000);
+        assert_eq!(size("2GiB").unwrap(), 2 << 30);
+        assert_eq!(size("1234").unwrap(), 1234);
+        for wrong in [
+            "",
+            "GB",
+            "0MB",
+            "-1GB",
+            "1.5GB",
+            "5TB",
+            "99999999999999999999",
+            "99999999999GB",
+        ] {
+            assert!(size(wrong).is_err(), "{wrong}");
+        }
+    }
+}

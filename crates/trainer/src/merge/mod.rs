@@ -1,0 +1,427 @@
+//! An adapter into a model's weights for good, and out of them again: folder to folder, on the host.
+//!
+//! No model is loaded. Tensors go from file to file some rows at a time, those that the adapter changes one at a
+//! time, so that the memory this takes is the adapter's, the largest changed tensor's in f32, and a few MiB. The
+//! new folder gets its name when it is complete: a full disk or an interrupted run leaves nothing that looks like
+//! a model.
+
+mod adapter;
+mod command;
+mod folder;
+mod record;
+mod rewrite;
+mod survival;
+mod tensors;
+mod unmerge;
+mod write;
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use llama_burn::{ConfigError, LlamaConfig, Weights, WeightsError};
+use lora_core::Quantization;
+use safetensors::Dtype;
+use serde_json::{Map, Value};
+
+use crate::peft::{self, AdapterError};
+
+pub use command::{MergeArgs, UnmergeArgs, run_merge, run_unmerge};
+pub use survival::{Survival, SurvivalReport};
+pub use unmerge::{UnmergeOptions, UnmergeReport, unmerge};
+
+use adapter::{Adapter, EMBEDDING, HEAD};
+use folder::NewFolder;
+use record::{Changed, RECORD_FILE, Record, Sum};
+use rewrite::{Change, rewrite};
+use tensors::ModelTensors;
+use write::{Planned, Shards};
+
+/// Bytes of a weight file at most, unless asked otherwise.
+pub const LARGEST_SHARD: u64 = 5_000_000_000;
+
+/// Why a model cannot be merged or taken apart.
+#[derive(Debug, thiserror::Error)]
+pub enum MergeError {
+    /// The model's `config.json`.
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    /// The model's weights.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// The adapter, or what it does not share with the model.
+    #[error("the adapter in {}: {source}", folder.display())]
+    Adapter {
+        /// Its folder.
+        folder: PathBuf,
+        /// What is wrong.
+        source: AdapterError,
+    },
+    /// A file cannot be read.
+    #[error("{} cannot be read: {reason}", file.display())]
+    Unreadable {
+        /// The file.
+        file: PathBuf,
+        /// What is wrong.
+        reason: String,
+    },
+    /// A file or folder cannot be written.
+    #[error("cannot write {}: {source}", path.display())]
+    Write {
+        /// The file.
+        path: PathBuf,
+        /// What the system says: a full disk, missing rights.
+        source: std::io::Error,
+    },
+    /// There is something in the output folder's place.
+    #[error("{} is there already; choose another --output, or replace it with --overwrite", folder.display())]
+    Exists {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The output would replace what it is made from.
+    #[error("--output is {}, which is read from as well; choose another folder", folder.display())]
+    Itself {
+        /// The folder.
+        folder: PathBuf,
+    },
+    /// The base model has no tokenizer.
+    #[error(
+        "{} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt), so the merged model would have none; copy it there first, or merge the weights alone with --without-tokenizer",
+        folder.display()
+    )]
+    NoTokenizer {
+        /// The model's folder.
+        folder: PathBuf,
+    },
+    /// A tensor whose elements are not floats.
+    #[error(
+        "the tensor {name} is of type {got}; only F32, F16 and BF16 can be merged into: take the model before it was quantized"
+    )]
+    NotFloat {
+        /// Its name.
+        name: String,
+        /// Its type.
+        got: String,
+    },
+    /// `config.json` says that the weights are quantized.
+    #[error(
+        "{} has a quantization_config: its weights are no floats; merge into the model that it was quantized from",
+        folder.display()
+    )]
+    QuantizedBase {
+        /// The model's folder.
+        folder: PathBuf,
+    },
+    /// A number that the output's type has no room for.
+    #[error(
+        "{name} becomes {value} at element {index}, for which {dtype} has no room; choose --dtype {remedy}"
+    )]
+    NoRoom {
+        /// The tensor.
+        name: String,
+        /// Which element, counted row by row.
+        index: usize,
+        /// Its value.
+        value: f32,
+        /// The output's type.
+        dtype: String,
+        /// A type that would do.
+        remedy: &'static str,
+    },
+    /// The adapter adds a bias to a module without one.
+    #[error(
+        "the adapter adds a bias to {module} (lora_bias), which has none in the model, so there is no tensor to merge it into; keep the adapter as a second path"
+    )]
+    NoBias {
+        /// The module.
+        module: String,
+    },
+    /// The base cannot be computed from the merged model.
+    #[error("the adapter in {} cannot be taken out: {reason}; use the base model itself{base}", folder.display())]
+    NoWayBack {
+        /// The adapter's folder.
+        folder: PathBuf,
+        /// Why.
+        reason: &'static str,
+        /// Where the base model was.
+        base: String,
+    },
+    /// The adapter does not survive quantization.
+    #[error(
+        "{reason}; merge without --check-bits and use the result in 16 bits, keep the adapter as a second path, or use --force"
+    )]
+    Lost {
+        /// By how much.
+        reason: String,
+    },
+    /// The merged folder does not fit the adapter, or nobody knows.
+    #[error("{reason}; --force takes the adapter out all the same")]
+    NotThis {
+        /// What does not fit.
+        reason: String,
+    },
+}
+
+/// What to merge.
+#[derive(Debug, Clone)]
+pub struct MergeOptions {
+    /// The base model, a Hugging Face folder.
+    pub model: PathBuf,
+    /// The adapter, in PEFT's format.
+    pub adapter: PathBuf,
+    /// The folder to make.
+    pub output: PathBuf,
+    /// The type of every tensor; each its own without it.
+    pub dtype: Option<Dtype>,
+    /// Bytes of a weight file at most.
+    pub largest_shard: u64,
+    /// Take the place of what is in the output folder.
+    pub overwrite: bool,
+    /// Merge although the model has no tokenizer.
+    pub without_tokenizer: bool,
+}
+
+/// What was merged.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct MergeReport {
+    /// Modules that the adapter changed.
+    pub modules: usize,
+    /// Tensors that the adapter brought its own version of.
+    pub replaced: usize,
+    /// Weight files.
+    pub files: usize,
+    /// Their bytes, without headers.
+    pub bytes: u64,
+    /// The type of most of the tensors.
+    pub dtype: String,
+}
+
+/// Merges an adapter into a model and writes a whole Hugging Face folder. `progress` hears of tensors done, of all.
+///
+/// The sum is computed in f32, as PEFT does on a model loaded in f32, and then rounded to the output's type.
+///
+/// # Errors
+///
+/// What is wrong with the model, the adapter or the output folder. Nothing is left in the output's place.
+pub fn merge(
+    options: &MergeOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<MergeReport, MergeError> {
+    let base = Base::read(&options.model)?;
+    if !options.without_tokenizer && !folder::has_tokenizer(&options.model) {
+        return Err(MergeError::NoTokenizer {
+            folder: options.model.clone(),
+        });
+    }
+    let adapter = Adapter::read(&options.adapter, &base.config)?;
+    refuse_itself(&options.output, &[&options.model, &options.adapter])?;
+    let adapter_sha256 = record::file_sum(&options.adapter.join(peft::WEIGHTS_FILE))?;
+
+    let mut source = ModelTensors::open(&options.model)?;
+    let mut planned = base.planned(&source, |_, own| options.dtype.unwrap_or(own));
+    let base_dtypes = planned.iter().filter_map(|tensor| {
+        let place = source.place(&tensor.name)?;
+        Some((tensor.name.clone(), format!("{:?}", place.dtype)))
+    });
+    let base_dtypes = base_dtypes.collect();
+    let mut config = base.object;
+    if adapter.unties() {
+        // The output layer begins as the embedding that it was.
+        let embedding = planned.iter().find(|tensor| tensor.name == EMBEDDING);
+        let head = embedding.cloned().map(|tensor| Planned {
+            name: HEAD.into(),
+            ..tensor
+        });
+        planned.extend(head);
+        config.insert("tie_word_embeddings".into(), false.into());
+    }
+    let dtype = largest_dtype(&planned);
+    let shards = Shards::plan(planned, options.largest_shard);
+    let folder = NewFolder::create(&options.output, options.overwrite)?;
+    let mut merging = Merging {
+        adapter: &adapter,
+        sums: BTreeMap::new(),
+    };
+    rewrite(&mut source, &shards, folder.path(), &mut merging, progress)?;
+
+    let changed = merging.sums.into_iter().map(|(name, [before, after])| {
+        let changed = Changed {
+            base_sha256: before.finish(),
+            merged_sha256: after.finish(),
+        };
+        (name, changed)
+    });
+    let record = Record {
+        version: 1,
+        base_model: options.model.display().to_string(),
+        adapter: options.adapter.display().to_string(),
+        adapter_sha256,
+        base_dtypes,
+        changed: changed.collect(),
+    };
+    let record = serde_json::to_value(&record).expect("a record is plain JSON");
+    folder.write(RECORD_FILE, &format!("{record:#}\n"))?;
+    finish(folder, config, dtype, &shards, &options.model)?;
+    let [modules, replaced] = adapter.counts();
+    Ok(MergeReport {
+        modules,
+        replaced,
+        files: shards.files().len(),
+        bytes: shards.bytes(),
+        dtype: format!("{dtype:?}").to_lowercase(),
+    })
+}
+
+/// Measures how much of an adapter would be left of a merge into a base that is quantized to `bits`, without
+/// writing anything.
+///
+/// # Errors
+///
+/// What is wrong with the model or the adapter.
+pub fn survival(
+    model: &Path,
+    adapter: &Path,
+    bits: u8,
+    quantization: Quantization,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<SurvivalReport, MergeError> {
+    let base = Base::read(model)?;
+    let adapter = Adapter::read(adapter, &base.config)?;
+    let mut source = ModelTensors::open(model)?;
+    // What is quantized: the decoder's linear modules.
+    let linears = adapter.modules().filter(|m| m.starts_with("model.layers."));
+    let linears: Vec<&String> = linears.collect();
+    let mut modules = BTreeMap::new();
+    for (done, module) in linears.iter().enumerate() {
+        let name = format!("{module}.weight");
+        let mut sums = Survival::default();
+        if let Some(place) = source.place(&name) {
+            let (d_out, d_in) = (place.rows, place.columns);
+            // A weight whose width cannot be packed stays as it is: all of the update survives.
+            if let Some(block) = quantization.block(d_out) {
+                let mut base = source.values(&name)?;
+                survival::round(&mut base, d_in, quantization, block);
+                let merged = adapter.merged(&name, base.clone())?;
+                sums = survival::of_merged(&base, merged, d_in, quantization, block);
+            }
+        }
+        modules.insert(module.to_string(), sums);
+        progress(done + 1, linears.len());
+    }
+    Ok(SurvivalReport { bits, modules })
+}
+
+/// A model folder's configuration.
+struct Base {
+    config: LlamaConfig,
+    object: Map<String, Value>,
+}
+
+impl Base {
+    /// Reads `config.json` and holds the weights' names and shapes against it.
+    fn read(folder: &Path) -> Result<Self, MergeError> {
+        let config = LlamaConfig::from_file(folder)?;
+        let path = folder.join("config.json");
+        let unreadable = |reason: String| MergeError::Unreadable {
+            file: path.clone(),
+            reason,
+        };
+        let text = fs::read_to_string(&path).map_err(|error| unreadable(error.to_string()))?;
+        let object: Map<String, Value> =
+            serde_json::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
+        if object
+            .get("quantization_config")
+            .is_some_and(|value| !value.is_null())
+        {
+            return Err(MergeError::QuantizedBase {
+                folder: folder.into(),
+            });
+        }
+        Weights::open(folder)?.check(&config.tensor_shapes())?;
+        Ok(Self { config, object })
+    }
+
+    /// The tensors of the new model, in the model's order. What transformers would not look for (the copy of a
+    /// tied head, tables of angles) is left out.
+    fn planned(&self, source: &ModelTensors, dtype: impl Fn(&str, Dtype) -> Dtype) -> Vec<Planned> {
+        let shapes = self.config.tensor_shapes().into_iter();
+        let planned = shapes.filter_map(|(name, shape)| {
+            let own = source.place(&name)?.dtype;
+            let dtype = dtype(&name, own);
+            Some(Planned {
+                source: name.clone(),
+                name,
+                dtype,
+                shape,
+            })
+        });
+        planned.collect()
+    }
+}
+
+fn refuse_itself(output: &Path, sources: &[&Path]) -> Result<(), MergeError> {
+    let Ok(output) = output.canonicalize() else {
+        return Ok(());
+    };
+    let same = |source: &&&Path| source.canonicalize().is_ok_and(|source| source == output);
+    match sources.iter().any(|source| same(&source)) {
+        true => Err(MergeError::Itself { folder: output }),
+        false => Ok(()),
+    }
+}
+
+/// The type that most elements have.
+fn largest_dtype(tensors: &[Planned]) -> Dtype {
+    let mut bytes: BTreeMap<Dtype, u64> = BTreeMap::new();
+    for tensor in tensors {
+        *bytes.entry(tensor.dtype).or_default() += tensor.bytes();
+    }
+    let most = bytes.into_iter().max_by_key(|(_, bytes)| *bytes);
+    most.map_or(Dtype::F32, |(dtype, _)| dtype)
+}
+
+/// What a folder needs beside its weights. `config.json` comes last: without it nothing takes the folder for a
+/// model.
+fn finish(
+    folder: NewFolder,
+    mut config: Map<String, Value>,
+    dtype: Dtype,
+    shards: &Shards,
+    base: &Path,
+) -> Result<(), MergeError> {
+    if let Some(index) = shards.index() {
+        folder.write("model.safetensors.index.json", &format!("{index:#}\n"))?;
+    }
+    folder.copy_from(base)?;
+    folder::set_dtype(&mut config, dtype);
+    let config = Value::Object(config);
+    folder.write("config.json", &format!("{config:#}\n"))?;
+    folder.finish()
+}
+
+/// Puts the adapter in, and sums the bytes of what it changes before and after.
+struct Merging<'a> {
+    adapter: &'a Adapter<'a>,
+    sums: BTreeMap<String, [Sum; 2]>,
+}
+
+impl Change for Merging<'_> {
+    fn is_changed(&self, name: &str) -> bool {
+        self.adapter.changes(name)
+    }
+
+    fn changed(&mut self, name: &str, values: Vec<f32>) -> Result<Vec<f32>, MergeError> {
+        self.adapter.merged(name, values)
+    }
+
+    fn read(&mut self, name: &str, bytes: &[u8], dtype: Dtype) {
+        let [base, _] = self.sums.entry(name.into()).or_default();
+        base.add_numbers(bytes, dtype.bitsize() / 8);
+    }
+
+    fn wrote(&mut self, name: &str, bytes: &[u8], _: Dtype) {
+        let [_, merged] = self.sums.entry(name.into()).or_default();
+        merged.add(bytes);
+    }
+}

@@ -1,0 +1,153 @@
+//! Whether an adapter is one for a model: its tensors against the model's shapes, before anything is made.
+
+use std::collections::BTreeMap;
+
+use llama_burn::LlamaConfig;
+use lora_core::{Bias, LoraConfig, TargetModules};
+
+use super::tensors::{EMBEDDING, bias_name, saved_whole};
+use super::{AdapterError, AdapterTensors, magnitude_name, tensor_names};
+
+/// The output layer's module.
+pub(super) const HEAD: &str = "lm_head";
+pub(super) const HEAD_WEIGHT: &str = "lm_head.weight";
+pub(super) const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
+const PREFIX: &str = "base_model.model.";
+
+/// Every module of `model` that an adapter can be on, with `[d_in, d_out]`: the linear ones, the embedding
+/// and the output layer, which is a module of its own where it is tied as well.
+fn widths(model: &LlamaConfig) -> BTreeMap<String, [usize; 2]> {
+    let (vocab, hidden) = (model.vocab_size, model.hidden_size);
+    let layers = (0..model.num_hidden_layers).flat_map(|layer| {
+        let linears = model.layer_linears().into_iter();
+        linears.map(move |(name, d_in, d_out, _)| {
+            (format!("model.layers.{layer}.{name}"), [d_in, d_out])
+        })
+    });
+    let tables = [
+        (EMBEDDING.to_string(), [vocab, hidden]),
+        (HEAD.to_string(), [hidden, vocab]),
+    ];
+    layers.chain(tables).collect()
+}
+
+impl AdapterTensors {
+    /// Checks that these are the tensors that `lora` asks for on `model`, and of the right shapes.
+    ///
+    /// # Errors
+    ///
+    /// A selected module whose tensors are missing, a tensor that no selected module has, or one of
+    /// another shape, by PEFT's name; an invalid `lora`, or one that selects nothing.
+    pub fn check(&self, model: &LlamaConfig, lora: &LoraConfig) -> Result<(), AdapterError> {
+        lora.validate()?;
+        let selector = lora.selector()?;
+        let widths = widths(model);
+        // "all-linear" is about linear modules; the selector knows names only.
+        let linear_only = lora.target_modules == TargetModules::AllLinear;
+        let selected = |module: &str| {
+            widths.contains_key(module)
+                && !(linear_only && module == EMBEDDING)
+                && selector.matches(module)
+        };
+        if let Some(module) = self.modules.keys().find(|module| !selected(module)) {
+            let [name, _] = tensor_names(module);
+            return Err(AdapterError::Unexpected { name });
+        }
+        for (module, [d_in, d_out]) in &widths {
+            if !selected(module) {
+                continue;
+            }
+            let [a_name, b_name] = tensor_names(module);
+            let Some(pair) = self.modules.get(module) else {
+                return Err(AdapterError::Missing { name: a_name });
+            };
+            // Named and shaped as in the file, where the matrices are transposed.
+            let r = selector.r(module);
+            if (pair.r, pair.d_in) != (r, *d_in) {
+                let got = [pair.r, pair.d_in];
+                return Err(AdapterError::shape(a_name, &[r, *d_in], &got));
+            }
+            if pair.d_out != *d_out {
+                let got = [pair.d_out, pair.r];
+                return Err(AdapterError::shape(b_name, &[*d_out, r], &got));
+            }
+            for (asked, values, name) in [
+                (lora.use_dora, &pair.magnitude, magnitude_name(module)),
+                (lora.lora_bias, &pair.bias, bias_name(module)),
+            ] {
+                match (asked, values) {
+                    (true, None) => return Err(AdapterError::Missing { name }),
+                    (false, Some(_)) => return Err(AdapterError::Unexpected { name }),
+                    (true, Some(values)) if values.len() != *d_out => {
+                        return Err(AdapterError::shape(name, &[*d_out], &[values.len()]));
+                    }
+                    _ => {}
+                }
+            }
+        }
+        let whole = self.check_whole(model, lora)?;
+        if self.modules.is_empty() && whole == 0 {
+            // Counting says what there would be.
+            lora_core::ParameterCounts::new(
+                &model.module_shapes(),
+                lora,
+                lora_core::Quantization::None,
+                4,
+            )?;
+        }
+        Ok(())
+    }
+
+    /// Checks the tensors that take the base model's place; gives how many the settings ask for.
+    fn check_whole(&self, model: &LlamaConfig, lora: &LoraConfig) -> Result<usize, AdapterError> {
+        let mut shapes: BTreeMap<String, Vec<usize>> = model.tensor_shapes().into_iter().collect();
+        let table = vec![model.vocab_size, model.hidden_size];
+        shapes.entry(HEAD_WEIGHT.into()).or_insert(table);
+        let adapted = |tensor: &str| {
+            let module = tensor.rsplit_once('.').map_or(tensor, |(module, _)| module);
+            self.modules.contains_key(module)
+        };
+        for (name, tensor) in &self.whole {
+            let in_file = format!("{PREFIX}{name}");
+            match shapes.get(name) {
+                None => return Err(AdapterError::Unexpected { name: in_file }),
+                Some(shape) if *shape != tensor.shape => {
+                    return Err(AdapterError::shape(in_file, shape, &tensor.shape));
+                }
+                Some(_) => {}
+            }
+            let unadapted = lora.bias == Bias::LoraOnly && !adapted(name);
+            if name.ends_with(".bias") && unadapted && !saved_whole(lora, name) {
+                return Err(AdapterError::Unexpected { name: in_file });
+            }
+        }
+        let mut asked = 0;
+        for name in shapes.keys() {
+            let bias = name.ends_with(".bias")
+                && match lora.bias {
+                    Bias::None => false,
+                    Bias::All => true,
+                    Bias::LoraOnly => adapted(name),
+                };
+            if !bias && !saved_whole(lora, name) {
+                continue;
+            }
+            asked += 1;
+            if !self.whole.contains_key(name) {
+                let name = format!("{PREFIX}{name}");
+                return Err(AdapterError::Missing { name });
+            }
+        }
+        Ok(asked)
+    }
+
+    /// Whether the output layer is no longer the embedding once this adapter is on `model`, whose two are
+    /// one table: a model with the adapter merged then needs a `lm_head.weight` of its own.
+    pub fn unties(&self, model: &LlamaConfig, lora: &LoraConfig) -> bool {
+        let embedding = self.modules.contains_key(EMBEDDING)
+            || (self.whole.contains_key(EMBEDDING_WEIGHT) && saved_whole(lora, EMBEDDING_WEIGHT));
+        let head = self.modules.contains_key(HEAD)
+            || (self.whole.contains_key(HEAD_WEIGHT) && saved_whole(lora, HEAD_WEIGHT));
+        model.tie_word_embeddings && (embedding || head)
+    }
+}

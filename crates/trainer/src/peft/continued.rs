@@ -1,0 +1,207 @@
+//! Training that starts from an adapter (`init_adapter`) instead of from fresh factors.
+
+use std::path::Path;
+
+use llama_burn::{Llama, LlamaConfig};
+use lora_core::{Bias, LoraConfig, ModuleSelector, TargetModules};
+
+use super::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
+use crate::config::{Config, Problem, Problems};
+
+/// Why training cannot start from an adapter, or with fresh ones.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)] // Each variant carries the error of the part that failed.
+pub enum StartError {
+    #[error("init_adapter: {0}")]
+    Adapter(#[source] AdapterError),
+    #[error(transparent)]
+    Conflicts(#[from] Problems),
+    #[error(transparent)]
+    Lora(#[from] lora_core::LoraError),
+    /// What a selector matches and training does not cover.
+    #[error(
+        "target_modules selects {0}, which is no linear module of a layer; adapters there can be loaded and merged but not trained: narrow target_modules, or name it in exclude_modules"
+    )]
+    NoLayer(&'static str),
+}
+
+/// The configuration with what its `init_adapter` says of adapters; as it is where there is none.
+///
+/// # Errors
+///
+/// An adapter whose settings cannot be read or trained on, by field; every key that was written beside
+/// `init_adapter` and contradicts it.
+pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartError> {
+    let Some(folder) = &config.init_adapter else {
+        layers_only(&config.lora_config(), model)?;
+        return Ok(config.clone());
+    };
+    let adapter = read_adapter_config(folder).map_err(StartError::Adapter)?;
+    let lora = adapter.trainable(folder, model)?;
+    let dropout_written = config
+        .source
+        .lora_keys
+        .iter()
+        .any(|key| key == "lora_dropout");
+    let continued = Config {
+        lora_r: lora.r,
+        lora_alpha: lora.lora_alpha,
+        lora_dropout: match dropout_written {
+            true => config.lora_dropout,
+            false => lora.lora_dropout,
+        },
+        peft_use_rslora: lora.use_rslora,
+        peft_use_dora: lora.use_dora,
+        target_modules: lora.target_modules,
+        layers_to_transform: lora.layers_to_transform,
+        exclude_modules: lora.exclude_modules,
+        rank_pattern: lora.rank_pattern,
+        alpha_pattern: lora.alpha_pattern,
+        ..config.clone()
+    };
+    let conflicts = conflicts(config, &continued, folder);
+    match conflicts.is_empty() {
+        true => Ok(continued),
+        false => Err(Problems(conflicts).into()),
+    }
+}
+
+/// The model with the adapters that training starts from: fresh ones, or those of `init_adapter`.
+/// `config` is what [`continued`] gave.
+///
+/// # Errors
+///
+/// As [`read_adapter`] and [`AdapterTensors::put_on`]; as [`Llama::with_lora`].
+pub fn start(model: Llama, config: &Config) -> Result<Llama, StartError> {
+    let lora = config.lora_config();
+    let Some(folder) = &config.init_adapter else {
+        return Ok(model.with_lora(&lora, config.seed)?);
+    };
+    let (_, tensors) = read_adapter(folder).map_err(StartError::Adapter)?;
+    trainable_tensors(folder, &tensors)?;
+    let model = tensors.put_on(model, &lora);
+    model.map_err(|error| StartError::Adapter(error.in_file(folder)))
+}
+
+impl AdapterConfig {
+    /// The settings, as training and its configuration take them.
+    fn trainable(self, folder: &Path, model: &LlamaConfig) -> Result<LoraConfig, StartError> {
+        let refused = |field: &str, got: String, why: &str| {
+            let error = AdapterError::Config {
+                field: field.into(),
+                got,
+                expected: format!("a setting that can be trained on: {why}"),
+            };
+            StartError::Adapter(error.in_file(&folder.join(super::CONFIG_FILE)))
+        };
+        let lora = self.lora;
+        if lora.bias != Bias::None {
+            let got = format!("{:?}", lora.bias);
+            let why = "the base model's biases are frozen here; merge this adapter first";
+            return Err(refused("bias", got, why));
+        }
+        if lora.lora_bias {
+            let why = "B's bias is frozen here; merge this adapter first";
+            return Err(refused("lora_bias", "true".into(), why));
+        }
+        if !lora.modules_to_save.is_empty() {
+            let why = "whole modules are frozen here; merge this adapter first";
+            return Err(refused(
+                "modules_to_save",
+                format!("{:?}", lora.modules_to_save),
+                why,
+            ));
+        }
+        layers_only(&lora, model)?;
+        let mut plain = lora.clone();
+        plain.layers_pattern = Vec::new();
+        if let TargetModules::Names(names) = &mut plain.target_modules {
+            // PEFT keeps names that match nothing; a configuration takes a Llama's only.
+            let modules = layer_modules(model);
+            names.retain(|name| {
+                let ends =
+                    |module: &String| module == name || module.ends_with(&format!(".{name}"));
+                modules.iter().any(ends)
+            });
+        }
+        let (selector, plain_selector) = (lora.selector()?, plain.selector()?);
+        let same = |module: &String| selector.matches(module) == plain_selector.matches(module);
+        match layer_modules(model).iter().all(same) {
+            true => Ok(plain),
+            false => {
+                let got = format!("{:?}", lora.layers_pattern);
+                let why = "only the pattern \"layers\" fits a Llama";
+                Err(refused("layers_pattern", got, why))
+            }
+        }
+    }
+}
+
+/// Adapters beside the layers' linear modules can be used, not trained.
+fn layers_only(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartError> {
+    let selector: ModuleSelector = lora.selector()?;
+    if selector.matches("lm_head") {
+        return Err(StartError::NoLayer("lm_head"));
+    }
+    let linear_only = lora.target_modules == TargetModules::AllLinear;
+    if !linear_only && selector.matches("model.embed_tokens") {
+        return Err(StartError::NoLayer("model.embed_tokens"));
+    }
+    // Says what there is, where nothing is selected.
+    lora_core::ParameterCounts::new(
+        &model.module_shapes(),
+        lora,
+        lora_core::Quantization::None,
+        4,
+    )?;
+    Ok(())
+}
+
+fn trainable_tensors(folder: &Path, tensors: &AdapterTensors) -> Result<(), StartError> {
+    match tensors.whole.keys().next() {
+        None => Ok(()),
+        Some(name) => {
+            let name = format!("base_model.model.{name}");
+            let error = AdapterError::Unexpected { name };
+            Err(StartError::Adapter(
+                error.in_file(&folder.join(super::WEIGHTS_FILE)),
+            ))
+        }
+    }
+}
+
+fn layer_modules(model: &LlamaConfig) -> Vec<String> {
+    let layers = 0..model.num_hidden_layers;
+    let names = layers.flat_map(|layer| {
+        let linears = model.layer_linears().into_iter();
+        linears.map(move |(name, ..)| format!("model.layers.{layer}.{name}"))
+    });
+    names.collect()
+}
+
+/// The written keys that say something else than the adapter.
+fn conflicts(written: &Config, adapter: &Config, folder: &Path) -> Vec<Problem> {
+    let texts = |config: &Config| -> toml::Table {
+        // What is written is what is compared: the same value has one form.
+        config.to_toml().parse().unwrap_or_default()
+    };
+    let (ours, theirs) = (texts(written), texts(adapter));
+    let keys = written.source.lora_keys.iter();
+    let different = keys.filter(|key| ours.get(*key) != theirs.get(*key));
+    let problem = |key: &String| Problem {
+        location: match &written.source.file {
+            Some(file) => file.display().to_string(),
+            None => "the built-in configuration or --set".into(),
+        },
+        key: key.clone(),
+        value: ours.get(key).map(ToString::to_string),
+        message: format!(
+            "contradicts init_adapter: {} has {}; leave the key out, or train a fresh adapter",
+            folder.display(),
+            theirs
+                .get(key)
+                .map_or_else(|| "none".into(), ToString::to_string)
+        ),
+    };
+    different.map(problem).collect()
+}

@@ -1,0 +1,324 @@
+//! What the tensors of a base model become with an adapter merged in, one at a time on the host.
+
+use llama_burn::LlamaConfig;
+use lora_core::LoraConfig;
+use lora_core::cpu::{self, Matrix, MatrixMut, Threads};
+
+use super::check::{EMBEDDING_WEIGHT, HEAD_WEIGHT};
+use super::tensors::{EMBEDDING, saved_whole};
+use super::{AdapterError, AdapterPair, AdapterTensors};
+
+/// Which way an adapter goes into a tensor.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Way {
+    In,
+    Out,
+}
+
+impl AdapterTensors {
+    /// Whether merging changes the tensor of this Hugging Face name (`model.norm.weight`).
+    ///
+    /// `model` tells whether the output layer is the embedding; ask for `lm_head.weight` where
+    /// [`unties`](Self::unties) says that it is no longer.
+    pub fn changes(&self, model: &LlamaConfig, lora: &LoraConfig, tensor: &str) -> bool {
+        let module = module_of(tensor);
+        let pair = self.modules.get(module);
+        let adapted = pair.is_some_and(|pair| tensor.ends_with(".weight") || pair.bias.is_some());
+        adapted || self.whole_for(model, lora, tensor).is_some()
+    }
+
+    /// The tensor of this Hugging Face name with the adapter merged in, from the base model's `values`, both
+    /// row-major as Hugging Face stores them. Other tensors come back as they are. For `lm_head.weight`
+    /// of a tied model the values are the embedding's.
+    ///
+    /// [`check`](Self::check) must have passed. The sum is in f32 whatever the file's type.
+    ///
+    /// # Errors
+    ///
+    /// [`AdapterError::Shape`] if the number of values is not that of the adapter's module;
+    /// [`AdapterError::Lora`] for an invalid `lora`.
+    pub fn merged(
+        &self,
+        model: &LlamaConfig,
+        lora: &LoraConfig,
+        tensor: &str,
+        values: Vec<f32>,
+    ) -> Result<Vec<f32>, AdapterError> {
+        let values = match self.whole_for(model, lora, tensor) {
+            Some(whole) => whole.to_vec(),
+            None => values,
+        };
+        self.moved(lora, tensor, values, Way::In)
+    }
+
+    /// Takes the adapter out of a tensor that [`merged`](Self::merged) made of `base`. Tensors that the adapter
+    /// replaced come from `base`, because nothing in the merged one tells what was there; a DoRA's norms are
+    /// those of `base`, too. Equal to `base` up to roundings of the sum.
+    ///
+    /// # Errors
+    ///
+    /// As [`merged`](Self::merged).
+    pub fn unmerged(
+        &self,
+        model: &LlamaConfig,
+        lora: &LoraConfig,
+        tensor: &str,
+        values: Vec<f32>,
+        base: &[f32],
+    ) -> Result<Vec<f32>, AdapterError> {
+        if self.whole_for(model, lora, tensor).is_some() {
+            return Ok(base.to_vec());
+        }
+        let Some(pair) = self.modules.get(module_of(tensor)) else {
+            return Ok(values);
+        };
+        let scale = lora.selector()?.scale(module_of(tensor));
+        let mut values = values;
+        if tensor.ends_with(".weight") && pair.magnitude.is_some() {
+            let mut sum = base.to_vec();
+            pair.add_delta(&mut sum, tensor, scale)?;
+            let factors = pair.factors(&sum, tensor);
+            pair.scale(&mut values, tensor, |output| 1.0 / factors[output]);
+        }
+        let values = match tensor.ends_with(".weight") {
+            true => {
+                pair.add_delta(&mut values, tensor, -scale)?;
+                values
+            }
+            false => self.moved(lora, tensor, values, Way::Out)?,
+        };
+        Ok(values)
+    }
+
+    /// The adapter's own version of a tensor of the base model, if it has one.
+    fn whole_for(&self, model: &LlamaConfig, lora: &LoraConfig, tensor: &str) -> Option<&[f32]> {
+        let own = self.whole.get(tensor);
+        // An embedding that PEFT saved by itself, not as one of `modules_to_save`, is the tied head, too.
+        let tied = || {
+            let shared = model.tie_word_embeddings
+                && tensor == HEAD_WEIGHT
+                && !saved_whole(lora, EMBEDDING_WEIGHT);
+            self.whole.get(EMBEDDING_WEIGHT).filter(|_| shared)
+        };
+        own.or_else(tied).map(|whole| &whole.values[..])
+    }
+
+    fn moved(
+        &self,
+        lora: &LoraConfig,
+        tensor: &str,
+        mut values: Vec<f32>,
+        way: Way,
+    ) -> Result<Vec<f32>, AdapterError> {
+        let module = module_of(tensor);
+        let Some(pair) = self.modules.get(module) else {
+            return Ok(values);
+        };
+        let scale = lora.selector()?.scale(module);
+        let sign = if way == Way::In { 1.0 } else { -1.0 };
+        if tensor.ends_with(".bias") {
+            if let Some(bias) = &pair.bias {
+                check_length(tensor, pair.d_out, values.len())?;
+                for (value, bias) in values.iter_mut().zip(bias) {
+                    *value += (sign * scale) as f32 * bias;
+                }
+            }
+            return Ok(values);
+        }
+        pair.add_delta(&mut values, tensor, sign * scale)?;
+        if pair.magnitude.is_some() {
+            let factors = pair.factors(&values, tensor);
+            pair.scale(&mut values, tensor, |output| factors[output]);
+        }
+        Ok(values)
+    }
+}
+
+impl AdapterPair {
+    /// Adds `scale · A·B` to a weight as Hugging Face stores it: `[d_out, d_in]`, an embedding
+    /// `[vocab, hidden]`.
+    fn add_delta(&self, weight: &mut [f32], tensor: &str, scale: f64) -> Result<(), AdapterError> {
+        let (d_in, r, d_out) = (self.d_in, self.r, self.d_out);
+        check_length(tensor, d_in * d_out, weight.len())?;
+        let a = Matrix::new(&self.a, d_in, r, r);
+        let b = Matrix::new(&self.b, r, d_out, d_out);
+        let scale = scale as f32;
+        match is_embedding(tensor) {
+            true => {
+                let output = MatrixMut::new(weight, d_in, d_out, d_out);
+                cpu::multiply(output, true, scale, a, b, Threads::All);
+            }
+            false => {
+                let output = MatrixMut::new(weight, d_out, d_in, d_in);
+                let (left, right) = (b.transposed(), a.transposed());
+                cpu::multiply(output, true, scale, left, right, Threads::All);
+            }
+        }
+        Ok(())
+    }
+
+    /// A DoRA's factor m / ‖w‖ of each output of the summed weight.
+    fn factors(&self, sum: &[f32], tensor: &str) -> Vec<f32> {
+        let (d_in, d_out) = (self.d_in, self.d_out);
+        let mut squares = vec![0f64; d_out];
+        match is_embedding(tensor) {
+            true => {
+                for row in sum.chunks_exact(d_out.max(1)) {
+                    for (square, value) in squares.iter_mut().zip(row) {
+                        *square += f64::from(*value).powi(2);
+                    }
+                }
+            }
+            false => {
+                for (square, row) in squares.iter_mut().zip(sum.chunks_exact(d_in.max(1))) {
+                    *square = row.iter().map(|value| f64::from(*value).powi(2)).sum();
+                }
+            }
+        }
+        let magnitude = self.magnitude.as_deref().unwrap_or_default();
+        let norms = squares.iter().map(|square| square.sqrt().max(1e-19));
+        let factors = magnitude.iter().zip(norms);
+        factors
+            .map(|(magnitude, norm)| (f64::from(*magnitude) / norm) as f32)
+            .collect()
+    }
+
+    /// Multiplies each output's weights.
+    fn scale(&self, weight: &mut [f32], tensor: &str, factor: impl Fn(usize) -> f32) {
+        match is_embedding(tensor) {
+            true => {
+                for row in weight.chunks_exact_mut(self.d_out.max(1)) {
+                    let outputs = row.iter_mut().enumerate();
+                    outputs.for_each(|(output, value)| *value *= factor(output));
+                }
+            }
+            false => {
+                let rows = weight.chunks_exact_mut(self.d_in.max(1)).enumerate();
+                for (output, row) in rows {
+                    let factor = factor(output);
+                    row.iter_mut().for_each(|value| *value *= factor);
+                }
+            }
+        }
+    }
+}
+
+/// The module that a tensor belongs to.
+fn module_of(tensor: &str) -> &str {
+    tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
+}
+
+/// Whether a row of the tensor is an input's and not an output's.
+fn is_embedding(tensor: &str) -> bool {
+    module_of(tensor) == EMBEDDING
+}
+
+fn check_length(tensor: &str, expected: usize, got: usize) -> Result<(), AdapterError> {
+    match expected == got {
+        true => Ok(()),
+        false => Err(AdapterError::shape(tensor.into(), &[expected], &[got])),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lora_core::{CounterRng, TargetModules};
+
+    fn model() -> LlamaConfig {
+        let text = r#"{"model_type": "llama", "vocab_size": 12, "hidden_size": 8, "intermediate_size": 12,
+            "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": true}"#;
+        match serde_json::from_str(text).unwrap() {
+            serde_json::Value::Object(object) => LlamaConfig::from_json(&object).unwrap(),
+            _ => unreachable!(),
+        }
+    }
+
+    fn random(count: usize, seed: u64) -> Vec<f32> {
+        let mut rng = CounterRng::new(seed);
+        (0..count).map(|_| rng.normal() as f32).collect()
+    }
+
+    /// W + γ·A·B and a DoRA's scaling, element by element.
+    fn expected(pair: &AdapterPair, base: &[f32], scale: f32, embedding: bool) -> Vec<f32> {
+        let at = |input: usize, output: usize| match embedding {
+            true => input * pair.d_out + output,
+            false => output * pair.d_in + input,
+        };
+        let mut sum = base.to_vec();
+        for output in 0..pair.d_out {
+            let mut square = 0.0;
+            for input in 0..pair.d_in {
+                let products = (0..pair.r)
+                    .map(|k| pair.a[input * pair.r + k] * pair.b[k * pair.d_out + output]);
+                sum[at(input, output)] += scale * products.sum::<f32>();
+                square += sum[at(input, output)].powi(2);
+            }
+            if let Some(magnitude) = &pair.magnitude {
+                for input in 0..pair.d_in {
+                    sum[at(input, output)] *= magnitude[output] / square.sqrt();
+                }
+            }
+        }
+        sum
+    }
+
+    #[test]
+    fn merging_is_the_formula_and_unmerging_takes_it_back() {
+        for (module, d_in, d_out) in [
+            ("model.layers.0.mlp.down_proj", 12, 8),
+            ("model.embed_tokens", 12, 8),
+            ("lm_head", 8, 12),
+        ] {
+            for dora in [false, true] {
+                let lora = LoraConfig {
+                    r: 2,
+                    lora_alpha: 3.0,
+                    use_dora: dora,
+                    target_modules: TargetModules::Names(vec![module.into()]),
+                    ..LoraConfig::default()
+                };
+                let mut pair =
+                    AdapterPair::new(d_in, 2, d_out, random(2 * d_in, 1), random(2 * d_out, 2));
+                pair.magnitude = dora.then(|| random(d_out, 3));
+                let mut adapter = AdapterTensors::default();
+                adapter.modules.insert(module.into(), pair.clone());
+                adapter.check(&model(), &lora).unwrap();
+                let base = random(d_in * d_out, 4);
+                let name = format!("{module}.weight");
+                assert!(adapter.changes(&model(), &lora, &name));
+                let merged = adapter
+                    .merged(&model(), &lora, &name, base.clone())
+                    .unwrap();
+                let expected = expected(&pair, &base, 1.5, module == EMBEDDING);
+                let distance = |a: &[f32], b: &[f32]| {
+                    let differences = a.iter().zip(b).map(|(a, b)| (a - b).abs());
+                    differences.fold(0.0, f32::max)
+                };
+                // Sums of a few products of order 1.
+                assert!(distance(&merged, &expected) < 1e-5, "{module}");
+                let back = adapter
+                    .unmerged(&model(), &lora, &name, merged, &base)
+                    .unwrap();
+                assert!(distance(&back, &base) < 1e-4, "{module}");
+                assert_eq!(
+                    adapter.unties(&model(), &lora),
+                    module != "model.layers.0.mlp.down_proj"
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn a_tensor_of_another_size_is_named() {
+        let mut adapter = AdapterTensors::default();
+        let pair = AdapterPair::new(8, 1, 8, vec![0.0; 8], vec![0.0; 8]);
+        adapter
+            .modules
+            .insert("model.layers.0.self_attn.q_proj".into(), pair);
+        let name = "model.layers.0.self_attn.q_proj.weight";
+        let merged = adapter.merged(&model(), &LoraConfig::default(), name, vec![0.0; 63]);
+        let error = merged.unwrap_err().to_string();
+        assert!(error.contains(name) && error.contains("63"), "{error}");
+    }
+}

@@ -1,0 +1,137 @@
+//! The gradient of one optimizer step, and which rows spoil one that is not a number.
+
+use burn::optim::GradientsParams;
+use llama_burn::Llama;
+use lora_core::CounterRng;
+
+use crate::data::{Dataset, Prefixes};
+use crate::fault;
+use crate::fit::Fit;
+use crate::gradients::{self, AdapterGradients, PassOptions};
+
+/// Separates the dropout's random numbers from those that the same seed gives elsewhere.
+const DROPOUT: u64 = 0x64_72_6f_70;
+
+/// What an optimizer step is computed from.
+#[derive(Debug, Clone, Copy)]
+pub struct StepInput<'a> {
+    /// The training rows.
+    pub rows: &'a Dataset,
+    /// The row indices of each micro-batch.
+    pub micro_batches: &'a [Vec<usize>],
+    /// How they are computed.
+    pub fit: &'a Fit,
+    /// The step, from 1.
+    pub step: usize,
+    /// The run's seed.
+    pub seed: u64,
+    /// Clips the gradients of all parameters together; 0 does not.
+    pub max_grad_norm: f64,
+}
+
+/// The gradient of a step's mean loss a token.
+pub struct StepGradient {
+    /// By parameter, clipped.
+    pub gradients: GradientsParams,
+    /// Their norm before clipping.
+    pub norm: f64,
+    /// The loss.
+    pub loss: f64,
+    /// Tokens of the rows.
+    pub tokens: usize,
+}
+
+/// A loss or gradient that is not a number.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("the {what} of step {step} is {value}; {rows}")]
+pub struct NotFinite {
+    /// Loss or gradient norm.
+    pub what: &'static str,
+    /// Its value.
+    pub value: f64,
+    /// The optimizer step, from 1.
+    pub step: usize,
+    /// Which lines of the data it came from.
+    pub rows: String,
+}
+
+/// Runs a step's micro-batches forward and backward and adds them up.
+///
+/// The dropout masks are functions of the seed, the step and the micro-batch: no generator has a state.
+///
+/// # Errors
+///
+/// [`NotFinite`] with the rows that it comes from.
+///
+/// # Panics
+///
+/// As the device does.
+pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NotFinite> {
+    let dropout = CounterRng::new(input.seed).fork(DROPOUT);
+    let mut sums = AdapterGradients::default();
+    let mut tokens = 0;
+    for (index, rows) in input.micro_batches.iter().enumerate() {
+        fault::device(rows.len());
+        let batch = input.rows.batch(rows, input.fit.prefixes);
+        let masks = dropout.fork(input.step as u64).fork(index as u64);
+        let options = PassOptions {
+            gradient_checkpointing: input.fit.gradient_checkpointing,
+            dropout_seed: { masks }.next_u64(),
+        };
+        gradients::accumulate(model, &batch, options, &mut sums);
+        let loss = fault::loss(sums.totals.loss);
+        if !loss.is_finite() {
+            let rows = std::slice::from_ref(rows);
+            return Err(not_finite("loss", loss, model, input, rows));
+        }
+        tokens += batch.row_tokens;
+    }
+    let loss = sums.totals.mean();
+    let (gradients, norm) = sums.into_mean(input.max_grad_norm);
+    if !norm.is_finite() {
+        let rows = input.micro_batches;
+        return Err(not_finite("gradient", norm, model, input, rows));
+    }
+    Ok(StepGradient {
+        gradients,
+        norm,
+        loss,
+        tokens,
+    })
+}
+
+/// Looks for the rows that give a loss that is not a number, each by itself.
+fn not_finite(
+    what: &'static str,
+    value: f64,
+    model: &Llama,
+    input: StepInput,
+    micro_batches: &[Vec<usize>],
+) -> NotFinite {
+    let mut all = Vec::new();
+    let mut culprits = Vec::new();
+    for index in micro_batches.iter().flatten() {
+        let row = input.rows.batch(&[*index], Prefixes::Apart);
+        let line = row.rows[0].to_string();
+        if !gradients::evaluate(model, &row).loss.is_finite() {
+            culprits.push(line.clone());
+        }
+        all.push(line);
+    }
+    let rows = match culprits.is_empty() {
+        true => format!(
+            "no row alone does that; together they are lines {}",
+            all.join(", ")
+        ),
+        false => format!(
+            "it comes from these lines of the data: {}",
+            culprits.join(", ")
+        ),
+    };
+    NotFinite {
+        what,
+        value,
+        step: input.step,
+        rows,
+    }
+}
