@@ -324,3 +324,54 @@ def test_llama_cpp_cuts_texts_as_the_exported_tokenizer_did(trainer, llama_cpp, 
         assert one == other, text
         assert one == runner.tokens(text), text
     runner.close()
+
+
+def vocabulary_file(path, tokenizer_json, pre):
+    """A GGUF file that is little but a byte-level vocabulary, written by llama.cpp's own package."""
+    from gguf import GGUFWriter, TokenType
+
+    tokenizer = json.loads(tokenizer_json.read_text(encoding="utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    tokens = sorted(vocabulary, key=vocabulary.get)
+    control = {added["content"] for added in tokenizer["added_tokens"]}
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in tokenizer["model"]["merges"]]
+    writer = GGUFWriter(path, "llama")
+    for key, value in (("context_length", 64), ("embedding_length", 32), ("block_count", 1), ("feed_forward_length", 32)):
+        writer.add_uint32(f"llama.{key}", value)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
+    writer.add_token_list(tokens)
+    writer.add_token_types([TokenType.CONTROL if token in control else TokenType.NORMAL for token in tokens])
+    writer.add_token_merges(merges)
+    writer.add_eos_token_id(0)
+    writer.add_bos_token_id(0)
+    writer.add_add_bos_token(False)
+    writer.add_tensor("token_embd.weight", np.zeros((len(tokens), 32), np.float16))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+PRE_TOKENIZERS = ["gpt-2", "smollm", "llama-bpe", "qwen2", "tekken", "default"]
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
+def test_each_way_to_cut_a_text_is_llama_cpps(trainer, llama_cpp, smollm2, data, tmp_path, pre):
+    file = vocabulary_file(tmp_path / "vocabulary.gguf", smollm2 / "tokenizer.json", pre)
+    texts = real_texts(data, 300) + HARD
+    vocabulary = llama_cpp.Llama(str(file), vocab_only=True, verbose=False)
+    for text, ids in zip(texts, our_ids(trainer, file, texts, tmp_path), strict=True):
+        assert ids == vocabulary.tokenize(text.encode("utf-8"), add_bos=False, special=True), text
+    vocabulary.close()
+
+
+def test_an_unknown_way_to_cut_is_refused(trainer, smollm2, tmp_path):
+    file = vocabulary_file(tmp_path / "vocabulary.gguf", smollm2 / "tokenizer.json", "deepseek-llm")
+    trainer.fails(
+        "tokenize", "--model", file, "--texts", file, "--output", tmp_path / "ids.json",
+        saying=["tokenizer.ggml.pre", "deepseek-llm", "llama-bpe"],
+    )

@@ -1,7 +1,9 @@
 //! `frozen_linear` on every backend of this build against the dense product on the CPU.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lora_core::{CounterRng, Quantization, frozen_linear, quantize_data};
+use lora_core::{
+    CounterRng, IntegerWeight, Quantization, frozen_linear, frozen_linear_backward, quantize_data,
+};
 use tests::devices;
 
 /// Rows, inputs, outputs: one row, many rows, and widths that 32 does not divide (blocks of 4 and 8).
@@ -123,6 +125,42 @@ fn every_backend_unpacks_the_same_weight() {
             let got = values(Tensor::<2>::from_data(packed, &device).dequantize());
             // One product of the same two numbers an element: nothing to round differently.
             assert_eq!(got, expected, "{name} {quantization:?}");
+        }
+    }
+}
+
+/// As llama.cpp's files hold them: blocks along the input. One row, few rows, many; blocks of 16 and of 32.
+#[test]
+fn integers_of_another_program_multiply_as_they_are_on_every_backend() {
+    for (name, device) in devices() {
+        for ([n, d_in, d_out], block) in [([1, 64, 36], 32), ([3, 96, 40], 16), ([33, 160, 96], 32)]
+        {
+            let integers: Vec<i8> = (0..d_in * d_out)
+                .map(|i| (i * 37 % 255) as u8 as i8)
+                .collect();
+            let scales: Vec<f32> = normal(d_in * d_out / block, 4);
+            let mut dense = vec![0.0; d_in * d_out];
+            for (i, integer) in integers.iter().enumerate() {
+                let (output, input) = (i / d_in, i % d_in);
+                dense[input * d_out + output] = f32::from(*integer) * scales[i / block];
+            }
+            let weight = IntegerWeight::new(integers, scales, block, [d_in, d_out]).on(&device);
+            let (x, gradient) = (normal(n * d_in, 2), normal(n * d_out, 3));
+            // One product of the same two numbers an element.
+            assert_eq!(values(weight.clone().dequantize()), dense, "{name}");
+            let forward = frozen_linear(tensor(&x, [n, d_in], &device), weight.clone());
+            let backward = frozen_linear_backward(tensor(&gradient, [n, d_out], &device), weight);
+            let forward = distance(&values(forward), &product(&x, &dense, [n, d_in, d_out]));
+            let back = product(
+                &gradient,
+                &transposed(&dense, [d_in, d_out]),
+                [n, d_out, d_in],
+            );
+            let backward = distance(&values(backward), &back);
+            assert!(
+                forward < TOLERANCE && backward < TOLERANCE,
+                "{name} {n} {d_in} {d_out}: forward {forward:e}, backward {backward:e}"
+            );
         }
     }
 }

@@ -444,6 +444,71 @@ fn sentencepiece_merges_by_score() {
     assert_eq!(tokenizer.end_token(), 2);
 }
 
+#[test]
+fn a_gguf_file_is_trained_planned_and_generated_with_as_a_folder_is() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = folder.path().join("base.gguf");
+    export(&["--output", text(&base), "--type", "q8_0"]);
+    let rows: String = (0..16)
+        .map(|i| {
+            let row = json!({"context": format!("Profit rose {i} percent"), "target": "positive"});
+            format!("{row}\n")
+        })
+        .collect();
+    let data = folder.path().join("rows.jsonl");
+    fs::write(&data, rows).unwrap();
+    let output = folder.path().join("out");
+    let config = folder.path().join("config.toml");
+    let settings = format!(
+        "base_model = {base:?}\ndataset_path = {data:?}\noutput_dir = {output:?}\nlora_r = 4\nlora_alpha = 8\n\
+         quant_bits = 8\nlearning_rate = 1e-2\nnum_epochs = 6\nbatch_size = 4\nval_set_size = 4\n\
+         max_seq_len = 64\nprompt_template = \"raw\"\n"
+    );
+    fs::write(&config, settings).unwrap();
+    run(&["plan", "--config", text(&config)]).succeeded();
+    run(&["train", "--backend", "cpu", "--config", text(&config)]).succeeded();
+    let adapter = output.join("adapter");
+    let generate = |adapter: &[&str]| {
+        let arguments = [
+            "generate",
+            "--backend",
+            "cpu",
+            "--model",
+            text(&base),
+            "--template",
+            "raw",
+            "--max-new-tokens",
+            "4",
+            "--prompt",
+            "Profit rose 20 percent",
+        ];
+        run(&[&arguments[..], adapter].concat()).succeeded()
+    };
+    assert!(generate(&["--adapter", text(&adapter)]).contains("positive"));
+    // What was trained beside the file's integers goes into the file.
+    let merged = folder.path().join("merged.gguf");
+    export(&[
+        "--model",
+        text(&base),
+        "--adapter",
+        text(&adapter),
+        "--output",
+        text(&merged),
+    ]);
+    let (before, after) = (all_tensors(&base), all_tensors(&merged));
+    let q = "model.layers.0.self_attn.q_proj.weight";
+    assert!(before[q] != after[q]);
+    let (ours, theirs) = (
+        GgufFile::open(&base).unwrap(),
+        GgufFile::open(&merged).unwrap(),
+    );
+    for (key, value) in &ours.header.metadata {
+        if key.starts_with("tokenizer.") {
+            assert_eq!(theirs.header.metadata.get(key), Some(value), "{key}");
+        }
+    }
+}
+
 /// Everything that is done with a file before training.
 fn use_file(path: &Path) -> Result<(), String> {
     let text = |error: &dyn std::error::Error| error.to_string();

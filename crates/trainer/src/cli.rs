@@ -365,10 +365,11 @@ fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
 
 /// A configuration's plan, or that of a bare `config.json` of a model under the default settings.
 fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
-    let bare =
-        args.config.config.as_deref().filter(|path| {
-            path.is_dir() || path.file_name().is_some_and(|name| name == "config.json")
-        });
+    let bare = args.config.config.as_deref().filter(|path| {
+        path.is_dir()
+            || path.file_name().is_some_and(|name| name == "config.json")
+            || llama_burn::gguf::is_gguf(path)
+    });
     let (config, model) = match bare {
         Some(path) => {
             let config = Config::load(None, None, &args.config.set)?;

@@ -8,6 +8,7 @@ use clap::Args;
 
 use crate::config::{EMBEDDED, PromptTemplate};
 use crate::data::{ModelFiles, RowTokenizer};
+use crate::hub::{self, Need};
 use crate::{embedded, output};
 
 /// The command's arguments.
@@ -32,7 +33,7 @@ pub struct TokenizeArgs {
 pub fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     let model = match args.model == EMBEDDED {
         true => embedded::materialise()?.model_dir,
-        false => PathBuf::from(&args.model),
+        false => hub::model_folder(&args.model, Need::Model)?,
     };
     let tokenizer = RowTokenizer::new(&ModelFiles::read(&model)?, &PromptTemplate::Raw)?;
     let about = || format!("cannot read {}", args.texts.display());

@@ -4,7 +4,10 @@
 use std::cell::RefCell;
 use std::ops::Range;
 
+use burn::tensor::Tensor;
 use rayon::prelude::*;
+
+use crate::cpu;
 
 /// Rows up to which this pays: beyond, unpacking once into a panel for the blocked product is faster.
 pub(super) const AT_MOST: usize = 16;
@@ -25,7 +28,17 @@ thread_local! {
     static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A weight `[d_in, d_out]` in blocks of [`BLOCK`] along its rows.
+/// A weight `[d_in, d_out]` that is read in blocks of [`BLOCK`] along its rows.
+pub(super) trait Blocks: Copy + Sync {
+    /// Width of the input.
+    fn d_in(&self) -> usize;
+    /// Width of the output, a multiple of [`BLOCK`].
+    fn d_out(&self) -> usize;
+    /// A block's scale and what is to be multiplied with it. `at` is its first element.
+    fn block(&self, at: usize) -> (f32, [f32; BLOCK]);
+}
+
+/// Integers with a scale a block.
 #[derive(Clone, Copy)]
 pub(super) struct Weight<'a> {
     pub(super) integers: &'a [i8],
@@ -34,9 +47,50 @@ pub(super) struct Weight<'a> {
     pub(super) d_out: usize,
 }
 
+impl Blocks for Weight<'_> {
+    fn d_in(&self) -> usize {
+        self.d_in
+    }
+
+    fn d_out(&self) -> usize {
+        self.d_out
+    }
+
+    #[inline(always)]
+    fn block(&self, at: usize) -> (f32, [f32; BLOCK]) {
+        let integers = &self.integers[at..][..BLOCK];
+        let integers = std::array::from_fn(|i| f32::from(integers[i]));
+        (self.scales[at / BLOCK], integers)
+    }
+}
+
+/// A weight of plain floats.
+#[derive(Clone, Copy)]
+pub(super) struct Dense<'a> {
+    pub(super) values: &'a [f32],
+    pub(super) d_in: usize,
+    pub(super) d_out: usize,
+}
+
+impl Blocks for Dense<'_> {
+    fn d_in(&self) -> usize {
+        self.d_in
+    }
+
+    fn d_out(&self) -> usize {
+        self.d_out
+    }
+
+    #[inline(always)]
+    fn block(&self, at: usize) -> (f32, [f32; BLOCK]) {
+        let values = &self.values[at..][..BLOCK];
+        (1.0, std::array::from_fn(|i| values[i]))
+    }
+}
+
 /// Adds `x · W` to `output`, `[n, d_out]`, for `x` `[n, d_in]`.
-pub(super) fn add_product(x: &[f32], n: usize, weight: Weight, output: &mut [f32]) {
-    let d_out = weight.d_out;
+pub(super) fn add_product(x: &[f32], n: usize, weight: impl Blocks, output: &mut [f32]) {
+    let d_out = weight.d_out();
     let threads = rayon::current_num_threads();
     let columns = d_out.div_ceil(threads).max(COLUMNS);
     let columns = columns.next_multiple_of(BLOCK);
@@ -49,15 +103,15 @@ pub(super) fn add_product(x: &[f32], n: usize, weight: Weight, output: &mut [f32
         SUMS.with_borrow_mut(|sums| {
             sums.clear();
             sums.resize(n * part.len(), 0.0);
-            let rows = x.chunks(ROWS * weight.d_in);
+            let rows = x.chunks(ROWS * weight.d_in());
             let sums_of_rows = sums.chunks_mut(ROWS * part.len());
-            crate::cpu::vectorized(|| {
+            cpu::vectorized(|| {
                 for (x, sums) in rows.zip(sums_of_rows) {
                     match sums.len() / part.len() {
-                        1 => add_columns::<1>(x, weight, part.clone(), sums),
-                        2 => add_columns::<2>(x, weight, part.clone(), sums),
-                        3 => add_columns::<3>(x, weight, part.clone(), sums),
-                        _ => add_columns::<ROWS>(x, weight, part.clone(), sums),
+                        1 => add_columns::<1, _>(x, weight, part.clone(), sums),
+                        2 => add_columns::<2, _>(x, weight, part.clone(), sums),
+                        3 => add_columns::<3, _>(x, weight, part.clone(), sums),
+                        _ => add_columns::<ROWS, _>(x, weight, part.clone(), sums),
                     }
                 }
             });
@@ -72,38 +126,65 @@ pub(super) fn add_product(x: &[f32], n: usize, weight: Weight, output: &mut [f32
     }
 }
 
+/// Whether [`of_dense`] can be used.
+pub(super) fn applies(sum: &Option<Tensor<2>>, x: &Tensor<2>, weight: &Tensor<2>) -> bool {
+    let ([n, _], [d_in, d_out]) = (x.dims(), weight.dims());
+    let fits = (1..=AT_MOST).contains(&n) && d_in > 0 && d_out.is_multiple_of(BLOCK);
+    let native = cpu::is_native(x) && cpu::is_native(weight);
+    fits && native && sum.as_ref().is_none_or(cpu::is_native)
+}
+
+/// `sum + x · W` of a dense weight.
+pub(super) fn of_dense(sum: Option<Tensor<2>>, x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
+    let ([n, _], [d_in, d_out]) = (x.dims(), weight.dims());
+    let (x, weight) = (cpu::values(x), cpu::values(weight));
+    let dense = Dense {
+        values: weight.as_slice(),
+        d_in,
+        d_out,
+    };
+    match sum {
+        Some(sum) => {
+            let mut sum = cpu::values(sum);
+            add_product(x.as_slice(), n, dense, sum.as_mut_slice());
+            sum.into_tensor()
+        }
+        None => {
+            let mut new = vec![0f32; n * d_out];
+            add_product(x.as_slice(), n, dense, &mut new);
+            cpu::tensor(new, [n, d_out])
+        }
+    }
+}
+
 /// Adds the products of these columns to `sums`, `[N, columns]`.
 #[inline(always)]
-fn add_columns<const N: usize>(x: &[f32], weight: Weight, part: Range<usize>, sums: &mut [f32]) {
-    let (d_in, d_out) = (weight.d_in, weight.d_out);
+fn add_columns<const N: usize, W: Blocks>(
+    x: &[f32],
+    weight: W,
+    part: Range<usize>,
+    sums: &mut [f32],
+) {
+    let (d_in, d_out) = (weight.d_in(), weight.d_out());
     let columns = part.len();
-    let (blocks, first_block) = (columns / BLOCK, part.start / BLOCK);
-    let blocks_a_row = d_out / BLOCK;
     for first in (0..d_in).step_by(DEEP) {
-        let deep = DEEP.min(d_in - first);
-        let rows: [(&[[i8; BLOCK]], &[f32]); DEEP] = std::array::from_fn(|i| {
-            let row = first + i.min(deep - 1);
-            let integers = &weight.integers[row * d_out..][part.clone()];
-            let scales = &weight.scales[row * blocks_a_row + first_block..][..blocks];
-            (integers.as_chunks::<BLOCK>().0, scales)
-        });
-        for block in 0..blocks {
+        let rows = first..(first + DEEP).min(d_in);
+        for column in (0..columns).step_by(BLOCK) {
             let mut held: [[f32; BLOCK]; N] = std::array::from_fn(|n| {
-                let sums = &sums[n * columns + block * BLOCK..][..BLOCK];
+                let sums = &sums[n * columns + column..][..BLOCK];
                 std::array::from_fn(|i| sums[i])
             });
-            for (i, (integers, scales)) in rows.iter().enumerate().take(deep) {
-                let integers = &integers[block];
-                let weights: [f32; BLOCK] = std::array::from_fn(|j| integers[j] as f32);
+            for row in rows.clone() {
+                let (scale, weights) = weight.block(row * d_out + part.start + column);
                 for (n, held) in held.iter_mut().enumerate() {
-                    let x = x[n * d_in + first + i] * scales[block];
+                    let x = x[n * d_in + row] * scale;
                     for j in 0..BLOCK {
                         held[j] += x * weights[j];
                     }
                 }
             }
             for (n, held) in held.iter().enumerate() {
-                sums[n * columns + block * BLOCK..][..BLOCK].copy_from_slice(held);
+                sums[n * columns + column..][..BLOCK].copy_from_slice(held);
             }
         }
     }
@@ -135,6 +216,25 @@ mod tests {
                 d_out,
             };
             add_product(&x, n, weight, &mut output);
+            let dense = integers.iter().enumerate();
+            let dense: Vec<f32> = dense
+                .map(|(i, q)| f32::from(*q) * scales[i / BLOCK])
+                .collect();
+            let values = &dense[..];
+            let mut of_dense = vec![0.5f32; n * d_out];
+            add_product(
+                &x,
+                n,
+                Dense {
+                    values,
+                    d_in,
+                    d_out,
+                },
+                &mut of_dense,
+            );
+            for (a, b) in of_dense.iter().zip(&output) {
+                assert!((a - b).abs() < 1e-5, "{a} {b}");
+            }
             for row in 0..n {
                 for column in 0..d_out {
                     let product = |i: usize| {

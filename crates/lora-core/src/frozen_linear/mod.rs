@@ -210,11 +210,13 @@ pub(crate) fn frozen_product(
 ) -> Tensor<2> {
     let weight = weight.without_autodiff();
     if !matches!(weight.dtype(), DType::QFloat(_)) {
-        let weight = match direction {
-            Direction::Forward => weight,
-            Direction::Backward => weight.transpose(),
+        return match direction {
+            Direction::Forward if few_rows::applies(&sum, &x, &weight) => {
+                few_rows::of_dense(sum, x, weight)
+            }
+            Direction::Forward => multiply_add(sum, 1.0, x, weight),
+            Direction::Backward => multiply_add(sum, 1.0, x, weight.transpose()),
         };
-        return multiply_add(sum, 1.0, x, weight);
     }
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
     Tensor::from_dispatch(match (sum, direction) {

@@ -4,7 +4,7 @@
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, Linear, RmsNorm};
 use burn::tensor::activation::{silu, softmax};
-use burn::tensor::{Bool, Device, Int, Tensor, TensorData};
+use burn::tensor::{Bool, Device, FloatDType, Int, Tensor, TensorData};
 use llama_burn::{Llama, LlamaConfig, VocabTable, inverse_frequencies};
 use lora_core::LoraLinear;
 
@@ -207,7 +207,10 @@ fn linear(layer: LoraLinear) -> Linear {
 }
 
 fn table(table: VocabTable) -> Embedding {
-    let mut pieces: Vec<Tensor<2>> = table.pieces.into_iter().map(Param::into_value).collect();
+    // Burn's embedding has the type that it computes in; ours may be in its file's 16 bits.
+    let dtype = FloatDType::from(table.compute_dtype());
+    let pieces = table.pieces.into_iter().map(Param::into_value);
+    let mut pieces: Vec<Tensor<2>> = pieces.map(|piece| piece.cast(dtype)).collect();
     let whole = match pieces.len() {
         1 => pieces.remove(0),
         _ => Tensor::cat(pieces, 0),

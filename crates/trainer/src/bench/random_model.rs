@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use llama_burn::{DecoderLayer, Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
-use lora_core::quantize_data;
+use lora_core::{compact, cpu, quantize_data};
 
 /// A model with random weights, quantized as it is made: every decoder layer has memory of its own and the
 /// same numbers, so that only one layer ever exists in f32 and the numbers are drawn once.
@@ -29,7 +29,10 @@ pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device
     };
     // The head of an untied model is drawn with the embedding: one vocabulary table more on the host.
     let drawn = Llama::random(&tables, 2, &host);
-    let table = |drawn: VocabTable| vocab_table(drawn, options.dtype, device);
+    // As `llama_burn::load` has them: on the CPU in the 16 bits of a file.
+    let keeps = cpu::is_cpu(device) && options.dtype == DType::F32 && config.weight_bytes == 2;
+    let dtype = if keeps { DType::BF16 } else { options.dtype };
+    let table = |drawn: VocabTable| vocab_table(drawn, dtype, device);
     Llama {
         embed_tokens: table(drawn.embed_tokens),
         layers,
@@ -71,7 +74,11 @@ fn placed(
             DType::QFloat(_) => None,
             _ => Some(options.dtype),
         };
-        linear.weight = parameter(data.clone(), dtype, device);
+        let weight = tensor::<2>(data.clone(), dtype, device);
+        linear.weight = frozen(match dtype {
+            Some(_) => weight,
+            None => compact(weight),
+        });
         linear.bias = linear
             .bias
             .take()
@@ -105,9 +112,16 @@ fn parameter<const D: usize>(
     dtype: Option<DType>,
     device: &Device,
 ) -> Param<Tensor<D>> {
-    let tensor = device.memory_persistent_allocations(data, |data| match dtype {
+    frozen(tensor(data, dtype, device))
+}
+
+fn tensor<const D: usize>(data: TensorData, dtype: Option<DType>, device: &Device) -> Tensor<D> {
+    device.memory_persistent_allocations(data, |data| match dtype {
         Some(dtype) => Tensor::from_data(data, (device, dtype)),
         None => Tensor::from_data(data, device),
-    });
+    })
+}
+
+fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
     Param::initialized(Default::default(), tensor).set_require_grad(false)
 }

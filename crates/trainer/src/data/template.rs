@@ -266,7 +266,11 @@ fn write_json(
             text.push_str(&serde_json::Value::from(content).to_string());
             return Ok(());
         }
-        ValueKind::Bool | ValueKind::Number => {
+        ValueKind::Bool => {
+            text.push_str(if value.is_true() { "true" } else { "false" });
+            return Ok(());
+        }
+        ValueKind::Number => {
             text.push_str(&value.to_string());
             return Ok(());
         }

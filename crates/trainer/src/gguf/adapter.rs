@@ -8,12 +8,16 @@ use llama_burn::{LlamaConfig, Weights};
 
 use crate::peft::{AdapterConfig, AdapterTensors, read_adapter};
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
 /// An adapter that fits a model.
 pub(super) struct Adapter {
     folder: PathBuf,
     config: AdapterConfig,
     tensors: AdapterTensors,
     head_dim: usize,
+    tied: bool,
 }
 
 /// A matrix of llama.cpp's LoRA file, row-major.
@@ -24,62 +28,55 @@ pub(super) struct LoraTensor {
 }
 
 impl Adapter {
-    /// Reads an adapter and holds its matrices against the model's.
+    /// Reads an adapter and holds its tensors against the model's.
     pub fn read(folder: &Path, model: &LlamaConfig) -> anyhow::Result<Self> {
         let about = || format!("the adapter in {}", folder.display());
         let (config, tensors) = read_adapter(folder).with_context(about)?;
-        let shapes = model.tensor_shapes();
-        for (module, pair) in &tensors.modules {
-            let name = format!("{module}.weight");
-            let expected = [pair.d_out, pair.d_in];
-            match shapes.iter().find(|(other, _)| *other == name) {
-                Some((_, shape)) if *shape == expected => {}
-                Some((_, shape)) => bail!(
-                    "{}: {module} is for a weight of shape {expected:?}, the model's is {shape:?}; was it \
-                     trained on another model?",
-                    about()
-                ),
-                None => bail!("{}: the model has no {module}", about()),
-            }
-        }
+        tensors.check(model, &config.lora).with_context(about)?;
         Ok(Self {
             folder: folder.into(),
             config,
             tensors,
             head_dim: model.head_dim,
+            tied: model.tie_word_embeddings,
         })
     }
 
-    /// A head that the adapter changes, and the embedding not, is a tensor of its own.
-    pub fn add_untied_head(&self, _model: &LlamaConfig, _shapes: &mut Vec<(String, Vec<usize>)>) {}
+    /// A head that is no longer the embedding once the adapter is in is a tensor of its own.
+    pub fn add_untied_head(&self, model: &LlamaConfig, shapes: &mut Vec<(String, Vec<usize>)>) {
+        if self.tensors.unties(model, &self.config.lora) {
+            shapes.push((HEAD.into(), vec![model.vocab_size, model.hidden_size]));
+        }
+    }
 
     /// A tensor of the model with the adapter in it.
     pub fn merged(
         &self,
         weights: &mut Weights,
-        _model: &LlamaConfig,
+        model: &LlamaConfig,
         name: &str,
     ) -> anyhow::Result<Vec<f32>> {
-        let mut values = weights.read(name)?;
-        let module = name.strip_suffix(".weight").unwrap_or_default();
-        if let Some(pair) = self.tensors.modules.get(module) {
-            let scale = self.config.lora.scale() as f32;
-            let (d_in, d_out, r) = (pair.d_in, pair.d_out, pair.r);
-            for (output, row) in values.chunks_exact_mut(d_in).enumerate() {
-                for (input, value) in row.iter_mut().enumerate() {
-                    let a = &pair.a[input * r..][..r];
-                    let b = (0..r).map(|rank| pair.b[rank * d_out + output]);
-                    *value += scale * a.iter().zip(b).map(|(a, b)| a * b).sum::<f32>();
-                }
-            }
-        }
-        Ok(values)
+        let source = match name == HEAD && model.tie_word_embeddings {
+            true => EMBEDDING,
+            false => name,
+        };
+        let values = weights.read(source)?;
+        let merged = self.tensors.merged(model, &self.config.lora, name, values);
+        merged.with_context(|| format!("the adapter in {}", self.folder.display()))
     }
 
     /// llama.cpp's α and matrices. It scales by α over each matrix's rank; where the adapter's own scale of
-    /// a module is another, the difference goes into B.
+    /// a module is another (patterns, α/√r), the difference goes into B.
     pub fn lora_tensors(&self) -> anyhow::Result<(f32, Vec<LoraTensor>)> {
         let alpha = self.config.lora.lora_alpha;
+        let selector = self.config.lora.selector()?;
+        if let Some(what) = self.beyond_lora() {
+            bail!(
+                "the adapter in {} has {what}, which llama.cpp's LoRA file has no place for; leave --lora out to \
+                 write the model with the adapter in its weights",
+                self.folder.display()
+            );
+        }
         let mut tensors = Vec::new();
         for (module, pair) in &self.tensors.modules {
             let (d_in, d_out, r) = (pair.d_in, pair.d_out, pair.r);
@@ -90,7 +87,7 @@ impl Adapter {
                     self.folder.display()
                 );
             };
-            let factor = (self.config.lora.scale() * r as f64 / alpha) as f32;
+            let factor = (selector.scale(module) * r as f64 / alpha) as f32;
             let turned = |values: &[f32], [rows, columns]: [usize; 2], factor: f32| {
                 let places = (0..columns).flat_map(|c| (0..rows).map(move |r| r * columns + c));
                 places
@@ -113,5 +110,24 @@ impl Adapter {
             });
         }
         Ok((alpha as f32, tensors))
+    }
+
+    /// What of the adapter is no pair of matrices beside a linear module.
+    fn beyond_lora(&self) -> Option<String> {
+        if let Some(name) = self.tensors.whole.keys().next() {
+            return Some(format!("a copy of {name} of its own"));
+        }
+        self.tensors.modules.iter().find_map(|(module, pair)| {
+            let name = format!("{module}.weight");
+            if pair.magnitude.is_some() {
+                Some("DoRA's magnitudes".to_string())
+            } else if pair.bias.is_some() {
+                Some(format!("a bias of {module}'s B"))
+            } else if name == EMBEDDING || (name == HEAD && self.tied) {
+                Some(format!("matrices for {module}, which is the embedding"))
+            } else {
+                None
+            }
+        })
     }
 }

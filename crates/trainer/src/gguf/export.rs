@@ -17,6 +17,7 @@ use super::vocabulary::tokenizer_metadata;
 use crate::config::EMBEDDED;
 use crate::data::ModelFiles;
 use crate::embedded;
+use crate::hub::{self, Need};
 use crate::human;
 use crate::screen::Screen;
 
@@ -73,7 +74,7 @@ pub fn run(args: &ExportGgufArgs, screen: &mut Screen) -> anyhow::Result<()> {
     }
     let path = match args.model == EMBEDDED {
         true => embedded::materialise()?.model_dir,
-        false => PathBuf::from(&args.model),
+        false => hub::model_folder(&args.model, Need::Model)?,
     };
     let same = |a: &Path, b: &Path| {
         a.canonicalize()
@@ -87,7 +88,7 @@ pub fn run(args: &ExportGgufArgs, screen: &mut Screen) -> anyhow::Result<()> {
     }
     let model = LlamaConfig::from_file(&path)?;
     let adapter = match &args.adapter {
-        Some(folder) => Some(Adapter::read(folder, &model)?),
+        Some(folder) => Some(Adapter::read(&hub::adapter_folder(folder)?, &model)?),
         None => None,
     };
     let bytes = match &adapter {

@@ -153,8 +153,12 @@ pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
             task.at(done);
         })?
     };
+    let replaced = match report.replaced {
+        0 => String::new(),
+        count => format!(" and {} of its own", human::counted(count as u64, "tensor")),
+    };
     screen.line(&format!(
-        "merged {} into {}: {}, {}, {}",
+        "merged {}{replaced} into {}: {}, {}, {}",
         human::counted(report.modules as u64, "module"),
         options.output.display(),
         human::counted(report.files as u64, "weight file"),

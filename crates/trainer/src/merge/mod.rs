@@ -1,9 +1,11 @@
 //! An adapter into a model's weights for good, and out of them again: folder to folder, on the host.
 //!
-//! No model is loaded. Tensors go from file to file some rows at a time, so that the memory this takes is the
-//! adapter's and a few MiB, whatever the model's size. The new folder gets its name when it is complete: a full
-//! disk or an interrupted run leaves nothing that looks like a model.
+//! No model is loaded. Tensors go from file to file some rows at a time, those that the adapter changes one at a
+//! time, so that the memory this takes is the adapter's, the largest changed tensor's in f32, and a few MiB. The
+//! new folder gets its name when it is complete: a full disk or an interrupted run leaves nothing that looks like
+//! a model.
 
+mod adapter;
 mod command;
 mod folder;
 mod record;
@@ -11,11 +13,9 @@ mod rewrite;
 mod survival;
 mod tensors;
 mod unmerge;
-mod update;
 mod write;
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use llama_burn::limited::{self, LARGEST_SETTINGS};
@@ -30,11 +30,11 @@ pub use command::{MergeArgs, UnmergeArgs, run_merge, run_unmerge};
 pub use survival::{Survival, SurvivalReport};
 pub use unmerge::{UnmergeOptions, UnmergeReport, unmerge};
 
+use adapter::{Adapter, EMBEDDING, HEAD};
 use folder::NewFolder;
 use record::{Changed, RECORD_FILE, Record, Sum};
-use rewrite::{Change, rewrite, rows_at_once};
-use tensors::{ModelTensors, to_floats};
-use update::{Update, updates};
+use rewrite::{Change, rewrite};
+use tensors::ModelTensors;
 use write::{Planned, Shards};
 
 /// Bytes of a weight file at most, unless asked otherwise.
@@ -129,6 +129,24 @@ pub enum MergeError {
         /// A type that would do.
         remedy: &'static str,
     },
+    /// The adapter adds a bias to a module without one.
+    #[error(
+        "the adapter adds a bias to {module} (lora_bias), which has none in the model, so there is no tensor to merge it into; keep the adapter as a second path"
+    )]
+    NoBias {
+        /// The module.
+        module: String,
+    },
+    /// The base cannot be computed from the merged model.
+    #[error("the adapter in {} cannot be taken out: {reason}; use the base model itself{base}", folder.display())]
+    NoWayBack {
+        /// The adapter's folder.
+        folder: PathBuf,
+        /// Why.
+        reason: &'static str,
+        /// Where the base model was.
+        base: String,
+    },
     /// The adapter does not survive quantization.
     #[error(
         "{reason}; merge without --check-bits and use the result in 16 bits, keep the adapter as a second path, or use --force"
@@ -169,6 +187,8 @@ pub struct MergeOptions {
 pub struct MergeReport {
     /// Modules that the adapter changed.
     pub modules: usize,
+    /// Tensors that the adapter brought its own version of.
+    pub replaced: usize,
     /// Weight files.
     pub files: usize,
     /// Their bytes, without headers.
@@ -194,22 +214,33 @@ pub fn merge(
             folder: options.model.clone(),
         });
     }
-    let updates = read_updates(&options.adapter, &base.config)?;
+    let adapter = Adapter::read(&options.adapter, &base.config)?;
     refuse_itself(&options.output, &[&options.model, &options.adapter])?;
     let adapter_sha256 = record::file_sum(&options.adapter.join(peft::WEIGHTS_FILE))?;
 
     let mut source = ModelTensors::open(&options.model)?;
-    let planned = base.planned(&source, |_, own| options.dtype.unwrap_or(own));
+    let mut planned = base.planned(&source, |_, own| options.dtype.unwrap_or(own));
     let base_dtypes = planned.iter().filter_map(|tensor| {
         let place = source.place(&tensor.name)?;
         Some((tensor.name.clone(), format!("{:?}", place.dtype)))
     });
     let base_dtypes = base_dtypes.collect();
+    let mut config = base.object;
+    if adapter.unties() {
+        // The output layer begins as the embedding that it was.
+        let embedding = planned.iter().find(|tensor| tensor.name == EMBEDDING);
+        let head = embedding.cloned().map(|tensor| Planned {
+            name: HEAD.into(),
+            ..tensor
+        });
+        planned.extend(head);
+        config.insert("tie_word_embeddings".into(), false.into());
+    }
     let dtype = largest_dtype(&planned);
     let shards = Shards::plan(planned, options.largest_shard);
     let folder = NewFolder::create(&options.output, options.overwrite)?;
     let mut merging = Merging {
-        updates: &updates,
+        adapter: &adapter,
         sums: BTreeMap::new(),
     };
     rewrite(&mut source, &shards, folder.path(), &mut merging, progress)?;
@@ -231,9 +262,11 @@ pub fn merge(
     };
     let record = serde_json::to_value(&record).expect("a record is plain JSON");
     folder.write(RECORD_FILE, &format!("{record:#}\n"))?;
-    finish(folder, base.object, dtype, &shards, &options.model)?;
+    finish(folder, config, dtype, &shards, &options.model)?;
+    let [modules, replaced] = adapter.counts();
     Ok(MergeReport {
-        modules: updates.len(),
+        modules,
+        replaced,
         files: shards.files().len(),
         bytes: shards.bytes(),
         dtype: format!("{dtype:?}").to_lowercase(),
@@ -254,32 +287,27 @@ pub fn survival(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<SurvivalReport, MergeError> {
     let base = Base::read(model)?;
-    let updates = read_updates(adapter, &base.config)?;
+    let adapter = Adapter::read(adapter, &base.config)?;
     let mut source = ModelTensors::open(model)?;
+    // What is quantized: the decoder's linear modules.
+    let linears = adapter.modules().filter(|m| m.starts_with("model.layers."));
+    let linears: Vec<&String> = linears.collect();
     let mut modules = BTreeMap::new();
-    let total = updates.len();
-    for (done, (name, update)) in updates.iter().enumerate() {
-        let [d_out, d_in] = update.shape();
+    for (done, module) in linears.iter().enumerate() {
+        let name = format!("{module}.weight");
         let mut sums = Survival::default();
-        // A weight whose width cannot be packed stays as it is: all of the update survives.
-        if let Some(block) = quantization.block(d_out) {
-            let dtype = source.place(name).map_or(Dtype::F32, |place| place.dtype);
-            let at_once = rows_at_once(d_in).next_multiple_of(block);
-            for start in (0..d_out).step_by(at_once) {
-                let rows: Range<usize> = start..(start + at_once).min(d_out);
-                let mut values = to_floats(&source.bytes(name, rows.clone())?, dtype);
-                sums.add(survival::of_rows(
-                    &mut values,
-                    update,
-                    rows,
-                    quantization,
-                    block,
-                ));
+        if let Some(place) = source.place(&name) {
+            let (d_out, d_in) = (place.rows, place.columns);
+            // A weight whose width cannot be packed stays as it is: all of the update survives.
+            if let Some(block) = quantization.block(d_out) {
+                let mut base = source.values(&name)?;
+                survival::round(&mut base, d_in, quantization, block);
+                let merged = adapter.merged(&name, base.clone())?;
+                sums = survival::of_merged(&base, merged, d_in, quantization, block);
             }
         }
-        let module = name.strip_suffix(".weight").unwrap_or(name);
         modules.insert(module.to_string(), sums);
-        progress(done + 1, total);
+        progress(done + 1, linears.len());
     }
     Ok(SurvivalReport { bits, modules })
 }
@@ -322,23 +350,15 @@ impl Base {
         let planned = shapes.filter_map(|(name, shape)| {
             let own = source.place(&name)?.dtype;
             let dtype = dtype(&name, own);
-            Some(Planned { name, dtype, shape })
+            Some(Planned {
+                source: name.clone(),
+                name,
+                dtype,
+                shape,
+            })
         });
         planned.collect()
     }
-}
-
-/// Reads an adapter and fits it to a model's shapes.
-fn read_updates(
-    folder: &Path,
-    model: &LlamaConfig,
-) -> Result<BTreeMap<String, Update>, MergeError> {
-    let failed = |source| MergeError::Adapter {
-        folder: folder.into(),
-        source,
-    };
-    let (config, tensors) = peft::read_adapter(folder).map_err(failed)?;
-    updates(model, &config.lora, tensors).map_err(failed)
 }
 
 fn refuse_itself(output: &Path, sources: &[&Path]) -> Result<(), MergeError> {
@@ -381,24 +401,28 @@ fn finish(
     folder.finish()
 }
 
-/// Adds updates, and sums the bytes of what they change before and after.
+/// Puts the adapter in, and sums the bytes of what it changes before and after.
 struct Merging<'a> {
-    updates: &'a BTreeMap<String, Update>,
+    adapter: &'a Adapter<'a>,
     sums: BTreeMap<String, [Sum; 2]>,
 }
 
 impl Change for Merging<'_> {
     fn is_changed(&self, name: &str) -> bool {
-        self.updates.contains_key(name)
+        self.adapter.changes(name)
     }
 
-    fn change(&mut self, name: &str, rows: Range<usize>, values: &mut [f32]) {
-        self.updates[name].add(1.0, rows, values);
+    fn changed(&mut self, name: &str, values: Vec<f32>) -> Result<Vec<f32>, MergeError> {
+        self.adapter.merged(name, values)
     }
 
-    fn wrote(&mut self, name: &str, before: (&[u8], Dtype), after: (&[u8], Dtype)) {
-        let [base, merged] = self.sums.entry(name.into()).or_default();
-        base.add_numbers(before.0, before.1.bitsize() / 8);
-        merged.add(after.0);
+    fn read(&mut self, name: &str, bytes: &[u8], dtype: Dtype) {
+        let [base, _] = self.sums.entry(name.into()).or_default();
+        base.add_numbers(bytes, dtype.bitsize() / 8);
+    }
+
+    fn wrote(&mut self, name: &str, bytes: &[u8], _: Dtype) {
+        let [_, merged] = self.sums.entry(name.into()).or_default();
+        merged.add(bytes);
     }
 }

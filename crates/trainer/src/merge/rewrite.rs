@@ -1,18 +1,16 @@
 //! A model's tensors from its files into new ones, some of them changed on the way.
 
-use std::ops::Range;
+use safetensors::Dtype;
 use std::path::Path;
 
-use safetensors::Dtype;
-
 use super::MergeError;
-use super::tensors::{ModelTensors, to_floats};
-use super::write::{ShardFile, Shards, to_bytes};
+use super::tensors::ModelTensors;
+use super::write::{Planned, ShardFile, Shards, to_bytes};
 
-/// Elements that are in memory at a time: 4 MiB of f32.
+/// Elements that go from file to file at a time: 4 MiB of f32.
 const AT_ONCE: usize = 1 << 20;
 
-/// Rows of so many columns that are computed at a time.
+/// Rows of so many columns that go from file to file at a time.
 pub(super) fn rows_at_once(columns: usize) -> usize {
     (AT_ONCE / columns.max(1)).max(1)
 }
@@ -21,13 +19,16 @@ pub(super) fn rows_at_once(columns: usize) -> usize {
 pub(super) trait Change {
     /// Whether this tensor's numbers change.
     fn is_changed(&self, name: &str) -> bool;
-    /// Changes rows of a tensor.
-    fn change(&mut self, name: &str, rows: Range<usize>, values: &mut [f32]);
-    /// The bytes of a changed tensor's rows as they were read and as they were written, with their types.
-    fn wrote(&mut self, name: &str, before: (&[u8], Dtype), after: (&[u8], Dtype));
+    /// A changed tensor's new numbers from its old ones.
+    fn changed(&mut self, name: &str, values: Vec<f32>) -> Result<Vec<f32>, MergeError>;
+    /// Bytes of a changed tensor as they were read.
+    fn read(&mut self, name: &str, bytes: &[u8], dtype: Dtype);
+    /// Bytes of a changed tensor as they were written.
+    fn wrote(&mut self, name: &str, bytes: &[u8], dtype: Dtype);
 }
 
 /// Writes the planned files into `folder`. What neither changes nor gets another type is copied byte for byte.
+/// A changed tensor is in memory as a whole, in f32; of the others no more than a run of rows.
 pub(super) fn rewrite(
     source: &mut ModelTensors,
     shards: &Shards,
@@ -44,36 +45,9 @@ pub(super) fn rewrite(
     for (file, tensors) in shards.files() {
         let mut output = ShardFile::create(&folder.join(file), tensors)?;
         for tensor in tensors {
-            let name = &tensor.name;
-            let place = source.place(name).cloned();
-            let place = place.expect("only tensors that the source has are planned");
-            let is_changed = change.is_changed(name);
-            let at_once = rows_at_once(place.columns);
-            for start in (0..place.rows).step_by(at_once) {
-                let rows = start..(start + at_once).min(place.rows);
-                let before = source.bytes(name, rows.clone())?;
-                if !is_changed && tensor.dtype == place.dtype {
-                    output.write(&before)?;
-                    continue;
-                }
-                let mut values = to_floats(&before, place.dtype);
-                if is_changed {
-                    change.change(name, rows, &mut values);
-                }
-                let after = to_bytes(&values, tensor.dtype).map_err(|(index, value)| {
-                    let widest = value.is_finite() && value.abs() > f32::from(half::bf16::MAX);
-                    MergeError::NoRoom {
-                        name: name.clone(),
-                        index: start * place.columns + index,
-                        value,
-                        dtype: format!("{:?}", tensor.dtype),
-                        remedy: if widest { "f32" } else { "bf16 or f32" },
-                    }
-                })?;
-                output.write(&after)?;
-                if is_changed {
-                    change.wrote(name, (&before, place.dtype), (&after, tensor.dtype));
-                }
+            match change.is_changed(&tensor.name) {
+                true => write_changed(source, tensor, change, &mut output)?,
+                false => copy(source, tensor, &mut output)?,
             }
             done += 1;
             progress(done, total);
@@ -81,4 +55,57 @@ pub(super) fn rewrite(
         output.finish()?;
     }
     Ok(())
+}
+
+fn copy(
+    source: &mut ModelTensors,
+    tensor: &Planned,
+    output: &mut ShardFile,
+) -> Result<(), MergeError> {
+    let place = source.planned(tensor);
+    let mut at = 0;
+    source.for_each_run(&tensor.source, &mut |bytes, values| {
+        if tensor.dtype == place.dtype {
+            return output.write(bytes);
+        }
+        let values = values();
+        let bytes = to_bytes(&values, tensor.dtype);
+        let bytes = bytes.map_err(|(index, value)| no_room(tensor, at + index, value))?;
+        at += values.len();
+        output.write(&bytes)
+    })
+}
+
+fn write_changed(
+    source: &mut ModelTensors,
+    tensor: &Planned,
+    change: &mut dyn Change,
+    output: &mut ShardFile,
+) -> Result<(), MergeError> {
+    let place = source.planned(tensor);
+    let mut all = Vec::with_capacity(place.rows * place.columns);
+    source.for_each_run(&tensor.source, &mut |bytes, values| {
+        change.read(&tensor.name, bytes, place.dtype);
+        all.extend(values());
+        Ok(())
+    })?;
+    let all = change.changed(&tensor.name, all)?;
+    for (run, values) in all.chunks(AT_ONCE).enumerate() {
+        let bytes = to_bytes(values, tensor.dtype)
+            .map_err(|(index, value)| no_room(tensor, run * AT_ONCE + index, value))?;
+        output.write(&bytes)?;
+        change.wrote(&tensor.name, &bytes, tensor.dtype);
+    }
+    Ok(())
+}
+
+fn no_room(tensor: &Planned, index: usize, value: f32) -> MergeError {
+    let widest = value.is_finite() && value.abs() > f32::from(half::bf16::MAX);
+    MergeError::NoRoom {
+        name: tensor.name.clone(),
+        index,
+        value,
+        dtype: format!("{:?}", tensor.dtype),
+        remedy: if widest { "f32" } else { "bf16 or f32" },
+    }
 }

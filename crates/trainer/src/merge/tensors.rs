@@ -10,6 +10,8 @@ use safetensors::Dtype;
 use safetensors::tensor::Metadata;
 
 use super::MergeError;
+use super::rewrite::rows_at_once;
+use super::write::Planned;
 use crate::peft::read_floats;
 
 /// What the header of a safetensors file may take; the format's own limit.
@@ -32,13 +34,11 @@ pub(super) struct Place {
     pub(super) rows: usize,
     /// Elements of a row.
     pub(super) columns: usize,
-    /// As in the file.
-    pub(super) shape: Vec<usize>,
 }
 
 impl Place {
     /// Bytes of a row.
-    pub(super) fn row_bytes(&self) -> usize {
+    fn row_bytes(&self) -> usize {
         self.columns * self.dtype.bitsize() / 8
     }
 }
@@ -79,7 +79,6 @@ impl ModelTensors {
                     dtype: info.dtype,
                     rows,
                     columns,
-                    shape: info.shape.clone(),
                 };
                 model.tensors.insert(name, place);
             }
@@ -93,8 +92,44 @@ impl ModelTensors {
         self.tensors.get(name)
     }
 
+    /// Where a planned tensor's numbers come from.
+    ///
+    /// # Panics
+    ///
+    /// If there is no such tensor; only what is there is planned.
+    pub(super) fn planned(&self, tensor: &Planned) -> Place {
+        let place = self.tensors.get(&tensor.source).cloned();
+        place.expect("only tensors that the source has are planned")
+    }
+
+    /// Calls `work(bytes, numbers)` for a tensor's rows, some at a time; `numbers()` are those of the bytes.
+    pub(super) fn for_each_run(
+        &mut self,
+        name: &str,
+        work: &mut dyn FnMut(&[u8], &dyn Fn() -> Vec<f32>) -> Result<(), MergeError>,
+    ) -> Result<(), MergeError> {
+        let place = self.tensors[name].clone();
+        let at_once = rows_at_once(place.columns);
+        for start in (0..place.rows).step_by(at_once) {
+            let bytes = self.bytes(name, start..(start + at_once).min(place.rows))?;
+            work(&bytes, &|| to_floats(&bytes, place.dtype))?;
+        }
+        Ok(())
+    }
+
+    /// All of a tensor's numbers.
+    pub(super) fn values(&mut self, name: &str) -> Result<Vec<f32>, MergeError> {
+        let place = &self.tensors[name];
+        let mut all = Vec::with_capacity(place.rows * place.columns);
+        self.for_each_run(name, &mut |_, values| {
+            all.extend(values());
+            Ok(())
+        })?;
+        Ok(all)
+    }
+
     /// Some rows as the file holds them.
-    pub(super) fn bytes(&mut self, name: &str, rows: Range<usize>) -> Result<Vec<u8>, MergeError> {
+    fn bytes(&mut self, name: &str, rows: Range<usize>) -> Result<Vec<u8>, MergeError> {
         let place = &self.tensors[name];
         let width = place.row_bytes();
         let start = place.start + (rows.start * width) as u64;

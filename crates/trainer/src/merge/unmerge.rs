@@ -1,18 +1,17 @@
 //! An adapter out of a merged model again.
 
 use std::collections::BTreeMap;
-use std::ops::Range;
 use std::path::PathBuf;
 
 use safetensors::Dtype;
 
+use super::adapter::Adapter;
 use super::folder::NewFolder;
 use super::record::{self, Record, Sum};
 use super::rewrite::{Change, rewrite};
 use super::tensors::ModelTensors;
-use super::update::Update;
 use super::write::Shards;
-use super::{Base, MergeError, finish, largest_dtype, read_updates, refuse_itself};
+use super::{Base, MergeError, finish, largest_dtype, refuse_itself};
 use crate::peft;
 
 /// What to take apart.
@@ -50,7 +49,8 @@ pub struct UnmergeReport {
     pub dtype: String,
 }
 
-/// Takes an adapter out of a merged model and writes a whole Hugging Face folder.
+/// Takes an adapter out of a merged model and writes a whole Hugging Face folder. A DoRA, or an adapter that
+/// replaces tensors, has no way back.
 ///
 /// The merged weight was rounded to its type, and that rounding stays: from a model that was merged in f32 a
 /// 16-bit base comes back as it was, from one in f16 or bf16 up to a step. A record that
@@ -65,10 +65,18 @@ pub fn unmerge(
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<UnmergeReport, MergeError> {
     let merged = Base::read(&options.model)?;
-    let updates = read_updates(&options.adapter, &merged.config)?;
+    let adapter = Adapter::read(&options.adapter, &merged.config)?;
     refuse_itself(&options.output, &[&options.model, &options.adapter])?;
     let record = Record::read(&options.model)?;
-    if let (Some(reason), false) = (objection(options, &record, &updates)?, options.force) {
+    if let Some(reason) = adapter.no_way_back() {
+        let base = record.as_ref().map(|record| &record.base_model);
+        return Err(MergeError::NoWayBack {
+            folder: options.adapter.clone(),
+            reason,
+            base: base.map_or_else(String::new, |base| format!(", {base}")),
+        });
+    }
+    if let (Some(reason), false) = (objection(options, &record)?, options.force) {
         return Err(MergeError::NotThis { reason });
     }
     let mut source = ModelTensors::open(&options.model)?;
@@ -77,12 +85,17 @@ pub fn unmerge(
         options.dtype.or_else(|| base_dtype(name)).unwrap_or(own)
     });
     let dtype = largest_dtype(&planned);
-    let merged_dtype = updates.keys().find_map(|name| source.place(name));
+    let changed = planned.iter().map(|tensor| &tensor.name);
+    let changed: Vec<String> = changed
+        .filter(|name| adapter.changes(name))
+        .cloned()
+        .collect();
+    let merged_dtype = changed.iter().find_map(|name| source.place(name));
     let merged_dtype = merged_dtype.map_or(Dtype::F32, |place| place.dtype);
     let shards = Shards::plan(planned, options.largest_shard);
     let folder = NewFolder::create(&options.output, options.overwrite)?;
     let mut unmerging = Unmerging {
-        updates: &updates,
+        adapter: &adapter,
         sums: BTreeMap::new(),
         largest: 0.0,
         largest_after: 0.0,
@@ -115,7 +128,7 @@ pub fn unmerge(
     }
     finish(folder, merged.object, dtype, &shards, &options.model)?;
     Ok(UnmergeReport {
-        changed: updates.len(),
+        changed: changed.len(),
         exact,
         rounding: half_step(merged_dtype, largest) + half_step(dtype, largest_after),
         merged_dtype: format!("{merged_dtype:?}").to_lowercase(),
@@ -127,7 +140,6 @@ pub fn unmerge(
 fn objection(
     options: &UnmergeOptions,
     record: &Option<Record>,
-    updates: &BTreeMap<String, Update>,
 ) -> Result<Option<String>, MergeError> {
     let folder = options.model.display();
     let Some(record) = record else {
@@ -137,7 +149,7 @@ fn objection(
         )));
     };
     let sum = record::file_sum(&options.adapter.join(peft::WEIGHTS_FILE))?;
-    if sum != record.adapter_sha256 || !record.changed.keys().eq(updates.keys()) {
+    if sum != record.adapter_sha256 {
         return Ok(Some(format!(
             "{folder} was merged with {}, whose weights are not those in {}",
             record.adapter,
@@ -160,7 +172,7 @@ fn half_step(dtype: Dtype, magnitude: f32) -> f32 {
 }
 
 struct Unmerging<'a> {
-    updates: &'a BTreeMap<String, Update>,
+    adapter: &'a Adapter<'a>,
     sums: BTreeMap<String, [Sum; 2]>,
     /// The largest magnitude of a merged element, and of a restored one.
     largest: f32,
@@ -169,20 +181,25 @@ struct Unmerging<'a> {
 
 impl Change for Unmerging<'_> {
     fn is_changed(&self, name: &str) -> bool {
-        self.updates.contains_key(name)
+        self.adapter.changes(name)
     }
 
-    fn change(&mut self, name: &str, rows: Range<usize>, values: &mut [f32]) {
+    fn changed(&mut self, name: &str, values: Vec<f32>) -> Result<Vec<f32>, MergeError> {
         let largest = |values: &[f32]| values.iter().fold(0f32, |peak, x| peak.max(x.abs()));
-        self.largest = self.largest.max(largest(values));
-        self.updates[name].add(-1.0, rows, values);
-        self.largest_after = self.largest_after.max(largest(values));
+        self.largest = self.largest.max(largest(&values));
+        let values = self.adapter.unmerged(name, values)?;
+        self.largest_after = self.largest_after.max(largest(&values));
+        Ok(values)
     }
 
-    fn wrote(&mut self, name: &str, before: (&[u8], Dtype), after: (&[u8], Dtype)) {
-        let [merged, base] = self.sums.entry(name.into()).or_default();
-        merged.add(before.0);
-        base.add_numbers(after.0, after.1.bitsize() / 8);
+    fn read(&mut self, name: &str, bytes: &[u8], _: Dtype) {
+        let [merged, _] = self.sums.entry(name.into()).or_default();
+        merged.add(bytes);
+    }
+
+    fn wrote(&mut self, name: &str, bytes: &[u8], dtype: Dtype) {
+        let [_, base] = self.sums.entry(name.into()).or_default();
+        base.add_numbers(bytes, dtype.bitsize() / 8);
     }
 }
 

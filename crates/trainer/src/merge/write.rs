@@ -16,6 +16,8 @@ use super::MergeError;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Planned {
     pub(super) name: String,
+    /// The tensor of the source that its numbers come from.
+    pub(super) source: String,
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
 }
@@ -200,6 +202,7 @@ mod tests {
     fn tensor(name: &str, elements: usize) -> Planned {
         Planned {
             name: name.into(),
+            source: name.into(),
             dtype: Dtype::F16,
             shape: vec![elements],
         }
