@@ -52,7 +52,8 @@ impl Workload {
     pub fn largest(batch_size: usize, max_seq_len: usize, max_batch_tokens: Option<usize>) -> Self {
         let fitting = max_batch_tokens.map_or(batch_size, |tokens| tokens / max_seq_len.max(1));
         let rows = batch_size.min(fitting).max(1);
-        let tokens = rows * max_seq_len;
+        // More than any machine holds is as good as this, and no product with a width leaves 64 bits.
+        let tokens = rows.saturating_mul(max_seq_len).min(1 << 26);
         Self {
             rows,
             longest_row: max_seq_len,
