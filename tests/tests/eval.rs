@@ -175,7 +175,7 @@ fn results(workspace: &Workspace) -> Value {
 fn trained(template: &str) -> Workspace {
     let workspace = Workspace::new();
     let template = format!("prompt_template={template}");
-    workspace.train(&["num_epochs=8", &template]).succeeded();
+    workspace.train(&["num_epochs=60", &template]).succeeded();
     workspace
 }
 
