@@ -407,9 +407,12 @@ mod tests {
     #[test]
     fn smaller_micro_batches_keep_an_update_s_rows_and_then_activations_go() {
         let config = Config::load(None, None, &[]).unwrap();
-        let model = LlamaConfig::from_json(serde_json::json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
-                "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-                "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5}).as_object().unwrap());
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
+            "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
+        });
+        let model = LlamaConfig::from_json(json.as_object().unwrap()).unwrap();
         let options = PlanOptions {
             lora: config.lora_config(),
             quantization: Quantization::None,
@@ -424,7 +427,7 @@ mod tests {
             gradient_accumulation_steps: 2,
             gradient_checkpointing: false,
             prefixes: Prefixes::Shared,
-            plan: Plan::new(model.as_ref().unwrap(), &options).unwrap(),
+            plan: Plan::new(&model, &options).unwrap(),
         };
         let divided = |rows| {
             let smaller = fit(rows).smaller(&config).unwrap();

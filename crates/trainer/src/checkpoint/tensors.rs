@@ -275,10 +275,12 @@ mod tests {
     use lora_core::{LoraConfig, TargetModules};
 
     fn model(r: usize, modules: &[&str]) -> Llama {
-        let config = LlamaConfig::from_json(serde_json::json!({"architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
-                "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
-                "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5}).as_object().unwrap())
-        .unwrap();
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
+            "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
+        });
+        let config = LlamaConfig::from_json(json.as_object().unwrap()).unwrap();
         let lora = LoraConfig {
             r,
             target_modules: TargetModules::Names(
