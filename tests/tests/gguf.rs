@@ -487,7 +487,7 @@ fn a_gguf_file_is_trained_planned_and_generated_with_as_a_folder_is() {
         run(&[&arguments[..], adapter].concat()).succeeded()
     };
     assert!(generate(&["--adapter", text(&adapter)]).contains("positive"));
-    let folder = folder.path().join("merged");
+    let merged = folder.path().join("merged");
     run(&[
         "merge",
         "--model",
@@ -495,10 +495,10 @@ fn a_gguf_file_is_trained_planned_and_generated_with_as_a_folder_is() {
         "--adapter",
         text(&adapter),
         "--output",
-        text(&folder),
+        text(&merged),
     ])
     .failed_saying(&["is a GGUF file", "export-gguf"]);
-    assert!(!folder.exists());
+    assert!(!merged.exists());
     // What was trained beside the file's integers goes into the file.
     let merged = folder.path().join("merged.gguf");
     export(&[

@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use llama_burn::WeightsError;
+
 use super::error::{Problem, Problems};
 use super::{Config, EMBEDDED, Source};
 use crate::hub::{self, HubName};
@@ -115,6 +117,9 @@ impl Config {
         }
         let has = |name: &str| folder.join(name).is_file();
         let weights = has("model.safetensors") || has("model.safetensors.index.json");
+        if let Err(error @ WeightsError::Pickle { .. }) = llama_burn::weight_files(folder) {
+            return Some(error.to_string());
+        }
         let missing: Vec<&str> = [
             ("config.json", has("config.json")),
             ("tokenizer.json", has("tokenizer.json")),

@@ -16,9 +16,9 @@ mod unmerge;
 mod write;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited::{self, LARGEST_SETTINGS};
 use llama_burn::{ConfigError, LlamaConfig, Weights, WeightsError};
 use lora_core::Quantization;
 use safetensors::Dtype;
@@ -341,7 +341,8 @@ impl Base {
             file: path.clone(),
             reason,
         };
-        let text = fs::read_to_string(&path).map_err(|error| unreadable(error.to_string()))?;
+        let text = limited::read_to_string(&path, LARGEST_SETTINGS)
+            .map_err(|error| unreadable(error.to_string()))?;
         let object: Map<String, Value> =
             serde_json::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
         if object
