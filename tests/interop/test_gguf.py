@@ -15,8 +15,8 @@ PROMPTS = [
     "Once upon a time, in a small village by the sea,",
     "Water boils at",
 ]
-# Texts that SmolLM2 goes on with by rote.
-SURE = ["The cat sat on the mat. " * 6, "red green blue yellow, " * 8]
+# A text that SmolLM2 goes on with by rote: its best score is 1.5 above the next all the way.
+SURE = ["The cat sat on the mat. " * 6]
 STORIES = [
     "Once upon a time, there was a little girl named Lily.",
     "Tom had a big red ball.",
