@@ -130,10 +130,8 @@ impl Plan {
     ///
     /// If the adapters' configuration is invalid or selects no module.
     pub fn new(model: &LlamaConfig, options: &PlanOptions) -> Result<Self, LoraError> {
-        let modules = model.module_shapes();
         let quantization = options.stored();
-        let counts =
-            ParameterCounts::new(&modules, &options.lora, quantization, options.float_bytes)?;
+        let counts = model.count(&options.lora, quantization, options.float_bytes)?;
         let base = base_parts(model, options, &counts);
         let adapter = |name: &str, copies: u64| Part {
             name: name.into(),

@@ -254,7 +254,7 @@ mod tests {
             "{error}"
         );
         let error = check(&data).unwrap_err().to_string();
-        assert!(error.contains("not a file"), "{error}");
+        assert!(error.contains("or a GGUF file"), "{error}");
         let error = check(&folder.path().join("none")).unwrap_err().to_string();
         assert!(
             error.contains("there is no such folder")

@@ -113,6 +113,15 @@ pub enum MergeError {
         /// The model's folder.
         folder: PathBuf,
     },
+    /// The base model is a GGUF file.
+    #[error(
+        "{} is a GGUF file, and merge writes Hugging Face folders from such folders; `export-gguf --model FILE --adapter DIR` merges into a GGUF file",
+        file.display()
+    )]
+    GgufBase {
+        /// The file.
+        file: PathBuf,
+    },
     /// A number that the output's type has no room for.
     #[error(
         "{name} becomes {value} at element {index}, for which {dtype} has no room; choose --dtype {remedy}"
@@ -321,6 +330,11 @@ struct Base {
 impl Base {
     /// Reads `config.json` and holds the weights' names and shapes against it.
     fn read(folder: &Path) -> Result<Self, MergeError> {
+        if llama_burn::gguf::is_gguf(folder) {
+            return Err(MergeError::GgufBase {
+                file: folder.into(),
+            });
+        }
         let config = LlamaConfig::from_file(folder)?;
         let path = folder.join("config.json");
         let unreadable = |reason: String| MergeError::Unreadable {
