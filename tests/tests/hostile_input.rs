@@ -336,7 +336,13 @@ fn rows<'a>(
     Parser {
         name,
         seeds,
-        memory: 64 * MIB,
+        // A page of Parquet announces its size in 31 bits, and the crate reserves that much address space before
+        // it reads.
+        memory: if file.ends_with(".parquet") {
+            4096 * MIB
+        } else {
+            64 * MIB
+        },
         read: Box::new(move |file| {
             write(&path, file);
             let rows = read_rows(&path, None).map_err(said)?;
@@ -555,7 +561,8 @@ fn config_toml() -> Parser<'static> {
     Parser {
         name: "configuration, TOML",
         seeds,
-        memory: 16 * MIB,
+        // The parser holds a token for every bracket.
+        memory: 64 * MIB,
         read: Box::new(|file| configuration(file, "run.toml")),
     }
 }

@@ -241,7 +241,7 @@ fn tiny() -> (LlamaConfig, Llama) {
         eos_token_ids: vec![],
         weight_bytes: 4,
     };
-    let model = Llama::random(&config, 3, &Device::flex());
+    let model = Llama::random(&config, 3, &Device::flex().autodiff());
     (config, model)
 }
 

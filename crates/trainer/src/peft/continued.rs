@@ -7,6 +7,7 @@ use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, Tar
 
 use super::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
 use crate::config::{Config, Problem, Problems};
+use crate::hub::{self, HubError};
 
 /// Why training cannot start from an adapter, or with fresh ones.
 #[derive(Debug, thiserror::Error)]
@@ -14,6 +15,8 @@ use crate::config::{Config, Problem, Problems};
 pub enum StartError {
     #[error("init_adapter: {0}")]
     Adapter(#[source] AdapterError),
+    #[error("init_adapter: {0}")]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Conflicts(#[from] Problems),
     #[error(transparent)]
@@ -36,6 +39,7 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
         check_targets(&config.lora_config(), model)?;
         return Ok(config.clone());
     };
+    let folder = &hub::adapter_folder(folder)?;
     let adapter = read_adapter_config(folder).map_err(StartError::Adapter)?;
     let lora = adapter.trainable(folder, model)?;
     let dropout_written = config
@@ -77,6 +81,7 @@ pub fn start(model: Llama, config: &Config) -> Result<Llama, StartError> {
     let Some(folder) = &config.init_adapter else {
         return Ok(model.with_lora(&lora, config.seed)?);
     };
+    let folder = &hub::adapter_folder(folder)?;
     let (_, tensors) = read_adapter(folder).map_err(StartError::Adapter)?;
     trainable_tensors(folder, &tensors)?;
     let model = tensors.put_on(model, &lora);
