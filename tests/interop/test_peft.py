@@ -176,11 +176,6 @@ def test_an_adapter_of_peft_gives_pefts_logits_on_an_untied_model_with_biases(tr
     agree(trainer, tmp_path, random_model, adapter(random_model, tmp_path / "adapter", BIASES[case], size=0.1))
 
 
-@pytest.mark.parametrize("case", ["all-linear", "DoRA", "rank_pattern"])
-def test_an_adapter_of_peft_gives_pefts_logits_on_smollm2(trainer, smollm2, tmp_path, case):
-    agree(trainer, tmp_path, smollm2, adapter(smollm2, tmp_path / "adapter", MATRIX[case], size=0.02))
-
-
 def test_an_adapter_in_half_precision_is_widened(trainer, embedded_model, tmp_path):
     for dtype in (torch.float16, torch.bfloat16):
         folder = adapter(embedded_model, tmp_path / str(dtype), MATRIX["DoRA"])

@@ -513,7 +513,6 @@ mod tests {
             "init_lora_weights = false",
             "init_lora_weights = \"pissa\"",
             "peft_use_rslora = 1",
-            "peft_use_dora = true",
             "peft_use_dora = \"no\"",
             "save_best = 0",
             "save_steps = 0",

@@ -221,6 +221,10 @@ impl AdapterTensors {
             let rest = name.strip_prefix(PREFIX).ok_or_else(unexpected)?;
             let read = || Values::read(name, view.dtype(), view.shape(), view.data());
             if let Some((module, place)) = place(rest) {
+                let values = read()?;
+                if matches!(place, Place::A | Place::B) {
+                    values.matrix(name)?;
+                }
                 let parts = parts.entry(module.into()).or_default();
                 let place = match place {
                     Place::A => &mut parts.a,
@@ -229,7 +233,7 @@ impl AdapterTensors {
                     Place::Magnitude if lora.use_dora => &mut parts.magnitude,
                     Place::Bias | Place::Magnitude => return Err(unexpected()),
                 };
-                if place.replace(read()?).is_some() {
+                if place.replace(values).is_some() {
                     return Err(unexpected());
                 }
                 continue;
