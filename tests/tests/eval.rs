@@ -141,9 +141,10 @@ fn the_finlora_scorer_gives_finloras_numbers() {
             .finlora_weighted_f1
             .expect("FinLoRA's scorer has it");
         assert_close("weighted F1", f1, case.weighted_f1);
-        // The strict rule is another: a label in a sentence is none.
+        // The strict rule is another: a label in a sentence is none. Lists are split into plain items.
         let strict = Verdict::new(Scorer::Strict, &all, &right, &answers);
-        assert!(strict.scores.accuracy < verdict.scores.accuracy);
+        let same = strict.scores.accuracy == verdict.scores.accuracy;
+        assert!(strict.scores.accuracy <= verdict.scores.accuracy && same == case.lists);
     }
 }
 
@@ -174,7 +175,7 @@ fn results(workspace: &Workspace) -> Value {
 fn trained(template: &str) -> Workspace {
     let workspace = Workspace::new();
     let template = format!("prompt_template={template}");
-    workspace.train(&["num_epochs=8", &template]).succeeded();
+    workspace.train(&["num_epochs=60", &template]).succeeded();
     workspace
 }
 

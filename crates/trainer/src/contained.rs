@@ -38,7 +38,11 @@ pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 /// The text of tokens; none where the decoder of `tokenizer.json` does not work.
-pub fn decoded(tokenizer: &tokenizers::Tokenizer, ids: &[u32], skip_special_tokens: bool) -> String {
+pub fn decoded(
+    tokenizer: &tokenizers::Tokenizer,
+    ids: &[u32],
+    skip_special_tokens: bool,
+) -> String {
     let decoded = contain(|| tokenizer.decode(ids, skip_special_tokens));
     decoded.ok().and_then(Result::ok).unwrap_or_default()
 }
@@ -60,7 +64,10 @@ mod tests {
     #[test]
     fn a_panic_becomes_its_words_and_the_next_call_works() {
         let text = String::from("not\n  valid");
-        assert_eq!(contain(|| panic!("{text}")), Err::<(), _>("not valid".into()));
+        assert_eq!(
+            contain(|| panic!("{text}")),
+            Err::<(), _>("not valid".into())
+        );
         let nested = contain(|| contain(|| panic!("inner")).unwrap_err() + ", outer");
         assert_eq!(nested.unwrap(), "inner, outer");
         assert_eq!(contain(|| 7), Ok(7));

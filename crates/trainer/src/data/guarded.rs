@@ -101,7 +101,9 @@ fn growth(part: &Value) -> f64 {
             }
         }
         "Prepend" => 1.0 + length(&part["prepend"]),
-        "Precompiled" => 1.0 + longest_replacement(part["precompiled_charsmap"].as_str().unwrap_or_default()),
+        "Precompiled" => {
+            1.0 + longest_replacement(part["precompiled_charsmap"].as_str().unwrap_or_default())
+        }
         // Unicode's own: the longest decomposition is 18 times its character, an upper case 3 times its lower.
         "NFKD" | "NFKC" | "NFD" | "NFC" => 18.0,
         "BertNormalizer" => 3.0 * 18.0,
@@ -126,15 +128,24 @@ fn longest_replacement(base64: &str) -> f64 {
     let bytes: Vec<u8> = digits
         .chunks(4)
         .flat_map(|four| {
-            let bits = four.iter().fold(0u32, |bits, digit| bits << 6 | u32::from(*digit)) << (6 * (4 - four.len()));
+            let bits = four
+                .iter()
+                .fold(0u32, |bits, digit| bits << 6 | u32::from(*digit))
+                << (6 * (4 - four.len()));
             bits.to_be_bytes()[1..four.len().max(1)].to_vec()
         })
         .collect();
     let Some(size) = bytes.first_chunk::<4>() else {
         return bytes.len() as f64;
     };
-    let texts = bytes.get(4..).and_then(|rest| rest.get(u32::from_le_bytes(*size) as usize..));
-    let longest = texts.unwrap_or(&bytes).split(|byte| *byte == 0).map(<[u8]>::len).max();
+    let texts = bytes
+        .get(4..)
+        .and_then(|rest| rest.get(u32::from_le_bytes(*size) as usize..));
+    let longest = texts
+        .unwrap_or(&bytes)
+        .split(|byte| *byte == 0)
+        .map(<[u8]>::len)
+        .max();
     longest.unwrap_or(0) as f64
 }
 
@@ -154,7 +165,9 @@ mod tests {
     #[test]
     fn a_normalizer_that_doubles_and_doubles_is_refused() {
         let doubling = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "aa"});
-        let times = |count: usize| file(json!({"type": "Sequence", "normalizers": vec![doubling.clone(); count]}));
+        let times = |count: usize| {
+            file(json!({"type": "Sequence", "normalizers": vec![doubling.clone(); count]}))
+        };
         assert!(Guarded::read(&times(10)).is_ok());
         let error = Guarded::read(&times(40)).unwrap_err();
         assert!(error.contains("normalizer"), "{error}");
@@ -165,10 +178,13 @@ mod tests {
 
     #[test]
     fn a_text_that_would_grow_beyond_all_memory_is_refused_and_a_short_one_is_not() {
-        let long = json!({"type": "Replace", "pattern": {"String": "a"}, "content": "b".repeat(4000)});
+        let long =
+            json!({"type": "Replace", "pattern": {"String": "a"}, "content": "b".repeat(4000)});
         let guarded = Guarded::read(&file(long)).unwrap();
         assert!(guarded.encode_fast("a a", false).is_ok());
-        let error = guarded.encode_fast(&"a".repeat(1 << 20), false).unwrap_err();
+        let error = guarded
+            .encode_fast(&"a".repeat(1 << 20), false)
+            .unwrap_err();
         assert!(error.contains("too long"), "{error}");
     }
 
@@ -191,7 +207,8 @@ mod tests {
         let mut broken: Value = serde_json::from_slice(&file(Value::Null)).unwrap();
         // tokenizers 0.23 unwraps what it writes of a decoder that it cannot read.
         let deep = format!("{}1{}", "[".repeat(120), "]".repeat(120));
-        broken["decoder"] = json!({"type": "Fuse", "x": serde_json::from_str::<Value>(&deep).unwrap()});
+        broken["decoder"] =
+            json!({"type": "Fuse", "x": serde_json::from_str::<Value>(&deep).unwrap()});
         assert!(Guarded::read(broken.to_string().as_bytes()).is_err());
     }
 

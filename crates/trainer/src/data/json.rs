@@ -39,7 +39,7 @@ pub(super) fn lines(mut file: impl BufRead, rows: &mut Collected) -> Result<(), 
             true => Err(LineError::TooLong {
                 limit: LONGEST_LINE,
             }),
-            false => parse_line(text),
+            false => parse_line(text.strip_suffix(b"\n").unwrap_or(text)),
         };
         let added = object.and_then(|object| match object {
             Some(object) => rows.add(line, object),

@@ -39,23 +39,27 @@ impl ModelFiles {
             return Ok(crate::gguf::model_files(folder)?);
         }
         let path = folder.join("tokenizer.json");
-        let tokenizer = limited::read(&path, LARGEST_TABLE).map_err(|error| DataError::ModelFile {
-            path,
-            message: match error.kind() {
-                ErrorKind::NotFound => "there is no such file; base_model must be a folder with \
+        let tokenizer =
+            limited::read(&path, LARGEST_TABLE).map_err(|error| DataError::ModelFile {
+                path,
+                message: match error.kind() {
+                    ErrorKind::NotFound => {
+                        "there is no such file; base_model must be a folder with \
                                         tokenizer.json (tokenizer.model alone is not enough)"
-                    .into(),
-                _ => error.to_string(),
-            },
-        })?;
-        let optional = |name: &str| match limited::read_to_string(&folder.join(name), LARGEST_SETTINGS) {
-            Ok(text) => Ok(Some(text)),
-            Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(DataError::ModelFile {
-                path: folder.join(name),
-                message: error.to_string(),
-            }),
-        };
+                            .into()
+                    }
+                    _ => error.to_string(),
+                },
+            })?;
+        let optional =
+            |name: &str| match limited::read_to_string(&folder.join(name), LARGEST_SETTINGS) {
+                Ok(text) => Ok(Some(text)),
+                Err(error) if error.kind() == ErrorKind::NotFound => Ok(None),
+                Err(error) => Err(DataError::ModelFile {
+                    path: folder.join(name),
+                    message: error.to_string(),
+                }),
+            };
         Ok(Self {
             folder: folder.into(),
             tokenizer,

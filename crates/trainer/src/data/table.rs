@@ -1,8 +1,10 @@
 //! Rows in a text table, CSV or TSV: a line of names, then one of values a row.
 
+use std::cell::Cell;
 use std::io::Read;
+use std::rc::Rc;
 
-use csv::{ByteRecord, Error, ErrorKind, ReaderBuilder};
+use csv::{ByteRecord, Error, ErrorKind, ReaderBuilder, Terminator};
 use serde_json::{Map, Value};
 
 use super::error::{DataError, LineError};
@@ -13,34 +15,83 @@ const MOST_COLUMNS: usize = 4096;
 
 /// Reads a table, a row at a time.
 pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Result<(), DataError> {
+    let ended = Rc::new(Cell::new(false));
+    let watched = Watched {
+        // So that every row has an end, and lines can be counted by it.
+        file: file.chain(&b"\n"[..]),
+        ended: ended.clone(),
+    };
     let mut reader = ReaderBuilder::new()
         .delimiter(delimiter)
+        .terminator(Terminator::Any(b'\n'))
+        .has_headers(false)
         // The check is here, where the record is at hand for the message.
         .flexible(true)
-        .from_reader(file);
-    let headers = reader.byte_headers().cloned();
-    let headers = headers.map_err(|error| failed(error, rows))?;
-    if headers.is_empty() {
-        return Err(DataError::NoRows {
-            path: rows.path.into(),
-        });
-    }
-    let columns = names(&headers).and_then(|names| {
-        let wanted = rows.columns(names.iter().map(String::as_str))?;
-        Ok((names, wanted))
-    });
-    let (names, wanted) = columns.map_err(|problem| at(rows, 1, problem, &headers, delimiter))?;
+        .from_reader(watched);
     let mut record = ByteRecord::new();
+    let mut columns: Option<(Vec<String>, &[&str])> = None;
     while reader
         .read_byte_record(&mut record)
         .map_err(|error| failed(error, rows))?
     {
-        let position = record.position().map_or(0, |position| position.line());
-        let line = position as usize;
-        let added = row(&names, wanted, &record).and_then(|row| rows.add(line, row));
-        added.map_err(|problem| at(rows, line, problem, &record, delimiter))?;
+        // The reader stands behind the row; where it stood before, blank lines may have been.
+        let inside = record.as_slice().iter().filter(|byte| **byte == b'\n');
+        let line = (reader.position().line() as usize).saturating_sub(inside.count());
+        let (line, open) = match ended.get() {
+            true => (line, true),
+            false => (line.saturating_sub(1), false),
+        };
+        trim_carriage_return(&mut record);
+        if record.len() == 1 && record[0].is_empty() {
+            continue;
+        }
+        let added = match (&columns, open) {
+            (_, true) => Err(LineError::Table("a value in quotes is never closed".into())),
+            (None, _) => names(&record).and_then(|names| {
+                let wanted = rows.columns(names.iter().map(String::as_str))?;
+                columns = Some((names, wanted));
+                Ok(())
+            }),
+            (Some((names, wanted)), _) => {
+                row(names, wanted, &record).and_then(|row| rows.add(line, row))
+            }
+        };
+        added.map_err(|problem| {
+            let fields: Vec<&[u8]> = record.iter().collect();
+            rows.line_error(line, problem, &fields.join(&delimiter))
+        })?;
     }
     Ok(())
+}
+
+/// A file that tells whether its end was met. The reader looks for more only where a row has no end: in
+/// quotes that are never closed.
+struct Watched<R> {
+    file: R,
+    ended: Rc<Cell<bool>>,
+}
+
+impl<R: Read> Read for Watched<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        let read = self.file.read(buffer)?;
+        self.ended.set(read == 0 && !buffer.is_empty());
+        Ok(read)
+    }
+}
+
+/// Takes what Windows puts before a line feed off a row's last field.
+fn trim_carriage_return(record: &mut ByteRecord) {
+    if record.as_slice().last() == Some(&b'\r') {
+        let fields: Vec<Vec<u8>> = record.iter().map(<[u8]>::to_vec).collect();
+        record.clear();
+        for (index, field) in fields.iter().enumerate() {
+            let last = index + 1 == fields.len();
+            record.push_field(match field.strip_suffix(b"\r") {
+                Some(field) if last => field,
+                _ => field,
+            });
+        }
+    }
 }
 
 /// The columns' names, each once.
@@ -91,17 +142,6 @@ fn row(
         row.insert(name.clone(), Value::from(value));
     }
     Ok(row)
-}
-
-fn at(
-    rows: &Collected,
-    line: usize,
-    problem: LineError,
-    record: &ByteRecord,
-    delimiter: u8,
-) -> DataError {
-    let fields: Vec<&[u8]> = record.iter().collect();
-    rows.line_error(line, problem, &fields.join(&delimiter))
 }
 
 /// What the parser says; of bytes it refuses none.
@@ -180,7 +220,10 @@ mod tests {
             (b"target\nb\n", "a.csv:2: the key \"context\" is missing"),
             (b"context,target\n", "holds no rows"),
             (b"", "holds no rows"),
-            (b"context,target\n\"a,b\n", "a.csv:2: 1 values"),
+            (
+                b"context,target\r\n\r\n\"a,b\r\n",
+                "a.csv:3: a value in quotes is never closed",
+            ),
         ] {
             let error = read("a.csv", text).unwrap_err();
             assert!(error.contains(part), "{part}: {error}");

@@ -103,9 +103,7 @@ impl RowTokenizer {
         let prompt = Prompt::new(template, files)?;
         let before = match prompt.has_its_own_special_tokens() {
             true => Vec::new(),
-            false => {
-                tokens_before(&guarded).map_err(|error| files.error(NAME, error))?
-            }
+            false => tokens_before(&guarded).map_err(|error| files.error(NAME, error))?,
         };
         let tokenizer = &guarded.tokenizer;
         let end = files.end_token(|token| tokenizer.token_to_id(token))?;

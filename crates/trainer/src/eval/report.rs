@@ -304,9 +304,10 @@ mod tests {
                 .unwrap_or_else(|| panic!("{part:?} in\n{}", lines.join("\n")))
                 .clone()
         };
+        let row = |name: &str| line(&format!("  {name:<10}  finlora"));
         assert!(line("always bad").contains("50.0 %"));
-        assert!(line("base  finlora").contains("25.0 %"));
-        let one = line("one   finlora");
+        assert!(row("base").contains("25.0 %"));
+        let one = row("one");
         assert!(
             one.contains("75.0 %") && one.contains("+50.0") && one.ends_with("0.500"),
             "{one}"
