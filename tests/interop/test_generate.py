@@ -276,8 +276,7 @@ def test_mistakes_are_told_before_anything_is_written(trainer, smollm2, stories2
                   "--adapter", smollm2_adapter, saying=[smollm2_adapter.name, "q_proj"])
 
 
-@pytest.mark.parametrize("batch", [1, 8])
-def test_writing_is_at_least_as_fast_as_transformers(trainer, smollm2, tmp_path, batch):
+def test_writing_one_text_is_at_least_as_fast_as_transformers(trainer, smollm2, tmp_path, batch=1):
     """Tokens a second over an 8-bit base against transformers in float32 on the same two threads, in turn; the best
     of three runs each, since anything else on the machine only slows either."""
     import time
