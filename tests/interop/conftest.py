@@ -24,7 +24,7 @@ from transformers.utils import logging
 
 logging.set_verbosity_error()
 logging.disable_progress_bar()
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("LORA_INTEROP_THREADS", "2")))
 
 HERE = Path(__file__).parent
 REPOSITORY = HERE.parent.parent

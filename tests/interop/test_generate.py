@@ -256,7 +256,10 @@ def test_quantized_bases_write_what_their_dequantized_weights_say(trainer, smoll
             # Files hold [out, in]: 32 neighbouring outputs of one input share a scale.
             blocks = parameter.reshape(-1, 32, parameter.shape[1])
             scale = blocks.abs().amax(1, keepdim=True) / largest
-            parameter.copy_(((blocks / scale).round() * scale).reshape(parameter.shape))
+            # Halves go away from zero, as in Rust; torch's own round takes the even neighbour.
+            quotient = blocks * (1 / scale)
+            integers = quotient.sign() * (quotient.abs() + 0.5).floor()
+            parameter.copy_((integers * scale).reshape(parameter.shape))
     tokenizer = AutoTokenizer.from_pretrained(str(smollm2))
     prompts = PROMPTS[:3]
     answers = ours(trainer, smollm2, prompts, tmp_path, tokens=40, bits=bits)
@@ -265,7 +268,7 @@ def test_quantized_bases_write_what_their_dequantized_weights_say(trainer, smoll
 
 def test_mistakes_are_told_before_anything_is_written(trainer, smollm2, stories260k, smollm2_adapter, tmp_path):
     generate = ["generate", "--backend", "cpu", "--model", smollm2]
-    trainer.fails(*generate, "--prompt", "a", "--temperature", "-1", saying=["--temperature", "0 or more"])
+    trainer.fails(*generate, "--prompt", "a", "--temperature", "-1", saying=["--temperature is -1", "0 or more"])
     trainer.fails(*generate, "--prompt", "a", "--stop", "", saying=["--stop"])
     trainer.fails(*generate, "--prompts", tmp_path / "none.txt", saying=["none.txt"])
     trainer.fails(*generate, "--prompt", "word " * 9000, "--template", "raw", saying=["8192"])

@@ -15,8 +15,8 @@ PROMPTS = [
     "Once upon a time, in a small village by the sea,",
     "Water boils at",
 ]
-# Texts that SmolLM2 goes on with by rote.
-SURE = ["The cat sat on the mat. " * 6, "red green blue yellow, " * 8]
+# A text that SmolLM2 goes on with by rote: its best score is 1.5 above the next all the way.
+SURE = ["The cat sat on the mat. " * 6]
 STORIES = [
     "Once upon a time, there was a little girl named Lily.",
     "Tom had a big red ball.",
@@ -288,7 +288,7 @@ def test_files_of_llama_cpps_quantizer_load_as_they_are(
 def real_texts(data, count=3000):
     texts = []
     for name in ("fpb_train.jsonl", "tfns_train.jsonl"):
-        for line in (data / name).read_text(encoding="utf-8").splitlines():
+        for line in (data / name).read_text(encoding="utf-8").strip().split("\n"):
             row = json.loads(line)
             texts.append(row["context"] + str(row["target"]))
     return texts[:: max(1, len(texts) // count)][:count]

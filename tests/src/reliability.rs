@@ -60,9 +60,9 @@ pub fn record(row: &Row) {
     println!("{words} {recovery} |");
     let folder = gathered();
     fs::create_dir_all(&folder).expect("the target folder is writable");
-    let part = folder.join(format!("{:02}.row", row.place));
+    let part = folder.join(format!("{:03}.row", row.place));
     // Tests run at the same time: each row is a file, replaced in one step.
-    let temporary = folder.join(format!(".{:02}.{}", row.place, std::process::id()));
+    let temporary = folder.join(format!(".{:03}.{}", row.place, std::process::id()));
     fs::write(&temporary, format!("{words} {recovery} |\n"))
         .expect("the target folder is writable");
     fs::rename(&temporary, &part).expect("the target folder is writable");

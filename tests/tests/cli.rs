@@ -486,7 +486,7 @@ fn a_run_that_cannot_fit_is_refused_before_loading_with_what_would_fit() {
     // Layers that no machine holds; their weights are never looked at.
     edit_json(&workspace.path("model/config.json"), |config| {
         config["intermediate_size"] = json!(1_000_000);
-        config["num_hidden_layers"] = json!(10_000);
+        config["num_hidden_layers"] = json!(2_048);
     });
     workspace
         .train(&[])

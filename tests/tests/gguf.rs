@@ -164,9 +164,11 @@ fn a_model_comes_back_from_gguf_as_it_was() {
                 "{name}: {ours} {theirs}"
             );
         }
+        assert_eq!(theirs.weight_bytes, 4, "{name}");
         let theirs = LlamaConfig {
             rope_scaling: ours.rope_scaling,
             initializer_range: ours.initializer_range,
+            weight_bytes: ours.weight_bytes,
             ..theirs
         };
         assert_eq!(theirs, ours, "{name}");
@@ -310,7 +312,7 @@ fn what_cannot_be_exported_is_said_and_leaves_no_file() {
     let other = fixture("stories260k").join("adapter");
     refused(
         &["--adapter", text(&other)],
-        &["was it trained on another model"],
+        &["the model have no place for it"],
     );
     // A tokenizer of whole words has no counterpart in llama.cpp.
     let words = tests::workspace::tokenizer(64).to_string();
@@ -485,6 +487,18 @@ fn a_gguf_file_is_trained_planned_and_generated_with_as_a_folder_is() {
         run(&[&arguments[..], adapter].concat()).succeeded()
     };
     assert!(generate(&["--adapter", text(&adapter)]).contains("positive"));
+    let merged = folder.path().join("merged");
+    run(&[
+        "merge",
+        "--model",
+        text(&base),
+        "--adapter",
+        text(&adapter),
+        "--output",
+        text(&merged),
+    ])
+    .failed_saying(&["is a GGUF file", "export-gguf"]);
+    assert!(!merged.exists());
     // What was trained beside the file's integers goes into the file.
     let merged = folder.path().join("merged.gguf");
     export(&[

@@ -8,7 +8,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use burn::tensor::Device;
-use llama_burn::{LlamaConfig, LoadOptions, load};
+use llama_burn::{Llama, LlamaConfig, LoadOptions, load};
 use lora_core::{LoraConfig, Quantization};
 use serde_json::json;
 use tests::allocator::CountingAllocator;
@@ -17,9 +17,12 @@ use tests::hub_server::{HubServer, Repository};
 use tests::mutate::Format;
 use tests::workspace::{Workspace, copy_folder, tokenizer};
 use tests::{embedded_asset, fixture};
+use trainer::checkpoint::{Checkpoint, MANIFEST, Manifest};
 use trainer::config::{Config, PromptTemplate};
-use trainer::data::{ModelFiles, RowTokenizer, parse_rows};
+use trainer::data::{ModelFiles, PROMPT_FILE, RowTokenizer, TrainingPrompt, read_rows};
 use trainer::hub::{Hub, HubName, Need, Progress, Settings};
+use trainer::merge::survival;
+use trainer::optimizer::AdamW;
 use trainer::peft::read_adapter;
 use trainer::plan::{Plan, PlanOptions, Workload};
 
@@ -58,7 +61,30 @@ fn main() {
         tokenizer_file(),
         tokenizer_config(),
         generation_config(),
-        rows(),
+        json_lines(folder.path()),
+        json_array(folder.path()),
+        csv(folder.path()),
+        parquet(folder.path()),
+        prompt_file(folder.path()),
+        checkpoint(
+            folder.path(),
+            "checkpoint: manifest.json",
+            MANIFEST,
+            Format::Json,
+        ),
+        checkpoint(
+            folder.path(),
+            "checkpoint: state.json",
+            "state.json",
+            Format::Json,
+        ),
+        checkpoint(
+            folder.path(),
+            "checkpoint: training.safetensors",
+            "training.safetensors",
+            Format::Safetensors,
+        ),
+        merge_base(folder.path()),
         adapter_config(folder.path()),
         adapter_weights(folder.path()),
         config_toml(),
@@ -294,23 +320,164 @@ fn generation_config() -> Parser<'static> {
     }
 }
 
-fn rows() -> Parser<'static> {
+/// Rows of every kind, each from a file of its own, up to their tokens.
+fn rows<'a>(
+    name: &'static str,
+    file: &'static str,
+    seeds: Vec<(Format, Vec<u8>)>,
+    folder: &'a Path,
+) -> Parser<'a> {
     let workspace = Workspace::new();
-    let rows = read(&workspace.path("rows.jsonl"));
-    let files =
+    let mut files =
         ModelFiles::read(&workspace.path("model")).unwrap_or_else(|error| panic!("{error}"));
-    let tokenizer =
-        RowTokenizer::new(&files, &PromptTemplate::Raw).unwrap_or_else(|error| panic!("{error}"));
+    files.chat_template =
+        Some("{% for m in messages %}{{ m.role }} {{ m.content }} </s> {% endfor %}".into());
+    let path = folder.join(file);
     Parser {
-        name: "rows.jsonl",
-        seeds: vec![(Format::JsonLines, rows)],
-        memory: 16 * MIB,
+        name,
+        seeds,
+        // A page of Parquet announces its size in 31 bits, and the crate reserves that much address space before
+        // it reads.
+        memory: if file.ends_with(".parquet") {
+            4096 * MIB
+        } else {
+            64 * MIB
+        },
         read: Box::new(move |file| {
-            let path = Path::new("rows.jsonl");
-            for row in parse_rows(file, path).map_err(said)?.rows {
-                tokenizer.tokenize(&row, path, 64).map_err(said)?;
+            write(&path, file);
+            let rows = read_rows(&path, None).map_err(said)?;
+            let mut tokenizer = RowTokenizer::new(&files, &PromptTemplate::Raw).map_err(said)?;
+            tokenizer
+                .prepare(&files, &PromptTemplate::Raw, rows.source.format, &path)
+                .map_err(said)?;
+            for row in &rows.rows {
+                tokenizer.tokenize(row, &path, 1 << 20).map_err(said)?;
             }
             Ok(())
+        }),
+    }
+}
+
+fn json_lines(folder: &Path) -> Parser<'_> {
+    let answers = read(&Workspace::new().path("rows.jsonl"));
+    let lines = |value: serde_json::Value| format!("{value}\n{value}\n").into_bytes();
+    let chat = lines(
+        json!({"messages": [{"role": "system", "content": "w3"}, {"role": "user", "content": "w10 w11"},
+        {"role": "assistant", "content": "w50"}, {"role": "user", "content": "w12"},
+        {"role": "assistant", "content": "w51"}]}),
+    );
+    let alpaca = lines(json!({"instruction": "w10", "input": "w11", "output": "w50"}));
+    let completion = lines(json!({"prompt": "w10", "completion": "w50"}));
+    let text = lines(json!({"text": "w10 w11 w12"}));
+    let seeds = [answers, chat, alpaca, completion, text].map(|file| (Format::JsonLines, file));
+    rows("rows, JSON lines", "rows.jsonl", seeds.to_vec(), folder)
+}
+
+fn json_array(folder: &Path) -> Parser<'_> {
+    let row = json!({"instruction": "w10", "input": "", "output": "w50"});
+    let seeds = vec![(
+        Format::Json,
+        json!([row, row, row]).to_string().into_bytes(),
+    )];
+    rows("rows, JSON", "rows.json", seeds, folder)
+}
+
+fn csv(folder: &Path) -> Parser<'_> {
+    let table = "id,context,target\n1,\"w10, w11\nw12\",w50\n2,w11,w51\n3,\"a \"\"b\"\"\",w50\n";
+    rows(
+        "rows, CSV",
+        "rows.csv",
+        vec![(Format::Lines, table.into())],
+        folder,
+    )
+}
+
+fn parquet(folder: &Path) -> Parser<'_> {
+    let files = ["pairs", "messages"].map(|name| {
+        (
+            Format::Binary,
+            read(&fixture("formats").join(format!("{name}.parquet"))),
+        )
+    });
+    rows("rows, Parquet", "rows.parquet", files.to_vec(), folder)
+}
+
+/// How an adapter's prompts were made.
+fn prompt_file(folder: &Path) -> Parser<'_> {
+    let prompt = json!({"prompt_template": "chat", "dataset_format": "messages", "chat_template_sha256": "0".repeat(64)});
+    Parser {
+        name: "the adapter's prompt file",
+        seeds: vec![(Format::Json, prompt.to_string().into_bytes())],
+        memory: 16 * MIB,
+        read: Box::new(move |file| {
+            write(&folder.join(PROMPT_FILE), file);
+            TrainingPrompt::read(folder).map(drop).map_err(said)
+        }),
+    }
+}
+
+/// A checkpoint of a run of two steps. Its manifest is made anew where another file is changed, so that hashes do
+/// not refuse what the parser behind them should.
+fn checkpoint<'a>(
+    folder: &'a Path,
+    name: &'static str,
+    file: &'static str,
+    format: Format,
+) -> Parser<'a> {
+    let workspace = Workspace::new();
+    workspace
+        .train(&["max_steps=2", "save_steps=2"])
+        .succeeded();
+    let place = folder.join(name.replace(' ', "-"));
+    copy_folder(&workspace.path("out/checkpoints/step-000002"), &place);
+    let model = LlamaConfig::from_file(&fixture("tied").join("model"))
+        .unwrap_or_else(|error| panic!("{error}"));
+    let model = Llama::random(&model, 1, &Device::flex().autodiff());
+    let path = place.join(file);
+    Parser {
+        name,
+        seeds: vec![(format, read(&path))],
+        memory: 64 * MIB,
+        read: Box::new(move |file| {
+            write(&path, file);
+            if !path.ends_with(MANIFEST) {
+                let _ = std::fs::remove_file(place.join(MANIFEST));
+                let manifest = Manifest::of(&place).map_err(said)?;
+                write(&place.join(MANIFEST), &manifest.to_bytes());
+            }
+            let checkpoint = Checkpoint::open(&place).map_err(said)?;
+            checkpoint.kept().map_err(said)?;
+            let tensors = checkpoint.tensors().map_err(said)?;
+            let lora = checkpoint.config.lora_config();
+            let model = model.clone().with_lora(&lora, 1).map_err(said)?;
+            let mut optimizer = AdamW {
+                beta_1: 0.9,
+                beta_2: 0.999,
+                epsilon: 1e-8,
+                weight_decay: 0.0,
+            }
+            .resumable();
+            tensors.put(model, &mut optimizer).map_err(said)?;
+            Ok(())
+        }),
+    }
+}
+
+/// What merging reads of a base model, which it does without loading it.
+fn merge_base(folder: &Path) -> Parser<'_> {
+    let model = folder.join("merge");
+    copy_folder(&fixture("tied").join("model"), &model);
+    let path = model.join("model.safetensors");
+    let adapter = fixture("tied").join("trained");
+    Parser {
+        name: "merging: model.safetensors",
+        seeds: vec![(Format::Safetensors, read(&path))],
+        memory: 16 * MIB,
+        read: Box::new(move |file| {
+            write(&path, file);
+            survival(&model, &adapter, 8, Quantization::Bits8, &mut |_, _| {})
+                .map(drop)
+                .map_err(said)
         }),
     }
 }
@@ -394,7 +561,8 @@ fn config_toml() -> Parser<'static> {
     Parser {
         name: "configuration, TOML",
         seeds,
-        memory: 16 * MIB,
+        // The parser holds a token for every bracket.
+        memory: 64 * MIB,
         read: Box::new(|file| configuration(file, "run.toml")),
     }
 }

@@ -1,4 +1,5 @@
-//! Merging from folder to folder: what is in memory meanwhile.
+//! Merging from folder to folder: what is in memory meanwhile. The allocator counts all threads, so this test has
+//! a program of its own.
 
 use std::fs;
 use std::path::Path;
@@ -16,7 +17,7 @@ const WIDE: usize = 24_576;
 const VOCABULARY: usize = 65_536;
 
 #[test]
-fn a_merge_holds_less_than_its_largest_tensor_and_none_of_the_model() {
+fn a_merge_holds_one_changed_tensor_and_none_of_the_model() {
     let folder = tempfile::tempdir().unwrap();
     let (model, adapter) = (folder.path().join("model"), folder.path().join("adapter"));
     fs::create_dir(&model).unwrap();
@@ -41,9 +42,12 @@ fn a_merge_holds_less_than_its_largest_tensor_and_none_of_the_model() {
     assert_eq!(report.modules, 1);
     assert!(report.bytes > 200 << 20, "{}", report.bytes);
     println!("held at most {} KiB", held >> 10);
-    // A run of rows as read, as numbers, and as written (2 + 4 + 4 MiB), the file's buffer (1 MiB), the
-    // adapter's file and matrices (4 · 25,000 floats, 0.4 MiB each), and headers.
-    assert!(held < 16 << 20, "held {held} bytes");
+    let changed = WIDE * HIDDEN * size_of::<f32>();
+    assert_eq!(changed, 24 << 20);
+    // The changed tensor in f32, beside it a run of rows as read and as numbers (2 + 4 MiB), the file's buffer
+    // (1 MiB), the adapter's file and matrices (4 · 25,000 floats, 0.4 MiB each), and headers. The embedding alone
+    // would be 64 MiB in f32, the model 114 MiB as it is.
+    assert!(held < changed + (10 << 20), "held {held} bytes");
 }
 
 /// A model with a 32 MiB embedding and 12 MiB matrices, all zeros; the size of its largest tensor.

@@ -73,6 +73,11 @@ fn patterns_of_ranks_alphas_and_exclusion_agree_with_peft() {
 }
 
 #[test]
+fn an_adapter_of_a_tied_head_agrees_with_peft_training_included() {
+    agrees("adapted_head", None);
+}
+
+#[test]
 fn biases_that_an_adapter_brings_agree_with_peft() {
     agrees("trained_biases", None);
 }
@@ -353,6 +358,7 @@ fn an_adapter_of_peft_is_written_again_tensor_by_tensor_as_it_was() {
         "padded_rows",
         "dora",
         "patterns",
+        "adapted_head",
         "trained_biases",
         "whole_modules",
     ] {

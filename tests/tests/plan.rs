@@ -32,6 +32,7 @@ struct Case {
     supervised: usize,
     r: usize,
     all_linear: bool,
+    dora: bool,
     bits8: bool,
     checkpointing: bool,
 }
@@ -47,6 +48,7 @@ const CASE: Case = Case {
     supervised: 2,
     r: 4,
     all_linear: false,
+    dora: false,
     bits8: true,
     checkpointing: false,
 };
@@ -64,6 +66,9 @@ fn cases() -> Vec<Case> {
         Case { hidden: 512, heads: [8, 8], ..CASE },
         Case { vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 8, ..CASE },
         Case { vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 60, checkpointing: true, ..CASE },
+        Case { dora: true, ..CASE },
+        Case { dora: true, all_linear: true, ..CASE },
+        Case { dora: true, all_linear: true, checkpointing: true, rows: 16, ..CASE },
         Case { bits8: false, ..CASE },
         Case { layers: 2, rows: 32, supervised: 64, ..CASE },
         Case { layers: 12, rows: 32, length: 16, ..CASE },
@@ -96,6 +101,7 @@ fn config(case: Case) -> LlamaConfig {
 fn lora(case: Case) -> LoraConfig {
     let mut lora = LoraConfig {
         r: case.r,
+        use_dora: case.dora,
         ..LoraConfig::default()
     };
     if case.all_linear {

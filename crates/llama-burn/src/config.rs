@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lora_core::ModuleShape;
+use lora_core::{LoraConfig, LoraError, ModuleShape, ParameterCounts, Quantization};
 use serde_json::{Map, Value};
 
 use crate::gguf::{self, GgufError, GgufFile};
@@ -247,6 +247,34 @@ impl LlamaConfig {
             shapes.push(("lm_head.weight".into(), vec![vocab, hidden]));
         }
         shapes
+    }
+
+    /// Counts the parameters that `lora` trains and what the model stores, from shapes. An output layer that
+    /// is the embedding counts once, and can be adapted all the same.
+    ///
+    /// # Errors
+    ///
+    /// As [`ParameterCounts::new`].
+    pub fn count(
+        &self,
+        lora: &LoraConfig,
+        quantization: Quantization,
+        float_bytes: usize,
+    ) -> Result<ParameterCounts, LoraError> {
+        let mut modules = self.module_shapes();
+        if !self.tie_word_embeddings {
+            return ParameterCounts::new(&modules, lora, quantization, float_bytes);
+        }
+        let table = self.vocab_size * self.hidden_size;
+        modules.push(ModuleShape {
+            name: "lm_head".into(),
+            shape: vec![self.hidden_size, self.vocab_size],
+            is_linear: true,
+        });
+        let mut counts = ParameterCounts::new(&modules, lora, quantization, float_bytes)?;
+        counts.frozen -= table as u64;
+        counts.other_bytes -= (table * float_bytes) as u64;
+        Ok(counts)
     }
 
     /// The modules as lora-core counts them: linear weights `[d_in, d_out]`.

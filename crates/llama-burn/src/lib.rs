@@ -11,6 +11,7 @@
 //! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
 //! | [`limited`] | files and messages of bounded length |
+//! | `head_adapter` | a low-rank path beside the output layer |
 //! | `replace` | single tensors, replaced or read back by name |
 //! | `model` | [`Llama`] |
 //!
@@ -20,6 +21,7 @@ mod attention;
 mod config;
 mod decoder_layer;
 pub mod gguf;
+mod head_adapter;
 mod kv_cache;
 pub mod limited;
 mod load;
@@ -36,6 +38,7 @@ mod weights;
 pub use attention::{Attention, SCORES_AT_ONCE, heads_apart};
 pub use config::{ConfigError, LlamaConfig, RopeScaling};
 pub use decoder_layer::DecoderLayer;
+pub use head_adapter::HeadAdapter;
 pub use kv_cache::KvCache;
 pub use load::{LoadError, LoadOptions, TensorReport, load};
 pub use mlp::Mlp;

@@ -129,6 +129,7 @@ pub fn load(
         norm,
         lm_head,
         quantized_lm_head,
+        lm_head_adapter: None,
         config: config.clone(),
     })
 }

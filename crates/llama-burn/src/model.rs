@@ -9,7 +9,8 @@ use lora_core::{
 };
 
 use crate::{
-    Attention, DecoderLayer, LlamaConfig, Mlp, PackedContext, PackedTokens, RmsNorm, VocabTable,
+    Attention, DecoderLayer, HeadAdapter, LlamaConfig, Mlp, PackedContext, PackedTokens, RmsNorm,
+    VocabTable,
 };
 
 /// A Llama (`LlamaForCausalLM`). Made by [`load`](crate::load) or [`Llama::random`].
@@ -23,6 +24,8 @@ pub struct Llama {
     pub lm_head: Option<VocabTable>,
     /// The head in quantized pieces, `[hidden, rows]` each; empty where it is not quantized.
     pub quantized_lm_head: Vec<LoraLinear>,
+    /// A low-rank path beside the head.
+    pub lm_head_adapter: Option<HeadAdapter>,
     /// The shape it was made from.
     #[module(skip)]
     pub config: LlamaConfig,
@@ -81,6 +84,7 @@ impl Llama {
             norm: norm(),
             lm_head: (!config.tie_word_embeddings).then(|| table(&mut normal)),
             quantized_lm_head: Vec::new(),
+            lm_head_adapter: None,
             config: config.clone(),
         }
     }
@@ -107,6 +111,11 @@ impl Llama {
                 }
             }
         }
+        if selector.matches("lm_head") {
+            let seed = root.fork(u64::MAX).next_u64();
+            let lora = lora.of_module(&selector, "lm_head");
+            return self.with_new_head_adapter(&lora, seed);
+        }
         Ok(self)
     }
 
@@ -127,8 +136,17 @@ impl Llama {
     ///
     /// As [`ParameterCounts::new`].
     pub fn count(&self, lora: &LoraConfig) -> Result<ParameterCounts, LoraError> {
-        let quantization = lora_core::Quantization::None;
-        ParameterCounts::new(&self.config.module_shapes(), lora, quantization, 4)
+        self.config.count(lora, lora_core::Quantization::None, 4)
+    }
+
+    /// The trainable tensors of every adapter by the module's full name: A `[d_in, r]`, B `[r, d_out]` and,
+    /// where it is a DoRA, the magnitude `[1, d_out]`.
+    pub fn trainable(&self) -> impl Iterator<Item = (String, Vec<&Param<Tensor<2>>>)> {
+        let linears = self.linears();
+        let linears = linears.map(|(module, linear)| (module, linear.trainable()));
+        let head = self.lm_head_adapter.as_ref();
+        let head = head.map(|head| ("lm_head".to_string(), vec![&head.a, &head.b]));
+        linears.chain(head)
     }
 
     /// Every linear module of the decoder with its full name, `model.layers.0.self_attn.q_proj` and so on.
@@ -208,11 +226,18 @@ impl Llama {
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
         let hidden = self.norm.forward(hidden);
         let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
-            ([], head) => head.as_ref().unwrap_or(&self.embed_tokens).scores(hidden),
+            ([], head) => {
+                let table = head.as_ref().unwrap_or(&self.embed_tokens);
+                table.scores(hidden.clone())
+            }
             (pieces, _) => {
                 let scores = pieces.iter().map(|piece| piece.forward(hidden.clone()));
                 Tensor::cat(scores.collect(), 1)
             }
+        };
+        let scores = match &self.lm_head_adapter {
+            Some(adapter) => adapter.forward(hidden, scores),
+            None => scores,
         };
         scores.cast(DType::F32)
     }
@@ -221,7 +246,10 @@ impl Llama {
     pub fn logits_plain(&self, hidden: &Tensor<2>) -> Tensor<2> {
         let hidden = self.norm.forward_plain(hidden);
         let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
-            ([], head) => head.as_ref().unwrap_or(&self.embed_tokens).scores(hidden),
+            ([], head) => {
+                let table = head.as_ref().unwrap_or(&self.embed_tokens);
+                table.scores(hidden.clone())
+            }
             (pieces, _) => {
                 let scores = pieces.iter().map(|piece| {
                     let ([scores], _) = LinearGroup::new([piece], [None]).forward(&hidden, [None]);
@@ -230,22 +258,32 @@ impl Llama {
                 Tensor::cat(scores.collect(), 1)
             }
         };
+        let scores = match &self.lm_head_adapter {
+            Some(adapter) => adapter.forward_plain(&hidden, scores),
+            None => scores,
+        };
         scores.cast(DType::F32)
     }
 
-    /// The gradient of `hidden` from that of [`logits_plain`](Self::logits_plain)'s output.
+    /// The gradient of `hidden` from that of [`logits_plain`](Self::logits_plain)'s output; those of the head's
+    /// adapter go to `collect`, in f32.
     ///
     /// # Shapes
     ///
     /// - `hidden`, output: `[m, hidden]`
     /// - `gradient`: `[m, vocab]`, f32
-    pub fn logits_backward(&self, hidden: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
+    pub fn logits_backward(
+        &self,
+        hidden: &Tensor<2>,
+        gradient: Tensor<2>,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) -> Tensor<2> {
         let gradient = gradient.cast(hidden.dtype());
         let through = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => head
                 .as_ref()
                 .unwrap_or(&self.embed_tokens)
-                .scores_backward(gradient),
+                .scores_backward(gradient.clone()),
             (pieces, _) => {
                 let mut start = 0;
                 let mut sum: Option<Tensor<2>> = None;
@@ -261,6 +299,13 @@ impl Llama {
                 }
                 sum.unwrap_or_else(|| hidden.zeros_like())
             }
+        };
+        let through = match &self.lm_head_adapter {
+            Some(adapter) => {
+                let normalised = self.norm.forward_plain(hidden);
+                adapter.backward(normalised, gradient, through, collect)
+            }
+            None => through,
         };
         self.norm.backward(hidden, through, hidden.zeros_like())
     }

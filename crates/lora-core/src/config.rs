@@ -80,6 +80,8 @@ pub struct LoraConfig {
     pub lora_bias: bool,
     /// Modules that belong to the adapter as a whole; they get no low-rank factors.
     pub modules_to_save: Vec<String>,
+    /// Whether, in a model whose output layer is its embedding, an adapter on one of the two is on both.
+    pub ensure_weight_tying: bool,
 }
 
 impl Default for LoraConfig {
@@ -103,6 +105,7 @@ impl Default for LoraConfig {
             bias: Bias::None,
             lora_bias: false,
             modules_to_save: Vec::new(),
+            ensure_weight_tying: false,
         }
     }
 }

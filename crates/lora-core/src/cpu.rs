@@ -426,10 +426,29 @@ pub fn rows_per_piece(width: usize) -> usize {
     (PIECE / width.max(1)).max(1)
 }
 
+/// What [`vectorized`] runs: a closure, or a type of its own where that is too large for the compiler to
+/// inline a closure by itself; not inlined, it would be compiled for the smallest vectors.
+pub trait Work {
+    /// What it gives.
+    type Output;
+
+    /// Does it. Implementations are `#[inline(always)]`, and so is what they call.
+    fn run(self) -> Self::Output;
+}
+
+impl<R, F: FnOnce() -> R> Work for F {
+    type Output = R;
+
+    #[inline(always)]
+    fn run(self) -> R {
+        self()
+    }
+}
+
 /// Runs `work` compiled for the widest vectors that the processor has. What it calls must be inlined
 /// into it to profit.
 #[inline(always)]
-pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
+pub fn vectorized<W: Work>(work: W) -> W::Output {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
@@ -441,20 +460,20 @@ pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
             return unsafe { with_avx2(work) };
         }
     }
-    work()
+    work.run()
 }
 
-// The compiler inlines the closure and vectorizes it with the features of the function around it.
+// The compiler inlines the work and vectorizes it with the features of the function around it.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw")]
-fn with_avx512<R>(work: impl FnOnce() -> R) -> R {
-    work()
+fn with_avx512<W: Work>(work: W) -> W::Output {
+    work.run()
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2")]
-fn with_avx2<R>(work: impl FnOnce() -> R) -> R {
-    work()
+fn with_avx2<W: Work>(work: W) -> W::Output {
+    work.run()
 }
 
 /// eˣ, to a relative error of 2e-7, in operations that compilers turn into vector instructions.

@@ -40,6 +40,11 @@ pub enum LoraError {
         "use_dora and lora_bias are both set, which PEFT does not support; leave lora_bias out"
     )]
     DoraWithBias,
+    /// What the output layer does not take in training.
+    #[error(
+        "lm_head is a target, and its adapter can be trained neither as a DoRA nor with dropout; leave peft_use_dora and lora_dropout out, or lm_head"
+    )]
+    PlainHead,
     /// No module of the model is selected.
     #[error("{targets} selects none of the model's linear modules ({available})")]
     NothingSelected {

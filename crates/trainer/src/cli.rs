@@ -262,7 +262,8 @@ fn whole_chain(error: &anyhow::Error) -> String {
             text += &format!(": {cause}");
         }
     }
-    text
+    // Some causes are other people's words, which may quote a whole file.
+    llama_burn::limited::clipped(&text, 10_000).into_owned()
 }
 
 fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
+use crate::hub::{self, HubError};
 use crate::peft::{
     AdapterError, CONFIG_FILE, Combination, CombineError, Weighted, combine, read_adapter,
     write_adapter,
@@ -63,6 +64,8 @@ impl FromStr for Share {
 pub enum CombineCommandError {
     #[error(transparent)]
     Combine(#[from] CombineError),
+    #[error(transparent)]
+    Hub(#[from] HubError),
     #[error("the adapter in {}: {source}", folder.display())]
     Read {
         folder: PathBuf,
@@ -95,6 +98,7 @@ pub fn run(args: &CombineArgs, screen: &Screen) -> Result<(), CombineCommandErro
     }
     let mut adapters: Vec<Weighted> = Vec::new();
     for Share { folder, weight } in &args.adapters {
+        let folder = &hub::adapter_folder(folder)?;
         let (config, tensors) =
             read_adapter(folder).map_err(|source| CombineCommandError::Read {
                 folder: folder.clone(),

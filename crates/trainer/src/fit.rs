@@ -403,4 +403,42 @@ mod tests {
         assert!(is_comfortable(9 << 30, Some(20 << 30)));
         assert!(!is_comfortable(500 << 20, Some(600 << 20)));
     }
+
+    #[test]
+    fn smaller_micro_batches_keep_an_update_s_rows_and_then_activations_go() {
+        let config = Config::load(None, None, &[]).unwrap();
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
+            "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
+        });
+        let model = LlamaConfig::from_json(json.as_object().unwrap()).unwrap();
+        let options = PlanOptions {
+            lora: config.lora_config(),
+            quantization: Quantization::None,
+            float_bytes: 4,
+            gradient_checkpointing: false,
+            accumulates: false,
+            on_gpu: false,
+            workload: Workload::of_rows(&[], 0),
+        };
+        let fit = |batch_size| Fit {
+            batch_size,
+            gradient_accumulation_steps: 2,
+            gradient_checkpointing: false,
+            prefixes: Prefixes::Shared,
+            plan: Plan::new(&model, &options).unwrap(),
+        };
+        let divided = |rows| {
+            let smaller = fit(rows).smaller(&config).unwrap();
+            (smaller.batch_size, smaller.gradient_accumulation_steps)
+        };
+        assert_eq!(
+            (divided(8), divided(9), divided(5)),
+            ((4, 4), (3, 6), (1, 10))
+        );
+        let alone = fit(1).smaller(&config).unwrap();
+        assert!(alone.gradient_checkpointing && alone.batch_size == 1);
+        assert_eq!(alone.smaller(&config), None);
+    }
 }

@@ -116,7 +116,8 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let hidden = passes.supervised(hidden);
     let forward = started.elapsed();
 
-    let (sums, gradient) = loss::loss_and_gradient(model, hidden, batch);
+    let mut collect = |param: &Param<Tensor<2>>, gradient| into.add(param, gradient);
+    let (sums, gradient) = loss::loss_and_gradient(model, hidden, batch, &mut collect);
     let mut gradient = passes.spread(gradient, batch.tokens.ids.len());
     into.totals.add(sums);
     let loss = started.elapsed();
@@ -158,11 +159,9 @@ pub fn accumulate_on_tape(
     let (sums, loss) = loss::loss_on_tape(model, hidden.select(0, positions), batch);
     into.totals.add(sums);
     let mut gradients = loss.backward();
-    for (_, linear) in model.linears() {
-        for param in linear.trainable() {
-            if let Some(gradient) = param.val().grad_remove(&mut gradients) {
-                into.add(param, gradient);
-            }
+    for param in model.trainable().flat_map(|(_, params)| params) {
+        if let Some(gradient) = param.val().grad_remove(&mut gradients) {
+            into.add(param, gradient);
         }
     }
 }

@@ -153,7 +153,10 @@ impl Inference {
     /// # Errors
     ///
     /// If the merged weights cannot be quantized.
-    pub fn merged(&self, mut model: Llama) -> Result<Llama, InferenceError> {
+    pub fn merged(&self, model: Llama) -> Result<Llama, InferenceError> {
+        let mut model = model
+            .with_merged_head()
+            .map_err(InferenceError::Unreadable)?;
         for (_, linear) in model.linears_mut() {
             if linear.adapter().is_none() {
                 continue;

@@ -4,6 +4,7 @@
 //! no buffer passes what a graphics driver binds. Pieces of positions need no second pass over the
 //! scores, as pieces of the vocabulary would.
 
+use burn::module::Param;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use llama_burn::Llama;
@@ -76,15 +77,21 @@ pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> LossSums {
     sums(total, &predicted, batch)
 }
 
-/// As [`loss`], and the gradient of the summed loss with respect to `hidden`.
-pub fn loss_and_gradient(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, Tensor<2>) {
+/// As [`loss`], and the gradient of the summed loss with respect to `hidden`; those of the head's adapter go
+/// to `collect`, piece by piece.
+pub fn loss_and_gradient(
+    model: &Llama,
+    hidden: Tensor<2>,
+    batch: &Batch,
+    collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+) -> (LossSums, Tensor<2>) {
     let mut total = 0.0;
     let mut predicted = Vec::new();
     let mut gradients = Vec::new();
     for (start, targets) in pieces(model, &batch.target_ids) {
         let hidden = hidden.clone().narrow(0, start, targets.len());
         let (loss, gradient) = piece(model, &hidden, targets, &mut predicted);
-        gradients.push(model.logits_backward(&hidden, gradient));
+        gradients.push(model.logits_backward(&hidden, gradient, collect));
         total += loss;
     }
     let gradient = match gradients.len() {

@@ -52,7 +52,8 @@ impl Workload {
     pub fn largest(batch_size: usize, max_seq_len: usize, max_batch_tokens: Option<usize>) -> Self {
         let fitting = max_batch_tokens.map_or(batch_size, |tokens| tokens / max_seq_len.max(1));
         let rows = batch_size.min(fitting).max(1);
-        let tokens = rows * max_seq_len;
+        // More than any machine holds is as good as this, and no product with a width leaves 64 bits.
+        let tokens = rows.saturating_mul(max_seq_len).min(1 << 26);
         Self {
             rows,
             longest_row: max_seq_len,
@@ -129,10 +130,8 @@ impl Plan {
     ///
     /// If the adapters' configuration is invalid or selects no module.
     pub fn new(model: &LlamaConfig, options: &PlanOptions) -> Result<Self, LoraError> {
-        let modules = model.module_shapes();
         let quantization = options.stored();
-        let counts =
-            ParameterCounts::new(&modules, &options.lora, quantization, options.float_bytes)?;
+        let counts = model.count(&options.lora, quantization, options.float_bytes)?;
         let base = base_parts(model, options, &counts);
         let adapter = |name: &str, copies: u64| Part {
             name: name.into(),

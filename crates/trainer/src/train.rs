@@ -214,11 +214,11 @@ pub fn train(
     // What needs no weights comes first, so that a mistake costs seconds.
     let files = RunFiles::find(config)?;
     let fingerprint = Fingerprint::of(&files)?;
+    let model_config = LlamaConfig::from_file(&files.model)?;
+    let config = &peft::continued(config, &model_config)?;
     if let (Some(resumed), Some(resume)) = (&mut resumed, &request.resume) {
         resumed.check(config, &fingerprint, resume.force)?;
     }
-    let model_config = LlamaConfig::from_file(&files.model)?;
-    let config = &peft::continued(config, &model_config)?;
     let lora = config.lora_config();
     let data = files.data(config, &model_config)?;
     if let Some(path) = fingerprint.changed_data().into_iter().next() {
@@ -247,6 +247,7 @@ pub fn train(
     let progress = checkpoint.map_or_else(Progress::start, |from| from.state.progress.clone());
     if progress.is_over(total_steps) {
         keeper.finish(interrupt, screen)?;
+        describe_prompt(&data, &folder);
         screen.line(&nothing_left(&folder, total_steps));
         return Ok(Ended::Done(folder));
     }

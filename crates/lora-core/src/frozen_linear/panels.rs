@@ -5,18 +5,22 @@
 //! so that no thread waits for another and no output is written twice.
 
 use std::cell::RefCell;
+use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Direction;
 use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
-/// Floats in a panel at most: 512 KiB, which stays in a core's second-level cache. From 256 KiB to 2 MiB
-/// no difference in speed could be told from noise.
-const PANEL: usize = 128 * 1024;
+/// Floats in a panel, if it need not be larger: 64 KiB, which is still in the first caches when it is
+/// multiplied.
+const PANEL: usize = 16 * 1024;
 
 /// Panels are multiples of this: of what the product's innermost loop computes at once.
-const COUNT_MULTIPLE: usize = 32;
+const UNIT: usize = 32;
+
+/// Columns of a panel at least, forward. Fewer would read memory in pieces of less than two cache lines.
+const COLUMNS: usize = 128;
 
 thread_local! {
     /// The panel that a thread works with; kept, so that its pages are not cleared for every product.
@@ -105,32 +109,73 @@ fn for_each_panel<S: Stored>(
         Direction::Forward => (d_out, d_in),
         Direction::Backward => (d_in, d_out),
     };
-    // As many panels as threads, or a multiple of that.
-    let threads = rayon::current_num_threads();
-    let rounds = along
-        .div_ceil((PANEL / across.max(1)).max(1) * threads)
-        .max(1);
-    let count = along.div_ceil(rounds * threads);
-    let count = count.next_multiple_of(weight.block().max(COUNT_MULTIPLE));
-    let starts = (0..along).into_par_iter().step_by(count.max(1));
-    starts.for_each(|first| {
-        let count = count.min(along - first);
+    let size = match direction {
+        Direction::Forward => COLUMNS.max(PANEL / across.max(1)),
+        Direction::Backward => PANEL / across.max(1),
+    };
+    let unit = UNIT.next_multiple_of(weight.block());
+    let panels = panels(along, unit, size, rayon::current_num_threads());
+    panels.into_par_iter().for_each(|Range { start, end }| {
+        let (first, count) = (start, end - start);
         BUFFER.with_borrow_mut(|buffer| {
             if buffer.len() < across * count {
                 buffer.resize(across * count, 0.0);
             }
             let panel = &mut buffer[..across * count];
-            cpu::vectorized(|| match direction {
-                Direction::Forward => {
-                    for (row, panel) in panel.chunks_exact_mut(count).enumerate() {
-                        weight.unpack(row * d_out + first, panel);
-                    }
-                }
-                Direction::Backward => weight.unpack(first * d_out, panel),
+            cpu::vectorized(Unpack {
+                weight,
+                direction,
+                first,
+                count,
+                panel,
             });
             work(first, count, panel);
         });
     });
+}
+
+/// Divides `0..along` equally among threads, and each share into panels of about `size`; all but the last
+/// are whole units.
+fn panels(along: usize, unit: usize, size: usize, threads: usize) -> Vec<Range<usize>> {
+    let units = along.div_ceil(unit);
+    let mut panels = Vec::new();
+    for thread in 0..threads {
+        let share = units * thread / threads..units * (thread + 1) / threads;
+        let pieces = share.len().div_ceil((size / unit).max(1)).max(1);
+        for piece in 0..pieces {
+            let start = share.start + share.len() * piece / pieces;
+            let end = share.start + share.len() * (piece + 1) / pieces;
+            panels.push(start * unit..(end * unit).min(along));
+        }
+    }
+    panels.retain(|panel| !panel.is_empty());
+    panels
+}
+
+/// Unpacks `count` columns forward, or rows backward, from `first` on.
+struct Unpack<'a, S> {
+    weight: &'a S,
+    direction: Direction,
+    first: usize,
+    count: usize,
+    panel: &'a mut [f32],
+}
+
+impl<S: Stored> cpu::Work for Unpack<'_, S> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run(self) {
+        let [_, d_out] = self.weight.shape();
+        match self.direction {
+            Direction::Forward => {
+                for (row, panel) in self.panel.chunks_exact_mut(self.count).enumerate() {
+                    self.weight.unpack(row * d_out + self.first, panel);
+                }
+            }
+            Direction::Backward => self.weight.unpack(self.first * d_out, self.panel),
+        }
+    }
 }
 
 /// The output that threads write columns of.
@@ -153,5 +198,34 @@ impl Output {
     ) -> MatrixMut<'_> {
         // SAFETY: the caller's promise.
         unsafe { MatrixMut::from_raw(self.0.add(first), rows, count, stride) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn panels_cover_everything_once_and_threads_get_equal_shares() {
+        for (along, unit, size, threads) in [
+            (576, 32, 128, 2),
+            (172, 32, 28, 2),
+            (20, 32, 128, 3),
+            (1536, 64, 10, 5),
+            (0, 32, 128, 2),
+        ] {
+            let panels = panels(along, unit, size, threads);
+            let mut end = 0;
+            for panel in &panels {
+                assert_eq!(panel.start, end);
+                assert!(panel.len() <= size.max(unit));
+                end = panel.end;
+            }
+            assert_eq!(end, along);
+        }
+        // Nine units of 32 each, in three panels.
+        let of_q_proj = panels(576, 32, 128, 2);
+        assert_eq!(of_q_proj.len(), 6);
+        assert!(of_q_proj.iter().all(|panel| panel.len() == 96));
     }
 }

@@ -39,6 +39,7 @@ pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device
         norm: norm(&drawn.norm, device),
         lm_head: drawn.lm_head.map(table),
         quantized_lm_head: Vec::new(),
+        lm_head_adapter: None,
         config: config.clone(),
     }
 }

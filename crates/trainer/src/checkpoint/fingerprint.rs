@@ -67,9 +67,9 @@ impl Fingerprint {
         let (model, tokenizer) = match files.model.is_dir() {
             true => {
                 let mut model = named(&files.model, &["config.json"]);
-                model.extend(in_folder(&files.model, |name| {
-                    name.ends_with(".safetensors")
-                })?);
+                let weights =
+                    |name: &str| name.ends_with(".safetensors") || name.ends_with(".gguf");
+                model.extend(in_folder(&files.model, weights)?);
                 (model, named(&files.model, &TOKENIZER))
             }
             false => (vec![files.model.clone()], Vec::new()),

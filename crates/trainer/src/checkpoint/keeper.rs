@@ -17,6 +17,9 @@ const COPYING: f64 = 0.01;
 /// How long a finished run waits for room for its adapter.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
+/// How often the user is told that checkpoints cannot be written.
+const REMINDER: Duration = Duration::from_secs(60);
+
 /// The adapter that is kept.
 enum Kept {
     Tensors(Box<(AdapterConfig, AdapterTensors)>),
@@ -35,11 +38,13 @@ pub struct Keeper {
     kept: Option<Kept>,
     /// The adapter's folder does not have what is kept.
     owed: bool,
+    /// The user knows.
+    told: bool,
     /// The last step with a checkpoint on the disk.
     newest: Option<usize>,
     written: Instant,
-    /// The last checkpoint was not written.
-    failed: bool,
+    /// The last checkpoint was not written, and the user was told then.
+    failed: Option<Instant>,
     copy: Option<Snapshot>,
     copied: Instant,
     copying: Duration,
@@ -71,11 +76,12 @@ impl Keeper {
             save_total_limit: config.save_total_limit,
             files,
             owed: kept.is_some(),
+            told: false,
             kept: kept.map(Kept::Files),
             newest: here.map(|checkpoint| checkpoint.state.progress.step),
             store,
             written: Instant::now(),
-            failed: false,
+            failed: None,
             copy: None,
             copied: Instant::now(),
             copying: Duration::ZERO,
@@ -144,17 +150,18 @@ impl Keeper {
             Ok(()) => {
                 self.newest = Some(step);
                 self.copy = None;
-                if self.failed {
+                if self.failed.take().is_some() {
                     screen.note("checkpoints are written again");
                 }
-                self.failed = false;
                 let limit = self.save_total_limit;
                 if let Err(error) = self.store.prune(step, limit, progress.kept) {
                     screen.note(&format!("an old checkpoint stays: {error}"));
                 }
             }
+            // Not at every try.
+            Err(_) if self.failed.is_some_and(|told| told.elapsed() < REMINDER) => {}
             Err(error) => {
-                self.failed = true;
+                self.failed = Some(Instant::now());
                 let newest = match self.newest {
                     Some(newest) => format!("the newest is that of step {newest}"),
                     None => "there is none yet".into(),
@@ -182,10 +189,17 @@ impl Keeper {
             return;
         }
         match self.try_write_adapter() {
-            Ok(()) => self.owed = false,
-            Err(error) => screen.note(&format!(
-                "the adapter stays as it was: {error}. The run goes on and tries again"
-            )),
+            Ok(()) => {
+                self.owed = false;
+                self.told = false;
+            }
+            Err(_) if self.told => {}
+            Err(error) => {
+                self.told = true;
+                screen.note(&format!(
+                    "the adapter stays as it was: {error}. The run goes on and tries again"
+                ));
+            }
         }
     }
 

@@ -265,3 +265,112 @@ impl ModuleMapper for Put<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::optimizer::AdamW;
+    use burn::optim::GradientsParams;
+    use llama_burn::LlamaConfig;
+    use lora_core::{LoraConfig, TargetModules};
+
+    fn model(r: usize, modules: &[&str]) -> Llama {
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
+            "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
+        });
+        let config = LlamaConfig::from_json(json.as_object().unwrap()).unwrap();
+        let lora = LoraConfig {
+            r,
+            target_modules: TargetModules::Names(
+                modules.iter().map(|name| (*name).into()).collect(),
+            ),
+            ..LoraConfig::default()
+        };
+        let model = Llama::random(&config, 3, &Device::flex().autodiff());
+        model.with_lora(&lora, 5).unwrap()
+    }
+
+    /// A model after two updates of its first adapter, with its optimizer.
+    fn trained() -> (Llama, Optimizer) {
+        let mut model = model(2, &["q_proj"]);
+        let mut optimizer = AdamW::default().resumable();
+        for step in 0..2 {
+            let mut gradients = GradientsParams::new();
+            let (_, linear) = model.linears().next().unwrap();
+            let adapter = linear.adapter().unwrap();
+            for param in [&adapter.a, &adapter.b] {
+                let ones = Tensor::<2>::ones(param.val().dims(), &Device::flex());
+                gradients.register(param.id, ones.mul_scalar(0.1 + f64::from(step)));
+            }
+            model = optimizer.step(0.01, model, gradients);
+        }
+        (model, optimizer)
+    }
+
+    #[test]
+    fn what_is_trained_comes_back_bit_for_bit_onto_another_model() {
+        let (model_before, optimizer_before) = trained();
+        let taken = TrainingTensors::take(&model_before, &optimizer_before);
+        // Two matrices in two layers; only those of the first were updated.
+        assert_eq!(taken.parameters.len(), 4);
+        let updates = |tensors: &TrainingTensors| {
+            let moments = tensors
+                .parameters
+                .values()
+                .filter_map(|p| p.moments.as_ref());
+            moments.map(|moments| moments.updates).collect::<Vec<_>>()
+        };
+        assert_eq!(updates(&taken), [2, 2]);
+        let read = TrainingTensors::from_bytes(&taken.to_bytes().unwrap()).unwrap();
+        assert_eq!(read, taken);
+
+        let mut optimizer = AdamW::default().resumable();
+        let restored = read.put(model(2, &["q_proj"]), &mut optimizer).unwrap();
+        assert_eq!(TrainingTensors::take(&restored, &optimizer), taken);
+    }
+
+    #[test]
+    fn a_parameter_that_does_not_fit_is_named() {
+        let (model_before, optimizer) = trained();
+        let taken = TrainingTensors::take(&model_before, &optimizer);
+        let put = |onto: Llama| {
+            let mut optimizer = AdamW::default().resumable();
+            let error = taken.clone().put(onto, &mut optimizer).unwrap_err();
+            error.to_string()
+        };
+        let error = put(model(3, &["q_proj"]));
+        assert!(
+            error.contains("layers.0.self_attn.q_proj.weight.lora.a")
+                && error.contains("[8, 2] in the checkpoint and [8, 3]"),
+            "{error}"
+        );
+        let error = put(model(2, &["q_proj", "k_proj"]));
+        assert!(
+            error.contains("k_proj") && error.contains("is not in the checkpoint"),
+            "{error}"
+        );
+        let error = put(model(2, &["v_proj"]));
+        assert!(error.contains("v_proj"), "{error}");
+    }
+
+    #[test]
+    fn bytes_that_are_no_training_tensors_are_an_error() {
+        let (model, optimizer) = trained();
+        let bytes = TrainingTensors::take(&model, &optimizer)
+            .to_bytes()
+            .unwrap();
+        for end in [0, 7, 8, 100, bytes.len() - 1] {
+            let error = TrainingTensors::from_bytes(&bytes[..end]).unwrap_err();
+            assert!(matches!(error, CheckpointError::Tensors { .. }), "{error}");
+        }
+        // The header says that a moment is there; its tensor has another name.
+        let name = FIRST.as_bytes();
+        let place = bytes.windows(name.len()).position(|part| part == name);
+        let place = place.unwrap();
+        let mut renamed = bytes.clone();
+        renamed[place] = b'x';
+        assert!(TrainingTensors::from_bytes(&renamed).is_err());
+    }
+}

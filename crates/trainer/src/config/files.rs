@@ -2,6 +2,8 @@
 
 use std::path::{Path, PathBuf};
 
+use llama_burn::WeightsError;
+
 use super::error::{Problem, Problems};
 use super::{Config, EMBEDDED, Source};
 use crate::hub::{self, HubName};
@@ -115,6 +117,9 @@ impl Config {
         }
         let has = |name: &str| folder.join(name).is_file();
         let weights = has("model.safetensors") || has("model.safetensors.index.json");
+        if let Err(error @ WeightsError::Pickle { .. }) = llama_burn::weight_files(folder) {
+            return Some(error.to_string());
+        }
         let missing: Vec<&str> = [
             ("config.json", has("config.json")),
             ("tokenizer.json", has("tokenizer.json")),
@@ -249,7 +254,7 @@ mod tests {
             "{error}"
         );
         let error = check(&data).unwrap_err().to_string();
-        assert!(error.contains("not a file"), "{error}");
+        assert!(error.contains("or a GGUF file"), "{error}");
         let error = check(&folder.path().join("none")).unwrap_err().to_string();
         assert!(
             error.contains("there is no such folder")

@@ -138,7 +138,7 @@ impl Reader {
     /// Whether somebody wrote the key, with a value: not the configuration that is built in.
     pub fn written(&self, key: &str) -> bool {
         let index = self.index(key).filter(|_| self.has(key));
-        index.is_some_and(|index| self.entries[index].location != BUILT_IN)
+        index.is_some_and(|index| !self.entries[index].location.starts_with(BUILT_IN))
     }
 
     /// The key's value; `None` where it is absent or wrong.

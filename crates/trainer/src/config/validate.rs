@@ -384,7 +384,7 @@ fn module_name(value: &Value) -> Parsed<String> {
         return Err(format!("must be a list of module names; {value} is none"));
     };
     let last = name.rsplit('.').next().unwrap_or_default();
-    if LINEAR_MODULES.contains(&last) {
+    if LINEAR_MODULES.contains(&last) || name == "lm_head" {
         return Ok(name.clone());
     }
     Err(match nearest(last, LINEAR_MODULES.into_iter()) {

@@ -1,7 +1,6 @@
 //! Rows in Apache Parquet. Only the columns that are wanted are decoded.
 
 use std::fs::File;
-use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use parquet::errors::ParquetError;
@@ -13,6 +12,7 @@ use serde_json::{Map, Number, Value};
 
 use super::error::{DataError, LineError};
 use super::rows::Collected;
+use crate::contained::contain;
 
 /// Reads a file, a row at a time.
 pub(super) fn rows(file: File, rows: &mut Collected) -> Result<(), DataError> {
@@ -23,7 +23,7 @@ pub(super) fn rows(file: File, rows: &mut Collected) -> Result<(), DataError> {
         message,
     };
     // The decoder asserts some of what a file says of itself.
-    let read = catch_unwind(AssertUnwindSafe(|| read(file, rows)));
+    let read = contain(|| read(file, rows));
     match read {
         Ok(Ok(())) => Ok(()),
         Ok(Err(Problem::File(error))) => Err(broken(error.to_string())),

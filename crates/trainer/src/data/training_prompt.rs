@@ -5,6 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited::{self, LARGEST_SETTINGS};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -102,7 +103,7 @@ impl TrainingPrompt {
     /// [`PromptFileError::Read`] and [`PromptFileError::Invalid`].
     pub fn read(folder: &Path) -> Result<Option<Self>, PromptFileError> {
         let path = folder.join(PROMPT_FILE);
-        let text = match std::fs::read_to_string(&path) {
+        let text = match limited::read_to_string(&path, LARGEST_SETTINGS) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(source) => return Err(PromptFileError::Read { path, source }),

@@ -14,6 +14,7 @@ use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use crate::config::{EMBEDDED, PromptTemplate};
 use crate::data::{self, RowTokenizer, Rows, TrainingPrompt, effective_template};
 use crate::embedded;
+use crate::hub;
 use crate::human;
 use crate::inference::{Inference, ModelArgs};
 use crate::output;
@@ -85,7 +86,11 @@ struct Sample {
 pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     check(args)?;
     // Before the weights are loaded, so that a mistake costs nothing.
-    let prompts = training_prompts(&args.adapter)?;
+    let adapters = args
+        .adapter
+        .iter()
+        .map(|adapter| hub::adapter_folder(adapter));
+    let prompts = training_prompts(&adapters.collect::<Result<Vec<_>, _>>()?)?;
     let template = template(args, &prompts)?;
     let samples = args.data.iter().map(|path| sample(args, path));
     let samples: Vec<Sample> = samples.collect::<anyhow::Result<_>>()?;

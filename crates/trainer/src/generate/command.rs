@@ -57,16 +57,31 @@ struct Writing {
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_new_tokens: usize,
     /// 0 takes the most likely token every time; higher is more varied
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(
+        long,
+        value_name = "T",
+        default_value_t = 0.0,
+        allow_negative_numbers = true
+    )]
     temperature: f64,
     /// Draw from the K most likely tokens only; 0 for all
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: usize,
     /// Draw from the most likely tokens that together have this probability; 1 for all
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "P",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     top_p: f64,
     /// Above 1, tokens that were there become less likely
-    #[arg(long, value_name = "R", default_value_t = 1.0)]
+    #[arg(
+        long,
+        value_name = "R",
+        default_value_t = 1.0,
+        allow_negative_numbers = true
+    )]
     repetition_penalty: f64,
     /// Fixes every draw
     #[arg(long, value_name = "N", default_value_t = 42)]

@@ -7,6 +7,7 @@ use lora_core::Quantization;
 use safetensors::Dtype;
 
 use super::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, merge, survival, unmerge};
+use crate::hub::{self, Need};
 use crate::human;
 use crate::screen::Screen;
 
@@ -105,6 +106,14 @@ fn size(word: &str) -> Result<u64, String> {
 ///
 /// What is wrong with the model, the adapter or the output folder.
 pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
+    let args = MergeArgs {
+        model: match args.model.to_str() {
+            Some(name) => hub::model_folder(name, Need::Model)?,
+            None => args.model,
+        },
+        adapter: hub::adapter_folder(&args.adapter)?,
+        ..args
+    };
     if let Some(bits) = args.check_bits {
         let quantization = match bits {
             8 => Quantization::Bits8,

@@ -16,9 +16,9 @@ mod unmerge;
 mod write;
 
 use std::collections::BTreeMap;
-use std::fs;
 use std::path::{Path, PathBuf};
 
+use llama_burn::limited::{self, LARGEST_SETTINGS};
 use llama_burn::{ConfigError, LlamaConfig, Weights, WeightsError};
 use lora_core::Quantization;
 use safetensors::Dtype;
@@ -112,6 +112,15 @@ pub enum MergeError {
     QuantizedBase {
         /// The model's folder.
         folder: PathBuf,
+    },
+    /// The base model is a GGUF file.
+    #[error(
+        "{} is a GGUF file, and merge writes Hugging Face folders from such folders; `export-gguf --model FILE --adapter DIR` merges into a GGUF file",
+        file.display()
+    )]
+    GgufBase {
+        /// The file.
+        file: PathBuf,
     },
     /// A number that the output's type has no room for.
     #[error(
@@ -321,13 +330,19 @@ struct Base {
 impl Base {
     /// Reads `config.json` and holds the weights' names and shapes against it.
     fn read(folder: &Path) -> Result<Self, MergeError> {
+        if llama_burn::gguf::is_gguf(folder) {
+            return Err(MergeError::GgufBase {
+                file: folder.into(),
+            });
+        }
         let config = LlamaConfig::from_file(folder)?;
         let path = folder.join("config.json");
         let unreadable = |reason: String| MergeError::Unreadable {
             file: path.clone(),
             reason,
         };
-        let text = fs::read_to_string(&path).map_err(|error| unreadable(error.to_string()))?;
+        let text = limited::read_to_string(&path, LARGEST_SETTINGS)
+            .map_err(|error| unreadable(error.to_string()))?;
         let object: Map<String, Value> =
             serde_json::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
         if object

@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::Path;
 
+use llama_burn::limited::{self, LARGEST_TABLE};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -50,7 +51,7 @@ impl Record {
             file: path.clone(),
             reason,
         };
-        let text = match std::fs::read_to_string(&path) {
+        let text = match limited::read_to_string(&path, LARGEST_TABLE) {
             Ok(text) => text,
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(None),
             Err(error) => return Err(unreadable(error.to_string())),

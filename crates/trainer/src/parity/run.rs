@@ -33,10 +33,10 @@ pub(super) fn gradients(
     gradients::accumulate(model, batch, options(gradient_checkpointing), &mut sums);
     let tokens = sums.totals.tokens as f64;
     let mut named = BTreeMap::new();
-    for (module, linear) in model.linears() {
+    for (module, params) in model.trainable() {
         let [a, b] = tensor_names(&module);
         let names = [a, b, magnitude_name(&module)];
-        for (name, param) in names.into_iter().zip(linear.trainable()) {
+        for (name, param) in names.into_iter().zip(params) {
             let sum = sums
                 .get(param.id)
                 .ok_or_else(|| ParityError::NoGradient { name: name.clone() })?;

@@ -44,11 +44,25 @@ impl AdapterTensors {
         let widths = widths(model);
         // "all-linear" is about linear modules; the selector knows names only.
         let linear_only = lora.target_modules == TargetModules::AllLinear;
-        let selected = |module: &str| {
+        let matched = |module: &str| {
             widths.contains_key(module)
                 && !(linear_only && module == EMBEDDING)
                 && selector.matches(module)
         };
+        // PEFT puts the factors of the one, turned, on the other as well; both are in the file.
+        let tied = lora.ensure_weight_tying
+            && model.tie_word_embeddings
+            && (matched(EMBEDDING) || matched(HEAD));
+        let selected =
+            |module: &str| matched(module) || (tied && [EMBEDDING, HEAD].contains(&module));
+        if lora.lora_bias && [EMBEDDING, HEAD].into_iter().any(selected) {
+            return Err(AdapterError::Config {
+                field: "lora_bias".into(),
+                got: "true".into(),
+                expected: "false where the embedding or lm_head is a target: neither has a bias"
+                    .into(),
+            });
+        }
         if let Some(module) = self.modules.keys().find(|module| !selected(module)) {
             let [name, _] = tensor_names(module);
             return Err(AdapterError::Unexpected { name });
@@ -88,12 +102,7 @@ impl AdapterTensors {
         let whole = self.check_whole(model, lora)?;
         if self.modules.is_empty() && whole == 0 {
             // Counting says what there would be.
-            lora_core::ParameterCounts::new(
-                &model.module_shapes(),
-                lora,
-                lora_core::Quantization::None,
-                4,
-            )?;
+            model.count(lora, lora_core::Quantization::None, 4)?;
         }
         Ok(())
     }

@@ -54,7 +54,6 @@ const HANDLED: [&str; 21] = [
     "lora_bias",
     "modules_to_save",
     "fan_in_fan_out",
-    // Whatever it ties is in the file twice, with the same values.
     "ensure_weight_tying",
     "peft_version",
 ];
@@ -87,6 +86,7 @@ impl AdapterConfig {
             },
             "layers_to_transform": lora.layers_to_transform,
             "layers_pattern": or_null(&lora.layers_pattern),
+            "ensure_weight_tying": lora.ensure_weight_tying,
             "modules_to_save": or_null(&lora.modules_to_save),
             "rank_pattern": pattern_json(&lora.rank_pattern, |r| json!(r)),
             "alpha_pattern": pattern_json(&lora.alpha_pattern, |alpha| number(*alpha)),
@@ -150,6 +150,7 @@ impl AdapterConfig {
             use_rslora: on("use_rslora")?.unwrap_or(false),
             use_dora: on("use_dora")?.unwrap_or(false),
             lora_bias: on("lora_bias")?.unwrap_or(false),
+            ensure_weight_tying: on("ensure_weight_tying")?.unwrap_or(false),
             target_modules: fields
                 .optional(
                     "target_modules",
@@ -424,6 +425,7 @@ mod tests {
                 exclude_modules: Some(ExcludeModules::Regex(".*k_proj".into())),
                 bias: Bias::All,
                 lora_bias: true,
+                ensure_weight_tying: true,
                 ..LoraConfig::default()
             },
         ] {

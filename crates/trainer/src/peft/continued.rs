@@ -3,10 +3,11 @@
 use std::path::Path;
 
 use llama_burn::{Llama, LlamaConfig};
-use lora_core::{Bias, LoraConfig, ModuleSelector, TargetModules};
+use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, TargetModules};
 
 use super::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
 use crate::config::{Config, Problem, Problems};
+use crate::hub::{self, HubError};
 
 /// Why training cannot start from an adapter, or with fresh ones.
 #[derive(Debug, thiserror::Error)]
@@ -14,15 +15,17 @@ use crate::config::{Config, Problem, Problems};
 pub enum StartError {
     #[error("init_adapter: {0}")]
     Adapter(#[source] AdapterError),
+    #[error("init_adapter: {0}")]
+    Hub(#[from] HubError),
     #[error(transparent)]
     Conflicts(#[from] Problems),
     #[error(transparent)]
     Lora(#[from] lora_core::LoraError),
     /// What a selector matches and training does not cover.
     #[error(
-        "target_modules selects {0}, which is no linear module of a layer; adapters there can be loaded and merged but not trained: narrow target_modules, or name it in exclude_modules"
+        "target_modules selects {0}; adapters of the embedding can be loaded and merged but not trained: narrow target_modules, or name it in exclude_modules"
     )]
-    NoLayer(&'static str),
+    Embedding(&'static str),
 }
 
 /// The configuration with what its `init_adapter` says of adapters; as it is where there is none.
@@ -33,9 +36,10 @@ pub enum StartError {
 /// `init_adapter` and contradicts it.
 pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartError> {
     let Some(folder) = &config.init_adapter else {
-        layers_only(&config.lora_config(), model)?;
+        check_targets(&config.lora_config(), model)?;
         return Ok(config.clone());
     };
+    let folder = &hub::adapter_folder(folder)?;
     let adapter = read_adapter_config(folder).map_err(StartError::Adapter)?;
     let lora = adapter.trainable(folder, model)?;
     let dropout_written = config
@@ -77,6 +81,7 @@ pub fn start(model: Llama, config: &Config) -> Result<Llama, StartError> {
     let Some(folder) = &config.init_adapter else {
         return Ok(model.with_lora(&lora, config.seed)?);
     };
+    let folder = &hub::adapter_folder(folder)?;
     let (_, tensors) = read_adapter(folder).map_err(StartError::Adapter)?;
     trainable_tensors(folder, &tensors)?;
     let model = tensors.put_on(model, &lora);
@@ -112,12 +117,12 @@ impl AdapterConfig {
                 why,
             ));
         }
-        layers_only(&lora, model)?;
+        check_targets(&lora, model)?;
         let mut plain = lora.clone();
         plain.layers_pattern = Vec::new();
         if let TargetModules::Names(names) = &mut plain.target_modules {
             // PEFT keeps names that match nothing; a configuration takes a Llama's only.
-            let modules = layer_modules(model);
+            let modules = linear_modules(model);
             names.retain(|name| {
                 let ends =
                     |module: &String| module == name || module.ends_with(&format!(".{name}"));
@@ -126,7 +131,7 @@ impl AdapterConfig {
         }
         let (selector, plain_selector) = (lora.selector()?, plain.selector()?);
         let same = |module: &String| selector.matches(module) == plain_selector.matches(module);
-        match layer_modules(model).iter().all(same) {
+        match linear_modules(model).iter().all(same) {
             true => Ok(plain),
             false => {
                 let got = format!("{:?}", lora.layers_pattern);
@@ -137,28 +142,26 @@ impl AdapterConfig {
     }
 }
 
-/// Adapters beside the layers' linear modules can be used, not trained.
-fn layers_only(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartError> {
+/// Adapters of the embedding can be used, not trained; the output layer's are plain ones.
+fn check_targets(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartError> {
     let selector: ModuleSelector = lora.selector()?;
-    if selector.matches("lm_head") {
-        return Err(StartError::NoLayer("lm_head"));
+    if selector.matches("lm_head") && (lora.use_dora || lora.lora_dropout > 0.0) {
+        return Err(LoraError::PlainHead.into());
     }
     let linear_only = lora.target_modules == TargetModules::AllLinear;
     if !linear_only && selector.matches("model.embed_tokens") {
-        return Err(StartError::NoLayer("model.embed_tokens"));
+        return Err(StartError::Embedding("model.embed_tokens"));
     }
     // Says what there is, where nothing is selected.
-    lora_core::ParameterCounts::new(
-        &model.module_shapes(),
-        lora,
-        lora_core::Quantization::None,
-        4,
-    )?;
+    model.count(lora, lora_core::Quantization::None, 4)?;
     Ok(())
 }
 
 fn trainable_tensors(folder: &Path, tensors: &AdapterTensors) -> Result<(), StartError> {
-    match tensors.whole.keys().next() {
+    // PEFT saves an adapted output layer's own weight too; it is the base model's.
+    let changed =
+        |name: &&String| *name != "lm_head.weight" || !tensors.modules.contains_key("lm_head");
+    match tensors.whole.keys().find(changed) {
         None => Ok(()),
         Some(name) => {
             let name = format!("base_model.model.{name}");
@@ -170,18 +173,26 @@ fn trainable_tensors(folder: &Path, tensors: &AdapterTensors) -> Result<(), Star
     }
 }
 
-fn layer_modules(model: &LlamaConfig) -> Vec<String> {
+fn linear_modules(model: &LlamaConfig) -> Vec<String> {
     let layers = 0..model.num_hidden_layers;
     let names = layers.flat_map(|layer| {
         let linears = model.layer_linears().into_iter();
         linears.map(move |(name, ..)| format!("model.layers.{layer}.{name}"))
     });
-    names.collect()
+    names.chain(["lm_head".to_string()]).collect()
 }
 
 /// The written keys that say something else than the adapter.
 fn conflicts(written: &Config, adapter: &Config, folder: &Path) -> Vec<Problem> {
     let texts = |config: &Config| -> toml::Table {
+        let mut config = config.clone();
+        // PEFT's lists are sets.
+        if let TargetModules::Names(names) = &mut config.target_modules {
+            names.sort();
+        }
+        if let Some(ExcludeModules::Names(names)) = &mut config.exclude_modules {
+            names.sort();
+        }
         // What is written is what is compared: the same value has one form.
         config.to_toml().parse().unwrap_or_default()
     };

@@ -2,7 +2,7 @@
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use llama_burn::Llama;
+use llama_burn::{HeadAdapter, Llama};
 use lora_core::{AdapterDropout, LoraConfig, LoraError, LoraLinear};
 
 use super::check::{EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT};
@@ -32,6 +32,14 @@ impl AdapterTensors {
             }
             adapter.modules.insert(module, pair);
         }
+        if let Some(head) = &model.lm_head_adapter {
+            let [a_name, b_name] = tensor_names(HEAD);
+            let ([d_in, r], [_, d_out]) = (head.a.val().dims(), head.b.val().dims());
+            let a = read(&a_name, head.a.val())?;
+            let b = read(&b_name, head.b.val())?;
+            let pair = AdapterPair::new(d_in, r, d_out, a, b);
+            adapter.modules.insert(HEAD.into(), pair);
+        }
         Ok(adapter)
     }
 
@@ -39,8 +47,8 @@ impl AdapterTensors {
     /// that the model has. The factors and magnitudes are trainable, in f32.
     ///
     /// What is no second path is written into the model: tensors that the adapter brings its own version
-    /// of, biases, and the adapters of the embedding and of the output layer, which get tables of their own
-    /// with the adapter merged in.
+    /// of, biases, an adapter of the embedding, and a DoRA of the output layer: these get tables of their
+    /// own with the adapter merged in.
     ///
     /// # Errors
     ///
@@ -53,6 +61,10 @@ impl AdapterTensors {
         }
         self.write_whole(&mut model, lora)?;
         let device = model.device();
+        model.lm_head_adapter = self.head_beside().map(|pair| {
+            let [a, b] = pair.place(&device);
+            HeadAdapter::new(a, b, selector.scale(HEAD))
+        });
         for (module, linear) in model.linears_mut() {
             let Some(pair) = self.modules.get(&module) else {
                 continue;
@@ -79,6 +91,12 @@ impl AdapterTensors {
         Ok(model)
     }
 
+    /// The output layer's adapter, if it is one that runs beside the table.
+    fn head_beside(&self) -> Option<&AdapterPair> {
+        let pair = self.modules.get(HEAD)?;
+        pair.magnitude.is_none().then_some(pair)
+    }
+
     /// Writes into the model what is no second path beside a linear layer.
     fn write_whole(&self, model: &mut Llama, lora: &LoraConfig) -> Result<(), AdapterError> {
         let config = model.config.clone();
@@ -98,7 +116,15 @@ impl AdapterTensors {
                 let [name, _] = tensor_names(module);
                 AdapterError::Unreadable { name, reason }
             })?;
-            tables.push((name, self.merged(&config, lora, name, values)?));
+            let merged = match (name, self.head_beside()) {
+                // PEFT saves the table beside its adapter; most often it is the base model's.
+                (HEAD_WEIGHT, Some(_)) => match self.whole.get(HEAD_WEIGHT) {
+                    Some(own) if own.values != values => own.values.clone(),
+                    _ => continue,
+                },
+                _ => self.merged(&config, lora, name, values)?,
+            };
+            tables.push((name, merged));
         }
         if self.unties(&config, lora) {
             model.untie();
@@ -123,18 +149,26 @@ impl AdapterPair {
         scale: f64,
         device: &Device,
     ) -> Result<LoraLinear, LoraError> {
-        let place = |values: &[f32], shape: [usize; 2]| {
-            let data = TensorData::new(values.to_vec(), shape);
-            Tensor::<2>::from_data(data, (device, DType::F32))
-        };
-        let a = place(&self.a, [self.d_in, self.r]);
-        let b = place(&self.b, [self.r, self.d_out]);
+        let [a, b] = self.place(device);
         let adapted = linear.with_adapter(a, b, scale)?;
         match &self.magnitude {
             None => Ok(adapted),
-            Some(magnitude) => adapted.with_dora(Some(place(magnitude, [1, self.d_out]))),
+            Some(magnitude) => adapted.with_dora(Some(place(magnitude, [1, self.d_out], device))),
         }
     }
+
+    /// A and B on a device.
+    fn place(&self, device: &Device) -> [Tensor<2>; 2] {
+        [
+            place(&self.a, [self.d_in, self.r], device),
+            place(&self.b, [self.r, self.d_out], device),
+        ]
+    }
+}
+
+fn place(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
+    let data = TensorData::new(values.to_vec(), shape);
+    Tensor::from_data(data, (device, DType::F32))
 }
 
 fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {

@@ -1,0 +1,245 @@
+//! A low-rank path beside the output layer.
+
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Tensor, TensorData};
+use lora_core::{CounterRng, LoraConfig, LoraError, kaiming_uniform, multiply_add, normal};
+
+use crate::Llama;
+
+/// A LoRA on the output layer: `scores += γ·(h·A)·B` with the normalised hidden states h.
+///
+/// The layer itself is a table that may be the embedding, lie in pieces, or be quantized; the path does
+/// not touch it.
+#[derive(Module, Debug)]
+pub struct HeadAdapter {
+    /// `[hidden, r]`.
+    pub a: Param<Tensor<2>>,
+    /// `[r, vocab]`.
+    pub b: Param<Tensor<2>>,
+    /// The scale γ.
+    pub scale: f64,
+}
+
+impl HeadAdapter {
+    /// With these factors, trainable.
+    pub fn new(a: Tensor<2>, b: Tensor<2>, scale: f64) -> Self {
+        Self {
+            a: Param::from_tensor(a),
+            b: Param::from_tensor(b),
+            scale,
+        }
+    }
+
+    /// Adds the path to `scores`, on the tape that they are on.
+    pub(crate) fn forward(&self, hidden: Tensor<2>, scores: Tensor<2>) -> Tensor<2> {
+        let dtype = hidden.dtype();
+        let low = hidden
+            .matmul(self.a.val().cast(dtype))
+            .mul_scalar(self.scale);
+        scores + low.matmul(self.b.val().cast(dtype))
+    }
+
+    /// As [`forward`](Self::forward), outside any tape.
+    pub(crate) fn forward_plain(&self, hidden: &Tensor<2>, scores: Tensor<2>) -> Tensor<2> {
+        let low = multiply_add(None, 1.0, hidden.clone(), factor(&self.a, hidden.dtype()));
+        let b = factor(&self.b, hidden.dtype());
+        multiply_add(Some(scores), self.scale, low, b)
+    }
+
+    /// Adds to `below` what comes through the path of the gradient of `hidden`; the factors' gradients go to
+    /// `collect`, in f32.
+    pub(crate) fn backward(
+        &self,
+        hidden: Tensor<2>,
+        gradient: Tensor<2>,
+        below: Tensor<2>,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) -> Tensor<2> {
+        let dtype = hidden.dtype();
+        let a = factor(&self.a, dtype);
+        let low = multiply_add(None, 1.0, hidden.clone(), a.clone());
+        let b_gradient = multiply_add(None, self.scale, low.transpose(), gradient.clone());
+        collect(&self.b, b_gradient.cast(DType::F32));
+        let b = factor(&self.b, dtype).transpose();
+        let through = multiply_add(None, self.scale, gradient, b);
+        let a_gradient = multiply_add(None, 1.0, hidden.transpose(), through.clone());
+        collect(&self.a, a_gradient.cast(DType::F32));
+        multiply_add(Some(below), 1.0, through, a.transpose())
+    }
+}
+
+fn factor(param: &Param<Tensor<2>>, dtype: DType) -> Tensor<2> {
+    param.val().without_autodiff().cast(dtype)
+}
+
+impl Llama {
+    /// Gives the output layer a fresh adapter, whose `A` depends on `seed` only and whose `B` is zero.
+    pub(crate) fn with_new_head_adapter(
+        mut self,
+        lora: &LoraConfig,
+        seed: u64,
+    ) -> Result<Self, LoraError> {
+        if self.lm_head_adapter.is_some() {
+            return Err(LoraError::Already("has an adapter"));
+        }
+        if lora.use_dora || lora.lora_dropout > 0.0 {
+            return Err(LoraError::PlainHead);
+        }
+        let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
+        let device = self.device();
+        let mut rng = CounterRng::new(seed);
+        let a = match lora.init {
+            lora_core::Init::Kaiming => kaiming_uniform(hidden, lora.r, &mut rng, &device),
+            lora_core::Init::Gaussian => {
+                normal([hidden, lora.r], 1.0 / lora.r as f64, &mut rng, &device)
+            }
+        };
+        let b = Tensor::zeros([lora.r, vocab], (&device, a.dtype()));
+        self.lm_head_adapter = Some(HeadAdapter::new(a, b, lora.scale()));
+        Ok(self)
+    }
+
+    /// The model with the adapter of its output layer merged into that layer's table, which is its own then
+    /// and no longer the embedding's.
+    ///
+    /// # Errors
+    ///
+    /// What the device says where it does not give a tensor back.
+    pub fn with_merged_head(mut self) -> Result<Self, String> {
+        let Some(adapter) = self.lm_head_adapter.take() else {
+            return Ok(self);
+        };
+        let a = adapter.a.val().without_autodiff();
+        let b = adapter.b.val().without_autodiff();
+        let mut values = self.head_values()?;
+        let hidden = self.config.hidden_size;
+        // Rows of the table at a time: the whole product is as large as the table.
+        const ROWS: usize = 8192;
+        let mut start = 0;
+        for piece in values.chunks_mut(ROWS * hidden) {
+            let rows = piece.len() / hidden;
+            let b = b.clone().narrow(1, start, rows).transpose();
+            let data = TensorData::new(piece.to_vec(), [rows, hidden]);
+            let sum = Tensor::<2>::from_data(data, (&b.device(), DType::F32));
+            let a = a.clone().transpose().cast(DType::F32);
+            let sum = multiply_add(Some(sum), adapter.scale, b.cast(DType::F32), a);
+            let sum = sum.into_data().convert::<f32>().try_to_vec::<f32>();
+            piece.copy_from_slice(&sum.map_err(|error| format!("{error:?}"))?);
+            start += rows;
+        }
+        self.untie();
+        self.set_tensor("lm_head.weight", values);
+        Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::tests::config;
+    use burn::tensor::Device;
+    use lora_core::TargetModules;
+    use std::collections::HashMap;
+
+    fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
+        let norm = |x: Tensor<2>| x.powf_scalar(2.0).sum().sqrt().into_scalar::<f32>();
+        norm(a.clone() - b.clone()) / norm(b.clone())
+    }
+
+    /// A model with an adapter on its head only, B not zero.
+    fn adapted(tied: bool, device: &Device) -> Llama {
+        let config = crate::LlamaConfig {
+            tie_word_embeddings: tied,
+            ..config()
+        };
+        let lora = LoraConfig {
+            r: 3,
+            lora_alpha: 4.0,
+            target_modules: TargetModules::Names(vec!["lm_head".into()]),
+            ..LoraConfig::default()
+        };
+        let mut model = Llama::random(&config, 1, device)
+            .with_lora(&lora, 2)
+            .unwrap();
+        assert!(
+            model
+                .linears()
+                .all(|(_, linear)| linear.adapter().is_none())
+        );
+        let adapter = model.lm_head_adapter.take().unwrap();
+        let b = normal([3, 48], 0.5, &mut CounterRng::new(3), device);
+        model.lm_head_adapter = Some(HeadAdapter::new(adapter.a.val(), b, adapter.scale));
+        model
+    }
+
+    #[test]
+    fn scores_and_gradients_without_a_tape_are_those_of_the_tape() {
+        let device = Device::flex().autodiff();
+        let model = adapted(true, &device);
+        let hidden = normal([5, 32], 1.0, &mut CounterRng::new(4), &device).require_grad();
+        let gradient = normal([5, 48], 1.0, &mut CounterRng::new(5), &device);
+        let scores = model.logits(hidden.clone());
+        let tape = (scores.clone() * gradient.clone()).sum().backward();
+        let plain = hidden.clone().inner();
+        assert!(distance(&model.logits_plain(&plain), &scores.inner()) < 1e-6);
+        let mut collected = HashMap::new();
+        let below = model.logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
+            collected.insert(param.id, gradient);
+        });
+        assert!(distance(&below, &hidden.grad(&tape).unwrap()) < 2e-6);
+        let adapter = model.lm_head_adapter.as_ref().unwrap();
+        for param in [&adapter.a, &adapter.b] {
+            let expected = param.val().grad(&tape).unwrap();
+            assert!(distance(&collected[&param.id], &expected) < 2e-6);
+        }
+        assert_eq!(collected.len(), 2);
+    }
+
+    #[test]
+    fn merged_it_gives_the_same_scores_and_the_embedding_stays() {
+        let device = Device::flex();
+        for tied in [true, false] {
+            let model = adapted(tied, &device);
+            let hidden = normal([5, 32], 1.0, &mut CounterRng::new(4), &device);
+            let scores = model.logits(hidden.clone());
+            let embedding = model.embed_tokens.values().unwrap();
+            let merged = model.with_merged_head().unwrap();
+            assert!(merged.lm_head_adapter.is_none());
+            assert!(distance(&merged.logits(hidden), &scores) < 1e-6);
+            assert_eq!(merged.embed_tokens.values().unwrap(), embedding);
+        }
+    }
+
+    #[test]
+    fn a_dora_or_dropout_on_the_head_is_refused_and_counts_include_it() {
+        let device = Device::flex();
+        let model = || Llama::random(&config(), 1, &device);
+        let mut lora = LoraConfig {
+            target_modules: TargetModules::Names(vec!["q_proj".into(), "lm_head".into()]),
+            ..LoraConfig::default()
+        };
+        let counts = model().count(&lora).unwrap();
+        assert_eq!(counts.trainable, 2 * 8 * (32 + 32) + 8 * (32 + 48));
+        let tied = crate::LlamaConfig {
+            tie_word_embeddings: true,
+            ..config()
+        };
+        let tied = tied.count(&lora, lora_core::Quantization::None, 4).unwrap();
+        assert_eq!(
+            (tied.trainable, tied.adapted_modules),
+            (counts.trainable, 3)
+        );
+        assert_eq!(tied.frozen, counts.frozen - 48 * 32);
+        lora.use_dora = true;
+        assert_eq!(
+            model().with_lora(&lora, 1).unwrap_err(),
+            LoraError::PlainHead
+        );
+        lora.use_dora = false;
+        lora.lora_dropout = 0.5;
+        assert_eq!(
+            model().with_lora(&lora, 1).unwrap_err(),
+            LoraError::PlainHead
+        );
+    }
+}

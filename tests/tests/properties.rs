@@ -1,0 +1,291 @@
+//! What holds for every configuration and every batch of rows, tried on random ones.
+
+use std::path::Path;
+
+use burn::tensor::Device;
+use llama_burn::{Llama, LlamaConfig, PackedTokens, RopeScaling};
+use proptest::prelude::*;
+use proptest::sample::{Index, select, subsequence};
+use serde_json::{Value, json};
+use trainer::config::Config;
+use trainer::data::{Batch, BatchRow, Prefixes};
+use trainer::gradients::evaluate;
+
+/// Keys with some of the values that are right for them, whatever the other keys are.
+fn right_values() -> Vec<(&'static str, Vec<Value>)> {
+    let numbers = |values: &[f64]| values.iter().map(|value| json!(value)).collect();
+    vec![
+        (
+            "prompt_template",
+            vec![
+                json!("raw"),
+                json!("inst"),
+                json!("chat"),
+                json!("custom:a \"b\"\n{context}\\"),
+            ],
+        ),
+        ("max_seq_len", vec![json!(2), json!(4096), json!(100_000)]),
+        ("lora_r", vec![json!(1), json!(8), json!(256)]),
+        ("lora_alpha", numbers(&[0.5, 16.0, 1e3])),
+        ("lora_dropout", numbers(&[0.0, 0.1, 0.999])),
+        ("peft_use_rslora", vec![json!(true), json!(false)]),
+        (
+            "target_modules",
+            vec![
+                json!("all-linear"),
+                json!(["q_proj"]),
+                json!(["self_attn.k_proj", "down_proj"]),
+                json!(r".*\.layers\.[0-3]\..*_proj"),
+            ],
+        ),
+        ("quant_bits", vec![json!(4), json!(8), json!(16)]),
+        (
+            "compute_dtype",
+            vec![json!("auto"), json!("f32"), json!("bf16")],
+        ),
+        (
+            "learning_rate",
+            numbers(&[1e-9, 1.2345678901234567e-5, 0.5]),
+        ),
+        ("num_epochs", numbers(&[0.1, 4.0, 1e3])),
+        (
+            "max_steps",
+            vec![json!(1), json!("none"), json!(2_000_000_000)],
+        ),
+        ("batch_size", vec![json!(1), json!("auto"), json!(64)]),
+        ("gradient_accumulation_steps", vec![json!(1), json!(17)]),
+        (
+            "lr_scheduler",
+            vec![json!("cosine"), json!("linear"), json!("constant")],
+        ),
+        ("weight_decay", numbers(&[0.0, 0.1])),
+        ("adam_beta1", numbers(&[0.0, 0.9])),
+        ("adam_beta2", numbers(&[0.99, 0.999])),
+        ("adam_epsilon", numbers(&[1e-8, 1e-300])),
+        ("max_grad_norm", numbers(&[0.0, 0.3])),
+        (
+            "gradient_checkpointing",
+            vec![json!(true), json!(false), json!("auto")],
+        ),
+        ("share_prefixes", vec![json!(true), json!(false)]),
+        (
+            "seed",
+            vec![json!(0), json!(42), json!(9_007_199_254_740_993i64)],
+        ),
+        ("eval_steps", vec![json!("none"), json!(7)]),
+        ("logging_steps", vec![json!(1), json!(1000)]),
+        (
+            "output_dir",
+            vec![json!("runs/x"), json!("a b/'c'"), json!("ä/\u{1f600}")],
+        ),
+    ]
+}
+
+fn parse(object: &serde_json::Map<String, Value>) -> Result<Config, String> {
+    let text = Value::Object(object.clone()).to_string();
+    Config::parse(&text, Some(Path::new("run.json")), None, &[]).map_err(|error| error.to_string())
+}
+
+fn least() -> serde_json::Map<String, Value> {
+    let least = json!({"base_model": "models/x", "dataset_path": "rows.jsonl"});
+    least.as_object().cloned().unwrap_or_default()
+}
+
+/// What is written is read back as the same.
+fn round_trip(config: &Config) {
+    let written = config.to_toml();
+    let again = Config::parse(&written, Some(Path::new("again.toml")), None, &[]);
+    let again = again.unwrap_or_else(|error| panic!("{error}\n{written}"));
+    let source = config.source.clone();
+    assert!(Config { source, ..again } == *config, "{written}");
+}
+
+/// Values that no key expects, and some that one or another does.
+fn any_value() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<u64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        ".{0,40}".prop_map(Value::from),
+        select(vec!["none", "auto", "embedded", "../..", "", "nan", "8"]).prop_map(Value::from),
+    ];
+    leaf.prop_recursive(3, 12, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::btree_map(".{0,8}", inner, 0..4).prop_map(|map| json!(map)),
+        ]
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(500))]
+
+    #[test]
+    fn right_values_in_any_company_are_accepted_and_come_back_as_they_were(
+        chosen in subsequence(right_values(), 0..=right_values().len()),
+        picks in prop::collection::vec(any::<Index>(), right_values().len()),
+    ) {
+        let mut object = least();
+        for ((key, values), pick) in chosen.iter().zip(&picks) {
+            object.insert(key.to_string(), pick.get(values).clone());
+        }
+        let config = parse(&object).unwrap_or_else(|error| panic!("{error}\n{object:?}"));
+        round_trip(&config);
+    }
+
+    #[test]
+    fn any_value_of_any_key_is_an_error_that_names_the_key_or_a_valid_setting(
+        key in prop_oneof![
+            select(right_values()).prop_map(|(key, _)| key.to_string()),
+            select(vec!["base_model", "dataset_path", "val_set_size", "warmup_ratio", "rank_pattern", "save_steps",
+                "modules_to_save", "init_adapter", "layers_to_transform"]).prop_map(String::from),
+            "[a-z_]{0,12}",
+        ],
+        value in any_value(),
+    ) {
+        let mut object = least();
+        object.insert(key.clone(), value);
+        match parse(&object) {
+            Ok(config) => {
+                prop_assert!(config.lora_config().validate().is_ok());
+                prop_assert!(config.learning_rate > 0.0 && config.learning_rate.is_finite());
+                round_trip(&config);
+            }
+            Err(message) => {
+                prop_assert!(message.contains(&key), "{key} is not named: {message}");
+                prop_assert!(message.len() < 4000, "{} bytes: {message}", message.len());
+            }
+        }
+    }
+
+    #[test]
+    fn an_override_is_an_error_or_valid(text in ".{0,60}") {
+        if let Ok(config) = Config::load(None, None, &[text]) {
+            round_trip(&config);
+        }
+    }
+}
+
+/// Rows over few tokens, so that many begin alike.
+fn rows() -> impl Strategy<Value = Vec<Vec<u32>>> {
+    let beginnings = prop::collection::vec(prop::collection::vec(0u32..3, 1..24), 1..4);
+    let own = prop::collection::vec(
+        (any::<Index>(), prop::collection::vec(0u32..3, 1..12)),
+        1..8,
+    );
+    (beginnings, own).prop_map(|(beginnings, own)| {
+        let rows = own
+            .into_iter()
+            .map(|(beginning, end)| [beginning.get(&beginnings).clone(), end].concat());
+        rows.collect()
+    })
+}
+
+/// Every second token of the latter half of a row is learned, and its last.
+fn packed(rows: &[Vec<u32>], prefixes: Prefixes) -> Batch {
+    let rows: Vec<BatchRow> = rows
+        .iter()
+        .enumerate()
+        .map(|(line, ids)| BatchRow {
+            ids,
+            targets: (ids.len() / 2..ids.len())
+                .filter(|at| *at > 0 && (at % 2 == 1 || at + 1 == ids.len()))
+                .map(|at| (at - 1, ids[at]))
+                .collect(),
+            line: line + 1,
+        })
+        .collect();
+    Batch::new(&rows, prefixes)
+}
+
+/// The tokens that the position `at` of a packed sequence sees, itself the last.
+fn seen(tokens: &PackedTokens, at: usize) -> Vec<u32> {
+    let starts = tokens.starts();
+    let segment = starts.partition_point(|start| *start <= at) - 1;
+    let mut seen = tokens.ids[starts[segment]..=at].to_vec();
+    let mut parent = tokens.segments[segment].parent;
+    while let Some(segment) = parent {
+        let start = starts[segment];
+        let before = &tokens.ids[start..start + tokens.segments[segment].length];
+        seen.splice(0..0, before.iter().copied());
+        parent = tokens.segments[segment].parent;
+    }
+    assert_eq!(
+        tokens.offsets()[segment] + at - starts[segment] + 1,
+        seen.len(),
+        "a position counts what it sees"
+    );
+    seen
+}
+
+fn tiny() -> (LlamaConfig, Llama) {
+    let config = LlamaConfig {
+        vocab_size: 8,
+        hidden_size: 16,
+        intermediate_size: 24,
+        num_hidden_layers: 2,
+        num_attention_heads: 2,
+        num_key_value_heads: 1,
+        head_dim: 8,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::Default,
+        tie_word_embeddings: true,
+        attention_bias: false,
+        mlp_bias: false,
+        initializer_range: 0.3,
+        bos_token_id: None,
+        eos_token_ids: vec![],
+        weight_bytes: 4,
+    };
+    let model = Llama::random(&config, 3, &Device::flex().autodiff());
+    (config, model)
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(200))]
+
+    #[test]
+    fn every_target_is_predicted_by_what_comes_before_it_in_its_own_row(rows in rows()) {
+        let (config, _) = tiny();
+        for prefixes in [Prefixes::Shared, Prefixes::Apart] {
+            let batch = packed(&rows, prefixes);
+            prop_assert!(batch.tokens.check(&config).is_ok());
+            let all: usize = rows.iter().map(Vec::len).sum();
+            prop_assert_eq!(batch.row_tokens, all);
+            prop_assert!(batch.tokens.ids.len() <= all);
+            prop_assert!(prefixes == Prefixes::Shared || batch.tokens.ids.len() == all);
+            prop_assert_eq!(batch.rows.clone(), (1..=rows.len()).collect::<Vec<_>>());
+            let mut targets = batch.target_positions.iter().zip(&batch.target_ids);
+            for (row, count) in rows.iter().zip(&batch.targets_per_row) {
+                let learned = (row.len() / 2..row.len()).filter(|at| *at > 0 && (at % 2 == 1 || at + 1 == row.len()));
+                let learned: Vec<usize> = learned.collect();
+                prop_assert_eq!(*count, learned.len());
+                for at in learned {
+                    let (position, id) = targets.next().expect("a target for each");
+                    prop_assert_eq!(*id, row[at]);
+                    prop_assert_eq!(seen(&batch.tokens, *position as usize), &row[..at]);
+                }
+            }
+            prop_assert!(targets.next().is_none());
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(24))]
+
+    #[test]
+    fn sharing_beginnings_changes_no_loss(rows in rows()) {
+        let (_, model) = tiny();
+        let [shared, apart] = [Prefixes::Shared, Prefixes::Apart].map(|prefixes| evaluate(&model, &packed(&rows, prefixes)));
+        prop_assert_eq!((shared.tokens, shared.rows), (apart.tokens, apart.rows));
+        // Sums of up to 100 losses of about 2, each in f32 in another order of additions: 1e-5 of the sum is
+        // a hundred times what was seen.
+        let tolerance = 1e-5 * apart.loss.abs().max(1.0);
+        prop_assert!((shared.loss - apart.loss).abs() <= tolerance, "{} and {}", shared.loss, apart.loss);
+    }
+}
