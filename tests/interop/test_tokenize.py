@@ -196,7 +196,8 @@ def test_tools_reach_the_template_as_python_writes_them(smollm2, with_template, 
     [(ours, learned)] = tokenize(model, [{"messages": messages, "tools": tools}])
     assert reference.decode(ours) == reference.decode(theirs)
     assert ours == theirs
-    assert reference.decode([ours[at] for at in learned]) == "sunny<|im_end|>"
+    # The space before the answer is one token with its first word, and is learned with it.
+    assert reference.decode([ours[at] for at in learned]) == " sunny<|im_end|>"
 
 
 def test_a_text_is_learned_whole(model, tokenize):

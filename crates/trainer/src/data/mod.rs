@@ -226,6 +226,8 @@ mod tests {
             "{shown}"
         );
         assert!(shown.contains("validation  3 rows"), "{shown}");
+        let format = "format      JSON lines of {\"context\", \"target\"}";
+        assert!(shown.contains(format), "{shown}");
         assert_eq!(shown.matches(": 4 tokens, 2 of the prompt").count(), 7);
         let all = load(&path, &data.tokenizer, 16, 5).unwrap();
         assert_eq!(all.rows.len(), 10);

@@ -128,3 +128,93 @@ fn group(record: &Record) -> Result<Value, String> {
 fn number(value: f64) -> Value {
     Number::from_f64(value).map_or(Value::Null, Value::Number)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::path::{Path, PathBuf};
+
+    use super::super::rows::{Row, Rows, read_rows};
+    use super::super::{Example, Format};
+
+    /// What Apache Arrow wrote; `make_formats.py` beside it says what is in it.
+    fn fixture(name: &str) -> PathBuf {
+        let tests = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests");
+        tests.join("fixtures/formats").join(name)
+    }
+
+    fn read(path: &Path) -> Result<Rows, String> {
+        read_rows(path, None).map_err(|error| error.to_string())
+    }
+
+    #[test]
+    fn rows_of_all_groups_come_in_order_and_other_columns_may_hold_anything() {
+        let found = read(&fixture("pairs.parquet")).unwrap();
+        assert_eq!(
+            found.source.to_string(),
+            "Parquet of {\"context\", \"target\"}"
+        );
+        let row = |index: usize| {
+            let target = if index % 2 == 1 { "yes" } else { "no" };
+            let context = format!("Input: ünïcode {index}\nAnswer: ");
+            Row::answer(index + 1, context, target)
+        };
+        assert_eq!(found.rows, (0..25).map(row).collect::<Vec<_>>());
+    }
+
+    #[test]
+    fn lists_of_messages_are_conversations() {
+        let found = read(&fixture("messages.parquet")).unwrap();
+        assert_eq!(found.source.format, Format::Messages);
+        let turns = found.rows.iter().map(|row| match &row.example {
+            Example::Conversation(conversation) => conversation.assistant_turns().count(),
+            other => panic!("{other:?}"),
+        });
+        assert_eq!(turns.collect::<Vec<_>>(), [1, 2, 1]);
+        assert_eq!(found.rows[0].example.target(), Some("there"));
+        assert_eq!(found.rows[1].example.target(), Some("no"));
+    }
+
+    #[test]
+    fn a_row_that_is_wrong_is_named() {
+        for (name, part) in [
+            (
+                "missing.parquet",
+                "missing.parquet, row 2: \"context\" must be a string, got null",
+            ),
+            (
+                "numbers.parquet",
+                "row 1: \"target\" must be a string, got a number",
+            ),
+            (
+                "unknown.parquet",
+                "row 1: the row has \"question\", \"reply\"",
+            ),
+        ] {
+            let error = read(&fixture(name)).unwrap_err();
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_file_that_is_cut_or_damaged_is_an_error_or_still_rows() {
+        let whole = std::fs::read(fixture("pairs.parquet")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("damaged.parquet");
+        for length in (0..whole.len()).step_by(301) {
+            std::fs::write(&path, &whole[..length]).unwrap();
+            let error = read(&path).unwrap_err();
+            assert!(
+                error.contains("damaged.parquet is not a valid Parquet file"),
+                "{error}"
+            );
+        }
+        for position in (0..whole.len()).step_by(97) {
+            let mut damaged = whole.clone();
+            damaged[position] ^= 0xff;
+            std::fs::write(&path, &damaged).unwrap();
+            if let Err(error) = read(&path) {
+                assert!(error.contains("damaged.parquet"), "{error}");
+            }
+        }
+    }
+}
