@@ -19,6 +19,9 @@ const LONGEST: Duration = Duration::from_secs(10);
 /// An error may quote from the file, but not without end.
 const LONGEST_MESSAGE: usize = 16 << 10;
 
+/// Reads a file; an error is what a user would see.
+pub type Read<'a> = dyn FnMut(&[u8]) -> Result<(), String> + 'a;
+
 /// A parser under test.
 pub struct Parser<'a> {
     /// What the table calls it.
@@ -28,7 +31,7 @@ pub struct Parser<'a> {
     /// The most bytes that it may have allocated at one time, beside 32 times the file's size.
     pub memory: usize,
     /// Reads a file: a correct load, or an error's message.
-    pub read: Box<dyn FnMut(&[u8]) -> Result<(), String> + 'a>,
+    pub read: Box<Read<'a>>,
 }
 
 /// What came of a parser's files.

@@ -632,7 +632,7 @@ fn a_split_file_another_architecture_and_a_missing_tokenizer_are_named() {
     let path = folder.path().join("model.gguf");
     sentence_piece_model(&path);
     let header = GgufFile::open(&path).unwrap().header;
-    let write = |change: &dyn Fn(&mut Vec<(String, Value)>)| {
+    let write = |change: fn(&mut Vec<(String, Value)>)| {
         let mut metadata: Vec<_> = header.metadata.clone().into_iter().collect();
         change(&mut metadata);
         let bytes = GgufWriter::new(Vec::new(), &metadata, vec![])

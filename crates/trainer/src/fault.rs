@@ -143,7 +143,7 @@ pub fn before(_operation: Operation) {
         return;
     };
     let now = SystemTime::now().duration_since(UNIX_EPOCH);
-    let random = u64::from(now.map_or(0, |now| now.subsec_nanos() / 1000));
+    let random = u64::from(now.map_or(0, |now| now.subsec_micros()));
     std::thread::sleep(Duration::from_millis(random % (faults.delay_ms + 1)));
 }
 

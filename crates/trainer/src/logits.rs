@@ -38,7 +38,7 @@ pub struct LogitsArgs {
 #[allow(missing_docs)] // Each variant carries the error of the part that failed.
 pub enum LogitsError {
     #[error(transparent)]
-    Inference(#[from] InferenceError),
+    Inference(Box<InferenceError>),
     #[error(transparent)]
     Output(#[from] OutputError),
     #[error("cannot read {}: {source}", path.display())]
@@ -54,6 +54,12 @@ pub enum LogitsError {
     Unreadable { row: usize, reason: String },
     #[error("the scores cannot be written: {0}")]
     Safetensors(String),
+}
+
+impl From<InferenceError> for LogitsError {
+    fn from(error: InferenceError) -> Self {
+        Self::Inference(Box::new(error))
+    }
 }
 
 /// Scores every row by itself, every token after those before it.

@@ -432,7 +432,7 @@ pub fn train(
         let card = ModelCard {
             config,
             shape: plan::shape(&model_config),
-            trainable: session.fit.plan.counts.trainable as u64,
+            trainable: session.fit.plan.counts.trainable,
             train_rows: data.train.len(),
             validation_rows: data.validation.len(),
             step: progress.kept.unwrap_or(total_steps),

@@ -236,7 +236,7 @@ mod tests {
         for (change, start) in changes.iter().zip(starts) {
             assert!(change.starts_with(start), "{change}");
         }
-        assert_eq!(before.changed_data(), [files.train.clone()]);
+        assert_eq!(before.changed_data(), std::slice::from_ref(&files.train));
     }
 
     #[test]

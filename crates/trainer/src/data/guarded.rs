@@ -1,7 +1,7 @@
 //! `tokenizer.json` from somebody else: the `tokenizers` crate reads it, and panics on some files, writes more for a
 //! short text than a machine has memory on others. Here it can do neither.
 
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokenizers::{Encoding, Tokenizer};
 
@@ -11,6 +11,10 @@ use crate::contained::contain;
 const MOST_GROWTH: f64 = 4096.0;
 /// The most that a text may grow to.
 const LONGEST_NORMALIZED: f64 = (1u64 << 30) as f64;
+
+/// The most bytes of regular expressions in a file. Those of models in use have some hundred; compiled, a
+/// pattern of character classes takes four thousand times its length.
+const LONGEST_PATTERNS: usize = 4096;
 
 /// A tokenizer that was looked through.
 #[derive(Debug)]
@@ -23,6 +27,7 @@ pub(crate) struct Guarded {
 impl Guarded {
     /// Reads a `tokenizer.json`.
     pub fn read(json: &[u8]) -> Result<Self, String> {
+        check_patterns(json)?;
         let read = contain(|| Tokenizer::from_bytes(json));
         let tokenizer = match read {
             Ok(Ok(tokenizer)) => tokenizer,
@@ -72,6 +77,47 @@ impl Guarded {
             Ok(Err(error)) => Err(error.to_string()),
             Err(panic) => Err(format!("tokenizer.json does not work: {panic}")),
         }
+    }
+}
+
+/// The parts of a file that hold regular expressions; the vocabulary is passed over.
+#[derive(Deserialize)]
+struct Parts {
+    #[serde(default)]
+    normalizer: Value,
+    #[serde(default)]
+    pre_tokenizer: Value,
+    #[serde(default)]
+    decoder: Value,
+}
+
+/// They are compiled while the file is read, so this comes first.
+fn check_patterns(json: &[u8]) -> Result<(), String> {
+    // What is wrong with a file that is no JSON, the crate says.
+    let Ok(parts) = serde_json::from_slice::<Parts>(json) else {
+        return Ok(());
+    };
+    let parts = [&parts.normalizer, &parts.pre_tokenizer, &parts.decoder];
+    match parts.into_iter().map(patterns).sum::<usize>() {
+        length if length > LONGEST_PATTERNS => Err(format!(
+            "its regular expressions have {length} bytes; more than {LONGEST_PATTERNS} are not compiled"
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// Bytes of regular expressions anywhere in a part.
+fn patterns(part: &Value) -> usize {
+    match part {
+        Value::Object(fields) => fields
+            .iter()
+            .map(|(key, value)| match (key.as_str(), value) {
+                ("Regex", Value::String(pattern)) => pattern.len(),
+                _ => patterns(value),
+            })
+            .sum(),
+        Value::Array(items) => items.iter().map(patterns).sum(),
+        _ => 0,
     }
 }
 
@@ -200,6 +246,18 @@ mod tests {
             let guarded = Guarded::read(&file(normalizer)).unwrap();
             assert!(guarded.encode_fast(&"a ".repeat(100_000), false).is_ok());
         }
+    }
+
+    #[test]
+    fn regular_expressions_that_would_fill_the_memory_are_not_compiled() {
+        let pattern = |repeats: usize| {
+            let split = json!({"type": "Split", "pattern": {"Regex": r"\p{L}+|".repeat(repeats) + "x"},
+                "behavior": "Isolated", "invert": false});
+            json!({"pre_tokenizer": {"type": "Sequence", "pretokenizers": [split]}}).to_string()
+        };
+        assert_eq!(check_patterns(pattern(20).as_bytes()), Ok(()));
+        let error = check_patterns(pattern(1000).as_bytes()).unwrap_err();
+        assert!(error.contains("regular expressions"), "{error}");
     }
 
     #[test]

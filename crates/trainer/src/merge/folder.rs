@@ -159,7 +159,7 @@ impl Drop for NewFolder {
 pub(super) fn has_tokenizer(folder: &Path) -> bool {
     let is_there = |name: &&str| folder.join(name).is_file();
     let parts = ["vocab.json", "merges.txt"];
-    ["tokenizer.json", "tokenizer.model"].iter().any(is_there) || parts.iter().all(|p| is_there(&p))
+    ["tokenizer.json", "tokenizer.model"].iter().any(is_there) || parts.iter().all(is_there)
 }
 
 /// `config.json` with the type of the weights put right: `dtype` as transformers 5 calls it, `torch_dtype`

@@ -64,7 +64,7 @@ fn copy(
 ) -> Result<(), MergeError> {
     let place = source.planned(tensor);
     let mut at = 0;
-    source.for_each_run(&tensor.source, &mut |bytes, values| {
+    source.for_each_run(&tensor.source, |bytes, values| {
         if tensor.dtype == place.dtype {
             return output.write(bytes);
         }
@@ -84,7 +84,7 @@ fn write_changed(
 ) -> Result<(), MergeError> {
     let place = source.planned(tensor);
     let mut all = Vec::with_capacity(place.rows * place.columns);
-    source.for_each_run(&tensor.source, &mut |bytes, values| {
+    source.for_each_run(&tensor.source, |bytes, values| {
         change.read(&tensor.name, bytes, place.dtype);
         all.extend(values());
         Ok(())

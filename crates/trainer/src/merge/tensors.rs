@@ -106,7 +106,7 @@ impl ModelTensors {
     pub(super) fn for_each_run(
         &mut self,
         name: &str,
-        work: &mut dyn FnMut(&[u8], &dyn Fn() -> Vec<f32>) -> Result<(), MergeError>,
+        mut work: impl FnMut(&[u8], &dyn Fn() -> Vec<f32>) -> Result<(), MergeError>,
     ) -> Result<(), MergeError> {
         let place = self.tensors[name].clone();
         let at_once = rows_at_once(place.columns);
@@ -121,7 +121,7 @@ impl ModelTensors {
     pub(super) fn values(&mut self, name: &str) -> Result<Vec<f32>, MergeError> {
         let place = &self.tensors[name];
         let mut all = Vec::with_capacity(place.rows * place.columns);
-        self.for_each_run(name, &mut |_, values| {
+        self.for_each_run(name, |_, values| {
             all.extend(values());
             Ok(())
         })?;
