@@ -11,7 +11,7 @@ use trainer::merge::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, me
 fn options(name: &str, output: PathBuf) -> MergeOptions {
     MergeOptions {
         model: fixture(name).join("model"),
-        adapter: fixture(name).join("adapter"),
+        adapter: fixture(name).join("trained"),
         output,
         dtype: Some(Dtype::F32),
         largest_shard: LARGEST_SHARD,

@@ -66,6 +66,12 @@ impl<'a> Adapter<'a> {
         [self.tensors.modules.len(), self.tensors.whole.len()]
     }
 
+    /// The most terms of a sum that changes an element: the rank and the element itself.
+    pub(super) fn terms(&self) -> usize {
+        let ranks = self.tensors.modules.values().map(|pair| pair.r);
+        ranks.max().unwrap_or(0) + 1
+    }
+
     /// Names of the adapted modules.
     pub(super) fn modules(&self) -> impl Iterator<Item = &String> {
         self.tensors.modules.keys()

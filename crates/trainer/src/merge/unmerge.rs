@@ -41,7 +41,7 @@ pub struct UnmergeReport {
     /// Those that are the base's number for number; none where the merged folder has no record of the base.
     pub exact: Option<usize>,
     /// How far an element of the others can be from the base's: half a step of the merged type at the largest
-    /// merged weight, and half a step of the output's.
+    /// merged weight, half a step of the output's, and one of f32 for each term of the sums in and out.
     pub rounding: f32,
     /// The type of the merged tensors.
     pub merged_dtype: String,
@@ -130,7 +130,9 @@ pub fn unmerge(
     Ok(UnmergeReport {
         changed: changed.len(),
         exact,
-        rounding: half_step(merged_dtype, largest) + half_step(dtype, largest_after),
+        rounding: half_step(merged_dtype, largest)
+            + half_step(dtype, largest_after)
+            + 2.0 * adapter.terms() as f32 * half_step(Dtype::F32, largest.max(largest_after)),
         merged_dtype: format!("{merged_dtype:?}").to_lowercase(),
         dtype: format!("{dtype:?}").to_lowercase(),
     })
