@@ -642,10 +642,10 @@ fn a_split_file_another_architecture_and_a_missing_tokenizer_are_named() {
         fs::write(&path, bytes).unwrap();
         path
     };
-    let split = write(&|metadata| metadata.push(("split.count".into(), Value::U16(3))));
+    let split = write(|metadata| metadata.push(("split.count".into(), Value::U16(3))));
     let error = LlamaConfig::from_file(&split).unwrap_err().to_string();
     assert!(error.contains("llama-gguf-split --merge"), "{error}");
-    let other = write(&|metadata| {
+    let other = write(|metadata| {
         metadata.retain(|(key, _)| key != "general.architecture");
         metadata.push(("general.architecture".into(), Value::Text("qwen2".into())));
     });
@@ -655,7 +655,7 @@ fn a_split_file_another_architecture_and_a_missing_tokenizer_are_named() {
         "{error}"
     );
     // Without tensors there is no embedding.
-    let empty = write(&|_| ());
+    let empty = write(|_| ());
     let error = LlamaConfig::from_file(&empty).unwrap_err().to_string();
     assert!(error.contains("token_embd.weight"), "{error}");
 }

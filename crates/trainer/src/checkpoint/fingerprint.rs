@@ -40,7 +40,7 @@ pub struct Mark {
     pub name: String,
     /// Its length.
     pub bytes: u64,
-    /// SHA-256, see [`hash::of_large_file`].
+    /// SHA-256, of samples where the file is large.
     pub sha256: String,
     /// Where it was, and when it was last changed; not kept in a checkpoint.
     #[serde(skip)]

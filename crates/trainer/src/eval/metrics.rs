@@ -34,7 +34,7 @@ pub struct LabelScores {
     /// Each label, in the order of the labels.
     pub each: Vec<LabelScore>,
     /// Rows by target (outer) and answer (inner; the last is no label). Empty for more than
-    /// [`LARGEST_MATRIX`] labels.
+    /// 50 labels.
     pub confusion: Vec<Vec<usize>>,
 }
 
