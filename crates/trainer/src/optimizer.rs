@@ -49,6 +49,7 @@ impl AdamW {
         Optimizer {
             adamw: self.config().build(),
             states: HashMap::new(),
+            since_sweep: 0,
         }
     }
 
@@ -68,7 +69,12 @@ impl AdamW {
 pub struct Optimizer {
     adamw: burn::optim::AdamW,
     states: HashMap<ParamId, DynState>,
+    /// Steps since the tape was rid of parameters that are gone.
+    since_sweep: usize,
 }
+
+/// Steps between two sweeps.
+const SWEEP: usize = 16;
 
 /// What AdamW remembers of a parameter, on the host.
 #[derive(Debug, Clone, PartialEq)]
@@ -89,11 +95,17 @@ impl Optimizer {
         module: M,
         gradients: GradientsParams,
     ) -> M {
-        module.map(&mut Update {
+        let module = module.map(&mut Update {
             optimizer: self,
             learning_rate,
             gradients,
-        })
+        });
+        self.since_sweep += 1;
+        if self.since_sweep >= SWEEP {
+            self.since_sweep = 0;
+            sweep(&module);
+        }
+        module
     }
 
     /// What is remembered of a parameter of rank `D`; `None` before its first update.
@@ -133,6 +145,18 @@ impl Optimizer {
         );
         let state = DynState::create(AdamWState::new(momentum), D);
         self.states.insert(id, state);
+    }
+}
+
+/// Has Burn's tape forget parameters that have been replaced.
+///
+/// It takes note of every tensor that requires a gradient, about a kilobyte each, and forgets those that are
+/// gone only when something is differentiated. Training here differentiates nothing on the tape, so a run
+/// would grow by that for every parameter and step.
+fn sweep<M: Module>(module: &M) {
+    if let Some(device) = module.devices().into_iter().next() {
+        let one = Tensor::<1>::ones([1], &device.autodiff()).require_grad();
+        drop((one * 2.0).backward());
     }
 }
 

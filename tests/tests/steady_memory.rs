@@ -1,0 +1,76 @@
+//! What a run holds does not grow with its steps.
+//!
+//! One test only: the counting allocator sees every thread of the process.
+
+use burn::tensor::Device;
+use llama_burn::{Llama, LlamaConfig, RopeScaling};
+use lora_core::LoraConfig;
+use tests::allocator::CountingAllocator;
+use trainer::data::{Batch, BatchRow, Prefixes};
+use trainer::gradients::{AdapterGradients, PassOptions, accumulate};
+use trainer::optimizer::AdamW;
+
+#[global_allocator]
+static ALLOCATOR: CountingAllocator = CountingAllocator;
+
+/// Lists that have grown once stay as large; a tensor that is never let go would be a thousand bytes a step.
+const TOLERANCE: usize = 20_000;
+
+#[test]
+fn what_is_in_use_after_many_steps_is_what_was_in_use_after_some() {
+    let config = LlamaConfig {
+        vocab_size: 64,
+        hidden_size: 32,
+        intermediate_size: 64,
+        num_hidden_layers: 2,
+        num_attention_heads: 4,
+        num_key_value_heads: 2,
+        head_dim: 8,
+        max_position_embeddings: 64,
+        rms_norm_eps: 1e-5,
+        rope_theta: 10_000.0,
+        rope_scaling: RopeScaling::Default,
+        tie_word_embeddings: true,
+        attention_bias: false,
+        mlp_bias: false,
+        initializer_range: 0.02,
+        bos_token_id: None,
+        eos_token_ids: vec![],
+        weight_bytes: 4,
+    };
+    let model = Llama::random(&config, 1, &Device::flex().autodiff());
+    let mut model = model
+        .with_lora(&LoraConfig::default(), 1)
+        .expect("the settings are valid");
+    let mut optimizer = AdamW::default().resumable();
+    let ids: Vec<u32> = (0..24).collect();
+    let row = BatchRow {
+        ids: &ids,
+        targets: vec![(22, 3)],
+        line: 1,
+    };
+    let batch = Batch::new(&[row], Prefixes::Apart);
+    let mut steps = |count: usize, mut model: Llama| {
+        for _ in 0..count {
+            let mut sums = AdapterGradients::default();
+            let options = PassOptions {
+                gradient_checkpointing: false,
+                dropout_seed: 1,
+            };
+            accumulate(&model, &batch, options, &mut sums);
+            let (gradients, _) = sums.into_mean(1.0);
+            model = optimizer.step(1e-3, model, gradients);
+        }
+        model
+    };
+    // A multiple of the steps between two sweeps of the tape.
+    model = steps(64, model);
+    let before = CountingAllocator::bytes_in_use();
+    model = steps(320, model);
+    let after = CountingAllocator::bytes_in_use();
+    drop(model);
+    assert!(
+        after < before + TOLERANCE,
+        "{before} bytes became {after} in 320 steps"
+    );
+}
