@@ -95,7 +95,7 @@ pub enum AdapterError {
     },
     /// A tensor that no adapted module has.
     #[error(
-        "tensor {name} is unexpected: the adapter's configuration and the model have no place for it"
+        "tensor {name} is unexpected: the adapter's configuration and the model have no place for it; was it trained on another model?"
     )]
     Unexpected {
         /// The tensor's name.
