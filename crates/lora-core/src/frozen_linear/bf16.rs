@@ -17,32 +17,14 @@
 //!
 //! Sums run in f32 in a fixed order: results do not depend on the number of threads.
 
-use std::cell::RefCell;
-use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use rayon::prelude::*;
 
 use super::Direction;
-
-/// Columns of the output that one step computes: two vectors of sums.
-const LANES: usize = 32;
-
-/// Most rows of the output that one step computes: 12 · 2 sums, two vectors of weights and one of
-/// activations fit the 32 registers.
-const ROWS: usize = 12;
-
-/// Pairs of weights in a panel: 256 KiB, so that it stays in a core's second-level cache.
-const PANEL_PAIRS: usize = 64 * 1024;
-
-/// Most of the inner dimension that a panel takes in.
-const CHUNK: usize = 4096;
-
-/// Bytes of a row that are transposed at a time.
-const SEGMENT: usize = 64;
-
-/// Below this many multiply-adds one thread computes it all.
-const PARALLEL_FROM: usize = 1 << 20;
+use super::tiles::{
+    self, Activations, LANES, Lanes, Output, Panel, ROWS, SEGMENT, Sums, transposed_words,
+};
 
 /// A quantized weight: `W[k][j] = integers[k · d_out + j] · scales[(k · d_out + j) / block]`.
 #[derive(Debug, Clone, Copy)]
@@ -55,15 +37,6 @@ pub(crate) struct Weight<'a> {
     pub d_out: usize,
     /// Divides `d_out`, and is even: no pair has two scales.
     pub block: usize,
-}
-
-/// Where a product goes.
-#[derive(Debug)]
-pub(crate) enum Output<'a> {
-    /// All elements are written, none is read.
-    New(&'a mut [MaybeUninit<f32>]),
-    /// The product is added.
-    Sum(&'a mut [f32]),
 }
 
 /// Whether the processor (and the operating system) can run [`forward`] and [`backward`].
@@ -171,108 +144,27 @@ fn native(_: &[f32], _: usize, _: Weight, _: Direction, _: Output) {
     unreachable!("the processor has no AVX512-BF16");
 }
 
-/// 16 sums in f32, and the instructions that the products are made of.
-///
-/// The implementation for a processor that lacks them must not be used there.
-trait Sums: Copy {
-    /// [`Job::columns`], compiled for the processor that has the instructions.
-    fn columns(job: &Job, tiles: Range<usize>, panel: &mut Panel) {
-        job.columns::<Self>(tiles, panel);
-    }
-
-    /// [`round`], compiled likewise.
+/// Sums of products of pairs.
+trait PairSums: Sums {
+    /// [`round`], compiled for the processor that has the instructions.
     fn round(pairs: &mut [u32], x: &[f32]) {
         round(pairs, x);
     }
-
-    fn zero() -> Self;
-
-    /// `self[i] + pair · pairs[i]`: a pair's second product is added first, as `vdpbf16ps` does.
-    fn add_products(self, pair: u32, pairs: &[u32; 16]) -> Self;
-
-    fn scaled(self, scales: &[f32; 16]) -> Self;
-
-    /// Writes the first `count` (at most 16) sums, or adds them to what is there.
-    ///
-    /// # Safety
-    ///
-    /// `output` points to `count` floats that nobody else uses meanwhile, initialized if they are
-    /// added to.
-    unsafe fn store(self, output: *mut f32, count: usize, accumulate: bool);
 }
 
 #[cfg(target_arch = "x86_64")]
-use avx512::Avx512;
+type Avx512 = super::avx512::Avx512<true>;
 
 #[cfg(target_arch = "x86_64")]
-mod avx512 {
-    use std::arch::x86_64::*;
-    use std::ops::Range;
-
-    use super::{Job, Panel, Sums, round};
-
-    /// One register. Its methods are called on processors with AVX512-BF16 only: see [`super::native`].
-    #[derive(Clone, Copy)]
-    pub(super) struct Avx512(__m512);
-
-    // SAFETY of the intrinsics below: the processor has them, as the type's contract says; loads
-    // read 16 elements through references to arrays of that many.
-    impl Sums for Avx512 {
-        // What these call is inlined into them, so that the features apply to all of it.
-        fn columns(job: &Job, tiles: Range<usize>, panel: &mut Panel) {
-            #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-            fn compiled(job: &Job, tiles: Range<usize>, panel: &mut Panel) {
-                job.columns::<Avx512>(tiles, panel);
-            }
-            // SAFETY: as above.
-            unsafe { compiled(job, tiles, panel) }
+impl PairSums for Avx512 {
+    fn round(pairs: &mut [u32], x: &[f32]) {
+        // What this calls is inlined into it, so that the features apply to all of it.
+        #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
+        fn compiled(pairs: &mut [u32], x: &[f32]) {
+            round(pairs, x);
         }
-
-        fn round(pairs: &mut [u32], x: &[f32]) {
-            #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
-            fn compiled(pairs: &mut [u32], x: &[f32]) {
-                round(pairs, x);
-            }
-            // SAFETY: as above.
-            unsafe { compiled(pairs, x) }
-        }
-
-        #[inline(always)]
-        fn zero() -> Self {
-            // SAFETY: as above.
-            Self(unsafe { _mm512_setzero_ps() })
-        }
-
-        #[inline(always)]
-        fn add_products(self, pair: u32, pairs: &[u32; 16]) -> Self {
-            // SAFETY: as above; both vectors are 64 bytes without invalid values.
-            unsafe {
-                let pair: __m512bh = std::mem::transmute(_mm512_set1_epi32(pair as i32));
-                let pairs: __m512bh =
-                    std::mem::transmute(_mm512_loadu_epi32(pairs.as_ptr().cast()));
-                Self(_mm512_dpbf16_ps(self.0, pair, pairs))
-            }
-        }
-
-        #[inline(always)]
-        fn scaled(self, scales: &[f32; 16]) -> Self {
-            // SAFETY: as above.
-            Self(unsafe { _mm512_mul_ps(self.0, _mm512_loadu_ps(scales.as_ptr())) })
-        }
-
-        #[inline(always)]
-        unsafe fn store(self, output: *mut f32, count: usize, accumulate: bool) {
-            let mask = ((1u32 << count) - 1) as __mmask16;
-            // SAFETY: the processor has the intrinsics; masked elements are neither read nor
-            // written, the others are the caller's.
-            unsafe {
-                let sums = match accumulate {
-                    true => _mm512_add_ps(self.0, _mm512_maskz_loadu_ps(mask, output)),
-                    false => self.0,
-                };
-                _mm512_mask_storeu_ps(output, mask, sums);
-            }
-        }
+        // SAFETY: the processor has them, as the type's contract says.
+        unsafe { compiled(pairs, x) }
     }
 }
 
@@ -295,7 +187,12 @@ fn fused_add(sum: f32, a: u32, b: u32) -> f32 {
     flushed(a.mul_add(b, sum))
 }
 
+impl PairSums for Emulated {}
+
 impl Sums for Emulated {
+    const NUMBERS: usize = 2;
+    const CHUNK: usize = 4096;
+
     fn zero() -> Self {
         Self([0.0; 16])
     }
@@ -308,26 +205,16 @@ impl Sums for Emulated {
         self
     }
 
-    fn scaled(mut self, scales: &[f32; 16]) -> Self {
-        for (sum, scale) in self.0.iter_mut().zip(scales) {
-            *sum *= scale;
-        }
-        self
-    }
-
-    unsafe fn store(self, output: *mut f32, count: usize, accumulate: bool) {
-        for (i, sum) in self.0.into_iter().take(count).enumerate() {
-            // SAFETY: the caller's `count` floats, initialized where they are read.
-            unsafe {
-                let before = if accumulate { *output.add(i) } else { -0.0 };
-                output.add(i).write(before + sum);
-            }
-        }
+    fn added_to(self, before: [f32; 16], scales: Option<&[f32; 16]>) -> [f32; 16] {
+        std::array::from_fn(|i| match scales {
+            Some(scales) => self.0[i].mul_add(scales[i], before[i]),
+            None => self.0[i] + before[i],
+        })
     }
 }
 
 /// `x · W` or `x · Wᵀ` for `x` of `n` rows.
-fn product<S: Sums>(x: &[f32], n: usize, weight: Weight, direction: Direction, output: Output) {
+fn product<S: PairSums>(x: &[f32], n: usize, weight: Weight, direction: Direction, output: Output) {
     let (inner, outer) = direction.inner_and_outer(weight);
     let Weight {
         d_in, d_out, block, ..
@@ -342,164 +229,14 @@ fn product<S: Sums>(x: &[f32], n: usize, weight: Weight, direction: Direction, o
             && weight.scales.len() * block == d_in * d_out,
         "a weight of {d_in}x{d_out}"
     );
-    let (data, length, accumulate) = match output {
-        Output::New(output) => (output.as_mut_ptr().cast(), output.len(), false),
-        Output::Sum(output) => (output.as_mut_ptr(), output.len(), true),
+    assert_eq!(x.len(), n * inner, "{n} rows of {inner}");
+    let pairs = Pairs::new::<S>(x, inner, n);
+    let x = Activations {
+        items: &pairs.pairs,
+        stride: pairs.stride,
     };
-    assert!(
-        x.len() == n * inner && length == n * outer,
-        "{} and {length} elements for {n} rows of {inner} and {outer}",
-        x.len()
-    );
-    let parallel = n * inner * outer >= PARALLEL_FROM;
-    let job = Job {
-        x: Activations::new::<S>(x, inner, n, parallel),
-        weight,
-        direction,
-        output: data,
-        rows: n,
-        columns: outer,
-        accumulate,
-    };
-    let tiles = outer.div_ceil(LANES);
-    let groups = groups(tiles, job.chunk().min(inner));
-    let work = |group: usize| {
-        let tiles = tiles * group / groups..tiles * (group + 1) / groups;
-        PANEL.with_borrow_mut(|panel| S::columns(&job, tiles, panel));
-    };
-    match parallel {
-        true => (0..groups).into_par_iter().for_each(work),
-        false => (0..groups).for_each(work),
-    }
-}
-
-thread_local! {
-    /// Kept, because fresh memory would cost more page faults than the panel is worth.
-    static PANEL: RefCell<Panel> = RefCell::default();
-}
-
-/// In how many parts the tiles are computed: one panel each, and an equal number for each thread.
-fn groups(tiles: usize, chunk: usize) -> usize {
-    let most = PANEL_PAIRS / (chunk.div_ceil(2) * LANES);
-    tiles
-        .div_ceil(most.max(1))
-        .next_multiple_of(rayon::current_num_threads())
-        .min(tiles)
-}
-
-/// A product, of which threads compute different columns.
-struct Job<'a> {
-    x: Activations,
-    weight: Weight<'a>,
-    direction: Direction,
-    /// `[rows, columns]`.
-    output: *mut f32,
-    rows: usize,
-    columns: usize,
-    /// Whether the product is added to what is there.
-    accumulate: bool,
-}
-
-// SAFETY: the output is borrowed for the whole product, and each thread gets columns of its own.
-unsafe impl Sync for Job<'_> {}
-
-impl Job<'_> {
-    /// How much of the inner dimension a panel takes in: whole blocks.
-    fn chunk(&self) -> usize {
-        (CHUNK / self.weight.block).max(1) * self.weight.block
-    }
-
-    /// Computes the columns of these tiles, which must be the caller's alone.
-    #[inline(always)]
-    fn columns<S: Sums>(&self, tiles: Range<usize>, panel: &mut Panel) {
-        let (inner, _) = self.direction.inner_and_outer(self.weight);
-        let chunk = self.chunk();
-        for start in (0..inner).step_by(chunk) {
-            let range = start..inner.min(start + chunk);
-            panel.unpack(self.weight, self.direction, tiles.clone(), range);
-            let mut row = 0;
-            while row < self.rows {
-                row += match self.rows - row {
-                    ROWS.. => self.strip::<S, ROWS>(row, start, tiles.start, panel),
-                    4.. => self.strip::<S, 4>(row, start, tiles.start, panel),
-                    _ => self.strip::<S, 1>(row, start, tiles.start, panel),
-                };
-            }
-        }
-    }
-
-    /// `HEIGHT` rows from `row` on times a panel that begins at `start` of the inner dimension and
-    /// at tile `first`. Returns `HEIGHT`.
-    #[inline(always)]
-    fn strip<S: Sums, const HEIGHT: usize>(
-        &self,
-        row: usize,
-        start: usize,
-        first: usize,
-        panel: &Panel,
-    ) -> usize {
-        let runs = panel.height.div_ceil(panel.run);
-        for (i, tile) in panel.pairs.chunks_exact(panel.height).enumerate() {
-            let column = (first + i) * LANES;
-            for (run, pairs) in tile.chunks(panel.run).enumerate() {
-                let offset = row * self.x.stride + start / 2 + run * panel.run;
-                let sums = sums::<S, HEIGHT>(&self.x.pairs[offset..], self.x.stride, pairs);
-                let scales = panel.scales.get(i * runs + run);
-                let accumulate = self.accumulate || start + run > 0;
-                for (r, sums) in sums.into_iter().enumerate() {
-                    // SAFETY: this tile's columns are this thread's; the first run has written them.
-                    unsafe { self.store(sums, scales, row + r, column, accumulate) };
-                }
-            }
-        }
-        HEIGHT
-    }
-
-    /// Writes a row's sums, times `scales`, from `column` on, or adds them.
-    ///
-    /// # Safety
-    ///
-    /// The tile that begins at `column` is the caller's alone, and initialized if added to.
-    #[inline(always)]
-    unsafe fn store<S: Sums>(
-        &self,
-        sums: [S; 2],
-        scales: Option<&Lanes<f32>>,
-        row: usize,
-        column: usize,
-        accumulate: bool,
-    ) {
-        for (half, mut sums) in sums.into_iter().enumerate() {
-            if let Some(scales) = scales {
-                sums = sums.scaled(&scales[half]);
-            }
-            let column = column + half * 16;
-            let count = self.columns.saturating_sub(column).min(16);
-            let place = self.output.wrapping_add(row * self.columns + column);
-            // SAFETY: these `count` elements of the output are in the caller's tile.
-            unsafe { sums.store(place, count, accumulate) };
-        }
-    }
-}
-
-/// The products of `HEIGHT` rows of activations, `stride` apart, with a run of weights.
-#[inline(always)]
-fn sums<S: Sums, const HEIGHT: usize>(
-    x: &[u32],
-    stride: usize,
-    pairs: &[Lanes<u32>],
-) -> [[S; 2]; HEIGHT] {
-    assert!(x.len() >= (HEIGHT - 1) * stride + pairs.len());
-    let mut sums = [[S::zero(); 2]; HEIGHT];
-    for (i, [left, right]) in pairs.iter().enumerate() {
-        for (r, sums) in sums.iter_mut().enumerate() {
-            // SAFETY: asserted above.
-            let pair = unsafe { *x.get_unchecked(r * stride + i) };
-            sums[0] = sums[0].add_products(pair, left);
-            sums[1] = sums[1].add_products(pair, right);
-        }
-    }
-    sums
+    let pairs = WeightPairs { weight, direction };
+    tiles::product::<S>(x, [n, inner, outer], &pairs, output);
 }
 
 /// The nearest bf16 number, in the lower half; ties go to the even one, NaN stays NaN.
@@ -513,23 +250,19 @@ fn bf16(x: f32) -> u32 {
 }
 
 /// Activations in pairs of bf16 numbers, row by row; an odd last one is paired with zero.
-struct Activations {
+struct Pairs {
     pairs: Vec<u32>,
     /// From row to row: an odd number of cache lines, so that rows do not evict one another.
     stride: usize,
 }
 
-impl Activations {
-    fn new<S: Sums>(x: &[f32], inner: usize, rows: usize, parallel: bool) -> Self {
+impl Pairs {
+    fn new<S: PairSums>(x: &[f32], inner: usize, rows: usize) -> Self {
         let stride = (inner.div_ceil(32) | 1) * 16;
         let mut pairs = vec![0; rows * stride];
-        match parallel {
-            true => (pairs.par_chunks_mut(stride).zip(x.par_chunks(inner)))
-                .with_min_len(16)
-                .for_each(|(pairs, x)| S::round(pairs, x)),
-            false => (pairs.chunks_mut(stride).zip(x.chunks(inner)))
-                .for_each(|(pairs, x)| S::round(pairs, x)),
-        }
+        (pairs.par_chunks_mut(stride).zip(x.par_chunks(inner)))
+            .with_min_len(16)
+            .for_each(|(pairs, x)| S::round(pairs, x));
         Self { pairs, stride }
     }
 }
@@ -546,107 +279,102 @@ fn round(pairs: &mut [u32], x: &[f32]) {
     }
 }
 
-/// One value for each column of a tile.
-type Lanes<T> = [[T; 16]; 2];
-
-/// Part of a weight: some tiles of the output's columns, and a part of the inner dimension.
-#[derive(Default)]
-struct Panel {
-    /// `[tiles, height]`: pairs of bf16 weights along the inner dimension.
-    pairs: Vec<Lanes<u32>>,
-    /// `[tiles, height / run]`, with which the sum over a run is multiplied; none in forward panels.
-    scales: Vec<Lanes<f32>>,
-    height: usize,
-    /// Pairs that are summed up before they are scaled and added to the output.
-    run: usize,
+/// What panels hold of a weight: pairs along the dimension that is summed over.
+struct WeightPairs<'a> {
+    weight: Weight<'a>,
+    direction: Direction,
 }
 
-impl Panel {
-    /// Replaces the panel with these tiles of these inner indices.
-    #[inline(always)]
-    fn unpack(
-        &mut self,
-        weight: Weight,
-        direction: Direction,
-        tiles: Range<usize>,
-        inner: Range<usize>,
-    ) {
-        self.pairs.clear();
-        self.scales.clear();
-        self.height = inner.len().div_ceil(2);
-        self.pairs.reserve(self.height * tiles.len());
-        for first in tiles.map(|tile| tile * LANES) {
-            match direction {
-                Direction::Forward => self.unpack_columns(weight, first, inner.clone()),
-                Direction::Backward => self.unpack_rows(weight, first, inner.clone()),
-            }
-        }
-        self.run = match direction {
-            Direction::Forward => self.height,
-            Direction::Backward => weight.block / 2,
-        };
+impl tiles::Weight for WeightPairs<'_> {
+    fn unit(&self) -> usize {
+        self.weight.block
     }
 
-    /// A forward tile: columns of W from `first` on, with their scales.
-    ///
-    /// Loops instead of iterators and closures, which the compiler may leave without the features
-    /// of [`Sums::columns`].
     #[inline(always)]
-    fn unpack_columns(&mut self, weight: Weight, first: usize, rows: Range<usize>) {
-        let width = (weight.d_out - first).min(LANES);
-        let blocks_in_row = weight.d_out / weight.block;
-        let mut blocks = [0; LANES];
-        for (lane, block) in blocks.iter_mut().enumerate() {
-            *block = (first + lane.min(width - 1)) / weight.block;
-        }
-        let row = |k: usize| {
-            let integers = &weight.integers[k * weight.d_out + first..];
-            let scales = &weight.scales[k * blocks_in_row..][..blocks_in_row];
-            (integers, scales)
-        };
-        for k in rows.clone().step_by(2) {
-            let mut pair: Lanes<u32> = [[0; 16]; 2];
-            add_row::<0>(&mut pair, row(k), &blocks);
-            if k + 1 < rows.end {
-                add_row::<16>(&mut pair, row(k + 1), &blocks);
+    fn fill<S: Sums>(&self, panel: &mut Panel, tiles: Range<usize>, inner: Range<usize>) {
+        for (tile, items) in panel.items.chunks_exact_mut(panel.height).enumerate() {
+            let first = (tiles.start + tile) * LANES;
+            match self.direction {
+                Direction::Forward => unpack_columns(items, self.weight, first, inner.clone()),
+                Direction::Backward => {
+                    unpack_rows::<S>(items, self.weight, first, inner.clone());
+                    push_scales(&mut panel.scales, self.weight, first, inner.clone());
+                }
             }
-            self.pairs.push(pair);
+        }
+        if self.direction == Direction::Backward {
+            panel.run = self.weight.block / 2;
         }
     }
+}
 
-    /// A backward tile: rows of W from `first` on, as integers, and the scales of their blocks.
-    #[inline(always)]
-    fn unpack_rows(&mut self, weight: Weight, first: usize, columns: Range<usize>) {
-        let (d_out, block) = (weight.d_out, weight.block);
-        let width = (weight.d_in - first).min(LANES);
-        for column in columns.clone().step_by(SEGMENT) {
-            let count = SEGMENT.min(columns.end - column);
-            // Words of four integers, transposed; two more may follow.
-            let mut words = [[0u32; LANES]; SEGMENT / 4];
-            for lane in 0..width {
-                let row = &weight.integers[(first + lane) * d_out + column..][..count];
-                let (fours, rest) = row.as_chunks::<4>();
-                for (words, four) in words.iter_mut().zip(fours) {
-                    words[lane] = word(*four);
-                }
-                if let [a, b] = *rest {
-                    words[fours.len()][lane] = word([a, b, 0, 0]);
-                }
-            }
-            for i in 0..count / 2 {
-                let mut pair: Lanes<u32> = [[0; 16]; 2];
-                for (pair, word) in pair.as_flattened_mut().iter_mut().zip(&words[i / 2]) {
-                    *pair = widen(word >> (i % 2 * 16));
-                }
-                self.pairs.push(pair);
-            }
+/// A forward tile: columns of W from `first` on, with their scales.
+///
+/// Loops instead of iterators and closures, which the compiler may leave without the features
+/// of [`Sums::columns`].
+#[inline(always)]
+fn unpack_columns(items: &mut [Lanes<u32>], weight: Weight, first: usize, rows: Range<usize>) {
+    let width = (weight.d_out - first).min(LANES);
+    let blocks_in_row = weight.d_out / weight.block;
+    let mut blocks = [0; LANES];
+    for (lane, block) in blocks.iter_mut().enumerate() {
+        *block = (first + lane.min(width - 1)) / weight.block;
+    }
+    let row = |k: usize| {
+        let integers = &weight.integers[k * weight.d_out + first..];
+        let scales = &weight.scales[k * blocks_in_row..][..blocks_in_row];
+        (integers, scales)
+    };
+    for (pair, k) in items.iter_mut().zip(rows.clone().step_by(2)) {
+        let mut new: Lanes<u32> = [[0; 16]; 2];
+        add_row::<0>(&mut new, row(k), &blocks);
+        if k + 1 < rows.end {
+            add_row::<16>(&mut new, row(k + 1), &blocks);
         }
-        for index in columns.start / block..columns.end / block {
-            let mut scales: Lanes<f32> = [[0.0; 16]; 2];
-            for (lane, scale) in scales.as_flattened_mut()[..width].iter_mut().enumerate() {
-                *scale = weight.scales[(first + lane) * (d_out / block) + index];
+        *pair = new;
+    }
+}
+
+/// A backward tile: rows of W from `first` on, as integers.
+#[inline(always)]
+fn unpack_rows<S: Sums>(
+    items: &mut [Lanes<u32>],
+    weight: Weight,
+    first: usize,
+    columns: Range<usize>,
+) {
+    let d_out = weight.d_out;
+    let width = (weight.d_in - first).min(LANES);
+    let segments = items.chunks_mut(SEGMENT / 2);
+    for (items, column) in segments.zip(columns.clone().step_by(SEGMENT)) {
+        let count = SEGMENT.min(columns.end - column);
+        let from = &weight.integers[first * d_out + column..];
+        let words = transposed_words::<S>(from, d_out, width, count);
+        for (i, pair) in items.iter_mut().enumerate() {
+            let mut new: Lanes<u32> = [[0; 16]; 2];
+            for half in 0..2 {
+                for lane in 0..16 {
+                    new[half][lane] = widen(words[i / 2][half][lane] >> (i % 2 * 16));
+                }
             }
-            self.scales.push(scales);
+            *pair = new;
+        }
+    }
+}
+
+/// The scales of a backward tile's blocks.
+#[inline(always)]
+fn push_scales(scales: &mut Vec<Lanes<f32>>, weight: Weight, first: usize, columns: Range<usize>) {
+    let blocks_in_row = weight.d_out / weight.block;
+    let width = (weight.d_in - first).min(LANES);
+    let blocks = columns.start / weight.block..columns.end / weight.block;
+    let before = scales.len();
+    scales.resize(before + blocks.len(), [[0.0; 16]; 2]);
+    // A row's scales lie side by side, a column's rows apart.
+    for lane in 0..width {
+        let row = &weight.scales[(first + lane) * blocks_in_row..][blocks.clone()];
+        for (lanes, scale) in scales[before..].iter_mut().zip(row) {
+            lanes.as_flattened_mut()[lane] = *scale;
         }
     }
 }
@@ -682,11 +410,6 @@ fn padded(integers: &[i8]) -> [i8; LANES] {
     let mut row = [0; LANES];
     row[..integers.len()].copy_from_slice(integers);
     row
-}
-
-#[inline(always)]
-fn word([a, b, c, d]: [i8; 4]) -> u32 {
-    u32::from_le_bytes([a as u8, b as u8, c as u8, d as u8])
 }
 
 /// The lower two bytes, signed integers, as a pair of bf16 numbers: eight bits are exact.
@@ -730,7 +453,7 @@ mod tests {
             }
         }
 
-        fn compute<S: Sums>(&self, direction: Direction, sum: Option<f32>) -> Vec<f32> {
+        fn compute<S: PairSums>(&self, direction: Direction, sum: Option<f32>) -> Vec<f32> {
             let (inner, outer) = direction.inner_and_outer(self.weight());
             let (n, x) = (self.0[0], &self.3);
             let mut output = Vec::with_capacity(n * outer);
@@ -797,7 +520,7 @@ mod tests {
         [2, 35, 8256, 64],
     ];
 
-    fn check<S: Sums>(name: &str) {
+    fn check<S: PairSums>(name: &str) {
         let bf16 = |x: f32| f32::from_bits(bf16(x) << 16) as f64;
         for shape in SHAPES {
             let case = Case::new(shape);

@@ -4,12 +4,15 @@
 //! than the product it feeds. Here a block's scale is applied to a run of integers at once, in the
 //! widest vectors that the processor has.
 
+use std::ops::Range;
+
 use burn::backend::ops::{FloatTensorOps, QTensorOps};
 use burn::backend::tensor::QuantizedTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
 
 use super::panels::{self, Stored};
+use super::tiles::{Lanes, Output, SEGMENT, Sums, transposed_words};
 use super::{Direction, bf16, columns, few_rows, precision};
 use crate::cpu::{self, FlexTensor, Values};
 
@@ -97,14 +100,12 @@ fn in_bf16(
     };
     match sum {
         Some(mut sum) => {
-            multiply(bf16::Output::Sum(sum.as_mut_slice()));
+            multiply(Output::Sum(sum.as_mut_slice()));
             sum.into_primitive()
         }
         None => {
             let mut new = Vec::with_capacity(n * width);
-            multiply(bf16::Output::New(
-                &mut new.spare_capacity_mut()[..n * width],
-            ));
+            multiply(Output::New(&mut new.spare_capacity_mut()[..n * width]));
             // SAFETY: a product writes every element of a new output.
             unsafe { new.set_len(n * width) };
             cpu::primitive(new, [n, width])
@@ -113,12 +114,12 @@ fn in_bf16(
 }
 
 /// A quantized weight's integers and scales, where they lie as this file expects them.
-struct Packed<'a> {
-    integers: &'a [i8],
-    scales: &'a [f32],
-    d_in: usize,
-    d_out: usize,
-    block: usize,
+pub(super) struct Packed<'a> {
+    pub(super) integers: &'a [i8],
+    pub(super) scales: &'a [f32],
+    pub(super) d_in: usize,
+    pub(super) d_out: usize,
+    pub(super) block: usize,
 }
 
 impl<'a> Packed<'a> {
@@ -166,25 +167,59 @@ impl Stored for Packed<'_> {
     #[inline(always)]
     fn unpack(&self, first: usize, panel: &mut [f32]) {
         let integers = &self.integers[first..][..panel.len()];
-        let scales = &self.scales[first / self.block..][..panel.len() / self.block];
-        unpack_blocks(panel, integers, scales, self.block);
+        // The usual block as a constant lets the compiler unroll the inner loop without remainders.
+        if self.block == 32 && first.is_multiple_of(32) && panel.len().is_multiple_of(32) {
+            let scales = &self.scales[first / 32..][..panel.len() / 32];
+            return unpack_fixed::<32>(panel, integers, scales);
+        }
+        let mut start = 0;
+        while start < panel.len() {
+            let (index, within) = ((first + start) / self.block, (first + start) % self.block);
+            let end = (start + self.block - within).min(panel.len());
+            let scale = self.scales[index];
+            for (value, integer) in panel[start..end].iter_mut().zip(&integers[start..end]) {
+                *value = *integer as f32 * scale;
+            }
+            start = end;
+        }
     }
-}
 
-/// `panel[i] = integers[i] · scales[i / block]`.
-#[inline(always)]
-fn unpack_blocks(panel: &mut [f32], integers: &[i8], scales: &[f32], block: usize) {
-    // The usual block as a constant lets the compiler unroll the inner loop without remainders.
-    match block {
-        32 => unpack_fixed::<32>(panel, integers, scales),
-        _ => {
-            let blocks = panel
-                .chunks_exact_mut(block)
-                .zip(integers.chunks_exact(block));
-            for ((panel, integers), scale) in blocks.zip(scales) {
-                for (value, integer) in panel.iter_mut().zip(integers) {
-                    *value = *integer as f32 * scale;
+    #[inline(always)]
+    fn unpack_rows<S: Sums>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        tile: &mut [Lanes<u32>],
+    ) {
+        let blocks_in_row = self.d_out / self.block;
+        let mut scales: [Lanes<f32>; SEGMENT] = [[[0.0; 16]; 2]; SEGMENT];
+        let segments = tile.chunks_mut(SEGMENT);
+        for (tile, first) in segments.zip(columns.step_by(SEGMENT)) {
+            let from = &self.integers[rows.start * self.d_out + first..];
+            let words = transposed_words::<S>(from, self.d_out, rows.len(), tile.len());
+            // A row's scales lie side by side, a column's rows apart.
+            let (start, end) = (
+                first / self.block,
+                (first + tile.len()).div_ceil(self.block),
+            );
+            for (lane, row) in rows.clone().enumerate() {
+                let from = &self.scales[row * blocks_in_row..][start..end];
+                for (scales, scale) in scales.iter_mut().zip(from) {
+                    scales.as_flattened_mut()[lane] = *scale;
                 }
+            }
+            for (i, lanes) in tile.iter_mut().enumerate() {
+                // One of a word's four bytes, with its sign.
+                let shift = 24 - i % 4 * 8;
+                let (words, scales) = (&words[i / 4], &scales[(first + i) / self.block - start]);
+                let mut new: Lanes<u32> = [[0; 16]; 2];
+                for half in 0..2 {
+                    for lane in 0..16 {
+                        let integer = (words[half][lane] << shift) as i32 >> 24;
+                        new[half][lane] = (integer as f32 * scales[half][lane]).to_bits();
+                    }
+                }
+                *lanes = new;
             }
         }
     }
@@ -195,8 +230,11 @@ fn unpack_fixed<const BLOCK: usize>(panel: &mut [f32], integers: &[i8], scales: 
     let (panel, _) = panel.as_chunks_mut::<BLOCK>();
     let (integers, _) = integers.as_chunks::<BLOCK>();
     for ((panel, integers), scale) in panel.iter_mut().zip(integers).zip(scales) {
-        for (value, integer) in panel.iter_mut().zip(integers) {
-            *value = *integer as f32 * scale;
+        // Computed before it is written: the compiler then need not ask whether the two overlap.
+        let mut values = [0f32; BLOCK];
+        for i in 0..BLOCK {
+            values[i] = integers[i] as f32 * scale;
         }
+        *panel = values;
     }
 }

@@ -1,7 +1,6 @@
 //! Tables in 16 bits on the CPU, which computes in f32: the embedding and the output layer stay as their
 //! file holds them, half as large and just as exact.
 
-use ::half::slice::HalfFloatSliceExt;
 use ::half::{bf16, f16};
 use burn::backend::Flex;
 use burn::tensor::{DType, Tensor};
@@ -119,9 +118,39 @@ impl Half for bf16 {
 impl Half for f16 {
     #[inline(always)]
     fn widen(from: &[Self], to: &mut [f32]) {
-        // By the processor's own instruction where it has one.
-        from.convert_to_f32_slice(to);
+        let (lanes, rest) = to.as_chunks_mut::<16>();
+        let (from_lanes, from_rest) = from.as_chunks::<16>();
+        for (to, from) in lanes.iter_mut().zip(from_lanes) {
+            let mut values = [0f32; 16];
+            for i in 0..16 {
+                values[i] = widened(from[i]);
+            }
+            *to = values;
+        }
+        for (to, from) in rest.iter_mut().zip(from_rest) {
+            *to = widened(*from);
+        }
     }
+}
+
+/// Exactly the number, in operations that become vector instructions where this is inlined: the conversion
+/// of [`f16`] itself is a call, and asks each time what the processor can do.
+#[inline(always)]
+fn widened(from: f16) -> f32 {
+    // The exponents of f32 reach 112 further down, and beyond the largest stand infinity and NaN.
+    const REBIAS: u32 = 112 << 23;
+    const SMALLEST_NORMAL: u32 = 113 << 23;
+    let bits = u32::from(from.to_bits());
+    let (sign, exponent) = ((bits & 0x8000) << 16, bits & 0x7c00);
+    let shifted = (bits & 0x7fff) << 13;
+    // With the exponent of the smallest normal number, less that number: what subnormal bits say.
+    let subnormal = f32::from_bits(shifted | SMALLEST_NORMAL) - f32::from_bits(SMALLEST_NORMAL);
+    let magnitude = match exponent {
+        0 => subnormal.to_bits(),
+        0x7c00 => shifted | 0x7f80_0000,
+        _ => shifted + REBIAS,
+    };
+    f32::from_bits(sign | magnitude)
 }
 
 struct Table<'a, H> {
@@ -165,6 +194,18 @@ mod tests {
     use super::*;
     use crate::{CounterRng, init};
     use burn::tensor::{Device, Tolerance};
+
+    #[test]
+    fn every_16_bit_number_is_widened_exactly() {
+        let all: Vec<f16> = (0..=u16::MAX).map(f16::from_bits).collect();
+        let mut got = vec![0f32; all.len()];
+        f16::widen(&all, &mut got);
+        for (from, got) in all.into_iter().zip(got) {
+            let expected = from.to_f32();
+            let same = got.to_bits() == expected.to_bits() || got.is_nan() && expected.is_nan();
+            assert!(same, "{:#06x}: {got:e} {expected:e}", from.to_bits());
+        }
+    }
 
     #[test]
     fn a_table_in_16_bits_gives_the_products_of_its_widened_values() {

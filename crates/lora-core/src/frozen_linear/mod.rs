@@ -4,16 +4,20 @@
 //! until the backward pass (burn-backend `q_matmul`, burn-autodiff `float_matmul`), so that 8-bit
 //! storage saves nothing in training. Here the backward pass unpacks the weight again.
 
+#[cfg(target_arch = "x86_64")]
+mod avx512;
 mod bf16;
 mod columns;
 #[cfg(feature = "cube")]
 mod cube;
+mod f32_tiles;
 mod few_rows;
 mod few_scores;
 mod flex;
 pub(crate) mod half;
 mod panels;
 mod precision;
+mod tiles;
 
 pub use half::{table_scores, table_scores_backward};
 pub use precision::{has_bf16_products, use_bf16_products};

@@ -1,5 +1,5 @@
 //! Products with a stored weight `[d_in, d_out]` that is no f32 matrix: every thread unpacks panels of it
-//! into a buffer of its own and multiplies with them.
+//! into a buffer of its own and multiplies with them. Where the processor has AVX-512, `f32_tiles.rs` does it.
 //!
 //! A panel is some columns of W forward and some rows of it backward: columns of the output either way,
 //! so that no thread waits for another and no output is written twice.
@@ -9,7 +9,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use super::Direction;
+use super::tiles::{LANES, Lanes, Output, SEGMENT, Sums};
+use super::{Direction, f32_tiles};
 use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
 /// Floats in a panel, if it need not be larger: 64 KiB, which is still in the first caches when it is
@@ -35,9 +36,41 @@ pub(super) trait Stored: Sync {
     /// Columns that must be unpacked together.
     fn block(&self) -> usize;
 
-    /// Writes the elements from `first` on, whole blocks, into `panel` as f32. Inlined into a function
-    /// that is compiled for the processor's widest vectors.
+    /// Writes the elements from `first` on into `panel` as f32. Inlined into a function that is compiled
+    /// for the processor's widest vectors.
     fn unpack(&self, first: usize, panel: &mut [f32]);
+
+    /// Writes these columns of at most [`LANES`] rows into `tile`, the bits of an f32 each: a column's rows
+    /// side by side, then zeros. `columns` begin with a block. Inlined as [`unpack`](Self::unpack) is.
+    #[inline(always)]
+    fn unpack_rows<S: Sums>(
+        &self,
+        rows: Range<usize>,
+        columns: Range<usize>,
+        tile: &mut [Lanes<u32>],
+    ) {
+        let [_, d_out] = self.shape();
+        let mut values = [[0f32; SEGMENT]; LANES];
+        let segments = tile.chunks_mut(SEGMENT);
+        for (tile, column) in segments.zip(columns.step_by(SEGMENT)) {
+            for (row, values) in rows.clone().zip(&mut values) {
+                self.unpack(row * d_out + column, &mut values[..tile.len()]);
+            }
+            for (part, tile) in tile.chunks_mut(16).enumerate() {
+                for half in 0..2 {
+                    let mut square = [[0; 16]; 16];
+                    for (square, values) in square.iter_mut().zip(&values[half * 16..]) {
+                        for lane in 0..16 {
+                            square[lane] = values[part * 16 + lane].to_bits();
+                        }
+                    }
+                    for (lanes, column) in tile.iter_mut().zip(S::transposed(square)) {
+                        lanes[half] = column;
+                    }
+                }
+            }
+        }
+    }
 }
 
 /// `sum + x · W` or `sum + x · Wᵀ`; without a sum, the product alone. `x` has `n` rows.
@@ -53,25 +86,48 @@ pub(super) fn product<S: Stored>(
         Direction::Forward => d_out,
         Direction::Backward => d_in,
     };
-    let accumulate = sum.is_some();
-    let mut sum = sum;
-    let mut new = Vec::new();
-    let output = match &mut sum {
-        Some(sum) => {
-            let sum = sum.as_mut_slice();
-            assert_eq!(
-                sum.len(),
-                n * width,
-                "the sum has another shape than the product"
-            );
-            sum.as_mut_ptr()
+    if let Some(sum) = &sum {
+        let length = sum.as_slice().len();
+        assert_eq!(length, n * width, "the sum has another shape");
+    }
+    let multiply = match f32_tiles::is_supported() {
+        true => f32_tiles::product,
+        false => in_panels,
+    };
+    match sum {
+        Some(mut sum) => {
+            multiply(x, n, weight, direction, Output::Sum(sum.as_mut_slice()));
+            sum.into_primitive()
         }
         None => {
-            new.reserve_exact(n * width);
-            new.as_mut_ptr()
+            let mut new = Vec::with_capacity(n * width);
+            let output = Output::New(&mut new.spare_capacity_mut()[..n * width]);
+            multiply(x, n, weight, direction, output);
+            // SAFETY: a product writes every element of a new output.
+            unsafe { new.set_len(n * width) };
+            cpu::primitive(new, [n, width])
         }
+    }
+}
+
+/// As [`product`], in general products with panels.
+pub(super) fn in_panels<S: Stored>(
+    x: &[f32],
+    n: usize,
+    weight: &S,
+    direction: Direction,
+    output: Output,
+) {
+    let [d_in, d_out] = weight.shape();
+    let width = match direction {
+        Direction::Forward => d_out,
+        Direction::Backward => d_in,
     };
-    let output = Output(output);
+    let (output, accumulate) = match output {
+        Output::New(output) => (output.as_mut_ptr().cast(), false),
+        Output::Sum(output) => (output.as_mut_ptr(), true),
+    };
+    let output = Columns(output);
     for_each_panel(weight, direction, |first, count, panel| {
         // SAFETY: `output` has n · width elements, and these columns are this call's.
         let output = unsafe { output.columns(first, [n, count], width) };
@@ -87,14 +143,6 @@ pub(super) fn product<S: Stored>(
         };
         cpu::multiply(output, accumulate, 1.0, x, panel, Threads::One);
     });
-    match sum {
-        Some(sum) => sum.into_primitive(),
-        None => {
-            // SAFETY: the panels cover the whole output, and a product writes all of its part.
-            unsafe { new.set_len(n * width) };
-            cpu::primitive(new, [n, width])
-        }
-    }
 }
 
 /// Calls `work(first, count, panel)` on all threads, for panels of `count` columns forward or rows
@@ -180,13 +228,13 @@ impl<S: Stored> cpu::Work for Unpack<'_, S> {
 
 /// The output that threads write columns of.
 #[derive(Clone, Copy)]
-struct Output(*mut f32);
+struct Columns(*mut f32);
 
 // SAFETY: every panel gives columns of its own.
-unsafe impl Send for Output {}
-unsafe impl Sync for Output {}
+unsafe impl Send for Columns {}
+unsafe impl Sync for Columns {}
 
-impl Output {
+impl Columns {
     /// # Safety
     ///
     /// The output has `rows · stride` elements, and nobody else uses these columns meanwhile.

@@ -1,0 +1,407 @@
+//! Products in tiles: what the CPU's own kernels for a stored weight have in common.
+//!
+//! The output is cut into tiles of [`LANES`] columns. A thread takes a few tiles, unpacks their part of the
+//! weight into a panel that its second-level cache holds, with the values for a tile's columns side by side,
+//! and multiplies strips of up to [`ROWS`] rows with it. The activations are read where they lie, and
+//! neither operand is rearranged a second time, as a general product would do with a panel.
+//!
+//! What is multiplied comes in items of four bytes: the bits of an f32, or a pair of bf16 numbers.
+//!
+//! Sums run in a fixed order: results do not depend on the number of threads.
+
+use std::cell::RefCell;
+use std::marker::PhantomData;
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use rayon::prelude::*;
+
+/// Columns of the output that one step computes: two vectors of sums.
+pub(super) const LANES: usize = 32;
+
+/// Most rows of the output that one step computes: 12 · 2 sums, two vectors of weights and one of
+/// activations fit the 32 registers.
+pub(super) const ROWS: usize = 12;
+
+/// Items in a panel: 256 KiB, so that it stays in a core's second-level cache.
+const PANEL: usize = 64 * 1024;
+
+/// Below this many multiply-adds one thread computes it all.
+const PARALLEL_FROM: usize = 1 << 20;
+
+/// Bytes after which addresses fall upon the same place of a first-level cache.
+const CACHE_WAY: usize = 4096;
+
+/// One value for each column of a tile.
+pub(super) type Lanes<T> = [[T; 16]; 2];
+
+/// 16 sums in f32, and the instructions that products are made of.
+///
+/// An implementation for a processor that lacks them must not be used there.
+pub(super) trait Sums: Copy {
+    /// Numbers in an item.
+    const NUMBERS: usize;
+
+    /// Most of the inner dimension that a panel takes in.
+    const CHUNK: usize;
+
+    /// [`Job::columns`], compiled for the processor that has the instructions.
+    fn columns<W: Weight>(
+        job: &Job<Self, W>,
+        tiles: Range<usize>,
+        rows: Range<usize>,
+        scratch: &mut Scratch,
+    ) {
+        job.columns(tiles, rows, scratch);
+    }
+
+    /// Rows as columns.
+    #[inline(always)]
+    fn transposed(rows: [[u32; 16]; 16]) -> [[u32; 16]; 16] {
+        std::array::from_fn(|column| std::array::from_fn(|row| rows[row][column]))
+    }
+
+    fn zero() -> Self;
+
+    /// `self[i] + x · weights[i]`.
+    fn add_products(self, x: u32, weights: &[u32; 16]) -> Self;
+
+    /// `before[i] + self[i] · scales[i]`, the scales being 1 where there are none.
+    fn added_to(self, before: [f32; 16], scales: Option<&[f32; 16]>) -> [f32; 16];
+}
+
+/// A weight that panels are filled from.
+pub(super) trait Weight: Sync {
+    /// Indices of the inner dimension that must stay together; an even number for pairs.
+    fn unit(&self) -> usize;
+
+    /// Replaces all items of `panel` by these tiles of the output's columns and these indices of the inner
+    /// dimension.
+    ///
+    /// `#[inline(always)]`, as all that it calls: it is compiled for the processor within
+    /// [`Sums::columns`]. Loops in place of closures, which the compiler may leave without its features.
+    fn fill<S: Sums>(&self, panel: &mut Panel, tiles: Range<usize>, inner: Range<usize>);
+}
+
+/// Part of a weight: some tiles of the output's columns, and a part of the inner dimension.
+#[derive(Default)]
+pub(super) struct Panel {
+    /// `[tiles, height]`.
+    pub(super) items: Vec<Lanes<u32>>,
+    /// `[tiles, height / run]`, with which the sum over a run is multiplied; or none.
+    pub(super) scales: Vec<Lanes<f32>>,
+    /// Items along the inner dimension.
+    pub(super) height: usize,
+    /// Items that are summed up before they are scaled and added to the output.
+    pub(super) run: usize,
+}
+
+/// What a thread works with.
+#[derive(Default)]
+pub(super) struct Scratch {
+    panel: Panel,
+    /// A strip of activations, where they cannot be read in place.
+    strip: Vec<u32>,
+}
+
+thread_local! {
+    /// Kept, because fresh memory would cost more page faults than the panel is worth.
+    static OF_THREAD: RefCell<Scratch> = RefCell::default();
+}
+
+/// Where a product goes.
+#[derive(Debug)]
+pub(crate) enum Output<'a> {
+    /// All elements are written, none is read.
+    New(&'a mut [MaybeUninit<f32>]),
+    /// The product is added.
+    Sum(&'a mut [f32]),
+}
+
+/// Activations, in items.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Activations<'a> {
+    pub(super) items: &'a [u32],
+    /// Items from row to row.
+    pub(super) stride: usize,
+}
+
+/// `x · weight`, `[n, outer]`, for `x` `[n, inner]`.
+///
+/// # Panics
+///
+/// If the shapes do not fit.
+pub(super) fn product<S: Sums>(
+    x: Activations,
+    [n, inner, outer]: [usize; 3],
+    weight: &impl Weight,
+    output: Output,
+) {
+    let (data, length, accumulate) = match output {
+        Output::New(output) => (output.as_mut_ptr().cast(), output.len(), false),
+        Output::Sum(output) => (output.as_mut_ptr(), output.len(), true),
+    };
+    let width = inner.div_ceil(S::NUMBERS);
+    assert!(
+        inner > 0 && x.stride >= width && length == n * outer,
+        "{length} elements for {n} rows of {inner} and {outer}"
+    );
+    if length == 0 {
+        return;
+    }
+    assert!(
+        x.items.len() >= (n - 1) * x.stride + width,
+        "{} items for {n} rows of {width}",
+        x.items.len()
+    );
+    let chunk = chunk(inner, weight.unit(), S::CHUNK);
+    let job = Job {
+        x,
+        weight,
+        output: data,
+        columns: outer,
+        inner,
+        chunk,
+        accumulate,
+        sums: PhantomData::<S>,
+    };
+    let tiles = outer.div_ceil(LANES);
+    let is_parallel = n * inner * outer >= PARALLEL_FROM;
+    let threads = if is_parallel {
+        rayon::current_num_threads()
+    } else {
+        1
+    };
+    let groups = groups(tiles, chunk.div_ceil(S::NUMBERS), threads);
+    // Threads without a group of their own share the rows of one.
+    let shares = (threads / groups).clamp(1, n.div_ceil(ROWS));
+    let work = |part: usize| {
+        let (group, share) = (part / shares, part % shares);
+        let tiles = tiles * group / groups..tiles * (group + 1) / groups;
+        let rows = n * share / shares..n * (share + 1) / shares;
+        OF_THREAD.with_borrow_mut(|scratch| S::columns(&job, tiles, rows, scratch));
+    };
+    match is_parallel {
+        true => (0..groups * shares).into_par_iter().for_each(work),
+        false => (0..groups * shares).for_each(work),
+    }
+}
+
+/// Divides the inner dimension equally into chunks of at most about `most`, of whole units.
+fn chunk(inner: usize, unit: usize, most: usize) -> usize {
+    inner.div_ceil(inner.div_ceil(most)).next_multiple_of(unit)
+}
+
+/// In how many parts the tiles are computed: one panel each, and an equal number for each thread.
+fn groups(tiles: usize, height: usize, threads: usize) -> usize {
+    let most = PANEL / (height * LANES);
+    tiles
+        .div_ceil(most.max(1))
+        .next_multiple_of(threads)
+        .min(tiles)
+}
+
+/// A product, of which threads compute different elements.
+pub(super) struct Job<'a, S, W> {
+    x: Activations<'a>,
+    weight: &'a W,
+    /// `[rows, columns]`.
+    output: *mut f32,
+    columns: usize,
+    inner: usize,
+    /// How much of the inner dimension a panel takes in.
+    chunk: usize,
+    /// Whether the product is added to what is there.
+    accumulate: bool,
+    sums: PhantomData<S>,
+}
+
+// SAFETY: the output is borrowed for the whole product, and each thread gets elements of its own.
+unsafe impl<S, W: Sync> Sync for Job<'_, S, W> {}
+
+impl<S: Sums, W: Weight> Job<'_, S, W> {
+    /// Computes these rows of these tiles, which must be the caller's alone.
+    #[inline(always)]
+    pub(super) fn columns(&self, tiles: Range<usize>, rows: Range<usize>, scratch: &mut Scratch) {
+        let Scratch { panel, strip: copy } = scratch;
+        for start in (0..self.inner).step_by(self.chunk) {
+            let inner = start..self.inner.min(start + self.chunk);
+            panel.scales.clear();
+            panel.height = inner.len().div_ceil(S::NUMBERS);
+            panel.run = panel.height;
+            let length = panel.height * tiles.len();
+            panel.items.resize(length, [[0; 16]; 2]);
+            self.weight.fill::<S>(panel, tiles.clone(), inner);
+            // Strips of nearly equal heights: a short one takes as long as a tall one.
+            let strips = rows.len().div_ceil(ROWS);
+            for strip in 0..strips {
+                let first = rows.start + rows.len() * strip / strips;
+                let height = rows.start + rows.len() * (strip + 1) / strips - first;
+                let x = self.strip([first, height], start / S::NUMBERS, panel.height, copy);
+                let place = [first, tiles.start];
+                let is_first = start == 0;
+                match height {
+                    12 => self.multiply::<12>(x, panel, place, is_first),
+                    11 => self.multiply::<11>(x, panel, place, is_first),
+                    10 => self.multiply::<10>(x, panel, place, is_first),
+                    9 => self.multiply::<9>(x, panel, place, is_first),
+                    8 => self.multiply::<8>(x, panel, place, is_first),
+                    7 => self.multiply::<7>(x, panel, place, is_first),
+                    6 => self.multiply::<6>(x, panel, place, is_first),
+                    5 => self.multiply::<5>(x, panel, place, is_first),
+                    4 => self.multiply::<4>(x, panel, place, is_first),
+                    3 => self.multiply::<3>(x, panel, place, is_first),
+                    2 => self.multiply::<2>(x, panel, place, is_first),
+                    _ => self.multiply::<1>(x, panel, place, is_first),
+                }
+            }
+        }
+    }
+
+    /// A strip of activations, `[height, width]` from this row and item on: where it lies, or a copy if its
+    /// rows would fall upon one another in the first-level cache.
+    #[inline(always)]
+    fn strip<'x>(
+        &'x self,
+        [first, height]: [usize; 2],
+        start: usize,
+        width: usize,
+        copy: &'x mut Vec<u32>,
+    ) -> Activations<'x> {
+        let Activations { items, stride } = self.x;
+        let items = &items[first * stride + start..];
+        if !(4 * stride).is_multiple_of(CACHE_WAY) {
+            return Activations { items, stride };
+        }
+        let padded = width + 16;
+        copy.resize(height * padded, 0);
+        for (copy, x) in copy.chunks_exact_mut(padded).zip(items.chunks(stride)) {
+            copy[..width].copy_from_slice(&x[..width]);
+        }
+        Activations {
+            items: copy,
+            stride: padded,
+        }
+    }
+
+    /// A strip of `HEIGHT` rows times a panel, into the output from this row and tile on.
+    #[inline(always)]
+    fn multiply<const HEIGHT: usize>(
+        &self,
+        x: Activations,
+        panel: &Panel,
+        [row, first]: [usize; 2],
+        is_first: bool,
+    ) {
+        let runs = panel.height.div_ceil(panel.run);
+        for (i, tile) in panel.items.chunks_exact(panel.height).enumerate() {
+            let column = (first + i) * LANES;
+            for (run, weights) in tile.chunks(panel.run).enumerate() {
+                let sums = sums::<S, HEIGHT>(&x.items[run * panel.run..], x.stride, weights);
+                let scales = panel.scales.get(i * runs + run);
+                let accumulate = self.accumulate || !is_first || run > 0;
+                // SAFETY: these elements are this thread's; the first run has written them.
+                unsafe { self.store(sums, scales, [row, column], accumulate) };
+            }
+        }
+    }
+
+    /// Writes sums, times `scales`, from this row and column on, or adds them.
+    ///
+    /// # Safety
+    ///
+    /// These rows of the tile that begins at the column are the caller's alone, and initialized if added to.
+    #[inline(always)]
+    unsafe fn store<const HEIGHT: usize>(
+        &self,
+        sums: [[S; 2]; HEIGHT],
+        scales: Option<&Lanes<f32>>,
+        [row, column]: [usize; 2],
+        accumulate: bool,
+    ) {
+        let is_whole = column + LANES <= self.columns;
+        for (r, sums) in sums.iter().enumerate() {
+            for (half, sums) in sums.iter().enumerate() {
+                let column = column + half * 16;
+                let place = self.output.wrapping_add((row + r) * self.columns + column);
+                let scales = scales.map(|scales| &scales[half]);
+                // SAFETY: these elements of the output, up to the end of its row, are in the caller's tile.
+                unsafe {
+                    if is_whole {
+                        let place = place.cast::<[f32; 16]>();
+                        let before = if accumulate { place.read() } else { [0.0; 16] };
+                        place.write(sums.added_to(before, scales));
+                    } else {
+                        let count = self.columns.saturating_sub(column).min(16);
+                        let mut values = [0.0; 16];
+                        if accumulate {
+                            values.as_mut_ptr().copy_from(place, count);
+                        }
+                        let values = sums.added_to(values, scales);
+                        place.copy_from(values.as_ptr(), count);
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// The products of `HEIGHT` rows of activations, `stride` apart, with a run of weights.
+#[inline(always)]
+fn sums<S: Sums, const HEIGHT: usize>(
+    x: &[u32],
+    stride: usize,
+    weights: &[Lanes<u32>],
+) -> [[S; 2]; HEIGHT] {
+    assert!(x.len() >= (HEIGHT - 1) * stride + weights.len());
+    let mut sums = [[S::zero(); 2]; HEIGHT];
+    for (i, [left, right]) in weights.iter().enumerate() {
+        for (r, sums) in sums.iter_mut().enumerate() {
+            // SAFETY: asserted above.
+            let x = unsafe { *x.get_unchecked(r * stride + i) };
+            sums[0] = sums[0].add_products(x, left);
+            sums[1] = sums[1].add_products(x, right);
+        }
+    }
+    sums
+}
+
+/// Bytes of a row that are transposed at a time.
+pub(super) const SEGMENT: usize = 64;
+
+/// Rows of a part of a row-major matrix of bytes as columns: words of four neighbours, zero beyond the last
+/// of `rows` and of the `count` (at most [`SEGMENT`]) bytes. `bytes` begin at the first row's first one.
+#[inline(always)]
+pub(super) fn transposed_words<S: Sums>(
+    bytes: &[i8],
+    stride: usize,
+    rows: usize,
+    count: usize,
+) -> [Lanes<u32>; SEGMENT / 4] {
+    let mut words: [Lanes<u32>; SEGMENT / 4] = [[[0; 16]; 2]; SEGMENT / 4];
+    for half in 0..2 {
+        let mut square = [[0u32; 16]; 16];
+        for (lane, square) in square.iter_mut().enumerate() {
+            let row = half * 16 + lane;
+            if row < rows {
+                *square = row_of_words(&bytes[row * stride..][..count]);
+            }
+        }
+        for (words, column) in words.iter_mut().zip(S::transposed(square)) {
+            words[half] = column;
+        }
+    }
+    words
+}
+
+#[inline(always)]
+fn row_of_words(bytes: &[i8]) -> [u32; 16] {
+    match bytes.first_chunk::<SEGMENT>() {
+        Some(bytes) => bytemuck::cast(*bytes),
+        None => {
+            let mut padded = [0i8; SEGMENT];
+            padded[..bytes.len()].copy_from_slice(bytes);
+            bytemuck::cast(padded)
+        }
+    }
+}
