@@ -1,9 +1,11 @@
 //! The gated feed-forward block, SwiGLU (Shazeer, 2020, <https://arxiv.org/abs/2002.05202>).
 
+use std::mem::MaybeUninit;
+
 use burn::module::Module;
 use burn::tensor::Tensor;
 use burn::tensor::activation::{sigmoid, silu};
-use lora_core::{LoraLinear, cpu};
+use lora_core::{LoraLinear, cpu, in_vectors};
 use rayon::prelude::*;
 
 use crate::decoder_layer::DropoutSeeds;
@@ -40,10 +42,7 @@ pub(crate) fn gated(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
     let (gate, up) = (gate.as_slice(), up.as_slice());
     let product = cpu::fill_rows(n, width, |first, piece| {
         let at = first * width;
-        let (gate, up) = (&gate[at..][..piece.len()], &up[at..][..piece.len()]);
-        for ((out, gate), up) in piece.iter_mut().zip(gate).zip(up) {
-            out.write(gate * up / (1.0 + cpu::exp(-gate)));
-        }
+        gate_piece(&gate[at..][..piece.len()], &up[at..][..piece.len()], piece);
     });
     cpu::tensor(product, [n, width])
 }
@@ -69,17 +68,28 @@ pub(crate) fn gated_backward(
         .par_chunks_mut(piece)
         .zip(up.as_mut_slice().par_chunks_mut(piece))
         .zip(gradient.as_slice().par_chunks(piece))
-        .for_each(|((gate, up), gradient)| {
-            cpu::vectorized(|| {
-                for ((gate, up), gradient) in gate.iter_mut().zip(up).zip(gradient) {
-                    let s = 1.0 / (1.0 + cpu::exp(-*gate));
-                    let through_up = gradient * *gate * s;
-                    *gate = gradient * *up * s * (1.0 + *gate * (1.0 - s));
-                    *up = through_up;
-                }
-            });
-        });
+        .for_each(|((gate, up), gradient)| gate_piece_backward(gate, up, gradient));
     (gate.into_tensor(), up.into_tensor())
+}
+
+in_vectors! {
+    fn gate_piece(gate: &[f32], up: &[f32], out: &mut [MaybeUninit<f32>]) {
+        for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+            out.write(gate * up / (1.0 + cpu::exp(-gate)));
+        }
+    }
+}
+
+in_vectors! {
+    /// Replaces both by their gradients.
+    fn gate_piece_backward(gate: &mut [f32], up: &mut [f32], gradient: &[f32]) {
+        for ((gate, up), gradient) in gate.iter_mut().zip(up).zip(gradient) {
+            let s = 1.0 / (1.0 + cpu::exp(-*gate));
+            let through_up = gradient * *gate * s;
+            *gate = gradient * *up * s * (1.0 + *gate * (1.0 - s));
+            *up = through_up;
+        }
+    }
 }
 
 #[cfg(test)]

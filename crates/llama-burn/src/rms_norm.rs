@@ -1,8 +1,10 @@
 //! Root-mean-square normalisation (Zhang and Sennrich, 2019, <https://arxiv.org/abs/1910.07467>).
 
+use std::mem::MaybeUninit;
+
 use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Tensor};
-use lora_core::cpu;
+use lora_core::{cpu, in_vectors};
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
 /// computed in f32 whatever the type of `x`.
@@ -39,13 +41,8 @@ impl RmsNorm {
         let (x, weight) = (cpu::values(x.clone()), cpu::values(weight));
         let (x, weight, eps) = (x.as_slice(), weight.as_slice(), self.eps as f32);
         let normalised = cpu::fill_rows(n, width, |first, piece| {
-            for (row, out) in piece.chunks_exact_mut(width).enumerate() {
-                let x = &x[(first + row) * width..][..width];
-                let inverse_root = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
-                for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
-                    out.write(x * inverse_root * weight);
-                }
-            }
+            let x = &x[first * width..][..piece.len()];
+            normalise(x, weight, eps, piece);
         });
         cpu::tensor(normalised, [n, width])
     }
@@ -79,20 +76,39 @@ impl RmsNorm {
         let eps = self.eps as f32;
         let mut sum = cpu::values(sum);
         cpu::for_each_piece(sum.as_mut_slice(), width, |first, piece| {
-            for (row, sum) in piece.chunks_exact_mut(width).enumerate() {
-                let at = (first + row) * width;
-                let (x, gradient) = (&x[at..][..width], &gradient[at..][..width]);
-                let inverse_root = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
-                let along = cpu::dot_of_three(weight, gradient, x) / width as f32;
-                let along = along * inverse_root * inverse_root * inverse_root;
-                for (((sum, x), gradient), weight) in
-                    sum.iter_mut().zip(x).zip(gradient).zip(weight)
-                {
-                    *sum += inverse_root * weight * gradient - x * along;
-                }
-            }
+            let here = first * width..first * width + piece.len();
+            add_gradients(&x[here.clone()], &gradient[here], weight, eps, piece);
         });
         sum.into_tensor()
+    }
+}
+
+in_vectors! {
+    /// Rows of `x`, normalised, times the gain.
+    fn normalise(x: &[f32], weight: &[f32], eps: f32, out: &mut [MaybeUninit<f32>]) {
+        let width = weight.len();
+        for (x, out) in x.chunks_exact(width).zip(out.chunks_exact_mut(width)) {
+            let inverse_root = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
+            for ((out, x), weight) in out.iter_mut().zip(x).zip(weight) {
+                out.write(x * inverse_root * weight);
+            }
+        }
+    }
+}
+
+in_vectors! {
+    /// Adds the gradients of rows of `x` to `sum`: see [`RmsNorm::backward`].
+    fn add_gradients(x: &[f32], gradient: &[f32], weight: &[f32], eps: f32, sum: &mut [f32]) {
+        let width = weight.len();
+        let rows = x.chunks_exact(width).zip(gradient.chunks_exact(width));
+        for ((x, gradient), sum) in rows.zip(sum.chunks_exact_mut(width)) {
+            let inverse_root = 1.0 / (cpu::dot(x, x) / width as f32 + eps).sqrt();
+            let along = cpu::dot_of_three(weight, gradient, x) / width as f32;
+            let along = along * inverse_root * inverse_root * inverse_root;
+            for (((sum, x), gradient), weight) in sum.iter_mut().zip(x).zip(gradient).zip(weight) {
+                *sum += inverse_root * weight * gradient - x * along;
+            }
+        }
     }
 }
 

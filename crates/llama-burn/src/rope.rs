@@ -2,7 +2,7 @@
 //! Llama applies them: halves of a head are rotated, not interleaved pairs as in `burn::nn::RotaryEncoding`.
 
 use burn::tensor::Tensor;
-use lora_core::cpu;
+use lora_core::{cpu, in_vectors};
 
 use crate::{LlamaConfig, RopeScaling};
 
@@ -115,9 +115,18 @@ pub(crate) fn rotate_plain(
         Turn::Back => -1.0,
     };
     cpu::for_each_piece(x.as_mut_slice(), width, |first, piece| {
-        for (row, x) in piece.chunks_exact_mut(width).enumerate() {
-            let at = (first + row) * half;
-            let (cos, sin) = (&cos[at..][..half], &sin[at..][..half]);
+        let here = first * half..first * half + piece.len() / width * half;
+        turn_rows(piece, &cos[here.clone()], &sin[here], [width, half], sign);
+    });
+    x.into_tensor()
+}
+
+in_vectors! {
+    /// Turns the heads of rows of `width`, by the angles of `[rows, half]`.
+    fn turn_rows(x: &mut [f32], cos: &[f32], sin: &[f32], widths: [usize; 2], sign: f32) {
+        let [width, half] = widths;
+        let angles = cos.chunks_exact(half).zip(sin.chunks_exact(half));
+        for (x, (cos, sin)) in x.chunks_exact_mut(width).zip(angles) {
             for head in x.chunks_exact_mut(2 * half) {
                 let (first, second) = head.split_at_mut(half);
                 let halves = first.iter_mut().zip(second);
@@ -129,8 +138,7 @@ pub(crate) fn rotate_plain(
                 }
             }
         }
-    });
-    x.into_tensor()
+    }
 }
 
 #[cfg(test)]

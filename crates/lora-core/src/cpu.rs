@@ -390,7 +390,7 @@ pub fn product(scale: f32, left: Matrix, right: Matrix, threads: Threads) -> Vec
 }
 
 /// Makes a `rows × width` matrix: `fill(first row, piece)` must write every element of the piece of
-/// whole rows that it gets. Pieces are filled on all threads, in vector instructions.
+/// whole rows that it gets. Pieces are filled on all threads; `fill` calls a function of [`in_vectors!`](crate::in_vectors).
 pub fn fill_rows(
     rows: usize,
     width: usize,
@@ -407,8 +407,8 @@ pub fn fill_rows(
     output
 }
 
-/// Calls `work(first row, piece)` for pieces of whole rows of `width` elements, on all threads and in
-/// the widest vectors that the processor has.
+/// Calls `work(first row, piece)` for pieces of whole rows of `width` elements, on all threads. `work` calls
+/// a function of [`in_vectors!`](crate::in_vectors).
 pub fn for_each_piece<T: Send>(
     data: &mut [T],
     width: usize,
@@ -418,7 +418,7 @@ pub fn for_each_piece<T: Send>(
     let pieces = data.par_chunks_mut(rows * width.max(1));
     pieces
         .enumerate()
-        .for_each(|(piece, data)| vectorized(|| work(piece * rows, data)));
+        .for_each(|(piece, data)| work(piece * rows, data));
 }
 
 /// Rows that [`for_each_piece`] gives one call, for loops over several matrices at once.
@@ -426,54 +426,135 @@ pub fn rows_per_piece(width: usize) -> usize {
     (PIECE / width.max(1)).max(1)
 }
 
-/// What [`vectorized`] runs: a closure, or a type of its own where that is too large for the compiler to
-/// inline a closure by itself; not inlined, it would be compiled for the smallest vectors.
+/// What [`vectorized`] runs.
+///
+/// No closure: what several functions call, as the kinds of processors need it, the compiler may not inline
+/// into any of them, and then compiles it for the smallest vectors. See also [`in_vectors!`](crate::in_vectors).
 pub trait Work {
     /// What it gives.
     type Output;
 
-    /// Does it. Implementations are `#[inline(always)]`, and so is what they call.
-    fn run(self) -> Self::Output;
+    /// Does it. Implementations are `#[inline(always)]`, and so is what they call. `FUSED` says whether
+    /// the processor multiplies and adds in one instruction: see [`multiply_add`].
+    fn run<const FUSED: bool>(self) -> Self::Output;
 }
 
-impl<R, F: FnOnce() -> R> Work for F {
-    type Output = R;
-
-    #[inline(always)]
-    fn run(self) -> R {
-        self()
-    }
+/// The vectors that this processor computes in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Vectors {
+    /// AVX-512 F and BW.
+    Avx512,
+    /// AVX2, and multiplying and adding in one instruction.
+    Avx2,
+    /// What every processor of the target has.
+    Baseline,
 }
 
-/// Runs `work` compiled for the widest vectors that the processor has. What it calls must be inlined
-/// into it to profit.
+/// The widest vectors that this processor has.
 #[inline(always)]
-pub fn vectorized<W: Work>(work: W) -> W::Output {
+pub fn vectors() -> Vectors {
     #[cfg(target_arch = "x86_64")]
     {
         if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
-            // SAFETY: the features were just detected.
-            return unsafe { with_avx512(work) };
+            return Vectors::Avx512;
         }
-        if is_x86_feature_detected!("avx2") {
-            // SAFETY: the feature was just detected.
-            return unsafe { with_avx2(work) };
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+            return Vectors::Avx2;
         }
     }
-    work.run()
+    Vectors::Baseline
+}
+
+/// Defines a function that is compiled for each kind of [`Vectors`], and runs the one for this processor.
+///
+/// What the body calls must be `#[inline(always)]`, and it holds no closure that is called twice. A call
+/// costs a few nanoseconds: give it a row or more.
+#[macro_export]
+macro_rules! in_vectors {
+    (
+        $(#[$meta:meta])*
+        $visibility:vis fn $name:ident($($argument:ident: $type:ty),* $(,)?) $(-> $output:ty)? $body:block
+    ) => {
+        $(#[$meta])*
+        $visibility fn $name($($argument: $type),*) $(-> $output)? {
+            #[inline(always)]
+            #[allow(clippy::too_many_arguments)]
+            fn body($($argument: $type),*) $(-> $output)? $body
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx512f,avx512bw")]
+            fn avx512($($argument: $type),*) $(-> $output)? {
+                body($($argument),*)
+            }
+
+            #[cfg(target_arch = "x86_64")]
+            #[target_feature(enable = "avx2,fma")]
+            fn avx2($($argument: $type),*) $(-> $output)? {
+                body($($argument),*)
+            }
+
+            match $crate::cpu::vectors() {
+                // SAFETY: the processor has them.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Vectors::Avx512 => unsafe { avx512($($argument),*) },
+                // SAFETY: as above.
+                #[cfg(target_arch = "x86_64")]
+                $crate::cpu::Vectors::Avx2 => unsafe { avx2($($argument),*) },
+                _ => body($($argument),*),
+            }
+        }
+    };
+}
+
+/// `a · b + c`, rounded once where it is `FUSED`. Elsewhere that would be a call.
+#[inline(always)]
+pub(crate) fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
+    match FUSED {
+        true => a.mul_add(b, c),
+        false => a * b + c,
+    }
+}
+
+/// Runs `work` compiled for the widest vectors that the processor has.
+#[inline(always)]
+pub fn vectorized<W: Work>(work: W) -> W::Output {
+    match vectors() {
+        // SAFETY: the processor has them.
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx512 => unsafe { with_avx512(work) },
+        // SAFETY: as above.
+        #[cfg(target_arch = "x86_64")]
+        Vectors::Avx2 => unsafe { with_avx2(work) },
+        _ => work.run::<{ cfg!(target_arch = "aarch64") }>(),
+    }
 }
 
 // The compiler inlines the work and vectorizes it with the features of the function around it.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn with_avx512<W: Work>(work: W) -> W::Output {
-    work.run()
+    work.run::<true>()
 }
 
 #[cfg(target_arch = "x86_64")]
-#[target_feature(enable = "avx2")]
+#[target_feature(enable = "avx2,fma")]
 fn with_avx2<W: Work>(work: W) -> W::Output {
-    work.run()
+    work.run::<true>()
+}
+
+/// Begins to load the cache line at `index`, which may lie beyond the data; nothing where that cannot be
+/// asked for.
+#[inline(always)]
+pub(crate) fn prefetch<T>(data: &[T], index: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
+        let place = data.as_ptr().wrapping_add(index);
+        // SAFETY: no address is wrong to prefetch, and every processor of this kind can.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = (data, index);
 }
 
 /// eˣ, to a relative error of 2e-7, in operations that compilers turn into vector instructions.

@@ -8,7 +8,7 @@ use burn::module::Param;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use llama_burn::Llama;
-use lora_core::cpu;
+use lora_core::{cpu, in_vectors};
 use rayon::prelude::*;
 
 use crate::data::Batch;
@@ -163,24 +163,31 @@ fn cross_entropy(logits: Tensor<2>, targets: &[u32], predicted: &mut Vec<u32>) -
     let mut logits = cpu::values(logits);
     let rows = logits.as_mut_slice().par_chunks_exact_mut(vocab);
     let rows = rows.zip(targets).map(|(row, target)| {
-        let (row_loss, best) = cpu::vectorized(|| {
-            let largest = cpu::max(row);
-            // The first, as an argmax gives; scores that are not numbers have none.
-            let best = row.iter().position(|score| *score == largest);
-            let chosen = row[*target as usize];
-            let sum = cpu::exp_and_sum(row, largest);
-            let scale = 1.0 / sum;
-            row.iter_mut().for_each(|probability| *probability *= scale);
-            row[*target as usize] -= 1.0;
-            // A score that is not a number is passed over by the maximum, not by the sum.
-            (largest as f64 + (sum as f64).ln() - chosen as f64, best)
-        });
+        let (row_loss, best) = cross_entropy_row(row, *target as usize);
         (row_loss, best.unwrap_or(0) as u32)
     });
     let rows: Vec<(f64, u32)> = rows.collect();
     predicted.extend(rows.iter().map(|(_, best)| *best));
     let loss = rows.iter().map(|(loss, _)| loss).sum();
     (loss, logits.into_tensor())
+}
+
+in_vectors! {
+    /// Turns scores into the gradient of the loss, which it gives, with the first place of the largest score, as
+    /// an argmax would; scores that are not numbers have none.
+    fn cross_entropy_row(scores: &mut [f32], target: usize) -> (f64, Option<usize>) {
+        let largest = cpu::max(scores);
+        let best = scores.iter().position(|score| *score == largest);
+        let chosen = scores[target];
+        let sum = cpu::exp_and_sum(scores, largest);
+        let scale = 1.0 / sum;
+        for probability in scores.iter_mut() {
+            *probability *= scale;
+        }
+        scores[target] -= 1.0;
+        // A score that is not a number is passed over by the maximum, not by the sum.
+        (largest as f64 + (sum as f64).ln() - chosen as f64, best)
+    }
 }
 
 /// Counts what was predicted right, position by position and row by row.

@@ -7,6 +7,7 @@
 use std::ops::Range;
 
 use lora_core::cpu::{self, Matrix, MatrixMut, Threads};
+use lora_core::in_vectors;
 use rayon::prelude::*;
 
 use super::Heads;
@@ -61,20 +62,13 @@ pub(super) fn forward(
             let keys = Keys::new(span, tile);
             scores.resize(tile.count * keys.count, 0.0);
             keys.scores(inputs, heads, tile, scores);
-            cpu::vectorized(|| {
-                for (i, row) in scores.chunks_exact_mut(keys.count).enumerate() {
-                    let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
-                    let largest = cpu::max(seen);
-                    let sum = cpu::exp_and_sum(seen, largest);
-                    let scale = 1.0 / sum;
-                    seen.iter_mut().for_each(|weight| *weight *= scale);
-                    hidden.fill(0.0);
-                    // SAFETY: this query and head are this task's.
-                    unsafe {
-                        *sums.at((keys.query(i)) * heads.query + tile.head) = largest + sum.ln()
-                    };
-                }
-            });
+            for (i, row) in scores.chunks_exact_mut(keys.count).enumerate() {
+                let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
+                let log_sum = softmax(seen);
+                hidden.fill(0.0);
+                // SAFETY: this query and head are this task's.
+                unsafe { *sums.at((keys.query(i)) * heads.query + tile.head) = log_sum };
+            }
             // SAFETY: these rows' columns of this head are this task's.
             unsafe { keys.mix(inputs.v, heads, tile, scores, 1.0, out) };
         });
@@ -155,7 +149,7 @@ fn head_gradients(
                 for (key_head, row) in row.chunks_exact_mut(heads.d).enumerate() {
                     for head in heads.group(key_head) {
                         let from = &of_heads[head][(first + i) * heads.d..][..heads.d];
-                        row.iter_mut().zip(from).for_each(|(sum, x)| *sum += x);
+                        add_row(row, from);
                     }
                 }
             }
@@ -253,20 +247,17 @@ fn key_gradients(
                         );
                         let products = MatrixMut::new(through, tokens.len(), count, count);
                         cpu::multiply(products, false, 1.0, gradient, v.transposed(), Threads::One);
-                        cpu::vectorized(|| {
-                            let rows = weights.chunks_exact_mut(count);
-                            for (i, (row, through)) in
-                                rows.zip(through.chunks_exact_mut(count)).enumerate()
-                            {
-                                let at = (tokens.start + i) * heads.query + head;
-                                let seen = match itself {
-                                    true => (from + i + 1).saturating_sub(first).min(count),
-                                    false => count,
-                                };
-                                weights_of(row, seen, upstream.log_sums[at]);
-                                through_weights(row, through, seen, deltas[at]);
-                            }
-                        });
+                        let rows = weights.chunks_exact_mut(count);
+                        let rows = rows.zip(through.chunks_exact_mut(count));
+                        for (i, (row, through)) in rows.enumerate() {
+                            let at = (tokens.start + i) * heads.query + head;
+                            let seen = match itself {
+                                true => (from + i + 1).saturating_sub(first).min(count),
+                                false => count,
+                            };
+                            let log_sum = upstream.log_sums[at];
+                            weigh_row(row, through, seen, log_sum, Some(deltas[at]));
+                        }
                         let weights = Matrix::new(weights, tokens.len(), count, count).transposed();
                         cpu::multiply(output(v_out), true, 1.0, weights, gradient, Threads::One);
                         let through = Matrix::new(through, tokens.len(), count, count).transposed();
@@ -279,25 +270,54 @@ fn key_gradients(
     (d_k, d_v)
 }
 
-/// Turns a query's scores into weights; 0 for keys past those it sees.
-#[inline(always)]
-fn weights_of(scores: &mut [f32], seen: usize, log_sum: f32) {
-    let (seen, hidden) = scores.split_at_mut(seen);
-    for weight in seen {
-        *weight = cpu::exp(*weight - log_sum);
+in_vectors! {
+    /// Turns scores into weights. Gives the log-sum-exp of the scores.
+    fn softmax(scores: &mut [f32]) -> f32 {
+        let largest = cpu::max(scores);
+        let sum = cpu::exp_and_sum(scores, largest);
+        let scale = 1.0 / sum;
+        for weight in scores.iter_mut() {
+            *weight *= scale;
+        }
+        largest + sum.ln()
     }
-    hidden.fill(0.0);
 }
 
-/// Turns what comes through the weights into the gradient of the scores. `delta` is the sum of what
-/// comes through, weighted: what the softmax's derivative subtracts.
-#[inline(always)]
-fn through_weights(weights: &[f32], through: &mut [f32], seen: usize, delta: f32) {
-    let (seen, hidden) = through.split_at_mut(seen);
-    for (weight, through) in weights.iter().zip(seen) {
-        *through = *weight * (*through - delta);
+in_vectors! {
+    /// Turns a query's scores of all keys into weights, and what comes through the weights into the gradient of
+    /// the scores; 0 for keys past those it sees.
+    ///
+    /// `delta`, which it gives, is the sum of what comes through, weighted: what the softmax's derivative
+    /// subtracts. Where these are not all keys' scores it must be known from elsewhere.
+    fn weigh_row(
+        scores: &mut [f32],
+        through: &mut [f32],
+        seen: usize,
+        log_sum: f32,
+        delta: Option<f32>,
+    ) -> f32 {
+        for weight in scores[..seen].iter_mut() {
+            *weight = cpu::exp(*weight - log_sum);
+        }
+        scores[seen..].fill(0.0);
+        let delta = match delta {
+            Some(delta) => delta,
+            None => cpu::dot(&scores[..seen], &through[..seen]),
+        };
+        for (weight, through) in scores[..seen].iter().zip(through[..seen].iter_mut()) {
+            *through = *weight * (*through - delta);
+        }
+        through[seen..].fill(0.0);
+        delta
     }
-    hidden.fill(0.0);
+}
+
+in_vectors! {
+    fn add_row(sum: &mut [f32], row: &[f32]) {
+        for (sum, x) in sum.iter_mut().zip(row) {
+            *sum += x;
+        }
+    }
 }
 
 fn query_tiles(spans: &Spans, heads: Heads) -> Vec<Tile> {
@@ -368,18 +388,16 @@ impl<'a> Keys<'a> {
         through: &mut [f32],
         tell: impl Fn(usize, f32),
     ) {
-        cpu::vectorized(|| {
-            let rows = scores.chunks_exact_mut(self.count);
-            let rows = rows.zip(through.chunks_exact_mut(self.count));
-            for (i, (row, through)) in rows.enumerate() {
-                let at = self.query(i) * heads.query + tile.head;
-                let seen = self.seen_by(tile.first + i);
-                weights_of(row, seen, upstream.log_sums[at]);
-                let delta = cpu::dot(&row[..seen], &through[..seen]);
-                tell(at, delta);
-                through_weights(row, through, seen, delta);
-            }
-        });
+        let rows = scores.chunks_exact_mut(self.count);
+        let rows = rows.zip(through.chunks_exact_mut(self.count));
+        for (i, (row, through)) in rows.enumerate() {
+            let at = self.query(i) * heads.query + tile.head;
+            let seen = self.seen_by(tile.first + i);
+            tell(
+                at,
+                weigh_row(row, through, seen, upstream.log_sums[at], None),
+            );
+        }
     }
 
     /// Adds `scale · weightsᵀ · rows` to the keys' rows of `out`, `[n, d]`.

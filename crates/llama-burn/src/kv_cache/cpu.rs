@@ -70,7 +70,13 @@ impl Cache {
                 at: key_head * heads.d,
                 d: heads.d,
             };
-            cpu::vectorized(|| mix(q, of(0), of(1), self.rows[row].tokens(width), out));
+            cpu::vectorized(Mix {
+                q,
+                keys: of(0),
+                values: of(1),
+                tokens: self.rows[row].tokens(width),
+                out,
+            });
         };
         let pieces = group * heads.d;
         match products < PARALLEL_FROM {
@@ -104,48 +110,84 @@ struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
+    /// How many pieces its tokens lie in.
     #[inline(always)]
-    fn for_each(self, mut work: impl FnMut(usize, &'a [f32])) {
-        let mut token = 0;
-        let prompt = self.prompts[self.which];
-        for range in &self.row.prompt {
-            let tokens = &prompt[range.start * self.width..range.end * self.width];
-            for row in tokens.chunks_exact(self.width) {
-                work(token, &row[self.at..][..self.d]);
-                token += 1;
+    fn pieces(self) -> usize {
+        self.row.prompt.len() + 1
+    }
+
+    /// A piece's tokens one after the other, `[tokens, width]`.
+    #[inline(always)]
+    fn piece(self, piece: usize) -> &'a [f32] {
+        match self.row.prompt.get(piece) {
+            Some(range) => {
+                &self.prompts[self.which][range.start * self.width..range.end * self.width]
             }
-        }
-        for row in self.row.own[self.which].chunks_exact(self.width) {
-            work(token, &row[self.at..][..self.d]);
-            token += 1;
+            None => &self.row.own[self.which],
         }
     }
 }
 
 /// `softmax(q·kᵀ/√d)·v` for the queries `[group, d]` of one key head, into `out`, which is zero.
+struct Mix<'a> {
+    q: &'a [f32],
+    keys: Keys<'a>,
+    values: Keys<'a>,
+    tokens: usize,
+    out: &'a mut [f32],
+}
+
+impl cpu::Work for Mix<'_> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        mix(self);
+    }
+}
+
 #[inline(always)]
-fn mix(q: &[f32], keys: Keys, values: Keys, tokens: usize, out: &mut [f32]) {
+fn mix(
+    Mix {
+        q,
+        keys,
+        values,
+        tokens,
+        out,
+    }: Mix,
+) {
     let d = keys.d;
     let scale = 1.0 / (d as f32).sqrt();
     let mut scores = vec![0f32; q.len() / d * tokens];
-    keys.for_each(|token, key| {
-        for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(tokens)) {
-            scores[token] = cpu::dot(q, key) * scale;
+    // Loops instead of closures, which the compiler may leave without the processor's vectors.
+    let mut token = 0;
+    for piece in 0..keys.pieces() {
+        for key in keys.piece(piece).chunks_exact(keys.width) {
+            let key = &key[keys.at..][..d];
+            for (q, scores) in q.chunks_exact(d).zip(scores.chunks_exact_mut(tokens)) {
+                scores[token] = cpu::dot(q, key) * scale;
+            }
+            token += 1;
         }
-    });
+    }
     for weights in scores.chunks_exact_mut(tokens) {
         let largest = cpu::max(weights);
         let scale = 1.0 / cpu::exp_and_sum(weights, largest);
         weights.iter_mut().for_each(|weight| *weight *= scale);
     }
-    values.for_each(|token, value| {
-        for (weights, out) in scores.chunks_exact(tokens).zip(out.chunks_exact_mut(d)) {
-            let weight = weights[token];
-            for (out, value) in out.iter_mut().zip(value) {
-                *out += weight * value;
+    let mut token = 0;
+    for piece in 0..values.pieces() {
+        for value in values.piece(piece).chunks_exact(values.width) {
+            let value = &value[values.at..][..d];
+            for (weights, out) in scores.chunks_exact(tokens).zip(out.chunks_exact_mut(d)) {
+                let weight = weights[token];
+                for (out, value) in out.iter_mut().zip(value) {
+                    *out += weight * value;
+                }
             }
+            token += 1;
         }
-    });
+    }
 }
 
 /// Ascending places as ranges.

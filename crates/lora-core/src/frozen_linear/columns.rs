@@ -83,11 +83,12 @@ impl<'a> Weight<'a> {
         let sums = starts.into_par_iter().map(|first| {
             let count = columns.min(self.d_out - first);
             let mut sums = vec![0.0; n * count];
-            cpu::vectorized(|| match n {
-                1 => self.few_columns::<1>(x, first, count, &mut sums),
-                2 => self.few_columns::<2>(x, first, count, &mut sums),
-                3 => self.few_columns::<3>(x, first, count, &mut sums),
-                _ => self.few_columns::<FEW>(x, first, count, &mut sums),
+            cpu::vectorized(FewColumns {
+                weight: self,
+                x,
+                n,
+                first,
+                sums: &mut sums,
             });
             (first, count, sums)
         });
@@ -98,40 +99,74 @@ impl<'a> Weight<'a> {
             }
         }
     }
+}
+
+/// Adds the products of some columns from `first` on to `sums`, `[n, columns]`.
+struct FewColumns<'a> {
+    weight: Weight<'a>,
+    x: &'a [f32],
+    n: usize,
+    first: usize,
+    sums: &'a mut [f32],
+}
+
+impl cpu::Work for FewColumns<'_> {
+    type Output = ();
 
     #[inline(always)]
-    fn few_columns<const N: usize>(self, x: &[f32], first: usize, count: usize, sums: &mut [f32]) {
-        for block in 0..self.d_in / self.block {
-            let rows = block * self.block..(block + 1) * self.block;
-            let scales = &self.scales[block * self.d_out + first..][..count];
-            for (start, scales) in scales.chunks(HELD).enumerate() {
-                let start = start * HELD;
+    fn run<const FUSED: bool>(self) {
+        match self.n {
+            1 => self.rows::<1, FUSED>(),
+            2 => self.rows::<2, FUSED>(),
+            3 => self.rows::<3, FUSED>(),
+            _ => self.rows::<FEW, FUSED>(),
+        }
+    }
+}
+
+impl FewColumns<'_> {
+    #[inline(always)]
+    fn rows<const N: usize, const FUSED: bool>(self) {
+        let Weight {
+            integers,
+            scales,
+            d_in,
+            d_out,
+            block,
+        } = self.weight;
+        let (x, first) = (self.x, self.first);
+        let count = self.sums.len() / N;
+        assert!(x.len() == N * d_in);
+        for index in 0..d_in / block {
+            for start in (0..count).step_by(HELD) {
+                let width = HELD.min(count - start);
                 let mut held = [[0f32; HELD]; N];
-                for row in rows.clone() {
-                    let integers = &self.integers[row * self.d_out + first + start..];
-                    match integers.first_chunk::<HELD>() {
-                        Some(integers) if scales.len() == HELD => {
-                            for (n, held) in held.iter_mut().enumerate() {
-                                let x = x[n * self.d_in + row];
-                                for (sum, integer) in held.iter_mut().zip(integers) {
-                                    *sum += x * *integer as f32;
-                                }
-                            }
+                for row in index * block..(index + 1) * block {
+                    let at = row * d_out + first + start;
+                    // The same columns come next of the rows behind these.
+                    cpu::prefetch(integers, at + block * d_out);
+                    let mut weights = [0f32; HELD];
+                    if width == HELD {
+                        let integers = &integers[at..][..HELD];
+                        for i in 0..HELD {
+                            weights[i] = f32::from(integers[i]);
                         }
+                    } else {
                         // The last columns of a width that HELD does not divide.
-                        _ => {
-                            for (n, held) in held.iter_mut().enumerate() {
-                                let x = x[n * self.d_in + row];
-                                for (sum, integer) in held[..scales.len()].iter_mut().zip(integers)
-                                {
-                                    *sum += x * *integer as f32;
-                                }
-                            }
+                        for (weight, integer) in weights[..width].iter_mut().zip(&integers[at..]) {
+                            *weight = f32::from(*integer);
+                        }
+                    }
+                    for (n, held) in held.iter_mut().enumerate() {
+                        let x = x[n * d_in + row];
+                        for i in 0..HELD {
+                            held[i] = cpu::multiply_add::<FUSED>(x, weights[i], held[i]);
                         }
                     }
                 }
+                let scales = &scales[index * d_out + first + start..][..width];
                 for (n, held) in held.iter().enumerate() {
-                    let sums = &mut sums[n * count + start..][..scales.len()];
+                    let sums = &mut self.sums[n * count + start..][..width];
                     for ((sum, held), scale) in sums.iter_mut().zip(held).zip(scales) {
                         *sum += held * scale;
                     }

@@ -13,13 +13,13 @@ use crate::cpu;
 pub(super) const AT_MOST: usize = 16;
 
 /// Rows that are multiplied in registers at a time. The next ones find the weight in the cache.
-const ROWS: usize = 4;
+const ROWS: usize = 8;
 
 /// The block that weights have by default; others take the general way.
 pub(super) const BLOCK: usize = 32;
 
 /// Rows of W that an output block is held in registers for.
-const DEEP: usize = 4;
+const DEEP: usize = 8;
 
 /// Columns that a thread takes at least.
 const COLUMNS: usize = 64;
@@ -36,6 +36,8 @@ pub(super) trait Blocks: Copy + Sync {
     fn d_out(&self) -> usize;
     /// A block's scale and what is to be multiplied with it. `at` is its first element.
     fn block(&self, at: usize) -> (f32, [f32; BLOCK]);
+    /// Begins to load the block whose first element is `at`, which may lie beyond the weight.
+    fn prefetch(&self, at: usize);
 }
 
 /// Integers with a scale a block.
@@ -59,8 +61,19 @@ impl Blocks for Weight<'_> {
     #[inline(always)]
     fn block(&self, at: usize) -> (f32, [f32; BLOCK]) {
         let integers = &self.integers[at..][..BLOCK];
-        let integers = std::array::from_fn(|i| f32::from(integers[i]));
-        (self.scales[at / BLOCK], integers)
+        let mut values = [0f32; BLOCK];
+        for i in 0..BLOCK {
+            values[i] = f32::from(integers[i]);
+        }
+        (self.scales[at / BLOCK], values)
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize) {
+        // A cache line holds two blocks.
+        if at.is_multiple_of(2 * BLOCK) {
+            cpu::prefetch(self.integers, at);
+        }
     }
 }
 
@@ -83,8 +96,15 @@ impl Blocks for Dense<'_> {
 
     #[inline(always)]
     fn block(&self, at: usize) -> (f32, [f32; BLOCK]) {
-        let values = &self.values[at..][..BLOCK];
-        (1.0, std::array::from_fn(|i| values[i]))
+        let mut values = [0f32; BLOCK];
+        values.copy_from_slice(&self.values[at..][..BLOCK]);
+        (1.0, values)
+    }
+
+    #[inline(always)]
+    fn prefetch(&self, at: usize) {
+        cpu::prefetch(self.values, at);
+        cpu::prefetch(self.values, at + BLOCK / 2);
     }
 }
 
@@ -103,17 +123,11 @@ pub(super) fn add_product(x: &[f32], n: usize, weight: impl Blocks, output: &mut
         SUMS.with_borrow_mut(|sums| {
             sums.clear();
             sums.resize(n * part.len(), 0.0);
-            let rows = x.chunks(ROWS * weight.d_in());
-            let sums_of_rows = sums.chunks_mut(ROWS * part.len());
-            cpu::vectorized(|| {
-                for (x, sums) in rows.zip(sums_of_rows) {
-                    match sums.len() / part.len() {
-                        1 => add_columns::<1, _>(x, weight, part.clone(), sums),
-                        2 => add_columns::<2, _>(x, weight, part.clone(), sums),
-                        3 => add_columns::<3, _>(x, weight, part.clone(), sums),
-                        _ => add_columns::<ROWS, _>(x, weight, part.clone(), sums),
-                    }
-                }
+            cpu::vectorized(Columns {
+                x,
+                weight,
+                part: part.clone(),
+                sums,
             });
             (part, sums.clone())
         })
@@ -157,9 +171,45 @@ pub(super) fn of_dense(sum: Option<Tensor<2>>, x: Tensor<2>, weight: Tensor<2>) 
     }
 }
 
-/// Adds the products of these columns to `sums`, `[N, columns]`.
+/// Adds the products of these columns to `sums`, `[n, columns]`.
+struct Columns<'a, W> {
+    x: &'a [f32],
+    weight: W,
+    part: Range<usize>,
+    sums: &'a mut [f32],
+}
+
+impl<W: Blocks> cpu::Work for Columns<'_, W> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        let Self {
+            x,
+            weight,
+            part,
+            sums,
+        } = self;
+        let rows = x.chunks(ROWS * weight.d_in());
+        for (x, sums) in rows.zip(sums.chunks_mut(ROWS * part.len())) {
+            let part = part.clone();
+            match sums.len() / part.len() {
+                1 => add_columns::<1, FUSED, _>(x, weight, part, sums),
+                2 => add_columns::<2, FUSED, _>(x, weight, part, sums),
+                3 => add_columns::<3, FUSED, _>(x, weight, part, sums),
+                4 => add_columns::<4, FUSED, _>(x, weight, part, sums),
+                5 => add_columns::<5, FUSED, _>(x, weight, part, sums),
+                6 => add_columns::<6, FUSED, _>(x, weight, part, sums),
+                7 => add_columns::<7, FUSED, _>(x, weight, part, sums),
+                _ => add_columns::<ROWS, FUSED, _>(x, weight, part, sums),
+            }
+        }
+    }
+}
+
+/// As [`Columns`], for `N` rows.
 #[inline(always)]
-fn add_columns<const N: usize, W: Blocks>(
+fn add_columns<const N: usize, const FUSED: bool, W: Blocks>(
     x: &[f32],
     weight: W,
     part: Range<usize>,
@@ -167,19 +217,27 @@ fn add_columns<const N: usize, W: Blocks>(
 ) {
     let (d_in, d_out) = (weight.d_in(), weight.d_out());
     let columns = part.len();
+    assert!(x.len() == N * d_in && sums.len() == N * columns);
     for first in (0..d_in).step_by(DEEP) {
         let rows = first..(first + DEEP).min(d_in);
         for column in (0..columns).step_by(BLOCK) {
-            let mut held: [[f32; BLOCK]; N] = std::array::from_fn(|n| {
-                let sums = &sums[n * columns + column..][..BLOCK];
-                std::array::from_fn(|i| sums[i])
-            });
+            let mut held = [[0f32; BLOCK]; N];
+            for (n, held) in held.iter_mut().enumerate() {
+                held.copy_from_slice(&sums[n * columns + column..][..BLOCK]);
+            }
             for row in rows.clone() {
-                let (scale, weights) = weight.block(row * d_out + part.start + column);
+                let at = row * d_out + part.start + column;
+                // The same columns come next of the rows behind these: a thread's part of a row is too
+                // short for the processor to see what it will need.
+                weight.prefetch(at + DEEP * d_out);
+                let (scale, mut weights) = weight.block(at);
+                for weight in &mut weights {
+                    *weight *= scale;
+                }
                 for (n, held) in held.iter_mut().enumerate() {
-                    let x = x[n * d_in + row] * scale;
-                    for j in 0..BLOCK {
-                        held[j] += x * weights[j];
+                    let x = x[n * d_in + row];
+                    for i in 0..BLOCK {
+                        held[i] = cpu::multiply_add::<FUSED>(x, weights[i], held[i]);
                     }
                 }
             }

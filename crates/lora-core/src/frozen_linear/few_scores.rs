@@ -31,21 +31,12 @@ pub(super) fn scores<T: Number>(x: &[f32], n: usize, table: &[T], width: usize) 
     let parts = table.par_chunks(TOKENS * width.max(1)).map(|part| {
         let mut scores = vec![0f32; part.len() / width.max(1) * n];
         let mut row = vec![0f32; width];
-        cpu::vectorized(|| match n {
-            1 => of_part::<_, 1>(x, part, &mut row, &mut scores),
-            2 => of_part::<_, 2>(x, part, &mut row, &mut scores),
-            3 => of_part::<_, 3>(x, part, &mut row, &mut scores),
-            4 => of_part::<_, 4>(x, part, &mut row, &mut scores),
-            _ => {
-                // Fours, the last of them again where n is no multiple.
-                for first in (0..n).step_by(4) {
-                    let first = first.min(n - 4);
-                    let mut four = vec![0f32; scores.len() / n * 4];
-                    of_part::<_, 4>(&x[first * width..], part, &mut row, &mut four);
-                    let rows = scores.chunks_exact_mut(n).zip(four.chunks_exact(4));
-                    rows.for_each(|(scores, four)| scores[first..first + 4].copy_from_slice(four));
-                }
-            }
+        cpu::vectorized(Part {
+            x,
+            n,
+            table: part,
+            row: &mut row,
+            scores: &mut scores,
         });
         scores
     });
@@ -62,26 +53,60 @@ pub(super) fn scores<T: Number>(x: &[f32], n: usize, table: &[T], width: usize) 
     output
 }
 
-/// Scores of a part's tokens, `[tokens, N]`; `row` has room for one of them.
-#[inline(always)]
-fn of_part<T: Number, const N: usize>(x: &[f32], table: &[T], row: &mut [f32], scores: &mut [f32]) {
-    let width = row.len();
-    let x: [&[f32]; N] = std::array::from_fn(|row| &x[row * width..][..width]);
-    let x_lanes = x.map(|x| x.as_chunks::<LANES>());
-    for (token, scores) in table.chunks_exact(width).zip(scores.chunks_exact_mut(N)) {
-        let (lanes, rest) = T::widened(token, row).as_chunks::<LANES>();
-        let mut sums = [[0f32; LANES]; N];
-        for (i, token) in lanes.iter().enumerate() {
-            for (sums, (x, _)) in sums.iter_mut().zip(&x_lanes) {
-                let x = &x[i];
-                for lane in 0..LANES {
-                    sums[lane] += x[lane] * token[lane];
+/// Scores of a part's tokens, `[tokens, n]`; `row` has room for one of them.
+struct Part<'a, T> {
+    x: &'a [f32],
+    n: usize,
+    table: &'a [T],
+    row: &'a mut [f32],
+    scores: &'a mut [f32],
+}
+
+impl<T: Number> cpu::Work for Part<'_, T> {
+    type Output = ();
+
+    #[inline(always)]
+    fn run<const FUSED: bool>(self) {
+        match self.n {
+            1 => self.scores::<1, FUSED>(),
+            2 => self.scores::<2, FUSED>(),
+            3 => self.scores::<3, FUSED>(),
+            4 => self.scores::<4, FUSED>(),
+            5 => self.scores::<5, FUSED>(),
+            6 => self.scores::<6, FUSED>(),
+            7 => self.scores::<7, FUSED>(),
+            _ => self.scores::<AT_MOST, FUSED>(),
+        }
+    }
+}
+
+impl<T: Number> Part<'_, T> {
+    #[inline(always)]
+    fn scores<const N: usize, const FUSED: bool>(self) {
+        let width = self.row.len();
+        assert!(self.x.len() == N * width);
+        let whole = width / LANES * LANES;
+        let tokens = self.table.chunks_exact(width);
+        for (token, scores) in tokens.zip(self.scores.chunks_exact_mut(N)) {
+            let token = T::widened(token, self.row);
+            let mut sums = [[0f32; LANES]; N];
+            for start in (0..whole).step_by(LANES) {
+                let mut lanes = [0f32; LANES];
+                lanes.copy_from_slice(&token[start..][..LANES]);
+                for (n, sums) in sums.iter_mut().enumerate() {
+                    let x = &self.x[n * width + start..][..LANES];
+                    for lane in 0..LANES {
+                        sums[lane] = cpu::multiply_add::<FUSED>(x[lane], lanes[lane], sums[lane]);
+                    }
                 }
             }
-        }
-        for ((score, sums), (_, x)) in scores.iter_mut().zip(sums).zip(&x_lanes) {
-            let rest: f32 = x.iter().zip(rest).map(|(x, token)| x * token).sum();
-            *score = cpu::add_lanes(sums) + rest;
+            for (n, (score, sums)) in scores.iter_mut().zip(sums).enumerate() {
+                let mut rest = 0.0;
+                for i in whole..width {
+                    rest += self.x[n * width + i] * token[i];
+                }
+                *score = cpu::add_lanes(sums) + rest;
+            }
         }
     }
 }

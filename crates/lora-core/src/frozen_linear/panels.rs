@@ -213,7 +213,7 @@ impl<S: Stored> cpu::Work for Unpack<'_, S> {
     type Output = ();
 
     #[inline(always)]
-    fn run(self) {
+    fn run<const FUSED: bool>(self) {
         let [_, d_out] = self.weight.shape();
         match self.direction {
             Direction::Forward => {
