@@ -110,6 +110,8 @@ fn auto_starts_where_there_is_nothing_and_says_so_where_nothing_is_left_to_do() 
     fs::remove_dir_all(workspace.path("out/adapter")).expect("it is there");
     resume(&workspace.path("out"), &[]).succeeded();
     assert!(adapter_bytes(&workspace.path("out")) == before);
+    let card = workspace.path("out/adapter/README.md");
+    assert!(card.exists(), "{} is not there", card.display());
     record(&Row {
         place: 130,
         fault: "A finished run is resumed",

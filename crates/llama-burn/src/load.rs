@@ -172,7 +172,7 @@ impl Loader<'_> {
         let (weight, error) = match self.integers(&name)? {
             Some(tensor) => self.exact(tensor, [d_in, d_out]),
             None => {
-                let values = transpose(&self.weights.read(&name)?, d_out, d_in);
+                let values = cpu::transposed(&self.weights.read(&name)?, [d_out, d_in]);
                 self.packed_or_dense(values, [d_in, d_out])
             }
         };
@@ -258,7 +258,7 @@ impl Loader<'_> {
         let mut worst: Option<QuantizationError> = None;
         let pieces = values.chunks(rows * hidden).map(|piece| {
             let rows = piece.len() / hidden;
-            let turned = transpose(piece, rows, hidden);
+            let turned = cpu::transposed(piece, [rows, hidden]);
             let (weight, error) = self.packed_or_dense(turned, [hidden, rows]);
             if error.map(|e| e.relative) > worst.map(|e| e.relative) {
                 worst = error;
@@ -327,33 +327,9 @@ fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
     Param::initialized(Default::default(), tensor).set_require_grad(false)
 }
 
-/// `[rows, cols]` → `[cols, rows]`, in tiles that fit the cache.
-pub(crate) fn transpose(values: &[f32], rows: usize, cols: usize) -> Vec<f32> {
-    const TILE: usize = 32;
-    let mut turned = vec![0f32; values.len()];
-    for row in (0..rows).step_by(TILE) {
-        for col in (0..cols).step_by(TILE) {
-            for r in row..rows.min(row + TILE) {
-                for c in col..cols.min(col + TILE) {
-                    turned[c * rows + r] = values[r * cols + c];
-                }
-            }
-        }
-    }
-    turned
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn transposing_twice_gives_the_matrix_back() {
-        let values: Vec<f32> = (0..70 * 33).map(|i| i as f32).collect();
-        let turned = transpose(&values, 70, 33);
-        assert_eq!(turned[5 * 70 + 7], values[7 * 33 + 5]);
-        assert_eq!(transpose(&turned, 33, 70), values);
-    }
 
     #[test]
     fn a_quantized_head_scores_as_the_dense_one_within_its_rounding() {

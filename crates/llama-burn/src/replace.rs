@@ -2,9 +2,8 @@
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lora_core::LoraLinear;
+use lora_core::{LoraLinear, cpu};
 
-use crate::load::transpose;
 use crate::{Llama, VocabTable};
 
 impl Llama {
@@ -119,7 +118,7 @@ fn set_linear(
     let [d_in, d_out] = linear.dims();
     match end {
         "weight" if values.len() == d_in * d_out => {
-            let data = TensorData::new(transpose(&values, d_out, d_in), [d_in, d_out]);
+            let data = TensorData::new(cpu::transposed(&values, [d_out, d_in]), [d_in, d_out]);
             let mut replaced = linear.clone().without_adapter();
             replaced.weight = frozen(data, dtype, device);
             *linear = replaced;

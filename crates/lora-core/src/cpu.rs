@@ -389,6 +389,30 @@ pub fn product(scale: f32, left: Matrix, right: Matrix, threads: Threads) -> Vec
     output
 }
 
+/// `[rows, columns]` → `[columns, rows]`, in tiles that fit the cache, on all threads.
+pub fn transposed<T: Copy + Default + Send + Sync>(
+    values: &[T],
+    [rows, columns]: [usize; 2],
+) -> Vec<T> {
+    const TILE: usize = 64;
+    let mut output = vec![T::default(); values.len()];
+    output
+        .par_chunks_mut((TILE * rows).max(1))
+        .enumerate()
+        .for_each(|(tile, output)| {
+            let first = tile * TILE;
+            let count = TILE.min(columns - first);
+            for start in (0..rows).step_by(TILE) {
+                for row in start..rows.min(start + TILE) {
+                    for column in 0..count {
+                        output[column * rows + row] = values[row * columns + first + column];
+                    }
+                }
+            }
+        });
+    output
+}
+
 /// Makes a `rows × width` matrix: `fill(first row, piece)` must write every element of the piece of
 /// whole rows that it gets. Pieces are filled on all threads; `fill` calls a function of [`in_vectors!`](crate::in_vectors).
 pub fn fill_rows(
@@ -738,6 +762,14 @@ mod tests {
     #[should_panic(expected = "passes its")]
     fn a_view_past_its_data_panics() {
         let _ = Matrix::new(&[0.0; 10], 3, 4, 4);
+    }
+
+    #[test]
+    fn turning_twice_gives_the_matrix_back() {
+        let values: Vec<i8> = (0..70 * 133).map(|i| (i % 251) as u8 as i8).collect();
+        let there = transposed(&values, [70, 133]);
+        assert_eq!(there[5 * 70 + 7], values[7 * 133 + 5]);
+        assert_eq!(transposed(&there, [133, 70]), values);
     }
 
     #[test]

@@ -7,7 +7,8 @@
 use burn::backend::DispatchDevice;
 use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype};
 use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
-use rayon::prelude::*;
+
+use crate::cpu::transposed;
 
 /// An 8-bit weight with a scale for every `block` rows of a column of `[d_in, d_out]`.
 #[derive(Debug, Clone, PartialEq)]
@@ -61,8 +62,8 @@ impl IntegerWeight {
         let [d_in, d_out] = self.dims;
         match device.as_dispatch() {
             DispatchDevice::Flex(_) => {
-                let integers = turned(&self.integers, [d_out, d_in]);
-                let scales = turned(&self.scales, [d_out, d_in / self.block]);
+                let integers = transposed(&self.integers, [d_out, d_in]);
+                let scales = transposed(&self.scales, [d_out, d_in / self.block]);
                 let scheme = scheme
                     .with_store(QuantStore::Native)
                     .per_block([block, 1], ScaleDtype::F32);
@@ -89,27 +90,6 @@ fn data(integers: Vec<i8>, scales: &[f32], shape: [usize; 2], scheme: QuantSchem
         bytes.extend(scale.to_ne_bytes().map(|byte| byte as i8));
     }
     TensorData::from_bytes(Bytes::from_elems(bytes), shape, DType::QFloat(scheme))
-}
-
-/// `[rows, columns]` → `[columns, rows]`, in tiles that fit the cache.
-fn turned<T: Copy + Default + Send + Sync>(values: &[T], [rows, columns]: [usize; 2]) -> Vec<T> {
-    const TILE: usize = 64;
-    let mut turned = vec![T::default(); values.len()];
-    turned
-        .par_chunks_mut((TILE * rows).max(1))
-        .enumerate()
-        .for_each(|(tile, turned)| {
-            let first = tile * TILE;
-            let count = TILE.min(columns - first);
-            for start in (0..rows).step_by(TILE) {
-                for row in start..rows.min(start + TILE) {
-                    for column in 0..count {
-                        turned[column * rows + row] = values[row * columns + first + column];
-                    }
-                }
-            }
-        });
-    turned
 }
 
 #[cfg(test)]
@@ -178,13 +158,5 @@ mod tests {
     #[test]
     fn products_on_the_cpu_are_those_of_integers_times_scales() {
         check_products(&Device::flex());
-    }
-
-    #[test]
-    fn turning_twice_gives_the_matrix_back() {
-        let values: Vec<i8> = (0..70 * 133).map(|i| (i % 251) as u8 as i8).collect();
-        let there = turned(&values, [70, 133]);
-        assert_eq!(there[5 * 70 + 7], values[7 * 133 + 5]);
-        assert_eq!(turned(&there, [133, 70]), values);
     }
 }

@@ -98,6 +98,13 @@ impl ModelCard<'_> {
         Ok(true)
     }
 
+    /// As [`write`](Self::write). The adapter is safe already: a card that cannot be written is a warning.
+    pub fn write_or_warn(&self, folder: &Path) {
+        if let Err(error) = self.write(folder) {
+            log::warn!("{error}");
+        }
+    }
+
     /// The card without its last line.
     fn text(&self) -> String {
         let base = &self.config.base_model;

@@ -245,9 +245,29 @@ pub fn train(
     let checkpoint = resumed.as_ref().map(|resumed| &resumed.checkpoint);
     let mut keeper = Keeper::new(config, &folder, fingerprint, checkpoint)?;
     let progress = checkpoint.map_or_else(Progress::start, |from| from.state.progress.clone());
+    let trainable = fit.plan.counts.trainable;
+    let card = |progress: &Progress, checkpointing: bool| ModelCard {
+        config,
+        shape: plan::shape(&model_config),
+        trainable,
+        train_rows: data.train.len(),
+        validation_rows: data.validation.len(),
+        step: progress.kept.unwrap_or(total_steps),
+        total_steps,
+        device: format!(
+            "{}, {}",
+            selected.name,
+            precision(config, dtype, checkpointing)
+        ),
+        base: progress.base,
+        adapter: progress.kept_scores,
+        command: model_card::command(&folder.config()),
+    };
     if progress.is_over(total_steps) {
+        // What the run that was stopped may have had no time for.
         keeper.finish(interrupt, screen)?;
         describe_prompt(&data, &folder);
+        card(&progress, fit.gradient_checkpointing).write_or_warn(&folder.adapter());
         screen.line(&nothing_left(&folder, total_steps));
         return Ok(Ended::Done(folder));
     }
@@ -429,27 +449,7 @@ pub fn train(
     }
     let progress = &session.progress;
     if is_over {
-        let card = ModelCard {
-            config,
-            shape: plan::shape(&model_config),
-            trainable: session.fit.plan.counts.trainable,
-            train_rows: data.train.len(),
-            validation_rows: data.validation.len(),
-            step: progress.kept.unwrap_or(total_steps),
-            total_steps,
-            device: format!(
-                "{}, {}",
-                selected.name,
-                precision(config, dtype, session.fit.gradient_checkpointing)
-            ),
-            base: progress.base,
-            adapter: progress.kept_scores,
-            command: model_card::command(&folder.config()),
-        };
-        // The adapter is safe already; a card that cannot be written is no reason to call the run a failure.
-        if let Err(error) = card.write(&folder.adapter()) {
-            log::warn!("{error}");
-        }
+        card(progress, session.fit.gradient_checkpointing).write_or_warn(&folder.adapter());
     }
     let result = RunResult {
         steps: progress.step,

@@ -102,8 +102,9 @@ impl<T: Number> Part<'_, T> {
             }
             for (n, (score, sums)) in scores.iter_mut().zip(sums).enumerate() {
                 let mut rest = 0.0;
-                for i in whole..width {
-                    rest += self.x[n * width + i] * token[i];
+                let x = &self.x[n * width..][..width];
+                for (x, token) in x[whole..].iter().zip(&token[whole..]) {
+                    rest += x * token;
                 }
                 *score = cpu::add_lanes(sums) + rest;
             }

@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context, bail};
 use llama_burn::gguf::{llama_cpp_name, rows_of};
 use llama_burn::{LlamaConfig, Weights};
+use lora_core::cpu;
 
 use crate::peft::{AdapterConfig, AdapterTensors, read_adapter};
 
@@ -88,20 +89,15 @@ impl Adapter {
                 );
             };
             let factor = (selector.scale(module) * r as f64 / alpha) as f32;
-            let turned = |values: &[f32], [rows, columns]: [usize; 2], factor: f32| {
-                let places = (0..columns).flat_map(|c| (0..rows).map(move |r| r * columns + c));
-                places
-                    .map(|place| values[place] * factor)
-                    .collect::<Vec<f32>>()
-            };
-            let mut b = turned(&pair.b, [r, d_out], factor);
+            let mut b = cpu::transposed(&pair.b, [r, d_out]);
+            b.iter_mut().for_each(|value| *value *= factor);
             if let Some(rows) = rows_of(&name, self.head_dim) {
                 b = rows.to_llama_cpp(&b, r);
             }
             tensors.push(LoraTensor {
                 name: format!("{theirs}.lora_a"),
                 shape: [r, d_in],
-                values: turned(&pair.a, [d_in, r], 1.0),
+                values: cpu::transposed(&pair.a, [d_in, r]),
             });
             tensors.push(LoraTensor {
                 name: format!("{theirs}.lora_b"),

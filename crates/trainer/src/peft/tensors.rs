@@ -3,7 +3,7 @@
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 
-use lora_core::{Bias, LoraConfig};
+use lora_core::{Bias, LoraConfig, cpu};
 use safetensors::{Dtype, SafeTensors, View};
 
 use super::AdapterError;
@@ -319,15 +319,9 @@ struct Values {
 impl Values {
     /// The transpose of a row-major `[rows, columns]` matrix.
     fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Self {
-        let mut transposed = vec![0.0; values.len()];
-        for (row, line) in values.chunks_exact(columns.max(1)).enumerate() {
-            for (column, value) in line.iter().enumerate() {
-                transposed[column * rows + row] = *value;
-            }
-        }
         Self {
             shape: vec![columns, rows],
-            values: transposed,
+            values: cpu::transposed(values, [rows, columns]),
         }
     }
 
