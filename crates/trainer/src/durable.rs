@@ -1,9 +1,12 @@
 //! Files that are there, whole, after a power cut: what is written is synced before it gets its name, and
 //! its folder after. Everything that a run writes but its metrics goes through here.
 
+use std::collections::HashMap;
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::Path;
+
+use safetensors::{SafeTensorError, View};
 
 use crate::fault::{self, Operation};
 
@@ -23,6 +26,31 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     file.write_all(bytes)?;
     fault::after(Operation::Write, path);
     sync(&file, path)
+}
+
+/// As [`write`], a file of tensors, one after the other: none of it is held in memory a second time.
+///
+/// # Errors
+///
+/// As [`write`]; what the format cannot hold.
+pub fn write_tensors<V: View>(
+    path: &Path,
+    tensors: Vec<(String, V)>,
+    metadata: HashMap<String, String>,
+) -> io::Result<()> {
+    fault::before(Operation::Write);
+    if let Err(full) = fault::space() {
+        // As a disk does: part of it still fits.
+        File::create(path)?;
+        return Err(full);
+    }
+    let written = safetensors::serialize_to_file(tensors, Some(metadata), path);
+    written.map_err(|error| match error {
+        SafeTensorError::IoError(error) => error,
+        other => io::Error::other(other),
+    })?;
+    fault::after(Operation::Write, path);
+    sync(&File::options().write(true).open(path)?, path)
 }
 
 fn sync(file: &File, path: &Path) -> io::Result<()> {

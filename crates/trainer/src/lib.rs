@@ -38,6 +38,7 @@ pub mod embedded;
 pub mod eval;
 pub mod fault;
 pub mod fit;
+mod floats;
 pub mod generate;
 pub mod gguf;
 pub mod gradients;

@@ -1,14 +1,14 @@
 //! `trainer logits`: a model's scores of given tokens, for programs that compare them with another
 //! implementation's.
 
-use std::collections::BTreeMap;
-use std::path::PathBuf;
+use std::collections::{BTreeMap, HashMap};
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use llama_burn::{PackedError, PackedTokens};
-use safetensors::Dtype;
-use safetensors::tensor::TensorView;
 
+use crate::durable;
+use crate::floats::Floats;
 use crate::inference::{Inference, InferenceError, ModelArgs};
 use crate::output::{self, OutputError};
 use crate::screen::Screen;
@@ -52,8 +52,6 @@ pub enum LogitsError {
     Row { row: usize, source: PackedError },
     #[error("row {row}: its scores cannot be read from the device: {reason}")]
     Unreadable { row: usize, reason: String },
-    #[error("the scores cannot be written: {0}")]
-    Safetensors(String),
 }
 
 impl From<InferenceError> for LogitsError {
@@ -92,7 +90,7 @@ pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
             }
         }
     };
-    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
+    let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
     for (row, ids) in rows.iter().enumerate() {
         let packed = PackedTokens::from_rows([&ids[..]]);
         packed
@@ -105,16 +103,12 @@ pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
             row,
             reason: format!("{error:?}"),
         })?;
-        let bytes = values.iter().flat_map(|value| value.to_le_bytes());
-        tensors.insert(format!("row.{row}"), (shape, bytes.collect()));
+        tensors.insert(format!("row.{row}"), (shape, values));
     }
-    let wrong = |error: safetensors::SafeTensorError| LogitsError::Safetensors(error.to_string());
-    let views: Result<Vec<_>, _> = tensors
+    let views = tensors
         .iter()
-        .map(|(name, (shape, bytes))| {
-            TensorView::new(Dtype::F32, shape.clone(), bytes).map(|view| (name, view))
-        })
-        .collect();
-    let bytes = safetensors::serialize(views.map_err(wrong)?, None).map_err(wrong)?;
-    Ok(output::write_atomically(&args.output, &bytes)?)
+        .map(|(name, (shape, values))| (name.clone(), Floats::new(values, shape.clone())));
+    let views: Vec<(String, Floats)> = views.collect();
+    let write = |path: &Path| durable::write_tensors(path, views, HashMap::new());
+    Ok(output::write_atomically_by(&args.output, write)?)
 }

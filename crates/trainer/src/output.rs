@@ -292,6 +292,18 @@ fn numbered(path: &Path, number: u64) -> PathBuf {
 ///
 /// [`OutputError::Write`] with the file's path; the temporary file is removed.
 pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), OutputError> {
+    write_atomically_by(path, |temporary| durable::write(temporary, bytes))
+}
+
+/// As [`write_atomically`], the temporary file being written by `write`, which also syncs it.
+///
+/// # Errors
+///
+/// As [`write_atomically`].
+pub fn write_atomically_by(
+    path: &Path,
+    write: impl FnOnce(&Path) -> io::Result<()>,
+) -> Result<(), OutputError> {
     let failed = |source| OutputError::Write {
         path: path.into(),
         source,
@@ -310,7 +322,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), OutputError> {
     temporary.push(format!(".{}.tmp", std::process::id()));
     let temporary = folder.join(temporary);
     let write = || {
-        durable::write(&temporary, bytes)?;
+        write(&temporary)?;
         durable::rename(&temporary, path)?;
         durable::sync_folder(folder)
     };

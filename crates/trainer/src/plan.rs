@@ -117,11 +117,21 @@ pub struct Plan {
     /// What loading needs beside the base model for a moment: the weight files, which are mapped
     /// and which the system takes back when memory is short, and the largest tensor in f32.
     pub loading: Part,
+    /// What a checkpoint needs on the host besides the base model and the adapters, while no step runs.
+    pub saving: Part,
 }
 
 /// Resident memory of the program with its thread pool, before a model is loaded, and what the
 /// allocator holds back.
 const PROGRAM: u64 = 24 << 20;
+
+/// What a token of the vocabulary takes in the tokenizer (measured with 49,152 of them): its text in both
+/// directions, and a merge.
+const OF_TOKEN: u64 = 512;
+
+/// Copies of the adapters that a checkpoint is written from: weights and two moments, the adapter in PEFT's
+/// layout, and the best one so far.
+const COPIES: u64 = 5;
 
 impl Plan {
     /// Plans a run of `model`.
@@ -156,8 +166,16 @@ impl Plan {
             adapters,
             step: peak.step,
             phase: peak.phase,
-            program: if options.on_gpu { 0 } else { PROGRAM },
+            program: match options.on_gpu {
+                true => 0,
+                false => PROGRAM + OF_TOKEN * model.vocab_size as u64,
+            },
             loading: loading(model),
+            saving: Part {
+                name: "while saving: adapters and moments again".into(),
+                parameters: None,
+                bytes: COPIES * counts.adapter_bytes,
+            },
         })
     }
 
@@ -172,11 +190,17 @@ impl Plan {
         self.base_bytes() + self.loading.bytes + self.program
     }
 
-    /// Bytes at the peak of the run, whether that is in loading or in training.
+    /// Bytes while a checkpoint is written.
+    pub fn saving_peak(&self) -> u64 {
+        let trained = self.adapters.iter().map(|part| part.bytes).sum::<u64>();
+        self.base_bytes() + trained + self.saving.bytes + self.program
+    }
+
+    /// Bytes at the peak of the run, whether that is in loading, in training or in saving.
     pub fn resident_peak(&self) -> u64 {
         match self.program {
             0 => self.peak(),
-            _ => self.peak().max(self.loading_peak()),
+            _ => self.peak().max(self.loading_peak()).max(self.saving_peak()),
         }
     }
 
@@ -188,11 +212,17 @@ impl Plan {
     /// The peak in a few words and numbers, for the start of a run.
     pub fn summary(&self) -> Vec<(String, u64)> {
         let sum = |parts: &[Part]| parts.iter().map(|part| part.bytes).sum();
+        // Never both at a time; a checkpoint is made in the host's memory.
+        let activations: u64 = sum(&self.step);
+        let (name, bytes) = match self.saving.bytes > activations && self.program > 0 {
+            true => ("writing a checkpoint", self.saving.bytes),
+            false => ("activations", activations),
+        };
         vec![
             ("base model".into(), self.base_bytes()),
             ("adapters and optimizer".into(), sum(&self.adapters)),
-            ("activations".into(), sum(&self.step)),
-            ("program".into(), self.program),
+            (name.into(), bytes),
+            ("program and tokenizer".into(), self.program),
         ]
     }
 }

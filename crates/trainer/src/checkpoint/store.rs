@@ -183,7 +183,9 @@ fn fill(
     let state = serde_json::to_vec_pretty(&snapshot.state).unwrap_or_default();
     write(STATE, &state)?;
     write(CONFIG, config.as_bytes())?;
-    write(TENSORS, &snapshot.tensors.to_bytes()?)?;
+    let tensors = folder.join(TENSORS);
+    let written = snapshot.tensors.write(&tensors);
+    written.map_err(io("write", &tensors))?;
     let (adapter_config, adapter) = &snapshot.adapter;
     peft::write_adapter(&folder.join(ADAPTER), adapter_config, adapter)?;
     write_kept(&folder.join(KEPT))?;

@@ -3,15 +3,18 @@
 //! Parameters go by their path in the module (`layers.0.self_attn.q_proj.weight.lora.a`), so whatever is
 //! trainable is kept, not only adapters.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::io;
+use std::path::Path;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::tensor::{Device, Tensor, TensorData};
 use llama_burn::Llama;
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, SafeTensors};
 
 use super::CheckpointError;
+use crate::durable;
+use crate::floats::Floats;
 use crate::optimizer::{Moments, Optimizer, to_host};
 
 /// A run's trainable parameters with their moments.
@@ -71,30 +74,29 @@ impl TrainingTensors {
         }
     }
 
-    /// The bytes of a safetensors file.
+    /// Writes a safetensors file and waits until the disk has it.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Tensors`] where the format cannot hold them.
-    pub fn to_bytes(&self) -> Result<Vec<u8>, CheckpointError> {
+    /// What the system says; what the format cannot hold.
+    pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut tensors: Vec<(String, Floats)> = Vec::new();
-        let mut updates = Vec::new();
+        let mut updates = HashMap::new();
         for (name, parameter) in &self.parameters {
             let mut push = |name: String, values| {
-                let shape = parameter.shape.as_slice();
-                tensors.push((name, Floats { shape, values }));
+                tensors.push((name, Floats::new(values, parameter.shape.clone())));
             };
             push(name.clone(), &parameter.values);
             if let Some(moments) = &parameter.moments {
                 push(format!("{name}.{FIRST}"), &moments.first);
                 push(format!("{name}.{SECOND}"), &moments.second);
-                updates.push((format!("{name}.{UPDATES}"), moments.updates.to_string()));
+                updates.insert(format!("{name}.{UPDATES}"), moments.updates.to_string());
             }
         }
-        safetensors::serialize(tensors, Some(updates.into_iter().collect())).map_err(unreadable)
+        durable::write_tensors(path, tensors, updates)
     }
 
-    /// Reads the bytes of such a file.
+    /// Reads the bytes of what [`write`](Self::write) writes.
     ///
     /// # Errors
     ///
@@ -149,27 +151,6 @@ impl TrainingTensors {
 fn unreadable(reason: impl ToString) -> CheckpointError {
     CheckpointError::Tensors {
         reason: reason.to_string(),
-    }
-}
-
-struct Floats<'a> {
-    shape: &'a [usize],
-    values: &'a [f32],
-}
-
-impl View for Floats<'_> {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-    fn shape(&self) -> &[usize] {
-        self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        let bytes = self.values.iter().flat_map(|value| value.to_le_bytes());
-        bytes.collect::<Vec<u8>>().into()
-    }
-    fn data_len(&self) -> usize {
-        self.values.len() * 4
     }
 }
 
@@ -323,12 +304,20 @@ mod tests {
             moments.map(|moments| moments.updates).collect::<Vec<_>>()
         };
         assert_eq!(updates(&taken), [2, 2]);
-        let read = TrainingTensors::from_bytes(&taken.to_bytes().unwrap()).unwrap();
+        let read = TrainingTensors::from_bytes(&bytes(&taken)).unwrap();
         assert_eq!(read, taken);
 
         let mut optimizer = AdamW::default().resumable();
         let restored = read.put(model(2, &["q_proj"]), &mut optimizer).unwrap();
         assert_eq!(TrainingTensors::take(&restored, &optimizer), taken);
+    }
+
+    /// What the file holds.
+    fn bytes(tensors: &TrainingTensors) -> Vec<u8> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tensors");
+        tensors.write(&path).unwrap();
+        std::fs::read(path).unwrap()
     }
 
     #[test]
@@ -358,9 +347,7 @@ mod tests {
     #[test]
     fn bytes_that_are_no_training_tensors_are_an_error() {
         let (model, optimizer) = trained();
-        let bytes = TrainingTensors::take(&model, &optimizer)
-            .to_bytes()
-            .unwrap();
+        let bytes = bytes(&TrainingTensors::take(&model, &optimizer));
         for end in [0, 7, 8, 100, bytes.len() - 1] {
             let error = TrainingTensors::from_bytes(&bytes[..end]).unwrap_err();
             assert!(matches!(error, CheckpointError::Tensors { .. }), "{error}");

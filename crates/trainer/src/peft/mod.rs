@@ -187,13 +187,7 @@ pub fn write_adapter(
     config: &AdapterConfig,
     tensors: &AdapterTensors,
 ) -> Result<(), AdapterError> {
-    let weights = tensors.to_bytes()?;
-    fs::create_dir_all(folder).map_err(|source| AdapterError::Io {
-        action: "make the folder",
-        path: folder.into(),
-        source,
-    })?;
-    replace_file(&folder.join(WEIGHTS_FILE), &weights)?;
+    tensors.write(&folder.join(WEIGHTS_FILE))?;
     let text = format!("{:#}\n", config.to_json());
     replace_file(&folder.join(CONFIG_FILE), text.as_bytes())
 }
@@ -242,14 +236,18 @@ fn cannot_read(path: &Path, source: io::Error) -> AdapterError {
 
 /// Replaces a file in one step: whoever opens it sees the old content or the new one.
 fn replace_file(path: &Path, content: &[u8]) -> Result<(), AdapterError> {
-    output::write_atomically(path, content).map_err(|error| AdapterError::Io {
+    output::write_atomically(path, content).map_err(|error| not_written(path, error))
+}
+
+fn not_written(path: &Path, error: OutputError) -> AdapterError {
+    AdapterError::Io {
         action: "write",
         path: path.into(),
         source: match error {
             OutputError::Write { source, .. } => source,
             other => io::Error::other(other),
         },
-    })
+    }
 }
 
 #[cfg(test)]

@@ -1,12 +1,14 @@
 //! `adapter_model.safetensors`: the adapter's tensors under PEFT's names.
 
-use std::borrow::Cow;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
 
 use lora_core::{Bias, LoraConfig, cpu};
-use safetensors::{Dtype, SafeTensors, View};
+use safetensors::{Dtype, SafeTensors};
 
-use super::AdapterError;
+use super::{AdapterError, not_written};
+use crate::floats::Floats;
+use crate::{durable, output};
 
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
@@ -166,17 +168,37 @@ impl AdapterTensors {
     /// [`AdapterError::NotFinite`] for a matrix that holds NaN or infinity: such an adapter is
     /// never written; [`AdapterError::Safetensors`] where the format cannot hold the tensors.
     pub fn to_bytes(&self) -> Result<Vec<u8>, AdapterError> {
+        let written = safetensors::serialize(self.entries()?, Some(metadata()));
+        written.map_err(|error| AdapterError::Safetensors {
+            reason: error.to_string(),
+        })
+    }
+
+    /// Writes [`to_bytes`](Self::to_bytes) to a file, atomically, a tensor at a time.
+    ///
+    /// # Errors
+    ///
+    /// [`AdapterError::NotFinite`] as there; [`AdapterError::Io`].
+    pub fn write(&self, path: &Path) -> Result<(), AdapterError> {
+        let entries = self.entries()?;
+        let write = |path: &Path| durable::write_tensors(path, entries, metadata());
+        output::write_atomically_by(path, write).map_err(|error| not_written(path, error))
+    }
+
+    /// The tensors of the file, in PEFT's layout.
+    fn entries(&self) -> Result<Vec<(String, Floats<'_>)>, AdapterError> {
         let mut tensors = Vec::new();
         for (module, pair) in &self.modules {
             let [a, b] = tensor_names(module);
             let (d_in, r, d_out) = (pair.d_in, pair.r, pair.d_out);
-            tensors.push((a, Values::transposed(&pair.a, [d_in, r])));
-            tensors.push((b, Values::transposed(&pair.b, [r, d_out])));
+            tensors.push((a, Floats::transposed(&pair.a, [d_in, r])));
+            tensors.push((b, Floats::transposed(&pair.b, [r, d_out])));
             if let Some(bias) = &pair.bias {
-                tensors.push((bias_name(module), Values::vector(bias)));
+                tensors.push((bias_name(module), Floats::new(bias, vec![bias.len()])));
             }
             if let Some(magnitude) = &pair.magnitude {
-                tensors.push((magnitude_name(module), Values::vector(magnitude)));
+                let entry = Floats::new(magnitude, vec![magnitude.len()]);
+                tensors.push((magnitude_name(module), entry));
             }
         }
         for (name, tensor) in &self.whole {
@@ -186,21 +208,12 @@ impl AdapterTensors {
                 }
                 _ => format!("{PREFIX}{name}"),
             };
-            tensors.push((
-                name,
-                Values {
-                    shape: tensor.shape.clone(),
-                    values: tensor.values.clone(),
-                },
-            ));
+            tensors.push((name, Floats::new(&tensor.values, tensor.shape.clone())));
         }
         for (name, tensor) in &tensors {
-            check_finite(name, &tensor.values)?;
+            check_finite(name, tensor.values())?;
         }
-        let metadata = [("format".to_string(), "pt".to_string())].into();
-        safetensors::serialize(tensors, Some(metadata)).map_err(|error| AdapterError::Safetensors {
-            reason: error.to_string(),
-        })
+        Ok(tensors)
     }
 
     /// Reads the bytes of `adapter_model.safetensors`; f16 and bf16 are widened to f32.
@@ -325,13 +338,6 @@ impl Values {
         }
     }
 
-    fn vector(values: &[f32]) -> Self {
-        Self {
-            shape: vec![values.len()],
-            values: values.to_vec(),
-        }
-    }
-
     fn matrix(&self, name: &str) -> Result<[usize; 2], AdapterError> {
         match self.shape[..] {
             [rows, columns] => Ok([rows, columns]),
@@ -373,23 +379,8 @@ pub(crate) fn read_floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     }
 }
 
-impl View for Values {
-    fn dtype(&self) -> Dtype {
-        Dtype::F32
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        self.values
-            .iter()
-            .flat_map(|value| value.to_le_bytes())
-            .collect::<Vec<_>>()
-            .into()
-    }
-    fn data_len(&self) -> usize {
-        self.values.len() * 4
-    }
+fn metadata() -> HashMap<String, String> {
+    [("format".to_string(), "pt".to_string())].into()
 }
 
 #[cfg(test)]

@@ -41,7 +41,7 @@ impl Plan {
         rows.push(total(&step, None, sum(&self.step)));
         rows.extend(self.step.iter().map(row));
         if self.program > 0 {
-            rows.push(total("program", None, self.program));
+            rows.push(total("program and tokenizer", None, self.program));
         }
         rows.push(total("predicted peak", None, self.peak()));
 
@@ -64,11 +64,16 @@ impl Plan {
             human::count(workload.supervised as u64),
         ));
         if !options.on_gpu {
-            lines.push(format!(
-                "{}: {} with the base model",
-                self.loading.name,
-                human::bytes(self.loading_peak()),
-            ));
+            for (part, peak) in [
+                (&self.loading, self.loading_peak()),
+                (&self.saving, self.saving_peak()),
+            ] {
+                lines.push(format!(
+                    "{}: {} with the base model",
+                    part.name,
+                    human::bytes(peak)
+                ));
+            }
         }
         lines
     }
