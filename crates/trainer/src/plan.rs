@@ -460,6 +460,31 @@ mod tests {
     }
 
     #[test]
+    fn a_checkpoint_of_large_adapters_takes_more_than_a_step() {
+        let sum = |plan: &Plan| -> u64 { plan.summary().iter().map(|(_, bytes)| bytes).sum() };
+        let large = PlanOptions {
+            lora: LoraConfig {
+                r: 64,
+                target_modules: TargetModules::AllLinear,
+                ..LoraConfig::default()
+            },
+            ..options(8)
+        };
+        let plan = Plan::new(&smollm2(), &large).unwrap();
+        assert!(plan.saving_peak() > plan.peak());
+        assert_eq!(plan.resident_peak(), plan.saving_peak());
+        assert_eq!(sum(&plan), plan.saving_peak());
+        // On a GPU it is made in the host's memory.
+        let on_gpu = PlanOptions {
+            on_gpu: true,
+            ..large
+        };
+        let plan = Plan::new(&smollm2(), &on_gpu).unwrap();
+        assert_eq!(plan.resident_peak(), plan.peak());
+        assert_eq!(sum(&plan), plan.peak());
+    }
+
+    #[test]
     fn the_summary_adds_up_to_the_peak() {
         for on_gpu in [false, true] {
             let options = PlanOptions {

@@ -10,6 +10,7 @@ mod bf16;
 mod columns;
 #[cfg(feature = "cube")]
 mod cube;
+mod dense;
 mod f32_tiles;
 mod few_rows;
 mod few_scores;
@@ -219,6 +220,9 @@ pub(crate) fn frozen_product(
                 few_rows::of_dense(sum, x, weight)
             }
             Direction::Forward => multiply_add(sum, 1.0, x, weight),
+            Direction::Backward if dense::applies(&sum, &x, &weight) => {
+                dense::backward(sum, x, weight)
+            }
             Direction::Backward => multiply_add(sum, 1.0, x, weight.transpose()),
         };
     }
