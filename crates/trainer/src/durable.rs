@@ -28,11 +28,11 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync(&file, path)
 }
 
-/// As [`write`], a file of tensors, one after the other: none of it is held in memory a second time.
+/// As [`write()`], a file of tensors, one after the other: none of it is held in memory a second time.
 ///
 /// # Errors
 ///
-/// As [`write`]; what the format cannot hold.
+/// As [`write()`]; what the format cannot hold.
 pub fn write_tensors<V: View>(
     path: &Path,
     tensors: Vec<(String, V)>,
