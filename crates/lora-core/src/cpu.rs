@@ -459,7 +459,7 @@ pub trait Work {
     type Output;
 
     /// Does it. Implementations are `#[inline(always)]`, and so is what they call. `FUSED` says whether
-    /// the processor multiplies and adds in one instruction: see [`multiply_add`].
+    /// the processor multiplies and adds in one instruction.
     fn run<const FUSED: bool>(self) -> Self::Output;
 }
 
