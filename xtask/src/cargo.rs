@@ -17,8 +17,22 @@ pub fn cargo(subcommand: &str) -> Command {
     if let Some(root) = workspace_root() {
         command.arg("--manifest-path").arg(root.join("Cargo.toml"));
     }
+    forget_package(&mut command);
     quiet_display_server(&mut command);
     command
+}
+
+/// Keeps what `cargo run` told xtask of its package from the cargo that xtask starts: build scripts that watch these
+/// variables (ring's) would run again, and half the program with them, whenever somebody calls cargo directly.
+fn forget_package(command: &mut Command) {
+    for (name, _) in env::vars_os() {
+        let told = name.to_str().is_some_and(|name| {
+            name.starts_with("CARGO_PKG_") || name.starts_with("CARGO_MANIFEST_")
+        });
+        if told {
+            command.env_remove(name);
+        }
+    }
 }
 
 /// The folder of the workspace's Cargo.toml. `cargo run` tells where xtask's own manifest is.
