@@ -3,10 +3,11 @@
 
 use std::collections::HashMap;
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, BufWriter, IntoInnerError, Write};
 use std::path::Path;
 
-use safetensors::{SafeTensorError, View};
+use safetensors::tensor::{Metadata, TensorInfo};
+use safetensors::{Dtype, View};
 
 use crate::fault::{self, Operation};
 
@@ -28,29 +29,68 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync(&file, path)
 }
 
-/// As [`write()`], a file of tensors, one after the other: none of it is held in memory a second time.
+/// As [`write()`], a safetensors file, a tensor at a time: none of it is held in memory a second time. The bytes are
+/// those of [`safetensors::serialize`].
 ///
 /// # Errors
 ///
 /// As [`write()`]; what the format cannot hold.
 pub fn write_tensors<V: View>(
     path: &Path,
-    tensors: Vec<(String, V)>,
+    mut tensors: Vec<(String, V)>,
     metadata: HashMap<String, String>,
 ) -> io::Result<()> {
     fault::before(Operation::Write);
+    tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
+    let infos = tensors.iter().map(|(name, tensor)| {
+        let shape = tensor.shape().to_vec();
+        (name.clone(), tensor.dtype(), shape, tensor.data_len())
+    });
+    let header = tensors_header(infos, metadata)?;
+    let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
+    file.write_all(&header)?;
     if let Err(full) = fault::space() {
         // As a disk does: part of it still fits.
-        File::create(path)?;
+        file.flush()?;
         return Err(full);
     }
-    let written = safetensors::serialize_to_file(tensors, Some(metadata), path);
-    written.map_err(|error| match error {
-        SafeTensorError::IoError(error) => error,
-        other => io::Error::other(other),
-    })?;
+    for (_, tensor) in &tensors {
+        file.write_all(&tensor.data())?;
+    }
+    let file = file.into_inner().map_err(IntoInnerError::into_error)?;
     fault::after(Operation::Write, path);
-    sync(&File::options().write(true).open(path)?, path)
+    sync(&file, path)
+}
+
+/// What a safetensors file begins with, up to the data: for tensors that lie one behind the other, each with name,
+/// type, shape and bytes.
+///
+/// # Errors
+///
+/// What the format cannot hold.
+pub fn tensors_header(
+    tensors: impl IntoIterator<Item = (String, Dtype, Vec<usize>, usize)>,
+    metadata: HashMap<String, String>,
+) -> io::Result<Vec<u8>> {
+    let mut end = 0;
+    let infos = tensors.into_iter().map(|(name, dtype, shape, bytes)| {
+        let start = end;
+        end += bytes;
+        let data_offsets = (start, end);
+        let info = TensorInfo {
+            dtype,
+            shape,
+            data_offsets,
+        };
+        (name, info)
+    });
+    let metadata = Metadata::new(Some(metadata), infos.collect()).map_err(io::Error::other)?;
+    let mut text = serde_json::to_vec(&metadata)?;
+    // The data begin at a multiple of 8 bytes.
+    text.resize(text.len().next_multiple_of(8), b' ');
+    let mut header = (text.len() as u64).to_le_bytes().to_vec();
+    header.append(&mut text);
+    Ok(header)
 }
 
 fn sync(file: &File, path: &Path) -> io::Result<()> {
@@ -124,4 +164,33 @@ pub fn is_full(error: &io::Error) -> bool {
         error.kind(),
         io::ErrorKind::StorageFull | io::ErrorKind::QuotaExceeded
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::floats::Floats;
+
+    #[test]
+    fn a_file_of_tensors_has_the_formats_bytes_and_is_a_plain_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("tensors");
+        let (b, a) = ([1.5f32, -2.0, 3.0], [4.0f32, 5.0]);
+        let tensors = || {
+            vec![
+                ("b".to_string(), Floats::new(&b, vec![3, 1])),
+                ("a".to_string(), Floats::new(&a, vec![2])),
+            ]
+        };
+        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+        write_tensors(&path, tensors(), metadata.clone()).unwrap();
+        let expected = safetensors::serialize(tensors(), Some(metadata)).unwrap();
+        assert_eq!(fs::read(&path).unwrap(), expected);
+        // Nothing stands beside it, and whoever may read other files may read it.
+        assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
+        let plain = folder.path().join("plain");
+        write(&plain, b"").unwrap();
+        let permissions = |path: &Path| fs::metadata(path).unwrap().permissions();
+        assert_eq!(permissions(&path), permissions(&plain));
+    }
 }

@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 
 use half::{bf16, f16};
 use safetensors::Dtype;
-use safetensors::tensor::{Metadata, TensorInfo};
 use serde_json::json;
 
 use super::MergeError;
+use crate::durable;
 
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq)]
@@ -106,34 +106,24 @@ impl ShardFile {
             path: path.into(),
             source,
         };
-        let mut end = 0;
         let infos = tensors.iter().map(|tensor| {
-            let start = end;
-            end += tensor.bytes() as usize;
-            let info = TensorInfo {
-                dtype: tensor.dtype,
-                shape: tensor.shape.clone(),
-                data_offsets: (start, end),
-            };
-            (tensor.name.clone(), info)
+            let bytes = tensor.bytes() as usize;
+            (
+                tensor.name.clone(),
+                tensor.dtype,
+                tensor.shape.clone(),
+                bytes,
+            )
         });
-        let infos: Vec<_> = infos.collect();
         let format = HashMap::from([("format".to_string(), "pt".to_string())]);
-        let metadata = Metadata::new(Some(format), infos)
-            .map_err(|error| failed(std::io::Error::other(error.to_string())))?;
-        let mut header =
-            serde_json::to_vec(&metadata).map_err(|error| failed(std::io::Error::other(error)))?;
-        // The data begin at a multiple of 8 bytes.
-        header.resize(header.len().next_multiple_of(8), b' ');
+        let header = durable::tensors_header(infos, format).map_err(failed)?;
         let file = File::create(path).map_err(failed)?;
         let mut file = BufWriter::with_capacity(1 << 20, file);
-        file.write_all(&(header.len() as u64).to_le_bytes())
-            .and_then(|()| file.write_all(&header))
-            .map_err(failed)?;
+        file.write_all(&header).map_err(failed)?;
         Ok(Self {
             path: path.into(),
             file,
-            left: end as u64,
+            left: tensors.iter().map(Planned::bytes).sum(),
         })
     }
 
