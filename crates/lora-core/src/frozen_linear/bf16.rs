@@ -102,7 +102,7 @@ pub(crate) fn self_check() -> Result<(), String> {
         block,
     };
     for direction in [Direction::Forward, Direction::Backward] {
-        let (inner, outer) = direction.inner_and_outer(weight);
+        let (inner, outer) = direction.inner_and_outer([weight.d_in, weight.d_out]);
         let x: Vec<f32> = (0..n * inner)
             .map(|i| number(i, 15) * (1.0 + f32::EPSILON))
             .collect();
@@ -121,16 +121,6 @@ pub(crate) fn self_check() -> Result<(), String> {
         }
     }
     Ok(())
-}
-
-impl Direction {
-    /// The lengths of the dimension that is summed over and of the one that goes into the output.
-    fn inner_and_outer(self, weight: Weight) -> (usize, usize) {
-        match self {
-            Self::Forward => (weight.d_in, weight.d_out),
-            Self::Backward => (weight.d_out, weight.d_in),
-        }
-    }
 }
 
 #[cfg(target_arch = "x86_64")]
@@ -215,7 +205,7 @@ impl Sums for Emulated {
 
 /// `x · W` or `x · Wᵀ` for `x` of `n` rows.
 fn product<S: PairSums>(x: &[f32], n: usize, weight: Weight, direction: Direction, output: Output) {
-    let (inner, outer) = direction.inner_and_outer(weight);
+    let (inner, outer) = direction.inner_and_outer([weight.d_in, weight.d_out]);
     let Weight {
         d_in, d_out, block, ..
     } = weight;
@@ -454,7 +444,7 @@ mod tests {
         }
 
         fn compute<S: PairSums>(&self, direction: Direction, sum: Option<f32>) -> Vec<f32> {
-            let (inner, outer) = direction.inner_and_outer(self.weight());
+            let (inner, outer) = direction.inner_and_outer([self.0[1], self.0[2]]);
             let (n, x) = (self.0[0], &self.3);
             let mut output = Vec::with_capacity(n * outer);
             if let Some(sum) = sum {
@@ -473,7 +463,7 @@ mod tests {
         /// In f64, with activations (`true`) and weights rounded by `round`.
         fn expected(&self, direction: Direction, round: impl Fn(f32, bool) -> f64) -> Vec<f64> {
             let weight = self.weight();
-            let (inner, outer) = direction.inner_and_outer(weight);
+            let (inner, outer) = direction.inner_and_outer([weight.d_in, weight.d_out]);
             let value = |i: usize| weight.integers[i] as f32 * weight.scales[i / weight.block];
             let w: Vec<f64> = (0..weight.integers.len())
                 .map(|i| round(value(i), false))

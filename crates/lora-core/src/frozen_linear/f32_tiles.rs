@@ -38,11 +38,7 @@ fn product_in<S: Sums>(
     direction: Direction,
     output: Output,
 ) {
-    let [d_in, d_out] = weight.shape();
-    let (inner, outer) = match direction {
-        Direction::Forward => (d_in, d_out),
-        Direction::Backward => (d_out, d_in),
-    };
+    let (inner, outer) = direction.inner_and_outer(weight.shape());
     let x = Activations {
         items: bytemuck::cast_slice(x),
         stride: inner,
@@ -155,11 +151,7 @@ mod tests {
         weight: &W,
         direction: Direction,
     ) -> [Vec<f32>; 2] {
-        let [d_in, d_out] = weight.shape();
-        let (inner, outer) = match direction {
-            Direction::Forward => (d_in, d_out),
-            Direction::Backward => (d_out, d_in),
-        };
+        let (inner, outer) = direction.inner_and_outer(weight.shape());
         let x = &x[..n * inner];
         let mut new = Vec::with_capacity(n * outer);
         let output = Output::New(&mut new.spare_capacity_mut()[..n * outer]);
@@ -218,10 +210,7 @@ mod tests {
                 block,
             };
             for direction in [Direction::Forward, Direction::Backward] {
-                let (inner, outer) = match direction {
-                    Direction::Forward => (d_in, d_out),
-                    Direction::Backward => (d_out, d_in),
-                };
+                let (inner, outer) = direction.inner_and_outer([d_in, d_out]);
                 let element = |i: usize| -> f64 {
                     let (row, column) = (i / outer, i % outer);
                     let term = |k: usize| {

@@ -39,15 +39,11 @@ pub fn product(
     };
     let n = x.shape()[0];
     let x = Values::new(x);
-    let (d_in, d_out) = (packed.d_in, packed.d_out);
-    let width = match direction {
-        Direction::Forward => d_out,
-        Direction::Backward => d_in,
-    };
+    let d_in = packed.d_in;
     let sum = sum.map(Values::new);
     // Pairs of weights must not have two scales.
     if precision::is_bf16() && packed.block.is_multiple_of(2) && n > 0 && d_in > 0 {
-        return in_bf16(sum, x.as_slice(), n, &packed, direction, width);
+        return in_bf16(sum, x.as_slice(), n, &packed, direction);
     }
     let block = packed.block;
     let is_few = (1..=few_rows::AT_MOST).contains(&n) && block == few_rows::BLOCK && d_in > 0;
@@ -85,8 +81,8 @@ fn in_bf16(
     n: usize,
     packed: &Packed,
     direction: Direction,
-    width: usize,
 ) -> FlexTensor {
+    let (_, width) = direction.inner_and_outer([packed.d_in, packed.d_out]);
     let weight = bf16::Weight {
         integers: packed.integers,
         scales: packed.scales,
@@ -94,23 +90,10 @@ fn in_bf16(
         d_out: packed.d_out,
         block: packed.block,
     };
-    let multiply = |output| match direction {
+    Output::of(sum, [n, width], |output| match direction {
         Direction::Forward => bf16::forward(x, n, weight, output),
         Direction::Backward => bf16::backward(x, n, weight, output),
-    };
-    match sum {
-        Some(mut sum) => {
-            multiply(Output::Sum(sum.as_mut_slice()));
-            sum.into_primitive()
-        }
-        None => {
-            let mut new = Vec::with_capacity(n * width);
-            multiply(Output::New(&mut new.spare_capacity_mut()[..n * width]));
-            // SAFETY: a product writes every element of a new output.
-            unsafe { new.set_len(n * width) };
-            cpu::primitive(new, [n, width])
-        }
-    }
+    })
 }
 
 /// A quantized weight's integers and scales, where they lie as this file expects them.

@@ -206,6 +206,17 @@ pub(crate) enum Direction {
     Backward,
 }
 
+impl Direction {
+    /// The lengths of the dimension of a weight `[d_in, d_out]` that is summed over, and of the one that goes into
+    /// the output.
+    fn inner_and_outer(self, [d_in, d_out]: [usize; 2]) -> (usize, usize) {
+        match self {
+            Self::Forward => (d_in, d_out),
+            Self::Backward => (d_out, d_in),
+        }
+    }
+}
+
 /// `sum + x · W`, or with `Wᵀ`, outside any tape. The sum's memory is used again where nobody else has it.
 pub(crate) fn frozen_product(
     sum: Option<Tensor<2>>,

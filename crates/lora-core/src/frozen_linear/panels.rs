@@ -81,33 +81,14 @@ pub(super) fn product<S: Stored>(
     weight: &S,
     direction: Direction,
 ) -> FlexTensor {
-    let [d_in, d_out] = weight.shape();
-    let width = match direction {
-        Direction::Forward => d_out,
-        Direction::Backward => d_in,
-    };
-    if let Some(sum) = &sum {
-        let length = sum.as_slice().len();
-        assert_eq!(length, n * width, "the sum has another shape");
-    }
+    let (_, width) = direction.inner_and_outer(weight.shape());
     let multiply = match f32_tiles::is_supported() {
         true => f32_tiles::product,
         false => in_panels,
     };
-    match sum {
-        Some(mut sum) => {
-            multiply(x, n, weight, direction, Output::Sum(sum.as_mut_slice()));
-            sum.into_primitive()
-        }
-        None => {
-            let mut new = Vec::with_capacity(n * width);
-            let output = Output::New(&mut new.spare_capacity_mut()[..n * width]);
-            multiply(x, n, weight, direction, output);
-            // SAFETY: a product writes every element of a new output.
-            unsafe { new.set_len(n * width) };
-            cpu::primitive(new, [n, width])
-        }
-    }
+    Output::of(sum, [n, width], |output| {
+        multiply(x, n, weight, direction, output);
+    })
 }
 
 /// As [`product`], in general products with panels.
@@ -119,10 +100,7 @@ pub(super) fn in_panels<S: Stored>(
     output: Output,
 ) {
     let [d_in, d_out] = weight.shape();
-    let width = match direction {
-        Direction::Forward => d_out,
-        Direction::Backward => d_in,
-    };
+    let (_, width) = direction.inner_and_outer([d_in, d_out]);
     let (output, accumulate) = match output {
         Output::New(output) => (output.as_mut_ptr().cast(), false),
         Output::Sum(output) => (output.as_mut_ptr(), true),
@@ -152,11 +130,7 @@ fn for_each_panel<S: Stored>(
     direction: Direction,
     work: impl Fn(usize, usize, &[f32]) + Sync,
 ) {
-    let [d_in, d_out] = weight.shape();
-    let (along, across) = match direction {
-        Direction::Forward => (d_out, d_in),
-        Direction::Backward => (d_in, d_out),
-    };
+    let (across, along) = direction.inner_and_outer(weight.shape());
     let size = match direction {
         Direction::Forward => COLUMNS.max(PANEL / across.max(1)),
         Direction::Backward => PANEL / across.max(1),

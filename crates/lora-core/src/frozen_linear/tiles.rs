@@ -16,6 +16,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
+use crate::cpu::{self, FlexTensor, Values};
+
 /// Columns of the output that one step computes: two vectors of sums.
 pub(super) const LANES: usize = 32;
 
@@ -116,6 +118,35 @@ pub(crate) enum Output<'a> {
     New(&'a mut [MaybeUninit<f32>]),
     /// The product is added.
     Sum(&'a mut [f32]),
+}
+
+impl Output<'_> {
+    /// `sum` with what `multiply` adds to it, or a new tensor `[n, width]` of what it writes.
+    ///
+    /// # Panics
+    ///
+    /// If the sum has another number of elements.
+    pub(super) fn of(
+        sum: Option<Values>,
+        [n, width]: [usize; 2],
+        multiply: impl FnOnce(Output),
+    ) -> FlexTensor {
+        match sum {
+            Some(mut sum) => {
+                let output = sum.as_mut_slice();
+                assert_eq!(output.len(), n * width, "the sum has another shape");
+                multiply(Output::Sum(output));
+                sum.into_primitive()
+            }
+            None => {
+                let mut new = Vec::with_capacity(n * width);
+                multiply(Output::New(&mut new.spare_capacity_mut()[..n * width]));
+                // SAFETY: a product writes every element of a new output.
+                unsafe { new.set_len(n * width) };
+                cpu::primitive(new, [n, width])
+            }
+        }
+    }
 }
 
 /// Activations, in items.
