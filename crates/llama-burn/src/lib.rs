@@ -29,6 +29,7 @@ mod mlp;
 mod model;
 mod packed;
 mod passes;
+mod random;
 mod replace;
 mod rms_norm;
 mod rope;

@@ -65,6 +65,8 @@ pub use integers::IntegerWeight;
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};
 pub use products::multiply_add;
-pub use quantize::{BLOCK, Quantization, QuantizationError, compact, quantize, quantize_data};
+pub use quantize::{
+    BLOCK, Quantization, QuantizationError, compact, quantize, quantize_data, quantize_on_device,
+};
 pub use random::CounterRng;
 pub use selector::ModuleSelector;

@@ -107,10 +107,7 @@ pub fn quantize_data(
             || (0f32, 0f64, 0f64),
             |a, b| (a.0.max(b.0), a.1 + b.1, a.2 + b.2),
         );
-    let scheme = QuantScheme::default()
-        .with_value(value)
-        .with_store(QuantStore::PackedU32(0))
-        .per_block([block as u8], ScaleDtype::F32);
+    let scheme = scheme(value, block);
     let bits = scheme.size_bits_value();
     let mut words = pack(&integers, bits);
     drop(integers);
@@ -126,6 +123,27 @@ pub fn quantize_data(
         false => 0.0,
     };
     Some((data, QuantizationError { max_abs, relative }))
+}
+
+fn scheme(value: QuantValue, block: usize) -> QuantScheme {
+    QuantScheme::default()
+        .with_value(value)
+        .with_store(QuantStore::PackedU32(0))
+        .per_block([block as u8], ScaleDtype::F32)
+}
+
+/// As [`quantize`], computed by the tensor's own device: for weights that were made there. The integers may differ
+/// from the host's where a weight lies halfway between two of them.
+///
+/// # Shapes
+///
+/// - `weight`, output: `[d_in, d_out]`
+pub fn quantize_on_device(weight: Tensor<2>, quantization: Quantization) -> Tensor<2> {
+    let d_out = weight.dims()[1];
+    match (quantization.format(), quantization.block(d_out)) {
+        (Some((value, ..)), Some(block)) => weight.quantize_dynamic(&scheme(value, block)),
+        _ => weight,
+    }
 }
 
 /// Integers of 4 or 8 bits in 32-bit words, the first in the lowest bits.

@@ -64,5 +64,6 @@ pub mod schedule;
 pub mod screen;
 pub mod session;
 pub mod step;
+pub mod step_counts;
 pub mod tokenize;
 pub mod train;

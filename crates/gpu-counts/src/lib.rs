@@ -1,0 +1,174 @@
+//! Counts what a piece of work asks of a GPU: kernel launches, uploads, blocking reads, bytes of memory traffic and
+//! floating-point operations, by kind of operation.
+//!
+//! [`count`] runs the work and watches two layers below it: CubeCL reports every kernel launch, and Burn's fusion
+//! reports which operations, with which shapes, a launch carries out. The numbers do not depend on how fast the
+//! device is, so a software driver counts what a graphics card would be asked for. [`Mode::DryRun`] compiles the
+//! kernels and drops the launches: a model of 8 billion parameters can be counted on a laptop.
+//!
+//! # What a byte count means
+//!
+//! A launch reads each of its input tensors once and writes each of its outputs once. That is what the memory bus
+//! carries at least; a matrix product that reads an operand again for each tile of its output moves more, unless a
+//! cache serves it. A selection of rows reads the rows, not the table. Operations that Burn fused into one launch read
+//! what comes from outside and write what is used later. Where Burn needs more launches than one for such a group, each
+//! further launch counts one write and one read of the group's largest intermediate tensor.
+
+#[cfg(feature = "cube")]
+mod observers;
+mod reads;
+
+use std::collections::BTreeMap;
+use std::fmt;
+
+use burn::tensor::Device;
+use serde::Serialize;
+
+pub use reads::{read_floats, reads};
+
+/// Whether kernels run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Mode {
+    /// They run.
+    Run,
+    /// They are compiled, counted and not run: memory is allocated, values are undefined.
+    DryRun,
+}
+
+/// What a launch mainly does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Kind {
+    /// Matrix products, with what is fused behind them.
+    Product,
+    /// From packed integers to floats.
+    Dequantize,
+    /// Sums, means and maxima, with what is fused around them; softmax.
+    Reduction,
+    /// Chains of element-wise operations.
+    ElementWise,
+    /// Slices, concatenations, selections, changes of layout.
+    Copy,
+    /// Anything else: random numbers, kernels outside Burn's fusion.
+    Other,
+}
+
+impl fmt::Display for Kind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Product => "matrix products",
+            Self::Dequantize => "dequantization",
+            Self::Reduction => "reductions",
+            Self::ElementWise => "element-wise chains",
+            Self::Copy => "copies and selections",
+            Self::Other => "other",
+        })
+    }
+}
+
+/// Sums over the launches of one kind.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, Serialize)]
+pub struct KindCounts {
+    /// Kernel launches.
+    pub launches: u64,
+    /// Bytes read from the device's memory.
+    pub bytes_read: u64,
+    /// Bytes written to the device's memory.
+    pub bytes_written: u64,
+    /// Floating-point operations of matrix products, a multiplication and an addition counted as two.
+    pub flops: u64,
+}
+
+/// What was counted.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Counts {
+    /// By kind of launch.
+    pub kinds: BTreeMap<Kind, KindCounts>,
+    /// Tensors copied from the host to the device.
+    pub uploads: u64,
+    /// Bytes of these tensors.
+    pub upload_bytes: u64,
+    /// Times that the host waited for numbers from the device: calls of [`read_floats`].
+    pub reads: u64,
+    /// Bytes that the device's memory pools held at the end, free pages included: since pools do not shrink by
+    /// themselves, their peak.
+    pub reserved_bytes: u64,
+    /// Launches by what they carry out, for whoever looks for waste: the operations of a launch, and how often.
+    #[serde(skip)]
+    pub details: BTreeMap<String, u64>,
+}
+
+impl Counts {
+    /// The sums over all kinds.
+    pub fn total(&self) -> KindCounts {
+        self.kinds
+            .values()
+            .fold(KindCounts::default(), |sum, kind| KindCounts {
+                launches: sum.launches + kind.launches,
+                bytes_read: sum.bytes_read + kind.bytes_read,
+                bytes_written: sum.bytes_written + kind.bytes_written,
+                flops: sum.flops + kind.flops,
+            })
+    }
+
+    /// Kernel launches.
+    pub fn launches(&self) -> u64 {
+        self.total().launches
+    }
+
+    /// Bytes read and written.
+    pub fn bytes(&self) -> u64 {
+        let total = self.total();
+        total.bytes_read + total.bytes_written
+    }
+
+    /// `self + times · (more - less)`: what a model of more layers would be counted as, from two of few layers.
+    pub fn extrapolated(&self, more: &Self, less: &Self, times: u64) -> Self {
+        let line = |at: u64, more: u64, less: u64| at + times * more.saturating_sub(less);
+        let of = |counts: &Self, kind: Kind| counts.kinds.get(&kind).copied().unwrap_or_default();
+        let mut kinds = BTreeMap::new();
+        for kind in self.kinds.keys().chain(more.kinds.keys()) {
+            let (at, more, less) = (of(self, *kind), of(more, *kind), of(less, *kind));
+            kinds.insert(
+                *kind,
+                KindCounts {
+                    launches: line(at.launches, more.launches, less.launches),
+                    bytes_read: line(at.bytes_read, more.bytes_read, less.bytes_read),
+                    bytes_written: line(at.bytes_written, more.bytes_written, less.bytes_written),
+                    flops: line(at.flops, more.flops, less.flops),
+                },
+            );
+        }
+        Self {
+            kinds,
+            uploads: line(self.uploads, more.uploads, less.uploads),
+            upload_bytes: line(self.upload_bytes, more.upload_bytes, less.upload_bytes),
+            reads: line(self.reads, more.reads, less.reads),
+            reserved_bytes: line(
+                self.reserved_bytes,
+                more.reserved_bytes,
+                less.reserved_bytes,
+            ),
+            details: self.details.clone(),
+        }
+    }
+}
+
+/// Runs `work` and counts what it asks of `device`. The second value is `None` where nothing can be counted: on the
+/// CPU backend, and in builds without a GPU backend.
+///
+/// Counting is process-wide: other work on a GPU at the same time is counted too.
+///
+/// # Panics
+///
+/// As `work` does, or if the device fails.
+pub fn count<T>(device: &Device, mode: Mode, work: impl FnOnce() -> T) -> (T, Option<Counts>) {
+    let device = device.clone().without_autodiff();
+    #[cfg(feature = "cube")]
+    if device.memory_pool_usage().is_some() {
+        let (value, counts) = observers::count(&device, mode, work);
+        return (value, Some(counts));
+    }
+    let _ = (device, mode);
+    (work(), None)
+}

@@ -1,0 +1,128 @@
+//! A model of a shape without its weights, made on the device: for measurements, which do not depend on the values.
+
+use burn::module::Param;
+use burn::nn::Linear;
+use burn::tensor::{DType, Device, Distribution, Tensor};
+use lora_core::{LoraLinear, Quantization, quantize_on_device};
+
+use crate::model::decoder_layer;
+use crate::{Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
+
+impl Llama {
+    /// A model with random weights that the device draws and quantizes itself, one tensor at a time: normal with
+    /// Hugging Face's `initializer_range`, norms 1, biases 0. The host's memory is not needed, and a graphics card
+    /// makes a model of 8 billion parameters in seconds. The numbers differ from device to device.
+    ///
+    /// All of it is frozen. The output layer is not quantized.
+    pub fn random_on_device(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Self {
+        let draw = Draw {
+            config,
+            options,
+            device,
+        };
+        let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+        let layers = (0..config.num_hidden_layers).map(|_| {
+            let linears = config.layer_linears();
+            let linears = linears.map(|(_, d_in, d_out, bias)| draw.linear(d_in, d_out, bias));
+            decoder_layer(config, [draw.norm(), draw.norm()], linears)
+        });
+        Self {
+            embed_tokens: draw.table(vocab, hidden),
+            layers: layers.collect(),
+            norm: draw.norm(),
+            lm_head: (!config.tie_word_embeddings).then(|| draw.table(vocab, hidden)),
+            quantized_lm_head: Vec::new(),
+            lm_head_adapter: None,
+            config: config.clone(),
+        }
+    }
+}
+
+struct Draw<'a> {
+    config: &'a LlamaConfig,
+    options: LoadOptions,
+    device: &'a Device,
+}
+
+impl Draw<'_> {
+    fn linear(&self, d_in: usize, d_out: usize, bias: bool) -> LoraLinear {
+        let quantization = self.options.quantization;
+        let weight = self.kept(|draw| match quantization.block(d_out) {
+            Some(_) => quantize_on_device(draw.normal([d_in, d_out], DType::F32), quantization),
+            None => draw.normal([d_in, d_out], draw.options.dtype),
+        });
+        let zeros = |draw: &Self| Tensor::zeros([d_out], (draw.device, draw.options.dtype));
+        LoraLinear::frozen(Linear {
+            weight,
+            bias: bias.then(|| self.kept(zeros)),
+        })
+    }
+
+    fn norm(&self) -> RmsNorm {
+        let hidden = self.config.hidden_size;
+        RmsNorm {
+            weight: self.kept(|draw| Tensor::ones([hidden], (draw.device, DType::F32))),
+            eps: self.config.rms_norm_eps,
+        }
+    }
+
+    fn table(&self, vocab: usize, hidden: usize) -> VocabTable {
+        let dtype = self.options.dtype;
+        let rows_per_piece = VocabTable::rows_per_piece(hidden, dtype.size());
+        let pieces = (0..vocab).step_by(rows_per_piece).map(|start| {
+            let rows = rows_per_piece.min(vocab - start);
+            self.kept(move |draw| draw.normal([rows, hidden], dtype))
+        });
+        VocabTable {
+            pieces: pieces.collect(),
+            rows_per_piece,
+        }
+    }
+
+    fn normal(&self, shape: [usize; 2], dtype: DType) -> Tensor<2> {
+        let normal = Distribution::Normal(0.0, self.config.initializer_range);
+        Tensor::random(shape, normal, (self.device, dtype))
+    }
+
+    /// A frozen parameter in the memory that the device keeps for parameters.
+    fn kept<const D: usize>(&self, make: impl Fn(&Self) -> Tensor<D> + Send) -> Param<Tensor<D>> {
+        let tensor = self.device.memory_persistent_allocations(self, make);
+        Param::initialized(Default::default(), tensor).set_require_grad(false)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn it_has_the_shapes_and_types_of_a_loaded_model() {
+        let config = crate::model::tests::config();
+        let device = Device::flex();
+        let model = Llama::random_on_device(&config, LoadOptions::default(), &device);
+        let weight = model.layers[0].mlp.down_proj.weight.base();
+        assert!(
+            matches!(weight.dtype(), DType::QFloat(_)),
+            "{:?}",
+            weight.dtype()
+        );
+        assert_eq!(
+            weight.dims(),
+            [config.intermediate_size, config.hidden_size]
+        );
+        let packed = crate::PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+        let scores = model.logits(model.hidden_states(&packed));
+        assert_eq!(scores.dims(), [3, config.vocab_size]);
+        let largest = scores.abs().max().into_scalar::<f32>();
+        assert!(largest > 0.0 && largest.is_finite(), "{largest}");
+        let options = LoadOptions {
+            quantization: Quantization::None,
+            ..LoadOptions::default()
+        };
+        let dense = Llama::random_on_device(&config, options, &device);
+        assert_eq!(
+            dense.layers[0].mlp.down_proj.weight.base().dtype(),
+            DType::F32
+        );
+    }
+}

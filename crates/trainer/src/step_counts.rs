@@ -1,0 +1,152 @@
+//! What a training step asks of a GPU, counted: launches, uploads, blocking reads, memory traffic, FLOPs.
+//!
+//! A step of a model with 2 and of one with 3 layers is counted; their difference is a layer, and a model of any
+//! number of layers is the first plus that many differences. The first and last layers are in both.
+
+use burn::tensor::{DType, Device};
+use gpu_counts::{Counts, Mode, count};
+use llama_burn::{Llama, LlamaConfig, LoadOptions};
+use lora_core::{LoraConfig, LoraError};
+use serde::Serialize;
+
+use crate::data::{Batch, BatchRow, Prefixes};
+use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::optimizer::{AdamW, Optimizer};
+
+/// What is to be counted.
+#[derive(Debug, Clone)]
+pub struct StepShape {
+    /// The model; its weights are not needed.
+    pub model: LlamaConfig,
+    /// How weights are stored, and what is computed in.
+    pub options: LoadOptions,
+    /// The adapters.
+    pub lora: LoraConfig,
+    /// The token ids of each example of a micro-batch. Examples that begin alike share that beginning.
+    pub examples: Vec<Vec<u32>>,
+    /// How many tokens at the end of each example the loss is on.
+    pub supervised: usize,
+    /// Micro-batches of an update.
+    pub micro_batches: usize,
+    /// Whether activations are recomputed in the backward pass.
+    pub gradient_checkpointing: bool,
+    /// Whether kernels run.
+    pub mode: Mode,
+}
+
+/// A step as it was counted.
+#[derive(Debug, Clone, Serialize)]
+pub struct StepCounts {
+    /// One decoder layer, forward and backward.
+    pub layer: Counts,
+    /// The whole step: all layers, embedding, output layer, loss, optimizer.
+    pub step: Counts,
+    /// Layers of the model.
+    pub layers: usize,
+    /// Tokens that go through the layers.
+    pub tokens: usize,
+}
+
+/// Examples of `length` tokens, each with ids of its own.
+pub fn examples(count: usize, length: usize, vocab_size: usize) -> Vec<Vec<u32>> {
+    let id = |example: usize, place: usize| ((example * 7919 + place * 31 + 1) % vocab_size) as u32;
+    (0..count)
+        .map(|example| (0..length).map(|place| id(example, place)).collect())
+        .collect()
+}
+
+/// Counts a step on `device`; `None` where the device counts nothing, as the CPU backend.
+///
+/// # Errors
+///
+/// If the adapters' configuration does not fit the model.
+///
+/// # Panics
+///
+/// If the device fails.
+pub fn count_step(shape: &StepShape, device: &Device) -> Result<Option<StepCounts>, LoraError> {
+    let (Some(two), Some(three)) = (few_layers(shape, 2, device)?, few_layers(shape, 3, device)?)
+    else {
+        return Ok(None);
+    };
+    let layers = shape.model.num_hidden_layers;
+    let layer = Counts {
+        details: difference(&three, &two),
+        ..Counts::default().extrapolated(&three, &two, 1)
+    };
+    Ok(Some(StepCounts {
+        step: two.extrapolated(&three, &two, layers.saturating_sub(2) as u64),
+        layer,
+        layers,
+        tokens: batch(shape).tokens.ids.len(),
+    }))
+}
+
+/// How often each launch occurs in `more` beyond `less`.
+fn difference(more: &Counts, less: &Counts) -> std::collections::BTreeMap<String, u64> {
+    let details = more.details.iter().filter_map(|(name, count)| {
+        let before = less.details.get(name).copied().unwrap_or(0);
+        (*count > before).then(|| (name.clone(), count - before))
+    });
+    details.collect()
+}
+
+fn few_layers(
+    shape: &StepShape,
+    layers: usize,
+    device: &Device,
+) -> Result<Option<Counts>, LoraError> {
+    let config = LlamaConfig {
+        num_hidden_layers: layers,
+        ..shape.model.clone()
+    };
+    let device = device.clone().autodiff();
+    let (model, _) = count(&device, shape.mode, || {
+        Llama::random_on_device(&config, shape.options, &device).with_lora(&shape.lora, 1)
+    });
+    let mut model = model?;
+    let mut optimizer = AdamW::default().resumable();
+    let batch = batch(shape);
+    let mut counted = None;
+    // Burn looks for what it can fuse while operations come for the first time; later steps repeat what it found.
+    for _ in 0..2 {
+        let (next, counts) = count(&device, shape.mode, || {
+            step(model, &mut optimizer, shape, &batch)
+        });
+        model = next;
+        counted = counts;
+    }
+    Ok(counted)
+}
+
+/// An optimizer step, as training does it.
+fn step(model: Llama, optimizer: &mut Optimizer, shape: &StepShape, batch: &Batch) -> Llama {
+    let mut sums = AdapterGradients::default();
+    for _ in 0..shape.micro_batches {
+        let options = PassOptions {
+            gradient_checkpointing: shape.gradient_checkpointing,
+            dropout_seed: 0,
+        };
+        gradients::accumulate(&model, batch, options, &mut sums);
+    }
+    let (gradients, _) = sums.into_mean(1.0);
+    optimizer.step(1e-4, model, gradients)
+}
+
+fn batch(shape: &StepShape) -> Batch {
+    let rows: Vec<BatchRow> = shape
+        .examples
+        .iter()
+        .enumerate()
+        .map(|(index, ids)| {
+            let first = ids.len().saturating_sub(shape.supervised + 1);
+            let targets = (first..ids.len() - 1).map(|place| (place, ids[place + 1]));
+            BatchRow {
+                ids,
+                targets: targets.collect(),
+                line: index + 1,
+            }
+        })
+        .collect();
+    Batch::new(&rows, Prefixes::Shared)
+}
