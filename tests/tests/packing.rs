@@ -103,15 +103,12 @@ fn gradients(
 }
 
 fn named(model: &Llama, sums: AdapterGradients) -> (LossSums, Named) {
-    let totals = sums.totals;
-    let (mean, _) = sums.into_mean(0.0);
+    let mean = sums.into_mean(0.0);
     let mut named = Named::new();
     for (module, linear) in model.linears() {
         let adapter = linear.adapter().expect("every module is adapted");
         for (factor, param) in [("A", &adapter.a), ("B", &adapter.b)] {
-            let gradient = mean
-                .get::<2>(param.id)
-                .expect("every factor has a gradient");
+            let gradient = mean.get(param.id).expect("every factor has a gradient");
             let values = gradient.into_data().try_to_vec::<f32>();
             named.insert(
                 format!("{module}.{factor}"),
@@ -119,7 +116,7 @@ fn named(model: &Llama, sums: AdapterGradients) -> (LossSums, Named) {
             );
         }
     }
-    (totals, named)
+    (mean.totals, named)
 }
 
 /// The largest relative Frobenius distance of two sets of gradients.

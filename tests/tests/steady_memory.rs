@@ -58,8 +58,7 @@ fn what_is_in_use_after_many_steps_is_what_was_in_use_after_some() {
                 dropout_seed: 1,
             };
             accumulate(&model, &batch, options, &mut sums);
-            let (gradients, _) = sums.into_mean(1.0);
-            model = optimizer.step(1e-3, model, gradients);
+            model = optimizer.step(1e-3, model, sums.into_mean(1.0).gradients);
         }
         model
     };

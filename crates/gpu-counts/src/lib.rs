@@ -10,7 +10,8 @@
 //!
 //! A launch reads each of its input tensors once and writes each of its outputs once. That is what the memory bus
 //! carries at least; a matrix product that reads an operand again for each tile of its output moves more, unless a
-//! cache serves it. A selection of rows reads the rows, not the table. Operations that Burn fused into one launch read
+//! cache serves it. A selection of rows reads the rows, not the table, and what is written into a part of a tensor counts as
+//! that part. Operations that Burn fused into one launch read
 //! what comes from outside and write what is used later. Where Burn needs more launches than one for such a group, each
 //! further launch counts one write and one read of the group's largest intermediate tensor.
 
@@ -75,6 +76,9 @@ pub struct KindCounts {
     pub bytes_read: u64,
     /// Bytes written to the device's memory.
     pub bytes_written: u64,
+    /// Of both, what is written and read in between only because Burn did not fuse a group into one launch, as where
+    /// autotuning is off.
+    pub unfused_bytes: u64,
     /// Floating-point operations of matrix products, a multiplication and an addition counted as two.
     pub flops: u64,
 }
@@ -107,6 +111,7 @@ impl Counts {
                 launches: sum.launches + kind.launches,
                 bytes_read: sum.bytes_read + kind.bytes_read,
                 bytes_written: sum.bytes_written + kind.bytes_written,
+                unfused_bytes: sum.unfused_bytes + kind.unfused_bytes,
                 flops: sum.flops + kind.flops,
             })
     }
@@ -122,6 +127,11 @@ impl Counts {
         total.bytes_read + total.bytes_written
     }
 
+    /// Bytes read and written where every group that Burn fuses is one launch, as with autotuning.
+    pub fn fused_bytes(&self) -> u64 {
+        self.bytes() - self.total().unfused_bytes
+    }
+
     /// `self + times · (more - less)`: what a model of more layers would be counted as, from two of few layers.
     pub fn extrapolated(&self, more: &Self, less: &Self, times: u64) -> Self {
         let line = |at: u64, more: u64, less: u64| at + times * more.saturating_sub(less);
@@ -135,6 +145,7 @@ impl Counts {
                     launches: line(at.launches, more.launches, less.launches),
                     bytes_read: line(at.bytes_read, more.bytes_read, less.bytes_read),
                     bytes_written: line(at.bytes_written, more.bytes_written, less.bytes_written),
+                    unfused_bytes: line(at.unfused_bytes, more.unfused_bytes, less.unfused_bytes),
                     flops: line(at.flops, more.flops, less.flops),
                 },
             );

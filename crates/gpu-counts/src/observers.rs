@@ -107,6 +107,7 @@ impl FusionObserver for Watch {
         kind.launches += block.launches;
         kind.bytes_read += block.bytes_read + further;
         kind.bytes_written += block.bytes_written + further;
+        kind.unfused_bytes += 2 * further;
         kind.flops += block.flops;
         let name = format!("{} × {}", block.launches, block.operations);
         *state.counts.details.entry(name).or_default() += 1;
@@ -122,6 +123,20 @@ impl Block {
         for operation in operations {
             if let OperationIr::Drop(tensor) = operation {
                 gone.insert(tensor.id);
+                continue;
+            }
+            if let Some(changed) = changes_a_part(operation) {
+                let changed = bytes(changed);
+                for tensor in operation
+                    .inputs()
+                    .filter(|tensor| !made.contains_key(&tensor.id))
+                {
+                    let known = read.entry(tensor.id).or_default();
+                    *known = bytes(tensor).min(changed).max(*known);
+                }
+                for output in operation.outputs() {
+                    made.insert(output.id, changed.min(bytes(output)));
+                }
                 continue;
             }
             let written: u64 = operation.outputs().map(bytes).sum();
@@ -185,6 +200,22 @@ fn reads_a_part(operation: &OperationIr) -> bool {
             | OperationIr::BaseInt(Base::Slice(_) | Base::Select(_) | Base::Gather(_))
             | OperationIr::BaseBool(Base::Slice(_) | Base::Select(_) | Base::Gather(_))
     )
+}
+
+/// What an operation writes into a tensor that it changes in place.
+fn changes_a_part(operation: &OperationIr) -> Option<&TensorIr> {
+    use BaseOperationIr as Base;
+    let (OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base)) =
+        operation
+    else {
+        return None;
+    };
+    match base {
+        Base::Scatter(operation) => Some(&operation.value),
+        Base::SelectAssign(operation) => Some(&operation.value),
+        Base::SliceAssign(operation) => Some(&operation.value),
+        _ => None,
+    }
 }
 
 fn product_flops(operation: &OperationIr) -> u64 {

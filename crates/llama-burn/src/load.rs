@@ -209,7 +209,7 @@ impl Loader<'_> {
             (Stored::F16(_) | Stored::Bf16(_), true) => 2,
             _ => self.options.dtype.size(),
         };
-        let rows_per_piece = VocabTable::rows_per_piece(hidden, element_bytes);
+        let rows_per_piece = VocabTable::rows_per_piece(hidden, element_bytes, self.device);
         let pieces = stored.into_pieces(hidden, rows_per_piece).into_iter();
         let pieces = pieces.map(|piece| {
             let dtype = match keeps {
@@ -234,7 +234,8 @@ impl Loader<'_> {
     ) -> Result<Vec<LoraLinear>, LoadError> {
         let name = "lm_head.weight";
         // Whole blocks in every piece but perhaps the last.
-        let rows = VocabTable::rows_per_piece(hidden, 4).next_multiple_of(lora_core::BLOCK);
+        let rows =
+            VocabTable::rows_per_piece(hidden, 4, self.device).next_multiple_of(lora_core::BLOCK);
         if let Some(tensor) = self.integers(name)? {
             let block = tensor.block;
             let pieces = tensor

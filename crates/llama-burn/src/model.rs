@@ -2,12 +2,15 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::{DType, Device, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use lora_core::{
     CounterRng, LinearGroup, LoraConfig, LoraError, LoraLinear, ParameterCounts,
     frozen_linear_backward,
 };
 
+use crate::attention::SCORES_AT_ONCE;
+use crate::packed::Planned;
+use crate::uploads::Uploads;
 use crate::{
     Attention, DecoderLayer, HeadAdapter, LlamaConfig, Mlp, PackedContext, PackedTokens, RmsNorm,
     VocabTable,
@@ -29,6 +32,17 @@ pub struct Llama {
     /// The shape it was made from.
     #[module(skip)]
     pub config: LlamaConfig,
+}
+
+/// What passes through the layers start from.
+#[derive(Debug, Clone)]
+pub struct PassInputs<const N: usize> {
+    /// What every layer needs to know of the batch.
+    pub context: PackedContext,
+    /// The embeddings, `[n, hidden]`.
+    pub hidden: Tensor<2>,
+    /// The lists that came along.
+    pub indices: [Tensor<1, Int>; N],
 }
 
 impl Llama {
@@ -55,7 +69,7 @@ impl Llama {
                 .set_require_grad(false),
             eps: config.rms_norm_eps,
         };
-        let rows_per_piece = VocabTable::rows_per_piece(config.hidden_size, 4);
+        let rows_per_piece = VocabTable::rows_per_piece(config.hidden_size, 4, device);
         let table = |normal: &mut dyn FnMut(usize, usize) -> Tensor<2>| VocabTable {
             pieces: (0..config.vocab_size)
                 .step_by(rows_per_piece)
@@ -198,6 +212,34 @@ impl Llama {
         PackedContext::new(packed, &self.config, self.dtype(), &device)
     }
 
+    /// A packed batch on the device, ready for passes outside the tape: its context, its embeddings, and `lists` of
+    /// positions or tokens that go along. On a GPU all of it takes two copies from the host.
+    ///
+    /// # Panics
+    ///
+    /// As [`embed`](Self::embed).
+    pub fn pass_inputs<const N: usize>(
+        &self,
+        packed: &PackedTokens,
+        lists: [&[u32]; N],
+    ) -> PassInputs<N> {
+        let device = self.device().without_autodiff();
+        let mut uploads = Uploads::default();
+        let (dtype, most) = (self.dtype(), SCORES_AT_ONCE);
+        let context = Planned::new(packed, &self.config, dtype, &device, most, &mut uploads);
+        let rows = self.embed_tokens.planned_rows(&packed.ids, &mut uploads);
+        let lists = lists.map(|list| uploads.indices(list));
+        let uploaded = uploads.send(&device);
+        PassInputs {
+            context: context.on_device(&uploaded),
+            hidden: self
+                .embed_tokens
+                .rows_at(&rows, &uploaded)
+                .without_autodiff(),
+            indices: lists.map(|list| uploaded.ints(&list)),
+        }
+    }
+
     /// The last layer's output, before the final norm.
     ///
     /// # Shapes
@@ -244,7 +286,7 @@ impl Llama {
 
     /// As [`logits`](Self::logits), outside any tape.
     pub fn logits_plain(&self, hidden: &Tensor<2>) -> Tensor<2> {
-        let hidden = self.norm.forward_plain(hidden);
+        let (hidden, _) = self.norm.forward_plain(hidden);
         let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => {
                 let table = head.as_ref().unwrap_or(&self.embed_tokens);
@@ -300,14 +342,13 @@ impl Llama {
                 sum.unwrap_or_else(|| hidden.zeros_like())
             }
         };
+        let (normalised, roots) = self.norm.forward_plain(hidden);
         let through = match &self.lm_head_adapter {
-            Some(adapter) => {
-                let normalised = self.norm.forward_plain(hidden);
-                adapter.backward(normalised, gradient, through, collect)
-            }
+            Some(adapter) => adapter.backward(normalised, gradient, through, collect),
             None => through,
         };
-        self.norm.backward(hidden, through, hidden.zeros_like())
+        let (gain, nothing) = (self.norm.gain(), hidden.zeros_like());
+        self.norm.backward(hidden, roots, gain, through, nothing)
     }
 }
 

@@ -3,11 +3,14 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device};
 use lora_core::cpu;
 
 use crate::LlamaConfig;
-use crate::rope;
+use crate::attention::SCORES_AT_ONCE;
+use crate::padded::{Padded, PlannedPadded};
+use crate::rope::{Angles, PlannedAngles};
+use crate::uploads::{Uploaded, Uploads};
 
 /// Token rows in one sequence. A row attends only to itself, and its positions start from 0.
 ///
@@ -273,9 +276,8 @@ impl Sharing<'_> {
 pub struct PackedContext {
     /// Who attends to whom.
     pub(crate) spans: Arc<Spans>,
-    /// `[n, head_dim / 2]`: f32 for kernels on the CPU, else the compute type.
-    pub(crate) cos: Tensor<2>,
-    pub(crate) sin: Tensor<2>,
+    /// By how much heads are turned.
+    pub(crate) angles: Angles,
     /// What attention needs where no kernel of ours runs.
     pub(crate) padded: Option<Padded>,
 }
@@ -298,7 +300,7 @@ pub(crate) struct Span {
 pub(crate) struct Spans(pub(crate) Vec<Span>);
 
 impl Spans {
-    fn new(packed: &PackedTokens) -> Self {
+    pub(crate) fn new(packed: &PackedTokens) -> Self {
         let mut spans: Vec<Span> = Vec::with_capacity(packed.segments.len());
         let segments = packed.segments.iter().zip(packed.starts());
         for (index, ((segment, start), offset)) in segments.zip(packed.offsets()).enumerate() {
@@ -330,17 +332,9 @@ impl Spans {
 impl PackedContext {
     /// Prepares `packed` for a model of this configuration that computes in `dtype` on `device`.
     pub fn new(packed: &PackedTokens, config: &LlamaConfig, dtype: DType, device: &Device) -> Self {
-        let native = cpu::is_native(&Tensor::<1>::zeros(
-            [1],
-            (&device.clone().without_autodiff(), dtype),
-        ));
-        let padded = device.is_autodiff() || !native;
-        let device = &device.clone().without_autodiff();
-        Self {
-            spans: Arc::new(Spans::new(packed)),
-            padded: padded.then(|| Padded::new(packed, device)),
-            ..Self::of_positions(&packed.positions(), config, dtype, device)
-        }
+        let mut uploads = Uploads::default();
+        let planned = Planned::new(packed, config, dtype, device, SCORES_AT_ONCE, &mut uploads);
+        planned.on_device(&uploads.send(device))
     }
 
     /// For tokens at these positions whose attention is a cache's affair.
@@ -350,17 +344,49 @@ impl PackedContext {
         dtype: DType,
         device: &Device,
     ) -> Self {
-        let frequencies = rope::inverse_frequencies(config);
-        let (cos, sin) = rope::tables(&frequencies, positions);
-        let table = |values: Vec<f32>| {
-            let data = TensorData::new(values, [positions.len(), frequencies.len()]);
-            Tensor::<2>::from_data(data, (device, dtype))
-        };
+        let mut uploads = Uploads::default();
+        let angles = PlannedAngles::new(positions, config, dtype, &mut uploads);
         Self {
             spans: Arc::default(),
-            cos: table(cos),
-            sin: table(sin),
+            angles: angles.on_device(&uploads.send(device)),
             padded: None,
+        }
+    }
+}
+
+/// A context whose indices and tables are about to be copied to the device.
+pub(crate) struct Planned {
+    spans: Arc<Spans>,
+    angles: PlannedAngles,
+    padded: Option<PlannedPadded>,
+}
+
+impl Planned {
+    /// As [`PackedContext::new`], with tiles of at most `scores_at_once` scores.
+    pub(crate) fn new(
+        packed: &PackedTokens,
+        config: &LlamaConfig,
+        dtype: DType,
+        device: &Device,
+        scores_at_once: usize,
+        uploads: &mut Uploads,
+    ) -> Self {
+        let native = dtype == DType::F32 && cpu::is_cpu(device);
+        let spans = Spans::new(packed);
+        let padded = (device.is_autodiff() || !native)
+            .then(|| PlannedPadded::new(&spans, config, scores_at_once, uploads));
+        Self {
+            spans: Arc::new(spans),
+            angles: PlannedAngles::new(&packed.positions(), config, dtype, uploads),
+            padded,
+        }
+    }
+
+    pub(crate) fn on_device(self, uploaded: &Uploaded) -> PackedContext {
+        PackedContext {
+            spans: self.spans,
+            angles: self.angles.on_device(uploaded),
+            padded: self.padded.map(|padded| padded.on_device(uploaded)),
         }
     }
 }
@@ -376,139 +402,6 @@ impl PackedContext {
         }
     }
 }
-
-/// Segments side by side, for attention as a batch of matrix products: queries `[segments, longest]`,
-/// keys `[segments, longest row]`. Only attention's own tensors are padded so, which costs little next
-/// to the linear layers, and saves the scores between different rows.
-#[derive(Debug, Clone)]
-pub(crate) struct Padded {
-    pub(crate) segments: usize,
-    /// The longest segment.
-    pub(crate) queries: usize,
-    /// The longest row.
-    pub(crate) keys: usize,
-    /// Packed index of each query's place, `[segments · queries]`, and back, `[n]`; none where nothing
-    /// is padded.
-    pub(crate) places: Option<(Tensor<1, Int>, Tensor<1, Int>)>,
-    /// Packed index of each key's place, `[segments · keys]`; none where keys lie as queries do.
-    pub(crate) key_places: Option<Tensor<1, Int>>,
-    /// The position of each segment's first query, `[segments]`, and all 0 or not.
-    pub(crate) offsets: Vec<i32>,
-    /// 1 where a query is a token, 0 where it is padding, `[segments · queries, 1]`.
-    pub(crate) tokens: Option<Tensor<2>>,
-}
-
-impl Padded {
-    fn new(packed: &PackedTokens, device: &Device) -> Self {
-        let spans = Spans::new(packed).0;
-        let queries = spans.iter().map(|span| span.own.len()).max().unwrap_or(0);
-        let ends = spans.iter().map(|span| span.offset + span.own.len());
-        let keys = ends.max().unwrap_or(0);
-        let even = spans.iter().all(|span| span.own.len() == queries);
-        let shared = spans.iter().any(|span| span.offset > 0);
-        let on_device = |indices: Vec<i32>| {
-            let count = indices.len();
-            Tensor::<1, Int>::from_data(TensorData::new(indices, [count]), device)
-        };
-        let mut places = Vec::with_capacity(spans.len() * queries);
-        let mut back = Vec::with_capacity(packed.ids.len());
-        let mut key_places = Vec::with_capacity(spans.len() * keys);
-        let mut tokens = Vec::with_capacity(spans.len() * queries);
-        for (index, span) in spans.iter().enumerate() {
-            // A padded place repeats the first token: any would do.
-            let own = span.own.clone();
-            let padding = queries - own.len();
-            back.extend((0..own.len()).map(|i| (index * queries + i) as i32));
-            tokens.extend((0..queries).map(|i| if i < own.len() { 1f32 } else { 0.0 }));
-            places.extend(own.clone().map(|token| token as i32));
-            places.extend(std::iter::repeat_n(own.start as i32, padding));
-            let path = span.before.iter().cloned().flatten().chain(own.clone());
-            key_places.extend(path.map(|token| token as i32));
-            let padding = keys - span.offset - own.len();
-            key_places.extend(std::iter::repeat_n(own.start as i32, padding));
-        }
-        let tokens = TensorData::new(tokens, [spans.len() * queries, 1]);
-        Self {
-            segments: spans.len(),
-            queries,
-            keys,
-            places: (!even).then(|| (on_device(places), on_device(back))),
-            key_places: shared.then(|| on_device(key_places)),
-            offsets: spans.iter().map(|span| span.offset as i32).collect(),
-            tokens: (!even).then(|| Tensor::from_data(tokens, (device, DType::F32))),
-        }
-    }
-
-    /// Queries side by side: `[n, heads, d]` → `[segments, queries, heads, d]`.
-    pub(crate) fn spread_queries(&self, x: Tensor<3>) -> Tensor<4> {
-        let [_, heads, d] = x.dims();
-        let x = match &self.places {
-            Some((places, _)) => x.select(0, places.clone()),
-            None => x,
-        };
-        x.reshape([self.segments, self.queries, heads, d])
-    }
-
-    /// Keys or values side by side: `[n, heads, d]` → `[segments, keys, heads, d]`.
-    pub(crate) fn spread_keys(&self, x: Tensor<3>) -> Tensor<4> {
-        let [_, heads, d] = x.dims();
-        match &self.key_places {
-            Some(places) => {
-                x.select(0, places.clone())
-                    .reshape([self.segments, self.keys, heads, d])
-            }
-            None => self.spread_queries(x),
-        }
-    }
-
-    /// Queries back to back again: `[segments, queries, heads, d]` → `[n, heads · d]`.
-    pub(crate) fn gather_queries(&self, x: Tensor<4>) -> Tensor<2> {
-        let [segments, queries, heads, d] = x.dims();
-        let x = x.reshape([segments * queries, heads * d]);
-        match &self.places {
-            Some((_, back)) => x.select(0, back.clone()),
-            None => x,
-        }
-    }
-
-    /// Adds up what belongs to each key: `[segments, keys, heads, d]` → `[n, heads · d]` for `n` tokens.
-    pub(crate) fn sum_keys(&self, x: Tensor<4>, n: usize) -> Tensor<2> {
-        let [segments, keys, heads, d] = x.dims();
-        match &self.key_places {
-            Some(places) => {
-                let x = x.reshape([segments * keys, heads * d]);
-                let nothing = Tensor::zeros([n, heads * d], (&x.device(), x.dtype()));
-                nothing.select_assign(0, places.clone(), x, IndexingUpdateOp::Add)
-            }
-            None => self.gather_queries(x),
-        }
-    }
-
-    /// Added to the scores of queries `first..first + count`: 0 where a query may look, very negative
-    /// elsewhere. `[segments or 1, 1, count, keys]`.
-    ///
-    /// Keys past a row's end lie after every query of that row, so the causal mask hides them; what
-    /// padded queries compute is never read.
-    pub(crate) fn mask(&self, first: usize, count: usize, device: &Device) -> Tensor<4> {
-        let same = self.offsets.iter().all(|offset| *offset == 0);
-        let offsets = if same { &[0][..] } else { &self.offsets };
-        let ints = |values: Vec<i32>, shape: [usize; 4]| {
-            Tensor::<4, Int>::from_data(TensorData::new(values, shape), device)
-        };
-        let segments = offsets.len();
-        let last_seen = offsets
-            .iter()
-            .flat_map(|offset| (0..count).map(move |i| offset + (first + i) as i32));
-        let last_seen = ints(last_seen.collect(), [segments, 1, count, 1]);
-        let keys = ints((0..self.keys as i32).collect(), [1, 1, 1, self.keys]);
-        let shape = [segments, 1, count, self.keys];
-        let hidden = keys.expand(shape).greater(last_seen.expand(shape));
-        Tensor::zeros(shape, (device, DType::F32)).mask_fill(hidden, MASKED)
-    }
-}
-
-/// Finite, because shading languages do not promise infinities; e to this power is 0 in f32.
-pub(crate) const MASKED: f32 = -1e30;
 
 #[cfg(test)]
 mod tests {

@@ -7,10 +7,11 @@ use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use lora_core::{LinearGroup, LowRank};
 
-use crate::attention::{Attended, attend, attend_backward};
+use crate::attention::{Attended, attend, attend_backward, score_scale};
 use crate::decoder_layer::DropoutSeeds;
 use crate::kv_cache::LayerCache;
 use crate::mlp::{gated, gated_backward};
+use crate::rms_norm::InverseRoots;
 use crate::rope::{Turn, rotate_plain};
 use crate::{DecoderLayer, PackedContext};
 
@@ -33,6 +34,7 @@ pub struct LayerPass<'a> {
 pub struct Activations {
     attended: Attended,
     attention_low: LowRank<3>,
+    roots: InverseRoots,
     after: AfterAttention,
 }
 
@@ -45,6 +47,7 @@ struct AfterAttention {
     mixed: Option<Tensor<2>>,
     /// What the feed-forward block gets and is added to, `[m, hidden]`.
     middle: Tensor<2>,
+    roots: InverseRoots,
     gate: Tensor<2>,
     up: Tensor<2>,
     gate_up_low: LowRank<2>,
@@ -66,12 +69,13 @@ impl LayerPass<'_> {
     /// - `x`: `[n, hidden]`
     /// - output: `[n, hidden]`, or `[m, hidden]` for `m` wanted tokens
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
-        let ([q, k, v], attention_low) = self.queries_keys_values(x);
+        let ([q, k, v], attention_low, roots) = self.queries_keys_values(x);
         let (mixed, attended) = attend(q, k, v, self.context, self.layer.self_attn.heads());
         let (output, after) = self.after_attention(self.select(mixed), self.select(x.clone()));
         let activations = Activations {
             attended,
             attention_low,
+            roots,
             after,
         };
         (output, activations)
@@ -84,19 +88,21 @@ impl LayerPass<'_> {
     ///
     /// - `x`, output: `[rows, hidden]`
     pub(crate) fn decode(&self, x: &Tensor<2>, cache: &mut LayerCache) -> Tensor<2> {
-        let ([q, k, v], _) = self.queries_keys_values(x);
+        let ([q, k, v], ..) = self.queries_keys_values(x);
         let mixed = cache.attend(q, k, v, self.layer.self_attn.heads());
         self.after_attention(mixed, x.clone()).0
     }
 
-    /// Rotated queries and keys, and values.
-    fn queries_keys_values(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], LowRank<3>) {
-        let normalised = self.layer.input_layernorm.forward_plain(x);
+    /// Rotated queries and keys, and values; the queries times [`score_scale`].
+    fn queries_keys_values(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], LowRank<3>, InverseRoots) {
+        let (normalised, roots) = self.layer.input_layernorm.forward_plain(x);
         let ([q, k, v], low) = self
             .attention_group()
             .forward(&normalised, [const { None }; 3]);
-        let (q, k) = (self.rotate(q, Turn::Forward), self.rotate(k, Turn::Forward));
-        ([q, k, v], low)
+        let scale = score_scale(&q, self.layer.self_attn.heads());
+        let q = self.rotate(q, Turn::Forward, scale);
+        let k = self.rotate(k, Turn::Forward, 1.0);
+        ([q, k, v], low, roots)
     }
 
     /// From what attention mixed to the layer's output. `residual` is the layer's input at these tokens.
@@ -109,7 +115,7 @@ impl LayerPass<'_> {
         let ([middle], output_low) = group.forward(&mixed, [Some(residual)]);
         let mixed = group.has_adapters().then_some(mixed);
 
-        let normalised = self.layer.post_attention_layernorm.forward_plain(&middle);
+        let (normalised, roots) = self.layer.post_attention_layernorm.forward_plain(&middle);
         let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalised, [None, None]);
         drop(normalised);
         let product = gated(&gate, &up);
@@ -118,6 +124,7 @@ impl LayerPass<'_> {
             output_low,
             mixed,
             middle,
+            roots,
             gate,
             up,
             gate_up_low,
@@ -144,11 +151,13 @@ impl LayerPass<'_> {
         let Activations {
             attended,
             attention_low,
+            roots,
             after:
                 AfterAttention {
                     output_low,
                     mixed,
                     middle,
+                    roots: middle_roots,
                     gate,
                     up,
                     gate_up_low,
@@ -165,12 +174,12 @@ impl LayerPass<'_> {
         let through =
             down.backward(product, down_low, [gradient.clone()], through_gate, collect)?;
         let (gate, up) = gated_backward(gate, up, through);
-        let normalised = || layer.post_attention_layernorm.forward_plain(&middle);
+        let norm = &layer.post_attention_layernorm;
+        let normalised = || norm.again(&middle, &middle_roots);
+        let gain = norm.gain();
         let gate_up = self.gate_up_group();
         let through = gate_up.backward(normalised, gate_up_low, [gate, up], needed, collect)?;
-        let gradient = layer
-            .post_attention_layernorm
-            .backward(&middle, through, gradient);
+        let gradient = norm.backward(&middle, middle_roots, gain, through, gradient);
         drop(middle);
 
         // Asked for only where the module has an adapter.
@@ -186,9 +195,14 @@ impl LayerPass<'_> {
         let through = self.scatter(through, x.dims()[0]);
         let heads = layer.self_attn.heads();
         let [q, k, v] = attend_backward(attended, through, self.context, heads);
-        let (q, k) = (self.rotate(q, Turn::Back), self.rotate(k, Turn::Back));
-        let normalised = || layer.input_layernorm.forward_plain(x);
+        let scale = score_scale(&q, heads);
+        let q = self.rotate(q, Turn::Back, scale);
+        let k = self.rotate(k, Turn::Back, 1.0);
+        let norm = &layer.input_layernorm;
+        let normalised = || norm.again(x, &roots);
         let attention = self.attention_group();
+        let residual = input_gradient.then(|| self.scatter(gradient, x.dims()[0]));
+        let gain = norm.gain();
         let through = attention.backward(
             normalised,
             attention_low,
@@ -196,8 +210,7 @@ impl LayerPass<'_> {
             input_gradient,
             collect,
         )?;
-        let residual = self.scatter(gradient, x.dims()[0]);
-        Some(layer.input_layernorm.backward(x, through, residual))
+        Some(norm.backward(x, roots, gain, through, residual?))
     }
 
     fn attention_group(&self) -> LinearGroup<'_, 3> {
@@ -223,8 +236,8 @@ impl LayerPass<'_> {
         modules.map(|module| DropoutSeeds(self.dropout_seed).module(module))
     }
 
-    fn rotate(&self, x: Tensor<2>, turn: Turn) -> Tensor<2> {
-        rotate_plain(x, &self.context.cos, &self.context.sin, turn)
+    fn rotate(&self, x: Tensor<2>, turn: Turn, scale: f64) -> Tensor<2> {
+        rotate_plain(x, &self.context.angles, turn, scale)
     }
 
     /// The wanted rows.

@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use lora_core::{LoraLinear, Quantization, quantize_on_device};
+use lora_core::{LoraLinear, quantize_on_device};
 
 use crate::model::decoder_layer;
 use crate::{Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
@@ -68,7 +68,7 @@ impl Draw<'_> {
 
     fn table(&self, vocab: usize, hidden: usize) -> VocabTable {
         let dtype = self.options.dtype;
-        let rows_per_piece = VocabTable::rows_per_piece(hidden, dtype.size());
+        let rows_per_piece = VocabTable::rows_per_piece(hidden, dtype.size(), self.device);
         let pieces = (0..vocab).step_by(rows_per_piece).map(|start| {
             let rows = rows_per_piece.min(vocab - start);
             self.kept(move |draw| draw.normal([rows, hidden], dtype))
@@ -94,6 +94,7 @@ impl Draw<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lora_core::Quantization;
 
     #[test]
     fn it_has_the_shapes_and_types_of_a_loaded_model() {

@@ -133,7 +133,7 @@ fn set_linear(
 }
 
 fn table(values: &[f32], hidden: usize, dtype: DType, device: &Device) -> VocabTable {
-    let rows_per_piece = VocabTable::rows_per_piece(hidden, dtype.size());
+    let rows_per_piece = VocabTable::rows_per_piece(hidden, dtype.size(), device);
     let pieces = values.chunks(rows_per_piece * hidden).map(|piece| {
         let data = TensorData::new(piece.to_vec(), [piece.len() / hidden, hidden]);
         frozen(data, dtype, device)

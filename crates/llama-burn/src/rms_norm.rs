@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 
 use burn::module::{Module, Param};
-use burn::tensor::{FloatDType, Tensor};
+use burn::tensor::{DType, FloatDType, Tensor};
 use lora_core::{cpu, in_vectors};
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
@@ -15,6 +15,11 @@ pub struct RmsNorm {
     /// Keeps the root away from zero.
     pub eps: f64,
 }
+
+/// `1 / sqrt(mean(x²) + eps)` of each row, `[n, 1]` in f32: kept on GPUs, where computing it again takes kernels of
+/// its own. The CPU computes it again while it reads the row.
+#[derive(Debug, Clone)]
+pub(crate) struct InverseRoots(Option<Tensor<2>>);
 
 impl RmsNorm {
     /// Normalises each row.
@@ -31,11 +36,16 @@ impl RmsNorm {
         let normalised = x * inverse_root * self.weight.val().cast(FloatDType::F32).unsqueeze();
         normalised.cast(dtype)
     }
-    /// As [`forward`](Self::forward), outside any tape.
-    pub(crate) fn forward_plain(&self, x: &Tensor<2>) -> Tensor<2> {
+    /// As [`forward`](Self::forward), outside any tape, and what [`again`](Self::again) and
+    /// [`backward`](Self::backward) need.
+    pub(crate) fn forward_plain(&self, x: &Tensor<2>) -> (Tensor<2>, InverseRoots) {
         let weight = self.weight.val().without_autodiff();
         if !cpu::is_native(x) || !cpu::is_native(&weight) {
-            return self.valid().forward(x.clone());
+            let gain = self.gain();
+            let mean_of_squares = x.clone().cast(DType::F32).square().mean_dim(1);
+            let roots = mean_of_squares.add_scalar(self.eps).sqrt().recip();
+            let normalised = x.clone().cast(DType::F32) * roots.clone() * gain;
+            return (normalised.cast(x.dtype()), InverseRoots(Some(roots)));
         }
         let [n, width] = x.dims();
         let (x, weight) = (cpu::values(x.clone()), cpu::values(weight));
@@ -44,29 +54,53 @@ impl RmsNorm {
             let x = &x[first * width..][..piece.len()];
             normalise(x, weight, eps, piece);
         });
-        cpu::tensor(normalised, [n, width])
+        (cpu::tensor(normalised, [n, width]), InverseRoots(None))
+    }
+
+    /// The output of [`forward_plain`](Self::forward_plain) once more.
+    pub(crate) fn again(&self, x: &Tensor<2>, roots: &InverseRoots) -> Tensor<2> {
+        let Some(roots) = &roots.0 else {
+            return self.forward_plain(x).0;
+        };
+        let gain = self.gain();
+        let normalised = x.clone().cast(DType::F32) * roots.clone() * gain;
+        normalised.cast(x.dtype())
+    }
+
+    /// The gain as a row, `[1, hidden]`, in f32 and off the tape. Asked for before the arithmetic that it is used in:
+    /// Burn fuses operations that follow one another, and a change of shape ends a group.
+    pub(crate) fn gain(&self) -> Tensor<2> {
+        self.weight
+            .val()
+            .without_autodiff()
+            .cast(DType::F32)
+            .unsqueeze()
     }
 
     /// `sum` and the gradient of `x` from the output's gradient G: with ρ = 1/sqrt(mean(x²) + eps) and
-    /// w the gain, ρ·w∘G − x·ρ³·mean(w∘G∘x).
+    /// w the gain ([`gain`](Self::gain)), ρ·w∘G − x·ρ³·mean(w∘G∘x).
     ///
     /// # Shapes
     ///
-    /// - all: `[n, hidden]`
-    pub(crate) fn backward(&self, x: &Tensor<2>, gradient: Tensor<2>, sum: Tensor<2>) -> Tensor<2> {
-        let weight = self.weight.val().without_autodiff();
-        if !cpu::is_native(x) || !cpu::is_native(&weight) {
-            let dtype = FloatDType::from(x.dtype());
-            let x = x.clone().cast(FloatDType::F32);
-            let weighted =
-                gradient.cast(FloatDType::F32) * weight.cast(FloatDType::F32).unsqueeze();
-            let mean_of_squares = x.clone().square().mean_dim(1);
-            let inverse_root = mean_of_squares.add_scalar(self.eps).sqrt().recip();
+    /// - `x`, `gradient`, `sum`, output: `[n, hidden]`
+    pub(crate) fn backward(
+        &self,
+        x: &Tensor<2>,
+        roots: InverseRoots,
+        gain: Tensor<2>,
+        gradient: Tensor<2>,
+        sum: Tensor<2>,
+    ) -> Tensor<2> {
+        if let Some(roots) = roots.0 {
+            let dtype = x.dtype();
+            let x = x.clone().cast(DType::F32);
+            let weighted = gradient.cast(DType::F32) * gain;
             let along = (weighted.clone() * x.clone()).mean_dim(1);
-            let along = along * inverse_root.clone().powi_scalar(3);
-            return sum + (weighted * inverse_root - x * along).cast(dtype);
+            let along = along * roots.clone() * roots.clone() * roots.clone();
+            return sum + (weighted * roots - x * along).cast(dtype);
         }
         let width = x.dims()[1];
+        let weight = self.weight.val().without_autodiff();
         let (x, gradient, weight) = (
             cpu::values(x.clone()),
             cpu::values(gradient),
@@ -135,11 +169,24 @@ mod tests {
         let plain = x.clone().inner();
         // Sums of 70 squares in another order.
         let tolerance = Tolerance::absolute(2e-6);
-        let got = norm.forward_plain(&plain).into_data();
-        got.assert_approx_eq::<f32>(&y.into_data(), tolerance);
-        let got = norm.backward(&plain, gradient.inner(), sum.clone());
-        let expected = x.grad(&tape).unwrap() + sum;
+        let expected = (x.grad(&tape).unwrap() + sum.clone()).into_data();
+        let (got, native) = norm.forward_plain(&plain);
         got.into_data()
-            .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
+            .assert_approx_eq::<f32>(&y.to_data(), tolerance);
+        let roots = plain.clone().square().mean_dim(1).add_scalar(1e-5);
+        let kept = InverseRoots(Some(roots.sqrt().recip()));
+        for roots in [native, kept] {
+            let again = norm.again(&plain, &roots).into_data();
+            again.assert_approx_eq::<f32>(&y.to_data(), tolerance);
+            let got = norm.backward(
+                &plain,
+                roots,
+                norm.gain(),
+                gradient.clone().inner(),
+                sum.clone(),
+            );
+            got.into_data()
+                .assert_approx_eq::<f32>(&expected, tolerance);
+        }
     }
 }

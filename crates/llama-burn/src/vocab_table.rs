@@ -1,11 +1,13 @@
 //! The embedding and the output layer: one row a token.
 
 use burn::module::{Module, Param};
-use burn::tensor::{DType, FloatDType, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, FloatDType, Tensor};
 use lora_core::{cpu, table_scores, table_scores_backward};
 
+use crate::uploads::{Ints, Uploaded, Uploads};
+
 /// A `[vocab, hidden]` table in pieces of at most [`PIECE_BYTES`], because graphics adapters limit how
-/// large one buffer may be. On the CPU a table may be in 16 bits, as its file is, though the model
+/// large one buffer may be; of more where the device binds more, which saves putting scores together. On the CPU a table may be in 16 bits, as its file is, though the model
 /// computes in f32.
 #[derive(Module, Debug)]
 pub struct VocabTable {
@@ -15,13 +17,28 @@ pub struct VocabTable {
     pub rows_per_piece: usize,
 }
 
+/// Where the rows of a batch's tokens lie.
+pub(crate) struct PlannedRows {
+    /// A piece, and the rows of it that the batch needs.
+    pieces: Vec<(usize, Ints)>,
+    /// The tokens' places among those rows, if they come from several pieces.
+    order: Option<Ints>,
+}
+
 /// WebGPU's default limit for a buffer that a shader reads is 128 MiB; some room is left.
 pub const PIECE_BYTES: usize = 120 << 20;
 
+/// The most that a piece has anywhere: places in it fit 32 bits.
+const MOST_BYTES: usize = 2 << 30;
+
 impl VocabTable {
-    /// How many rows of `hidden` elements of `element_bytes` bytes a piece holds.
-    pub fn rows_per_piece(hidden: usize, element_bytes: usize) -> usize {
-        (PIECE_BYTES / (hidden * element_bytes)).max(1)
+    /// How many rows of `hidden` elements of `element_bytes` bytes a piece holds on `device`.
+    pub fn rows_per_piece(hidden: usize, element_bytes: usize, device: &Device) -> usize {
+        let piece = match lora_core::largest_buffer(device) {
+            Some(largest) => (largest / 16 * 15).clamp(PIECE_BYTES, MOST_BYTES),
+            None => PIECE_BYTES,
+        };
+        (piece / (hidden * element_bytes)).max(1)
     }
 
     /// The type that products with the table are computed in.
@@ -43,33 +60,50 @@ impl VocabTable {
     ///
     /// If an id is outside the table; [`PackedTokens::check`](crate::PackedTokens::check) tells before.
     pub fn rows(&self, ids: &[u32]) -> Tensor<2> {
-        let device = self.pieces[0].lazy_device().without_autodiff();
-        let indices = |values: Vec<i32>| {
-            let count = values.len();
-            Tensor::<1, Int>::from_data(TensorData::new(values, [count]), &device)
-        };
+        let mut uploads = Uploads::default();
+        let planned = self.planned_rows(ids, &mut uploads);
+        self.rows_at(&planned, &uploads.send(&self.pieces[0].lazy_device()))
+    }
+
+    /// Where the rows of these tokens lie, for [`rows_at`](Self::rows_at).
+    ///
+    /// # Panics
+    ///
+    /// As [`rows`](Self::rows).
+    pub(crate) fn planned_rows(&self, ids: &[u32], uploads: &mut Uploads) -> PlannedRows {
         let per_piece = self.rows_per_piece;
-        let mut found = Vec::new();
         let mut order = vec![0i32; ids.len()];
         let mut next = 0;
-        for (piece, table) in self.pieces.iter().enumerate() {
-            let here: Vec<usize> = (0..ids.len())
-                .filter(|i| ids[*i] as usize / per_piece == piece)
-                .collect();
-            if here.is_empty() {
+        let mut pieces = Vec::new();
+        for piece in 0..self.pieces.len() {
+            let here = || (0..ids.len()).filter(|i| ids[*i] as usize / per_piece == piece);
+            if here().next().is_none() {
                 continue;
             }
-            for position in &here {
-                order[*position] = next;
+            for position in here() {
+                order[position] = next;
                 next += 1;
             }
-            let local = here.iter().map(|i| (ids[*i] as usize % per_piece) as i32);
-            found.push(value(table).select(0, indices(local.collect())));
+            let local = here().map(|i| (ids[i] as usize % per_piece) as i32);
+            pieces.push((piece, uploads.ints(local)));
         }
         assert_eq!(next as usize, ids.len(), "a token id is outside the table");
-        let rows = match found.len() {
-            1 => found.remove(0),
-            _ => Tensor::cat(found, 0).select(0, indices(order)),
+        PlannedRows {
+            order: (pieces.len() > 1).then(|| uploads.ints(order)),
+            pieces,
+        }
+    }
+
+    /// As [`rows`](Self::rows), of what was planned and copied to the device.
+    pub(crate) fn rows_at(&self, planned: &PlannedRows, uploaded: &Uploaded) -> Tensor<2> {
+        let found = planned
+            .pieces
+            .iter()
+            .map(|(piece, places)| value(&self.pieces[*piece]).select(0, uploaded.ints(places)));
+        let mut found: Vec<Tensor<2>> = found.collect();
+        let rows = match &planned.order {
+            None => found.remove(0),
+            Some(order) => Tensor::cat(found, 0).select(0, uploaded.ints(order)),
         };
         self.widened(rows)
     }
@@ -135,7 +169,7 @@ fn value(piece: &Param<Tensor<2>>) -> Tensor<2> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use burn::tensor::Device;
+    use burn::tensor::{Int, TensorData};
 
     #[test]
     fn pieces_act_as_one_table() {

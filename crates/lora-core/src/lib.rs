@@ -41,8 +41,11 @@ mod dora;
 mod dropout;
 mod error;
 mod frozen_linear;
+#[cfg(feature = "cube")]
+mod fusion;
 mod init;
 mod integers;
+mod limits;
 mod linear;
 mod merge;
 mod passes;
@@ -60,8 +63,11 @@ pub use frozen_linear::{
     frozen_linear, frozen_linear_backward, has_bf16_products, table_scores, table_scores_backward,
     use_bf16_products,
 };
+#[cfg(feature = "cube")]
+pub use fusion::{Fusion, set_fusion};
 pub use init::{kaiming_uniform, normal};
 pub use integers::IntegerWeight;
+pub use limits::{AssumedBuffer, largest_buffer};
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};
 pub use products::multiply_add;

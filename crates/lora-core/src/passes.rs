@@ -16,7 +16,7 @@ use burn::tensor::{DType, Tensor};
 
 use crate::dora::Scaling;
 use crate::frozen_linear::{Direction, frozen_product};
-use crate::{LoraLinear, multiply_add};
+use crate::{LoraLinear, cpu, multiply_add};
 
 /// Layers that take the same input, run together outside any tape.
 ///
@@ -27,12 +27,15 @@ pub struct LinearGroup<'a, const N: usize> {
     dropout_seeds: [Option<u64>; N],
 }
 
-/// What a forward pass leaves for the backward pass: the adapters' low-rank products x·A, `[n, r]` each, and
+/// What a forward pass leaves for the backward pass: the adapters' low-rank products γ·x·A, `[n, r]` each, and
 /// of a DoRA what it scales, `[n, d_out]`.
 #[derive(Debug, Clone)]
 pub struct LowRank<const N: usize> {
     products: [Option<Tensor<2>>; N],
     scaled: [Option<Scaled>; N],
+    /// The adapters' A side by side, `[d_in, Σ r]`, where all share one product with the input; on GPUs times γ where
+    /// that is one number.
+    all_a: Option<Tensor<2>>,
 }
 
 /// What a DoRA scales, before that.
@@ -71,7 +74,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         x: &Tensor<2>,
         mut sums: [Option<Tensor<2>>; N],
     ) -> ([Tensor<2>; N], LowRank<N>) {
-        let products = self.low_rank(x);
+        let (products, all_a) = self.low_rank(x);
         let mut scaled = [const { None }; N];
         let outputs = std::array::from_fn(|i| {
             let layer = self.layers[i];
@@ -89,7 +92,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         let own = frozen_product(None, x.clone(), weight, Direction::Forward);
                         own - through.clone()
                     });
-                    let output = multiply_add(Some(through), adapter.scale, low.clone(), b);
+                    let output = multiply_add(Some(through), 1.0, low.clone(), b);
                     let y = output.clone() * by;
                     scaled[i] = Some(Scaled { output, scaling });
                     [base, sum]
@@ -100,7 +103,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 (Some(low), Some(adapter), None) => {
                     let y = frozen_product(sum, x.clone(), weight, Direction::Forward);
                     let b = factor(&adapter.b, x.dtype());
-                    multiply_add(Some(y), adapter.scale, low.clone(), b)
+                    multiply_add(Some(y), 1.0, low.clone(), b)
                 }
                 _ => frozen_product(sum, x.clone(), weight, Direction::Forward),
             };
@@ -109,7 +112,12 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             }
             y
         });
-        (outputs, LowRank { products, scaled })
+        let low = LowRank {
+            products,
+            scaled,
+            all_a,
+        };
+        (outputs, low)
     }
 
     /// The gradients of the adapters, each given to `collect`, and, if `input_gradient` is set, of `x`.
@@ -151,15 +159,20 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 through
             })
         };
-        let low_gradients: [Option<Tensor<2>>; N] = std::array::from_fn(|i| {
-            let adapter = self.layers[i].adapter()?;
-            let low = low.products[i].clone()?;
-            let gradient = &gradients[i];
-            let b = multiply_add(None, adapter.scale, low.transpose(), gradient.clone());
-            collect(&adapter.b, b.cast(DType::F32));
-            let b = factor(&adapter.b, dtype).transpose();
-            Some(multiply_add(None, adapter.scale, gradient.clone(), b))
-        });
+        for (i, gradient) in gradients.iter().enumerate() {
+            if let (Some(adapter), Some(low)) = (self.layers[i].adapter(), &low.products[i]) {
+                let b = multiply_add(None, 1.0, low.clone().transpose(), gradient.clone());
+                collect(&adapter.b, b.cast(DType::F32));
+            }
+        }
+        let low_gradients = match self.drops() {
+            true => LowGradients::Apart(std::array::from_fn(|i| {
+                let adapter = self.layers[i].adapter()?;
+                let b = factor(&adapter.b, dtype).transpose();
+                Some(multiply_add(None, adapter.scale, gradients[i].clone(), b))
+            })),
+            false => LowGradients::Together(self.low_gradients(&gradients, dtype)),
+        };
         let mut below = None;
         let mut through_mask: [Option<Tensor<2>>; N] = [const { None }; N];
         if input_gradient {
@@ -180,33 +193,101 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
         if self.has_adapters() {
             let x = x();
-            match self.drops() {
-                false => self.through_shared(x, low_gradients, &mut below, collect),
-                true => self.through_dropped(x, low_gradients, through_mask, &mut below, collect),
+            match low_gradients {
+                LowGradients::Together(Some(all)) => {
+                    self.through_shared(x, all, low.all_a, &mut below, collect);
+                }
+                LowGradients::Together(None) => {}
+                LowGradients::Apart(all) => {
+                    self.through_dropped(x, all, through_mask, &mut below, collect);
+                }
             }
         }
         below
     }
 
-    /// x·A of every adapter; one product for all of them unless dropout gives each an input of its own.
-    fn low_rank(&self, x: &Tensor<2>) -> [Option<Tensor<2>>; N] {
+    /// γ·x·A of every adapter; one product for all of them unless dropout gives each an input of its own.
+    fn low_rank(&self, x: &Tensor<2>) -> ([Option<Tensor<2>>; N], Option<Tensor<2>>) {
         if !self.has_adapters() {
-            return [const { None }; N];
+            return ([const { None }; N], None);
         }
         if self.drops() {
-            return std::array::from_fn(|i| {
+            let apart = std::array::from_fn(|i| {
                 let adapter = self.layers[i].adapter()?;
                 let a = factor(&adapter.a, x.dtype());
-                Some(multiply_add(None, 1.0, self.dropped(i, x.clone()), a))
+                let dropped = self.dropped(i, x.clone());
+                Some(multiply_add(None, adapter.scale, dropped, a))
             });
+            return (apart, None);
         }
-        let low = multiply_add(None, 1.0, x.clone(), self.all_a(x.dtype()));
+        let scale = self.common_scale();
+        let (low, all) = match turns(x) {
+            false => {
+                let all = self.all_a(x.dtype());
+                (
+                    multiply_add(None, scale.unwrap_or(1.0), x.clone(), all.clone()),
+                    all,
+                )
+            }
+            // Turned, so that each adapter's part is one piece of memory.
+            true => {
+                let all = scaled(self.all_a(x.dtype()), scale);
+                (all.clone().transpose().matmul(x.clone().transpose()), all)
+            }
+        };
         let mut start = 0;
-        std::array::from_fn(|i| {
-            let r = self.layers[i].adapter()?.a.lazy_shape()[1];
+        let products = std::array::from_fn(|i| {
+            let adapter = self.layers[i].adapter()?;
+            let r = adapter.a.lazy_shape()[1];
             start += r;
-            Some(low.clone().narrow(1, start - r, r))
+            let low = match turns(x) {
+                false => low.clone().narrow(1, start - r, r),
+                true => low.clone().narrow(0, start - r, r).transpose(),
+            };
+            Some(match scale {
+                Some(_) => low,
+                None => low.mul_scalar(adapter.scale),
+            })
+        });
+        (products, Some(all))
+    }
+
+    /// γ·G·Bᵀ of every adapter side by side: `[n, Σ r]`. Where [`turns`] it is turned, `[Σ r, n]`, and without a γ that
+    /// is one number.
+    fn low_gradients(&self, gradients: &[Tensor<2>; N], dtype: DType) -> Option<Tensor<2>> {
+        let turned = turns(&gradients[0]);
+        let common = self.common_scale().is_some();
+        let parts = self
+            .layers
+            .iter()
+            .zip(gradients)
+            .filter_map(|(layer, gradient)| {
+                let adapter = layer.adapter()?;
+                let b = factor(&adapter.b, dtype);
+                Some(match turned {
+                    false => multiply_add(None, adapter.scale, gradient.clone(), b.transpose()),
+                    true => {
+                        let part = b.matmul(gradient.clone().transpose());
+                        scaled(part, (!common).then_some(adapter.scale))
+                    }
+                })
+            });
+        let mut parts: Vec<Tensor<2>> = parts.collect();
+        Some(match parts.len() {
+            0 => return None,
+            1 => parts.remove(0),
+            _ => Tensor::cat(parts, if turned { 0 } else { 1 }),
         })
+    }
+
+    /// The scale of all adapters, if it is one.
+    fn common_scale(&self) -> Option<f64> {
+        let mut scales = self
+            .layers
+            .iter()
+            .filter_map(|layer| Some(layer.adapter()?.scale));
+        let first = scales.next()?;
+        scales.all(|scale| scale == first).then_some(first)
     }
 
     /// The adapters' A side by side, `[d_in, Σ r]`.
@@ -222,26 +303,31 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     fn through_shared(
         &self,
         x: Tensor<2>,
-        low_gradients: [Option<Tensor<2>>; N],
+        all: Tensor<2>,
+        all_a: Option<Tensor<2>>,
         below: &mut Option<Tensor<2>>,
         collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
         let dtype = x.dtype();
-        let mut all: Vec<_> = low_gradients.into_iter().flatten().collect();
-        let all = match all.len() {
-            1 => all.remove(0),
-            _ => Tensor::cat(all, 1),
+        let turned = turns(&x);
+        let a_gradients = match turned {
+            false => multiply_add(None, 1.0, x.transpose(), all.clone()),
+            true => scaled(all.clone().matmul(x), self.common_scale()),
         };
-        let a_gradients = multiply_add(None, 1.0, x.transpose(), all.clone());
         let mut start = 0;
         for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
             let r = adapter.a.lazy_shape()[1];
-            let gradient = a_gradients.clone().narrow(1, start, r);
+            let gradient = match turned {
+                false => a_gradients.clone().narrow(1, start, r),
+                true => a_gradients.clone().narrow(0, start, r).transpose(),
+            };
             collect(&adapter.a, gradient.cast(DType::F32));
             start += r;
         }
         if let Some(sum) = below.take() {
-            let a = self.all_a(dtype).transpose();
+            // On GPUs it has the factor γ that the gradients lack.
+            let a = all_a.unwrap_or_else(|| self.all_a(dtype)).transpose();
+            let all = if turned { all.transpose() } else { all };
             *below = Some(multiply_add(Some(sum), 1.0, all, a));
         }
     }
@@ -284,6 +370,27 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             Some(seed) => self.layers[layer].dropout.forward(x, Some(seed)),
             None => x,
         }
+    }
+}
+
+/// What reaches the adapters' low-rank products.
+enum LowGradients<const N: usize> {
+    /// Of all adapters, as they share their input.
+    Together(Option<Tensor<2>>),
+    /// Of each, as under dropout.
+    Apart([Option<Tensor<2>>; N]),
+}
+
+/// Whether low-rank products are computed turned: where they are parts of one tensor, a part of its rows is a piece of
+/// memory and a part of its columns would be copied. The CPU's kernels read columns where they lie.
+fn turns(x: &Tensor<2>) -> bool {
+    !cpu::is_native(x)
+}
+
+fn scaled(x: Tensor<2>, scale: Option<f64>) -> Tensor<2> {
+    match scale {
+        Some(scale) if scale != 1.0 => x.mul_scalar(scale),
+        _ => x,
     }
 }
 

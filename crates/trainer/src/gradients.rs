@@ -5,31 +5,65 @@
 //! only: the backward pass then runs the layer again. Layers below the lowest adapter have no backward
 //! pass at all, and the last layer goes on only with the tokens that predict something.
 
-use std::collections::BTreeMap;
-
 use std::time::Instant;
 
 use burn::module::{Param, ParamId};
-use burn::optim::GradientsParams;
-use burn::tensor::{DType, IndexingUpdateOp, Int, Tensor};
+use burn::tensor::{IndexingUpdateOp, Int, Shape, Tensor};
 use llama_burn::{Activations, DecoderLayer, LayerPass, Llama, PackedContext};
 use lora_core::CounterRng;
 
 use crate::data::Batch;
-use crate::loss::{self, LossSums};
+use crate::flat::{self, FlatGradients, joined};
+use crate::loss::{self, Loss, LossOnDevice, LossSums};
 
 /// Gradients of the adapters, added up over micro-batches: of the summed loss, not of its mean.
+///
+/// On a GPU nothing of it comes to the host before [`into_mean`](Self::into_mean), which reads once.
 #[derive(Debug, Default, Clone)]
 pub struct AdapterGradients {
-    sums: BTreeMap<ParamId, Tensor<2>>,
     /// The parameters as the passes came to them. Their ids are random: sums in the ids' order would
     /// differ in the last bits from process to process.
-    order: Vec<ParamId>,
-    /// Losses and tokens of the micro-batches so far.
-    pub totals: LossSums,
+    ids: Vec<ParamId>,
+    shapes: Vec<Shape>,
+    sum: Option<Tensor<1>>,
+    /// Losses and tokens of the micro-batches so far, but for those in `on_device`.
+    totals: LossSums,
+    on_device: Vec<LossOnDevice>,
     /// Where the time went. On a GPU, which works on while the program goes ahead, only the sum means
     /// something.
     pub times: PhaseTimes,
+}
+
+/// The gradient of a step's mean loss a token.
+#[derive(Debug, Clone)]
+pub struct MeanGradients {
+    /// Clipped.
+    pub gradients: FlatGradients,
+    /// Their norm before clipping.
+    pub norm: f64,
+    /// Losses and tokens.
+    pub totals: LossSums,
+    shapes: Vec<Shape>,
+}
+
+impl MeanGradients {
+    /// The gradient of a parameter.
+    pub fn get(&self, id: ParamId) -> Option<Tensor<2>> {
+        part(
+            &self.gradients.ids,
+            &self.shapes,
+            self.gradients.values.as_ref()?,
+            id,
+        )
+    }
+}
+
+/// The part of `values` that belongs to the parameter `id`.
+fn part(ids: &[ParamId], shapes: &[Shape], values: &Tensor<1>, id: ParamId) -> Option<Tensor<2>> {
+    let index = ids.iter().position(|other| *other == id)?;
+    let place = flat::places(shapes).swap_remove(index);
+    let part = values.clone().narrow(0, place.start, place.len());
+    Some(part.reshape(shapes[index].dims::<2>()))
 }
 
 /// Seconds by phase.
@@ -45,45 +79,78 @@ pub struct PhaseTimes {
 
 impl AdapterGradients {
     /// The summed gradient of a parameter.
-    pub fn get(&self, id: ParamId) -> Option<&Tensor<2>> {
-        self.sums.get(&id)
+    pub fn get(&self, id: ParamId) -> Option<Tensor<2>> {
+        part(&self.ids, &self.shapes, self.sum.as_ref()?, id)
     }
 
-    fn add(&mut self, param: &Param<Tensor<2>>, gradient: Tensor<2>) {
-        let sum = match self.sums.remove(&param.id) {
-            Some(sum) => sum + gradient,
-            None => {
-                self.order.push(param.id);
-                gradient
+    /// Losses and tokens of the micro-batches so far. On a GPU it waits for them.
+    ///
+    /// # Panics
+    ///
+    /// If the device does not return them.
+    pub fn totals(&mut self) -> LossSums {
+        let on_device = std::mem::take(&mut self.on_device);
+        if let Some((_, sums)) = loss::read(None, on_device) {
+            self.totals.add(sums);
+        }
+        self.totals
+    }
+
+    /// Adds a micro-batch's gradients.
+    fn add(&mut self, gradients: Vec<(ParamId, Tensor<2>)>) {
+        if gradients.is_empty() {
+            return;
+        }
+        let (ids, gradients): (Vec<_>, Vec<_>) = gradients.into_iter().unzip();
+        let shapes = gradients.iter().map(|gradient| gradient.shape()).collect();
+        let flat = gradients.into_iter().map(|gradient| {
+            let count = gradient.shape().num_elements();
+            gradient.reshape([count])
+        });
+        let flat = joined(flat.collect());
+        match self.sum.take() {
+            Some(sum) => {
+                assert_eq!(
+                    self.ids, ids,
+                    "micro-batches come to the same parameters in the same order"
+                );
+                self.sum = Some(sum + flat);
             }
-        };
-        self.sums.insert(param.id, sum);
+            None => {
+                (self.ids, self.shapes) = (ids, shapes);
+                self.sum = Some(flat);
+            }
+        }
     }
 
     /// Turns sums into the gradient of the mean loss a token, clipped to a global norm as
-    /// `torch.nn.utils.clip_grad_norm_` does, and gives the norm before clipping.
+    /// `torch.nn.utils.clip_grad_norm_` does. A `max_norm` of 0 does not clip.
     ///
-    /// A `max_norm` of 0 does not clip.
-    pub fn into_mean(self, max_norm: f64) -> (GradientsParams, f64) {
-        let in_order = self.order.iter().filter_map(|id| self.sums.get(id));
-        let squares = in_order.map(|sum| sum.clone().cast(DType::F32).square().sum());
-        let squares: Vec<Tensor<1>> = squares.collect();
-        // One number is read from the device, not one a tensor.
-        let sum = match squares.is_empty() {
-            true => 0.0,
-            false => Tensor::cat(squares, 0).sum().into_scalar::<f32>() as f64,
-        };
+    /// It reads once from the device: norm, losses and hits of all micro-batches together.
+    ///
+    /// # Panics
+    ///
+    /// If the device does not return them.
+    pub fn into_mean(mut self, max_norm: f64) -> MeanGradients {
+        let squares = self.sum.clone().map(|sum| sum.square().sum());
+        let read = loss::read(squares, std::mem::take(&mut self.on_device));
+        let (squares, sums) = read.unwrap_or_default();
+        self.totals.add(sums);
         let tokens = self.totals.tokens.max(1) as f64;
-        let norm = sum.sqrt() / tokens;
+        let norm = squares.sqrt() / tokens;
         let clip = match max_norm > 0.0 {
             true => (max_norm / (norm + 1e-6)).min(1.0),
             false => 1.0,
         };
-        let mut mean = GradientsParams::new();
-        for (id, sum) in self.sums {
-            mean.register(id, sum.mul_scalar(clip / tokens));
+        MeanGradients {
+            gradients: FlatGradients {
+                ids: self.ids,
+                values: self.sum.map(|sum| sum.mul_scalar(clip / tokens)),
+            },
+            norm,
+            totals: self.totals,
+            shapes: self.shapes,
         }
-        (mean, norm)
     }
 }
 
@@ -101,9 +168,9 @@ pub struct PassOptions {
 /// The result does not depend on `gradient_checkpointing`; memory and time do.
 pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut AdapterGradients) {
     let started = Instant::now();
-    let passes = Passes::new(model, batch, Some(options.dropout_seed));
+    let mut passes = Passes::new(model, batch, Some(options.dropout_seed));
     let lowest = lowest_adapted(model);
-    let mut hidden = model.embed(&batch.tokens).inner();
+    let mut hidden = passes.take_embedded();
     let mut kept: Vec<(Tensor<2>, Option<Activations>)> = Vec::new();
     for index in 0..model.layers.len() {
         let (output, activations) = passes.layer(index).forward(&hidden);
@@ -116,10 +183,16 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let hidden = passes.supervised(hidden);
     let forward = started.elapsed();
 
-    let mut collect = |param: &Param<Tensor<2>>, gradient| into.add(param, gradient);
-    let (sums, gradient) = loss::loss_and_gradient(model, hidden, batch, &mut collect);
+    let mut gradients = Vec::new();
+    let mut collect =
+        |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
+    let (sums, gradient) =
+        loss::loss_and_gradient(model, hidden, batch, &passes.targets, &mut collect);
     let mut gradient = passes.spread(gradient, batch.tokens.ids.len());
-    into.totals.add(sums);
+    match sums {
+        Loss::Known(sums) => into.totals.add(sums),
+        Loss::OnDevice(loss) => into.on_device.push(loss),
+    }
     let loss = started.elapsed();
 
     for index in (lowest..model.layers.len()).rev() {
@@ -128,16 +201,32 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
         };
         let pass = passes.layer(index);
         let activations = activations.unwrap_or_else(|| pass.forward(&input).1);
-        let mut collect = |param: &Param<Tensor<2>>, gradient| into.add(param, gradient);
+        let mut collect =
+            |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
         let below = pass.backward(&input, activations, gradient, index > lowest, &mut collect);
         match below {
             Some(below) => gradient = below,
             None => break,
         }
     }
+    into.add(gradients);
     into.times.forward_s += forward.as_secs_f64();
     into.times.loss_s += (loss - forward).as_secs_f64();
     into.times.backward_s += (started.elapsed() - loss).as_secs_f64();
+}
+
+/// Takes a gradient; of a parameter that came before, as the head's adapter does with every piece of the loss, it
+/// is added.
+fn collected(all: &mut Vec<(ParamId, Tensor<2>)>, param: &Param<Tensor<2>>, gradient: Tensor<2>) {
+    match all.iter().position(|(id, _)| *id == param.id) {
+        Some(index) => {
+            let (id, sum) = all.swap_remove(index);
+            all.push((id, sum + gradient));
+            let last = all.len() - 1;
+            all.swap(index, last);
+        }
+        None => all.push((param.id, gradient)),
+    }
 }
 
 /// As [`accumulate`], the plain way: the whole model on Burn's tape. What the written-out passes are
@@ -158,41 +247,63 @@ pub fn accumulate_on_tape(
     let positions = loss::token_ids(&batch.target_positions, &hidden.device().without_autodiff());
     let (sums, loss) = loss::loss_on_tape(model, hidden.select(0, positions), batch);
     into.totals.add(sums);
-    let mut gradients = loss.backward();
-    for param in model.trainable().flat_map(|(_, params)| params) {
-        if let Some(gradient) = param.val().grad_remove(&mut gradients) {
-            into.add(param, gradient);
-        }
-    }
+    let mut of_loss = loss.backward();
+    let params = model.trainable().flat_map(|(_, params)| params);
+    let gradients = params.filter_map(|param| {
+        let gradient = param.val().grad_remove(&mut of_loss)?;
+        Some((param.id, gradient))
+    });
+    into.add(gradients.collect());
 }
 
 /// Loss of a batch without a backward pass and without dropout.
 pub fn evaluate(model: &Llama, batch: &Batch) -> LossSums {
-    let passes = Passes::new(model, batch, None);
-    let mut hidden = model.embed(&batch.tokens).inner();
+    let mut passes = Passes::new(model, batch, None);
+    let mut hidden = passes.take_embedded();
     for index in 0..model.layers.len() {
         hidden = passes.layer(index).forward(&hidden).0;
     }
-    loss::loss(model, passes.supervised(hidden), batch)
+    match loss::loss(model, passes.supervised(hidden), batch, &passes.targets) {
+        Loss::Known(sums) => sums,
+        Loss::OnDevice(loss) => match loss::read(None, vec![loss]) {
+            Some((_, sums)) => sums,
+            None => LossSums::default(),
+        },
+    }
 }
 
 /// The passes of a batch through the layers.
 struct Passes<'a> {
     model: &'a Llama,
     context: PackedContext,
+    embedded: Option<Tensor<2>>,
     /// The positions that predict something.
     supervised: Tensor<1, Int>,
+    /// The tokens that they predict.
+    targets: Tensor<1, Int>,
     dropout_seeds: Option<CounterRng>,
 }
 
 impl<'a> Passes<'a> {
     fn new(model: &'a Llama, batch: &Batch, dropout_seed: Option<u64>) -> Self {
-        let device = model.device().without_autodiff();
+        let lists = [&batch.target_positions[..], &batch.target_ids];
+        let inputs = model.pass_inputs(&batch.tokens, lists);
+        let [supervised, targets] = inputs.indices;
         Self {
             model,
-            context: model.pass_context(&batch.tokens),
-            supervised: loss::token_ids(&batch.target_positions, &device),
+            context: inputs.context,
+            embedded: Some(inputs.hidden),
+            supervised,
+            targets,
             dropout_seeds: dropout_seed.map(CounterRng::new),
+        }
+    }
+
+    /// The embeddings, which the first layer gets.
+    fn take_embedded(&mut self) -> Tensor<2> {
+        match self.embedded.take() {
+            Some(embedded) => embedded,
+            None => unreachable!("a batch is embedded once"),
         }
     }
 

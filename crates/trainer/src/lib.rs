@@ -7,7 +7,7 @@
 //! | [`data`] | rows, prompts, tokens, packed batches |
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
-//! | [`session`], [`step`], [`gradients`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`session`], [`step`], [`gradients`], [`flat`], [`loss`], [`optimizer`], [`schedule`] | its parts |
 //! | [`checkpoint`], [`durable`], [`lock`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
 //! | [`fault`] | faults on demand, for tests |
 //! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
@@ -38,6 +38,7 @@ pub mod embedded;
 pub mod eval;
 pub mod fault;
 pub mod fit;
+pub mod flat;
 mod floats;
 pub mod generate;
 pub mod gguf;

@@ -4,21 +4,38 @@
 //! no buffer passes what a graphics driver binds. Pieces of positions need no second pass over the
 //! scores, as pieces of the vocabulary would.
 
+use std::ops::Range;
+
 use burn::module::Param;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use gpu_counts::read_floats;
 use llama_burn::Llama;
 use lora_core::{cpu, in_vectors};
 use rayon::prelude::*;
 
 use crate::data::Batch;
+use crate::flat::joined;
 
-/// Bytes of scores at a time.
-const SCORE_BYTES: usize = 32 << 20;
+/// Bytes of scores at a time on the CPU, where they stay near the processor.
+pub(crate) const SCORE_BYTES: usize = 32 << 20;
 
-/// Positions whose scores exist at a time.
-pub(crate) fn positions_at_once(vocab_size: usize) -> usize {
-    (SCORE_BYTES / (4 * vocab_size.max(1))).max(1)
+/// As [`SCORE_BYTES`] on a GPU: 512 positions of a vocabulary of 128,256. Every piece reads the output layer's weights
+/// once forward and once backward.
+pub(crate) const SCORE_BYTES_GPU: usize = 256 << 20;
+
+/// Bytes of scores that exist at a time on this device: on a GPU no more than it binds to a kernel as one buffer.
+pub(crate) fn score_bytes(device: &Device) -> usize {
+    match cpu::is_cpu(device) {
+        true => SCORE_BYTES,
+        false => lora_core::largest_buffer(device)
+            .map_or(SCORE_BYTES_GPU, |largest| SCORE_BYTES_GPU.min(largest)),
+    }
+}
+
+/// Positions whose scores take at most this many bytes.
+pub(crate) fn positions_at_once(vocab_size: usize, score_bytes: usize) -> usize {
+    (score_bytes / (4 * vocab_size.max(1))).max(1)
 }
 
 /// Sums over the supervised positions of a batch.
@@ -62,46 +79,64 @@ impl LossSums {
     }
 }
 
-/// Loss of a batch whose supervised hidden states are given, without a tape.
+/// The sums of a batch, where they are.
+#[derive(Debug, Clone)]
+pub enum Loss {
+    /// On the host.
+    Known(LossSums),
+    /// Still being computed by a GPU, which the host need not wait for.
+    OnDevice(LossOnDevice),
+}
+
+/// A batch's loss as a GPU computes it.
+#[derive(Debug, Clone)]
+pub struct LossOnDevice {
+    /// Cross entropies of each piece, added up: `[1]` each.
+    losses: Vec<Tensor<1>>,
+    /// 1 where a piece's position is predicted right, else 0: `[m]` each.
+    hits: Vec<Tensor<1>>,
+    targets_per_row: Vec<usize>,
+}
+
+/// Loss of the supervised positions.
 ///
 /// # Shapes
 ///
-/// - `hidden`: `[m, hidden]`, the last layer's output at the batch's `m` positions that predict
-pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> LossSums {
-    let mut total = 0.0;
-    let mut predicted = Vec::new();
-    for (start, targets) in pieces(model, &batch.target_ids) {
-        let hidden = hidden.clone().narrow(0, start, targets.len());
-        total += piece(model, &hidden, targets, &mut predicted).0;
+/// - `hidden`: `[m, hidden]`, the last layer's output at the positions that predict
+/// - `targets`: `[m]`, the tokens that they predict
+pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch, targets: &Tensor<1, Int>) -> Loss {
+    let mut sums = Sums::default();
+    for piece in pieces(model, batch) {
+        let hidden = hidden.clone().narrow(0, piece.start, piece.len());
+        scores_gradient(model, &hidden, batch, targets, piece, &mut sums);
     }
-    sums(total, &predicted, batch)
+    sums.of(batch)
 }
 
-/// As [`loss`], and the gradient of the summed loss with respect to `hidden`; those of the head's adapter go
+/// As [`loss()`], and the gradient of the summed loss with respect to `hidden`; those of the head's adapter go
 /// to `collect`, piece by piece.
 pub fn loss_and_gradient(
     model: &Llama,
     hidden: Tensor<2>,
     batch: &Batch,
+    targets: &Tensor<1, Int>,
     collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
-) -> (LossSums, Tensor<2>) {
-    let mut total = 0.0;
-    let mut predicted = Vec::new();
+) -> (Loss, Tensor<2>) {
+    let mut sums = Sums::default();
     let mut gradients = Vec::new();
-    for (start, targets) in pieces(model, &batch.target_ids) {
-        let hidden = hidden.clone().narrow(0, start, targets.len());
-        let (loss, gradient) = piece(model, &hidden, targets, &mut predicted);
+    for piece in pieces(model, batch) {
+        let hidden = hidden.clone().narrow(0, piece.start, piece.len());
+        let gradient = scores_gradient(model, &hidden, batch, targets, piece, &mut sums);
         gradients.push(model.logits_backward(&hidden, gradient, collect));
-        total += loss;
     }
     let gradient = match gradients.len() {
         1 => gradients.remove(0),
         _ => Tensor::cat(gradients, 0),
     };
-    (sums(total, &predicted, batch), gradient)
+    (sums.of(batch), gradient)
 }
 
-/// As [`loss`], on the tape that `hidden` is on: the summed loss, for a backward pass.
+/// As [`loss()`], on the tape that `hidden` is on: the summed loss, for a backward pass.
 pub fn loss_on_tape(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, Tensor<1>) {
     let tokens = batch.target_ids.len();
     let targets = token_ids(&batch.target_ids, &hidden.device().without_autodiff());
@@ -109,65 +144,127 @@ pub fn loss_on_tape(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSum
     let best = logits.clone().inner().argmax(1).reshape([tokens]);
     let log_probabilities = log_softmax(logits, 1).gather(1, targets.reshape([tokens, 1]));
     let loss = log_probabilities.sum().neg();
-    let (total, predicted) = read(loss.clone().inner(), best);
-    (sums(total, &predicted, batch), loss)
+    let (best, sum) = (best.float().cast(DType::F32), loss.clone().inner());
+    let read =
+        read_floats(Tensor::cat(vec![sum, best], 0)).unwrap_or_else(|error| panic!("{error}"));
+    let hit = |(best, target): (&f32, &u32)| *best as u32 == *target;
+    let hits: Vec<bool> = read[1..].iter().zip(&batch.target_ids).map(hit).collect();
+    (
+        counted(f64::from(read[0]), &hits, &batch.targets_per_row),
+        loss,
+    )
 }
 
-fn pieces<'a>(model: &Llama, targets: &'a [u32]) -> impl Iterator<Item = (usize, &'a [u32])> {
-    let at_once = positions_at_once(model.config.vocab_size);
-    (0..).step_by(at_once).zip(targets.chunks(at_once))
+/// Positions whose scores exist together.
+fn pieces(model: &Llama, batch: &Batch) -> impl Iterator<Item = Range<usize>> + use<> {
+    let at_once = positions_at_once(model.config.vocab_size, score_bytes(&model.device()));
+    let count = batch.target_ids.len();
+    (0..count)
+        .step_by(at_once)
+        .map(move |start| start..count.min(start + at_once))
 }
 
-/// The summed loss and the gradient of the scores, `[m, vocab]`; adds the best-scored tokens.
-fn piece(
+/// What the pieces of a batch sum up to.
+#[derive(Default)]
+struct Sums {
+    loss: f64,
+    hits: Vec<bool>,
+    on_device: Option<(Vec<Tensor<1>>, Vec<Tensor<1>>)>,
+}
+
+impl Sums {
+    fn of(self, batch: &Batch) -> Loss {
+        match self.on_device {
+            None => Loss::Known(counted(self.loss, &self.hits, &batch.targets_per_row)),
+            Some((losses, hits)) => Loss::OnDevice(LossOnDevice {
+                losses,
+                hits,
+                targets_per_row: batch.targets_per_row.clone(),
+            }),
+        }
+    }
+}
+
+/// The gradient of a piece's scores, `[m, vocab]` in f32; its loss goes to `sums`.
+fn scores_gradient(
     model: &Llama,
     hidden: &Tensor<2>,
-    targets: &[u32],
-    predicted: &mut Vec<u32>,
-) -> (f64, Tensor<2>) {
-    let tokens = targets.len();
-    let logits = model.logits_plain(hidden);
-    if cpu::is_native(&logits) {
-        return cross_entropy(logits, targets, predicted);
+    batch: &Batch,
+    targets: &Tensor<1, Int>,
+    piece: Range<usize>,
+    sums: &mut Sums,
+) -> Tensor<2> {
+    let scores = model.logits_plain(hidden);
+    if cpu::is_native(&scores) {
+        let (loss, gradient) = cross_entropy(scores, &batch.target_ids[piece], &mut sums.hits);
+        sums.loss += loss;
+        return gradient;
     }
-    let targets = token_ids(targets, &hidden.device()).reshape([tokens, 1]);
-    let best = logits.clone().argmax(1).reshape([tokens]);
-    let log_probabilities = log_softmax(logits, 1);
-    let chosen = log_probabilities.clone().gather(1, targets.clone());
-    let one_less = Tensor::<2>::ones([tokens, 1], &hidden.device())
-        .cast(DType::F32)
-        .neg();
-    let gradient = log_probabilities
-        .exp()
-        .scatter(1, targets, one_less, IndexingUpdateOp::Add);
-    let (loss, best) = read(chosen.sum().neg(), best);
-    predicted.extend(best);
-    (loss, gradient)
+    let m = piece.len();
+    let targets = targets.clone().narrow(0, piece.start, m);
+    let best = scores.clone().argmax(1).reshape([m]);
+    let hits = best.equal(targets.clone()).float().cast(DType::F32);
+    let targets = targets.reshape([m, 1]);
+    let chosen = scores.clone().gather(1, targets.clone());
+    let minus_one = Tensor::<2>::full([m, 1], -1.0, (&hidden.device(), DType::F32));
+    let largest = scores.clone().max_dim(1);
+    let exponentials = (scores - largest.clone()).exp();
+    let sum = exponentials.clone().sum_dim(1);
+    let probabilities = exponentials / sum.clone();
+    let loss = (sum.log() + largest - chosen).sum();
+    let (losses, all_hits) = sums.on_device.get_or_insert_default();
+    losses.push(loss);
+    all_hits.push(hits);
+    probabilities.scatter(1, targets, minus_one, IndexingUpdateOp::Add)
 }
 
-/// One read for all numbers, since each read waits for the device; f32 holds ids below 2^24 exactly.
-fn read(loss: Tensor<1>, best: Tensor<1, Int>) -> (f64, Vec<u32>) {
-    let tokens = best.dims()[0];
-    let best = best.float().cast(DType::F32);
-    let read = Tensor::cat(vec![loss, best], 0).into_data();
-    let read = read
-        .try_to_vec::<f32>()
-        .unwrap_or_else(|_| vec![f32::NAN; tokens + 1]);
-    let best = read[1..].iter().map(|id| *id as u32).collect();
-    (read[0] as f64, best)
+/// Reads losses and hits, with one more number of any meaning, in one go; `None` where there is nothing to read.
+///
+/// # Panics
+///
+/// If the device does not return them.
+pub(crate) fn read(
+    number: Option<Tensor<1>>,
+    losses: Vec<LossOnDevice>,
+) -> Option<(f64, LossSums)> {
+    let of_losses = losses
+        .iter()
+        .flat_map(|loss| loss.losses.iter().chain(&loss.hits));
+    let parts: Vec<Tensor<1>> = number.iter().chain(of_losses).cloned().collect();
+    if parts.is_empty() {
+        return None;
+    }
+    let read = read_floats(joined(parts));
+    let read =
+        read.unwrap_or_else(|error| panic!("a loss cannot be read from the device: {error}"));
+    let mut read = read.into_iter();
+    let first = number.map_or(0.0, |_| f64::from(read.next().unwrap_or(f32::NAN)));
+    let mut sums = LossSums::default();
+    for loss in losses {
+        let parts = read.by_ref().take(loss.losses.len());
+        let total = parts.map(f64::from).sum();
+        let positions = loss.targets_per_row.iter().sum();
+        let hits: Vec<bool> = read
+            .by_ref()
+            .take(positions)
+            .map(|hit| hit == 1.0)
+            .collect();
+        sums.add(counted(total, &hits, &loss.targets_per_row));
+    }
+    Some((first, sums))
 }
 
-/// As [`piece`], on the CPU, in the memory of the scores: softmax(x) − the target's unit vector.
-fn cross_entropy(logits: Tensor<2>, targets: &[u32], predicted: &mut Vec<u32>) -> (f64, Tensor<2>) {
+/// As [`scores_gradient`], on the CPU, in the memory of the scores: softmax(x) − the target's unit vector.
+fn cross_entropy(logits: Tensor<2>, targets: &[u32], hits: &mut Vec<bool>) -> (f64, Tensor<2>) {
     let vocab = logits.dims()[1];
     let mut logits = cpu::values(logits);
     let rows = logits.as_mut_slice().par_chunks_exact_mut(vocab);
     let rows = rows.zip(targets).map(|(row, target)| {
         let (row_loss, best) = cross_entropy_row(row, *target as usize);
-        (row_loss, best.unwrap_or(0) as u32)
+        (row_loss, best.unwrap_or(0) as u32 == *target)
     });
-    let rows: Vec<(f64, u32)> = rows.collect();
-    predicted.extend(rows.iter().map(|(_, best)| *best));
+    let rows: Vec<(f64, bool)> = rows.collect();
+    hits.extend(rows.iter().map(|(_, hit)| *hit));
     let loss = rows.iter().map(|(loss, _)| loss).sum();
     (loss, logits.into_tensor())
 }
@@ -191,22 +288,22 @@ in_vectors! {
 }
 
 /// Counts what was predicted right, position by position and row by row.
-fn sums(loss: f64, predicted: &[u32], batch: &Batch) -> LossSums {
+fn counted(loss: f64, hits: &[bool], targets_per_row: &[usize]) -> LossSums {
     let mut sums = LossSums {
         loss,
-        tokens: predicted.len(),
+        tokens: hits.len(),
         ..LossSums::default()
     };
     let mut next = 0;
-    for targets in &batch.targets_per_row {
-        let of_row = next..next + targets;
-        let hits = of_row
-            .filter(|i| predicted[*i] == batch.target_ids[*i])
+    for targets in targets_per_row {
+        let right = hits[next..next + targets]
+            .iter()
+            .filter(|hit| **hit)
             .count();
         next += targets;
-        sums.correct += hits;
+        sums.correct += right;
         sums.rows += 1;
-        sums.correct_rows += usize::from(hits == *targets);
+        sums.correct_rows += usize::from(right == *targets);
     }
     sums
 }

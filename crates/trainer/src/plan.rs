@@ -236,6 +236,14 @@ impl PlanOptions {
         }
     }
 
+    /// Bytes of the vocabulary's scores that exist at a time.
+    fn score_bytes(&self) -> usize {
+        match self.on_gpu {
+            true => crate::loss::SCORE_BYTES_GPU,
+            false => crate::loss::SCORE_BYTES,
+        }
+    }
+
     /// On the CPU, which computes in f32, embedding and head stay in their file's type.
     fn table_bytes(&self, model: &LlamaConfig) -> usize {
         match self.on_gpu {

@@ -1,12 +1,12 @@
 //! The gradient of one optimizer step, and which rows spoil one that is not a number.
 
-use burn::optim::GradientsParams;
 use llama_burn::Llama;
 use lora_core::CounterRng;
 
 use crate::data::{Dataset, Prefixes};
 use crate::fault;
 use crate::fit::Fit;
+use crate::flat::FlatGradients;
 use crate::gradients::{self, AdapterGradients, PassOptions};
 
 /// Separates the dropout's random numbers from those that the same seed gives elsewhere.
@@ -31,8 +31,8 @@ pub struct StepInput<'a> {
 
 /// The gradient of a step's mean loss a token.
 pub struct StepGradient {
-    /// By parameter, clipped.
-    pub gradients: GradientsParams,
+    /// Clipped.
+    pub gradients: FlatGradients,
     /// Their norm before clipping.
     pub norm: f64,
     /// The loss.
@@ -79,38 +79,29 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NotFini
             dropout_seed: { masks }.next_u64(),
         };
         gradients::accumulate(model, &batch, options, &mut sums);
-        let loss = fault::loss(sums.totals.loss);
-        if !loss.is_finite() {
-            let rows = std::slice::from_ref(rows);
-            return Err(not_finite("loss", loss, model, input, rows));
-        }
         tokens += batch.row_tokens;
     }
-    let loss = sums.totals.mean();
-    let (gradients, norm) = sums.into_mean(input.max_grad_norm);
-    if !norm.is_finite() {
-        let rows = input.micro_batches;
-        return Err(not_finite("gradient", norm, model, input, rows));
+    // The step's one wait for the device.
+    let mean = sums.into_mean(input.max_grad_norm);
+    let loss = fault::loss(mean.totals.mean());
+    for (what, value) in [("loss", loss), ("gradient", mean.norm)] {
+        if !value.is_finite() {
+            return Err(not_finite(what, value, model, input));
+        }
     }
     Ok(StepGradient {
-        gradients,
-        norm,
+        gradients: mean.gradients,
+        norm: mean.norm,
         loss,
         tokens,
     })
 }
 
 /// Looks for the rows that give a loss that is not a number, each by itself.
-fn not_finite(
-    what: &'static str,
-    value: f64,
-    model: &Llama,
-    input: StepInput,
-    micro_batches: &[Vec<usize>],
-) -> NotFinite {
+fn not_finite(what: &'static str, value: f64, model: &Llama, input: StepInput) -> NotFinite {
     let mut all = Vec::new();
     let mut culprits = Vec::new();
-    for index in micro_batches.iter().flatten() {
+    for index in input.micro_batches.iter().flatten() {
         let row = input.rows.batch(&[*index], Prefixes::Apart);
         let line = row.rows[0].to_string();
         if !gradients::evaluate(model, &row).loss.is_finite() {

@@ -3,7 +3,7 @@
 //! A step of a model with 2 and of one with 3 layers is counted; their difference is a layer, and a model of any
 //! number of layers is the first plus that many differences. The first and last layers are in both.
 
-use burn::tensor::{DType, Device};
+use burn::tensor::Device;
 use gpu_counts::{Counts, Mode, count};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{LoraConfig, LoraError};
@@ -129,8 +129,7 @@ fn step(model: Llama, optimizer: &mut Optimizer, shape: &StepShape, batch: &Batc
         };
         gradients::accumulate(&model, batch, options, &mut sums);
     }
-    let (gradients, _) = sums.into_mean(1.0);
-    optimizer.step(1e-4, model, gradients)
+    optimizer.step(1e-4, model, sums.into_mean(1.0).gradients)
 }
 
 fn batch(shape: &StepShape) -> Batch {

@@ -13,7 +13,6 @@ use lora_core::cpu as kernels;
 
 use crate::decoder_layer::DropoutSeeds;
 use crate::packed::PackedContext;
-use crate::rope;
 
 /// The attention block of a decoder layer (`self_attn`).
 #[derive(Module, Debug)]
@@ -58,11 +57,10 @@ impl Attention {
         let v = self.v_proj.forward_seeded(x, seeds.module(2));
         let rotate = |x: Tensor<2>, count: usize| {
             let x = x.reshape([n, count, heads.d]);
-            rope::rotate(x, &context.cos, &context.sin).reshape([n, count * heads.d])
+            context.angles.rotate(x).reshape([n, count * heads.d])
         };
         let (q, k) = (rotate(q, heads.query), rotate(k, heads.key));
-        let padded = context.padded();
-        let mixed = padded::forward(q, k, v, padded, heads, padded.queries.max(1));
+        let mixed = padded::forward_on_tape(q, k, v, context, heads);
         self.o_proj.forward_seeded(mixed, seeds.module(3))
     }
 
@@ -77,17 +75,34 @@ impl Attention {
 
 /// What the backward pass of [`attend`] needs.
 #[derive(Debug, Clone)]
-pub(crate) struct Attended {
-    q: Tensor<2>,
-    k: Tensor<2>,
-    v: Tensor<2>,
-    /// Each query's log-sum-exp of scores, `[n, heads]`, where the CPU's kernel ran.
-    log_sums: Option<Tensor<2>>,
+pub(crate) enum Attended {
+    /// Of the CPU's kernel.
+    Cpu {
+        q: Tensor<2>,
+        k: Tensor<2>,
+        v: Tensor<2>,
+        /// Each query's log-sum-exp of scores, `[n, heads]`.
+        log_sums: Tensor<2>,
+    },
+    /// Of products over padded segments.
+    Padded(Box<padded::Attended>),
 }
 
 impl Attended {
     pub(crate) fn into_keys_values(self) -> [Tensor<2>; 2] {
-        [self.k, self.v]
+        match self {
+            Self::Cpu { k, v, .. } => [k, v],
+            Self::Padded(attended) => attended.into_keys_values(),
+        }
+    }
+}
+
+/// What queries are multiplied by before [`attend`] gets them: 1 for kernels on the CPU, which scale scores
+/// themselves, else 1/√d.
+pub(crate) fn score_scale(q: &Tensor<2>, heads: Heads) -> f64 {
+    match kernels::is_native(q) {
+        true => 1.0,
+        false => 1.0 / (heads.d as f64).sqrt(),
     }
 }
 
@@ -95,7 +110,7 @@ impl Attended {
 ///
 /// # Shapes
 ///
-/// - `q`, output: `[n, heads · d]`, the queries rotated
+/// - `q`, output: `[n, heads · d]`, the queries rotated and times [`score_scale`]
 /// - `k`, `v`: `[n, key heads · d]`, the keys rotated
 pub(crate) fn attend(
     q: Tensor<2>,
@@ -104,36 +119,31 @@ pub(crate) fn attend(
     context: &PackedContext,
     heads: Heads,
 ) -> (Tensor<2>, Attended) {
-    let (output, log_sums) = match kernels::is_native(&q) {
-        true => {
-            let n = q.dims()[0];
-            let values = [&q, &k, &v].map(|x| kernels::values(x.clone()));
-            let (output, log_sums) = cpu::forward(inputs(&values), &context.spans, heads, n);
-            let output = kernels::tensor(output, [n, heads.query * heads.d]);
-            (output, Some(kernels::tensor(log_sums, [n, heads.query])))
-        }
-        false => {
-            let (q, k, v) = (q.clone(), k.clone(), v.clone());
-            let padded = context.padded();
-            let tile = padded::tile(padded, heads);
-            (padded::forward(q, k, v, padded, heads, tile), None)
-        }
-    };
-    (output, Attended { q, k, v, log_sums })
+    if !kernels::is_native(&q) {
+        let (output, attended) = padded::forward(q, k, v, context.padded(), heads);
+        return (output, Attended::Padded(Box::new(attended)));
+    }
+    let n = q.dims()[0];
+    let values = [&q, &k, &v].map(|x| kernels::values(x.clone()));
+    let (output, log_sums) = cpu::forward(inputs(&values), &context.spans, heads, n);
+    let output = kernels::tensor(output, [n, heads.query * heads.d]);
+    let log_sums = kernels::tensor(log_sums, [n, heads.query]);
+    (output, Attended::Cpu { q, k, v, log_sums })
 }
 
-/// The gradients of `q`, `k` and `v` from that of the output. Shapes as in [`attend`].
+/// The gradients of `q`, before [`score_scale`] a factor short of it, of `k` and of `v` from that of the output.
+/// Shapes as in [`attend`].
 pub(crate) fn attend_backward(
     attended: Attended,
     gradient: Tensor<2>,
     context: &PackedContext,
     heads: Heads,
 ) -> [Tensor<2>; 3] {
-    let Attended { q, k, v, log_sums } = attended;
-    let Some(log_sums) = log_sums else {
-        let padded = context.padded();
-        let tile = padded::tile(padded, heads);
-        return padded::backward(q, k, v, gradient, padded, heads, tile);
+    let (q, k, v, log_sums) = match attended {
+        Attended::Cpu { q, k, v, log_sums } => (q, k, v, log_sums),
+        Attended::Padded(attended) => {
+            return padded::backward(*attended, gradient, context.padded(), heads);
+        }
     };
     let n = q.dims()[0];
     let values = [q, k, v].map(kernels::values);
@@ -161,7 +171,8 @@ fn inputs([q, k, v]: &[kernels::Values; 3]) -> cpu::Inputs<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::packed::{PackedContext, PackedTokens};
+    use crate::packed::{PackedContext, PackedTokens, Planned};
+    use crate::uploads::Uploads;
     use burn::tensor::{DType, Device};
     use lora_core::{CounterRng, normal};
 
@@ -196,6 +207,31 @@ mod tests {
         ]
     }
 
+    /// A model whose heads are [`HEADS`].
+    fn config() -> crate::LlamaConfig {
+        crate::LlamaConfig {
+            num_attention_heads: HEADS.query,
+            num_key_value_heads: HEADS.key,
+            head_dim: HEADS.d,
+            ..crate::model::tests::config()
+        }
+    }
+
+    /// A context whose tiles have at most this many scores.
+    fn in_tiles(packed: &PackedTokens, scores_at_once: usize, device: &Device) -> PackedContext {
+        let mut uploads = Uploads::default();
+        let dtype = DType::F32;
+        let planned = Planned::new(
+            packed,
+            &config(),
+            dtype,
+            device,
+            scores_at_once,
+            &mut uploads,
+        );
+        planned.on_device(&uploads.send(device))
+    }
+
     /// The CPU's tiles and the padded products, in tiles and whole, against Burn's tape.
     #[test]
     fn outputs_and_gradients_are_those_of_the_tape() {
@@ -203,36 +239,40 @@ mod tests {
         let rows: Vec<&[u32]> = rows.iter().map(Vec::as_slice).collect();
         for packed in [
             PackedTokens::from_rows(rows.iter().copied()),
+            PackedTokens::from_rows([rows[1]]),
             PackedTokens::sharing_prefixes(&rows, 4).0,
         ] {
             let n = packed.ids.len();
             let device = Device::flex().autodiff();
-            let config = crate::model::tests::config();
-            let context = PackedContext::new(&packed, &config, DType::F32, &device);
+            let context = in_tiles(&packed, usize::MAX, &device);
+            assert_eq!(context.padded().tiles.len(), 1);
             let mut rng = CounterRng::new(1);
             let mut random = |width| normal([n, width], 1.5, &mut rng, &device);
             let [q, k, v] = [32, 16, 16].map(|width| random(width).require_grad());
             let gradient = random(32);
-            let padded = context.padded();
             let (a, b, c) = (q.clone(), k.clone(), v.clone());
-            let y = padded::forward(a, b, c, padded, HEADS, padded.queries);
+            let y = padded::forward_on_tape(a, b, c, &context, HEADS);
             let tape = (y.clone() * gradient.clone()).sum().backward();
             let expected = [&q, &k, &v].map(|x| x.grad(&tape).unwrap());
             let (y, gradient) = (y.inner(), gradient.inner());
             let [q, k, v] = [q, k, v].map(|x| x.inner());
+            let check = |got: &[Tensor<2>; 3]| {
+                for (got, expected) in got.iter().zip(&expected) {
+                    // f32 sums of some hundred products in another order.
+                    let distance = distance(got, expected);
+                    assert!(distance < 2e-6, "{distance}");
+                }
+            };
 
             let (output, attended) = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
-            assert!(attended.log_sums.is_some());
+            assert!(matches!(attended, Attended::Cpu { .. }));
             assert!(distance(&output, &y) < 1e-6);
-            let got = attend_backward(attended, gradient.clone(), &context, HEADS);
-            for (got, expected) in got.iter().zip(&expected) {
-                // f32 sums of some hundred products in another order.
-                assert!(
-                    distance(got, expected) < 2e-6,
-                    "{}",
-                    distance(got, expected)
-                );
-            }
+            check(&attend_backward(
+                attended,
+                gradient.clone(),
+                &context,
+                HEADS,
+            ));
             // Both ways of the CPU's backward pass, whichever the number of threads chose above.
             for threads in [1, 3] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
@@ -240,27 +280,19 @@ mod tests {
                 let (_, attended) = attend(q.clone(), k.clone(), v.clone(), &context, HEADS);
                 let got =
                     pool.install(|| attend_backward(attended, gradient.clone(), &context, HEADS));
-                for (got, expected) in got.iter().zip(&expected) {
-                    assert!(
-                        distance(got, expected) < 2e-6,
-                        "{}",
-                        distance(got, expected)
-                    );
-                }
+                check(&got);
             }
-            for tile in [7, padded.queries] {
-                let (a, b, c) = (q.clone(), k.clone(), v.clone());
-                let again = padded::forward(a, b, c, padded, HEADS, tile);
+            let segments = packed.segments.len();
+            for (queries, tiles) in [(7, 2), (64, 2), (1000, 1)] {
+                let context = in_tiles(&packed, queries * segments * 4 * 390, &device);
+                let padded = context.padded();
+                assert!(padded.tiles.len() >= tiles);
+                let scale = 1.0 / (HEADS.d as f64).sqrt();
+                let (a, b, c) = (q.clone().mul_scalar(scale), k.clone(), v.clone());
+                let (again, attended) = padded::forward(a, b, c, padded, HEADS);
                 assert!(distance(&again, &y) < 1e-6);
-                let (a, b, c) = (q.clone(), k.clone(), v.clone());
-                let got = padded::backward(a, b, c, gradient.clone(), padded, HEADS, tile);
-                for (got, expected) in got.iter().zip(&expected) {
-                    assert!(
-                        distance(got, expected) < 2e-6,
-                        "{}",
-                        distance(got, expected)
-                    );
-                }
+                let [d_q, d_k, d_v] = padded::backward(attended, gradient.clone(), padded, HEADS);
+                check(&[d_q.mul_scalar(scale), d_k, d_v]);
             }
         }
     }
@@ -272,7 +304,7 @@ mod tests {
         let (shared, places) = PackedTokens::sharing_prefixes(&rows, 4);
         let apart = PackedTokens::from_rows(rows.iter().copied());
         let device = Device::flex();
-        let config = crate::model::tests::config();
+        let config = config();
         let n = shared.ids.len();
         let mut rng = CounterRng::new(2);
         let qkv = [32, 16, 16].map(|width| normal([n, width], 1.5, &mut rng, &device));

@@ -6,7 +6,7 @@ use burn::tensor::{DType, FloatDType, Tensor, TensorData, s};
 
 use super::{Prompts, indices};
 use crate::attention::Heads;
-use crate::packed::MASKED;
+use crate::padded::MASKED;
 
 /// Tokens that room is made for at a time.
 const BLOCK: usize = 64;
@@ -55,15 +55,14 @@ impl Cache {
         }
     }
 
+    /// The queries come times [`score_scale`](crate::attention::score_scale).
     pub(super) fn attend(&mut self, [q, k, v]: [Tensor<2>; 3], heads: Heads) -> Tensor<2> {
         let rows = self.padding.len();
         let Heads { query, key, d } = heads;
         self.push([k, v], heads);
         let capacity = self.keys_values[0].dims()[2];
         let dtype = FloatDType::from(q.dtype());
-        let q = q
-            .mul_scalar(1.0 / (d as f64).sqrt())
-            .reshape([rows, key, query / key, d]);
+        let q = q.reshape([rows, key, query / key, d]);
         let [keys, values] = self.keys_values.clone();
         let scores = q.matmul(keys.swap_dims(2, 3)).cast(FloatDType::F32);
         let mask = self.mask(capacity, &scores);

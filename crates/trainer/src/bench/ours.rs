@@ -4,7 +4,6 @@
 
 use std::time::Instant;
 
-use burn::optim::ModuleOptimizer;
 use burn::tensor::{DType, Device, FloatDType};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{LoraConfig, Quantization};
@@ -17,7 +16,7 @@ use crate::device::{self, Backend, Selected};
 use crate::fit;
 use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::memory;
-use crate::optimizer::AdamW;
+use crate::optimizer::{AdamW, Optimizer};
 use crate::peft::read_adapter;
 use crate::plan::{Plan, PlanOptions, Workload};
 
@@ -35,7 +34,7 @@ pub(super) struct StepReport {
 /// A model in training, as `trainer train` does it.
 pub(super) struct Ours {
     model: Llama,
-    optimizer: ModuleOptimizer,
+    optimizer: Optimizer,
     rows: Dataset,
     prefixes: Prefixes,
     options: PassOptions,
@@ -122,7 +121,7 @@ impl Ours {
         );
         let ours = Self {
             model,
-            optimizer: AdamW::default().init(),
+            optimizer: AdamW::default().resumable(),
             rows: dataset(spec),
             prefixes,
             options: PassOptions {
@@ -169,12 +168,12 @@ impl Ours {
         }
         parts(&sums, self.on_gpu, &mut phases);
         let started = Instant::now();
-        let loss = sums.totals.mean();
         // Not clipped: 0 turns it off.
-        let (gradients, _) = sums.into_mean(0.0);
+        let mean = sums.into_mean(0.0);
+        let loss = mean.totals.mean();
         self.model = self
             .optimizer
-            .step(self.learning_rate, self.model, gradients);
+            .step(self.learning_rate, self.model, mean.gradients);
         self.sync()?;
         phases.optimizer += started.elapsed().as_secs_f64();
         let report = StepReport {

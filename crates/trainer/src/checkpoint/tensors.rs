@@ -177,7 +177,7 @@ impl ModuleVisitor for Take<'_> {
         let parameter = Parameter {
             shape: tensor.dims().to_vec(),
             values: to_host(tensor),
-            moments: self.optimizer.moments::<D>(param.id),
+            moments: self.optimizer.moments(param.id),
         };
         self.taken.parameters.insert(self.path.join("."), parameter);
     }
@@ -212,8 +212,7 @@ impl Put<'_> {
             )));
         }
         if let Some(moments) = parameter.moments {
-            self.optimizer
-                .set_moments(param.id, moments, shape, &self.device);
+            self.optimizer.set_moments(param.id, moments, &self.device);
         }
         let data = TensorData::new(parameter.values, shape);
         Ok(param.map(|tensor| {
@@ -250,8 +249,8 @@ impl ModuleMapper for Put<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flat::FlatGradients;
     use crate::optimizer::AdamW;
-    use burn::optim::GradientsParams;
     use llama_burn::LlamaConfig;
     use lora_core::{LoraConfig, TargetModules};
 
@@ -278,13 +277,15 @@ mod tests {
         let mut model = model(2, &["q_proj"]);
         let mut optimizer = AdamW::default().resumable();
         for step in 0..2 {
-            let mut gradients = GradientsParams::new();
             let (_, linear) = model.linears().next().unwrap();
             let adapter = linear.adapter().unwrap();
-            for param in [&adapter.a, &adapter.b] {
-                let ones = Tensor::<2>::ones(param.val().dims(), &Device::flex());
-                gradients.register(param.id, ones.mul_scalar(0.1 + f64::from(step)));
-            }
+            let params = [&adapter.a, &adapter.b];
+            let count = params.map(|param| param.lazy_shape().num_elements());
+            let ones = Tensor::<1>::ones([count.iter().sum::<usize>()], &Device::flex());
+            let gradients = FlatGradients {
+                ids: params.map(|param| param.id).to_vec(),
+                values: Some(ones.mul_scalar(0.1 + f64::from(step))),
+            };
             model = optimizer.step(0.01, model, gradients);
         }
         (model, optimizer)

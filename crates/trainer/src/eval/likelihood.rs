@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use llama_burn::{LayerPass, Llama, PackedError, PackedTokens};
 use rayon::prelude::*;
 
-use crate::loss::{positions_at_once, token_ids};
+use crate::loss::{positions_at_once, score_bytes, token_ids};
 
 /// Beginnings that are shorter are computed for each row: the bookkeeping would cost more.
 const LEAST_SHARED: usize = 4;
@@ -86,7 +86,7 @@ pub fn log_likelihoods(
         asked[place_of(*place)].push(*id);
     }
     let vocab = model.config.vocab_size;
-    let at_once = positions_at_once(vocab);
+    let at_once = positions_at_once(vocab, score_bytes(&model.device()));
     let mut known: Vec<Vec<f64>> = Vec::with_capacity(predicts.len());
     for (start, asked) in (0..).step_by(at_once).zip(asked.chunks(at_once)) {
         let scores = model.logits_plain(&hidden.clone().narrow(0, start, asked.len()));

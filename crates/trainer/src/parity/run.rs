@@ -31,7 +31,7 @@ pub(super) fn gradients(
 ) -> Result<BTreeMap<String, Vec<f32>>, ParityError> {
     let mut sums = AdapterGradients::default();
     gradients::accumulate(model, batch, options(gradient_checkpointing), &mut sums);
-    let tokens = sums.totals.tokens as f64;
+    let tokens = sums.totals().tokens as f64;
     let mut named = BTreeMap::new();
     for (module, params) in model.trainable() {
         let [a, b] = tensor_names(&module);
@@ -40,7 +40,7 @@ pub(super) fn gradients(
             let sum = sums
                 .get(param.id)
                 .ok_or_else(|| ParityError::NoGradient { name: name.clone() })?;
-            let mean = sum.clone().div_scalar(tokens).transpose();
+            let mean = sum.div_scalar(tokens).transpose();
             named.insert(name.clone(), values(mean, &name)?);
         }
     }
@@ -73,14 +73,14 @@ pub(super) fn train(
     steps: usize,
     learning_rate: f64,
 ) -> (Llama, Vec<f64>) {
-    let mut optimizer = AdamW::default().init();
+    let mut optimizer = AdamW::default().resumable();
     let mut losses = Vec::new();
     for _ in 0..steps {
         let mut sums = AdapterGradients::default();
         gradients::accumulate(&model, batch, options(true), &mut sums);
-        losses.push(sums.totals.mean());
-        let (mean, _) = sums.into_mean(0.0);
-        model = optimizer.step(learning_rate, model, mean);
+        let mean = sums.into_mean(0.0);
+        losses.push(mean.totals.mean());
+        model = optimizer.step(learning_rate, model, mean.gradients);
     }
     (model, losses)
 }

@@ -81,7 +81,7 @@ pub(super) fn peak(
     };
 
     let supervised = options.workload.supervised;
-    let at_once = supervised.min(positions_at_once(model.vocab_size));
+    let at_once = supervised.min(positions_at_once(model.vocab_size, options.score_bytes()));
     let loss = Bytes {
         inputs,
         layers: kept_layers * all.layer() + if checkpointing { 0.0 } else { last },
@@ -209,10 +209,7 @@ impl Sizes {
         let query = floats * (model.num_attention_heads * model.head_dim) as f64;
         let key_value = floats * (model.num_key_value_heads * model.head_dim) as f64;
         let feed_forward = floats * model.intermediate_size as f64;
-        let log_sums = match options.on_gpu {
-            true => 0.0,
-            false => 4.0 * (tokens * model.num_attention_heads) as f64,
-        };
+        let log_sums = 4.0 * (tokens * model.num_attention_heads) as f64;
         let workload = options.workload;
         let scores = workload.rows * model.num_attention_heads * workload.longest_row;
         let scores = (scores * workload.longest_row).min(llama_burn::SCORES_AT_ONCE);
@@ -226,7 +223,12 @@ impl Sizes {
                 true => SCORE_COPIES * 4.0 * scores as f64,
                 false => 0.0,
             },
-            attention: query + 2.0 * key_value + log_sums + low(&["q_proj", "k_proj", "v_proj"]),
+            // On a GPU with what attention mixed, which its backward pass multiplies with its gradient.
+            attention: query
+                + f64::from(options.on_gpu) * query
+                + 2.0 * key_value
+                + log_sums
+                + low(&["q_proj", "k_proj", "v_proj"]),
             // With what attention mixed, if the output module's adapter reads it again.
             feed_forward_block: hidden
                 + f64::from(adapted.has("o_proj")) * query
