@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 
 use burn::module::{Module, Param};
 use burn::tensor::{FloatDType, Tensor};
+use lora_core::spoil::spoilt;
 use lora_core::{cpu, in_vectors};
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
@@ -35,7 +36,7 @@ impl RmsNorm {
     pub(crate) fn forward_plain(&self, x: &Tensor<2>) -> Tensor<2> {
         let weight = self.weight.val().without_autodiff();
         if !cpu::is_native(x) || !cpu::is_native(&weight) {
-            return self.valid().forward(x.clone());
+            return spoilt("rms_norm", self.valid().forward(x.clone()));
         }
         let [n, width] = x.dims();
         let (x, weight) = (cpu::values(x.clone()), cpu::values(weight));
@@ -64,7 +65,8 @@ impl RmsNorm {
             let inverse_root = mean_of_squares.add_scalar(self.eps).sqrt().recip();
             let along = (weighted.clone() * x.clone()).mean_dim(1);
             let along = along * inverse_root.clone().powi_scalar(3);
-            return sum + (weighted * inverse_root - x * along).cast(dtype);
+            let through = (weighted * inverse_root - x * along).cast(dtype);
+            return sum + spoilt("rms_norm_backward", through);
         }
         let width = x.dims()[1];
         let (x, gradient, weight) = (

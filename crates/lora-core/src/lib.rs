@@ -12,6 +12,7 @@
 //! | [`Quantization`], [`quantize`] | 8- or 4-bit weights, the same bytes on every device |
 //! | [`IntegerWeight`] | 8-bit weights that another program quantized, as they are |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | between adapters and plain `Linear`s |
+//! | [`spoil`] | an operation made wrong on purpose, for tests |
 //! | [`ParameterCounts`] | trainable and frozen parameters from shapes alone |
 //!
 //! This crate knows nothing of Llama, of files or of command lines, and names no backend: the
@@ -50,6 +51,7 @@ mod products;
 mod quantize;
 mod random;
 mod selector;
+pub mod spoil;
 
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
