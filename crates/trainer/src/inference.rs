@@ -10,7 +10,7 @@ use lora_core::{LoraError, LoraLinear, Quantization};
 
 use crate::config::EMBEDDED;
 use crate::data::{DataError, ModelFiles};
-use crate::device::{self, Backend, DeviceError, Selected};
+use crate::device::{self, Backend, DeviceError, KernelArgs, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::hub::{self, HubError, Need};
 use crate::merge::{Survival, SurvivalReport};
@@ -33,6 +33,9 @@ pub struct ModelArgs {
     /// f32, bf16 or f16; the device's best without it
     #[arg(long, value_name = "TYPE", value_parser = compute_dtype)]
     pub compute_dtype: Option<FloatDType>,
+    /// Switches of the GPU's kernels.
+    #[command(flatten)]
+    pub kernels: KernelArgs,
 }
 
 fn compute_dtype(word: &str) -> Result<FloatDType, String> {
@@ -111,6 +114,11 @@ impl Inference {
         let dtype = device::compute_dtype(&selected, args.compute_dtype)?;
         let stored = device::prepare(&selected, dtype)?;
         device::self_test(&selected)?;
+        let switches = device::switches();
+        if !switches.is_empty() {
+            // Standard output belongs to the answers.
+            log::warn!("as asked for: {}", switches.join(", "));
+        }
         let options = LoadOptions {
             quantization,
             quantize_lm_head: false,
