@@ -45,15 +45,21 @@ pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<Ex
     if let Some(why) = machine.missing(backend) {
         bail!("--backend {backend}: {why}");
     }
-    let job = Job {
-        features: features(&[backend], &machine),
-        args,
-    };
+    let mut features = features(&[backend], &machine);
+    if args.iter().any(|argument| argument == UNTUNED) {
+        features.retain(|feature| feature != AUTOTUNE);
+    }
+    let job = Job { features, args };
     match job.build()? {
         Some(failed) => Ok(failed),
         None => job.replace_this_process(subcommand),
     }
 }
+
+/// The feature of builds that time several kernels for each shape, and the trainer's flag for those that must not:
+/// there is no such switch at run time, so the flag is answered here with another build.
+const AUTOTUNE: &str = "autotune";
+const UNTUNED: &str = "--no-autotune";
 
 /// Runs `parity` on every backend that `--backends` lists, in as many builds as they need.
 pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
@@ -156,7 +162,7 @@ fn features(backends: &[Backend], machine: &Machine) -> Vec<String> {
         .map(str::to_owned)
         .collect();
     if !gpus.is_empty() && gpus.iter().all(|&backend| machine.is_hardware(backend)) {
-        names.push("autotune".to_owned());
+        names.push(AUTOTUNE.to_owned());
     }
     names
 }

@@ -272,6 +272,9 @@ pub fn train(
             longest_row: data.train.lengths().max().unwrap_or(1),
         },
     )?;
+    for check in &checks {
+        log::debug!("{check:?}");
+    }
     device::verdict(&selected, &checks)?;
     let folder = match locked {
         Some(folder) => folder,

@@ -79,6 +79,16 @@ pub enum DeviceError {
         /// Switches that may help, or a driver.
         advice: String,
     },
+    /// A comparison with the CPU that the device did not come to the end of.
+    #[error(
+        "{name} failed in the comparison with the CPU: {message}; update its driver, or use --backend cpu"
+    )]
+    Unchecked {
+        /// The device, its driver included.
+        name: String,
+        /// The driver's words.
+        message: String,
+    },
     /// `--no-autotune` in a build that has no other way.
     #[error(
         "--no-autotune: this build times its kernels and has no switch for it; `cargo xtask train --no-autotune` \

@@ -59,8 +59,5 @@ pub fn switches() -> Vec<&'static str> {
 
 /// Whether operations are fused and kernels tuned here, so that switching it off could help.
 pub(super) fn fuses_and_tunes() -> [bool; 2] {
-    [
-        !UNFUSED.load(Ordering::Relaxed),
-        cfg!(feature = "autotune"),
-    ]
+    [!UNFUSED.load(Ordering::Relaxed), cfg!(feature = "autotune")]
 }

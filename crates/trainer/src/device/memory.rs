@@ -50,7 +50,9 @@ pub fn device_memory(selected: &Selected, stated: Option<u64>) -> Option<DeviceM
     let total = || total(selected).map(of(Known::Total));
     let found = || match selected.backend {
         Backend::Cpu => memory::available().map(of(Known::Free)),
-        Backend::Cuda => super::cuda::free_memory().map(of(Known::Free)).or_else(total),
+        Backend::Cuda => super::cuda::free_memory()
+            .map(of(Known::Free))
+            .or_else(total),
         _ => total(),
     };
     stated.map(of(Known::Stated)).or_else(found)
@@ -66,7 +68,12 @@ fn total(selected: &Selected) -> Option<u64> {
 }
 
 /// The largest buffer and the whole memory, as CubeCL knows them.
-#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda"))]
+#[cfg(any(
+    feature = "wgpu",
+    feature = "vulkan",
+    feature = "metal",
+    feature = "cuda"
+))]
 fn properties(selected: &Selected) -> Option<(u64, Option<u64>)> {
     use burn::backend::DispatchDevice;
 
@@ -79,7 +86,12 @@ fn properties(selected: &Selected) -> Option<(u64, Option<u64>)> {
     Some((memory.max_page_size, memory.max_memory()))
 }
 
-#[cfg(not(any(feature = "wgpu", feature = "vulkan", feature = "metal", feature = "cuda")))]
+#[cfg(not(any(
+    feature = "wgpu",
+    feature = "vulkan",
+    feature = "metal",
+    feature = "cuda"
+)))]
 fn properties(_selected: &Selected) -> Option<(u64, Option<u64>)> {
     None
 }

@@ -34,8 +34,8 @@ struct Product {
 ///
 /// # Errors
 ///
-/// [`DeviceError::WrongNumbers`] past [`SELF_TEST_TOLERANCE`]; [`DeviceError::Initialization`] if
-/// the driver refuses a kernel.
+/// [`DeviceError::WrongNumbers`] past [`SELF_TEST_TOLERANCE`]; [`DeviceError::Unchecked`] if the
+/// driver refuses a kernel.
 pub fn self_test(selected: &Selected) -> Result<(), DeviceError> {
     verdict(selected, &small_product(selected)?)
 }

@@ -49,9 +49,30 @@ impl Inputs {
         }
     }
 
+    /// The same, each number changed by up to this share of it, up or down.
+    pub fn shaken(&self, share: f64) -> Self {
+        let shake = |values: &[f32], seed| {
+            let by = numbers(seed, values.len(), share / 2.0);
+            values
+                .iter()
+                .zip(by)
+                .map(|(x, by)| x * (1.0 + by))
+                .collect()
+        };
+        Self {
+            hidden: shake(&self.hidden, 13),
+            gradient: shake(&self.gradient, 14),
+            ..*self
+        }
+    }
+
     /// More of the kind, `[n, width]`.
     fn more(&self, seed: u64, width: usize) -> TensorData {
-        rounded(numbers(seed, self.n * width, 1.0), [self.n, width], self.dtype)
+        rounded(
+            numbers(seed, self.n * width, 1.0),
+            [self.n, width],
+            self.dtype,
+        )
     }
 }
 
@@ -86,6 +107,30 @@ pub fn run(
     run.attention(subject, &mut outputs)?;
     run.feed_forward(subject, &mut outputs)?;
     run.cross_entropy(subject, &mut outputs)?;
+    run.whole(&mut outputs)?;
+    Ok(outputs)
+}
+
+/// As [`run`], the passes through the whole only.
+///
+/// # Errors
+///
+/// As [`run`].
+pub fn run_whole(
+    layer: &DecoderLayer,
+    context: &PackedContext,
+    inputs: &Inputs,
+    dtype: FloatDType,
+    device: &Device,
+) -> Result<Vec<Output>, String> {
+    let run = Run {
+        layer,
+        context,
+        inputs,
+        dtype: dtype.into(),
+        device,
+    };
+    let mut outputs = Vec::new();
     run.whole(&mut outputs)?;
     Ok(outputs)
 }
@@ -135,7 +180,8 @@ impl Run<'_> {
     /// An adapter's products, forward and backward.
     fn low_rank(&self, outputs: &mut Outputs) -> Result<(), String> {
         let linears = self.layer.linears();
-        let adapted = |(_, linear): &(_, &LoraLinear)| Some((linear.adapter().cloned()?, linear.dims()));
+        let adapted =
+            |(_, linear): &(_, &LoraLinear)| Some((linear.adapter().cloned()?, linear.dims()));
         let Some((adapter, [d_in, d_out])) = linears.iter().find_map(adapted) else {
             return Ok(());
         };
@@ -168,7 +214,10 @@ impl Run<'_> {
         let [q, k, v, gradient] = [(50, queries), (51, keys), (52, keys), (53, queries)]
             .map(|(seed, width)| self.place(self.inputs.more(seed, width)));
         outputs.push(named("rope", pieces::rope(q.clone(), self.context, false))?);
-        outputs.push(named("rope_backward", pieces::rope(k.clone(), self.context, true))?);
+        outputs.push(named(
+            "rope_backward",
+            pieces::rope(k.clone(), self.context, true),
+        )?);
         let attention = &self.layer.self_attn;
         let (mixed, gradients) =
             pieces::attend_and_back(attention, [q, k, v], gradient, self.context);

@@ -5,10 +5,10 @@ use burn::nn::Linear;
 use burn::tensor::quantization::QuantStore;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use llama_burn::{Attention, DecoderLayer, LlamaConfig, Mlp, PackedTokens, RmsNorm};
-use lora_core::{CounterRng, LoraLinear, Quantization, compact, quantize_data};
+use lora_core::{CounterRng, LoraLinear, compact, quantize_data};
 use rayon::prelude::*;
 
-use super::{CheckOptions, pieces, tokens_at_most};
+use super::{CheckOptions, tokens_at_most};
 
 /// Weights of a layer that is made for a check: an 8B's has 218 million.
 const WEIGHTS: usize = 256 << 20;
@@ -67,13 +67,11 @@ impl Subject {
         let adapted = |name: &str| {
             let in_layer = |index| format!("model.layers.{index}.{name}");
             let in_some = |selector: &lora_core::ModuleSelector| {
-                (0..options.model.num_hidden_layers)
-                    .any(|index| selector.matches(&in_layer(index)))
+                (0..options.model.num_hidden_layers).any(|index| selector.matches(&in_layer(index)))
             };
             names.as_ref().is_none_or(in_some)
         };
-        let linear = |(index, (name, d_in, d_out, bias)): (usize, &(_, usize, usize, bool))| {
-            let name: &str = name;
+        let linear = |(index, (name, d_in, d_out, bias)): (usize, &(&str, usize, usize, bool))| {
             let seed = 100 + 10 * index as u64;
             // So that outputs are as long as inputs, as trained ones roughly are.
             let values = numbers(seed, d_in * d_out, (*d_in as f64).powf(-0.5));
@@ -81,9 +79,15 @@ impl Subject {
                 Some((data, _)) => data,
                 None => rounded(values, [*d_in, *d_out], options.dtype),
             };
+            // A quarter of what the weight gives: queries and keys much longer than trained ones would make the softmax
+            // a choice of one key, and every rounding before it large behind it.
+            let deviation = 0.25 / (options.lora.scale() * (r as f64).sqrt());
             let adapter = adapted(name).then(|| HostAdapter {
-                a: TensorData::new(numbers(seed + 1, d_in * r, (*d_in as f64).powf(-0.5)), [*d_in, r]),
-                b: TensorData::new(numbers(seed + 2, r * d_out, 0.5), [r, *d_out]),
+                a: TensorData::new(
+                    numbers(seed + 1, d_in * r, (*d_in as f64).powf(-0.5)),
+                    [*d_in, r],
+                ),
+                b: TensorData::new(numbers(seed + 2, r * d_out, deviation), [r, *d_out]),
                 scale: options.lora.scale(),
                 magnitude: None,
             });
@@ -122,7 +126,9 @@ impl Subject {
                     a: data(adapter.a.val())?,
                     b: data(adapter.b.val())?,
                     scale: adapter.scale,
-                    magnitude: magnitude.map(|magnitude| data(magnitude.val())).transpose()?,
+                    magnitude: magnitude
+                        .map(|magnitude| data(magnitude.val()))
+                        .transpose()?,
                 })
             });
             Ok::<_, String>(HostLinear {
@@ -139,7 +145,11 @@ impl Subject {
                 floats(norm(&layer.input_layernorm)?)?,
                 floats(norm(&layer.post_attention_layernorm)?)?,
             ],
-            linears: layer.linears().iter().map(linear).collect::<Result<_, _>>()?,
+            linears: layer
+                .linears()
+                .iter()
+                .map(linear)
+                .collect::<Result<_, _>>()?,
         })
     }
 
@@ -157,7 +167,7 @@ impl Subject {
         let linear = |index: usize| {
             let host = &self.linears[index];
             let weight = host.weight.clone();
-            let weight = match weight.dtype {
+            let weight = match weight.dtype() {
                 DType::QFloat(_) => compact(Tensor::from_data(weight, device)),
                 _ => place(weight, float, device),
             };
@@ -173,9 +183,10 @@ impl Subject {
                 return linear;
             };
             let factor = |data: &TensorData| place::<2>(data.clone(), DType::F32, device);
-            let adapted = linear
-                .clone()
-                .with_adapter(factor(&adapter.a), factor(&adapter.b), adapter.scale);
+            let adapted =
+                linear
+                    .clone()
+                    .with_adapter(factor(&adapter.a), factor(&adapter.b), adapter.scale);
             let adapted = adapted.and_then(|linear| match &adapter.magnitude {
                 Some(magnitude) => linear.with_dora(Some(factor(magnitude))),
                 None => Ok(linear),
@@ -183,8 +194,15 @@ impl Subject {
             // Its shapes come from the weight's own.
             adapted.unwrap_or(linear)
         };
-        let [q_proj, k_proj, v_proj, o_proj, gate_proj, up_proj, down_proj] =
-            std::array::from_fn(linear);
+        let [
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            gate_proj,
+            up_proj,
+            down_proj,
+        ] = std::array::from_fn(linear);
         DecoderLayer {
             input_layernorm: norm(&self.norms[0]),
             self_attn: Attention {
@@ -227,7 +245,9 @@ fn bounded(model: &LlamaConfig, is_software: bool) -> LlamaConfig {
 /// Rows of `longest` tokens in all at most: a whole one, one that begins like it, and a short one of its own.
 fn rows(longest: usize) -> PackedTokens {
     let first: Vec<u32> = (0..longest.div_ceil(2) as u32).collect();
-    let second: Vec<u32> = (0..longest as u32 / 4).chain(1000..1000 + longest as u32 / 8).collect();
+    let second: Vec<u32> = (0..longest as u32 / 4)
+        .chain(1000..1000 + longest as u32 / 8)
+        .collect();
     let third: Vec<u32> = (2000..2000 + longest as u32 / 5).collect();
     let rows = [&first[..], &second, &third];
     let rows: Vec<&[u32]> = rows.into_iter().filter(|row| !row.is_empty()).collect();
@@ -255,7 +275,7 @@ pub fn rounded(values: Vec<f32>, shape: [usize; 2], dtype: FloatDType) -> Tensor
 fn data<const D: usize>(tensor: Tensor<D>) -> Result<TensorData, String> {
     let tensor = tensor.without_autodiff();
     let data = tensor.try_into_data().map_err(|error| error.to_string())?;
-    Ok(match data.dtype {
+    Ok(match data.dtype() {
         DType::QFloat(_) => data,
         _ => data.convert::<f32>(),
     })
@@ -295,6 +315,11 @@ mod tests {
             assert!((1..=longest).contains(&packed.ids.len()), "{longest}");
         }
         let shared = rows(256);
-        assert!(shared.segments.iter().any(|segment| segment.parent.is_some()));
+        assert!(
+            shared
+                .segments
+                .iter()
+                .any(|segment| segment.parent.is_some())
+        );
     }
 }
