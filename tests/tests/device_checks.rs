@@ -384,3 +384,70 @@ fn rows_of_a_check_may_be_any() {
         device::verdict(&selected, &checks).unwrap_or_else(|error| panic!("{error}"));
     }
 }
+
+#[test]
+fn a_stated_memory_decides_what_fits_a_gpu_before_anything_is_loaded() {
+    let _turn = turn();
+    if wgpu().is_none() {
+        return;
+    }
+    let workspace = Workspace::new();
+    let large = ["max_steps=1", "lora_r=8192", "device_memory=4MiB"];
+    train_on_wgpu(&workspace, &large, "")
+        .failed_saying(&["this run needs about", "of device_memory may be used"]);
+    assert!(!workspace.path("out").exists(), "nothing was begun");
+    let text = train_on_wgpu(&workspace, &["max_steps=1", "device_memory=8GiB"], "").succeeded();
+    assert!(text.contains("of 8.00 GiB at the peak"), "{text}");
+    assert!(!text.contains("does not tell how much memory"), "{text}");
+    let workspace = Workspace::new();
+    let text = train_on_wgpu(&workspace, &["max_steps=1"], "").succeeded();
+    assert_eq!(
+        text.matches("device_memory = \"8GiB\"").count(),
+        1,
+        "{text}"
+    );
+}
+
+#[test]
+fn operations_are_not_fused_where_it_is_not_wanted_and_the_screen_says_so() {
+    let _turn = turn();
+    if wgpu().is_none() {
+        return;
+    }
+    // What the driver is given to compile, by CubeCL's own account.
+    let fused = |switch: &[&str]| {
+        let workspace = Workspace::new();
+        let log = workspace.path("kernels");
+        let config = workspace.path("config.toml").display().to_string();
+        let out = workspace.path("out").display().to_string();
+        let arguments = [
+            &[
+                "train",
+                "--backend",
+                "wgpu",
+                "--config",
+                &config,
+                "--output-dir",
+                &out,
+            ][..],
+            &["--set", "max_steps=1", "--set", "val_set_size=0"],
+            switch,
+        ];
+        let log_to = log.display().to_string();
+        let environment = [
+            ("CUBECL_DEBUG_LOG", log_to.as_str()),
+            ("CUBECL_DEBUG_OPTION", "debug"),
+        ];
+        let text = run_with(&arguments.concat(), &environment).succeeded();
+        let kernels = std::fs::read_to_string(log).unwrap_or_default();
+        assert!(
+            kernels.contains("Matmul") || kernels.contains("matmul"),
+            "no kernel is logged"
+        );
+        (kernels.matches("burn_cubecl_fusion").count(), text)
+    };
+    let (some, _) = fused(&[]);
+    let (none, text) = fused(&["--no-fusion"]);
+    assert!(some > 0 && none == 0, "{some} and {none}");
+    assert!(text.contains("as asked for: --no-fusion"), "{text}");
+}

@@ -228,10 +228,9 @@ mod tests {
 
     #[test]
     fn faults_are_read_and_a_slip_is_named() {
-        let faults = parse(
-            "delay=20,full=3..5,nan=2..3,oom=4>2,lost=9,thread_panic=8,wrong_kernel=rope:6",
-        )
-        .unwrap();
+        let faults =
+            parse("delay=20,full=3..5,nan=2..3,oom=4>2,lost=9,thread_panic=8,wrong_kernel=rope:6")
+                .unwrap();
         assert_eq!((faults.delay_ms, faults.lost), (20, Some(9)));
         assert_eq!(faults.thread_panic, Some(8));
         assert_eq!(faults.wrong_kernel, Some(("rope".into(), 6)));

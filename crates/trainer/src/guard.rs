@@ -50,6 +50,9 @@ impl DeviceFault {
     pub fn new(message: &str) -> Self {
         // Errors come with their backtraces, which say nothing to a user.
         let message = message.split("Backtrace").next().unwrap_or(message);
+        // A read quotes what failed behind everything that failed because of it.
+        let cause = message.find("can't allocate buffer of size");
+        let message = cause.map_or(message, |at| &message[at..]);
         Self {
             kind: kind(message),
             message: in_one_line(message),

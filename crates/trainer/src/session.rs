@@ -227,7 +227,10 @@ impl<'a> Session<'a> {
     /// What to do about a tensor that the device has no buffer for.
     fn too_large(&self) -> String {
         let limit = match device::largest_buffer(self.selected) {
-            Some(bytes) => format!("The largest buffer of this device is {}", human::bytes(bytes)),
+            Some(bytes) => format!(
+                "The largest buffer of this device is {}",
+                human::bytes(bytes)
+            ),
             None => "The device limits its buffers".into(),
         };
         format!(
@@ -255,7 +258,9 @@ impl<'a> Session<'a> {
         let index = step / every % model.layers.len().max(1);
         let checks = self.compute(model, optimizer, |session| {
             let rows = session.order().step(step - 1);
-            let rows = rows.first().map_or(&[][..], |rows| &rows[..rows.len().min(2)]);
+            let rows = rows
+                .first()
+                .map_or(&[][..], |rows| &rows[..rows.len().min(2)]);
             let batch = session.data.train.batch(rows, session.fit.prefixes);
             device::check_layer(session.selected, model, index, &batch.tokens)
         })?;

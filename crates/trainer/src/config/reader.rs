@@ -322,7 +322,9 @@ pub(super) fn bytes(value: &Value) -> Parsed<u64> {
     number
         .filter(|bytes| (1048576.0..9.0e15).contains(bytes))
         .map(|bytes| bytes.round() as u64)
-        .ok_or_else(|| "must be a number of bytes with its unit, as in \"8GiB\" or \"24 GB\"".into())
+        .ok_or_else(|| {
+            "must be a number of bytes with its unit, as in \"8GiB\" or \"24 GB\"".into()
+        })
 }
 
 /// `true` or `false`.

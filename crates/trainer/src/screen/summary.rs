@@ -365,7 +365,10 @@ pub(super) mod tests {
             ..summary()
         };
         let text = there.lines(Style::plain(), 80).join("\n");
-        assert!(text.contains("about 222 MiB of 24.0 GiB at the peak"), "{text}");
+        assert!(
+            text.contains("about 222 MiB of 24.0 GiB at the peak"),
+            "{text}"
+        );
     }
 
     #[test]
