@@ -45,15 +45,22 @@ pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<Ex
     if let Some(why) = machine.missing(backend) {
         bail!("--backend {backend}: {why}");
     }
-    let mut features = features(&[backend], &machine);
-    if args.iter().any(|argument| argument == UNTUNED) {
-        features.retain(|feature| feature != AUTOTUNE);
-    }
-    let job = Job { features, args };
+    let job = Job {
+        features: as_asked(features(&[backend], &machine), &args),
+        args,
+    };
     match job.build()? {
         Some(failed) => Ok(failed),
         None => job.replace_this_process(subcommand),
     }
+}
+
+/// The features, without tuning where the arguments say so.
+fn as_asked(mut features: Vec<String>, args: &[OsString]) -> Vec<String> {
+    if args.iter().any(|argument| argument == UNTUNED) {
+        features.retain(|feature| feature != AUTOTUNE);
+    }
+    features
 }
 
 /// The feature of builds that time several kernels for each shape, and the trainer's flag for those that must not:
@@ -350,6 +357,14 @@ mod tests {
         );
         let both = [Backend::Cpu, Backend::Cuda, Backend::Wgpu];
         assert_eq!(features(&both, &machine(1, &[true])), ["cuda", "wgpu"]);
+    }
+
+    #[test]
+    fn a_build_without_tuning_is_made_where_it_is_asked_for() {
+        let machine = machine(1, &[]);
+        let features = |args: &[&str]| as_asked(features(&[Backend::Cuda], &machine), &os(args));
+        assert_eq!(features(&["--set", "seed=1"]), ["cuda", "autotune"]);
+        assert_eq!(features(&["--no-autotune"]), ["cuda"]);
     }
 
     #[test]

@@ -460,6 +460,42 @@ mod tests {
     }
 
     #[test]
+    fn a_device_s_memory_is_read_with_its_unit() {
+        let memory = |value: &str| {
+            parse(&format!("device_memory = {value}"))
+                .unwrap()
+                .device_memory
+        };
+        for (value, bytes) in [
+            ("\"8GiB\"", 8 << 30),
+            ("\"7.5 gib\"", 15 << 29),
+            ("\"24 GB\"", 24_000_000_000),
+            ("\"512MiB\"", 512 << 20),
+            ("\"2097152\"", 2 << 20),
+            ("25769803776", 24 << 30),
+        ] {
+            assert_eq!(memory(value), Some(bytes), "{value}");
+        }
+        assert_eq!(memory("\"none\""), None);
+        assert_eq!(parse("").unwrap().device_memory, None);
+        for wrong in [
+            "8",
+            "\"8\"",
+            "\"-8GiB\"",
+            "\"GiB\"",
+            "\"8 Gibi\"",
+            "true",
+            "\"1e30GB\"",
+        ] {
+            let found = problems(&format!("device_memory = {wrong}"));
+            assert!(
+                found.len() == 1 && found[0].contains("8GiB"),
+                "{wrong}: {found:?}"
+            );
+        }
+    }
+
+    #[test]
     fn every_wrong_value_is_caught() {
         for wrong in [
             "lora_r = 0",

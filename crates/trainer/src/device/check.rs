@@ -58,8 +58,9 @@ pub struct CheckOptions<'a> {
 /// Compares a device with the CPU on a decoder layer of a model's shapes, with weights from a seed that are the same
 /// integers on both, an adapter whose B is not zero, and rows that share a beginning.
 ///
-/// The first check is a small product; where that is wrong, nothing else is tried. A layer of more than 256 million
-/// weights (on a driver that computes on the CPU, 2 million) has its feed-forward block cut to what is left of that.
+/// The first check is a small product; where that is wrong, nothing else is tried. Where a layer has more than 256
+/// million weights (on a driver that computes on the CPU, 2 million), its feed-forward block is halved until it has
+/// not, or is no wider than twice the hidden states.
 /// On the CPU itself there is nothing to compare, and no check.
 ///
 /// # Errors
