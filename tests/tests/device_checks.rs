@@ -5,10 +5,12 @@
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use burn::module::Param;
+use burn::nn::Linear;
 use burn::tensor::{Device, FloatDType, Tensor};
-use llama_burn::{LlamaConfig, PackedTokens};
+use llama_burn::{LlamaConfig, LoadOptions, PackedTokens};
 use lora_core::spoil::{OPERATIONS, spoil};
-use lora_core::{LoraConfig, Quantization};
+use lora_core::{IntegerWeight, LoraConfig, LoraLinear, Quantization};
 use tests::fixture;
 use tests::program::run_with;
 use tests::reliability::{Row, record};
@@ -364,24 +366,50 @@ fn an_allocation_that_fails_on_wgsl_is_the_device_s_memory_being_too_small() {
     assert!(text.contains("then: Ok(1024.0)"), "{text}");
 }
 
+/// However weights are stored and whatever the adapters are, a layer that is pulled to the host is the same there.
 #[test]
-fn rows_of_a_check_may_be_any() {
+fn a_layer_of_a_model_is_compared_as_it_is() {
     let _turn = turn();
     let Some(selected) = wgpu() else { return };
     let folder = fixture("tied").join("model");
     let config = LlamaConfig::from_file(&folder).expect("a fixture");
     let device = selected.device.clone().autodiff();
-    let model = llama_burn::load(&folder, &config, Default::default(), &device, |_| {});
-    let model = model.unwrap_or_else(|error| panic!("{error}"));
-    let model = model
-        .with_lora(&LoraConfig::default(), 3)
-        .unwrap_or_else(|error| panic!("{error}"));
     let row: Vec<u32> = (0..40).map(|i| i % 60).collect();
     let rows = PackedTokens::from_rows([&row[..9], &row[..3], &row]);
-    for index in 0..model.layers.len() {
-        let checks = device::check_layer(&selected, &model, index, &rows);
-        let checks = checks.unwrap_or_else(|error| panic!("{error}"));
-        device::verdict(&selected, &checks).unwrap_or_else(|error| panic!("{error}"));
+    let forms = [
+        (Quantization::Bits8, false, false),
+        (Quantization::Bits4, true, false),
+        (Quantization::None, false, false),
+        (Quantization::Bits8, false, true),
+    ];
+    for (quantization, use_dora, from_gguf) in forms {
+        let options = LoadOptions {
+            quantization,
+            ..LoadOptions::default()
+        };
+        let model = llama_burn::load(&folder, &config, options, &device, |_| {});
+        let mut model = model.unwrap_or_else(|error| panic!("{error}"));
+        if from_gguf {
+            // Blocks along the input, as llama.cpp makes them.
+            let gate = &mut model.layers[1].mlp.gate_proj;
+            let [d_in, d_out] = gate.dims();
+            let integers = (0..d_in * d_out).map(|i| (i * 37 % 256) as u8 as i8);
+            let scales = (0..d_in * d_out / 4).map(|i| 1e-4 * (1 + i % 23) as f32);
+            let weight = IntegerWeight::new(integers.collect(), scales.collect(), 4, [d_in, d_out]);
+            let weight = Param::from_tensor(weight.on(&selected.device)).set_require_grad(false);
+            *gate = LoraLinear::frozen(Linear { weight, bias: None });
+        }
+        let lora = LoraConfig {
+            use_dora,
+            ..LoraConfig::default()
+        };
+        let model = model.with_lora(&lora, 3);
+        let model = model.unwrap_or_else(|error| panic!("{error}"));
+        for index in 0..model.layers.len() {
+            let checks = device::check_layer(&selected, &model, index, &rows);
+            let checks = checks.unwrap_or_else(|error| panic!("{error}"));
+            device::verdict(&selected, &checks).unwrap_or_else(|error| panic!("{error}"));
+        }
     }
 }
 
