@@ -488,3 +488,26 @@ fn a_device_that_is_lost_before_the_first_checkpoint_loses_no_step_either() {
     outcome.failed_saying(&["the device was lost", "No checkpoint was written yet"]);
     train(&workspace, "out", &["save_minutes=60"], "lost=2").failed_saying(&["Step 1 is saved"]);
 }
+
+#[test]
+fn a_panic_on_another_thread_fails_the_step_and_the_run_goes_on_from_there() {
+    let workspace = Workspace::new();
+    let settings = ["save_steps=1"];
+    train(&workspace, "whole", &settings, "").succeeded();
+    let outcome = train(&workspace, "out", &settings, "thread_panic=7");
+    assert_eq!(outcome.code, Some(75), "{}", outcome.text);
+    outcome.failed_saying(&["step 7: ", "a task of the device failed", "Step 6 is saved"]);
+    let (out, whole) = (workspace.path("out"), workspace.path("whole"));
+    let started = Instant::now();
+    resume(&out, &[]).succeeded();
+    let recovery = started.elapsed();
+    assert_eq!(numbers(&out), numbers(&whole));
+    assert!(adapter_bytes(&out) == adapter_bytes(&whole));
+    record(&Row {
+        place: 78,
+        fault: "A task panics on a thread of the device, and the step comes to its end without it",
+        happened: "the step fails with the panic's words: its numbers cannot be trusted; the step before is saved",
+        lost: "nothing",
+        recovery: Some(recovery),
+    });
+}

@@ -44,6 +44,8 @@ Usage: cargo xtask train [OPTIONS]
   --output-dir DIR    where the adapter, the metrics and the resolved config go
   --resume [auto|DIR] go on with a run: DIR is its output folder or one of its checkpoints; auto takes the
                       output folder's newest checkpoint, or starts if there is none
+  --no-fusion         a kernel for each operation; slower, for drivers that get fused kernels wrong
+  --no-autotune       the first kernel that fits; another build, without timing several
   --force-resume      resume although the configuration, the data or the model has changed
 
 Ctrl-C finishes the step, writes a checkpoint and exits with code 75; a second one leaves at once.

@@ -46,7 +46,7 @@ pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<Ex
         bail!("--backend {backend}: {why}");
     }
     let job = Job {
-        features: features(&[backend], &machine),
+        features: as_asked(features(&[backend], &machine), &args),
         args,
     };
     match job.build()? {
@@ -54,6 +54,19 @@ pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<Ex
         None => job.replace_this_process(subcommand),
     }
 }
+
+/// The features, without tuning where the arguments say so.
+fn as_asked(mut features: Vec<String>, args: &[OsString]) -> Vec<String> {
+    if args.iter().any(|argument| argument == UNTUNED) {
+        features.retain(|feature| feature != AUTOTUNE);
+    }
+    features
+}
+
+/// The feature of builds that time several kernels for each shape, and the trainer's flag for those that must not:
+/// there is no such switch at run time, so the flag is answered here with another build.
+const AUTOTUNE: &str = "autotune";
+const UNTUNED: &str = "--no-autotune";
 
 /// Runs `parity` on every backend that `--backends` lists, in as many builds as they need.
 pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
@@ -156,7 +169,7 @@ fn features(backends: &[Backend], machine: &Machine) -> Vec<String> {
         .map(str::to_owned)
         .collect();
     if !gpus.is_empty() && gpus.iter().all(|&backend| machine.is_hardware(backend)) {
-        names.push("autotune".to_owned());
+        names.push(AUTOTUNE.to_owned());
     }
     names
 }
@@ -344,6 +357,14 @@ mod tests {
         );
         let both = [Backend::Cpu, Backend::Cuda, Backend::Wgpu];
         assert_eq!(features(&both, &machine(1, &[true])), ["cuda", "wgpu"]);
+    }
+
+    #[test]
+    fn a_build_without_tuning_is_made_where_it_is_asked_for() {
+        let machine = machine(1, &[]);
+        let features = |args: &[&str]| as_asked(features(&[Backend::Cuda], &machine), &os(args));
+        assert_eq!(features(&["--set", "seed=1"]), ["cuda", "autotune"]);
+        assert_eq!(features(&["--no-autotune"]), ["cuda"]);
     }
 
     #[test]

@@ -8,6 +8,7 @@
 //! | `packed` | rows packed into one sequence, each attending within itself |
 //! | `rope`, `rms_norm`, `attention`, `mlp`, `decoder_layer` | the parts, as in `modeling_llama.py` |
 //! | `passes` | a layer's forward and backward pass written out, for training without a tape |
+//! | [`pieces`] | the operations of a pass one by one, for comparisons of devices |
 //! | `kv_cache` | keys and values of what was read, for writing token by token |
 //! | `vocab_table` | the embedding and the output layer |
 //! | [`limited`] | files and messages of bounded length |
@@ -30,6 +31,7 @@ mod model;
 mod packed;
 mod padded;
 mod passes;
+pub mod pieces;
 mod random;
 mod replace;
 mod rms_norm;

@@ -7,12 +7,12 @@ use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use lora_core::{LinearGroup, LowRank};
 
-use crate::attention::{Attended, attend, attend_backward, score_scale};
+use crate::attention::{Attended, score_scale};
 use crate::decoder_layer::DropoutSeeds;
 use crate::kv_cache::LayerCache;
-use crate::mlp::{gated, gated_backward};
+use crate::pieces::{attend, attend_backward, gated, gated_backward, rotate_plain};
 use crate::rms_norm::InverseRoots;
-use crate::rope::{Turn, rotate_plain};
+use crate::rope::Turn;
 use crate::{DecoderLayer, PackedContext};
 
 /// A layer about to be run on a packed batch.

@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, FloatDType, Tensor};
+use lora_core::spoil::spoilt;
 use lora_core::{cpu, in_vectors};
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
@@ -45,7 +46,8 @@ impl RmsNorm {
             let mean_of_squares = x.clone().cast(DType::F32).square().mean_dim(1);
             let roots = mean_of_squares.add_scalar(self.eps).sqrt().recip();
             let normalised = x.clone().cast(DType::F32) * roots.clone() * gain;
-            return (normalised.cast(x.dtype()), InverseRoots(Some(roots)));
+            let normalised = spoilt("rms_norm", normalised.cast(x.dtype()));
+            return (normalised, InverseRoots(Some(roots)));
         }
         let [n, width] = x.dims();
         let (x, weight) = (cpu::values(x.clone()), cpu::values(weight));
@@ -97,7 +99,8 @@ impl RmsNorm {
             let weighted = gradient.cast(DType::F32) * gain;
             let along = (weighted.clone() * x.clone()).mean_dim(1);
             let along = along * roots.clone() * roots.clone() * roots.clone();
-            return sum + (weighted * roots - x * along).cast(dtype);
+            let through = (weighted * roots - x * along).cast(dtype);
+            return sum + spoilt("rms_norm_backward", through);
         }
         let width = x.dims()[1];
         let weight = self.weight.val().without_autodiff();

@@ -1,8 +1,5 @@
 //! How Burn looks for operations on GPUs that it can fuse into one kernel.
 
-use burn::BurnConfig;
-use burn_cubecl::cubecl::config::RuntimeConfig;
-
 /// What Burn fuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fusion {
@@ -19,7 +16,11 @@ pub enum Fusion {
 /// Sets what Burn fuses in this process. To be called before a GPU is used; whether it was in time.
 ///
 /// Burn's environment variables still count; a `burn.toml` in the current folder does not.
+#[cfg(feature = "cube")]
 pub fn set_fusion(fusion: Fusion) -> bool {
+    use burn::BurnConfig;
+    use burn_cubecl::cubecl::config::RuntimeConfig;
+
     let settings = match fusion {
         Fusion::InOrder => r#"{"fusion": {"beam_search": {"max_blocks": 1}}}"#,
         Fusion::Off => r#"{"fusion": {"beam_search": {"max_explorations": 0}}}"#,
@@ -30,9 +31,17 @@ pub fn set_fusion(fusion: Fusion) -> bool {
     }
 }
 
-#[cfg(test)]
+/// As above; without a GPU backend there is nothing to set.
+#[cfg(not(feature = "cube"))]
+pub fn set_fusion(_fusion: Fusion) -> bool {
+    false
+}
+
+#[cfg(all(test, feature = "cube"))]
 mod tests {
     use super::*;
+    use burn::BurnConfig;
+    use burn_cubecl::cubecl::config::RuntimeConfig;
 
     #[test]
     fn burn_understands_the_settings() {

@@ -12,6 +12,7 @@
 //! | [`Quantization`], [`quantize`] | 8- or 4-bit weights, the same bytes on every device |
 //! | [`IntegerWeight`] | 8-bit weights that another program quantized, as they are |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | between adapters and plain `Linear`s |
+//! | [`spoil`] | an operation made wrong on purpose, for tests |
 //! | [`ParameterCounts`] | trainable and frozen parameters from shapes alone |
 //!
 //! This crate knows nothing of Llama, of files or of command lines, and names no backend: the
@@ -41,7 +42,6 @@ mod dora;
 mod dropout;
 mod error;
 mod frozen_linear;
-#[cfg(feature = "cube")]
 mod fusion;
 mod init;
 mod integers;
@@ -53,6 +53,7 @@ mod products;
 mod quantize;
 mod random;
 mod selector;
+pub mod spoil;
 
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
@@ -63,7 +64,6 @@ pub use frozen_linear::{
     frozen_linear, frozen_linear_backward, has_bf16_products, table_scores, table_scores_backward,
     use_bf16_products,
 };
-#[cfg(feature = "cube")]
 pub use fusion::{Fusion, set_fusion};
 pub use init::{kaiming_uniform, normal};
 pub use integers::IntegerWeight;

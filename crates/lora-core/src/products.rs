@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::cpu::{self, Matrix, MatrixMut, Threads};
+use crate::spoil::spoilt;
 
 /// `sum + scale · left · right`; without a sum, the product alone. The sum's memory is used again where
 /// nobody else has it, and operands may be transposed or narrowed views.
@@ -30,7 +31,7 @@ pub fn multiply_add(
             cpu::multiply(output, true, scale, left, right, Threads::All);
             sum.into_tensor()
         }
-        Some(sum) => sum + scaled(scale, left, right),
+        Some(sum) => sum + spoilt("low_rank", scaled(scale, left, right)),
         None if native => {
             let ([n, k], m) = (left.dims(), right.dims()[1]);
             let (left, right) = (View::new(left), View::new(right));
@@ -38,7 +39,7 @@ pub fn multiply_add(
             let values = cpu::product(scale as f32, left, right, Threads::All);
             cpu::tensor(values, [n, m])
         }
-        None => scaled(scale, left, right),
+        None => spoilt("low_rank", scaled(scale, left, right)),
     }
 }
 

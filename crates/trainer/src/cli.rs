@@ -12,7 +12,7 @@ use crate::bench::BenchOptions;
 use crate::checkpoint::{Resume, run_folder};
 use crate::combine::{self, CombineArgs};
 use crate::config::Config;
-use crate::device::Backend;
+use crate::device::{Backend, KernelArgs};
 use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
 use crate::gguf::{self, ExportGgufArgs};
@@ -72,6 +72,19 @@ enum Command {
     MakeAssets(MakeAssets),
 }
 
+impl Command {
+    /// The switches of commands that compute with a model.
+    fn kernels(&self) -> KernelArgs {
+        match self {
+            Self::Train(args) => args.kernels,
+            Self::Generate(args) => args.kernels(),
+            Self::Eval(args) => args.kernels(),
+            Self::Logits(args) => args.model.kernels,
+            _ => KernelArgs::default(),
+        }
+    }
+}
+
 #[derive(Args)]
 struct ConfigArgs {
     /// TOML or JSON; FinLoRA's file with many runs too. Without one: the embedded default
@@ -113,6 +126,8 @@ struct Train {
     /// Resume although the configuration, the data or the model has changed
     #[arg(long, requires = "resume")]
     force_resume: bool,
+    #[command(flatten)]
+    kernels: KernelArgs,
 }
 
 #[derive(Args)]
@@ -233,6 +248,11 @@ impl From<Bench> for BenchOptions {
 /// gives 75; one that a second Ctrl-C ended at once, 130, or 143 for SIGTERM.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
+    // Before there is a second thread.
+    if let Err(error) = command.kernels().apply() {
+        eprintln!("error: {error}");
+        return ExitCode::FAILURE;
+    }
     let mut screen = Screen::new(ScreenKind::detect());
     let logger =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
@@ -248,6 +268,9 @@ pub fn main() -> ExitCode {
                 Some(TrainError::Fault {
                     resumable: true, ..
                 }) => ExitCode::from(RESUMABLE),
+                Some(TrainError::WrongNumbers(wrong)) if wrong.resumable => {
+                    ExitCode::from(RESUMABLE)
+                }
                 _ => ExitCode::FAILURE,
             }
         }
@@ -405,6 +428,9 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
     }
     for line in plan::alternatives(&model, &options)? {
         let _ = writeln!(out, "{line}");
+    }
+    if let Some(bytes) = config.device_memory {
+        let _ = writeln!(out, "{}", plan.against(bytes, args.gpu));
     }
     Ok(())
 }

@@ -26,7 +26,7 @@ pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     HOOK.call_once(|| {
         let reporting = panic::take_hook();
         panic::set_hook(Box::new(move |info| {
-            if INSIDE.with(Cell::get) == 0 {
+            if !is_inside() {
                 reporting(info);
             }
         }));
@@ -35,6 +35,11 @@ pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let outcome = panic::catch_unwind(AssertUnwindSafe(work));
     INSIDE.with(|inside| inside.set(inside.get() - 1));
     outcome.map_err(|payload| words(payload.as_ref()))
+}
+
+/// Whether this thread is inside of [`contain`], so that its panic is caught on purpose.
+pub(crate) fn is_inside() -> bool {
+    INSIDE.with(Cell::get) > 0
 }
 
 /// The text of tokens; none where the decoder of `tokenizer.json` does not work.

@@ -1,14 +1,17 @@
 //! The device that a run computes on. Nothing outside this module names a backend.
 //!
 //! [`select`] turns the word after `--backend` into a Burn [`Device`] that is known to start, or
-//! into one sentence that says what is missing and what to do. [`self_test`] then compares it with
-//! the CPU.
+//! into one sentence that says what is missing and what to do. [`self_test`] and
+//! [`check_device`] then compare it with the CPU.
 
 mod backend;
+mod check;
 mod cuda;
 mod error;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 mod graphics;
+mod kernels;
+mod memory;
 mod quiet;
 mod self_test;
 
@@ -17,7 +20,10 @@ use std::sync::{Mutex, PoisonError};
 use burn::tensor::{Device, FloatDType};
 
 pub use backend::Backend;
+pub use check::{Check, CheckOptions, check_device, check_layer, verdict};
 pub use error::DeviceError;
+pub use kernels::{KernelArgs, switches};
+pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 
 /// A device that has started.
@@ -63,6 +69,7 @@ impl Selected {
 /// machine, or does not start. A panic inside a driver's Rust bindings is caught and becomes such
 /// an error.
 pub fn select(asked: Backend) -> Result<Selected, DeviceError> {
+    kernels::set_fusion();
     match asked {
         Backend::Auto => Ok(automatic()),
         Backend::Cpu => Ok(cpu("it was asked for".to_owned())),

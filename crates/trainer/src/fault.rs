@@ -11,6 +11,8 @@
 //! | `nan=STEP..STEP` | the losses of these steps are not numbers |
 //! | `oom=STEP>ROWS` | from this step on, a micro-batch of more than ROWS rows finds the device's memory full |
 //! | `lost=STEP` | in this step the device is lost |
+//! | `thread_panic=STEP` | in this step another thread panics, and the work goes on |
+//! | `wrong_kernel=OPERATION[:STEP]` | from the start, or from this step on, a GPU's results of an operation (see [`lora_core::spoil::OPERATIONS`]) are a tenth too large |
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -21,6 +23,8 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use lora_core::spoil::{OPERATIONS, spoil};
+
 /// The environment variable.
 pub const VARIABLE: &str = "LORA_TRAINER_FAULT";
 
@@ -28,7 +32,9 @@ pub const VARIABLE: &str = "LORA_TRAINER_FAULT";
 #[derive(Debug, thiserror::Error)]
 #[error(
     "{VARIABLE}: {part:?} is none of delay=MS, trace=FILE, full=STEP..STEP, nan=STEP..STEP, \
-     oom=STEP>ROWS, lost=STEP; unset the variable, it is for tests"
+     oom=STEP>ROWS, lost=STEP, thread_panic=STEP, wrong_kernel=OPERATION[:STEP] with one of {}; unset the variable, \
+     it is for tests",
+    OPERATIONS.join(", ")
 )]
 pub struct FaultError {
     /// What was not understood.
@@ -70,6 +76,8 @@ struct Faults {
     nan: Range<usize>,
     oom: Option<(usize, usize)>,
     lost: Option<usize>,
+    thread_panic: Option<usize>,
+    wrong_kernel: Option<(String, usize)>,
 }
 
 static FAULTS: OnceLock<Faults> = OnceLock::new();
@@ -89,6 +97,7 @@ pub fn init() -> Result<(), FaultError> {
     log::warn!("{VARIABLE} is set: this run fails on demand");
     // A second run of one process has the same environment.
     let _ = FAULTS.set(faults);
+    at_step(0);
     Ok(())
 }
 
@@ -123,6 +132,12 @@ fn set(faults: &mut Faults, name: &str, value: &str) -> Option<()> {
             faults.oom = Some((step.parse().ok()?, rows.parse().ok()?));
         }
         "lost" => faults.lost = Some(value.parse().ok()?),
+        "thread_panic" => faults.thread_panic = Some(value.parse().ok()?),
+        "wrong_kernel" => {
+            let (operation, step) = value.split_once(':').unwrap_or((value, "0"));
+            OPERATIONS.iter().find(|known| **known == operation)?;
+            faults.wrong_kernel = Some((operation.into(), step.parse().ok()?));
+        }
         _ => return None,
     }
     Some(())
@@ -135,6 +150,10 @@ fn faults() -> Option<&'static Faults> {
 /// Tells which optimizer step is under way, from 1.
 pub fn at_step(step: usize) {
     STEP.store(step, Ordering::Relaxed);
+    let wrong = faults().and_then(|faults| faults.wrong_kernel.as_ref());
+    if let Some((operation, first)) = wrong {
+        spoil((step >= *first).then_some(operation.as_str()));
+    }
 }
 
 /// Before an operation: waits if it is to be slow.
@@ -190,6 +209,11 @@ pub fn device(rows: usize) {
     if faults.lost == Some(step) {
         panic!("The device was poisoned: the wgpu device was lost (by {VARIABLE})");
     }
+    if faults.thread_panic == Some(step) {
+        let thread = std::thread::spawn(|| panic!("a task of the device failed (by {VARIABLE})"));
+        // Its panic is what is to be seen, not that it is over.
+        let _ = thread.join();
+    }
     if faults
         .oom
         .is_some_and(|(first, most)| step >= first && rows > most)
@@ -204,11 +228,22 @@ mod tests {
 
     #[test]
     fn faults_are_read_and_a_slip_is_named() {
-        let faults = parse("delay=20,full=3..5,nan=2..3,oom=4>2,lost=9").unwrap();
+        let faults =
+            parse("delay=20,full=3..5,nan=2..3,oom=4>2,lost=9,thread_panic=8,wrong_kernel=rope:6")
+                .unwrap();
         assert_eq!((faults.delay_ms, faults.lost), (20, Some(9)));
+        assert_eq!(faults.thread_panic, Some(8));
+        assert_eq!(faults.wrong_kernel, Some(("rope".into(), 6)));
         assert_eq!((faults.full, faults.nan), (3..5, 2..3));
         assert_eq!(faults.oom, Some((4, 2)));
-        for wrong in ["dealy=20", "full=3", "oom=4", "lost", "nan=a..b"] {
+        for wrong in [
+            "dealy=20",
+            "full=3",
+            "oom=4",
+            "lost",
+            "nan=a..b",
+            "wrong_kernel=softmax",
+        ] {
             let error = parse(wrong).unwrap_err().to_string();
             assert!(error.contains(wrong), "{error}");
         }

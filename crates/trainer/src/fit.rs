@@ -8,16 +8,20 @@ use lora_core::{LoraError, Quantization};
 use crate::checkpoint::Division;
 use crate::config::{BatchSize, Checkpointing, Config};
 use crate::data::{Data, Order, Prefixes};
-use crate::device::{Backend, Selected};
+use crate::device::{self, Backend, Selected};
+use crate::human;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::train::quantization;
-use crate::{human, memory};
 
 /// Activations are kept rather than recomputed where the run then takes at most this share of the
 /// memory that is free: other programs want some too.
 const COMFORTABLE: f64 = 0.5;
 
-/// As [`COMFORTABLE`] where nobody tells what is free, as on GPUs: a run that no machine minds.
+/// As [`COMFORTABLE`] on a GPU, whose memory others seldom want in the middle of a run; the rest is for what a
+/// prediction may be off by. What is left to the driver is not counted as free in the first place.
+const COMFORTABLE_ON_GPU: f64 = 0.9;
+
+/// As [`COMFORTABLE`] where nobody tells what is free: a run that no machine minds.
 const SMALL: u64 = 1 << 30;
 
 /// A run that is predicted to take more than this share of the free memory is refused. The rest is
@@ -40,6 +44,8 @@ pub struct Fit {
     pub prefixes: Prefixes,
     /// What it will need.
     pub plan: Plan,
+    /// Bytes of the largest tensor that grows with the rows of a micro-batch.
+    pub largest_activation: u64,
 }
 
 /// Why a run cannot be.
@@ -50,19 +56,37 @@ pub enum FitError {
     Lora(#[from] LoraError),
     /// Too little memory.
     #[error(
-        "this run needs about {needed} of memory and {available} are free: {what} is the most of it. {advice}",
+        "this run needs about {needed} of memory and {available} {whose}: {what} is the most of it. {advice}",
         needed = human::bytes(*needed),
         available = human::bytes(*available),
     )]
     TooLarge {
         /// Bytes that are needed.
         needed: u64,
-        /// Bytes that are free.
+        /// Bytes that there are for it.
         available: u64,
+        /// What these are, in words that continue "… GiB".
+        whose: &'static str,
         /// The largest part.
         what: String,
         /// Settings that would fit, or that none would.
         advice: String,
+    },
+    /// One tensor is too large, whatever the memory.
+    #[error(
+        "{what} takes {needed} in one tensor and this device's buffers end at {limit}. {advice}",
+        needed = human::bytes(*needed),
+        limit = human::bytes(*limit),
+    )]
+    Buffer {
+        /// The tensor.
+        what: String,
+        /// Its bytes.
+        needed: u64,
+        /// The largest buffer.
+        limit: u64,
+        /// What would fit.
+        advice: &'static str,
     },
 }
 
@@ -109,7 +133,7 @@ pub fn refit(
     if !before.share_prefixes {
         fit.prefixes = Prefixes::Apart;
     }
-    match search.fits(&fit.plan) {
+    match search.binds(&fit) && search.fits(&fit.plan) {
         true => Ok((fit, false)),
         false => Ok((search.run()?, true)),
     }
@@ -158,9 +182,13 @@ fn merges(config: &Config) -> bool {
 }
 
 /// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
-pub(crate) fn is_comfortable(peak: u64, available: Option<u64>) -> bool {
+pub(crate) fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
+    let share = match on_gpu {
+        true => COMFORTABLE_ON_GPU,
+        false => COMFORTABLE,
+    };
     match available {
-        Some(available) => peak as f64 <= COMFORTABLE * available as f64,
+        Some(available) => peak as f64 <= share * available as f64,
         None => peak < SMALL,
     }
 }
@@ -172,6 +200,8 @@ struct Search<'a> {
     float_bytes: usize,
     on_gpu: bool,
     available: Option<u64>,
+    /// The largest buffer of the device.
+    limit: Option<u64>,
 }
 
 impl<'a> Search<'a> {
@@ -188,15 +218,15 @@ impl<'a> Search<'a> {
             data,
             float_bytes: DType::from(dtype).size(),
             on_gpu: selected.backend != Backend::Cpu,
-            // A GPU does not tell its free memory; there the run itself finds out.
-            available: match selected.backend {
-                Backend::Cpu => memory::available(),
-                _ => None,
-            },
+            // Where nobody tells, the run itself finds out.
+            available: device::device_memory(selected, config.device_memory)
+                .map(|memory| memory.usable(selected.backend)),
+            limit: device::largest_buffer(selected),
         }
     }
 
     fn run(&self) -> Result<Fit, FitError> {
+        self.check_weights()?;
         let auto = self.config.gradient_checkpointing == Checkpointing::Auto;
         let choices: &[bool] = match self.config.gradient_checkpointing {
             Checkpointing::On => &[true],
@@ -208,7 +238,7 @@ impl<'a> Search<'a> {
         if choices.contains(&false) {
             for (rows, steps) in self.mergers() {
                 let fit = self.at(rows, steps, false)?;
-                if is_comfortable(fit.plan.resident_peak(), self.available) {
+                if self.is_comfortable(&fit) {
                     return Ok(fit);
                 }
             }
@@ -219,8 +249,8 @@ impl<'a> Search<'a> {
             for (rows, steps) in self.divisions() {
                 let fit = self.at(rows, steps, *checkpointing)?;
                 let is_good = match auto && !checkpointing {
-                    true => is_comfortable(fit.plan.resident_peak(), self.available),
-                    false => self.fits(&fit.plan),
+                    true => self.is_comfortable(&fit),
+                    false => self.binds(&fit) && self.fits(&fit.plan),
                 };
                 if is_good {
                     return Ok(fit);
@@ -234,10 +264,51 @@ impl<'a> Search<'a> {
             }
         }
         match smallest {
+            Some(fit) if !self.binds(&fit) => Err(FitError::Buffer {
+                what: format!("a micro-batch of {} rows", fit.batch_size),
+                needed: fit.largest_activation,
+                limit: self.limit.unwrap_or(0),
+                advice: "A smaller batch_size with more gradient_accumulation_steps, or a smaller max_seq_len, makes it \
+                    smaller",
+            }),
             Some(fit) if self.fits(&fit.plan) => Ok(fit),
             Some(fit) => Err(self.refuse(&fit)?),
             // There is always a division.
             None => Ok(self.at(self.config.batch_size.rows(), 1, true)?),
+        }
+    }
+
+    fn is_comfortable(&self, fit: &Fit) -> bool {
+        let peak = fit.plan.resident_peak();
+        self.binds(fit) && is_comfortable(peak, self.available, self.on_gpu)
+    }
+
+    /// Whether the device has buffers for the activations. A driver refuses larger ones however much memory is
+    /// free.
+    fn binds(&self, fit: &Fit) -> bool {
+        self.limit
+            .is_none_or(|limit| fit.largest_activation <= limit)
+    }
+
+    /// As [`binds`](Self::binds) for the weights: on a GPU each is unpacked into one buffer for its product.
+    fn check_weights(&self) -> Result<(), FitError> {
+        let linears = self.model.layer_linears();
+        let largest = linears
+            .iter()
+            .max_by_key(|(_, d_in, d_out, _)| d_in * d_out);
+        let (Some(limit), Some((name, d_in, d_out, _))) = (self.limit, largest) else {
+            return Ok(());
+        };
+        let needed = (d_in * d_out * self.float_bytes) as u64;
+        match needed <= limit {
+            true => Ok(()),
+            false => Err(FitError::Buffer {
+                what: format!("the weight of {name}, unpacked for a product,"),
+                needed,
+                limit,
+                advice: "compute_dtype = \"f16\", where the device has it, halves it; --backend cpu, or another GPU, \
+                    has no such limit",
+            }),
         }
     }
 
@@ -276,7 +347,9 @@ impl<'a> Search<'a> {
     fn at(&self, rows: usize, steps: usize, checkpointing: bool) -> Result<Fit, LoraError> {
         let prefixes = prefixes(self.config);
         let mut heaviest: Option<Plan> = None;
+        let mut tokens = 0;
         for workload in self.heaviest(rows, steps, prefixes) {
+            tokens = tokens.max(workload.tokens);
             let plan = Plan::new(self.model, &self.options(workload, steps, checkpointing))?;
             if heaviest
                 .as_ref()
@@ -298,7 +371,15 @@ impl<'a> Search<'a> {
             gradient_checkpointing: checkpointing,
             prefixes,
             plan,
+            largest_activation: (tokens * self.widest() * self.float_bytes) as u64,
         })
+    }
+
+    /// The widest output of a linear module.
+    fn widest(&self) -> usize {
+        let linears = self.model.layer_linears();
+        let widths = linears.iter().map(|(_, _, d_out, _)| *d_out);
+        widths.max().unwrap_or(0)
     }
 
     fn options(&self, workload: Workload, steps: usize, checkpointing: bool) -> PlanOptions {
@@ -386,6 +467,12 @@ impl<'a> Search<'a> {
         Ok(FitError::TooLarge {
             needed: plan.resident_peak(),
             available: self.available.unwrap_or(0),
+            whose: match (self.on_gpu, self.config.device_memory) {
+                (true, None) => "of this device's memory may be used",
+                (true, Some(_)) => "of device_memory may be used",
+                (false, Some(_)) => "are what device_memory allows",
+                (false, None) => "are free",
+            },
             what: largest.map_or_else(String::new, |part| part.name.clone()),
             advice,
         })
@@ -398,10 +485,11 @@ mod tests {
 
     #[test]
     fn where_nobody_tells_what_is_free_only_small_runs_keep_their_activations() {
-        assert!(is_comfortable(500 << 20, None));
-        assert!(!is_comfortable(9 << 30, None));
-        assert!(is_comfortable(9 << 30, Some(20 << 30)));
-        assert!(!is_comfortable(500 << 20, Some(600 << 20)));
+        assert!(is_comfortable(500 << 20, None, false));
+        assert!(!is_comfortable(9 << 30, None, true));
+        assert!(is_comfortable(9 << 30, Some(20 << 30), false));
+        assert!(!is_comfortable(500 << 20, Some(600 << 20), false));
+        assert!(is_comfortable(500 << 20, Some(600 << 20), true));
     }
 
     #[test]
@@ -428,6 +516,7 @@ mod tests {
             gradient_checkpointing: false,
             prefixes: Prefixes::Shared,
             plan: Plan::new(&model, &options).unwrap(),
+            largest_activation: 0,
         };
         let divided = |rows| {
             let smaller = fit(rows).smaller(&config).unwrap();

@@ -263,13 +263,7 @@ pub fn evaluate(model: &Llama, batch: &Batch) -> LossSums {
     for index in 0..model.layers.len() {
         hidden = passes.layer(index).forward(&hidden).0;
     }
-    match loss::loss(model, passes.supervised(hidden), batch, &passes.targets) {
-        Loss::Known(sums) => sums,
-        Loss::OnDevice(loss) => match loss::read(None, vec![loss]) {
-            Some((_, sums)) => sums,
-            None => LossSums::default(),
-        },
-    }
+    loss::loss(model, passes.supervised(hidden), batch, &passes.targets).sums()
 }
 
 /// The passes of a batch through the layers.

@@ -6,11 +6,11 @@ use std::path::{Path, PathBuf};
 use burn::tensor::{DType, FloatDType, Tensor};
 use clap::Args;
 use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
-use lora_core::{LoraError, LoraLinear, Quantization};
+use lora_core::{LoraConfig, LoraError, LoraLinear, Quantization};
 
 use crate::config::EMBEDDED;
 use crate::data::{DataError, ModelFiles};
-use crate::device::{self, Backend, DeviceError, Selected};
+use crate::device::{self, Backend, CheckOptions, DeviceError, KernelArgs, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::hub::{self, HubError, Need};
 use crate::merge::{Survival, SurvivalReport};
@@ -33,6 +33,9 @@ pub struct ModelArgs {
     /// f32, bf16 or f16; the device's best without it
     #[arg(long, value_name = "TYPE", value_parser = compute_dtype)]
     pub compute_dtype: Option<FloatDType>,
+    /// Switches of the GPU's kernels.
+    #[command(flatten)]
+    pub kernels: KernelArgs,
 }
 
 fn compute_dtype(word: &str) -> Result<FloatDType, String> {
@@ -43,6 +46,9 @@ fn compute_dtype(word: &str) -> Result<FloatDType, String> {
         _ => Err("expected f32, bf16 or f16".into()),
     }
 }
+
+/// Tokens of a prompt, for the comparison of a device with the CPU.
+const PROMPT: usize = 64;
 
 /// Why a model cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -93,7 +99,7 @@ pub struct Inference {
 }
 
 impl Inference {
-    /// Loads a model. The device is tested with a small product first, as before training.
+    /// Loads a model. The device is compared with the CPU on a layer of it first, as before training.
     ///
     /// # Errors
     ///
@@ -110,7 +116,22 @@ impl Inference {
         let selected = device::select(args.backend)?;
         let dtype = device::compute_dtype(&selected, args.compute_dtype)?;
         let stored = device::prepare(&selected, dtype)?;
-        device::self_test(&selected)?;
+        let checks = device::check_device(
+            &selected,
+            &CheckOptions {
+                model: &config,
+                quantization,
+                dtype: stored,
+                lora: &LoraConfig::default(),
+                longest_row: PROMPT,
+            },
+        )?;
+        device::verdict(&selected, &checks)?;
+        let switches = device::switches();
+        if !switches.is_empty() {
+            // Standard output belongs to the answers.
+            log::warn!("as asked for: {}", switches.join(", "));
+        }
         let options = LoadOptions {
             quantization,
             quantize_lm_head: false,

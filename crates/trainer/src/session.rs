@@ -25,7 +25,7 @@ use crate::output::OutputFolder;
 use crate::peft::{AdapterConfig, AdapterError, AdapterTensors};
 use crate::screen::{Scores, Screen};
 use crate::step::NotFinite;
-use crate::train::TrainError;
+use crate::train::{TrainError, WrongNumbers};
 
 /// A run under way.
 pub struct Session<'a> {
@@ -57,6 +57,8 @@ pub struct Session<'a> {
     /// Seconds of earlier sessions.
     before: f64,
     metrics_fail: bool,
+    /// The last step whose comparison with the CPU went well; the one before the run is step 0's.
+    checked: usize,
 }
 
 /// What a session begins with.
@@ -86,6 +88,7 @@ pub struct Beginning<'a> {
 impl<'a> Session<'a> {
     /// Begins. From here on failures of the device are caught.
     pub fn new(beginning: Beginning<'a>, interrupt: &'a Interrupt, screen: &'a mut Screen) -> Self {
+        let progress_step = beginning.progress.step;
         Self {
             config: beginning.config,
             data: beginning.data,
@@ -103,6 +106,7 @@ impl<'a> Session<'a> {
             guard: Guard::install(),
             started: Instant::now(),
             metrics_fail: false,
+            checked: progress_step,
         }
     }
 
@@ -136,6 +140,9 @@ impl<'a> Session<'a> {
             let Some(smaller) = smaller else {
                 return Err(self.rescue(fault, Some((model, optimizer))));
             };
+            // What the failed pass still has under way fails too, and must not be taken for the next one's.
+            let device = &self.selected.device;
+            self.guard.settle(|| drop(device.sync()));
             let what = match smaller.batch_size == self.fit.batch_size {
                 true => "activations are recomputed".into(),
                 false => format!(
@@ -200,6 +207,7 @@ impl<'a> Session<'a> {
                  smaller max_seq_len needs less",
                 self.memory()
             ),
+            FaultKind::TooLargeTensor => self.too_large(),
             FaultKind::Lost => "This is the driver's doing, or the machine's: another program, \
                                 overheating, sleep"
                 .to_string(),
@@ -213,6 +221,63 @@ impl<'a> Session<'a> {
             advice,
             resume: self.how_to_resume(),
             resumable: self.keeper.newest().is_some(),
+        }
+    }
+
+    /// What to do about a tensor that the device has no buffer for.
+    fn too_large(&self) -> String {
+        let limit = match device::largest_buffer(self.selected) {
+            Some(bytes) => format!(
+                "The largest buffer of this device is {}",
+                human::bytes(bytes)
+            ),
+            None => "The device limits its buffers".into(),
+        };
+        format!(
+            "{limit}, whatever memory is free. A smaller batch_size with more gradient_accumulation_steps, or a \
+             smaller max_seq_len, makes the activations smaller; for a weight of that size take another backend, as \
+             in --backend cpu"
+        )
+    }
+
+    /// Compares a layer with the CPU, if `check_every` says that it is time: a decoder layer as it is now, another
+    /// one each time, on hidden states of this step's first rows, forward and backward. The model as a whole may
+    /// not fit the host.
+    ///
+    /// Nothing is done on the CPU, which is what others are compared with.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::WrongNumbers`] with the operation that differs most. Nothing of this step is kept, and no
+    /// checkpoint is made of what may be wrong already.
+    pub fn check(&mut self, model: &Llama, optimizer: &Optimizer) -> Result<(), TrainError> {
+        let (every, step) = (self.config.check_every, self.progress.next());
+        if self.selected.backend == Backend::Cpu || every == 0 || !step.is_multiple_of(every) {
+            return Ok(());
+        }
+        let index = step / every % model.layers.len().max(1);
+        let checks = self.compute(model, optimizer, |session| {
+            let rows = session.order().step(step - 1);
+            let rows = rows
+                .first()
+                .map_or(&[][..], |rows| &rows[..rows.len().min(2)]);
+            let batch = session.data.train.batch(rows, session.fit.prefixes);
+            device::check_layer(session.selected, model, index, &batch.tokens)
+        })?;
+        let verdict = checks.and_then(|checks| device::verdict(self.selected, &checks));
+        match verdict {
+            Ok(()) => {
+                self.checked = step;
+                Ok(())
+            }
+            Err(error) => Err(TrainError::WrongNumbers(Box::new(WrongNumbers {
+                step,
+                layer: index,
+                checked: self.checked,
+                resume: self.how_to_resume(),
+                resumable: self.keeper.newest().is_some(),
+                error,
+            }))),
         }
     }
 
@@ -466,7 +531,9 @@ impl<'a> Session<'a> {
             Backend::Auto => String::new(),
             backend => format!("--backend {backend} "),
         };
-        format!("cargo xtask train {device}--resume {folder}")
+        let switches = device::switches();
+        let switches: String = switches.iter().map(|name| format!("{name} ")).collect();
+        format!("cargo xtask train {device}{switches}--resume {folder}")
     }
 
     /// Seconds of work, those of earlier sessions included.

@@ -10,7 +10,7 @@ use lora_core::{LoraError, Quantization};
 use crate::checkpoint::{CheckpointError, Fingerprint, Keeper, Progress, Resume, Resumed};
 use crate::config::{BatchSize, ComputeDtype, Config, Problems};
 use crate::data::{self, Data, DataError, Dataset};
-use crate::device::{self, Backend, DeviceError, Selected};
+use crate::device::{self, Backend, CheckOptions, DeviceError, DeviceMemory, Known, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::fault::{self, FaultError};
 use crate::fit::{self, Fit, FitError};
@@ -90,12 +90,37 @@ pub enum TrainError {
         /// Whether there is a checkpoint.
         resumable: bool,
     },
+    /// The device computed something wrong while the run went on.
+    #[error(transparent)]
+    WrongNumbers(Box<WrongNumbers>),
     /// A data file that somebody writes to.
     #[error("{} changed while it was read; start again when it is complete", path.display())]
     DataChanged {
         /// The file.
         path: PathBuf,
     },
+}
+
+/// A comparison with the CPU, in the middle of a run, that did not go well.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "step {step}: {error}. It was found in layer {layer}, and nothing of this step was kept; what the steps after step \
+     {checked} computed, the last that was compared with the CPU, is in doubt. {resume}"
+)]
+pub struct WrongNumbers {
+    /// The step under way.
+    pub step: usize,
+    /// The decoder layer that was compared.
+    pub layer: usize,
+    /// The last step whose comparison went well.
+    pub checked: usize,
+    /// The operation, and what to do.
+    #[source]
+    pub error: DeviceError,
+    /// How to go on, in words.
+    pub resume: String,
+    /// Whether there is a checkpoint.
+    pub resumable: bool,
 }
 
 /// The files of a run: those that the configuration names, or the embedded ones.
@@ -237,7 +262,20 @@ pub fn train(
     };
     let order = session::order(config, &data, &fit);
     let total_steps = order.total_steps(config.num_epochs, config.max_steps);
-    device::self_test(&selected)?;
+    let checks = device::check_device(
+        &selected,
+        &CheckOptions {
+            model: &model_config,
+            quantization: quantization(config),
+            dtype: stored,
+            lora: &lora,
+            longest_row: data.train.lengths().max().unwrap_or(1),
+        },
+    )?;
+    for check in &checks {
+        log::debug!("{check:?}");
+    }
+    device::verdict(&selected, &checks)?;
     let folder = match locked {
         Some(folder) => folder,
         None => OutputFolder::prepare(&config.output_dir, request.existing)?,
@@ -314,6 +352,7 @@ pub fn train(
         decay: config.lr_scheduler,
     };
     let plan = &fit.plan;
+    let memory_there = device::device_memory(&selected, config.device_memory);
     screen.start(&RunSummary {
         name: run_name(config),
         model: format!("{}: {}", config.base_model, plan::shape(&model_config)),
@@ -331,6 +370,7 @@ pub fn train(
             frozen: plan.counts.frozen,
         },
         memory: plan.summary(),
+        memory_there: memory_there.map_or_else(String::new, memory_in_words),
         data: data_summary(config, &data),
         steps: StepSummary {
             total: total_steps,
@@ -343,7 +383,7 @@ pub fn train(
             logging_steps: config.logging_steps,
         },
         output: folder.path().to_path_buf(),
-        warnings: warnings(&selected, resumed.as_ref(), divided_anew),
+        warnings: warnings(&selected, resumed.as_ref(), divided_anew, memory_there),
     });
     if resumed.is_some() {
         screen.resume(progress.step, &metrics::history(&folder.metrics())?);
@@ -392,6 +432,7 @@ pub fn train(
                 };
                 step::gradient(&model, input)
             })?;
+            session.check(&model, &optimizer)?;
             match gradient {
                 Ok(gradient) => {
                     let learning_rate = schedule.rate(step) * session.progress.rate_factor();
@@ -542,9 +583,34 @@ fn data_summary(config: &Config, data: &Data) -> DataSummary {
     }
 }
 
+/// How much memory a device has, in words.
+fn memory_in_words(memory: DeviceMemory) -> String {
+    let bytes = human::bytes(memory.bytes);
+    match memory.known {
+        Known::Free => format!("{bytes} free"),
+        Known::Stated | Known::Total => bytes,
+    }
+}
+
 /// What the user should know before the first step.
-fn warnings(selected: &Selected, resumed: Option<&Resumed>, divided_anew: bool) -> Vec<String> {
+fn warnings(
+    selected: &Selected,
+    resumed: Option<&Resumed>,
+    divided_anew: bool,
+    memory_there: Option<DeviceMemory>,
+) -> Vec<String> {
     let mut warnings: Vec<String> = selected.warning().into_iter().collect();
+    if memory_there.is_none() {
+        warnings.push(
+            "this device does not tell how much memory it has: what fits is found out by trying, and activations are \
+             recomputed unless the run is small. device_memory = \"8GiB\", say, plans with what it has"
+                .into(),
+        );
+    }
+    let switches = device::switches();
+    if !switches.is_empty() {
+        warnings.push(format!("as asked for: {}", switches.join(", ")));
+    }
     let Some(resumed) = resumed else {
         return warnings;
     };

@@ -201,19 +201,13 @@ pub(super) fn forward(
         // In the type of the product, which has rounded them already.
         let scores = (q.matmul(k).cast(DType::F32) + tile.mask(dtype)).cast(dtype);
         let most = scores.clone().max_dim(3).cast(DType::F32);
-        let most = if head_room > 0.0 {
-            most.add_scalar(head_room)
-        } else {
-            most
-        };
-        let weights = (scores.cast(DType::F32) - most.clone()).exp().cast(dtype);
+        let shift = most.clone().add_scalar(head_room.ln());
+        let weights = (scores.cast(DType::F32) - shift).exp().cast(dtype);
         // The weights' sum divides the output, which is smaller than the weights.
         let [segments, key, rows, visible] = weights.dims();
         let sum = weights.clone().reshape([segments * key, rows, visible]);
-        let sum = sum
-            .cast(DType::F32)
-            .sum_dim(2)
-            .reshape([segments, key, rows, 1]);
+        let sum = sum.cast(DType::F32).mul_scalar(head_room).sum_dim(2);
+        let sum = sum.reshape([segments, key, rows, 1]);
         let mixed = weights.matmul(v);
         let mixed = mixed.cast(DType::F32).mul_scalar(head_room);
         outputs.push((mixed / sum.clone()).cast(dtype));

@@ -34,6 +34,7 @@ use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Tensor};
 
 use crate::multiply_add;
+use crate::spoil::spoilt;
 
 /// What a backend does for a frozen quantized weight. The bodies here are right everywhere; a
 /// backend overrides them where it has something faster.
@@ -238,14 +239,19 @@ pub(crate) fn frozen_product(
         };
     }
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
-    Tensor::from_dispatch(match (sum, direction) {
+    let product = Tensor::from_dispatch(match (sum, direction) {
         (Some(sum), _) => {
             let backward = direction == Direction::Backward;
             Dispatch::frozen_linear_add(sum.into_dispatch(), x, weight, backward)
         }
         (None, Direction::Forward) => Dispatch::frozen_linear_forward(x, weight),
         (None, Direction::Backward) => Dispatch::frozen_linear_backward(x, weight),
-    })
+    });
+    let operation = match direction {
+        Direction::Forward => "quantized_product",
+        Direction::Backward => "quantized_product_backward",
+    };
+    spoilt(operation, product)
 }
 
 #[cfg(test)]

@@ -86,6 +86,8 @@ impl Ours {
             config: &config,
             options,
             on_gpu,
+            available: device::device_memory(selected, None)
+                .map(|memory| memory.usable(selected.backend)),
         };
         let checkpointing = match settings.gradient_checkpointing {
             Some(asked) => asked,
@@ -226,13 +228,13 @@ struct Memory<'a> {
     config: &'a LlamaConfig,
     options: LoadOptions,
     on_gpu: bool,
+    available: Option<u64>,
 }
 
 impl Memory<'_> {
     /// Whether a run of these micro-batches keeps its activations: where the heaviest of them does not take
     /// too much of the free memory, as [`fit`](crate::fit) has it.
     fn keeps_activations(&self, micro_batches: Vec<Vec<usize>>) -> Result<bool, BenchError> {
-        let available = memory::available().filter(|_| !self.on_gpu);
         let rows = dataset(self.spec);
         let workloads = micro_batches
             .iter()
@@ -250,7 +252,7 @@ impl Memory<'_> {
             workload,
         };
         let peak = Plan::new(self.config, &keeping)?.resident_peak();
-        Ok(fit::is_comfortable(peak, available))
+        Ok(fit::is_comfortable(peak, self.available, self.on_gpu))
     }
 }
 

@@ -32,7 +32,7 @@ pub struct Resumed {
 
 /// Keys that a run may change on the way: where it writes, what it shows, how it keeps itself safe, and what
 /// changes no bit of the result. Of files, the content is compared and not the path.
-const FREE: [&str; 12] = [
+const FREE: [&str; 14] = [
     "base_model",
     "dataset_path",
     "val_dataset_path",
@@ -45,6 +45,8 @@ const FREE: [&str; 12] = [
     "on_non_finite",
     "max_skipped_steps",
     "on_out_of_memory",
+    "device_memory",
+    "check_every",
 ];
 
 /// The folder of the run that a path belongs to: the path of a checkpoint, of the folder of checkpoints, or

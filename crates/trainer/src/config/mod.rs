@@ -101,6 +101,8 @@ pub struct Config {
     pub quantize_lm_head: bool,
     /// The number format of the computation.
     pub compute_dtype: ComputeDtype,
+    /// Bytes of memory that the device has; asked of its driver where `None`, which not every one answers.
+    pub device_memory: Option<u64>,
 
     /// The peak learning rate.
     pub learning_rate: f64,
@@ -160,6 +162,8 @@ pub struct Config {
     pub max_skipped_steps: usize,
     /// What happens when the device's memory is too small for a micro-batch.
     pub on_out_of_memory: OnOutOfMemory,
+    /// Optimizer steps between two comparisons of a GPU with the CPU while the run goes on; 0: only before it.
+    pub check_every: usize,
     /// Where the adapter, the metrics and this configuration are written.
     pub output_dir: PathBuf,
 

@@ -32,6 +32,7 @@ pub(super) const KEYS: &[&str] = &[
     "quant_bits",
     "quantize_lm_head",
     "compute_dtype",
+    "device_memory",
     "learning_rate",
     "num_epochs",
     "max_steps",
@@ -59,6 +60,7 @@ pub(super) const KEYS: &[&str] = &[
     "on_non_finite",
     "max_skipped_steps",
     "on_out_of_memory",
+    "check_every",
     "output_dir",
 ];
 
@@ -287,6 +289,42 @@ pub(super) fn number(
             .filter(|number| number.is_finite() && valid(*number))
             .ok_or_else(|| format!("must be {right}"))
     }
+}
+
+/// A number of bytes: `"8GiB"`, `"24 GB"`, or the number itself.
+pub(super) fn bytes(value: &Value) -> Parsed<u64> {
+    const UNITS: [(&str, f64); 8] = [
+        ("KIB", 1024.0),
+        ("MIB", 1048576.0),
+        ("GIB", 1073741824.0),
+        ("TIB", 1099511627776.0),
+        ("KB", 1e3),
+        ("MB", 1e6),
+        ("GB", 1e9),
+        ("TB", 1e12),
+    ];
+    let number = match value {
+        Value::Integer(number) => Some(*number as f64),
+        Value::Float(number) => Some(*number),
+        Value::String(text) => {
+            let text = text.trim().to_uppercase();
+            let unit = UNITS.iter().find(|(unit, _)| text.ends_with(unit));
+            let (digits, factor) = match unit {
+                Some((unit, factor)) => (text.trim_end_matches(unit), *factor),
+                None => (text.trim_end_matches('B'), 1.0),
+            };
+            let number = digits.trim().parse::<f64>().ok();
+            number.map(|number| number * factor)
+        }
+        _ => None,
+    };
+    // A device with less than a mebibyte is a unit that was forgotten; 2⁵³ is more than any has.
+    number
+        .filter(|bytes| (1048576.0..9.0e15).contains(bytes))
+        .map(|bytes| bytes.round() as u64)
+        .ok_or_else(|| {
+            "must be a number of bytes with its unit, as in \"8GiB\" or \"24 GB\"".into()
+        })
 }
 
 /// `true` or `false`.

@@ -6,7 +6,7 @@ use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems, nearest};
 use super::raw::RawConfig;
-use super::reader::{Parsed, Reader, boolean, number, text, whole, whole_up_to, word};
+use super::reader::{Parsed, Reader, boolean, bytes, number, text, whole, whole_up_to, word};
 use super::value::Value;
 use super::words::{BatchSize, Checkpointing, PromptTemplate};
 use super::{Config, files};
@@ -147,6 +147,7 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         quant_bits: r.or("quant_bits", 8, quant_bits),
         quantize_lm_head: r.or("quantize_lm_head", false, boolean),
         compute_dtype: r.or("compute_dtype", Default::default(), word),
+        device_memory: r.optional("device_memory", bytes),
         learning_rate: r.or("learning_rate", 1e-4, positive()),
         num_epochs: r.or("num_epochs", 4.0, positive()),
         max_steps: r.optional("max_steps", whole(1)),
@@ -174,6 +175,7 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         on_non_finite: r.or("on_non_finite", Default::default(), word),
         max_skipped_steps: r.or("max_skipped_steps", 3, whole(0)),
         on_out_of_memory: r.or("on_out_of_memory", Default::default(), word),
+        check_every: r.or("check_every", 0, whole(0)),
         output_dir: r
             .get("output_dir", text("the path of a folder"))
             .map_or(default_output, PathBuf::from),
@@ -455,6 +457,42 @@ mod tests {
             ),
             (None, Some(5.0), Some(2))
         );
+    }
+
+    #[test]
+    fn a_device_s_memory_is_read_with_its_unit() {
+        let memory = |value: &str| {
+            parse(&format!("device_memory = {value}"))
+                .unwrap()
+                .device_memory
+        };
+        for (value, bytes) in [
+            ("\"8GiB\"", 8 << 30),
+            ("\"7.5 gib\"", 15 << 29),
+            ("\"24 GB\"", 24_000_000_000),
+            ("\"512MiB\"", 512 << 20),
+            ("\"2097152\"", 2 << 20),
+            ("25769803776", 24 << 30),
+        ] {
+            assert_eq!(memory(value), Some(bytes), "{value}");
+        }
+        assert_eq!(memory("\"none\""), None);
+        assert_eq!(parse("").unwrap().device_memory, None);
+        for wrong in [
+            "8",
+            "\"8\"",
+            "\"-8GiB\"",
+            "\"GiB\"",
+            "\"8 Gibi\"",
+            "true",
+            "\"1e30GB\"",
+        ] {
+            let found = problems(&format!("device_memory = {wrong}"));
+            assert!(
+                found.len() == 1 && found[0].contains("8GiB"),
+                "{wrong}: {found:?}"
+            );
+        }
     }
 
     #[test]

@@ -68,6 +68,8 @@ impl Config {
         set("quant_bits", whole(self.quant_bits.into()));
         set("quantize_lm_head", self.quantize_lm_head.into());
         set("compute_dtype", self.compute_dtype.word().into());
+        let memory = self.device_memory.map(|bytes| Value::from(bytes as i64));
+        set("device_memory", memory.unwrap_or_else(none));
         set("learning_rate", self.learning_rate.into());
         set("num_epochs", self.num_epochs.into());
         set("max_steps", optional(self.max_steps));
@@ -106,6 +108,7 @@ impl Config {
         set("on_non_finite", self.on_non_finite.word().into());
         set("max_skipped_steps", whole(self.max_skipped_steps));
         set("on_out_of_memory", self.on_out_of_memory.word().into());
+        set("check_every", whole(self.check_every));
         set("output_dir", path(&self.output_dir));
         table.to_string()
     }
@@ -194,6 +197,8 @@ mod tests {
             "max_skipped_steps=0",
             "on_out_of_memory=stop",
             "dataset_format=alpaca",
+            "device_memory=8GiB",
+            "check_every=50",
         ]));
     }
 

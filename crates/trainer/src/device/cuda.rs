@@ -5,7 +5,7 @@
 //! like from `libdevice.10.bc` (cubecl-llvm 0.11.3, `nvptx/libdevice.rs`). NVRTC is not used.
 
 use std::env;
-use std::ffi::{CStr, c_char, c_int, c_uint};
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
 
 use super::{Backend, DeviceError, Selected};
@@ -74,11 +74,7 @@ fn ask() -> Result<Driver, String> {
     type Get = unsafe extern "system" fn(*mut c_int, c_int) -> c_int;
     type Name = unsafe extern "system" fn(*mut c_char, c_int, c_int) -> c_int;
 
-    let file = if cfg!(windows) {
-        "nvcuda.dll"
-    } else {
-        "libcuda.so.1"
-    };
+    let file = file();
     // SAFETY: the functions have had these signatures since CUDA 2 (`cuda.h`: `CUresult` and
     // `CUdevice` are `int`); every pointer is to a local that outlives its call; the library stays
     // loaded while they are used. It runs its own initialisers when it is loaded, as in any program
@@ -131,6 +127,67 @@ fn ask() -> Result<Driver, String> {
                 n => format!("{name} (the first of {n}; CUDA_VISIBLE_DEVICES picks another)"),
             },
         })
+    }
+}
+
+/// Bytes that are free on the first device, or all that it has where the driver tells no more; `None` without a
+/// driver.
+pub fn free_memory() -> Option<u64> {
+    type Init = unsafe extern "system" fn(c_uint) -> c_int;
+    type Get = unsafe extern "system" fn(*mut c_int, c_int) -> c_int;
+    type Retain = unsafe extern "system" fn(*mut *mut c_void, c_int) -> c_int;
+    type Push = unsafe extern "system" fn(*mut c_void) -> c_int;
+    type Pop = unsafe extern "system" fn(*mut *mut c_void) -> c_int;
+    type Release = unsafe extern "system" fn(c_int) -> c_int;
+    type Info = unsafe extern "system" fn(*mut usize, *mut usize) -> c_int;
+    type Total = unsafe extern "system" fn(*mut usize, c_int) -> c_int;
+
+    // SAFETY: as in `ask`; the names with `_v2` are what `cuda.h` has meant by those without since CUDA 4 (the
+    // release since 11), with `size_t` for bytes. The context that is made current here is taken off again on the
+    // same thread, and what was retained is released.
+    unsafe {
+        let library = libloading::Library::new(file()).ok()?;
+        let init = library.get::<Init>(b"cuInit\0").ok()?;
+        let get = library.get::<Get>(b"cuDeviceGet\0").ok()?;
+        let mut device = 0;
+        if init(0) != 0 || get(&mut device, 0) != 0 {
+            return None;
+        }
+        let free = || {
+            // What is free is asked of the context that is current.
+            let retain = library.get::<Retain>(b"cuDevicePrimaryCtxRetain\0").ok()?;
+            let release = library
+                .get::<Release>(b"cuDevicePrimaryCtxRelease_v2\0")
+                .ok()?;
+            let push = library.get::<Push>(b"cuCtxPushCurrent_v2\0").ok()?;
+            let pop = library.get::<Pop>(b"cuCtxPopCurrent_v2\0").ok()?;
+            let info = library.get::<Info>(b"cuMemGetInfo_v2\0").ok()?;
+            let mut context = std::ptr::null_mut();
+            if retain(&mut context, device) != 0 {
+                return None;
+            }
+            let (mut free, mut total) = (0, 0);
+            let mut told = push(context) == 0;
+            if told {
+                told = info(&mut free, &mut total) == 0;
+                pop(&mut context);
+            }
+            release(device);
+            told.then_some(free as u64)
+        };
+        free().or_else(|| {
+            let total = library.get::<Total>(b"cuDeviceTotalMem_v2\0").ok()?;
+            let mut bytes = 0;
+            (total(&mut bytes, device) == 0).then_some(bytes as u64)
+        })
+    }
+}
+
+/// NVIDIA's driver.
+fn file() -> &'static str {
+    match cfg!(windows) {
+        true => "nvcuda.dll",
+        false => "libcuda.so.1",
     }
 }
 

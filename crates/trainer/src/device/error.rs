@@ -4,7 +4,7 @@ use thiserror::Error;
 
 use super::Backend;
 #[cfg(doc)]
-use super::{SELF_TEST_TOLERANCE, self_test};
+use super::{check_device, self_test};
 
 /// Why there is no such device. Each message is one line that also says what to do.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -62,27 +62,39 @@ pub enum DeviceError {
         /// The driver's words.
         message: String,
     },
-    /// [`self_test`] found numbers that are not the CPU's.
+    /// [`self_test`] or [`check_device`] found numbers that are not the CPU's.
     #[error(
-        "{name} computes wrong numbers: the {quantity} of a small quantized product differs from \
-         the CPU's by {difference:.1e} relative (at most {tolerance:.0e} is right; the worst value is \
-         {got}, the CPU says {expected}); its driver cannot be trusted: update it, or use --backend \
-         cpu"
+        "{name} computes wrong numbers: {operation} differs from the CPU's result by {difference:.1e} relative, and \
+         rounding explains at most {tolerance:.0e}. Results of this device cannot be trusted: {advice}"
     )]
     WrongNumbers {
         /// The device, its driver included.
         name: String,
-        /// `result` or `gradient`.
-        quantity: &'static str,
-        /// Relative Frobenius distance; not a number where the device gave none.
-        difference: f32,
-        /// [`SELF_TEST_TOLERANCE`].
-        tolerance: f32,
-        /// The value that is furthest off, as the device computed it.
-        got: f32,
-        /// The same value on the CPU.
-        expected: f32,
+        /// The operation that differs most.
+        operation: String,
+        /// The largest relative distance; not a number where the device gave none.
+        difference: f64,
+        /// What rounding explains.
+        tolerance: f64,
+        /// Switches that may help, or a driver.
+        advice: String,
     },
+    /// A comparison with the CPU that the device did not come to the end of.
+    #[error(
+        "{name} failed in the comparison with the CPU: {message}; update its driver, or use --backend cpu"
+    )]
+    Unchecked {
+        /// The device, its driver included.
+        name: String,
+        /// The driver's words.
+        message: String,
+    },
+    /// `--no-autotune` in a build that has no other way.
+    #[error(
+        "--no-autotune: this build times its kernels and has no switch for it; `cargo xtask train --no-autotune` \
+         builds the trainer without"
+    )]
+    Tunes,
     /// Products in bf16 that come out wrong.
     #[error("{reason}; compute_dtype = \"f32\" works")]
     Bf16Products {

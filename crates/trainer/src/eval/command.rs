@@ -13,6 +13,7 @@ use super::answering::{Answer, Answering, Task, TaskOptions};
 use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use crate::config::{EMBEDDED, PromptTemplate};
 use crate::data::{self, RowTokenizer, Rows, TrainingPrompt, effective_template};
+use crate::device::KernelArgs;
 use crate::embedded;
 use crate::hub;
 use crate::human;
@@ -68,6 +69,13 @@ pub struct EvalArgs {
     /// Where results.json, results.md and answers.jsonl go
     #[arg(long, value_name = "DIR", default_value = "target/eval")]
     output: PathBuf,
+}
+
+impl EvalArgs {
+    /// Switches of the GPU's kernels.
+    pub fn kernels(&self) -> KernelArgs {
+        self.model.kernels
+    }
 }
 
 /// A file's rows before they are tokenized.

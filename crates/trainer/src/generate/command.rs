@@ -11,6 +11,7 @@ use serde::Serialize;
 use super::{Finish, Generator, Limits, Sampling, Timing};
 use crate::config::PromptTemplate;
 use crate::data::RowTokenizer;
+use crate::device::KernelArgs;
 use crate::human;
 use crate::inference::{Inference, ModelArgs};
 use crate::output;
@@ -48,6 +49,13 @@ pub struct GenerateArgs {
     batch_size: usize,
     #[command(flatten)]
     writing: Writing,
+}
+
+impl GenerateArgs {
+    /// Switches of the GPU's kernels.
+    pub fn kernels(&self) -> KernelArgs {
+        self.model.kernels
+    }
 }
 
 /// How a text is written.

@@ -4,6 +4,7 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraError, Quantization};
 
 use super::{Part, Plan, PlanOptions};
+use crate::device::{Backend, DeviceMemory, Known};
 use crate::human;
 
 impl Plan {
@@ -76,6 +77,26 @@ impl Plan {
             }
         }
         lines
+    }
+
+    /// Whether the run fits a device with so many bytes of memory, in words.
+    pub fn against(&self, device_memory: u64, on_gpu: bool) -> String {
+        let backend = if on_gpu { Backend::Auto } else { Backend::Cpu };
+        let known = Known::Stated;
+        let memory = DeviceMemory {
+            bytes: device_memory,
+            known,
+        };
+        let (needed, usable) = (self.resident_peak(), memory.usable(backend));
+        format!(
+            "device_memory = {}, {} of it for a run: this {}",
+            human::bytes(device_memory),
+            human::bytes(usable),
+            match needed <= usable {
+                true => "fits",
+                false => "does not fit",
+            }
+        )
     }
 }
 

@@ -22,6 +22,8 @@ pub struct RunSummary {
     pub adapters: AdapterSummary,
     /// Predicted peak memory by part, in bytes, largest or most telling first.
     pub memory: Vec<(String, u64)>,
+    /// What there is of it: `24.0 GiB`; empty where nobody tells.
+    pub memory_there: String,
     /// What it is trained on.
     pub data: DataSummary,
     /// How.
@@ -146,7 +148,14 @@ impl RunSummary {
             })
             .collect();
         vec![
-            format!("about {} at the peak", human::bytes(total)),
+            match self.memory_there.is_empty() {
+                true => format!("about {} at the peak", human::bytes(total)),
+                false => format!(
+                    "about {} of {} at the peak",
+                    human::bytes(total),
+                    self.memory_there
+                ),
+            },
             parts.join(", "),
         ]
     }
@@ -305,6 +314,7 @@ pub(super) mod tests {
                 ("weights".into(), 114 << 20),
                 ("moments".into(), 0),
             ],
+            memory_there: String::new(),
             data: DataSummary {
                 name: "fpb_train.jsonl".into(),
                 train_rows: 2800,
@@ -350,6 +360,15 @@ pub(super) mod tests {
             assert!(text.contains(part), "{part:?} in\n{text}");
         }
         assert!(!text.contains("moments"), "a part of nothing is left out");
+        let there = RunSummary {
+            memory_there: "24.0 GiB".into(),
+            ..summary()
+        };
+        let text = there.lines(Style::plain(), 80).join("\n");
+        assert!(
+            text.contains("about 222 MiB of 24.0 GiB at the peak"),
+            "{text}"
+        );
     }
 
     #[test]

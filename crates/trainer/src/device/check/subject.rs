@@ -1,0 +1,325 @@
+//! The layer that devices are compared on, held on the host so that every device gets the same.
+
+use burn::module::Param;
+use burn::nn::Linear;
+use burn::tensor::quantization::QuantStore;
+use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use llama_burn::{Attention, DecoderLayer, LlamaConfig, Mlp, PackedTokens, RmsNorm};
+use lora_core::{CounterRng, LoraLinear, compact, quantize_data};
+use rayon::prelude::*;
+
+use super::{CheckOptions, tokens_at_most};
+
+/// Weights of a layer that is made for a check: an 8B's has 218 million.
+const WEIGHTS: usize = 256 << 20;
+
+/// As [`WEIGHTS`] where a driver computes on the CPU.
+const WEIGHTS_ON_SOFTWARE: usize = 2 << 20;
+
+/// A decoder layer on the host.
+pub struct Subject {
+    /// The shapes.
+    pub config: LlamaConfig,
+    norms: [Vec<f32>; 2],
+    linears: Vec<HostLinear>,
+}
+
+struct HostLinear {
+    weight: TensorData,
+    bias: Option<Vec<f32>>,
+    adapter: Option<HostAdapter>,
+}
+
+struct HostAdapter {
+    a: TensorData,
+    b: TensorData,
+    scale: f64,
+    magnitude: Option<TensorData>,
+}
+
+/// Seeded numbers around 0 with this deviation, the same on every machine and quick to make: sums of two uniform
+/// ones.
+pub fn numbers(seed: u64, count: usize, deviation: f64) -> Vec<f32> {
+    const PIECE: usize = 1 << 14;
+    let root = CounterRng::new(seed);
+    let mut values = vec![0f32; count];
+    let pieces = values.par_chunks_mut(PIECE).enumerate();
+    pieces.for_each(|(index, piece)| {
+        let mut rng = root.fork(index as u64);
+        // The variance of a sum of two is 1/6.
+        let scale = deviation * 6f64.sqrt();
+        for value in piece {
+            let two = (rng.next_u64() >> 32) as f64 + (rng.next_u64() >> 32) as f64;
+            *value = ((two / 4_294_967_296.0 - 1.0) * scale) as f32;
+        }
+    });
+    values
+}
+
+impl Subject {
+    /// A layer of a model's shapes, and rows for it of which two begin alike.
+    pub fn made(options: &CheckOptions, is_software: bool) -> (Self, PackedTokens) {
+        let config = bounded(options.model, is_software);
+        let names = options.lora.selector().ok();
+        let r = options.lora.r;
+        let linears = config.layer_linears();
+        // Adapters where the run has them in some layer, else everywhere.
+        let adapted = |name: &str| {
+            let in_layer = |index| format!("model.layers.{index}.{name}");
+            let in_some = |selector: &lora_core::ModuleSelector| {
+                (0..options.model.num_hidden_layers).any(|index| selector.matches(&in_layer(index)))
+            };
+            names.as_ref().is_none_or(in_some)
+        };
+        let linear = |(index, (name, d_in, d_out, bias)): (usize, &(&str, usize, usize, bool))| {
+            let seed = 100 + 10 * index as u64;
+            // So that outputs are as long as inputs, as trained ones roughly are.
+            let values = numbers(seed, d_in * d_out, (*d_in as f64).powf(-0.5));
+            let weight = match quantize_data(&values, [*d_in, *d_out], options.quantization) {
+                Some((data, _)) => data,
+                None => rounded(values, [*d_in, *d_out], options.dtype),
+            };
+            // A quarter of what the weight gives: queries and keys much longer than trained ones would make the softmax
+            // a choice of one key, and every rounding before it large behind it.
+            let deviation = 0.25 / (options.lora.scale() * (r as f64).sqrt());
+            let adapter = adapted(name).then(|| HostAdapter {
+                a: TensorData::new(
+                    numbers(seed + 1, d_in * r, (*d_in as f64).powf(-0.5)),
+                    [*d_in, r],
+                ),
+                b: TensorData::new(numbers(seed + 2, r * d_out, deviation), [r, *d_out]),
+                scale: options.lora.scale(),
+                magnitude: None,
+            });
+            HostLinear {
+                weight,
+                bias: bias.then(|| numbers(seed + 3, *d_out, 0.1)),
+                adapter,
+            }
+        };
+        let norm = |seed| {
+            let around_one = numbers(seed, config.hidden_size, 0.2).into_iter();
+            around_one.map(|x| 1.0 + x).collect()
+        };
+        let subject = Self {
+            norms: [norm(1), norm(2)],
+            linears: linears.iter().enumerate().map(linear).collect(),
+            config,
+        };
+        let most = tokens_at_most(is_software);
+        (subject, rows(options.longest_row.clamp(1, most)))
+    }
+
+    /// A layer of a model as it is now. Weights that are quantized stay so, but for those with blocks along the input
+    /// (from GGUF), which the device unpacks first.
+    ///
+    /// # Errors
+    ///
+    /// If the device does not give its tensors back.
+    pub fn of(layer: &DecoderLayer, config: &LlamaConfig) -> Result<Self, String> {
+        let norm = |norm: &RmsNorm| data(norm.weight.val());
+        let linear = |(_, linear): &(_, &LoraLinear)| {
+            let bias = linear.bias.as_ref();
+            let adapter = linear.adapter().map(|adapter| {
+                let magnitude = linear.dora.is_some().then(|| linear.trainable()[2]);
+                Ok::<_, String>(HostAdapter {
+                    a: data(adapter.a.val())?,
+                    b: data(adapter.b.val())?,
+                    scale: adapter.scale,
+                    magnitude: magnitude
+                        .map(|magnitude| data(magnitude.val()))
+                        .transpose()?,
+                })
+            });
+            Ok::<_, String>(HostLinear {
+                weight: weight(linear)?,
+                bias: bias
+                    .map(|bias| data(bias.val()).and_then(floats))
+                    .transpose()?,
+                adapter: adapter.transpose()?,
+            })
+        };
+        Ok(Self {
+            config: config.clone(),
+            norms: [
+                floats(norm(&layer.input_layernorm)?)?,
+                floats(norm(&layer.post_attention_layernorm)?)?,
+            ],
+            linears: layer
+                .linears()
+                .iter()
+                .map(linear)
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// The layer on a device that computes in `dtype`, outside any tape.
+    pub fn on(&self, device: &Device, dtype: FloatDType) -> DecoderLayer {
+        let float: DType = dtype.into();
+        let norm = |values: &Vec<f32>| RmsNorm {
+            weight: frozen(place(
+                TensorData::new(values.clone(), [values.len()]),
+                DType::F32,
+                device,
+            )),
+            eps: self.config.rms_norm_eps,
+        };
+        let linear = |index: usize| {
+            let host = &self.linears[index];
+            let weight = host.weight.clone();
+            let weight = match weight.dtype() {
+                DType::QFloat(_) => compact(Tensor::from_data(weight, device)),
+                _ => place(weight, float, device),
+            };
+            let bias = host.bias.as_ref().map(|values| {
+                let data = TensorData::new(values.clone(), [values.len()]);
+                frozen(place::<1>(data, float, device))
+            });
+            let linear = LoraLinear::frozen(Linear {
+                weight: frozen(weight),
+                bias,
+            });
+            let Some(adapter) = &host.adapter else {
+                return linear;
+            };
+            let factor = |data: &TensorData| place::<2>(data.clone(), DType::F32, device);
+            let adapted =
+                linear
+                    .clone()
+                    .with_adapter(factor(&adapter.a), factor(&adapter.b), adapter.scale);
+            let adapted = adapted.and_then(|linear| match &adapter.magnitude {
+                Some(magnitude) => linear.with_dora(Some(factor(magnitude))),
+                None => Ok(linear),
+            });
+            // Its shapes come from the weight's own.
+            adapted.unwrap_or(linear)
+        };
+        let [
+            q_proj,
+            k_proj,
+            v_proj,
+            o_proj,
+            gate_proj,
+            up_proj,
+            down_proj,
+        ] = std::array::from_fn(linear);
+        DecoderLayer {
+            input_layernorm: norm(&self.norms[0]),
+            self_attn: Attention {
+                q_proj,
+                k_proj,
+                v_proj,
+                o_proj,
+                num_attention_heads: self.config.num_attention_heads,
+                num_key_value_heads: self.config.num_key_value_heads,
+                head_dim: self.config.head_dim,
+            },
+            post_attention_layernorm: norm(&self.norms[1]),
+            mlp: Mlp {
+                gate_proj,
+                up_proj,
+                down_proj,
+            },
+        }
+    }
+}
+
+/// The shapes, with the feed-forward block cut where the layer has more weights than a check takes.
+fn bounded(model: &LlamaConfig, is_software: bool) -> LlamaConfig {
+    let most = match is_software {
+        true => WEIGHTS_ON_SOFTWARE,
+        false => WEIGHTS,
+    };
+    let weights = |model: &LlamaConfig| -> usize {
+        let linears = model.layer_linears();
+        linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).sum()
+    };
+    let mut config = model.clone();
+    // Whole blocks of every quantization stay whole.
+    while weights(&config) > most && config.intermediate_size >= 2 * config.hidden_size.max(64) {
+        config.intermediate_size = (config.intermediate_size / 2).next_multiple_of(32);
+    }
+    config
+}
+
+/// Rows of `longest` tokens in all at most: a whole one, one that begins like it, and a short one of its own.
+fn rows(longest: usize) -> PackedTokens {
+    let first: Vec<u32> = (0..longest.div_ceil(2) as u32).collect();
+    let second: Vec<u32> = (0..longest as u32 / 4)
+        .chain(1000..1000 + longest as u32 / 8)
+        .collect();
+    let third: Vec<u32> = (2000..2000 + longest as u32 / 5).collect();
+    let rows = [&first[..], &second, &third];
+    let rows: Vec<&[u32]> = rows.into_iter().filter(|row| !row.is_empty()).collect();
+    PackedTokens::sharing_prefixes(&rows, 2).0
+}
+
+/// The weight as it is stored.
+fn weight(linear: &LoraLinear) -> Result<TensorData, String> {
+    let weight = linear.weight.base().without_autodiff();
+    match weight.dtype() {
+        // Packed along another dimension than the one that is read: a view of what GGUF holds.
+        DType::QFloat(scheme) if !matches!(scheme.store, QuantStore::PackedU32(0)) => {
+            data(linear.dense_base())
+        }
+        _ => data(weight),
+    }
+}
+
+/// Values as a type can hold them, in f32.
+pub fn rounded(values: Vec<f32>, shape: [usize; 2], dtype: FloatDType) -> TensorData {
+    let data = TensorData::new(values, shape);
+    data.convert_dtype(dtype.into()).convert::<f32>()
+}
+
+fn data<const D: usize>(tensor: Tensor<D>) -> Result<TensorData, String> {
+    let tensor = tensor.without_autodiff();
+    let data = tensor.try_into_data().map_err(|error| error.to_string())?;
+    Ok(match data.dtype() {
+        DType::QFloat(_) => data,
+        _ => data.convert::<f32>(),
+    })
+}
+
+fn floats(data: TensorData) -> Result<Vec<f32>, String> {
+    data.try_to_vec::<f32>()
+        .map_err(|error| format!("{error:?}"))
+}
+
+fn place<const D: usize>(data: TensorData, dtype: DType, device: &Device) -> Tensor<D> {
+    Tensor::from_data(data, (device, dtype))
+}
+
+fn frozen<const D: usize>(tensor: Tensor<D>) -> Param<Tensor<D>> {
+    Param::initialized(Default::default(), tensor).set_require_grad(false)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_have_their_deviation_and_are_the_same_again() {
+        let values = numbers(3, 100_000, 0.5);
+        let mean = values.iter().map(|x| f64::from(*x)).sum::<f64>() / 1e5;
+        let square = values.iter().map(|x| f64::from(*x).powi(2)).sum::<f64>() / 1e5;
+        assert!(mean.abs() < 0.01 && (square.sqrt() - 0.5).abs() < 0.01);
+        assert_eq!(numbers(3, 100_000, 0.5), values);
+        assert_ne!(numbers(4, 100, 0.5)[..], values[..100]);
+    }
+
+    #[test]
+    fn rows_share_a_beginning_and_keep_to_their_number() {
+        for longest in [1, 2, 24, 256] {
+            let packed = rows(longest);
+            assert!((1..=longest).contains(&packed.ids.len()), "{longest}");
+        }
+        let shared = rows(256);
+        assert!(
+            shared
+                .segments
+                .iter()
+                .any(|segment| segment.parent.is_some())
+        );
+    }
+}

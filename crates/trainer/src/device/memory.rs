@@ -1,0 +1,115 @@
+//! How much memory a device has: asked for where a driver tells, stated by `device_memory` where none does.
+
+use super::{Backend, Selected};
+use crate::memory;
+
+/// Of a device's whole memory, what a run may plan with. The rest is taken by the driver and its kernels, by the
+/// screen and by other programs, and lies idle in pages that Burn's pools hold half filled.
+const OF_TOTAL: f64 = 0.85;
+
+/// As [`OF_TOTAL`] where others' share is already subtracted: the pools' idle pages remain.
+const OF_FREE: f64 = 0.92;
+
+/// The memory of a device, and how that is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct DeviceMemory {
+    /// Bytes.
+    pub bytes: u64,
+    /// Whose word this is.
+    pub known: Known,
+}
+
+/// How a device's memory is known.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Known {
+    /// The setting `device_memory` says so.
+    Stated,
+    /// The driver tells what the device has.
+    Total,
+    /// The driver, or on the CPU the system, tells what is free.
+    Free,
+}
+
+impl DeviceMemory {
+    /// Bytes that a run may plan with.
+    pub fn usable(self, backend: Backend) -> u64 {
+        let share = match (backend, self.known) {
+            // The system's own figure, of which the plan leaves a part anyway.
+            (Backend::Cpu, _) => 1.0,
+            (_, Known::Free) => OF_FREE,
+            (_, Known::Stated | Known::Total) => OF_TOTAL,
+        };
+        (self.bytes as f64 * share) as u64
+    }
+}
+
+/// The memory of a device: `stated` if the user says, else what is free (CUDA, the CPU), else what there is (Vulkan
+/// and Metal with native shaders). `None` where nobody tells: WebGPU has no such question.
+pub fn device_memory(selected: &Selected, stated: Option<u64>) -> Option<DeviceMemory> {
+    let of = |known| move |bytes| DeviceMemory { bytes, known };
+    let total = || total(selected).map(of(Known::Total));
+    let found = || match selected.backend {
+        Backend::Cpu => memory::available().map(of(Known::Free)),
+        Backend::Cuda => super::cuda::free_memory()
+            .map(of(Known::Free))
+            .or_else(total),
+        _ => total(),
+    };
+    stated.map(of(Known::Stated)).or_else(found)
+}
+
+/// Bytes of the largest buffer that a device allocates or binds; `None` on the CPU, which has no such limit.
+pub fn largest_buffer(selected: &Selected) -> Option<u64> {
+    properties(selected).map(|(largest, _)| largest)
+}
+
+fn total(selected: &Selected) -> Option<u64> {
+    properties(selected).and_then(|(_, total)| total)
+}
+
+/// The largest buffer and the whole memory, as CubeCL knows them.
+#[cfg(any(
+    feature = "wgpu",
+    feature = "vulkan",
+    feature = "metal",
+    feature = "cuda"
+))]
+fn properties(selected: &Selected) -> Option<(u64, Option<u64>)> {
+    use burn::backend::DispatchDevice;
+
+    let device = selected.device.clone().without_autodiff();
+    let DispatchDevice::Cube(device) = device.as_dispatch() else {
+        return None;
+    };
+    let client = device.client();
+    let memory = &client.properties().memory;
+    Some((memory.max_page_size, memory.max_memory()))
+}
+
+#[cfg(not(any(
+    feature = "wgpu",
+    feature = "vulkan",
+    feature = "metal",
+    feature = "cuda"
+)))]
+fn properties(_selected: &Selected) -> Option<(u64, Option<u64>)> {
+    None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_stated_counts_before_what_is_found_and_some_is_left_to_others() {
+        let cpu = super::super::select(Backend::Cpu).unwrap();
+        let stated = device_memory(&cpu, Some(8 << 30)).unwrap();
+        assert_eq!((stated.bytes, stated.known), (8 << 30, Known::Stated));
+        assert_eq!(stated.usable(Backend::Cpu), 8 << 30);
+        let usable = stated.usable(Backend::Wgpu);
+        assert!(usable < 7 << 30 && usable > 6 << 30, "{usable}");
+        assert_eq!(largest_buffer(&cpu), None);
+        #[cfg(target_os = "linux")]
+        assert_eq!(device_memory(&cpu, None).unwrap().known, Known::Free);
+    }
+}
