@@ -9,6 +9,7 @@ mod cuda;
 mod error;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 mod graphics;
+mod hardware;
 mod quiet;
 mod self_test;
 
@@ -18,6 +19,7 @@ use burn::tensor::{Device, FloatDType};
 
 pub use backend::Backend;
 pub use error::DeviceError;
+pub use hardware::{Hardware, hardware, type_name, types};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 
 /// A device that has started.
