@@ -23,7 +23,9 @@ fn main() -> ExitCode {
     let args: Vec<OsString> = std::env::args_os().skip(1).collect();
     let packed = match &args[..] {
         [folder, file] => pack(&PathBuf::from(folder), &PathBuf::from(file)),
-        _ => Err(anyhow::anyhow!("usage: pack FOLDER FILE.tar.zst|FILE.tar.xz")),
+        _ => Err(anyhow::anyhow!(
+            "usage: pack FOLDER FILE.tar.zst|FILE.tar.xz"
+        )),
     };
     match packed {
         Ok(()) => ExitCode::SUCCESS,
@@ -41,7 +43,10 @@ fn pack(folder: &Path, file: &Path) -> Result<()> {
     let written = match file.extension().and_then(|extension| extension.to_str()) {
         Some("zst") => zst(folder, output),
         Some("xz") => xz(folder, output),
-        _ => bail!("{}: the name has to end in .tar.zst or .tar.xz", file.display()),
+        _ => bail!(
+            "{}: the name has to end in .tar.zst or .tar.xz",
+            file.display()
+        ),
     };
     written.with_context(|| format!("cannot pack {} into {}", folder.display(), file.display()))
 }

@@ -33,6 +33,7 @@ pub fn markdown(report: &Report) -> String {
         text += &limits
             .map(|(name, value)| format!("- {name}: {value}\n"))
             .collect::<String>();
+        text += &format!("- kernels are compiled for: {}\n", device.target);
         let words = [
             ("types", &device.types),
             ("matrix units", &device.matrix_units),
@@ -52,14 +53,10 @@ pub fn markdown(report: &Report) -> String {
 fn heading(report: &Report) -> String {
     let device = match &report.device {
         Some(device) => format!(
-            "Device: {} (driver: {}), backend {}{}, memory {}.",
+            "Device: {} (driver: {}), backend {}, memory {}.",
             device.name,
             device.driver,
             device.backend,
-            match device.target.is_empty() {
-                true => String::new(),
-                false => format!(", kernels for {}", device.target),
-            },
             device.memory_bytes.map_or("not told".into(), human::bytes)
         ),
         None => "Device: it did not start.".into(),

@@ -65,7 +65,7 @@ fn section(
             Ok(())
         }
         Section::Operations => operations::run(&types, device, tell),
-        Section::Model => small_model::run(&types, device, tell),
+        Section::Model => small_model::run(&types, device, quick, tell),
         Section::Training(shape) => {
             training::run(shape, auto, selected, (clock, quick), guard, tell)
         }

@@ -84,7 +84,13 @@ pub fn lines(
     };
     let mut lines = vec![String::new()];
     match counted {
-        Ok((counts, dtype, device)) => lines.extend(table(&counts, dtype, &device, peaks)),
+        Ok((counts, dtype, device)) => {
+            lines.extend(table(&counts, dtype, &device, peaks));
+            lines.push(match options.gradient_checkpointing {
+                true => "with activations computed again in the backward pass, as gradient_checkpointing says".into(),
+                false => "with activations kept".into(),
+            });
+        }
         Err(why) => {
             let flops = FlopsModel::new(model, &options.lora)?;
             let of_row = flops.of_row(workload.longest_row as u64, workload.longest_row as u64);
@@ -134,7 +140,7 @@ fn counting_device(asked: Backend) -> Result<Selected, String> {
         }
     }
     Err(match why.is_empty() {
-        true => "this build has no GPU backend; `cargo xtask plan --gpu --backend wgpu` counts with any Vulkan driver, \
+        true => "no GPU backend is in this build or was asked for; `cargo xtask plan --gpu --backend wgpu` counts with any Vulkan driver, \
                  a software one too"
             .into(),
         false => why.join("; "),
