@@ -74,6 +74,23 @@ Usage: cargo xtask bench [OPTIONS]
 
 Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 
+const GPU_REPORT_HELP: &str = "\
+Finds out whether a GPU computes right and how fast it is, and writes a report to keep or to send.
+
+Usage: cargo xtask gpu-report [OPTIONS]
+
+  --backend BACKEND   auto (default), cuda, wgpu, vulkan or metal
+  --quick             small sizes, a minute or two: whether it works, not how fast; for software drivers
+  --seconds N         it ends by then (540); what was left out is in the report
+  --output DIR        report.md, report.json and logs/ go there (target/gpu-report)
+  --only NAME,…       device, operations, model, speed, counts, training:SHAPE, other-types:SHAPE
+  --peft PYTHON       a Python with torch, transformers and peft: measured in turn with ours
+  --peft-script FILE  what that Python runs (../shared/tools/peft_bench.py)
+  --peft-device NAME  PyTorch's device (cuda for CUDA, mps for Metal, else cpu)
+
+The exit code is 1 where a comparison with the CPU fails. Only the backend asked for is compiled. Every flag goes to
+the trainer as it is.";
+
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = WELCOME)]
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights, on the hardware you have.
@@ -111,6 +128,7 @@ enum Task {
     #[command(override_help = BENCH_HELP)]
     Bench(Trainer),
     /// Whether a GPU computes right and how fast it is, in nine minutes: [--quick] [--seconds N] [--peft PYTHON]
+    #[command(override_help = GPU_REPORT_HELP)]
     GpuReport(Trainer),
     /// One file with the trainer for CUDA, Vulkan and wgpu and a script that reports, for a machine with a GPU
     GpuBundle(BundleArgs),

@@ -50,6 +50,16 @@ pub fn distance(got: &[f32], expected: &[f32]) -> f64 {
     }
 }
 
+/// The largest; not a number where one of them is none.
+pub fn largest(distances: impl Iterator<Item = f64>) -> f64 {
+    distances.fold(0.0, |largest: f64, next| {
+        match largest.is_nan() || next.is_nan() {
+            true => f64::NAN,
+            false => next.max(largest),
+        }
+    })
+}
+
 /// The check of outputs, the one that is furthest off; `name` in `dtype`.
 pub fn check(
     name: &str,
@@ -58,11 +68,7 @@ pub fn check(
     got: &[Vec<f32>],
     expected: &[Vec<f32>],
 ) -> Check {
-    let distances = got.iter().zip(expected).map(|(a, b)| distance(a, b));
-    let worst = distances.fold(0.0, |worst: f64, next| match next.is_nan() {
-        true => f64::NAN,
-        false => next.max(worst),
-    });
+    let worst = largest(got.iter().zip(expected).map(|(a, b)| distance(a, b)));
     let worst = if got.len() == expected.len() {
         worst
     } else {

@@ -150,6 +150,7 @@ mod tests {
             bytes_read: 600,
             bytes_written: 400,
             flops: 7,
+            ..KindCounts::default()
         };
         let step = Counts {
             kinds: [(Kind::Product, of_kind)].into(),

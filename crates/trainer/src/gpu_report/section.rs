@@ -30,12 +30,13 @@ impl Section {
         let first = [Self::Device, Self::Operations, Self::Model];
         let rest: &[Self] = match quick {
             true => &[Self::Training(Shape::Embedded), Self::Speed, Self::Counts],
+            // What costs most and tells most comes before what is also known from smaller machines.
             false => &[
-                Self::Training(Shape::Embedded),
-                Self::Training(Shape::Smol),
+                Self::Training(Shape::Llama8B),
                 Self::Speed,
                 Self::Training(Shape::Llama1B),
-                Self::Training(Shape::Llama8B),
+                Self::Training(Shape::Smol),
+                Self::Training(Shape::Embedded),
                 Self::Counts,
                 Self::OtherTypes(Shape::Llama1B),
                 Self::OtherTypes(Shape::Smol),
@@ -47,9 +48,11 @@ impl Section {
     /// The largest share of the whole time limit that it may take: one that hangs must not cost all others.
     pub fn share(self) -> f64 {
         match self {
-            Self::Device | Self::Operations | Self::Model => 0.25,
-            Self::Training(Shape::Llama8B) => 0.4,
-            Self::Training(_) | Self::Speed | Self::Counts | Self::OtherTypes(_) => 0.3,
+            Self::Device => 0.1,
+            Self::Operations | Self::Model => 0.2,
+            Self::Training(Shape::Llama8B) => 0.3,
+            Self::Training(Shape::Embedded) => 0.15,
+            Self::Training(_) | Self::Speed | Self::Counts | Self::OtherTypes(_) => 0.25,
         }
     }
 

@@ -73,11 +73,7 @@ fn compared(dtype: FloatDType, got: &Numbers, expected: &Numbers) -> Vec<Check> 
         false => f64::INFINITY,
     };
     let steps = got.curve.iter().zip(&expected.curve);
-    let curve = steps.map(|(a, b)| relative(*a, *b));
-    let curve = curve.fold(0.0, |worst: f64, next| match next.is_nan() {
-        true => f64::NAN,
-        false => next.max(worst),
-    });
+    let curve = compare::largest(steps.map(|(a, b)| relative(*a, *b)));
     let last = expected.curve.len().saturating_sub(1);
     let ends = [0, last].map(|step| expected.curve[step]);
     vec![

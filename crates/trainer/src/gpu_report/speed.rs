@@ -58,13 +58,15 @@ pub fn run(
         tell,
     };
     bench.copy()?;
-    for dtype in &types {
+    bench.peak(auto)?;
+    bench.layer(&config, auto)?;
+    bench.attention(&config, auto)?;
+    bench.products(&config, auto)?;
+    bench.element_wise(&config, auto)?;
+    for dtype in &types[1..] {
         bench.peak(*dtype)?;
     }
-    bench.products(&config, auto)?;
-    bench.attention(&config, auto)?;
-    bench.layer(&config, auto)?;
-    bench.element_wise(&config, auto)
+    Ok(())
 }
 
 impl Bench<'_> {

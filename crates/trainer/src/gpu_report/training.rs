@@ -159,7 +159,10 @@ fn fitting(
         Backend::Cpu => memory::available(),
         // A software driver's memory is the machine's.
         _ if selected.is_software => memory::available(),
-        _ => device::hardware(selected).memory_bytes,
+        // Where nobody tells: hardly a card has more than the machine around it, and a GPU inside the processor uses it.
+        _ => device::hardware(selected)
+            .memory_bytes
+            .or_else(memory::available),
     };
     let Some(there) = there else {
         return Ok(Fitting::Keeps);

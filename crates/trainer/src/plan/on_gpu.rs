@@ -290,6 +290,7 @@ mod tests {
             bytes_read: 6_000_000_000,
             bytes_written: 4_000_000_000,
             flops: 500_000_000_000,
+            ..KindCounts::default()
         };
         // 10 GB at 1,000 GB/s, 0.5 TFLOP at 100 or 10 TFLOP/s.
         assert_eq!(seconds(&kind, FloatDType::F16, &peak()), 0.01);
@@ -306,7 +307,7 @@ mod tests {
         };
         let text = table(&counts, FloatDType::F32, "here", &[peak()]).join("\n");
         assert!(
-            text.contains("50.00 ms") && text.contains("100.0 ms"),
+            text.contains("50.00 ms") && text.contains("100.00 ms"),
             "{text}"
         );
     }
