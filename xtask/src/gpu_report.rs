@@ -1,7 +1,7 @@
 //! The trainer's report in continuous integration: on the software driver, with small sizes.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context, Result, bail};
@@ -81,7 +81,7 @@ pub fn bundle(file: &Path) -> Result<u8> {
 }
 
 /// Fails unless every key has a value.
-fn complete(path: &PathBuf) -> Result<()> {
+fn complete(path: &Path) -> Result<()> {
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
     let missing = missing(&text);

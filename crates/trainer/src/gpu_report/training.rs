@@ -211,7 +211,8 @@ impl Work<'_> {
         let mut trainee = Trainee::random(self.config, stored, self.checkpointing, device)?;
         let batch = batch(self.examples, self.tokens, self.config.vocab_size);
         let mut losses = Vec::new();
-        for _ in 0..if self.quick { 1 } else { WARM_UP } {
+        let warm_up = if self.quick { 1 } else { WARM_UP };
+        for _ in 0..warm_up {
             let (next, loss) = trainee.step(&batch, LEARNING_RATE);
             trainee = next;
             losses.push(loss);
