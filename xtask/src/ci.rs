@@ -6,9 +6,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use crate::backend::Backend;
+use crate::bundle::{self, BundleArgs};
 use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place};
-use crate::interop;
+use crate::detect::Machine;
 use crate::test::{self, Totals};
+use crate::{gpu_report, interop};
 
 /// Formatting, lints and types of every backend, documentation, tests, interop tests; stops at the
 /// first that fails.
@@ -17,7 +19,9 @@ use crate::test::{self, Totals};
 /// share it, with every backend that this platform has, and once to run, with `wgpu`. Clippy is a
 /// `cargo check` that also warns, so the CUDA, SPIR-V and MSL code is checked there and needs no
 /// pass of its own.
-pub fn run() -> Result<ExitCode> {
+///
+/// `full` adds the GPU bundle: its builds, each optimised as a whole, and its script on the software driver.
+pub fn run(full: bool) -> Result<ExitCode> {
     let started = Instant::now();
     let mut format = cargo::cargo("fmt");
     format.args(["--all", "--", "--check"]);
@@ -57,6 +61,18 @@ pub fn run() -> Result<ExitCode> {
         let since = Instant::now();
         code = interop::run_and_count(&[], &mut totals)?;
         eprintln!("xtask: interop tests took {}", clock(since.elapsed()));
+    }
+    if code == 0 && Machine::ask().has_wgpu() {
+        code = timed("GPU report on the software driver", gpu_report::quick)?;
+    }
+    if code == 0 && full {
+        code = timed(
+            "GPU bundle, and its script on the software driver",
+            || match bundle::bundle(&BundleArgs::default())? {
+                Ok(file) => gpu_report::bundle(&file),
+                Err(_) => Ok(1),
+            },
+        )?;
     }
     eprintln!("xtask: everything took {}", clock(started.elapsed()));
     totals.print();
@@ -108,6 +124,15 @@ fn step(name: &str, command: &mut Command) -> Result<Option<ExitCode>> {
     }
     eprintln!("xtask: {name}: FAILED after {took}");
     Ok(Some(ExitCode::from(exit_code(status).max(1))))
+}
+
+/// Runs a part that gives an exit code of its own, and says what it took.
+fn timed(name: &str, part: impl FnOnce() -> Result<u8>) -> Result<u8> {
+    announce(name);
+    let since = Instant::now();
+    let code = part()?;
+    eprintln!("xtask: {name} took {}", clock(since.elapsed()));
+    Ok(code)
 }
 
 fn announce(name: &str) {

@@ -7,9 +7,11 @@
 //! trainer's own business.
 
 mod backend;
+mod bundle;
 mod cargo;
 mod ci;
 mod detect;
+mod gpu_report;
 mod interop;
 mod test;
 mod trainer;
@@ -20,6 +22,7 @@ use std::process::ExitCode;
 use clap::{Args, Parser, Subcommand};
 
 use crate::backend::Backend;
+use crate::bundle::BundleArgs;
 use crate::cargo::USAGE;
 
 /// What `cargo xtask` says when it is not told what to do.
@@ -73,6 +76,23 @@ Usage: cargo xtask bench [OPTIONS]
 
 Only the backend asked for is compiled. Every flag goes to the trainer as it is.";
 
+const GPU_REPORT_HELP: &str = "\
+Finds out whether a GPU computes right and how fast it is, and writes a report to keep or to send.
+
+Usage: cargo xtask gpu-report [OPTIONS]
+
+  --backend BACKEND   auto (default), cuda, wgpu, vulkan or metal
+  --quick             small sizes, a minute or two: whether it works, not how fast; for software drivers
+  --seconds N         it ends by then (540); what was left out is in the report
+  --output DIR        report.md, report.json and logs/ go there (target/gpu-report)
+  --only NAME,…       device, operations, model, speed, counts, training:SHAPE, other-types:SHAPE
+  --peft PYTHON       a Python with torch, transformers and peft: measured in turn with ours
+  --peft-script FILE  what that Python runs (../shared/tools/peft_bench.py)
+  --peft-device NAME  PyTorch's device (cuda for CUDA, mps for Metal, else cpu)
+
+The exit code is 1 where a comparison with the CPU fails. Only the backend asked for is compiled. Every flag goes to
+the trainer as it is.";
+
 #[derive(Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", after_help = WELCOME)]
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights, on the hardware you have.
@@ -101,13 +121,19 @@ enum Task {
     InspectData(Trainer),
     /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
     Combine(Trainer),
-    /// Parameters and predicted peak memory of a model, without its weights: --config FILE
+    /// Parameters and predicted peak memory of a model, without its weights: --config FILE; with --gpu [NAME] also
+    /// a step's launches, bytes and operations, and the time they take at a card's stated peak
     Plan(Trainer),
     /// Compare with a reference or across backends: [--reference DIR] [--backends cpu,wgpu,…]
     Parity(Trainer),
     /// Measure speed and memory, beside PEFT and Burn: [--peft PYTHON] [--only NAME,…]
     #[command(override_help = BENCH_HELP)]
     Bench(Trainer),
+    /// Whether a GPU computes right and how fast it is, in nine minutes: [--quick] [--seconds N] [--peft PYTHON]
+    #[command(override_help = GPU_REPORT_HELP)]
+    GpuReport(Trainer),
+    /// One file with the trainer for CUDA, Vulkan and wgpu and a script that reports, for a machine with a GPU
+    GpuBundle(BundleArgs),
     /// Make the embedded model, tokenizer and data set again, from their seed
     MakeAssets(Trainer),
     /// Run every test; words after it select tests by name
@@ -115,7 +141,11 @@ enum Task {
     /// Run the tests against transformers, PEFT and llama.cpp; arguments go to pytest
     Interop(Filter),
     /// Formatting, lints, documentation and tests, as continuous integration runs them
-    Ci,
+    Ci {
+        /// Also makes the GPU bundle and tries it on the software driver: an hour more
+        #[arg(long)]
+        full: bool,
+    },
     /// Ask the drivers (a process of its own, see detect.rs)
     #[command(name = detect::PROBE, hide = true)]
     Probe,
@@ -137,6 +167,18 @@ struct Filter {
     filter: Vec<OsString>,
 }
 
+/// A plan needs no GPU's build, but for what counts a step's launches.
+fn plan_backend(args: &[OsString]) -> Backend {
+    let on_gpu = |arg: &OsString| {
+        arg.to_str()
+            .is_some_and(|arg| arg.split('=').next() == Some("--gpu"))
+    };
+    match args.iter().any(on_gpu) {
+        true => Backend::Auto,
+        false => Backend::Cpu,
+    }
+}
+
 fn main() -> ExitCode {
     let Some(task) = Cli::parse().task else {
         println!("{WELCOME}");
@@ -151,7 +193,9 @@ fn main() -> ExitCode {
         Task::Unmerge(it) => trainer::run("unmerge", it.args, Backend::Cpu),
         Task::InspectData(it) => trainer::run("inspect-data", it.args, Backend::Cpu),
         Task::Combine(it) => trainer::run("combine", it.args, Backend::Cpu),
-        Task::Plan(it) => trainer::run("plan", it.args, Backend::Cpu),
+        Task::Plan(it) => trainer::run("plan", it.args.clone(), plan_backend(&it.args)),
+        Task::GpuReport(it) => trainer::run("gpu-report", it.args, Backend::Auto),
+        Task::GpuBundle(args) => bundle::run(&args),
         Task::ExportGguf(it) => trainer::run("export-gguf", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => trainer::run("make-assets", it.args, Backend::Cpu),
@@ -159,7 +203,7 @@ fn main() -> ExitCode {
         Task::Bench(it) => trainer::run("bench", it.args, Backend::Auto),
         Task::Test(it) => test::run(it.filter),
         Task::Interop(it) => interop::run(it.filter),
-        Task::Ci => ci::run(),
+        Task::Ci { full } => ci::run(full),
         Task::Probe => detect::probe().map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {

@@ -18,17 +18,20 @@ pub enum Fusion {
 /// Burn's environment variables still count; a `burn.toml` in the current folder does not.
 #[cfg(feature = "cube")]
 pub fn set_fusion(fusion: Fusion) -> bool {
-    use burn::BurnConfig;
     use burn_cubecl::cubecl::config::RuntimeConfig;
 
-    let settings = match fusion {
-        Fusion::InOrder => r#"{"fusion": {"beam_search": {"max_blocks": 1}}}"#,
-        Fusion::Off => r#"{"fusion": {"beam_search": {"max_explorations": 0}}}"#,
-    };
-    match serde_json::from_str::<BurnConfig>(settings) {
-        Ok(config) => BurnConfig::try_set(config.override_from_env()),
+    match settings(fusion) {
+        Ok(config) => burn::BurnConfig::try_set(config.override_from_env()),
         Err(_) => false,
     }
+}
+
+#[cfg(feature = "cube")]
+fn settings(fusion: Fusion) -> serde_json::Result<burn::BurnConfig> {
+    serde_json::from_str(match fusion {
+        Fusion::InOrder => r#"{"fusion": {"beam_search": {"max_blocks": 1}}}"#,
+        Fusion::Off => r#"{"fusion": {"beam_search": {"max_explorations": 0}}}"#,
+    })
 }
 
 /// As above; without a GPU backend there is nothing to set.
@@ -40,14 +43,12 @@ pub fn set_fusion(_fusion: Fusion) -> bool {
 #[cfg(all(test, feature = "cube"))]
 mod tests {
     use super::*;
-    use burn::BurnConfig;
-    use burn_cubecl::cubecl::config::RuntimeConfig;
 
     #[test]
     fn burn_understands_the_settings() {
-        // Whichever test of this process came first has set it.
-        set_fusion(Fusion::InOrder);
-        assert_eq!(BurnConfig::get().fusion().beam_search.max_blocks, 1);
-        assert!(!set_fusion(Fusion::Off));
+        let search = |fusion| settings(fusion).unwrap().fusion().beam_search.clone();
+        assert_eq!(search(Fusion::InOrder).max_blocks, 1);
+        assert_eq!(search(Fusion::InOrder).max_explorations, None);
+        assert_eq!(search(Fusion::Off).max_explorations, Some(0));
     }
 }

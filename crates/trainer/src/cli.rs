@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::time::Duration;
 
 use anyhow::Context;
 use clap::{Args, Parser, Subcommand};
@@ -16,6 +17,7 @@ use crate::device::{Backend, KernelArgs};
 use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
 use crate::gguf::{self, ExportGgufArgs};
+use crate::gpu_report::{self, ReportOptions, Section, WorkerOptions};
 use crate::hub::{self, Need};
 use crate::interrupt::{Interrupt, RESUMABLE};
 use crate::logits::{self, LogitsArgs};
@@ -65,6 +67,11 @@ enum Command {
     /// One of the benchmark's processes
     #[command(hide = true)]
     BenchWorker(BenchWorker),
+    /// Whether a GPU computes right and how fast it is, in minutes: a report to keep or to send
+    GpuReport(GpuReport),
+    /// One of the report's processes
+    #[command(hide = true)]
+    GpuReportWorker(GpuReportWorker),
     /// The tokens of given texts, for programs that compare them with another implementation's
     #[command(hide = true)]
     Tokenize(TokenizeArgs),
@@ -146,9 +153,19 @@ struct InspectData {
 struct PlanArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Predict for a GPU's memory instead of the CPU's
-    #[arg(long)]
-    gpu: bool,
+    /// Predict for a GPU's memory instead of the CPU's, count a step's launches, bytes and operations, and tell the
+    /// time they take on known cards, or on the one named: H100 SXM, A100 80GB, RTX 4090, RTX 3060, M3 Max, iGPU
+    #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
+    gpu: Option<String>,
+    /// With --gpu: the device's peak, 10¹² operations a second
+    #[arg(long, value_name = "X", requires = "gpu")]
+    peak_tflops: Option<f64>,
+    /// With --gpu: the bandwidth of the device's memory, 10⁹ bytes a second
+    #[arg(long, value_name = "Y", requires = "gpu")]
+    peak_gbs: Option<f64>,
+    /// With --gpu: what counts; nothing is run, so that a software driver will do
+    #[arg(long, default_value = "auto")]
+    backend: Backend,
 }
 
 #[derive(Args)]
@@ -215,6 +232,50 @@ struct BenchWorker {
 }
 
 #[derive(Args)]
+struct GpuReport {
+    /// auto, cuda, wgpu, vulkan or metal; this program has those it was built with
+    #[arg(long, default_value = "auto")]
+    backend: Backend,
+    /// Small sizes: whether it works, not how fast; for software drivers
+    #[arg(long)]
+    quick: bool,
+    /// It ends by then; what was left out is in the report
+    #[arg(long, value_name = "N", default_value_t = 540)]
+    seconds: u64,
+    /// Where report.md, report.json and logs/ go
+    #[arg(long, value_name = "DIR", default_value = "target/gpu-report")]
+    output: PathBuf,
+    /// A Python with torch, transformers and peft (bitsandbytes for 8 bits): measured in turn with ours
+    #[arg(long, value_name = "PYTHON")]
+    peft: Option<PathBuf>,
+    /// What that Python runs
+    #[arg(
+        long,
+        value_name = "FILE",
+        default_value = "../shared/tools/peft_bench.py"
+    )]
+    peft_script: PathBuf,
+    /// PyTorch's device: cuda, mps, cpu [default: cuda for CUDA, mps for Metal, else cpu]
+    #[arg(long, value_name = "DEVICE")]
+    peft_device: Option<String>,
+    /// Only these parts: device, operations, model, speed, counts, training:SHAPE, other-types:SHAPE
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    only: Vec<Section>,
+}
+
+#[derive(Args)]
+struct GpuReportWorker {
+    #[arg(long)]
+    section: Section,
+    #[arg(long)]
+    backend: Backend,
+    #[arg(long)]
+    seconds: u64,
+    #[arg(long)]
+    quick: bool,
+}
+
+#[derive(Args)]
 struct MakeAssets {
     /// Where to write them
     #[arg(long, default_value = "assets")]
@@ -239,6 +300,21 @@ impl From<Bench> for BenchOptions {
             bf16: args.bf16,
             quick: args.quick,
             output: args.output,
+        }
+    }
+}
+
+impl From<GpuReport> for ReportOptions {
+    fn from(args: GpuReport) -> Self {
+        Self {
+            backend: args.backend,
+            quick: args.quick,
+            limit: Duration::from_secs(args.seconds),
+            output: args.output,
+            peft: args.peft,
+            peft_script: args.peft_script,
+            peft_device: args.peft_device,
+            only: args.only,
         }
     }
 }
@@ -330,6 +406,16 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
         Command::BenchWorker(args) => {
             bench::serve(&args.spec).context("the benchmark does not listen any more")?;
         }
+        Command::GpuReport(args) => {
+            let report = gpu_report::run(&args.into(), screen)?;
+            return Ok(ExitCode::from(u8::from(!report.passed())));
+        }
+        Command::GpuReportWorker(args) => gpu_report::serve(&WorkerOptions {
+            section: args.section,
+            backend: args.backend,
+            quick: args.quick,
+            limit: Duration::from_secs(args.seconds),
+        }),
         Command::Tokenize(args) => tokenize::run(&args)?,
         Command::MakeAssets(args) => {
             make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))
@@ -389,6 +475,9 @@ fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
 
 /// A configuration's plan, or that of a bare `config.json` of a model under the default settings.
 fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
+    let on_gpu = args.gpu.is_some();
+    let peaks = plan::on_gpu::peaks(args.gpu.as_deref(), args.peak_tflops, args.peak_gbs);
+    let peaks = peaks.map_err(anyhow::Error::msg)?;
     let bare = args.config.config.as_deref().filter(|path| {
         path.is_dir()
             || path.file_name().is_some_and(|name| name == "config.json")
@@ -415,10 +504,10 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
     let options = PlanOptions {
         lora: config.lora_config(),
         quantization: train::quantization(&config),
-        float_bytes: if args.gpu { 2 } else { 4 },
+        float_bytes: if on_gpu { 2 } else { 4 },
         gradient_checkpointing: config.gradient_checkpointing != crate::config::Checkpointing::Off,
         accumulates: config.gradient_accumulation_steps > 1,
-        on_gpu: args.gpu,
+        on_gpu,
         workload: Workload::largest(config.batch_size.rows(), length, config.max_batch_tokens),
     };
     let plan = Plan::new(&model, &options)?;
@@ -430,7 +519,12 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         let _ = writeln!(out, "{line}");
     }
     if let Some(bytes) = config.device_memory {
-        let _ = writeln!(out, "{}", plan.against(bytes, args.gpu));
+        let _ = writeln!(out, "{}", plan.against(bytes, on_gpu));
+    }
+    if on_gpu {
+        for line in plan::on_gpu::lines(&model, &options, args.backend, &peaks)? {
+            let _ = writeln!(out, "{line}");
+        }
     }
     Ok(())
 }

@@ -10,6 +10,7 @@ mod cuda;
 mod error;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 mod graphics;
+mod hardware;
 mod kernels;
 mod memory;
 mod quiet;
@@ -22,6 +23,7 @@ use burn::tensor::{Device, FloatDType};
 pub use backend::Backend;
 pub use check::{Check, CheckOptions, check_device, check_layer, verdict};
 pub use error::DeviceError;
+pub use hardware::{Hardware, hardware, type_name, types};
 pub use kernels::{KernelArgs, switches};
 pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};

@@ -22,6 +22,7 @@
 //! | [`plan`] | parameters and memory from shapes alone |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
+//! | [`gpu_report`] | what a GPU computes, how right and how fast: for users to run and send |
 //! | [`hub`] | models and adapters by their names on the Hugging Face Hub |
 //! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
 
@@ -42,6 +43,7 @@ pub mod flat;
 mod floats;
 pub mod generate;
 pub mod gguf;
+pub mod gpu_report;
 pub mod gradients;
 pub mod guard;
 pub mod hub;

@@ -5,6 +5,8 @@
 //! takes the largest; `tests/tests/plan.rs` counts the bytes of real passes and compares.
 
 mod activations;
+mod cards;
+pub mod on_gpu;
 mod report;
 
 use llama_burn::LlamaConfig;

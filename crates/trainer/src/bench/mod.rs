@@ -22,7 +22,7 @@ mod comparison;
 mod contenders;
 mod error;
 mod floors;
-mod flops;
+pub(crate) mod flops;
 mod goals;
 mod machine;
 mod measure;

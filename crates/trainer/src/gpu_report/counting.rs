@@ -1,0 +1,172 @@
+//! What a step of the 8B shape asks of the device, counted without running it.
+
+use burn::tensor::{DType, FloatDType};
+use gpu_counts::Mode;
+use llama_burn::LoadOptions;
+use lora_core::LoraConfig;
+
+use super::finding::{Failed, Finding, KindFinding, LeftOut, StepFinding};
+use super::shapes::Shape;
+use crate::device::{self, Backend, Selected};
+use crate::guard::{DeviceFault, FaultKind, Guard};
+use crate::step_counts::{StepCounts, StepShape, count_step, examples};
+
+/// Tokens of the example.
+pub const TOKENS: usize = 2048;
+
+/// Tokens where a step of [`TOKENS`] does not fit the device's memory.
+const FEWER: usize = 512;
+
+/// Counts a step of one example of 2,048 tokens, all of them supervised.
+///
+/// # Errors
+///
+/// If the adapters do not fit the shape, or the device fails but for its memory.
+pub fn run(
+    selected: &Selected,
+    guard: &Guard,
+    tell: &mut dyn FnMut(Finding),
+) -> anyhow::Result<()> {
+    let left_out = |why: &str| {
+        Finding::LeftOut(LeftOut {
+            what: "counts of a step".into(),
+            why: why.into(),
+        })
+    };
+    if selected.backend == Backend::Cpu {
+        tell(left_out("the CPU backend launches no kernels"));
+        return Ok(());
+    }
+    let dtype = device::compute_dtype(selected, None)?;
+    for tokens in [TOKENS, FEWER] {
+        match guard.run(|| counted(selected, dtype, tokens)) {
+            Ok(Ok(Some(finding))) => {
+                tell(Finding::Counts(Box::new(finding)));
+                return Ok(());
+            }
+            Ok(Ok(None)) => {
+                tell(left_out("this device counts nothing"));
+                return Ok(());
+            }
+            Ok(Err(error)) => return Err(error),
+            Err(fault) if fault.kind == FaultKind::OutOfMemory && tokens > FEWER => {
+                tell(left_out(&format!("{tokens} tokens: {fault}")));
+            }
+            Err(fault) => {
+                tell(failed("counts of a step", &fault));
+                return Ok(());
+            }
+        }
+    }
+    Ok(())
+}
+
+fn failed(what: &str, fault: &DeviceFault) -> Finding {
+    Finding::Failed(Failed {
+        what: what.into(),
+        message: fault.to_string(),
+        lost: fault.kind == FaultKind::Lost,
+    })
+}
+
+fn counted(
+    selected: &Selected,
+    dtype: FloatDType,
+    tokens: usize,
+) -> anyhow::Result<Option<StepFinding>> {
+    let model = Shape::Llama8B.config()?;
+    let shape = StepShape {
+        options: LoadOptions {
+            dtype: DType::from(dtype),
+            ..LoadOptions::default()
+        },
+        lora: LoraConfig::default(),
+        examples: examples(1, tokens, model.vocab_size),
+        supervised: tokens,
+        micro_batches: 1,
+        gradient_checkpointing: false,
+        mode: Mode::DryRun,
+        model,
+    };
+    let counts = count_step(&shape, &selected.device)?;
+    Ok(counts.map(|counts| finding(&counts, dtype, tokens)))
+}
+
+/// The counts with the rule by which they were scaled.
+fn finding(counts: &StepCounts, dtype: FloatDType, tokens: usize) -> StepFinding {
+    let step = &counts.step;
+    let kinds = step.kinds.iter().map(|(kind, of_kind)| KindFinding {
+        kind: kind.to_string(),
+        launches: of_kind.launches,
+        bytes: of_kind.bytes_read + of_kind.bytes_written,
+        flops: of_kind.flops,
+    });
+    StepFinding {
+        shape: Shape::Llama8B.name().into(),
+        dtype: device::type_name(dtype),
+        tokens,
+        launches_per_layer: counts.layer.launches(),
+        launches_per_step: step.launches(),
+        uploads_per_step: step.uploads,
+        reads_per_step: step.reads,
+        bytes_per_step: step.bytes(),
+        flops_per_step: step.total().flops,
+        rule: format!(
+            "A step of the model cut to 2 layers and one cut to 3 were counted at {tokens} tokens, every width and the \
+             vocabulary as they are; their difference is a layer, and a step of {layers} layers is the first plus {more} \
+             differences. A launch reads each input once and writes each output once. Kernels were not run.",
+            layers = counts.layers,
+            more = counts.layers.saturating_sub(2),
+        ),
+        kinds: kinds.collect(),
+    }
+}
+
+/// The bytes of a step at 2,048 tokens, from one that was counted, and the rule.
+pub fn bytes_at_2048(counted: &StepFinding) -> (u64, String) {
+    match counted.tokens {
+        TOKENS => (counted.bytes_per_step, counted.rule.clone()),
+        tokens => {
+            let factor = TOKENS as f64 / tokens.max(1) as f64;
+            let rule = format!(
+                "{} Then times {factor} for {TOKENS} tokens: an estimate, since weights are read once whatever the \
+                 tokens are, and attention grows with their square.",
+                counted.rule
+            );
+            ((counted.bytes_per_step as f64 * factor) as u64, rule)
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use gpu_counts::{Counts, Kind, KindCounts};
+
+    #[test]
+    fn a_step_of_fewer_tokens_is_scaled_and_says_so() {
+        let of_kind = KindCounts {
+            launches: 5,
+            bytes_read: 600,
+            bytes_written: 400,
+            flops: 7,
+            ..KindCounts::default()
+        };
+        let step = Counts {
+            kinds: [(Kind::Product, of_kind)].into(),
+            ..Counts::default()
+        };
+        let counts = StepCounts {
+            layer: Counts::default(),
+            step,
+            layers: 32,
+            tokens: 512,
+        };
+        let whole = finding(&counts, FloatDType::F32, TOKENS);
+        assert_eq!(bytes_at_2048(&whole).0, 1000);
+        assert!(whole.rule.contains("30 differences"), "{}", whole.rule);
+        let (bytes, rule) = bytes_at_2048(&finding(&counts, FloatDType::F32, 512));
+        assert_eq!(bytes, 4000);
+        assert!(rule.contains("times 4"), "{rule}");
+    }
+}

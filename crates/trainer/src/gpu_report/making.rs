@@ -1,0 +1,159 @@
+//! A report that is being made: runs sections, takes in what they find, writes the files.
+
+use std::path::Path;
+use std::time::Duration;
+
+use super::ReportOptions;
+use super::child::{self, Ended};
+use super::clock::Clock;
+use super::finding::{Failed, Finding, LeftOut, Training};
+use super::lines::{last_words, line};
+use super::peft::{self, Peft};
+use super::report::{Report, SectionRun};
+use super::section::Section;
+use super::shapes::Shape;
+use super::training;
+use super::worker::WorkerOptions;
+use crate::device::Backend;
+use crate::screen::Screen;
+
+/// Nothing is begun with less time than this: a device has to start first.
+pub const LEAST: Duration = Duration::from_secs(8);
+
+/// A report that is being made.
+pub struct Making<'a> {
+    pub options: &'a ReportOptions,
+    pub backend: Backend,
+    pub logs: &'a Path,
+    pub clock: Clock,
+    pub report: Report,
+    pub screen: &'a Screen,
+}
+
+impl Making<'_> {
+    pub fn sections(&self) -> Vec<Section> {
+        let mut sections = match self.options.only.is_empty() {
+            true => Section::all(self.options.quick),
+            false => self.options.only.clone(),
+        };
+        sections.dedup();
+        sections
+    }
+
+    /// Runs a section; false where it found no device or lost it.
+    pub fn section(&mut self, section: Section, limit: Duration) -> anyhow::Result<bool> {
+        self.screen.line(&format!("{section}"));
+        let clock = Clock::new(limit);
+        let log = self.logs.join(format!("{section}.log").replace(':', "-"));
+        let options = WorkerOptions {
+            section,
+            backend: self.backend,
+            quick: self.options.quick,
+            limit,
+        };
+        let (mut found, mut lost) = (0, false);
+        let mut wrong = None;
+        let ended = child::run(&options, &log, &mut |finding| {
+            match &finding {
+                Finding::Failed(failed) => lost |= failed.lost,
+                _ => found += 1,
+            }
+            let taken_in = self.take_in(finding);
+            wrong = wrong.take().or(taken_in.err());
+        })?;
+        if let Some(error) = wrong {
+            return Err(error);
+        }
+        let words = match &ended {
+            Ended::Done => "done".to_owned(),
+            Ended::Stopped => format!("stopped at its limit of {:.0} s", limit.as_secs_f64()),
+            Ended::Died(how) => format!("its process died: {how}"),
+        };
+        match &ended {
+            Ended::Done => {}
+            Ended::Stopped => self.take_in(Finding::LeftOut(LeftOut {
+                what: format!("the rest of {section}"),
+                why: words.clone(),
+            }))?,
+            Ended::Died(_) => self.take_in(Finding::Failed(Failed {
+                what: section.to_string(),
+                message: format!("{words}; {}", last_words(&log)),
+                lost: false,
+            }))?,
+        }
+        self.report.sections.push(SectionRun {
+            section: section.to_string(),
+            seconds: clock.elapsed().as_secs_f64(),
+            ended: words,
+        });
+        Ok(found > 0 && !lost)
+    }
+
+    /// PEFT on the workloads of a shape, each with a dense base and, on CUDA, with an 8-bit one.
+    pub fn peft(&mut self, python: &Path, shape: Shape) -> anyhow::Result<()> {
+        let ours: Vec<Training> = self.report.training.iter().rev().cloned().collect();
+        let config = shape.config()?;
+        let device = match (&self.options.peft_device, self.backend) {
+            (Some(device), _) => device.as_str(),
+            (None, Backend::Cuda) => "cuda",
+            (None, Backend::Metal) => "mps",
+            (None, _) => "cpu",
+        };
+        let peft = Peft {
+            python,
+            script: &self.options.peft_script,
+            device,
+            folder: self.logs,
+        };
+        for workload in training::workloads(&config, self.options.quick) {
+            // The type that ours computed in, so that the two can be compared.
+            let of_shape = |it: &&Training| it.program == "ours" && it.shape == shape.name();
+            let dtype = ours
+                .iter()
+                .find(of_shape)
+                .map_or("f32", |it| it.dtype.as_str());
+            for bits in if device == "cuda" {
+                &[16u8, 8][..]
+            } else {
+                &[16]
+            } {
+                let what = format!("PEFT, {}, {} tokens, {bits} bits", shape.name(), workload.0);
+                if self.clock.remaining() < LEAST {
+                    let why = "no time left".into();
+                    self.take_in(Finding::LeftOut(LeftOut { what, why }))?;
+                    continue;
+                }
+                let limit = self.options.limit.mul_f64(0.15).min(self.clock.remaining());
+                let trained = peft.train(shape, workload, peft::long(dtype), *bits, limit);
+                self.take_in(match trained {
+                    Ok(training) => Finding::Training(training),
+                    Err(error) => Finding::LeftOut(LeftOut {
+                        what,
+                        why: format!("{error:#}"),
+                    }),
+                })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes in a finding, shows it, and writes the files.
+    pub fn take_in(&mut self, finding: Finding) -> anyhow::Result<()> {
+        if let Some(line) = line(&finding) {
+            self.screen.line(&format!("  {line}"));
+        }
+        self.report.add(finding);
+        self.report.seconds = self.clock.elapsed().as_secs_f64();
+        self.report.write(&self.options.output)?;
+        Ok(())
+    }
+
+    pub fn end(mut self) -> anyhow::Result<Report> {
+        self.report.seconds = self.clock.elapsed().as_secs_f64();
+        let written = self.report.write(&self.options.output)?;
+        for path in written {
+            self.screen.line(&path.display().to_string());
+        }
+        Ok(self.report)
+    }
+}

@@ -1,0 +1,182 @@
+//! PEFT on the same shapes, in turn with ours: `peft_bench.py`, given by the user.
+
+use std::fs::File;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use serde::Deserialize;
+
+use super::clock::Clock;
+use super::finding::Training;
+use super::shapes::Shape;
+use crate::output;
+
+/// What runs PEFT.
+#[derive(Debug, Clone, Copy)]
+pub struct Peft<'a> {
+    /// A Python with torch, transformers and peft.
+    pub python: &'a Path,
+    /// `peft_bench.py`.
+    pub script: &'a Path,
+    /// PyTorch's word for the device: `cuda`, `mps`, `cpu`.
+    pub device: &'a str,
+    /// For its configuration and its log.
+    pub folder: &'a Path,
+}
+
+/// The script's line of results.
+#[derive(Debug, Deserialize)]
+struct Line {
+    useful_tokens_per_s: f64,
+    seconds_per_step: f64,
+    peak_rss_mib: f64,
+    peak_gpu_mib: Option<f64>,
+    losses: Vec<f64>,
+}
+
+/// Steps of a run, the first of them not timed.
+const STEPS: usize = 7;
+const WARM_UP: usize = 2;
+
+impl Peft<'_> {
+    /// Trains a shape with a dense base in `dtype`, a PyTorch name, or with an 8-bit base.
+    ///
+    /// # Errors
+    ///
+    /// What the script says, or that its time was over.
+    pub fn train(
+        &self,
+        shape: Shape,
+        (tokens, examples): (usize, usize),
+        dtype: &str,
+        bits: u8,
+        limit: Duration,
+    ) -> anyhow::Result<Training> {
+        let config = self.folder.join(format!("{}.json", shape.name()));
+        output::write_atomically(&config, shape.json()?.as_bytes())?;
+        let log = self
+            .folder
+            .join(format!("peft-{}-{tokens}-{bits}.log", shape.name()));
+        let write = |path: &Path| {
+            File::create(path).with_context(|| format!("cannot write {}", path.display()))
+        };
+        let answer = log.with_extension("out");
+        let mut process = Command::new(self.python)
+            .arg(self.script)
+            .arg("--shape")
+            .arg(&config)
+            .args(["--tokens", &tokens.to_string()])
+            .args(["--batch-size", &examples.to_string()])
+            .args(["--steps", &STEPS.to_string()])
+            .args(["--warmup", &WARM_UP.to_string()])
+            .args(["--dtype", dtype, "--bits", &bits.to_string()])
+            .args(["--device", self.device])
+            .env("HF_HUB_OFFLINE", "1")
+            .stdin(Stdio::null())
+            .stdout(write(&answer)?)
+            .stderr(write(&log)?)
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.python.display()))?;
+        let clock = Clock::new(limit);
+        let status = loop {
+            match process.try_wait().context("cannot wait for Python")? {
+                Some(status) => break status,
+                None if clock.has(0.001) => std::thread::sleep(Duration::from_millis(100)),
+                None => {
+                    let _ = process.kill();
+                    let _ = process.wait();
+                    bail!("its time was over after {:.0} s", limit.as_secs_f64());
+                }
+            }
+        };
+        let said = std::fs::read_to_string(&log).unwrap_or_default();
+        if !status.success() {
+            let last = said.lines().rfind(|line| !line.trim().is_empty());
+            bail!("{}", last.unwrap_or("it failed and said nothing"));
+        }
+        let text = std::fs::read_to_string(&answer).context("cannot read its answer")?;
+        let program = match bits {
+            8 => "PEFT, bitsandbytes int8".to_owned(),
+            _ => format!("PEFT {dtype}"),
+        };
+        training(&text, shape, (tokens, examples), dtype, bits, program)
+    }
+}
+
+fn training(
+    text: &str,
+    shape: Shape,
+    (tokens, examples): (usize, usize),
+    dtype: &str,
+    bits: u8,
+    program: String,
+) -> anyhow::Result<Training> {
+    let line = text.lines().rfind(|line| line.starts_with('{'));
+    let line: Line = serde_json::from_str(line.unwrap_or_default())
+        .context("its last line is no line of results")?;
+    let ends = [line.losses.first(), line.losses.last()];
+    Ok(Training {
+        program,
+        shape: shape.name().into(),
+        dtype: short(dtype).into(),
+        bits,
+        tokens_per_example: tokens,
+        examples_per_step: examples,
+        tokens_per_s: line.useful_tokens_per_s,
+        seconds_per_step: [line.seconds_per_step; 3],
+        steps: STEPS - WARM_UP,
+        peak_mib: line.peak_gpu_mib.or(Some(line.peak_rss_mib)),
+        gradient_checkpointing: false,
+        losses: match ends {
+            [Some(first), Some(last)] => Some([*first, *last]),
+            _ => None,
+        },
+        warm_up_s: None,
+    })
+}
+
+/// PyTorch's name of one of our types.
+pub fn long(dtype: &str) -> &'static str {
+    match dtype {
+        "bf16" => "bfloat16",
+        "f16" => "float16",
+        _ => "float32",
+    }
+}
+
+fn short(dtype: &str) -> &str {
+    match dtype {
+        "bfloat16" => "bf16",
+        "float16" => "f16",
+        "float32" => "f32",
+        other => other,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_scripts_last_line_is_read_and_types_have_both_names() {
+        let text = "a warning\n{\"useful_tokens_per_s\": 90.5, \"padded_tokens_per_s\": 91.0, \
+                    \"seconds_per_step\": 0.5, \"peak_rss_mib\": 10, \"peak_gpu_mib\": null, \
+                    \"trainable\": 1, \"threads\": 2, \"losses\": [3.0, 2.0]}\n";
+        let read = |text| training(text, Shape::Smol, (512, 4), "bfloat16", 16, "PEFT".into());
+        let training = read(text).unwrap();
+        assert_eq!(
+            (training.tokens_per_s, training.peak_mib),
+            (90.5, Some(10.0))
+        );
+        assert_eq!(
+            (training.dtype.as_str(), training.losses),
+            ("bf16", Some([3.0, 2.0]))
+        );
+        assert!(read("nothing").is_err());
+        for dtype in ["f32", "f16", "bf16"] {
+            assert_eq!(short(long(dtype)), dtype);
+        }
+    }
+}

@@ -1,0 +1,123 @@
+//! The parts of a report, in order of importance.
+
+use std::fmt;
+use std::str::FromStr;
+
+use super::shapes::Shape;
+
+/// A part of a report; each runs in a process of its own, so that a driver that fails takes one part with it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Section {
+    /// What the device is, and the start-up check.
+    Device,
+    /// Every operation against the CPU.
+    Operations,
+    /// The embedded model against the CPU.
+    Model,
+    /// Training steps of a shape, in the type that `auto` takes.
+    Training(Shape),
+    /// Products, attention, element-wise chains against the measured peak.
+    Speed,
+    /// Launches, uploads, reads, bytes.
+    Counts,
+    /// Training steps of a shape in the device's other types.
+    OtherTypes(Shape),
+}
+
+impl Section {
+    /// All, the most important first.
+    pub fn all(quick: bool) -> Vec<Self> {
+        let first = [Self::Device, Self::Operations, Self::Model];
+        let rest: &[Self] = match quick {
+            true => &[Self::Training(Shape::Embedded), Self::Speed, Self::Counts],
+            // What costs most and tells most comes before what is also known from smaller machines.
+            false => &[
+                Self::Training(Shape::Llama8B),
+                Self::Speed,
+                Self::Training(Shape::Llama1B),
+                Self::Training(Shape::Smol),
+                Self::Training(Shape::Embedded),
+                Self::Counts,
+                Self::OtherTypes(Shape::Llama1B),
+                Self::OtherTypes(Shape::Smol),
+            ],
+        };
+        first.iter().chain(rest).copied().collect()
+    }
+
+    /// The largest share of the whole time limit that it may take: one that hangs must not cost all others.
+    pub fn share(self) -> f64 {
+        match self {
+            Self::Device => 0.1,
+            Self::Operations | Self::Model => 0.2,
+            Self::Training(Shape::Llama8B) => 0.3,
+            Self::Training(Shape::Embedded) => 0.15,
+            Self::Training(_) | Self::Speed | Self::Counts | Self::OtherTypes(_) => 0.25,
+        }
+    }
+
+    /// The shape whose training it measures in the type that `auto` takes.
+    pub fn trains(self) -> Option<Shape> {
+        match self {
+            Self::Training(shape) => Some(shape),
+            _ => None,
+        }
+    }
+}
+
+impl fmt::Display for Section {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Device => f.pad("device"),
+            Self::Operations => f.pad("operations"),
+            Self::Model => f.pad("model"),
+            Self::Training(shape) => f.pad(&format!("training:{}", shape.name())),
+            Self::Speed => f.pad("speed"),
+            Self::Counts => f.pad("counts"),
+            Self::OtherTypes(shape) => f.pad(&format!("other-types:{}", shape.name())),
+        }
+    }
+}
+
+impl FromStr for Section {
+    type Err = String;
+
+    fn from_str(word: &str) -> Result<Self, String> {
+        let with_shapes = |section: fn(Shape) -> Self| Shape::ALL.map(section);
+        let all = [
+            Self::Device,
+            Self::Operations,
+            Self::Model,
+            Self::Speed,
+            Self::Counts,
+        ];
+        let all = all.into_iter().chain(with_shapes(Self::Training));
+        let mut all = all.chain(with_shapes(Self::OtherTypes));
+        let found = all.find(|section| section.to_string() == word);
+        found.ok_or_else(|| format!("{word:?} is no part of a report"))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_section_reads_back_and_shares_are_shares() {
+        for section in [Section::all(false), Section::all(true)].concat() {
+            assert_eq!(section.to_string().parse(), Ok(section));
+            assert!(section.share() > 0.0 && section.share() < 1.0);
+        }
+        assert!("nothing".parse::<Section>().is_err());
+    }
+
+    #[test]
+    fn what_is_wrong_is_found_before_what_is_slow() {
+        for quick in [false, true] {
+            let all = Section::all(quick);
+            let place = |section| all.iter().position(|it| *it == section).unwrap();
+            assert!(place(Section::Model) < place(Section::Training(Shape::Embedded)));
+            assert!(place(Section::Device) < place(Section::Operations));
+        }
+    }
+}

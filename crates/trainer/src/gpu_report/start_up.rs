@@ -1,0 +1,52 @@
+//! The start-up check of a run, as the report has it.
+
+use lora_core::{LoraConfig, Quantization};
+
+use super::finding::Check;
+use super::shapes::Shape;
+use crate::device::{self, CheckOptions, Selected};
+
+/// Tokens that the checked layer sees at most; the check itself takes fewer.
+const TOKENS: usize = 256;
+
+/// The comparisons that a run makes before its first step, for a model of this shape in each type that the device has.
+///
+/// The only place that knows what they are.
+///
+/// # Errors
+///
+/// If the shape is not readable.
+pub fn checks(selected: &Selected, shape: Shape) -> anyhow::Result<Vec<Check>> {
+    let model = shape.config()?;
+    let lora = LoraConfig::default();
+    let mut all = Vec::new();
+    for dtype in device::types(selected) {
+        let name = device::type_name(dtype);
+        let options = CheckOptions {
+            model: &model,
+            quantization: Quantization::Bits8,
+            dtype,
+            lora: &lora,
+            longest_row: TOKENS,
+        };
+        match device::check_device(selected, &options) {
+            Ok(checks) => all.extend(checks.into_iter().map(|check| {
+                Check::new(
+                    format!("start-up check, {name}: {}", check.name),
+                    check.difference,
+                    check.tolerance,
+                    "relative to the CPU in f32",
+                )
+            })),
+            Err(error) => {
+                all.push(Check::new(
+                    format!("start-up check, {name}"),
+                    f64::NAN,
+                    0.0,
+                    error.to_string(),
+                ));
+            }
+        }
+    }
+    Ok(all)
+}

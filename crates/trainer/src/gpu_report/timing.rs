@@ -1,0 +1,71 @@
+//! Seconds of work on a device: after a warm-up, over and over, the median.
+
+use std::time::Instant;
+
+use anyhow::Context;
+use burn::tensor::Device;
+
+use crate::bench::Spread;
+
+/// Measurements of each thing.
+const REPEATS: usize = 5;
+
+/// A measurement repeats what it measures until it has taken this long: short ones are noise.
+const AT_LEAST: f64 = 0.02;
+
+/// Waits for the device.
+pub fn sync(device: &Device) -> anyhow::Result<()> {
+    let synced = device.sync();
+    synced
+        .map_err(|error| anyhow::anyhow!("{error:?}"))
+        .context("the device failed")
+}
+
+/// The seconds that `work` takes. The first two runs, which compile kernels and choose the fastest, do not count.
+///
+/// What `work` gives lives until it is handed to the device: fusion computes nothing that nobody has.
+///
+/// # Errors
+///
+/// If the device fails.
+pub fn seconds<T>(device: &Device, mut work: impl FnMut() -> T) -> anyhow::Result<Spread> {
+    let mut time = |runs: usize| -> anyhow::Result<f64> {
+        let started = Instant::now();
+        for _ in 0..runs {
+            let kept = work();
+            let flushed = device.flush();
+            drop(kept);
+            flushed.map_err(|error| anyhow::anyhow!("{error:?}"))?;
+        }
+        sync(device)?;
+        Ok(started.elapsed().as_secs_f64() / runs as f64)
+    };
+    time(1)?;
+    time(1)?;
+    let once = time(1)?;
+    let runs = (AT_LEAST / once).ceil().clamp(1.0, 1000.0) as usize;
+    // A device that takes a second for it is not measured better by five of them.
+    let repeats = if once > 1.0 { 1 } else { REPEATS };
+    let measured: Vec<f64> = (0..repeats)
+        .map(|_| time(runs))
+        .collect::<anyhow::Result<_>>()?;
+    Spread::of(&measured).context("a time is not a number")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_first_runs_are_not_measured() {
+        let mut runs = 0;
+        let spread = seconds(&Device::flex(), || {
+            runs += 1;
+            let slow = if runs <= 2 { 50 } else { 25 };
+            std::thread::sleep(std::time::Duration::from_millis(slow));
+        })
+        .unwrap();
+        assert_eq!(runs, 3 + REPEATS);
+        assert!(spread.median >= 0.025 && spread.median < 0.05, "{spread:?}");
+    }
+}

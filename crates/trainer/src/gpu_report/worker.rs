@@ -1,0 +1,102 @@
+//! A section's process: findings go to standard output, a line of JSON each.
+
+use std::io::{Read, Write};
+use std::time::Duration;
+
+use super::clock::Clock;
+use super::finding::{Failed, Finding};
+use super::section::Section;
+use super::shapes::Shape;
+use super::{counting, operations, small_model, speed, start_up, training};
+use crate::device::{self, Backend, Selected};
+use crate::guard::{FaultKind, Guard};
+
+/// What a section's process is told.
+#[derive(Debug, Clone, PartialEq)]
+pub struct WorkerOptions {
+    /// What to find out.
+    pub section: Section,
+    /// On which backend.
+    pub backend: Backend,
+    /// With small sizes.
+    pub quick: bool,
+    /// It has this long.
+    pub limit: Duration,
+}
+
+/// Runs a section. What goes wrong is a finding, not an error; it ends with [`Finding::Done`].
+pub fn serve(options: &WorkerOptions) {
+    end_with_the_report();
+    let clock = Clock::new(options.limit);
+    let guard = Guard::install();
+    let failed = |message: String, lost| {
+        tell(&Finding::Failed(Failed {
+            what: options.section.to_string(),
+            message,
+            lost,
+        }));
+    };
+    match device::select(options.backend) {
+        Err(error) => failed(error.to_string(), false),
+        Ok(selected) => match guard.run(|| section(options, &selected, clock, &guard)) {
+            Ok(Ok(())) => {}
+            Ok(Err(error)) => failed(format!("{error:#}"), false),
+            Err(fault) => failed(fault.to_string(), fault.kind == FaultKind::Lost),
+        },
+    }
+    tell(&Finding::Done);
+}
+
+fn section(
+    options: &WorkerOptions,
+    selected: &Selected,
+    clock: Clock,
+    guard: &Guard,
+) -> anyhow::Result<()> {
+    let types = device::types(selected);
+    let auto = &types[..types.len().min(1)];
+    let (device, quick) = (&selected.device, options.quick);
+    let tell = &mut |finding: Finding| tell(&finding);
+    match options.section {
+        Section::Device => {
+            tell(Finding::Device(Box::new(device::hardware(selected))));
+            let shape = if quick {
+                Shape::Embedded
+            } else {
+                Shape::Llama1B
+            };
+            for check in start_up::checks(selected, shape)? {
+                tell(Finding::Check(check));
+            }
+            Ok(())
+        }
+        Section::Operations => operations::run(&types, device, tell),
+        Section::Model => small_model::run(&types, device, quick, tell),
+        Section::Training(shape) => {
+            training::run(shape, auto, selected, (clock, quick), guard, tell)
+        }
+        Section::OtherTypes(shape) => {
+            let others = &types[auto.len()..];
+            training::run(shape, others, selected, (clock, quick), guard, tell)
+        }
+        Section::Speed => speed::run(selected, clock, quick, tell),
+        Section::Counts => counting::run(selected, guard, tell),
+    }
+}
+
+/// Nobody reads what comes after standard output is closed, so that errors in writing end nothing.
+fn tell(finding: &Finding) {
+    if let Ok(line) = serde_json::to_string(finding) {
+        let mut output = std::io::stdout().lock();
+        let _ = writeln!(output, "{line}").and_then(|()| output.flush());
+    }
+}
+
+/// The report holds this process's standard input open; when it is gone, however it went, so is this process.
+fn end_with_the_report() {
+    std::thread::spawn(|| {
+        let mut rest = Vec::new();
+        let _ = std::io::stdin().lock().read_to_end(&mut rest);
+        std::process::exit(1);
+    });
+}
