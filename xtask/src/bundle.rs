@@ -23,8 +23,26 @@ const PROFILE: &str = "bundle";
 const RUN: &str = include_str!("bundle/run.sh");
 const README: &str = include_str!("bundle/README.txt");
 
-/// The builds, the most important first.
-const BUILDS: [Backend; 3] = [Backend::Cuda, Backend::Vulkan, Backend::Wgpu];
+/// The backends, the most important first.
+const BACKENDS: [Backend; 3] = [Backend::Cuda, Backend::Vulkan, Backend::Wgpu];
+
+/// A program of the bundle.
+#[derive(Debug, PartialEq)]
+struct Build {
+    /// What it runs on; it lies in the folder that the first is the name of.
+    backends: Vec<Backend>,
+}
+
+impl Build {
+    fn folder(&self) -> &'static str {
+        self.backends[0].name()
+    }
+
+    fn names(&self) -> String {
+        let names: Vec<&str> = self.backends.iter().map(|backend| backend.name()).collect();
+        names.join(" and ")
+    }
+}
 
 /// What goes into a bundle.
 #[derive(Args, Debug, Default)]
@@ -68,17 +86,20 @@ pub fn bundle(args: &BundleArgs) -> Result<std::result::Result<PathBuf, ExitCode
     }
     for build in &builds {
         let since = Instant::now();
-        if let Some(failed) = compile(*build)? {
+        if let Some(failed) = compile(build)? {
             return Ok(Err(failed));
         }
-        let into = folder.join(build.name());
+        let into = folder.join(build.folder());
         let binary = target.join(PROFILE).join("trainer");
         copy(&binary, &into.join("trainer"))?;
         for library in libraries(&binary)? {
             copy(&library, &into.join("lib").join(name(&library)?))?;
         }
+        let lines = build.backends.iter().map(|backend| format!("{backend}\n"));
+        write(&into.join("backends"), &lines.collect::<String>())?;
         eprintln!(
-            "xtask: {build}: {} MiB, {} s",
+            "xtask: {}: {} MiB, {} s",
+            build.names(),
             fs::metadata(&binary)?.len() >> 20,
             since.elapsed().as_secs()
         );
@@ -118,22 +139,36 @@ pub fn bundle(args: &BundleArgs) -> Result<std::result::Result<PathBuf, ExitCode
     Ok(Ok(file))
 }
 
-/// The builds asked for, in their order.
-fn builds(only: &[Backend]) -> Result<Vec<Backend>> {
+/// The builds for the backends asked for. CUDA and WGSL share one, which is smaller than two; SPIR-V and WGSL cannot:
+/// CubeCL compiles for one of them.
+fn builds(only: &[Backend]) -> Result<Vec<Build>> {
     for backend in only {
-        if !BUILDS.contains(backend) {
+        if !BACKENDS.contains(backend) {
             bail!("--only {backend}: a bundle has cuda, vulkan and wgpu");
         }
     }
     let asked = |backend: &Backend| only.is_empty() || only.contains(backend);
-    Ok(BUILDS.into_iter().filter(asked).collect())
+    let of = |backends: &[Backend]| Build {
+        backends: backends.iter().copied().filter(asked).collect(),
+    };
+    let builds = [of(&[Backend::Cuda, Backend::Wgpu]), of(&[Backend::Vulkan])];
+    Ok(builds
+        .into_iter()
+        .filter(|build| !build.backends.is_empty())
+        .collect())
 }
 
-/// `cargo build` with this backend and nothing else; cargo's exit code if it failed.
-fn compile(backend: Backend) -> Result<Option<ExitCode>> {
+/// `cargo build` with these backends and no other; cargo's exit code if it failed.
+fn compile(for_these: &Build) -> Result<Option<ExitCode>> {
     eprintln!(
-        "xtask: building the trainer for {backend}, optimised as a whole: ten minutes and more on 2 cores"
+        "xtask: building the trainer for {}, optimised as a whole: a quarter of an hour and more on 2 cores",
+        for_these.names()
     );
+    let backends = for_these
+        .backends
+        .iter()
+        .map(|backend| backend.name().to_owned());
+    let features: Vec<String> = backends.chain(["autotune".to_owned()]).collect();
     let mut build = cargo::cargo("build");
     build
         .args([
@@ -143,12 +178,12 @@ fn compile(backend: Backend) -> Result<Option<ExitCode>> {
             "trainer",
             "--no-default-features",
         ])
-        .args(cargo::features(&[backend.name().into(), "autotune".into()]));
+        .args(cargo::features(&features));
     let status = build.status().context("cannot start cargo")?;
     if status.success() {
         return Ok(None);
     }
-    if backend == Backend::Cuda && llvm_is_in_place() == Some(false) {
+    if for_these.backends.contains(&Backend::Cuda) && llvm_is_in_place() == Some(false) {
         eprintln!("{LLVM_HINT}");
     }
     Ok(Some(ExitCode::from(exit_code(status).max(1))))
@@ -275,12 +310,13 @@ mod tests {
 
     #[test]
     fn cuda_comes_first_and_only_gpu_builds_are_bundled() {
-        let of = |only: &[Backend]| builds(only).unwrap();
-        assert_eq!(of(&[]), BUILDS);
-        assert_eq!(
-            of(&[Backend::Wgpu, Backend::Cuda]),
-            [Backend::Cuda, Backend::Wgpu]
-        );
+        let of = |only: &[Backend]| {
+            let builds = builds(only).unwrap();
+            builds.iter().map(Build::names).collect::<Vec<_>>()
+        };
+        assert_eq!(of(&[]), ["cuda and wgpu", "vulkan"]);
+        assert_eq!(of(&[Backend::Wgpu, Backend::Cuda]), ["cuda and wgpu"]);
+        assert_eq!(of(&[Backend::Vulkan, Backend::Wgpu]), ["wgpu", "vulkan"]);
         assert!(builds(&[Backend::Metal]).is_err());
     }
 

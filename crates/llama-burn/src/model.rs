@@ -342,9 +342,12 @@ impl Llama {
                 sum.unwrap_or_else(|| hidden.zeros_like())
             }
         };
-        let (normalised, roots) = self.norm.forward_plain(hidden);
+        let roots = self.norm.roots(hidden);
         let through = match &self.lm_head_adapter {
-            Some(adapter) => adapter.backward(normalised, gradient, through, collect),
+            Some(adapter) => {
+                let normalised = self.norm.again(hidden, &roots);
+                adapter.backward(normalised, gradient, through, collect)
+            }
             None => through,
         };
         let (gain, nothing) = (self.norm.gain(), hidden.zeros_like());

@@ -62,7 +62,7 @@ pub fn rms_norm(norm: &RmsNorm, x: &Tensor<2>) -> Tensor<2> {
 
 /// The gradient of the norm's input from that of its output, all `[n, hidden]`.
 pub fn rms_norm_backward(norm: &RmsNorm, x: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
-    let (_, roots) = norm.forward_plain(x);
+    let roots = norm.roots(x);
     let nothing = gradient.zeros_like();
     norm.backward(x, roots, norm.gain(), gradient, nothing)
 }

@@ -43,8 +43,7 @@ impl RmsNorm {
         let weight = self.weight.val().without_autodiff();
         if !cpu::is_native(x) || !cpu::is_native(&weight) {
             let gain = self.gain();
-            let mean_of_squares = x.clone().cast(DType::F32).square().mean_dim(1);
-            let roots = mean_of_squares.add_scalar(self.eps).sqrt().recip();
+            let roots = self.computed_roots(x);
             let normalised = x.clone().cast(DType::F32) * roots.clone() * gain;
             let normalised = spoilt("rms_norm", normalised.cast(x.dtype()));
             return (normalised, InverseRoots(Some(roots)));
@@ -57,6 +56,16 @@ impl RmsNorm {
             normalise(x, weight, eps, piece);
         });
         (cpu::tensor(normalised, [n, width]), InverseRoots(None))
+    }
+
+    /// What [`forward_plain`](Self::forward_plain) returns beside its output.
+    pub(crate) fn roots(&self, x: &Tensor<2>) -> InverseRoots {
+        InverseRoots((!cpu::is_native(x)).then(|| self.computed_roots(x)))
+    }
+
+    fn computed_roots(&self, x: &Tensor<2>) -> Tensor<2> {
+        let mean_of_squares = x.clone().cast(DType::F32).square().mean_dim(1);
+        mean_of_squares.add_scalar(self.eps).sqrt().recip()
     }
 
     /// The output of [`forward_plain`](Self::forward_plain) once more.

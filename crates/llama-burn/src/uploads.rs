@@ -64,6 +64,7 @@ impl Uploads {
 
 /// What was copied.
 #[derive(Debug)]
+#[allow(clippy::large_enum_variant)] // One a batch.
 pub(crate) enum Uploaded {
     Apart(Uploads, Device),
     Together {

@@ -374,6 +374,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
 }
 
 /// What reaches the adapters' low-rank products.
+#[allow(clippy::large_enum_variant)] // It lives for a few lines.
 enum LowGradients<const N: usize> {
     /// Of all adapters, as they share their input.
     Together(Option<Tensor<2>>),

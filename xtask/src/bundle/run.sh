@@ -81,7 +81,13 @@ PYTHON
     done
     if [ -n "${CONDA_PREFIX:-}" ]; then find "$CONDA_PREFIX" -name libdevice.10.bc 2>/dev/null | head -n 1; fi
 }
-if [ -x "$here/cuda/trainer" ]; then
+# The folder of the build that has this backend.
+folder_of() {
+    for folder in cuda vulkan wgpu; do
+        if [ -x "$here/$folder/trainer" ] && grep -qx "$1" "$here/$folder/backends"; then echo "$here/$folder"; return; fi
+    done
+}
+if [ -n "$(folder_of cuda)" ]; then
     libdevice=$(find_libdevice)
     if [ -n "$libdevice" ]; then
         say "libdevice: $libdevice"
@@ -123,10 +129,11 @@ share() {
 run() {
     build=$1 limit=$2
     shift 2
+    folder=$(folder_of "$build")
     libraries_of_build=
     # A library that the system has is the better one: graphics drivers load it as well.
-    if ldd "$here/$build/trainer" 2>/dev/null | grep -q 'not found'; then libraries_of_build=$here/$build/lib; fi
-    set -- "$here/$build/trainer" gpu-report --backend "$build" --seconds "$limit" --output "$output/$build" "$@"
+    if ldd "$folder/trainer" 2>/dev/null | grep -q 'not found'; then libraries_of_build=$folder/lib; fi
+    set -- "$folder/trainer" gpu-report --backend "$build" --seconds "$limit" --output "$output/$build" "$@"
     if has timeout; then set -- timeout -k 5 $((limit + 10)) "$@"; fi
     if [ -n "$libraries_of_build" ]; then
         set -- env LD_LIBRARY_PATH="$libraries_of_build:${LD_LIBRARY_PATH:-}" "$@"
@@ -137,7 +144,7 @@ run() {
 }
 
 builds=
-for build in cuda vulkan wgpu; do [ ! -x "$here/$build/trainer" ] || builds="$builds $build"; done
+for build in cuda vulkan wgpu; do [ -z "$(folder_of "$build")" ] || builds="$builds $build"; done
 [ -n "$builds" ] || { say "there is no build in $here"; exit 1; }
 
 reported=0 failed=0

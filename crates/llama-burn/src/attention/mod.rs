@@ -75,6 +75,7 @@ impl Attention {
 
 /// What the backward pass of [`attend`] needs.
 #[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // One a layer, and the large one is the usual one.
 pub(crate) enum Attended {
     /// Of the CPU's kernel.
     Cpu {

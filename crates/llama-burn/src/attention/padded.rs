@@ -184,7 +184,6 @@ pub(super) fn forward(
     let q = layout.stack(padded.spread_queries(q));
     let ((keys, k), (values, v)) = (layout.keys_and_kept(k), layout.keys_and_kept(v));
     // Unnormalised weights are at most 1, and their sum with values may leave f16: there they are 16 times smaller.
-    // (Where it is 1, too, the multiplication stays: Burn fuses a sum with two operations before it, not with one.)
     let head_room = if dtype == DType::F16 { 16f64 } else { 1.0 };
     // Parts are taken before anything is computed with them: Burn fuses what follows one another.
     let parts: Vec<_> = padded
@@ -201,17 +200,39 @@ pub(super) fn forward(
         // In the type of the product, which has rounded them already.
         let scores = (q.matmul(k).cast(DType::F32) + tile.mask(dtype)).cast(dtype);
         let most = scores.clone().max_dim(3).cast(DType::F32);
-        let shift = most.clone().add_scalar(head_room.ln());
+        let shift = match head_room > 1.0 {
+            true => most.clone().add_scalar(head_room.ln()),
+            false => most.clone(),
+        };
         let weights = (scores.cast(DType::F32) - shift).exp().cast(dtype);
         // The weights' sum divides the output, which is smaller than the weights.
-        let [segments, key, rows, visible] = weights.dims();
-        let sum = weights.clone().reshape([segments * key, rows, visible]);
-        let sum = sum.cast(DType::F32).mul_scalar(head_room).sum_dim(2);
-        let sum = sum.reshape([segments, key, rows, 1]);
-        let mixed = weights.matmul(v);
-        let mixed = mixed.cast(DType::F32).mul_scalar(head_room);
-        outputs.push((mixed / sum.clone()).cast(dtype));
-        log_sums.push(sum.log() + most);
+        let (mixed, log_sum) = match dtype {
+            DType::F32 => {
+                let mixed = weights.clone().matmul(v);
+                let sum = weights.sum_dim(3);
+                (mixed / sum.clone(), sum.log() + most)
+            }
+            _ => {
+                let [segments, key, rows, visible] = weights.dims();
+                let (flat, unflat) = ([segments * key, rows, 1], [segments, key, rows, 1]);
+                let most = most.reshape(flat);
+                let mixed = weights.clone().matmul(v);
+                // Burn fuses a product with nothing here, and what follows such an operation with nothing either: a
+                // change of shape, which costs nothing, takes that place, so that the sum reads 16-bit weights.
+                let sum = weights.reshape([segments * key, rows, visible]);
+                let sum = sum.cast(DType::F32).mul_scalar(head_room).sum_dim(2);
+                let log_sum = sum.clone().log() + most;
+                let (sum, log_sum) = (sum.reshape(unflat), log_sum.reshape(unflat));
+                let mixed = mixed.cast(DType::F32);
+                let mixed = match head_room > 1.0 {
+                    true => mixed.mul_scalar(head_room),
+                    false => mixed,
+                };
+                (mixed / sum, log_sum)
+            }
+        };
+        outputs.push(mixed.cast(dtype));
+        log_sums.push(log_sum);
     }
     let output = together(outputs);
     let attended = Attended {
