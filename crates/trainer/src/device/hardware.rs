@@ -178,7 +178,7 @@ mod adapter {
             ("wgpu: buffer", limits.max_buffer_size),
             (
                 "wgpu: storage binding",
-                limits.max_storage_buffer_binding_size.into(),
+                limits.max_storage_buffer_binding_size,
             ),
             (
                 "wgpu: workgroup memory",

@@ -141,7 +141,7 @@ mod tests {
             matches!(&ended, Ended::Died(how) if how.contains('9')),
             "{ended:?}"
         );
-        assert_eq!(found, [kept.clone()]);
+        assert_eq!(found, std::slice::from_ref(&kept));
         let (ended, found, took) = shell(&format!("{FINDING}; exec sleep 60"), 1.0);
         assert_eq!((ended, &found[..]), (Ended::Stopped, &[kept][..]));
         assert!(took < Duration::from_secs(30), "{took:?}");
