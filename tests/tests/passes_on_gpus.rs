@@ -152,6 +152,17 @@ fn losses_and_gradients_are_those_of_the_cpu() {
                     |sums: LossSums| (sums.tokens, sums.correct, sums.rows, sums.correct_rows);
                 assert_eq!(counts(got.0), counts(expected.0));
             }
+            // As on a weak GPU: products in pieces of 24 rows and fewer.
+            lora_core::limit_launches(Some(300_000));
+            let in_pieces = run(&gpu, micro_batches, false);
+            lora_core::limit_launches(None);
+            for (factor, expected) in &expected.2 {
+                let distance = distance(&in_pieces.2[factor], expected);
+                assert!(
+                    distance < TOLERANCE,
+                    "{what}, in pieces: {factor} {distance:e}"
+                );
+            }
             let (got, expected) = (
                 evaluate(&gpu, &micro_batches[0]),
                 evaluate(&cpu, &micro_batches[0]),

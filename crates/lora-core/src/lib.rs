@@ -67,7 +67,7 @@ pub use frozen_linear::{
 pub use fusion::{Fusion, set_fusion};
 pub use init::{kaiming_uniform, normal};
 pub use integers::IntegerWeight;
-pub use limits::{AssumedBuffer, largest_buffer};
+pub use limits::{AssumedBuffer, largest_buffer, limit_launches};
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};
 pub use products::multiply_add;

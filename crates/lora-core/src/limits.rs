@@ -1,8 +1,44 @@
 //! What a device can do at most.
 
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
-use burn::tensor::Device;
+use burn::tensor::{Device, Tensor};
+
+/// Floating-point operations of a launch at most; 0 without a limit.
+static MOST_FLOPS: AtomicU64 = AtomicU64::new(0);
+
+/// Has matrix products on GPUs of this process come in pieces of rows of at most so many floating-point operations
+/// each, or, with `None`, whole again. For weak GPUs: a driver resets a device that one launch keeps busy for too long
+/// (Windows after 2 seconds), and a screen that the same GPU draws stands still meanwhile.
+pub fn limit_launches(flops: Option<u64>) {
+    MOST_FLOPS.store(flops.unwrap_or(0), Ordering::Relaxed);
+}
+
+/// Rows of a product `[n, k] · [k, m]` that one launch computes under the limit.
+pub(crate) fn rows_at_once([n, k, m]: [usize; 3]) -> usize {
+    match MOST_FLOPS.load(Ordering::Relaxed) {
+        0 => n,
+        most => {
+            let of_row = 2 * (k as u64) * (m as u64);
+            ((most / of_row.max(1)) as usize).clamp(1, n.max(1))
+        }
+    }
+}
+
+/// `product` of pieces of so many rows of `x`, one below the other; `sum` goes along.
+pub(crate) fn by_rows(
+    sum: Option<Tensor<2>>,
+    x: Tensor<2>,
+    rows: usize,
+    product: impl Fn(Option<Tensor<2>>, Tensor<2>) -> Tensor<2>,
+) -> Tensor<2> {
+    let n = x.dims()[0];
+    let pieces = (0..n).step_by(rows).map(|first| {
+        let part = |x: Tensor<2>| x.narrow(0, first, rows.min(n - first));
+        product(sum.clone().map(part), part(x.clone()))
+    });
+    Tensor::cat(pieces.collect(), 0)
+}
 
 /// 0 where nothing is assumed.
 static ASSUMED: AtomicUsize = AtomicUsize::new(0);
@@ -51,4 +87,33 @@ fn known(device: &Device) -> Option<usize> {
 #[cfg(not(feature = "cube"))]
 fn known(_device: &Device) -> Option<usize> {
     None
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CounterRng, normal};
+
+    #[test]
+    fn a_product_in_pieces_of_rows_is_the_whole_one() {
+        assert_eq!(rows_at_once([100, 8, 4]), 100);
+        let device = Device::flex();
+        let mut rng = CounterRng::new(1);
+        let mut random = |shape| normal(shape, 1.0, &mut rng, &device);
+        let (x, w, sum) = (random([23, 8]), random([8, 4]), random([23, 4]));
+        let product = |sum: Option<Tensor<2>>, x: Tensor<2>| {
+            let product = x.matmul(w.clone());
+            sum.map_or(product.clone(), |sum| sum + product)
+        };
+        for sum in [None, Some(sum)] {
+            let whole = product(sum.clone(), x.clone()).into_data();
+            for rows in [1, 5, 22, 23] {
+                let pieces = by_rows(sum.clone(), x.clone(), rows, product);
+                let tolerance = burn::tensor::Tolerance::absolute(1e-6);
+                pieces
+                    .into_data()
+                    .assert_approx_eq::<f32>(&whole, tolerance);
+            }
+        }
+    }
 }

@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::cpu::{self, Matrix, MatrixMut, Threads};
+use crate::limits::{by_rows, rows_at_once};
 use crate::spoil::spoilt;
 
 /// `sum + scale · left · right`; without a sum, the product alone. The sum's memory is used again where
@@ -20,9 +21,15 @@ pub fn multiply_add(
     right: Tensor<2>,
 ) -> Tensor<2> {
     let native = cpu::is_native(&left) && cpu::is_native(&right);
+    let ([n, k], m) = (left.dims(), right.dims()[1]);
+    let rows = rows_at_once([n, k, m]);
+    if rows < n && !native {
+        return by_rows(sum, left, rows, |sum, left| {
+            multiply_add(sum, scale, left, right.clone())
+        });
+    }
     match sum {
         Some(sum) if native && cpu::is_native(&sum) => {
-            let ([n, k], m) = (left.dims(), right.dims()[1]);
             let (left, right) = (View::new(left), View::new(right));
             let mut sum = cpu::values(sum);
             let output = MatrixMut::new(sum.as_mut_slice(), n, m, m);
@@ -33,7 +40,6 @@ pub fn multiply_add(
         }
         Some(sum) => sum + spoilt("low_rank", scaled(scale, left, right)),
         None if native => {
-            let ([n, k], m) = (left.dims(), right.dims()[1]);
             let (left, right) = (View::new(left), View::new(right));
             let (left, right) = (left.matrix(n, k), right.matrix(k, m));
             let values = cpu::product(scale as f32, left, right, Threads::All);

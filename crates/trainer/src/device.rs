@@ -9,6 +9,8 @@ mod check;
 mod cuda;
 mod error;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
+mod gentle;
+#[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 mod graphics;
 mod hardware;
 mod kernels;
@@ -24,7 +26,7 @@ pub use backend::Backend;
 pub use check::{Check, CheckOptions, check_device, check_layer, verdict};
 pub use error::DeviceError;
 pub use hardware::{Hardware, hardware, type_name, types};
-pub use kernels::{KernelArgs, switches};
+pub use kernels::{KernelArgs, first_step, switches};
 pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 

@@ -600,6 +600,9 @@ fn warnings(
     memory_there: Option<DeviceMemory>,
 ) -> Vec<String> {
     let mut warnings: Vec<String> = selected.warning().into_iter().collect();
+    if selected.backend != Backend::Cpu {
+        warnings.push(device::first_step().into());
+    }
     if memory_there.is_none() {
         warnings.push(
             "this device does not tell how much memory it has: what fits is found out by trying, and activations are \

@@ -33,8 +33,9 @@ use burn::backend::tensor::{FloatTensor, QuantizedTensor};
 use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Tensor};
 
-use crate::multiply_add;
+use crate::limits::{by_rows, rows_at_once};
 use crate::spoil::spoilt;
+use crate::{cpu, multiply_add};
 
 /// What a backend does for a frozen quantized weight. The bodies here are right everywhere; a
 /// backend overrides them where it has something faster.
@@ -237,6 +238,13 @@ pub(crate) fn frozen_product(
             }
             Direction::Backward => multiply_add(sum, 1.0, x, weight.transpose()),
         };
+    }
+    let (n, [d_in, d_out]) = (x.dims()[0], weight.dims());
+    let rows = rows_at_once([n, d_in, d_out]);
+    if rows < n && !cpu::is_on_cpu(&x) {
+        return by_rows(sum, x, rows, |sum, x| {
+            frozen_product(sum, x, weight.clone(), direction)
+        });
     }
     let (x, weight) = (x.into_dispatch(), weight.into_dispatch());
     let product = Tensor::from_dispatch(match (sum, direction) {

@@ -5,7 +5,7 @@ use std::env;
 use burn::tensor::wgpu::{WgpuBackend, wgpu};
 use burn::tensor::{Device, DeviceKind, DeviceType};
 
-use super::{Backend, DeviceError, Selected, quiet};
+use super::{Backend, DeviceError, Selected, gentle, quiet};
 
 /// CubeCL's own variable, which names an adapter.
 const CHOSEN_BY_USER: &str = "CUBECL_WGPU_DEFAULT_DEVICE";
@@ -65,14 +65,22 @@ pub fn start(backend: Backend) -> Result<Selected, DeviceError> {
         (best, None) => best,
         (_, Some(_)) => DeviceKind::DefaultDevice,
     };
-    let options = Device::wgpu_options()
+    let weak = matches!(kind, DeviceKind::IntegratedGpu(_));
+    let mut options = Device::wgpu_options()
         .device_kind(kind)
         .graphics_api(graphics_api(backend));
+    if weak {
+        options = options.tasks_max(gentle::LAUNCHES);
+    }
     let (device, setup) = quiet::catch(|| options.init_with_setup())
         .and_then(|started| started.map_err(|error| error.to_string()))
         .map_err(|message| initialization(backend, message))?;
 
     let adapter = setup.adapter.get_info();
+    if weak || adapter.device_type == wgpu::DeviceType::IntegratedGpu {
+        let limited = quiet::catch(|| gentle::limit(&device));
+        limited.map_err(|message| initialization(backend, message))?;
+    }
     let is_software = adapter.device_type == wgpu::DeviceType::Cpu;
     let driver = [adapter.driver.as_str(), adapter.driver_info.as_str()].join(" ");
     let shaders = match backend {

@@ -50,6 +50,17 @@ pub(super) fn set_fusion() {
     });
 }
 
+/// What the first step of a run does besides, on a GPU.
+pub fn first_step() -> &'static str {
+    match cfg!(feature = "autotune") {
+        true => {
+            "the first step compiles kernels and times several of each to find the fastest, which takes minutes; \
+             later steps do not"
+        }
+        false => "the first step compiles kernels; later steps do not",
+    }
+}
+
 /// The switches that are on, as they are written.
 pub fn switches() -> Vec<&'static str> {
     let all = [(&UNFUSED, "--no-fusion"), (&UNTUNED, "--no-autotune")];

@@ -87,7 +87,7 @@ pub(super) fn peak(
         layers: kept_layers * all.layer() + if checkpointing { 0.0 } else { last },
         gradients: 3.0 * wanted.hidden,
         adapters: of_layers(0.0),
-        logits: copies_of_scores(model) * 4.0 * (at_once * model.vocab_size) as f64,
+        logits: copies_of_scores(model, options) * 4.0 * (at_once * model.vocab_size) as f64,
         ..Bytes::default()
     };
     // Where heads are computed one a thread, each has gradients of keys and values of its own.
@@ -173,8 +173,12 @@ pub(super) fn peak(
     })
 }
 
-/// A table in several pieces has its scores put together from theirs.
-fn copies_of_scores(model: &LlamaConfig) -> f64 {
+/// A table in several pieces has its scores put together from theirs. On a GPU scores, their exponentials and the
+/// gradient exist at a time; on the CPU the gradient takes the scores' memory.
+fn copies_of_scores(model: &LlamaConfig, options: &PlanOptions) -> f64 {
+    if options.on_gpu {
+        return 3.0;
+    }
     let table = 4 * model.vocab_size * model.hidden_size;
     if table > llama_burn::PIECE_BYTES {
         2.0

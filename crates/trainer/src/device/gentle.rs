@@ -1,0 +1,55 @@
+//! Integrated GPUs, which draw the screen as well: no work handed to them keeps them busy for long, or Windows and macOS
+//! reset them.
+
+use std::time::Instant;
+
+use burn::tensor::{DType, Device, Tensor};
+
+/// Kernels that are handed over together.
+pub const LAUNCHES: usize = 4;
+
+/// What one kernel may take, in seconds: with [`LAUNCHES`] of them about half a second, a quarter of the time after which
+/// Windows resets a GPU.
+const SECONDS: f64 = 0.12;
+
+/// Rows and width of the product that is timed: 4.3 GFLOP, some hundredths of a second.
+const SIZE: [usize; 2] = [512, 2048];
+
+/// Measures how fast the device multiplies and limits its launches accordingly.
+///
+/// # Panics
+///
+/// As the device does.
+pub fn limit(device: &Device) {
+    let [rows, width] = SIZE;
+    let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, (device, DType::F32));
+    let (x, w) = (ones([rows, width]), ones([width, width]));
+    let product = || {
+        let product = x.clone().matmul(w.clone());
+        // Read, so that it has been computed.
+        product.narrow(0, 0, 1).into_data()
+    };
+    // The first compiles, and chooses, the kernel.
+    product();
+    let started = Instant::now();
+    product();
+    let flops = 2.0 * (rows * width * width) as f64;
+    lora_core::limit_launches(Some(most(flops / started.elapsed().as_secs_f64())));
+}
+
+/// Floating-point operations of a launch on a device that does so many a second.
+fn most(flops_per_s: f64) -> u64 {
+    // A measurement that went wrong limits nothing unduly: an integrated GPU does 50 GFLOP/s at least.
+    (flops_per_s.max(5e10) * SECONDS) as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_launch_takes_about_an_eighth_of_a_second_at_most() {
+        assert_eq!(most(1e12), 120_000_000_000);
+        assert_eq!(most(0.0), most(5e10));
+    }
+}
