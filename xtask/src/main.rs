@@ -121,7 +121,7 @@ enum Task {
     InspectData(Trainer),
     /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
     Combine(Trainer),
-    /// Parameters and predicted peak memory of a model, without its weights: --config FILE; with --gpu [NAME] also
+    /// Parameters and predicted peak memory of a model, without its weights: --config FILE; with --gpu also
     /// a step's launches, bytes and operations, and the time they take at a card's stated peak
     Plan(Trainer),
     /// Compare with a reference or across backends: [--reference DIR] [--backends cpu,wgpu,…]

@@ -14,6 +14,9 @@ use crate::step_counts::{StepCounts, StepShape, count_step, examples};
 /// Tokens of the example.
 pub const TOKENS: usize = 2048;
 
+/// The largest buffer of a kernel that traffic is told for: cards with 8 GB bind as much.
+const CARD_BINDS: usize = 2 << 30;
+
 /// Tokens where a step of [`TOKENS`] does not fit the device's memory.
 const FEWER: usize = 512;
 
@@ -74,27 +77,53 @@ fn counted(
     dtype: FloatDType,
     tokens: usize,
 ) -> anyhow::Result<Option<StepFinding>> {
-    let model = Shape::Llama8B.config()?;
-    let shape = StepShape {
-        options: LoadOptions {
-            dtype: DType::from(dtype),
-            ..LoadOptions::default()
-        },
-        lora: LoraConfig::default(),
-        examples: examples(1, tokens, model.vocab_size),
-        supervised: tokens,
-        micro_batches: 1,
-        gradient_checkpointing: false,
-        mode: Mode::DryRun,
-        model,
+    let step = |dtype: FloatDType| -> anyhow::Result<Option<StepCounts>> {
+        let model = Shape::Llama8B.config()?;
+        let shape = StepShape {
+            options: LoadOptions {
+                dtype: DType::from(dtype),
+                ..LoadOptions::default()
+            },
+            lora: LoraConfig::default(),
+            examples: examples(1, tokens, model.vocab_size),
+            supervised: tokens,
+            micro_batches: 1,
+            gradient_checkpointing: false,
+            mode: Mode::DryRun,
+            model,
+        };
+        Ok(count_step(&shape, &selected.device)?)
     };
-    let counts = count_step(&shape, &selected.device)?;
-    Ok(counts.map(|counts| finding(&counts, dtype, tokens)))
+    let Some(counts) = step(dtype)? else {
+        return Ok(None);
+    };
+    // Traffic is told in 16 bits, whatever this device computes in: bf16's tensors are as large as f16's.
+    let sixteen = match DType::from(dtype).size() {
+        2 => Some(dtype),
+        _ => {
+            Some(FloatDType::F16).filter(|f16| device::compute_dtype(selected, Some(*f16)).is_ok())
+        }
+    };
+    let _card = lora_core::AssumedBuffer::new(CARD_BINDS);
+    let traffic = match sixteen {
+        Some(sixteen) => step(sixteen)?.map(|counts| (counts, sixteen)),
+        None => None,
+    };
+    Ok(Some(finding(&counts, traffic.as_ref(), dtype, tokens)))
 }
 
-/// The counts with the rule by which they were scaled.
-fn finding(counts: &StepCounts, dtype: FloatDType, tokens: usize) -> StepFinding {
+/// The counts with the rule by which they were scaled; `traffic` is the step in 16 bits, where the device has them.
+fn finding(
+    counts: &StepCounts,
+    traffic: Option<&(StepCounts, FloatDType)>,
+    dtype: FloatDType,
+    tokens: usize,
+) -> StepFinding {
     let step = &counts.step;
+    let (bytes, bytes_in) = match traffic {
+        Some((counts, sixteen)) => (counts.step.fused_bytes(), *sixteen),
+        None => (step.fused_bytes(), dtype),
+    };
     let kinds = step.kinds.iter().map(|(kind, of_kind)| KindFinding {
         kind: kind.to_string(),
         launches: of_kind.launches,
@@ -109,12 +138,16 @@ fn finding(counts: &StepCounts, dtype: FloatDType, tokens: usize) -> StepFinding
         launches_per_step: step.launches(),
         uploads_per_step: step.uploads,
         reads_per_step: step.reads,
-        bytes_per_step: step.bytes(),
+        bytes_per_step: bytes,
         flops_per_step: step.total().flops,
         rule: format!(
             "A step of the model cut to 2 layers and one cut to 3 were counted at {tokens} tokens, every width and the \
              vocabulary as they are; their difference is a layer, and a step of {layers} layers is the first plus {more} \
-             differences. A launch reads each input once and writes each output once. Kernels were not run.",
+             differences. A launch reads each input once and writes each output once. Kernels were not run. Launches, uploads \
+             and reads are those of {own} on this device; bytes are those of {sixteen}, for a card that binds 2 GiB to a \
+             kernel and runs what Burn fuses as one launch, as autotuned builds do.",
+            own = device::type_name(dtype),
+            sixteen = device::type_name(bytes_in),
             layers = counts.layers,
             more = counts.layers.saturating_sub(2),
         ),
@@ -162,10 +195,10 @@ mod tests {
             layers: 32,
             tokens: 512,
         };
-        let whole = finding(&counts, FloatDType::F32, TOKENS);
+        let whole = finding(&counts, None, FloatDType::F32, TOKENS);
         assert_eq!(bytes_at_2048(&whole).0, 1000);
         assert!(whole.rule.contains("30 differences"), "{}", whole.rule);
-        let (bytes, rule) = bytes_at_2048(&finding(&counts, FloatDType::F32, 512));
+        let (bytes, rule) = bytes_at_2048(&finding(&counts, None, FloatDType::F32, 512));
         assert_eq!(bytes, 4000);
         assert!(rule.contains("times 4"), "{rule}");
     }

@@ -110,7 +110,7 @@ pub struct StepFinding {
     pub uploads_per_step: u64,
     /// Times that a step waits for numbers from the device.
     pub reads_per_step: u64,
-    /// Bytes that a step reads and writes on the device.
+    /// Bytes that a step reads and writes on the device, in 16 bits where it has them; `rule` has the rest.
     pub bytes_per_step: u64,
     /// Operations of a step's matrix products.
     pub flops_per_step: u64,

@@ -228,7 +228,7 @@ pub fn counts(step: &StepFinding) -> Table {
     table.rows.push(row(
         "all",
         step.launches_per_step,
-        step.bytes_per_step,
+        step.kinds.iter().map(|it| it.bytes).sum(),
         step.flops_per_step,
     ));
     table.notes = vec![
@@ -237,6 +237,10 @@ pub fn counts(step: &StepFinding) -> Table {
             step.launches_per_layer,
             human::counted(step.uploads_per_step, "upload"),
             human::counted(step.reads_per_step, "blocking read"),
+        ),
+        format!(
+            "The same step in 16 bits with groups fused: {:.1} GB.",
+            step.bytes_per_step as f64 / 1e9
         ),
         step.rule.clone(),
     ];
