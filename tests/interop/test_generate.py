@@ -214,7 +214,7 @@ def test_a_prompt_is_streamed_as_it_is_written_to_a_file(trainer, smollm2, refer
         run = trainer(*common, "--prompt", prompt)
         expected = tokenizer.decode(theirs(model, tokenizer, prompt, tokens=40), skip_special_tokens=True)
         assert run.stdout == expected + "\n"
-        assert "a second" in run.stderr
+        assert "per second" in run.stderr
 
 
 def test_interactive_mode_answers_a_line_at_a_time(trainer, smollm2, reference):
@@ -280,7 +280,7 @@ def test_mistakes_are_told_before_anything_is_written(trainer, smollm2, stories2
 @pytest.mark.skipif("LORA_INTEROP_SPEED" not in os.environ, reason="a measurement: LORA_INTEROP_SPEED=1 prints it")
 @pytest.mark.parametrize("batch", [1, 8])
 def test_tokens_a_second_beside_transformers(trainer, smollm2, tmp_path, batch):
-    """Tokens a second over an 8-bit base and transformers' in float32 on the same two threads, in turn; the best
+    """Tokens per second over an 8-bit base and transformers' in float32 on the same two threads, in turn; the best
     of three runs each, since anything else on the machine only slows either."""
     import time
 
@@ -299,7 +299,7 @@ def test_tokens_a_second_beside_transformers(trainer, smollm2, tmp_path, batch):
             environment={"RAYON_NUM_THREADS": "2"},
         )
         summary = run.stderr.strip().splitlines()[-1]
-        # "136 tokens read (…), 768 tokens written in 4.56 s (168.4 a second)"
+        # "136 tokens read (…), 768 tokens written in 4.56 s (168.4 per second)"
         best["ours"] = max(best["ours"], float(summary.split("(")[-1].split()[0].replace(",", "")))
         with torch.no_grad():
             start = time.perf_counter()
@@ -309,5 +309,5 @@ def test_tokens_a_second_beside_transformers(trainer, smollm2, tmp_path, batch):
         written = sum(int((row != tokenizer.pad_token_id).sum()) for row in new)
         best["transformers"] = max(best["transformers"], written / took)
     ratio = best["ours"] / best["transformers"]
-    print(f"batch {batch}: ours {best['ours']:.1f}, transformers {best['transformers']:.1f} tokens a second: {ratio:.2f}")
+    print(f"batch {batch}: ours {best['ours']:.1f}, transformers {best['transformers']:.1f} tokens per second: {ratio:.2f}")
     assert min(best.values()) > 0

@@ -13,7 +13,7 @@ use trainer::optimizer::AdamW;
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-/// Lists that have grown once stay as large; a tensor that is never let go would be a thousand bytes a step.
+/// Lists that have grown once stay as large; a tensor that is never let go would be a thousand bytes per step.
 const TOLERANCE: usize = 20_000;
 
 #[test]

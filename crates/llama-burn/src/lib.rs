@@ -47,7 +47,7 @@ pub use head_adapter::HeadAdapter;
 pub use kv_cache::KvCache;
 pub use load::{LoadError, LoadOptions, TensorReport, load};
 pub use mlp::Mlp;
-pub use model::{Llama, PassInputs};
+pub use model::{Llama, PassInputs, decoder_layer};
 pub use packed::{PackedContext, PackedError, PackedTokens, Segment};
 pub use passes::{Activations, LayerPass};
 pub use rms_norm::RmsNorm;

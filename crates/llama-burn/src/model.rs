@@ -357,7 +357,7 @@ impl Llama {
 
 /// Puts a layer together from its norms (input, post-attention) and linear modules in
 /// [`LlamaConfig::layer_linears`]' order.
-pub(crate) fn decoder_layer(
+pub fn decoder_layer(
     config: &LlamaConfig,
     [input_layernorm, post_attention_layernorm]: [RmsNorm; 2],
     [

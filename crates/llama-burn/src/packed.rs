@@ -295,6 +295,14 @@ pub(crate) struct Span {
     pub(crate) seen_by: Vec<usize>,
 }
 
+impl Span {
+    /// The indices of the tokens in `before`, then of the segment's own.
+    pub(crate) fn tokens(&self) -> impl Iterator<Item = usize> {
+        let before = self.before.iter().cloned().flatten();
+        before.chain(self.own.clone())
+    }
+}
+
 /// Every segment's span.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(crate) struct Spans(pub(crate) Vec<Span>);

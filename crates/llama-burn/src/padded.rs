@@ -214,13 +214,7 @@ impl PlannedShared {
         let mut places: Vec<Vec<i32>> = vec![Vec::new(); tokens];
         let mut own = vec![0; tokens];
         for (index, span) in spans.iter().enumerate() {
-            let path = span
-                .before
-                .iter()
-                .cloned()
-                .flatten()
-                .chain(span.own.clone());
-            for (key, token) in path.enumerate() {
+            for (key, token) in span.tokens().enumerate() {
                 key_places.push(token as i32);
                 let place = (index * keys + key) as i32;
                 match span.own.contains(&token) {
@@ -379,13 +373,7 @@ mod tests {
         let x = Tensor::<2>::from_data(data, &Device::flex());
         let mut expected = vec![0f32; packed.ids.len() * 2];
         for (segment, span) in Spans::new(&packed).0.iter().enumerate() {
-            let path = span
-                .before
-                .iter()
-                .cloned()
-                .flatten()
-                .chain(span.own.clone());
-            for (key, token) in path.enumerate() {
+            for (key, token) in span.tokens().enumerate() {
                 for i in 0..2 {
                     expected[token * 2 + i] += values[(segment * padded.keys + key) * 2 + i];
                 }

@@ -157,10 +157,10 @@ struct PlanArgs {
     /// time they take on known cards, or on the one named: H100 SXM, A100 80GB, RTX 4090, RTX 3060, M3 Max, iGPU
     #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
     gpu: Option<String>,
-    /// With --gpu: the device's peak, 10¹² operations a second
+    /// With --gpu: the device's peak, 10¹² operations per second
     #[arg(long, value_name = "X", requires = "gpu")]
     peak_tflops: Option<f64>,
-    /// With --gpu: the bandwidth of the device's memory, 10⁹ bytes a second
+    /// With --gpu: the bandwidth of the device's memory, 10⁹ bytes per second
     #[arg(long, value_name = "Y", requires = "gpu")]
     peak_gbs: Option<f64>,
     /// With --gpu: what counts; nothing is run, so that a software driver will do

@@ -220,10 +220,8 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
 fn collected(all: &mut Vec<(ParamId, Tensor<2>)>, param: &Param<Tensor<2>>, gradient: Tensor<2>) {
     match all.iter().position(|(id, _)| *id == param.id) {
         Some(index) => {
-            let (id, sum) = all.swap_remove(index);
-            all.push((id, sum + gradient));
-            let last = all.len() - 1;
-            all.swap(index, last);
+            let sum = &mut all[index].1;
+            *sum = sum.clone() + gradient;
         }
         None => all.push((param.id, gradient)),
     }

@@ -101,7 +101,7 @@ pub fn number(value: f64) -> String {
     }
 }
 
-/// So many a second: `1,204`, `12.3`.
+/// So many per second: `1,204`, `12.3`.
 pub fn rate(value: f64) -> String {
     match value {
         value if value >= 99.95 => count(value.round() as u64),

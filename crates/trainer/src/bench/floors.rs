@@ -74,7 +74,7 @@ pub(super) fn measure(
     })
 }
 
-/// 10⁹ operations a second of `[m, k] × [k, n]`, each measurement.
+/// 10⁹ operations per second of `[m, k] × [k, n]`, each measurement.
 fn product_rates(
     [m, k, n]: [usize; 3],
     dtype: FloatDType,

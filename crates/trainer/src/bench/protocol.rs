@@ -165,7 +165,7 @@ pub struct ProductRate {
     pub product: Product,
     /// `f32` or `bf16`.
     pub dtype: String,
-    /// 10⁹ multiplications and additions a second, each measurement.
+    /// 10⁹ multiplications and additions per second, each measurement.
     pub gflops: Vec<f64>,
 }
 
@@ -176,7 +176,7 @@ pub struct Bandwidth {
     pub name: String,
     /// Bytes of the buffer.
     pub bytes: usize,
-    /// 10⁹ bytes moved a second, each measurement; a copy counts what is read and what is written.
+    /// 10⁹ bytes moved per second, each measurement; a copy counts what is read and what is written.
     pub gb_per_s: Vec<f64>,
 }
 

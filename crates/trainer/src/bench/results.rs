@@ -78,11 +78,11 @@ pub struct Measured {
     pub load_seconds: f64,
     /// The most memory until then.
     pub loaded_memory: PeakMemory,
-    /// Useful tokens a second over the measured rounds.
+    /// Useful tokens per second over the measured rounds.
     pub useful_tokens_per_s: Option<Spread>,
     /// The most memory in all.
     pub peak_memory: PeakMemory,
-    /// Useful operations a second by the device's matrix rate in the same type; none without one.
+    /// Useful operations per second by the device's matrix rate in the same type; none without one.
     pub utilisation: Option<f64>,
     /// The loss of every step, warm-up included.
     pub losses: Vec<f64>,
@@ -106,7 +106,7 @@ pub struct Goal {
 }
 
 impl Measured {
-    /// Useful tokens a second, each round.
+    /// Useful tokens per second, each round.
     pub fn speeds(&self) -> Vec<f64> {
         let rounds = self.rounds.iter();
         rounds
@@ -114,7 +114,7 @@ impl Measured {
             .collect()
     }
 
-    /// Useful tokens a second.
+    /// Useful tokens per second.
     pub fn speed(&self) -> Option<f64> {
         self.useful_tokens_per_s.map(|spread| spread.median)
     }
@@ -175,7 +175,7 @@ impl ScenarioResult {
 }
 
 impl Floors {
-    /// The rate of the largest product in a type, in operations a second.
+    /// The rate of the largest product in a type, in operations per second.
     pub fn matmul_rate(&self, dtype: &str) -> Option<f64> {
         let of_type = self.products.iter().filter(|rate| rate.dtype == dtype);
         let square = of_type.max_by_key(|rate| rate.product.shape.iter().product::<usize>());

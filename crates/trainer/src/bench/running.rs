@@ -102,7 +102,7 @@ impl Running {
     }
 }
 
-/// `round 1/5  ours f32 812  PEFT float32 190`: useful tokens a second.
+/// `round 1/5  ours f32 812  PEFT float32 190`: useful tokens per second.
 pub(super) fn progress(round: usize, rounds: usize, running: &[Running]) -> String {
     let speeds = running.iter().map(|contender| {
         let last = contender.rounds.last();

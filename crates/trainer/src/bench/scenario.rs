@@ -23,7 +23,7 @@ pub(super) const NAMES: [&str; 8] = [
 /// Row lengths of the scaling scenario.
 const LENGTHS: [usize; 7] = [64, 128, 256, 512, 1024, 2048, 4096];
 
-/// Tokens of a row where models are compared with each other, and such rows a step.
+/// Tokens of a row where models are compared with each other, and such rows per step.
 const MODEL_ROWS: (usize, usize) = (128, 4);
 
 /// What the 1B shape of the scaling scenario is called.
@@ -117,7 +117,7 @@ pub(super) fn asked_for(options: &BenchOptions) -> Result<Vec<Scenario>, BenchEr
 fn everything() -> Vec<Scenario> {
     let main = Scenario {
         name: "main",
-        title: "r 8, q, k and v, 8 rows a step".into(),
+        title: "r 8, q, k and v, 8 rows per step".into(),
         model: Model::Given,
         rows: Rows::Data,
         lora: LoraConfig::default(),
@@ -136,7 +136,7 @@ fn everything() -> Vec<Scenario> {
     let mut all = vec![
         Scenario {
             name: "all-linear",
-            title: "r 8, all linear modules, 8 rows a step".into(),
+            title: "r 8, all linear modules, 8 rows per step".into(),
             lora: LoraConfig {
                 target_modules: TargetModules::AllLinear,
                 ..LoraConfig::default()
@@ -146,7 +146,7 @@ fn everything() -> Vec<Scenario> {
         },
         Scenario {
             name: "r64",
-            title: "r 64, q, k and v, 8 rows a step".into(),
+            title: "r 64, q, k and v, 8 rows per step".into(),
             lora: LoraConfig {
                 r: 64,
                 lora_alpha: 128.0,
@@ -167,7 +167,7 @@ fn everything() -> Vec<Scenario> {
         },
         Scenario {
             name: "accumulation",
-            title: "4 micro-batches of 2 rows a step".into(),
+            title: "4 micro-batches of 2 rows per step".into(),
             batch_size: 2,
             accumulation: 4,
             entrants: against_peft(&grouped),
@@ -196,7 +196,7 @@ fn scaling(main: &Scenario) -> Vec<Scenario> {
         ..main.clone()
     };
     let lengths = LENGTHS.map(|tokens| Scenario {
-        title: format!("{tokens} tokens a row"),
+        title: format!("{tokens} tokens per example"),
         rows: Rows::Random { tokens },
         batch_size: 1,
         steps: Some((1024 / tokens).clamp(1, 8)),

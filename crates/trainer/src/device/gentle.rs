@@ -37,7 +37,7 @@ pub fn limit(device: &Device) {
     lora_core::limit_launches(Some(most(flops / started.elapsed().as_secs_f64())));
 }
 
-/// Floating-point operations of a launch on a device that does so many a second.
+/// Floating-point operations of a launch on a device that does so many per second.
 fn most(flops_per_s: f64) -> u64 {
     // A measurement that went wrong limits nothing unduly: an integrated GPU does 50 GFLOP/s at least.
     (flops_per_s.max(5e10) * SECONDS) as u64

@@ -60,21 +60,18 @@ pub fn device_memory(selected: &Selected, stated: Option<u64>) -> Option<DeviceM
 
 /// Bytes of the largest buffer that a device allocates or binds; `None` on the CPU, which has no such limit.
 pub fn largest_buffer(selected: &Selected) -> Option<u64> {
-    properties(selected).map(|(largest, _)| largest)
+    let largest = lora_core::largest_buffer(&selected.device)?;
+    u64::try_from(largest).ok()
 }
 
-fn total(selected: &Selected) -> Option<u64> {
-    properties(selected).and_then(|(_, total)| total)
-}
-
-/// The largest buffer and the whole memory, as CubeCL knows them.
+/// The whole memory, as CubeCL knows it.
 #[cfg(any(
     feature = "wgpu",
     feature = "vulkan",
     feature = "metal",
     feature = "cuda"
 ))]
-fn properties(selected: &Selected) -> Option<(u64, Option<u64>)> {
+fn total(selected: &Selected) -> Option<u64> {
     use burn::backend::DispatchDevice;
 
     let device = selected.device.clone().without_autodiff();
@@ -82,8 +79,7 @@ fn properties(selected: &Selected) -> Option<(u64, Option<u64>)> {
         return None;
     };
     let client = device.client();
-    let memory = &client.properties().memory;
-    Some((memory.max_page_size, memory.max_memory()))
+    client.properties().memory.max_memory()
 }
 
 #[cfg(not(any(
@@ -92,7 +88,7 @@ fn properties(selected: &Selected) -> Option<(u64, Option<u64>)> {
     feature = "metal",
     feature = "cuda"
 )))]
-fn properties(_selected: &Selected) -> Option<(u64, Option<u64>)> {
+fn total(_selected: &Selected) -> Option<u64> {
     None
 }
 

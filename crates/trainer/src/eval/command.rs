@@ -362,7 +362,7 @@ fn answer(
     let seconds = started.elapsed().as_secs_f64();
     let rows = task.questions.len();
     progress.done(&format!(
-        "{} of {}, {} a second",
+        "{} of {}, {} per second",
         human::counted(rows as u64, "row"),
         task.path.display(),
         human::rate(rows as f64 / seconds)

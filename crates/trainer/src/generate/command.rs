@@ -335,7 +335,7 @@ impl Session<'_> {
 
 fn speed(timing: &Timing) -> String {
     let rate = |tokens: usize, seconds: f64| match seconds > 0.0 {
-        true => format!("{:.1} a second", tokens as f64 / seconds),
+        true => format!("{:.1} per second", tokens as f64 / seconds),
         false => "at once".to_string(),
     };
     let (prefill, decode) = (timing.prefill.as_secs_f64(), timing.decode.as_secs_f64());

@@ -66,9 +66,9 @@ pub struct Rate {
     pub dtype: String,
     /// Its sizes.
     pub size: String,
-    /// 10¹² operations a second; none for what is bound by memory.
+    /// 10¹² operations per second; none for what is bound by memory.
     pub tflops: Option<f64>,
-    /// 10⁹ bytes a second; none for what is bound by multiplications.
+    /// 10⁹ bytes per second; none for what is bound by multiplications.
     pub gbs: Option<f64>,
     /// Milliseconds: median, smallest, largest.
     pub milliseconds: [f64; 3],
@@ -149,7 +149,7 @@ pub struct Training {
     pub tokens_per_example: usize,
     /// Examples of a step.
     pub examples_per_step: usize,
-    /// Useful tokens a second, by the median step.
+    /// Useful tokens per second, by the median step.
     pub tokens_per_s: f64,
     /// Seconds a step: median, smallest, largest; three times the mean where only that is known.
     pub seconds_per_step: [f64; 3],

@@ -33,14 +33,14 @@ pub fn line(finding: &Finding) -> Option<String> {
             )
         }
         Finding::Counts(step) => format!(
-            "{} launches a layer, {} uploads and {} reads a step, {:.1} GB a step",
+            "{} launches per layer, {} uploads and {} reads per step, {:.1} GB per step",
             step.launches_per_layer,
             step.uploads_per_step,
             step.reads_per_step,
             step.bytes_per_step as f64 / 1e9
         ),
         Finding::Training(it) => format!(
-            "{}, {}, {}, {} tokens an example: {} tokens/s, {}",
+            "{}, {}, {}, {} tokens per example: {} tokens/s, {}",
             it.program,
             it.shape,
             it.dtype,

@@ -233,7 +233,7 @@ pub fn counts(step: &StepFinding) -> Table {
     ));
     table.notes = vec![
         format!(
-            "{} launches a layer, forward and backward; {} and {} a step.",
+            "{} launches per layer, forward and backward; {} and {} per step.",
             step.launches_per_layer,
             human::counted(step.uploads_per_step, "upload"),
             human::counted(step.reads_per_step, "blocking read"),
@@ -281,7 +281,7 @@ mod tests {
             "All 1 comparisons",
             "| product, f32 | 1.0e-6 | 1.0e-5 | ok | relative |",
             "training Llama-3.1-8B: no time left",
-            "150 launches a layer",
+            "150 launches per layer",
             "12 uploads and 1 blocking read a step",
             "| embedded | ours | f32 | 256 | 8 |",
         ] {

@@ -29,11 +29,11 @@ pub struct Report {
     pub checks: Vec<Check>,
     /// Training steps.
     pub training: Vec<Training>,
-    /// The fastest product in any type, 10¹² operations a second.
+    /// The fastest product in any type, 10¹² operations per second.
     pub peak_tflops: Option<f64>,
     /// The fastest product of each type.
     pub peak_tflops_by_type: BTreeMap<String, f64>,
-    /// A large copy, 10⁹ bytes a second, read and written ones added.
+    /// A large copy, 10⁹ bytes per second, read and written ones added.
     pub peak_gbs: Option<f64>,
     /// How fast a layer's parts are.
     pub rates: Vec<Rate>,

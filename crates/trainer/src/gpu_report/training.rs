@@ -1,4 +1,4 @@
-//! Useful tokens a second and peak memory of a shape.
+//! Useful tokens per second and peak memory of a shape.
 
 use std::time::{Duration, Instant};
 
@@ -73,7 +73,7 @@ pub fn run(
     for dtype in types {
         for (tokens, examples) in workloads(&config, quick) {
             let what = format!(
-                "training {}, {}, {tokens} tokens an example",
+                "training {}, {}, {tokens} tokens per example",
                 shape.name(),
                 device::type_name(*dtype)
             );

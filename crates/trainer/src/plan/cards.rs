@@ -5,7 +5,7 @@
 pub struct Peak {
     /// Its name.
     pub name: String,
-    /// 10¹² operations a second on 16-bit floats, a multiplication and an addition as two.
+    /// 10¹² operations per second on 16-bit floats, a multiplication and an addition as two.
     pub tflops_16: f64,
     /// The same in f32, not TF32.
     pub tflops_32: f64,

@@ -232,7 +232,7 @@ fn table(counts: &StepCounts, dtype: FloatDType, device: &str, peaks: &[Peak]) -
     let right: Vec<usize> = (1..rows[0].len()).collect();
     let mut lines = human::columns(&rows, &right);
     lines.push(format!(
-        "{} launches a layer; {} of {} and {} a step; counted in {} on {device}, not run",
+        "{} launches per layer; {} of {} and {} per step; counted in {} on {device}, not run",
         human::count(counts.layer.launches()),
         human::counted(step.uploads, "upload"),
         human::bytes(step.upload_bytes),

@@ -86,7 +86,10 @@ impl RunResult {
         };
         let seconds = self.elapsed.as_secs_f64();
         let speed = match seconds > 0.0 {
-            true => format!(" ({} a second)", human::rate(self.tokens as f64 / seconds)),
+            true => format!(
+                " ({} per second)",
+                human::rate(self.tokens as f64 / seconds)
+            ),
             false => String::new(),
         };
         let device = match self.device_memory {
@@ -201,7 +204,7 @@ pub(super) mod tests {
             .lines(&losses, &[(4, 0.4)], Style::plain(), 80)
             .join("\n");
         for part in [
-            "Done: 175 steps in 4m 02s, 159,600 tokens (660 a second), at most 812 MiB",
+            "Done: 175 steps in 4m 02s, 159,600 tokens (660 per second), at most 812 MiB",
             "base model  step 150",
             "3.1200    0.4000       -2.7200",
             "0.0 %    87.5 %  +87.5 points",
@@ -232,7 +235,7 @@ pub(super) mod tests {
             "{text}"
         );
         assert!(text.contains("3.00 GiB on the device"), "{text}");
-        assert!(!text.contains("a second"));
+        assert!(!text.contains("per second"));
         let empty = RunResult::default()
             .lines(&[], &[], Style::plain(), 0)
             .join("\n");

@@ -208,7 +208,7 @@ impl DataSummary {
         if self.train_rows > 0 {
             let a_row = |tokens: u64| tokens as f64 / self.train_rows as f64;
             sentences.push(format!(
-                "{:.1} tokens a row, the longest {}; the loss is on {:.1} of them",
+                "{:.1} tokens per example, the longest {}; the loss is on {:.1} of them",
                 a_row(self.tokens),
                 human::count(self.longest_row as u64),
                 a_row(self.supervised_tokens),
@@ -352,7 +352,7 @@ pub(super) mod tests {
             "about 222 MiB",
             "embedding 108 MiB, weights 114 MiB",
             "2,800 rows to train, 300 to validate, 2 left out",
-            "57.0 tokens a row, the longest 143; the loss is on 2.4",
+            "57.0 tokens per example, the longest 143; the loss is on 2.4",
             "175 steps of 16 rows (2 x 8), 1 epoch",
             "learning rate 2e-4, cosine",
             "runs/smollm2-fpb",

@@ -93,13 +93,7 @@ pub fn run(
     dtype: FloatDType,
     device: &Device,
 ) -> Result<Vec<Output>, String> {
-    let run = Run {
-        layer,
-        context,
-        inputs,
-        dtype: dtype.into(),
-        device,
-    };
+    let run = Run::new(layer, context, inputs, dtype, device);
     let mut outputs = Vec::new();
     run.norms(&mut outputs)?;
     run.products(&mut outputs)?;
@@ -123,13 +117,7 @@ pub fn run_whole(
     dtype: FloatDType,
     device: &Device,
 ) -> Result<Vec<Output>, String> {
-    let run = Run {
-        layer,
-        context,
-        inputs,
-        dtype: dtype.into(),
-        device,
-    };
+    let run = Run::new(layer, context, inputs, dtype, device);
     let mut outputs = Vec::new();
     run.whole(&mut outputs)?;
     Ok(outputs)
@@ -145,7 +133,23 @@ struct Run<'a> {
 
 type Outputs = Vec<Output>;
 
-impl Run<'_> {
+impl<'a> Run<'a> {
+    fn new(
+        layer: &'a DecoderLayer,
+        context: &'a PackedContext,
+        inputs: &'a Inputs,
+        dtype: FloatDType,
+        device: &'a Device,
+    ) -> Self {
+        Self {
+            layer,
+            context,
+            inputs,
+            dtype: dtype.into(),
+            device,
+        }
+    }
+
     fn norms(&self, outputs: &mut Outputs) -> Result<(), String> {
         let norm = &self.layer.input_layernorm;
         let (x, gradient) = (self.hidden(), self.gradient());

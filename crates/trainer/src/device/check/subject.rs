@@ -4,7 +4,7 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::quantization::QuantStore;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
-use llama_burn::{Attention, DecoderLayer, LlamaConfig, Mlp, PackedTokens, RmsNorm};
+use llama_burn::{DecoderLayer, LlamaConfig, PackedTokens, RmsNorm, decoder_layer};
 use lora_core::{CounterRng, LoraLinear, compact, quantize_data};
 use rayon::prelude::*;
 
@@ -194,33 +194,8 @@ impl Subject {
             // Its shapes come from the weight's own.
             adapted.unwrap_or(linear)
         };
-        let [
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            gate_proj,
-            up_proj,
-            down_proj,
-        ] = std::array::from_fn(linear);
-        DecoderLayer {
-            input_layernorm: norm(&self.norms[0]),
-            self_attn: Attention {
-                q_proj,
-                k_proj,
-                v_proj,
-                o_proj,
-                num_attention_heads: self.config.num_attention_heads,
-                num_key_value_heads: self.config.num_key_value_heads,
-                head_dim: self.config.head_dim,
-            },
-            post_attention_layernorm: norm(&self.norms[1]),
-            mlp: Mlp {
-                gate_proj,
-                up_proj,
-                down_proj,
-            },
-        }
+        let norms = [norm(&self.norms[0]), norm(&self.norms[1])];
+        decoder_layer(&self.config, norms, std::array::from_fn(linear))
     }
 }
 
