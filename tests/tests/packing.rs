@@ -96,6 +96,7 @@ fn gradients(
         let options = PassOptions {
             gradient_checkpointing,
             dropout_seed: 5,
+            ..PassOptions::default()
         };
         accumulate(model, batch, options, &mut sums);
     }

@@ -125,6 +125,7 @@ fn measured(case: Case, batch: &Batch) -> f64 {
     let options = PassOptions {
         gradient_checkpointing: case.checkpointing,
         dropout_seed: 1,
+        ..PassOptions::default()
     };
     // Once before measuring: thread pools and their buffers stay for good.
     accumulate(&model, batch, options, &mut AdapterGradients::default());

@@ -8,6 +8,7 @@ use tests::program::{Outcome, run, run_with};
 use tests::reliability::{Row, record};
 use tests::runs::{Running, adapter_bytes, checkpoints, last_step, lines, losses, numbers};
 use tests::workspace::{Workspace, edit_json};
+use trainer::checkpoint::{MANIFEST, Manifest};
 
 /// A run of 20 steps in 4 epochs with everything that has a state: moments, an order of rows, dropout,
 /// several micro-batches, a validation in the middle of an epoch.
@@ -422,14 +423,96 @@ fn ctrl_c_saves_and_exits_with_a_command_that_goes_on_and_a_second_one_leaves_at
     });
 }
 
+/// wgpu, where this build and this machine have it; its absence is a failure where CI demands it.
+fn wgpu() -> Option<trainer::device::Selected> {
+    let required = std::env::var("LORA_REQUIRE_WGPU").is_ok_and(|value| value == "1");
+    match trainer::device::select(trainer::device::Backend::Wgpu) {
+        Ok(selected) => Some(selected),
+        Err(error) if required => panic!("LORA_REQUIRE_WGPU is set: {error}"),
+        Err(error) => {
+            println!("skipped: {error}");
+            None
+        }
+    }
+}
+
+#[test]
+fn in_f16_the_loss_scale_is_part_of_a_checkpoint_and_one_that_is_too_large_is_halved() {
+    let Some(selected) = wgpu() else { return };
+    let f16 = burn::tensor::FloatDType::F16;
+    if let Err(error) = trainer::device::compute_dtype(&selected, Some(f16)) {
+        return println!("skipped: {error}");
+    }
+    let workspace = Workspace::new();
+    let more = [
+        "compute_dtype=f16",
+        "max_steps=4",
+        "save_steps=2",
+        "save_total_limit=none",
+    ];
+    let whole = workspace.path("whole");
+    let mut arguments = workspace.train_arguments(&[&SETTINGS[..], &more].concat());
+    // The workspace's own argument names the CPU.
+    arguments.retain(|argument| argument != "--backend" && argument != "cpu");
+    let output = whole.display().to_string();
+    arguments.extend(["--backend=wgpu".into(), "--output-dir".into(), output]);
+    let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
+    run(&arguments).succeeded();
+    let scales = |run: &Path| -> Vec<f64> {
+        let scale = |line: serde_json::Value| line["loss_scale"].as_f64();
+        lines(run).into_iter().filter_map(scale).collect()
+    };
+    assert_eq!(scales(&whole), [2048.0; 4]);
+    let go_on = |folder: &str, factor: Option<f64>| -> PathBuf {
+        let checkpoint = whole.join("checkpoints/step-000002");
+        if let Some(factor) = factor {
+            edit_json(&checkpoint.join("state.json"), |state| {
+                let scale = &mut state["progress"]["loss_scale"];
+                assert_eq!(scale["steps"], 2, "{scale}");
+                scale["factor"] = factor.into();
+            });
+            let manifest = checkpoint.join(MANIFEST);
+            fs::remove_file(&manifest).expect("a checkpoint has a manifest");
+            let anew = Manifest::of(&checkpoint).expect("its files can be read");
+            fs::write(&manifest, anew.to_bytes()).expect("the folder can be written");
+        }
+        let to = workspace.path(folder).display().to_string();
+        let from = checkpoint.display().to_string();
+        let resume = [
+            "train",
+            "--backend=wgpu",
+            "--resume",
+            &from,
+            "--output-dir",
+            &to,
+        ];
+        run(&resume).succeeded();
+        workspace.path(folder)
+    };
+    // The scale is a power of two, and what it multiplies is exact: the same bits.
+    let parts = go_on("parts", None);
+    assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
+    // 2³⁰ takes the gradient of every score out of the range.
+    let halved = go_on("halved", Some(2f64.powi(30)));
+    let found = scales(&halved);
+    println!("loss scales after 2^30: {found:?}");
+    assert!(
+        found.len() == 4 && found[2] < 65536.0 && found[3] <= found[2],
+        "{found:?}"
+    );
+    let (whole, halved) = (losses(&whole), losses(&halved));
+    // The third step starts from the same adapter, the fourth from one that rounding moved.
+    assert_eq!(whole[..3], halved[..3]);
+    assert!(
+        (whole[3] - halved[3]).abs() < 1e-3 * whole[3],
+        "{whole:?}, {halved:?}"
+    );
+}
+
 #[test]
 fn a_run_goes_on_on_another_backend_and_back() {
-    let wgpu = trainer::device::Backend::Wgpu;
-    let required = std::env::var("LORA_REQUIRE_WGPU").is_ok_and(|value| value == "1");
-    match trainer::device::select(wgpu) {
-        Ok(_) => {}
-        Err(error) if required => panic!("LORA_REQUIRE_WGPU is set: {error}"),
-        Err(error) => return println!("skipped: {error}"),
+    if wgpu().is_none() {
+        return;
     }
     let workspace = Workspace::new();
     train(&workspace, "whole", &[], "").succeeded();

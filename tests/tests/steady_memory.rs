@@ -56,6 +56,7 @@ fn what_is_in_use_after_many_steps_is_what_was_in_use_after_some() {
             let options = PassOptions {
                 gradient_checkpointing: false,
                 dropout_seed: 1,
+                ..PassOptions::default()
             };
             accumulate(&model, &batch, options, &mut sums);
             model = optimizer.step(1e-3, model, sums.into_mean(1.0).gradients);

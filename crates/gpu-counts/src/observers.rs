@@ -8,8 +8,8 @@ use burn_cubecl::cubecl::dry_run::DryRun;
 use burn_cubecl::cubecl::logging::{LaunchObservation, LaunchObserver};
 use burn_fusion::observer::{BlockOperations, FusionObservation, FusionObserver};
 use burn_ir::{
-    ActivationOperationIr, BaseOperationIr, FloatOperationIr, NumericOperationIr, OperationIr,
-    TensorId, TensorIr, TensorStatus,
+    ActivationOperationIr, BaseOperationIr, CustomOpIr, FloatOperationIr, NumericOperationIr,
+    OperationIr, TensorId, TensorIr, TensorStatus,
 };
 
 use crate::{Counts, Kind, Mode, reads};
@@ -224,8 +224,18 @@ fn product_flops(operation: &OperationIr) -> u64 {
             let inner = product.lhs.shape.iter().last().copied().unwrap_or(0);
             2 * product.out.shape.num_elements() as u64 * inner as u64
         }
+        OperationIr::Custom(custom) if is_product(custom) => {
+            let inner = custom.inputs[0].shape.iter().last().copied().unwrap_or(0);
+            2 * custom.outputs[0].shape.num_elements() as u64 * inner as u64
+        }
         _ => 0,
     }
+}
+
+/// Whether an operation of a backend extension is a product of two tensors, as those of lora-core are: their names say.
+fn is_product(custom: &CustomOpIr) -> bool {
+    let is_pair = (custom.inputs.len(), custom.outputs.len()) == (2, 1);
+    is_pair && custom.id.contains("product")
 }
 
 /// The strongest of what a group of operations does.
@@ -240,6 +250,8 @@ fn kind_of(operation: &OperationIr) -> Option<Kind> {
     Some(match operation {
         OperationIr::Drop(_) | OperationIr::Init(_) => return None,
         OperationIr::Float(_, FloatOperationIr::Matmul(_)) => Kind::Product,
+        OperationIr::Custom(custom) if is_product(custom) => Kind::Product,
+        OperationIr::Custom(_) => Kind::Other,
         OperationIr::Float(_, FloatOperationIr::Dequantize(_)) => Kind::Dequantize,
         OperationIr::Float(_, FloatOperationIr::Random(_)) => Kind::Other,
         OperationIr::Activation(
@@ -307,7 +319,10 @@ fn names(operations: &[&OperationIr]) -> String {
                 output.dtype
             );
         }
-        let text = format!("{operation:?}");
+        let text = match operation {
+            OperationIr::Custom(custom) => custom.id.clone(),
+            operation => format!("{operation:?}"),
+        };
         // `NumericFloat(F32, Add(BinaryOpIr { …`: the second word that starts a parenthesis.
         let name = text
             .split(['(', ' ', ','])

@@ -2,7 +2,9 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor, TensorData};
-use lora_core::{CounterRng, LoraConfig, LoraError, kaiming_uniform, multiply_add, normal};
+use lora_core::{
+    CounterRng, LoraConfig, LoraError, kaiming_uniform, multiply_add, multiply_in_f32, normal,
+};
 
 use crate::Llama;
 
@@ -36,7 +38,8 @@ impl HeadAdapter {
         let low = hidden
             .matmul(self.a.val().cast(dtype))
             .mul_scalar(self.scale);
-        scores + low.matmul(self.b.val().cast(dtype))
+        let path = low.matmul(self.b.val().cast(dtype));
+        scores.clone() + path.cast(scores.dtype())
     }
 
     /// As [`forward`](Self::forward), outside any tape.
@@ -58,12 +61,14 @@ impl HeadAdapter {
         let dtype = hidden.dtype();
         let a = factor(&self.a, dtype);
         let low = multiply_add(None, 1.0, hidden.clone(), a.clone());
-        let b_gradient = multiply_add(None, self.scale, low.transpose(), gradient.clone());
-        collect(&self.b, b_gradient.cast(DType::F32));
+        let low = low.mul_scalar(self.scale);
+        collect(&self.b, multiply_in_f32(low.transpose(), gradient.clone()));
         let b = factor(&self.b, dtype).transpose();
         let through = multiply_add(None, self.scale, gradient, b);
-        let a_gradient = multiply_add(None, 1.0, hidden.transpose(), through.clone());
-        collect(&self.a, a_gradient.cast(DType::F32));
+        collect(
+            &self.a,
+            multiply_in_f32(hidden.transpose(), through.clone()),
+        );
         multiply_add(Some(below), 1.0, through, a.transpose())
     }
 }

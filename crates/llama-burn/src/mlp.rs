@@ -3,8 +3,8 @@
 use std::mem::MaybeUninit;
 
 use burn::module::Module;
-use burn::tensor::Tensor;
 use burn::tensor::activation::{sigmoid, silu};
+use burn::tensor::{DType, Tensor};
 use lora_core::{LoraLinear, cpu, in_vectors};
 use rayon::prelude::*;
 
@@ -32,10 +32,12 @@ impl Mlp {
     }
 }
 
-/// `silu(gate) · up`, outside any tape.
+/// `silu(gate) · up`, outside any tape; computed in f32 and returned in the type of `gate`.
 pub(crate) fn gated(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
     if !cpu::is_native(gate) || !cpu::is_native(up) {
-        return silu(gate.clone()) * up.clone();
+        let dtype = gate.dtype();
+        let [gate, up] = [gate, up].map(|x| x.clone().cast(DType::F32));
+        return (silu(gate) * up).cast(dtype);
     }
     let [n, width] = gate.dims();
     let (gate, up) = (cpu::values(gate.clone()), cpu::values(up.clone()));
@@ -55,10 +57,12 @@ pub(crate) fn gated_backward(
     gradient: Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>) {
     if !cpu::is_native(&gate) || !cpu::is_native(&up) {
+        let dtype = gate.dtype();
+        let [gate, up, gradient] = [gate, up, gradient].map(|x| x.cast(DType::F32));
         let s = sigmoid(gate.clone());
         let through_up = gradient.clone() * gate.clone() * s.clone();
         let slope = s.clone() * (gate * (s.neg().add_scalar(1.0))).add_scalar(1.0);
-        return (gradient * up * slope, through_up);
+        return ((gradient * up * slope).cast(dtype), through_up.cast(dtype));
     }
     let width = gate.dims()[1];
     let (mut gate, mut up) = (cpu::values(gate), cpu::values(up));

@@ -39,7 +39,7 @@ pub struct Llama {
 pub struct PassInputs<const N: usize> {
     /// What every layer needs to know of the batch.
     pub context: PackedContext,
-    /// The embeddings, `[n, hidden]`.
+    /// The embeddings, `[n, hidden]`, f32.
     pub hidden: Tensor<2>,
     /// The lists that came along.
     pub indices: [Tensor<1, Int>; N],
@@ -187,7 +187,7 @@ impl Llama {
         self.embed_tokens.pieces[0].lazy_device()
     }
 
-    /// The type it computes in.
+    /// The type that products are computed in.
     pub fn dtype(&self) -> DType {
         self.embed_tokens.compute_dtype()
     }
@@ -204,6 +204,16 @@ impl Llama {
     /// If a token is outside the vocabulary; [`PackedTokens::check`] tells before.
     pub fn embed(&self, packed: &PackedTokens) -> Tensor<2> {
         self.embed_tokens.rows(&packed.ids)
+    }
+
+    /// As [`embed`](Self::embed), for passes outside the tape: f32, as hidden states are there.
+    ///
+    /// # Panics
+    ///
+    /// As [`embed`](Self::embed).
+    pub fn pass_embeddings(&self, ids: &[u32]) -> Tensor<2> {
+        let rows = self.embed_tokens.rows(ids).without_autodiff();
+        rows.cast(DType::F32)
     }
 
     /// As [`context`](Self::context), for passes outside the tape ([`LayerPass`](crate::LayerPass)).
@@ -235,7 +245,8 @@ impl Llama {
             hidden: self
                 .embed_tokens
                 .rows_at(&rows, &uploaded)
-                .without_autodiff(),
+                .without_autodiff()
+                .cast(DType::F32),
             indices: lists.map(|list| uploaded.ints(&list)),
         }
     }
@@ -284,9 +295,9 @@ impl Llama {
         scores.cast(DType::F32)
     }
 
-    /// As [`logits`](Self::logits), outside any tape.
+    /// As [`logits`](Self::logits), outside any tape. `hidden` is f32.
     pub fn logits_plain(&self, hidden: &Tensor<2>) -> Tensor<2> {
-        let (hidden, _) = self.norm.forward_plain(hidden);
+        let (hidden, _) = self.norm.forward_plain(hidden, self.dtype());
         let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => {
                 let table = head.as_ref().unwrap_or(&self.embed_tokens);
@@ -312,7 +323,7 @@ impl Llama {
     ///
     /// # Shapes
     ///
-    /// - `hidden`, output: `[m, hidden]`
+    /// - `hidden`, output: `[m, hidden]`, f32
     /// - `gradient`: `[m, vocab]`, f32
     pub fn logits_backward(
         &self,
@@ -320,7 +331,8 @@ impl Llama {
         gradient: Tensor<2>,
         collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Tensor<2> {
-        let gradient = gradient.cast(hidden.dtype());
+        let dtype = self.dtype();
+        let gradient = gradient.cast(dtype);
         let through = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => head
                 .as_ref()
@@ -345,7 +357,7 @@ impl Llama {
         let roots = self.norm.roots(hidden);
         let through = match &self.lm_head_adapter {
             Some(adapter) => {
-                let normalised = self.norm.again(hidden, &roots);
+                let normalised = self.norm.again(hidden, &roots, dtype);
                 adapter.backward(normalised, gradient, through, collect)
             }
             None => through,

@@ -274,6 +274,8 @@ impl Sharing<'_> {
 /// What every layer needs to know of a packed sequence, put on the device once a batch.
 #[derive(Debug, Clone)]
 pub struct PackedContext {
+    /// The type that products are computed in.
+    pub(crate) dtype: DType,
     /// Who attends to whom.
     pub(crate) spans: Arc<Spans>,
     /// By how much heads are turned.
@@ -338,7 +340,7 @@ impl Spans {
 }
 
 impl PackedContext {
-    /// Prepares `packed` for a model of this configuration that computes in `dtype` on `device`.
+    /// Prepares `packed` for a model of this configuration whose products are computed in `dtype` on `device`.
     pub fn new(packed: &PackedTokens, config: &LlamaConfig, dtype: DType, device: &Device) -> Self {
         let mut uploads = Uploads::default();
         let planned = Planned::new(packed, config, dtype, device, SCORES_AT_ONCE, &mut uploads);
@@ -353,8 +355,9 @@ impl PackedContext {
         device: &Device,
     ) -> Self {
         let mut uploads = Uploads::default();
-        let angles = PlannedAngles::new(positions, config, dtype, &mut uploads);
+        let angles = PlannedAngles::new(positions, config, &mut uploads);
         Self {
+            dtype,
             spans: Arc::default(),
             angles: angles.on_device(&uploads.send(device)),
             padded: None,
@@ -364,6 +367,7 @@ impl PackedContext {
 
 /// A context whose indices and tables are about to be copied to the device.
 pub(crate) struct Planned {
+    dtype: DType,
     spans: Arc<Spans>,
     angles: PlannedAngles,
     padded: Option<PlannedPadded>,
@@ -384,14 +388,16 @@ impl Planned {
         let padded = (device.is_autodiff() || !native)
             .then(|| PlannedPadded::new(&spans, config, scores_at_once, uploads));
         Self {
+            dtype,
             spans: Arc::new(spans),
-            angles: PlannedAngles::new(&packed.positions(), config, dtype, uploads),
+            angles: PlannedAngles::new(&packed.positions(), config, uploads),
             padded,
         }
     }
 
     pub(crate) fn on_device(self, uploaded: &Uploaded) -> PackedContext {
         PackedContext {
+            dtype: self.dtype,
             spans: self.spans,
             angles: self.angles.on_device(uploaded),
             padded: self.padded.map(|padded| padded.on_device(uploaded)),

@@ -2,6 +2,9 @@
 //!
 //! What the backward pass reads is kept, and nothing else: of element-wise chains only their inputs.
 //! Norms are computed again, attention's weights tile by tile.
+//!
+//! Hidden states, and their gradients, are f32 from layer to layer: what is added to them is small beside them. Products
+//! and what lies between them within a block have the batch's type ([`PackedContext::new`]).
 
 use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
@@ -66,8 +69,8 @@ impl LayerPass<'_> {
     ///
     /// # Shapes
     ///
-    /// - `x`: `[n, hidden]`
-    /// - output: `[n, hidden]`, or `[m, hidden]` for `m` wanted tokens
+    /// - `x`: `[n, hidden]`, f32
+    /// - output: `[n, hidden]`, or `[m, hidden]` for `m` wanted tokens, f32
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
         let ([q, k, v], attention_low, roots) = self.queries_keys_values(x);
         let (mixed, attended) = attend(q, k, v, self.context, self.layer.self_attn.heads());
@@ -86,7 +89,7 @@ impl LayerPass<'_> {
     ///
     /// # Shapes
     ///
-    /// - `x`, output: `[rows, hidden]`
+    /// - `x`, output: `[rows, hidden]`, f32
     pub(crate) fn decode(&self, x: &Tensor<2>, cache: &mut LayerCache) -> Tensor<2> {
         let ([q, k, v], ..) = self.queries_keys_values(x);
         let mixed = cache.attend(q, k, v, self.layer.self_attn.heads());
@@ -95,7 +98,8 @@ impl LayerPass<'_> {
 
     /// Rotated queries and keys, and values; the queries times [`score_scale`].
     fn queries_keys_values(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], LowRank<3>, InverseRoots) {
-        let (normalised, roots) = self.layer.input_layernorm.forward_plain(x);
+        let norm = &self.layer.input_layernorm;
+        let (normalised, roots) = norm.forward_plain(x, self.context.dtype);
         let ([q, k, v], low) = self
             .attention_group()
             .forward(&normalised, [const { None }; 3]);
@@ -115,7 +119,8 @@ impl LayerPass<'_> {
         let ([middle], output_low) = group.forward(&mixed, [Some(residual)]);
         let mixed = group.has_adapters().then_some(mixed);
 
-        let (normalised, roots) = self.layer.post_attention_layernorm.forward_plain(&middle);
+        let norm = &self.layer.post_attention_layernorm;
+        let (normalised, roots) = norm.forward_plain(&middle, self.context.dtype);
         let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalised, [None, None]);
         drop(normalised);
         let product = gated(&gate, &up);
@@ -138,7 +143,7 @@ impl LayerPass<'_> {
     ///
     /// # Shapes
     ///
-    /// - `x`, the result: `[n, hidden]`
+    /// - `x`, the result: `[n, hidden]`, f32
     /// - `gradient`: as [`forward`](Self::forward)'s output
     pub fn backward(
         &self,
@@ -171,11 +176,12 @@ impl LayerPass<'_> {
         let through_gate = needed || self.gate_up_group().has_adapters();
         let product = || gated(&gate, &up);
         let down = self.down_group();
-        let through =
-            down.backward(product, down_low, [gradient.clone()], through_gate, collect)?;
+        let dtype = self.context.dtype;
+        let of_block = [gradient.clone().cast(dtype)];
+        let through = down.backward(product, down_low, of_block, through_gate, collect)?;
         let (gate, up) = gated_backward(gate, up, through);
         let norm = &layer.post_attention_layernorm;
-        let normalised = || norm.again(&middle, &middle_roots);
+        let normalised = || norm.again(&middle, &middle_roots, dtype);
         let gain = norm.gain();
         let gate_up = self.gate_up_group();
         let through = gate_up.backward(normalised, gate_up_low, [gate, up], needed, collect)?;
@@ -185,13 +191,8 @@ impl LayerPass<'_> {
         // Asked for only where the module has an adapter.
         let mixed = || mixed.unwrap_or_else(|| unreachable!("kept for the output's adapter"));
         let output = self.output_group();
-        let through = output.backward(
-            mixed,
-            output_low,
-            [gradient.clone()],
-            below_adapters,
-            collect,
-        )?;
+        let of_block = [gradient.clone().cast(dtype)];
+        let through = output.backward(mixed, output_low, of_block, below_adapters, collect)?;
         let through = self.scatter(through, x.dims()[0]);
         let heads = layer.self_attn.heads();
         let [q, k, v] = attend_backward(attended, through, self.context, heads);
@@ -199,7 +200,7 @@ impl LayerPass<'_> {
         let q = self.rotate(q, Turn::Back, scale);
         let k = self.rotate(k, Turn::Back, 1.0);
         let norm = &layer.input_layernorm;
-        let normalised = || norm.again(x, &roots);
+        let normalised = || norm.again(x, &roots, dtype);
         let attention = self.attention_group();
         let residual = input_gradient.then(|| self.scatter(gradient, x.dims()[0]));
         let gain = norm.gain();

@@ -3,7 +3,7 @@
 //!
 //! Here is also where an operation can be made wrong on purpose ([`lora_core::spoil`]).
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 use lora_core::spoil::spoilt;
 
 use crate::attention::{self, Attended, Heads};
@@ -55,15 +55,15 @@ pub(crate) fn rotate_plain(x: Tensor<2>, angles: &Angles, turn: Turn, scale: f64
     spoilt(operation, rope::rotate_plain(x, angles, turn, scale))
 }
 
-/// [`RmsNorm`] of each row. `[n, hidden]`
-pub fn rms_norm(norm: &RmsNorm, x: &Tensor<2>) -> Tensor<2> {
-    norm.forward_plain(x).0
+/// [`RmsNorm`] of each row of `x`, f32, in the type that products are computed in. `[n, hidden]`
+pub fn rms_norm(norm: &RmsNorm, x: &Tensor<2>, dtype: DType) -> Tensor<2> {
+    norm.forward_plain(x, dtype).0
 }
 
-/// The gradient of the norm's input from that of its output, all `[n, hidden]`.
+/// The gradient of the norm's input from that of its output, all `[n, hidden]`; of `x`'s type.
 pub fn rms_norm_backward(norm: &RmsNorm, x: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
     let roots = norm.roots(x);
-    let nothing = gradient.zeros_like();
+    let nothing = x.zeros_like();
     norm.backward(x, roots, norm.gain(), gradient, nothing)
 }
 

@@ -37,15 +37,16 @@ impl RmsNorm {
         let normalised = x * inverse_root * self.weight.val().cast(FloatDType::F32).unsqueeze();
         normalised.cast(dtype)
     }
-    /// As [`forward`](Self::forward), outside any tape, and what [`again`](Self::again) and
-    /// [`backward`](Self::backward) need.
-    pub(crate) fn forward_plain(&self, x: &Tensor<2>) -> (Tensor<2>, InverseRoots) {
+
+    /// As [`forward`](Self::forward), outside any tape and with an output of type `dtype`, and what
+    /// [`again`](Self::again) and [`backward`](Self::backward) need.
+    pub(crate) fn forward_plain(&self, x: &Tensor<2>, dtype: DType) -> (Tensor<2>, InverseRoots) {
         let weight = self.weight.val().without_autodiff();
         if !cpu::is_native(x) || !cpu::is_native(&weight) {
             let gain = self.gain();
             let roots = self.computed_roots(x);
             let normalised = x.clone().cast(DType::F32) * roots.clone() * gain;
-            let normalised = spoilt("rms_norm", normalised.cast(x.dtype()));
+            let normalised = spoilt("rms_norm", normalised.cast(dtype));
             return (normalised, InverseRoots(Some(roots)));
         }
         let [n, width] = x.dims();
@@ -69,13 +70,13 @@ impl RmsNorm {
     }
 
     /// The output of [`forward_plain`](Self::forward_plain) once more.
-    pub(crate) fn again(&self, x: &Tensor<2>, roots: &InverseRoots) -> Tensor<2> {
+    pub(crate) fn again(&self, x: &Tensor<2>, roots: &InverseRoots, dtype: DType) -> Tensor<2> {
         let Some(roots) = &roots.0 else {
-            return self.forward_plain(x).0;
+            return self.forward_plain(x, dtype).0;
         };
         let gain = self.gain();
         let normalised = x.clone().cast(DType::F32) * roots.clone() * gain;
-        normalised.cast(x.dtype())
+        normalised.cast(dtype)
     }
 
     /// The gain as a row, `[1, hidden]`, in f32 and off the tape. Asked for before the arithmetic that it is used in:
@@ -93,7 +94,7 @@ impl RmsNorm {
     ///
     /// # Shapes
     ///
-    /// - `x`, `gradient`, `sum`, output: `[n, hidden]`
+    /// - `x`, `gradient`, `sum`, output: `[n, hidden]`; the output is of `sum`'s type
     pub(crate) fn backward(
         &self,
         x: &Tensor<2>,
@@ -103,7 +104,7 @@ impl RmsNorm {
         sum: Tensor<2>,
     ) -> Tensor<2> {
         if let Some(roots) = roots.0 {
-            let dtype = x.dtype();
+            let dtype = sum.dtype();
             let x = x.clone().cast(DType::F32);
             let weighted = gradient.cast(DType::F32) * gain;
             let along = (weighted.clone() * x.clone()).mean_dim(1);
@@ -182,13 +183,13 @@ mod tests {
         // Sums of 70 squares in another order.
         let tolerance = Tolerance::absolute(2e-6);
         let expected = (x.grad(&tape).unwrap() + sum.clone()).into_data();
-        let (got, native) = norm.forward_plain(&plain);
+        let (got, native) = norm.forward_plain(&plain, DType::F32);
         got.into_data()
             .assert_approx_eq::<f32>(&y.to_data(), tolerance);
         let roots = plain.clone().square().mean_dim(1).add_scalar(1e-5);
         let kept = InverseRoots(Some(roots.sqrt().recip()));
         for roots in [native, kept] {
-            let again = norm.again(&plain, &roots).into_data();
+            let again = norm.again(&plain, &roots, DType::F32).into_data();
             again.assert_approx_eq::<f32>(&y.to_data(), tolerance);
             let got = norm.backward(
                 &plain,

@@ -59,7 +59,7 @@ pub(crate) fn tables(frequencies: &[f32], positions: &[u32]) -> (Vec<f32>, Vec<f
 /// The angles of a batch's tokens, on the device.
 #[derive(Debug, Clone)]
 pub(crate) struct Angles {
-    /// `[n, head_dim / 2]`: f32 for kernels on the CPU, else the compute type.
+    /// `[n, head_dim / 2]`, f32.
     cos: Tensor<2>,
     sin: Tensor<2>,
     /// What rotates whole heads in one operation where no kernel of ours runs.
@@ -84,16 +84,10 @@ pub(crate) struct PlannedAngles {
     straight: Ints,
     exchanged: Ints,
     shape: [usize; 2],
-    dtype: DType,
 }
 
 impl PlannedAngles {
-    pub(crate) fn new(
-        positions: &[u32],
-        config: &LlamaConfig,
-        dtype: DType,
-        uploads: &mut Uploads,
-    ) -> Self {
+    pub(crate) fn new(positions: &[u32], config: &LlamaConfig, uploads: &mut Uploads) -> Self {
         let frequencies = inverse_frequencies(config);
         let (cos, sin) = tables(&frequencies, positions);
         let half = frequencies.len();
@@ -103,18 +97,11 @@ impl PlannedAngles {
             straight: uploads.ints((0..2 * half).map(|place| place as i32)),
             exchanged: uploads.ints((half..2 * half).chain(0..half).map(|place| place as i32)),
             shape: [positions.len(), half],
-            dtype,
         }
     }
 
     pub(crate) fn on_device(self, uploaded: &Uploaded) -> Angles {
-        let table = |at: &Floats| {
-            let table = uploaded.floats(at, self.shape);
-            match self.dtype {
-                DType::F32 => table,
-                dtype => table.cast(dtype),
-            }
-        };
+        let table = |at: &Floats| uploaded.floats(at, self.shape);
         let (cos, sin) = (table(&self.cos), table(&self.sin));
         let whole = (!cpu::is_native(&cos)).then(|| WholeHeads {
             cos: Tensor::cat(vec![cos.clone(), cos.clone()], 1).unsqueeze_dim(1),
@@ -136,7 +123,7 @@ impl Angles {
     pub(crate) fn rotate(&self, x: Tensor<3>) -> Tensor<3> {
         let half = self.cos.dims()[1];
         let table = |table: &Tensor<2>| {
-            let table = table.clone().unsqueeze_dim::<3>(1);
+            let table = table.clone().cast(x.dtype()).unsqueeze_dim::<3>(1);
             if x.is_autodiff() {
                 table.autodiff()
             } else {
@@ -166,7 +153,7 @@ pub(crate) enum Turn {
 }
 
 /// As [`Angles::rotate`] or its inverse, outside any tape, in the memory of `x` where nobody else has it; times
-/// `scale`, which is 1 for kernels on the CPU.
+/// `scale`, which is 1 for kernels on the CPU. It is computed in f32 and returned in the type of `x`.
 ///
 /// # Shapes
 ///
@@ -174,10 +161,13 @@ pub(crate) enum Turn {
 pub(crate) fn rotate_plain(x: Tensor<2>, angles: &Angles, turn: Turn, scale: f64) -> Tensor<2> {
     let ([n, width], half) = (x.dims(), angles.cos.dims()[1]);
     if let Some(whole) = &angles.whole {
+        let dtype = x.dtype();
         let heads = x.reshape([n, width / (2 * half), 2 * half]);
         // Both parts by selection, so that Burn fuses all of it into one kernel that reads `x` by index.
-        let exchanged = heads.clone().select(2, whole.exchanged.clone()) * whole.sin.clone();
-        let kept = heads.select(2, whole.straight.clone()) * whole.cos.clone();
+        let exchanged = heads.clone().select(2, whole.exchanged.clone());
+        let exchanged = exchanged.cast(DType::F32) * whole.sin.clone();
+        let kept = heads.select(2, whole.straight.clone());
+        let kept = kept.cast(DType::F32) * whole.cos.clone();
         let turned = match turn {
             Turn::Forward => kept + exchanged,
             Turn::Back => kept - exchanged,
@@ -187,7 +177,7 @@ pub(crate) fn rotate_plain(x: Tensor<2>, angles: &Angles, turn: Turn, scale: f64
         } else {
             turned.mul_scalar(scale)
         };
-        return turned.reshape([n, width]);
+        return turned.cast(dtype).reshape([n, width]);
     }
     assert_eq!(scale, 1.0, "kernels on the CPU scale scores themselves");
     let mut x = cpu::values(x);

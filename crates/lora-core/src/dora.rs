@@ -4,6 +4,7 @@ use burn::module::{LoraAdapter, Module, Param};
 use burn::tensor::{DType, Tensor};
 
 use crate::frozen_linear::{Direction, frozen_product};
+use crate::product;
 
 /// What DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>) adds to an adapter.
 ///
@@ -105,7 +106,7 @@ fn norms(weight: &Tensor<2>, adapter: &LoraAdapter, squared_norms: &Tensor<2>) -
     let cross = frozen_product(None, turned.clone().cast(dtype), weight, Direction::Forward);
     let scale = adapter.scale;
     let inner = cross.cast(DType::F32).mul_scalar(2.0 * scale)
-        + turned.matmul(a).matmul(b.clone()).mul_scalar(scale * scale);
+        + product(product(turned, a), b.clone()).mul_scalar(scale * scale);
     let squares = squared_norms.clone() + (b * inner).sum_dim(0);
     // A column of zeros has no direction; a factor that is not a number would spoil the whole output.
     squares.clamp_min(f32::MIN_POSITIVE).sqrt()

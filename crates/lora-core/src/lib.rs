@@ -43,6 +43,7 @@ mod dropout;
 mod error;
 mod frozen_linear;
 mod fusion;
+mod gpu_products;
 mod init;
 mod integers;
 mod limits;
@@ -65,12 +66,13 @@ pub use frozen_linear::{
     use_bf16_products,
 };
 pub use fusion::{Fusion, set_fusion};
+pub use gpu_products::{is_exact_f32, product, use_exact_f32};
 pub use init::{kaiming_uniform, normal};
 pub use integers::IntegerWeight;
-pub use limits::{AssumedBuffer, largest_buffer, limit_launches};
+pub use limits::{AssumedBuffer, has_f16_matrix_units, has_tf32, largest_buffer, limit_launches};
 pub use linear::LoraLinear;
 pub use passes::{LinearGroup, LowRank};
-pub use products::multiply_add;
+pub use products::{multiply_add, multiply_in_f32};
 pub use quantize::{
     BLOCK, Quantization, QuantizationError, compact, quantize, quantize_data, quantize_on_device,
 };

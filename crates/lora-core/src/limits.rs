@@ -72,20 +72,62 @@ impl Drop for AssumedBuffer {
     }
 }
 
+/// Whether a GPU multiplies f32 in TF32, which keeps 11 bits of each factor, unless it is told not to
+/// ([`use_exact_f32`](crate::use_exact_f32)).
+pub fn has_tf32(device: &Device) -> bool {
+    units(device).is_some_and(|units| units.tf32)
+}
+
+/// Whether a GPU has matrix units that multiply f16 and add up in f32.
+pub fn has_f16_matrix_units(device: &Device) -> bool {
+    units(device).is_some_and(|units| units.f16)
+}
+
+/// The matrix units of a GPU.
+struct Units {
+    tf32: bool,
+    f16: bool,
+}
+
 #[cfg(feature = "cube")]
-fn known(device: &Device) -> Option<usize> {
+fn client(device: &Device) -> Option<burn_cubecl::cubecl::client::Client> {
     use burn::backend::DispatchDevice;
     match device.clone().without_autodiff().as_dispatch() {
-        DispatchDevice::Cube(device) => {
-            let largest = device.client().properties().memory.max_page_size;
-            usize::try_from(largest).ok()
-        }
+        DispatchDevice::Cube(device) => Some(device.client()),
         _ => None,
     }
 }
 
+#[cfg(feature = "cube")]
+fn known(device: &Device) -> Option<usize> {
+    let largest = client(device)?.properties().memory.max_page_size;
+    usize::try_from(largest).ok()
+}
+
+#[cfg(feature = "cube")]
+fn units(device: &Device) -> Option<Units> {
+    use burn_cubecl::cubecl::ir::{ElemType, FloatKind};
+    let [f16, f32, tf32] = [FloatKind::F16, FloatKind::F32, FloatKind::TF32].map(ElemType::Float);
+    let client = client(device)?;
+    let properties = client.properties();
+    let matmul = &properties.features.matmul;
+    Some(Units {
+        tf32: properties.supports_type(tf32),
+        f16: matmul
+            .cmma
+            .iter()
+            .chain(&matmul.mma)
+            .any(|unit| (unit.a_type, unit.b_type, unit.cd_type) == (f16, f16, f32)),
+    })
+}
+
 #[cfg(not(feature = "cube"))]
 fn known(_device: &Device) -> Option<usize> {
+    None
+}
+
+#[cfg(not(feature = "cube"))]
+fn units(_device: &Device) -> Option<Units> {
     None
 }
 

@@ -16,7 +16,7 @@ use burn::tensor::{DType, Tensor};
 
 use crate::dora::Scaling;
 use crate::frozen_linear::{Direction, frozen_product};
-use crate::{LoraLinear, cpu, multiply_add};
+use crate::{LoraLinear, cpu, multiply_add, multiply_in_f32, product};
 
 /// Layers that take the same input, run together outside any tape.
 ///
@@ -59,7 +59,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         self.layers.iter().any(|layer| layer.adapter().is_some())
     }
 
-    /// The outputs, each added to its sum where one is given.
+    /// The outputs, each added to its sum where one is given. An output has the type of its sum, or without one the
+    /// type of `x`, which products are computed in.
     ///
     /// # Shapes
     ///
@@ -95,10 +96,17 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                     let output = multiply_add(Some(through), 1.0, low.clone(), b);
                     let y = output.clone() * by;
                     scaled[i] = Some(Scaled { output, scaling });
-                    [base, sum]
-                        .into_iter()
-                        .flatten()
-                        .fold(y, |y, part| y + part)
+                    let y = match base {
+                        Some(base) => y + base,
+                        None => y,
+                    };
+                    match sum {
+                        Some(sum) => {
+                            let dtype = sum.dtype();
+                            sum + y.cast(dtype)
+                        }
+                        None => y,
+                    }
                 }
                 (Some(low), Some(adapter), None) => {
                     let y = frozen_product(sum, x.clone(), weight, Direction::Forward);
@@ -108,7 +116,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 _ => frozen_product(sum, x.clone(), weight, Direction::Forward),
             };
             if let Some(bias) = &layer.bias {
-                y = y + bias.val().without_autodiff().unsqueeze();
+                let dtype = y.dtype();
+                y = y + bias.val().without_autodiff().cast(dtype).unsqueeze();
             }
             y
         });
@@ -120,7 +129,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         (outputs, low)
     }
 
-    /// The gradients of the adapters, each given to `collect`, and, if `input_gradient` is set, of `x`.
+    /// The gradients of the adapters, each given to `collect` in f32, and, if `input_gradient` is set, of `x`.
     ///
     /// `x` is called only where there are adapters: it may compute the input again. `low` is what the
     /// forward pass left.
@@ -161,8 +170,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         };
         for (i, gradient) in gradients.iter().enumerate() {
             if let (Some(adapter), Some(low)) = (self.layers[i].adapter(), &low.products[i]) {
-                let b = multiply_add(None, 1.0, low.clone().transpose(), gradient.clone());
-                collect(&adapter.b, b.cast(DType::F32));
+                let b = multiply_in_f32(low.clone().transpose(), gradient.clone());
+                collect(&adapter.b, b);
             }
         }
         let low_gradients = match self.drops() {
@@ -232,7 +241,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             // Turned, so that each adapter's part is one piece of memory.
             true => {
                 let all = scaled(self.all_a(x.dtype()), scale);
-                (all.clone().transpose().matmul(x.clone().transpose()), all)
+                (product(all.clone().transpose(), x.clone().transpose()), all)
             }
         };
         let mut start = 0;
@@ -267,7 +276,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 Some(match turned {
                     false => multiply_add(None, adapter.scale, gradient.clone(), b.transpose()),
                     true => {
-                        let part = b.matmul(gradient.clone().transpose());
+                        let part = product(b, gradient.clone().transpose());
                         scaled(part, (!common).then_some(adapter.scale))
                     }
                 })
@@ -311,8 +320,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         let dtype = x.dtype();
         let turned = turns(&x);
         let a_gradients = match turned {
-            false => multiply_add(None, 1.0, x.transpose(), all.clone()),
-            true => scaled(all.clone().matmul(x), self.common_scale()),
+            false => multiply_in_f32(x.transpose(), all.clone()),
+            true => scaled(multiply_in_f32(all.clone(), x), self.common_scale()),
         };
         let mut start = 0;
         for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
@@ -321,7 +330,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 false => a_gradients.clone().narrow(1, start, r),
                 true => a_gradients.clone().narrow(0, start, r).transpose(),
             };
-            collect(&adapter.a, gradient.cast(DType::F32));
+            collect(&adapter.a, gradient);
             start += r;
         }
         if let Some(sum) = below.take() {
@@ -345,8 +354,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 continue;
             };
             let dropped = self.dropped(i, x.clone());
-            let a = multiply_add(None, 1.0, dropped.transpose(), gradient.clone());
-            collect(&adapter.a, a.cast(DType::F32));
+            let a = multiply_in_f32(dropped.transpose(), gradient.clone());
+            collect(&adapter.a, a);
             if let Some(sum) = below.take() {
                 let a = factor(&adapter.a, x.dtype()).transpose();
                 let through = multiply_add(through_mask[i].take(), 1.0, gradient, a);

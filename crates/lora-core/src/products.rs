@@ -1,13 +1,16 @@
 //! Float products that add to what is there, outside any tape.
 
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor};
 
 use crate::cpu::{self, Matrix, MatrixMut, Threads};
+use crate::gpu_products::{product, product_in_f32};
 use crate::limits::{by_rows, rows_at_once};
 use crate::spoil::spoilt;
 
 /// `sum + scale · left · right`; without a sum, the product alone. The sum's memory is used again where
 /// nobody else has it, and operands may be transposed or narrowed views.
+///
+/// The output has the sum's type, without a sum the factors'.
 ///
 /// # Shapes
 ///
@@ -38,7 +41,11 @@ pub fn multiply_add(
             cpu::multiply(output, true, scale, left, right, Threads::All);
             sum.into_tensor()
         }
-        Some(sum) => sum + spoilt("low_rank", scaled(scale, left, right)),
+        Some(sum) => {
+            let product = spoilt("low_rank", scaled(scale, left, right));
+            let dtype = sum.dtype();
+            sum + product.cast(dtype)
+        }
         None if native => {
             let (left, right) = (View::new(left), View::new(right));
             let (left, right) = (left.matrix(n, k), right.matrix(k, m));
@@ -49,14 +56,35 @@ pub fn multiply_add(
     }
 }
 
+/// `left · right` in f32, whatever the type of the factors: sums of products of 16-bit factors are not rounded.
+///
+/// # Shapes
+///
+/// - `left`: `[n, k]`
+/// - `right`: `[k, m]`
+/// - output: `[n, m]`
+pub fn multiply_in_f32(left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
+    if left.dtype() == DType::F32 {
+        return multiply_add(None, 1.0, left, right);
+    }
+    let ([n, k], m) = (left.dims(), right.dims()[1]);
+    let rows = rows_at_once([n, k, m]);
+    if rows < n {
+        return by_rows(None, left, rows, |_, left| {
+            multiply_in_f32(left, right.clone())
+        });
+    }
+    spoilt("low_rank", product_in_f32(left, right))
+}
+
 /// The scale goes onto the smaller operand.
 fn scaled(scale: f64, left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
     if scale == 1.0 {
-        return left.matmul(right);
+        return product(left, right);
     }
     match left.shape().num_elements() < right.shape().num_elements() {
-        true => left.mul_scalar(scale).matmul(right),
-        false => left.matmul(right.mul_scalar(scale)),
+        true => product(left.mul_scalar(scale), right),
+        false => product(left, right.mul_scalar(scale)),
     }
 }
 

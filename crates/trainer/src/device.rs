@@ -26,7 +26,7 @@ pub use backend::Backend;
 pub use check::{Check, CheckOptions, check_device, check_layer, verdict};
 pub use error::DeviceError;
 pub use hardware::{Hardware, hardware, type_name, types};
-pub use kernels::{KernelArgs, first_step, switches};
+pub use kernels::{KeptKernels, KernelArgs, first_step, kept_kernels, switches};
 pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 
@@ -74,6 +74,7 @@ impl Selected {
 /// an error.
 pub fn select(asked: Backend) -> Result<Selected, DeviceError> {
     kernels::set_fusion();
+    kernels::keep();
     match asked {
         Backend::Auto => Ok(automatic()),
         Backend::Cpu => Ok(cpu("it was asked for".to_owned())),
@@ -175,6 +176,7 @@ fn started(backend: Backend, reason: &str) -> Result<Selected, DeviceError> {
         Some(selected) => selected.clone(),
         None => {
             let selected = start(backend)?;
+            lora_core::use_exact_f32(lora_core::has_tf32(&selected.device));
             all.push(selected.clone());
             selected
         }
@@ -212,15 +214,21 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
     Err(DeviceError::NotCompiled { backend })
 }
 
-/// The type that activations and products are computed in.
+/// What this program means by Burn's `Flex32`: f32 tensors whose products NVIDIA's matrix units compute in TF32, with 11
+/// bits of each factor.
+pub const TF32: FloatDType = FloatDType::Flex32;
+
+/// The type that products are computed in.
 ///
 /// | device | `None` (auto) | on request |
 /// | --- | --- | --- |
 /// | CPU | f32 | bf16 where the processor has AVX512-BF16: products with 8-bit weights only |
-/// | CUDA | bf16 where the GPU has it (Ampere and later), else f32 | f32, f16 |
-/// | wgpu, Vulkan, Metal | f32 | f16 where the adapter has it |
+/// | CUDA | bf16 where the GPU has it (Ampere and later), else f32 | f32, f16; [`TF32`] where the GPU has it |
+/// | Vulkan, Metal | f16 where the adapter has matrix units for it, else f32 | f32, f16 |
+/// | wgpu (WGSL) | f32 | f16 where the adapter has it |
 ///
-/// Adapters, optimizer state and sums are f32 everywhere.
+/// Sums of products, hidden states, norms, softmax, loss, adapters, their gradients and the optimizer's state are f32
+/// everywhere.
 ///
 /// # Errors
 ///
@@ -230,7 +238,10 @@ pub fn compute_dtype(
     requested: Option<FloatDType>,
 ) -> Result<FloatDType, DeviceError> {
     let offered: &[FloatDType] = match selected.backend {
-        Backend::Cuda => &[FloatDType::BF16, FloatDType::F32, FloatDType::F16],
+        Backend::Cuda => &[FloatDType::BF16, FloatDType::F32, FloatDType::F16, TF32],
+        Backend::Vulkan | Backend::Metal if lora_core::has_f16_matrix_units(&selected.device) => {
+            &[FloatDType::F16, FloatDType::F32]
+        }
         Backend::Wgpu | Backend::Vulkan | Backend::Metal => &[FloatDType::F32, FloatDType::F16],
         Backend::Auto | Backend::Cpu if lora_core::has_bf16_products() => {
             &[FloatDType::F32, FloatDType::BF16]
@@ -238,10 +249,11 @@ pub fn compute_dtype(
         Backend::Auto | Backend::Cpu => &[FloatDType::F32],
     };
     let cpu = selected.backend == Backend::Cpu;
-    let mut has = offered
-        .iter()
-        .copied()
-        .filter(|&dtype| dtype == FloatDType::F32 || cpu || selected.device.supports_dtype(dtype));
+    let mut has = offered.iter().copied().filter(|&dtype| match dtype {
+        FloatDType::F32 => true,
+        TF32 => lora_core::has_tf32(&selected.device),
+        _ => cpu || selected.device.supports_dtype(dtype),
+    });
     let wanted = match requested {
         None => return Ok(has.next().unwrap_or(FloatDType::F32)),
         Some(wanted) => wanted,
@@ -261,15 +273,19 @@ pub fn compute_dtype(
     })
 }
 
-/// Sets the device up to compute in this type, and gives the type that its tensors have: on the CPU
-/// tensors are f32 and only products with quantized weights are in bf16.
+/// Sets the device up to compute in this type, and returns the type that its tensors have: on the CPU tensors are f32
+/// and only products with quantized weights are in bf16; under [`TF32`] they are f32 too.
 ///
 /// # Errors
 ///
 /// If the processor computes them wrong.
 pub fn prepare(selected: &Selected, compute: FloatDType) -> Result<FloatDType, DeviceError> {
     if selected.backend != Backend::Cpu {
-        return Ok(compute);
+        lora_core::use_exact_f32(compute != TF32 && lora_core::has_tf32(&selected.device));
+        return Ok(match compute {
+            TF32 => FloatDType::F32,
+            compute => compute,
+        });
     }
     lora_core::use_bf16_products(compute == FloatDType::BF16)
         .map_err(|reason| DeviceError::Bf16Products { reason })?;
@@ -281,7 +297,7 @@ fn dtype_name(dtype: FloatDType) -> &'static str {
     match dtype {
         FloatDType::F64 => "f64",
         FloatDType::F32 => "f32",
-        FloatDType::Flex32 => "flex32",
+        TF32 => "tf32",
         FloatDType::F16 => "f16",
         FloatDType::BF16 => "bf16",
     }

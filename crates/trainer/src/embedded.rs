@@ -95,7 +95,7 @@ fn version() -> String {
 
 /// The user's folder for files that can be made again; relative paths are ignored, as the XDG
 /// specification asks.
-fn cache_folder() -> Option<PathBuf> {
+pub(crate) fn cache_folder() -> Option<PathBuf> {
     let folder = |variable: &str| {
         let path = std::env::var_os(variable).map(PathBuf::from);
         path.filter(|path| path.is_absolute())

@@ -16,7 +16,7 @@ use crate::data::Batch;
 use crate::flat::{self, FlatGradients, joined};
 use crate::loss::{self, Loss, LossOnDevice, LossSums};
 
-/// Gradients of the adapters, added up over micro-batches: of the summed loss, not of its mean.
+/// Gradients of the adapters, added up over micro-batches: of the summed loss, not of its mean, and times the loss scale.
 ///
 /// On a GPU nothing of it comes to the host before [`into_mean`](Self::into_mean), which reads once.
 #[derive(Debug, Default, Clone)]
@@ -26,6 +26,8 @@ pub struct AdapterGradients {
     ids: Vec<ParamId>,
     shapes: Vec<Shape>,
     sum: Option<Tensor<1>>,
+    /// The loss scale of the micro-batches so far.
+    scale: Option<f64>,
     /// Losses and tokens of the micro-batches so far, but for those in `on_device`.
     totals: LossSums,
     on_device: Vec<LossOnDevice>,
@@ -80,7 +82,11 @@ pub struct PhaseTimes {
 impl AdapterGradients {
     /// The summed gradient of a parameter.
     pub fn get(&self, id: ParamId) -> Option<Tensor<2>> {
-        part(&self.ids, &self.shapes, self.sum.as_ref()?, id)
+        let sum = part(&self.ids, &self.shapes, self.sum.as_ref()?, id)?;
+        Some(match self.scale {
+            Some(scale) if scale != 1.0 => sum.div_scalar(scale),
+            _ => sum,
+        })
     }
 
     /// Losses and tokens of the micro-batches so far. On a GPU it waits for them.
@@ -136,8 +142,9 @@ impl AdapterGradients {
         let read = loss::read(squares, std::mem::take(&mut self.on_device));
         let (squares, sums) = read.unwrap_or_default();
         self.totals.add(sums);
-        let tokens = self.totals.tokens.max(1) as f64;
-        let norm = squares.sqrt() / tokens;
+        let scale = self.scale.unwrap_or(1.0);
+        let divisor = scale * self.totals.tokens.max(1) as f64;
+        let norm = squares.sqrt() / divisor;
         let clip = match max_norm > 0.0 {
             true => (max_norm / (norm + 1e-6)).min(1.0),
             false => 1.0,
@@ -145,7 +152,7 @@ impl AdapterGradients {
         MeanGradients {
             gradients: FlatGradients {
                 ids: self.ids,
-                values: self.sum.map(|sum| sum.mul_scalar(clip / tokens)),
+                values: self.sum.map(|sum| sum.mul_scalar(clip / divisor)),
             },
             norm,
             totals: self.totals,
@@ -161,12 +168,31 @@ pub struct PassOptions {
     pub gradient_checkpointing: bool,
     /// Fixes the dropout masks of this micro-batch.
     pub dropout_seed: u64,
+    /// What the loss is multiplied by on the way back, so that gradients in f16 stay in its range; 1 for other types.
+    pub loss_scale: f64,
+}
+
+impl Default for PassOptions {
+    /// Everything is kept, seed 0, no loss scale.
+    fn default() -> Self {
+        Self {
+            gradient_checkpointing: false,
+            dropout_seed: 0,
+            loss_scale: 1.0,
+        }
+    }
 }
 
 /// Runs a micro-batch forward and backward and adds its loss and gradients to `into`.
 ///
 /// The result does not depend on `gradient_checkpointing`; memory and time do.
+///
+/// # Panics
+///
+/// If a micro-batch before it had another loss scale; and as the device does.
 pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut AdapterGradients) {
+    let scale = *into.scale.get_or_insert(options.loss_scale);
+    assert_eq!(scale, options.loss_scale, "one loss scale for a step");
     let started = Instant::now();
     let mut passes = Passes::new(model, batch, Some(options.dropout_seed));
     let lowest = lowest_adapted(model);
@@ -187,7 +213,7 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let mut collect =
         |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
     let (sums, gradient) =
-        loss::loss_and_gradient(model, hidden, batch, &passes.targets, &mut collect);
+        loss::loss_and_gradient(model, hidden, batch, &passes.targets, scale, &mut collect);
     let mut gradient = passes.spread(gradient, batch.tokens.ids.len());
     match sums {
         Loss::Known(sums) => into.totals.add(sums),

@@ -30,7 +30,7 @@ pub struct ModelArgs {
     /// Bits of the base model's linear layers: 8, 4, or 16 for the file's own
     #[arg(long, value_name = "BITS", default_value_t = 8)]
     pub quant_bits: u8,
-    /// f32, bf16 or f16; the device's best without it
+    /// f32, bf16, f16 or tf32; the device's best without it
     #[arg(long, value_name = "TYPE", value_parser = compute_dtype)]
     pub compute_dtype: Option<FloatDType>,
     /// Switches of the GPU's kernels.
@@ -43,7 +43,8 @@ fn compute_dtype(word: &str) -> Result<FloatDType, String> {
         "f32" => Ok(FloatDType::F32),
         "bf16" => Ok(FloatDType::BF16),
         "f16" => Ok(FloatDType::F16),
-        _ => Err("expected f32, bf16 or f16".into()),
+        "tf32" => Ok(device::TF32),
+        _ => Err("expected f32, bf16, f16 or tf32".into()),
     }
 }
 

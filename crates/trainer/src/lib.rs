@@ -53,6 +53,7 @@ pub mod interrupt;
 pub mod lock;
 pub mod logits;
 pub mod loss;
+pub mod loss_scale;
 pub mod make_assets;
 pub mod memory;
 pub mod merge;

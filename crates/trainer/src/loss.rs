@@ -129,13 +129,14 @@ pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch, targets: &Tensor<1,
     sums.of(batch)
 }
 
-/// As [`loss()`], and the gradient of the summed loss with respect to `hidden`; those of the head's adapter go
-/// to `collect`, piece by piece.
+/// As [`loss()`], and the gradient of the summed loss with respect to `hidden`, times `scale`; those of the head's
+/// adapter go to `collect`, piece by piece.
 pub fn loss_and_gradient(
     model: &Llama,
     hidden: Tensor<2>,
     batch: &Batch,
     targets: &Tensor<1, Int>,
+    scale: f64,
     collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
 ) -> (Loss, Tensor<2>) {
     let mut sums = Sums::default();
@@ -143,6 +144,10 @@ pub fn loss_and_gradient(
     for piece in pieces(model, batch) {
         let hidden = hidden.clone().narrow(0, piece.start, piece.len());
         let gradient = scores_gradient(model, &hidden, batch, targets, piece, &mut sums);
+        let gradient = match scale == 1.0 {
+            true => gradient,
+            false => gradient.mul_scalar(scale),
+        };
         gradients.push(model.logits_backward(&hidden, gradient, collect));
     }
     let gradient = match gradients.len() {

@@ -40,6 +40,9 @@ pub struct TrainLine {
     /// Memory that the device has reserved, in MiB; absent on the CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory_mib: Option<f64>,
+    /// The factor that kept gradients in the range of f16; absent in other types.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<f64>,
 }
 
 /// What a validation found. A float that is not finite becomes `null` in the file.
@@ -296,6 +299,7 @@ mod tests {
             step_s: 0.5,
             memory_mib: 312.5,
             device_memory_mib: None,
+            loss_scale: None,
         }
     }
 
@@ -376,6 +380,7 @@ mod tests {
             let line = TrainLine {
                 loss: value,
                 device_memory_mib: Some(value),
+                loss_scale: None,
                 ..line(1)
             };
             metrics.train(&line).unwrap();

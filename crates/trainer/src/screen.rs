@@ -5,6 +5,7 @@
 //! to stop a run, so errors of writing to it are ignored.
 
 mod curve;
+mod preparing;
 mod result;
 mod run;
 mod style;
@@ -20,8 +21,10 @@ use console::Term;
 use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
 use indicatif_log_bridge::LogWrapper;
 
+use self::preparing::Preparing;
 use self::run::Run;
 use self::style::Style;
+use crate::device::KeptKernels;
 use crate::human;
 use crate::metrics::{History, TrainLine, ValidationLine};
 
@@ -51,6 +54,8 @@ impl ScreenKind {
 /// Lines without a terminal are this wide.
 const PLAIN_WIDTH: usize = 100;
 
+type Lines = Arc<Mutex<Box<dyn Write + Send>>>;
+
 /// Shows a run. Its methods are called in the order of a run: [`start`](Self::start),
 /// [`step`](Self::step) and [`validation`](Self::validation), [`finish`](Self::finish).
 pub struct Screen {
@@ -58,8 +63,10 @@ pub struct Screen {
     /// Draws nothing where there is no terminal.
     bars: MultiProgress,
     /// Where lines go where there is no terminal.
-    plain: Option<Mutex<Box<dyn Write + Send>>>,
+    plain: Option<Lines>,
     run: Option<Run>,
+    /// Until the first step is done.
+    preparing: Option<Preparing>,
 }
 
 impl Screen {
@@ -72,6 +79,7 @@ impl Screen {
                 bars: MultiProgress::with_draw_target(ProgressDrawTarget::stdout()),
                 plain: None,
                 run: None,
+                preparing: None,
             },
         }
     }
@@ -81,8 +89,9 @@ impl Screen {
         Self {
             style: Style::plain(),
             bars: MultiProgress::with_draw_target(ProgressDrawTarget::hidden()),
-            plain: Some(Mutex::new(writer)),
+            plain: Some(Arc::new(Mutex::new(writer))),
             run: None,
+            preparing: None,
         }
     }
 
@@ -102,10 +111,7 @@ impl Screen {
     /// Prints a line, above the progress bar if there is one.
     pub fn line(&self, text: &str) {
         match &self.plain {
-            Some(writer) => {
-                let mut writer = writer.lock().unwrap_or_else(PoisonError::into_inner);
-                let _ = writeln!(writer, "{text}").and_then(|()| writer.flush());
-            }
+            Some(lines) => write_line(lines, text),
             // Not `MultiProgress::println`, which cuts lines at the terminal's width.
             None => self.bars.suspend(|| {
                 let _ = writeln!(std::io::stdout(), "{text}");
@@ -176,6 +182,25 @@ impl Screen {
         self.run = Some(Run::new(bar, end, &summary.steps));
     }
 
+    /// Says how many kernels are ready until the first step is done: on the bar every second, without a terminal as a
+    /// line every half minute. `kernels` returns those on disk.
+    pub fn preparing(&mut self, kernels: fn() -> Option<KeptKernels>) {
+        let Some(run) = &self.run else {
+            return;
+        };
+        let bar = run.bar.clone();
+        self.preparing = Some(match self.plain.clone() {
+            Some(lines) => {
+                let tell = move |text: String| write_line(&lines, &text);
+                Preparing::new(Duration::from_secs(30), kernels, tell)
+            }
+            None => {
+                let tell = move |text| bar.set_message(text);
+                Preparing::new(Duration::from_secs(1), kernels, tell)
+            }
+        });
+    }
+
     /// Goes on after `step` steps of an earlier session, which had this history.
     pub fn resume(&mut self, step: usize, history: &History) {
         if let Some(run) = &mut self.run {
@@ -185,6 +210,7 @@ impl Screen {
 
     /// Shows a step: on the bar, or as a line every `logging_steps`.
     pub fn step(&mut self, line: &TrainLine) {
+        self.preparing = None;
         let width = self.width();
         let Some(run) = &mut self.run else {
             return;
@@ -239,9 +265,15 @@ impl Screen {
     }
 }
 
+fn write_line(lines: &Lines, text: &str) {
+    let mut writer = lines.lock().unwrap_or_else(PoisonError::into_inner);
+    let _ = writeln!(writer, "{text}").and_then(|()| writer.flush());
+}
+
 /// An error's message must not be drawn over: the bar stays where it was, and lines go below it.
 impl Drop for Screen {
     fn drop(&mut self) {
+        self.preparing = None;
         if let Some(run) = &self.run {
             run.bar.abandon();
         }
@@ -334,6 +366,7 @@ mod tests {
             step_s: 0.5,
             memory_mib: 812.0,
             device_memory_mib: None,
+            loss_scale: None,
         }
     }
 

@@ -19,12 +19,13 @@ use crate::guard::{DeviceFault, FaultKind, Guard};
 use crate::human;
 use crate::interrupt::Interrupt;
 use crate::loss::LossSums;
+use crate::loss_scale::LossScale;
 use crate::metrics::{MetricsError, MetricsWriter, SkippedLine, TrainLine, ValidationLine};
 use crate::optimizer::Optimizer;
 use crate::output::OutputFolder;
 use crate::peft::{AdapterConfig, AdapterError, AdapterTensors};
 use crate::screen::{Scores, Screen};
-use crate::step::NotFinite;
+use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use crate::train::{TrainError, WrongNumbers};
 
 /// A run under way.
@@ -160,6 +161,47 @@ impl<'a> Session<'a> {
                 self.memory()
             ));
             self.fit = smaller;
+        }
+    }
+
+    /// The gradient of a step. Where it leaves the range of f16, the loss scale is halved and it is computed again.
+    ///
+    /// # Errors
+    ///
+    /// As [`compute`](Self::compute); the inner error is a loss or gradient that is not a number.
+    pub fn gradient(
+        &mut self,
+        model: &Llama,
+        optimizer: &Optimizer,
+        step: usize,
+    ) -> Result<Result<StepGradient, NotFinite>, TrainError> {
+        loop {
+            let gradient = self.compute(model, optimizer, |session| {
+                let input = StepInput {
+                    rows: &session.data.train,
+                    micro_batches: &session.order().step(step - 1),
+                    fit: &session.fit,
+                    step,
+                    seed: session.config.seed,
+                    max_grad_norm: session.config.max_grad_norm,
+                    loss_scale: session
+                        .progress
+                        .loss_scale
+                        .map_or(1.0, |scale| scale.factor),
+                };
+                step::gradient(model, input)
+            })?;
+            match gradient {
+                Ok(gradient) => return Ok(Ok(gradient)),
+                Err(NoGradient::NotFinite(problem)) => return Ok(Err(problem)),
+                Err(NoGradient::OutOfRange) => {
+                    let scale = self.progress.loss_scale.and_then(LossScale::halved);
+                    log::debug!(
+                        "step {step}: a gradient left the range of f16; loss scale {scale:?}"
+                    );
+                    self.progress.loss_scale = scale;
+                }
+            }
         }
     }
 

@@ -27,6 +27,8 @@ pub struct StepInput<'a> {
     pub seed: u64,
     /// Clips the gradients of all parameters together; 0 does not.
     pub max_grad_norm: f64,
+    /// What the loss is multiplied by on the way back; 1 where the type needs no such factor.
+    pub loss_scale: f64,
 }
 
 /// The gradient of a step's mean loss a token.
@@ -39,6 +41,17 @@ pub struct StepGradient {
     pub loss: f64,
     /// Tokens of the rows.
     pub tokens: usize,
+    /// The loss scale, where there is one.
+    pub loss_scale: Option<f64>,
+}
+
+/// Why a step has no gradient.
+#[derive(Debug, Clone, PartialEq)]
+pub enum NoGradient {
+    /// It left the range of f16; with a smaller loss scale it may not.
+    OutOfRange,
+    /// It, or the loss, is not a number.
+    NotFinite(NotFinite),
 }
 
 /// A loss or gradient that is not a number.
@@ -61,12 +74,12 @@ pub struct NotFinite {
 ///
 /// # Errors
 ///
-/// [`NotFinite`] with the rows that it comes from.
+/// [`NoGradient`], where it is not the loss scale's doing with the rows that it comes from.
 ///
 /// # Panics
 ///
 /// As the device does.
-pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NotFinite> {
+pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NoGradient> {
     let dropout = CounterRng::new(input.seed).fork(DROPOUT);
     let mut sums = AdapterGradients::default();
     let mut tokens = 0;
@@ -77,6 +90,7 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NotFini
         let options = PassOptions {
             gradient_checkpointing: input.fit.gradient_checkpointing,
             dropout_seed: { masks }.next_u64(),
+            loss_scale: input.loss_scale,
         };
         gradients::accumulate(model, &batch, options, &mut sums);
         tokens += batch.row_tokens;
@@ -84,9 +98,13 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NotFini
     // The step's one wait for the device.
     let mean = sums.into_mean(input.max_grad_norm);
     let loss = fault::loss(mean.totals.mean());
+    if loss.is_finite() && !mean.norm.is_finite() && input.loss_scale > 1.0 {
+        return Err(NoGradient::OutOfRange);
+    }
     for (what, value) in [("loss", loss), ("gradient", mean.norm)] {
         if !value.is_finite() {
-            return Err(not_finite(what, value, model, input));
+            let problem = not_finite(what, value, model, input);
+            return Err(NoGradient::NotFinite(problem));
         }
     }
     Ok(StepGradient {
@@ -94,6 +112,7 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NotFini
         norm: mean.norm,
         loss,
         tokens,
+        loss_scale: (input.loss_scale != 1.0).then_some(input.loss_scale),
     })
 }
 

@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use crate::data::{Batch, BatchRow, Prefixes};
 use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::loss_scale::LossScale;
 use crate::optimizer::{AdamW, Optimizer};
 
 /// What is to be counted.
@@ -125,7 +126,8 @@ fn step(model: Llama, optimizer: &mut Optimizer, shape: &StepShape, batch: &Batc
     for _ in 0..shape.micro_batches {
         let options = PassOptions {
             gradient_checkpointing: shape.gradient_checkpointing,
-            dropout_seed: 0,
+            loss_scale: LossScale::first_factor(model.dtype()),
+            ..PassOptions::default()
         };
         gradients::accumulate(&model, batch, options, &mut sums);
     }

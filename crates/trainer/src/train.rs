@@ -17,6 +17,7 @@ use crate::fit::{self, Fit, FitError};
 use crate::guard::DeviceFault;
 use crate::hub::{self, HubError, Need};
 use crate::interrupt::Interrupt;
+use crate::loss_scale::LossScale;
 use crate::metrics::{self, MetricsError, TrainLine};
 use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
@@ -26,7 +27,7 @@ use crate::plan;
 use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunSummary, Screen, StepSummary};
 use crate::session::{self, Beginning, Session};
-use crate::step::{self, NotFinite, StepInput};
+use crate::step::NotFinite;
 use crate::{human, memory};
 
 /// Why a run did not start, or stopped.
@@ -385,6 +386,9 @@ pub fn train(
         output: folder.path().to_path_buf(),
         warnings: warnings(&selected, resumed.as_ref(), divided_anew, memory_there),
     });
+    if selected.backend != Backend::Cpu {
+        screen.preparing(device::kept_kernels);
+    }
     if resumed.is_some() {
         screen.resume(progress.step, &metrics::history(&folder.metrics())?);
     }
@@ -392,6 +396,11 @@ pub fn train(
     keeper.write_adapter(screen);
 
     let first = progress.next();
+    let progress = Progress {
+        // A run may go on in another type.
+        loss_scale: LossScale::of_run(DType::from(stored), progress.loss_scale),
+        ..progress
+    };
     let beginning = Beginning {
         config,
         data: &data,
@@ -421,17 +430,7 @@ pub fn train(
         fault::at_step(step);
         if !session.progress.owes_validation {
             let step_started = Instant::now();
-            let gradient = session.compute(&model, &optimizer, |session| {
-                let input = StepInput {
-                    rows: &data.train,
-                    micro_batches: &session.order().step(step - 1),
-                    fit: &session.fit,
-                    step,
-                    seed: config.seed,
-                    max_grad_norm: config.max_grad_norm,
-                };
-                step::gradient(&model, input)
-            })?;
+            let gradient = session.gradient(&model, &optimizer, step)?;
             session.check(&model, &optimizer)?;
             match gradient {
                 Ok(gradient) => {
@@ -439,6 +438,8 @@ pub fn train(
                     let gradients = gradient.gradients;
                     model = session.update(|| optimizer.step(learning_rate, model, gradients))?;
                     session.progress.step = step;
+                    session.progress.loss_scale =
+                        session.progress.loss_scale.map(LossScale::after_step);
                     session.progress.tokens += gradient.tokens as u64;
                     let step_s = step_started.elapsed().as_secs_f64();
                     session.record(&TrainLine {
@@ -452,6 +453,7 @@ pub fn train(
                         step_s,
                         memory_mib: human::mib(memory::peak()),
                         device_memory_mib: device::memory_in_use(&selected.device).map(human::mib),
+                        loss_scale: gradient.loss_scale,
                     });
                 }
                 Err(problem) => session.skip(problem, &model, &optimizer)?,
@@ -541,6 +543,7 @@ fn compute_dtype(config: &Config, selected: &Selected) -> Result<FloatDType, Dev
         ComputeDtype::F32 => Some(FloatDType::F32),
         ComputeDtype::Bf16 => Some(FloatDType::BF16),
         ComputeDtype::F16 => Some(FloatDType::F16),
+        ComputeDtype::Tf32 => Some(device::TF32),
     };
     device::compute_dtype(selected, requested)
 }
@@ -601,7 +604,7 @@ fn warnings(
 ) -> Vec<String> {
     let mut warnings: Vec<String> = selected.warning().into_iter().collect();
     if selected.backend != Backend::Cpu {
-        warnings.push(device::first_step().into());
+        warnings.push(device::first_step());
     }
     if memory_there.is_none() {
         warnings.push(

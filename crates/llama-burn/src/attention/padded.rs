@@ -8,6 +8,8 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, FloatDType, Tensor};
 
+use lora_core::product;
+
 use super::Heads;
 use crate::packed::PackedContext;
 use crate::padded::{Padded, Tile};
@@ -198,7 +200,7 @@ pub(super) fn forward(
     let mut log_sums = Vec::with_capacity(parts.len());
     for (tile, q, k, v) in parts {
         // In the type of the product, which has rounded them already.
-        let scores = (q.matmul(k).cast(DType::F32) + tile.mask(dtype)).cast(dtype);
+        let scores = (product(q, k).cast(DType::F32) + tile.mask(dtype)).cast(dtype);
         let most = scores.clone().max_dim(3).cast(DType::F32);
         let shift = match head_room > 1.0 {
             true => most.clone().add_scalar(head_room.ln()),
@@ -208,7 +210,7 @@ pub(super) fn forward(
         // The weights' sum divides the output, which is smaller than the weights.
         let (mixed, log_sum) = match dtype {
             DType::F32 => {
-                let mixed = weights.clone().matmul(v);
+                let mixed = product(weights.clone(), v);
                 let sum = weights.sum_dim(3);
                 (mixed / sum.clone(), sum.log() + most)
             }
@@ -216,7 +218,7 @@ pub(super) fn forward(
                 let [segments, key, rows, visible] = weights.dims();
                 let (flat, unflat) = ([segments * key, rows, 1], [segments, key, rows, 1]);
                 let most = most.reshape(flat);
-                let mixed = weights.clone().matmul(v);
+                let mixed = product(weights.clone(), v);
                 // Burn fuses a product with nothing here, and what follows such an operation with nothing either: a
                 // change of shape, which costs nothing, takes that place, so that the sum reads 16-bit weights.
                 let sum = weights.reshape([segments * key, rows, visible]);
@@ -286,16 +288,16 @@ pub(super) fn backward(
     let mut d_v = Vec::with_capacity(parts.len());
     for part in parts {
         let (q, k, gradient) = (part.q, part.k, part.gradient);
-        let scores = q.clone().matmul(k.clone().swap_dims(2, 3)).cast(DType::F32);
+        let scores = product(q.clone(), k.clone().swap_dims(2, 3)).cast(DType::F32);
         let weights = (scores + part.tile.mask(dtype) - part.log_sums)
             .exp()
             .cast(dtype);
-        let through = gradient.clone().matmul(part.v.swap_dims(2, 3));
+        let through = product(gradient.clone(), part.v.swap_dims(2, 3));
         let through = through.cast(DType::F32) - part.delta;
         let scores = (through * weights.clone().cast(DType::F32)).cast(dtype);
-        d_v.push(weights.swap_dims(2, 3).matmul(gradient));
-        d_k.push(scores.clone().swap_dims(2, 3).matmul(q));
-        d_q.push(scores.matmul(k));
+        d_v.push(product(weights.swap_dims(2, 3), gradient));
+        d_k.push(product(scores.clone().swap_dims(2, 3), q));
+        d_q.push(product(scores, k));
     }
     [
         layout.unstack(together(d_q)),

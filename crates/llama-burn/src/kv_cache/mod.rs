@@ -112,7 +112,7 @@ impl Llama {
         let last = places.iter().filter_map(|places| places.last());
         let last = indices(last.map(|place| *place as i32).collect(), &device);
         let prompts = Prompts { places: &places };
-        let mut hidden = self.embed(&packed).without_autodiff();
+        let mut hidden = self.pass_embeddings(&packed.ids);
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let pass = LayerPass {
@@ -166,7 +166,7 @@ impl Llama {
         let device = self.device().without_autodiff();
         let positions: Vec<u32> = cache.lengths.iter().map(|length| *length as u32).collect();
         let context = PackedContext::of_positions(&positions, &self.config, self.dtype(), &device);
-        let mut hidden = self.embed_tokens.rows(tokens).without_autodiff();
+        let mut hidden = self.pass_embeddings(tokens);
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
             let pass = LayerPass {
                 layer,

@@ -4,6 +4,8 @@
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData, s};
 
+use lora_core::product;
+
 use super::{Prompts, indices};
 use crate::attention::Heads;
 use crate::padded::MASKED;
@@ -64,10 +66,10 @@ impl Cache {
         let dtype = FloatDType::from(q.dtype());
         let q = q.reshape([rows, key, query / key, d]);
         let [keys, values] = self.keys_values.clone();
-        let scores = q.matmul(keys.swap_dims(2, 3)).cast(FloatDType::F32);
+        let scores = product(q, keys.swap_dims(2, 3)).cast(FloatDType::F32);
         let mask = self.mask(capacity, &scores);
         let weights = softmax(scores + mask, 3).cast(dtype);
-        weights.matmul(values).reshape([rows, query * d])
+        product(weights, values).reshape([rows, query * d])
     }
 
     /// Adds a token to every row.

@@ -9,7 +9,7 @@ use super::Direction;
 use super::few_scores::{self, Number};
 use super::panels::{self, Stored};
 use crate::cpu::{self, FlexTensor, Values};
-use crate::multiply_add;
+use crate::{multiply_add, multiply_in_f32};
 
 /// Whether products with this table unpack it: 16 bits on Burn's CPU backend, off the tape.
 fn is_half(table: &Tensor<2>) -> bool {
@@ -24,10 +24,10 @@ fn is_half(table: &Tensor<2>) -> bool {
 ///
 /// - `x`: `[n, width]`
 /// - `table`: `[rows, width]`
-/// - output: `[n, rows]`, of `x`'s type
+/// - output: `[n, rows]`, f32
 pub fn table_scores(x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
     if !cpu::is_native(&x) {
-        return multiply_add(None, 1.0, x, table.transpose());
+        return multiply_in_f32(x, table.transpose());
     }
     if is_half(&table) {
         return product(None, x, table, Direction::Backward);

@@ -30,9 +30,10 @@ use burn::backend::autodiff::{
     ops::{Backward, Ops, OpsKind},
 };
 use burn::backend::tensor::{FloatTensor, QuantizedTensor};
-use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
+use burn::backend::{Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Tensor};
 
+use crate::gpu_products::{ProductOps, product_of};
 use crate::limits::{by_rows, rows_at_once};
 use crate::spoil::spoilt;
 use crate::{cpu, multiply_add};
@@ -40,7 +41,7 @@ use crate::{cpu, multiply_add};
 /// What a backend does for a frozen quantized weight. The bodies here are right everywhere; a
 /// backend overrides them where it has something faster.
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(feature = "cube"))]
-pub trait FrozenLinearOps: Backend {
+pub trait FrozenLinearOps: ProductOps {
     /// `x · W`, with x `[n, d_in]` and W `[d_in, d_out]`.
     #[fusion(default)]
     fn frozen_linear_forward(
@@ -48,7 +49,7 @@ pub trait FrozenLinearOps: Backend {
         weight: QuantizedTensor<Self>,
     ) -> FloatTensor<Self> {
         let dense = Self::dequantize(weight, x.dtype().into());
-        Self::float_matmul(x, dense)
+        product_of::<Self>(x, dense)
     }
 
     /// `dY · Wᵀ`, with dY `[n, d_out]` and W `[d_in, d_out]`.
@@ -58,10 +59,10 @@ pub trait FrozenLinearOps: Backend {
         weight: QuantizedTensor<Self>,
     ) -> FloatTensor<Self> {
         let dense = Self::dequantize(weight, grad.dtype().into());
-        Self::float_matmul(grad, Self::float_transpose(dense))
+        product_of::<Self>(grad, Self::float_transpose(dense))
     }
 
-    /// `sum + x · W`, or `sum + x · Wᵀ` where `backward`; for passes without a tape.
+    /// `sum + x · W`, or `sum + x · Wᵀ` where `backward`, in the sum's type; for passes without a tape.
     #[fusion(default)]
     fn frozen_linear_add(
         sum: FloatTensor<Self>,
@@ -72,6 +73,10 @@ pub trait FrozenLinearOps: Backend {
         let product = match backward {
             false => Self::frozen_linear_forward(x, weight),
             true => Self::frozen_linear_backward(x, weight),
+        };
+        let product = match sum.dtype() == product.dtype() {
+            true => product,
+            false => Self::float_cast(product, sum.dtype().into()),
         };
         Self::float_add(sum, product)
     }
@@ -110,7 +115,7 @@ impl FrozenLinearOps for Flex {
 #[derive(Debug)]
 struct FrozenLinearBackward;
 
-impl<B: Backend + FrozenLinearOps> Backward<B, 1> for FrozenLinearBackward {
+impl<B: FrozenLinearOps> Backward<B, 1> for FrozenLinearBackward {
     type State = QuantizedTensor<B>;
 
     fn backward(
@@ -127,7 +132,7 @@ impl<B: Backend + FrozenLinearOps> Backward<B, 1> for FrozenLinearBackward {
     }
 }
 
-impl<B: Backend + FrozenLinearOps, C: CheckpointStrategy> FrozenLinearOps for Autodiff<B, C> {
+impl<B: FrozenLinearOps, C: CheckpointStrategy> FrozenLinearOps for Autodiff<B, C> {
     fn frozen_linear_forward(
         x: FloatTensor<Self>,
         weight: QuantizedTensor<Self>,
@@ -219,7 +224,8 @@ impl Direction {
     }
 }
 
-/// `sum + x · W`, or with `Wᵀ`, outside any tape. The sum's memory is used again where nobody else has it.
+/// `sum + x · W`, or with `Wᵀ`, outside any tape, in the sum's type. The sum's memory is used again where nobody else
+/// has it.
 pub(crate) fn frozen_product(
     sum: Option<Tensor<2>>,
     x: Tensor<2>,

@@ -15,6 +15,7 @@ use crate::data::{Batch, Dataset, Prefixes, TokenizedRow};
 use crate::device::{self, Backend, Selected};
 use crate::fit;
 use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::loss_scale::LossScale;
 use crate::memory;
 use crate::optimizer::{AdamW, Optimizer};
 use crate::peft::read_adapter;
@@ -122,14 +123,15 @@ impl Ours {
             },
         );
         let ours = Self {
+            options: PassOptions {
+                gradient_checkpointing: checkpointing,
+                loss_scale: LossScale::first_factor(model.dtype()),
+                ..PassOptions::default()
+            },
             model,
             optimizer: AdamW::default().resumable(),
             rows: dataset(spec),
             prefixes,
-            options: PassOptions {
-                gradient_checkpointing: checkpointing,
-                dropout_seed: 0,
-            },
             on_tape: settings.on_tape,
             merges,
             learning_rate: spec.learning_rate,

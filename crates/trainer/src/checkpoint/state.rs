@@ -5,6 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::Fingerprint;
 use crate::data::Prefixes;
 use crate::fit::Fit;
+use crate::loss_scale::LossScale;
 use crate::screen::Scores;
 
 /// The version of the format; a program reads its own only.
@@ -56,6 +57,9 @@ pub struct Progress {
     pub seconds: f64,
     /// Steps that were skipped because a loss or gradient was not finite.
     pub skipped: usize,
+    /// What keeps gradients in the range of f16; none in other types.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub loss_scale: Option<LossScale>,
 }
 
 impl Progress {
@@ -70,6 +74,7 @@ impl Progress {
             tokens: 0,
             seconds: 0.0,
             skipped: 0,
+            loss_scale: None,
         }
     }
 

@@ -9,15 +9,17 @@ use crate::schedule::Decay;
 /// The number format that the layers compute in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ComputeDtype {
-    /// What suits the device: bf16 on CUDA, f32 elsewhere.
+    /// What suits the device: bf16 on CUDA, f16 on Vulkan and Metal where there are matrix units for it, else f32.
     #[default]
     Auto,
     /// 32 bits.
     F32,
     /// 16 bits with the range of f32 (CUDA; the CPU's products with 8-bit weights where it has AVX512-BF16).
     Bf16,
-    /// 16 bits (GPUs that have it).
+    /// 16 bits (GPUs that have it), with a loss scale.
     F16,
+    /// f32 whose products keep 11 bits of each factor (CUDA, Ampere and later).
+    Tf32,
 }
 
 /// Whether a layer's activations are kept for the backward pass or computed again there.
@@ -150,6 +152,7 @@ impl Word for ComputeDtype {
         ("f32", Self::F32),
         ("bf16", Self::Bf16),
         ("f16", Self::F16),
+        ("tf32", Self::Tf32),
     ];
 }
 

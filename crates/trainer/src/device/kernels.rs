@@ -50,14 +50,94 @@ pub(super) fn set_fusion() {
     });
 }
 
-/// What the first step of a run does besides, on a GPU.
-pub fn first_step() -> &'static str {
-    match cfg!(feature = "autotune") {
-        true => {
-            "the first step compiles kernels and times several of each to find the fastest, which takes minutes; \
-             later steps do not"
+/// Kernels that CubeCL keeps on disk.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct KeptKernels {
+    /// Operations whose fastest kernel is known, each for sizes of a kind.
+    pub tuned: u64,
+    /// Kernels in the driver's or the device's own form. WGSL has none: the driver compiles, and keeps what it likes.
+    pub compiled: u64,
+}
+
+impl KeptKernels {
+    /// Those of `self` that are not of `before`.
+    pub fn since(self, before: Self) -> Self {
+        Self {
+            tuned: self.tuned.saturating_sub(before.tuned),
+            compiled: self.compiled.saturating_sub(before.compiled),
         }
-        false => "the first step compiles kernels; later steps do not",
+    }
+}
+
+/// Has CubeCL keep tuned and compiled kernels in the user's cache folder, for the next start of any process. Without one,
+/// CubeCL takes a folder of its own choice.
+///
+/// Call it before the first device starts.
+#[cfg(feature = "autotune")]
+pub(super) fn keep() {
+    use burn_cubecl::cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
+    use burn_cubecl::cubecl::{environment, records};
+
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
+        config.compilation.cache = true;
+        // Not set where another part of the program has set it already.
+        CubeClRuntimeConfig::try_set(config);
+        // An account of every start, which nothing here reads.
+        records::configure(records::RecordsConfig {
+            level: records::RecordLevel::Off,
+            keep_sessions: None,
+        });
+        if let Some(folder) = crate::embedded::cache_folder() {
+            environment::set_root(folder.join("llama-lora-trainer/kernels"));
+        }
+    });
+}
+
+#[cfg(not(feature = "autotune"))]
+pub(super) fn keep() {}
+
+/// The kernels on disk; `None` in a build that keeps none.
+#[cfg(feature = "autotune")]
+pub fn kept_kernels() -> Option<KeptKernels> {
+    let namespaces = burn_cubecl::cubecl::environment::namespaces();
+    let entries = |of: &dyn Fn(&str) -> bool| {
+        let found = namespaces.iter().filter(|found| of(&found.namespace));
+        found.map(|found| found.entries).sum()
+    };
+    let is_tuned = |name: &str| name.starts_with("autotune/");
+    let is_compiled = |name: &str| {
+        ["cuda/", "vulkan/", "metal/"]
+            .iter()
+            .any(|kind| name.starts_with(kind))
+    };
+    Some(KeptKernels {
+        tuned: entries(&is_tuned),
+        compiled: entries(&is_compiled),
+    })
+}
+
+/// The kernels on disk; `None` in a build that keeps none.
+#[cfg(not(feature = "autotune"))]
+pub fn kept_kernels() -> Option<KeptKernels> {
+    None
+}
+
+/// What the first step of a run does besides, on a GPU.
+pub fn first_step() -> String {
+    match kept_kernels() {
+        None => "the first step compiles kernels; later steps do not".into(),
+        Some(KeptKernels { tuned: 0, .. }) => {
+            "the first step compiles kernels and times several of each to find the fastest. That takes minutes, once: \
+             later steps and later starts find the result on disk"
+                .into()
+        }
+        Some(kept) => format!(
+            "the fastest kernels of {} operations are known from earlier starts; new sizes are tuned when they first \
+             come",
+            kept.tuned
+        ),
     }
 }
 

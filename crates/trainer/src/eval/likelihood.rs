@@ -128,7 +128,7 @@ pub fn most_likely(likelihoods: &[f64]) -> Option<usize> {
 fn hidden_at(model: &Llama, packed: &PackedTokens, places: &[u32]) -> Tensor<2> {
     let context = model.pass_context(packed);
     let wanted = token_ids(places, &model.device().without_autodiff());
-    let mut hidden = model.embed(packed).without_autodiff();
+    let mut hidden = model.pass_embeddings(&packed.ids);
     for (index, layer) in model.layers.iter().enumerate() {
         let pass = LayerPass {
             layer,

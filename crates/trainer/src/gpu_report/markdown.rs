@@ -282,7 +282,7 @@ mod tests {
             "| product, f32 | 1.0e-6 | 1.0e-5 | ok | relative |",
             "training Llama-3.1-8B: no time left",
             "150 launches per layer",
-            "12 uploads and 1 blocking read a step",
+            "12 uploads and 1 blocking read per step",
             "| embedded | ours | f32 | 256 | 8 |",
         ] {
             assert!(text.contains(part), "{part:?} is missing in\n{text}");

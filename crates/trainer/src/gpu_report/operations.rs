@@ -3,7 +3,7 @@
 use burn::tensor::activation::{log_softmax, sigmoid, silu, softmax};
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
 use llama_burn::RmsNorm;
-use lora_core::{Quantization, frozen_linear, frozen_linear_backward, quantize_data};
+use lora_core::{Quantization, frozen_linear, frozen_linear_backward, product, quantize_data};
 
 use super::compare::{self, Depth, input, values};
 use super::finding::{Check, Finding};
@@ -50,15 +50,15 @@ impl Inputs {
 }
 
 const OPERATIONS: [(&str, Operation); 15] = [
-    ("product", |x| vec![x.a.clone().matmul(x.b.clone())]),
+    ("product", |x| vec![product(x.a.clone(), x.b.clone())]),
     ("product, turned", |x| {
-        vec![x.c.clone().matmul(x.b.clone().transpose())]
+        vec![product(x.c.clone(), x.b.clone().transpose())]
     }),
     ("product of a few columns", |x| {
-        vec![x.a.clone().matmul(x.b.clone().narrow(1, 0, 8))]
+        vec![product(x.a.clone(), x.b.clone().narrow(1, 0, 8))]
     }),
     ("product with a sum behind it", |x| {
-        vec![x.a.clone().matmul(x.b.clone()).mul_scalar(2.0) + x.c.clone()]
+        vec![product(x.a.clone(), x.b.clone()).mul_scalar(2.0) + x.c.clone()]
     }),
     ("quantized product", |x| {
         vec![frozen_linear(x.a.clone(), x.quantized.clone())]

@@ -259,7 +259,7 @@ impl Bench<'_> {
             dropout_seed: None,
             wanted: None,
         };
-        let x = model.embed(&batch.tokens).inner();
+        let x = model.pass_embeddings(&batch.tokens.ids);
         let size = format!("{tokens} tokens");
         let forward = seconds(self.device, || pass.forward(&x))?;
         let text = format!("{what}, forward");

@@ -6,6 +6,7 @@ use lora_core::{LoraConfig, Quantization};
 
 use crate::data::{Batch, BatchRow, Prefixes};
 use crate::gradients::{self, AdapterGradients, PassOptions};
+use crate::loss_scale::LossScale;
 use crate::optimizer::{AdamW, Optimizer};
 use crate::step_counts;
 
@@ -24,12 +25,13 @@ impl Trainee {
     /// A model that has its adapters.
     pub fn new(model: Llama, gradient_checkpointing: bool) -> Self {
         Self {
-            model,
-            optimizer: AdamW::default().resumable(),
             options: PassOptions {
                 gradient_checkpointing,
-                dropout_seed: 0,
+                loss_scale: LossScale::first_factor(model.dtype()),
+                ..PassOptions::default()
             },
+            model,
+            optimizer: AdamW::default().resumable(),
         }
     }
 

@@ -50,7 +50,7 @@ pub(super) fn gradients(
 fn options(gradient_checkpointing: bool) -> PassOptions {
     PassOptions {
         gradient_checkpointing,
-        dropout_seed: 0,
+        ..PassOptions::default()
     }
 }
 

@@ -209,7 +209,8 @@ impl Sizes {
             let modules = names.iter().map(|name| adapted.kept_floats(name));
             floats * modules.sum::<usize>() as f64
         };
-        let hidden = floats * model.hidden_size as f64;
+        // Hidden states and their gradients are f32 whatever products are computed in.
+        let hidden = 4.0 * (tokens * model.hidden_size) as f64;
         let query = floats * (model.num_attention_heads * model.head_dim) as f64;
         let key_value = floats * (model.num_key_value_heads * model.head_dim) as f64;
         let feed_forward = floats * model.intermediate_size as f64;

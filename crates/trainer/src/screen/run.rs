@@ -221,6 +221,7 @@ mod tests {
             step_s: 0.5,
             memory_mib: 812.0,
             device_memory_mib: None,
+            loss_scale: None,
         };
         let end = Arc::new(AtomicU64::new(0));
         let mut run = Run::new(ProgressBar::hidden(), end, &StepSummary::default());

@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use llama_burn::{DecoderLayer, Llama, PackedContext, RmsNorm, VocabTable, pieces};
-use lora_core::{LinearGroup, LoraLinear, frozen_linear_backward, multiply_add};
+use lora_core::{LinearGroup, LoraLinear, frozen_linear_backward, multiply_add, multiply_in_f32};
 
 use super::layer_pass;
 use super::subject::{Subject, numbers, rounded};
@@ -152,8 +152,8 @@ impl<'a> Run<'a> {
 
     fn norms(&self, outputs: &mut Outputs) -> Result<(), String> {
         let norm = &self.layer.input_layernorm;
-        let (x, gradient) = (self.hidden(), self.gradient());
-        outputs.push(named("rms_norm", pieces::rms_norm(norm, &x))?);
+        let (x, gradient) = (self.hidden(), self.gradient().cast(self.dtype));
+        outputs.push(named("rms_norm", pieces::rms_norm(norm, &x, self.dtype))?);
         let through = pieces::rms_norm_backward(norm, &x, gradient);
         outputs.push(named("rms_norm_backward", through)?);
         Ok(())
@@ -202,8 +202,8 @@ impl<'a> Run<'a> {
             multiply_add(None, 1.0, x.clone(), a.clone()),
             multiply_add(Some(sum), scale, low.clone(), b.clone()),
             multiply_add(None, scale, gradient.clone(), b.transpose()),
-            multiply_add(None, scale, low.clone().transpose(), gradient),
-            multiply_add(None, 1.0, x.transpose(), low),
+            multiply_in_f32(low.clone().transpose(), gradient),
+            multiply_in_f32(x.transpose(), low),
         ];
         for product in products {
             outputs.push(named("low_rank", product)?);
@@ -278,7 +278,7 @@ impl<'a> Run<'a> {
         let at = self.hidden().narrow(0, 0, positions);
         let targets = loss::token_ids(&batch.target_ids, self.device);
         let (loss, gradient) =
-            loss::loss_and_gradient(&model, at, &batch, &targets, &mut |_, _| {});
+            loss::loss_and_gradient(&model, at, &batch, &targets, 1.0, &mut |_, _| {});
         let sums = loss.sums();
         outputs.push(Output {
             name: "cross_entropy",
@@ -316,7 +316,8 @@ impl<'a> Run<'a> {
 
     fn of_hidden(&self, values: &[f32]) -> Tensor<2> {
         let (n, width) = (self.inputs.n, values.len() / self.inputs.n);
-        self.place(TensorData::new(values.to_vec(), [n, width]))
+        let data = TensorData::new(values.to_vec(), [n, width]);
+        Tensor::from_data(data, (self.device, DType::F32))
     }
 
     fn place(&self, data: TensorData) -> Tensor<2> {

@@ -1,0 +1,153 @@
+//! Matrix products on GPUs that Burn's own `matmul` does not offer: with a result in f32 from factors in 16 bits, and in
+//! f32 without TF32.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use burn::backend::autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
+use burn::backend::tensor::FloatTensor;
+use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
+use burn::tensor::{DType, FloatDType, Shape, Tensor};
+
+use crate::cpu;
+
+/// Whether f32 products on GPUs keep all bits of their factors.
+static EXACT: AtomicBool = AtomicBool::new(false);
+
+/// Has f32 products on GPUs of this process keep all 24 bits of their factors' mantissas. Without it Burn takes TF32,
+/// which keeps 11, wherever a GPU has it (NVIDIA's since Ampere).
+///
+/// It concerns passes outside a tape. On a tape ([`LoraLinear::forward`](crate::LoraLinear::forward)) products with
+/// quantized weights follow it too, others are Burn's.
+pub fn use_exact_f32(exact: bool) {
+    EXACT.store(exact, Ordering::Relaxed);
+}
+
+/// Whether f32 products on GPUs keep all bits of their factors ([`use_exact_f32`]).
+pub fn is_exact_f32() -> bool {
+    EXACT.load(Ordering::Relaxed)
+}
+
+/// Products that a backend computes in another way than its `float_matmul`. The bodies here are right everywhere.
+#[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(feature = "cube"))]
+pub trait ProductOps: Backend {
+    /// `left · right` in f32. Factors in 16 bits are multiplied as they are, and the sums are not rounded to their type.
+    #[fusion(dtype = DType::F32, shape = product_shape(left, right))]
+    fn product_in_f32(left: FloatTensor<Self>, right: FloatTensor<Self>) -> FloatTensor<Self> {
+        let left = Self::float_cast(left, FloatDType::F32);
+        Self::float_matmul(left, Self::float_cast(right, FloatDType::F32))
+    }
+
+    /// `left · right` of f32 without rounding the factors.
+    #[fusion(dtype = left, shape = product_shape(left, right))]
+    fn exact_product(left: FloatTensor<Self>, right: FloatTensor<Self>) -> FloatTensor<Self> {
+        Self::float_matmul(left, right)
+    }
+}
+
+impl ProductOps for Flex {}
+
+impl<B: Backend + ProductOps, C: CheckpointStrategy> ProductOps for Autodiff<B, C> {}
+
+#[cfg(feature = "cube")]
+impl ProductOps for burn_cubecl::CubeBackend {
+    fn product_in_f32(left: FloatTensor<Self>, right: FloatTensor<Self>) -> FloatTensor<Self> {
+        use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
+
+        let product = matmul(left, right, None, MatmulStrategy::default(), DType::F32);
+        product.unwrap_or_else(|error| panic!("no kernel for a product in f32: {error:?}"))
+    }
+
+    fn exact_product(left: FloatTensor<Self>, right: FloatTensor<Self>) -> FloatTensor<Self> {
+        exact::product(left, right)
+    }
+}
+
+/// Kernels that use no matrix units: those know TF32 only.
+#[cfg(feature = "cube")]
+mod exact {
+    use burn_cubecl::cubecl::ir::{ElemType, FloatKind};
+    use burn_cubecl::kernel::matmul::init_matmul_output;
+    use burn_cubecl::tensor::CubeTensor;
+    use cubek::matmul::definition::{MatmulElems, MatmulGlobalElems};
+    use cubek::matmul::launch::launch_ref;
+    use cubek::matmul::multi_level::Strategy;
+    use cubek::std::InputBinding;
+
+    use super::DType;
+
+    pub(super) fn product(left: CubeTensor, right: CubeTensor) -> CubeTensor {
+        let f32 = ElemType::Float(FloatKind::F32);
+        let output = init_matmul_output(&left, &right, DType::F32);
+        let client = output.client.clone();
+        let mut elements = MatmulElems::from_globals(&MatmulGlobalElems {
+            lhs: f32,
+            rhs: f32,
+            out: f32,
+        });
+        let launched = launch_ref(
+            &Strategy::SimpleUnit(Default::default()).into(),
+            &client,
+            InputBinding::new(left.binding(), f32),
+            InputBinding::new(right.binding(), f32),
+            output.clone().binding(),
+            &mut elements,
+        );
+        if let Err(error) = launched {
+            panic!("no kernel for an f32 product: {error:?}");
+        }
+        output
+    }
+}
+
+/// The product in a backend's own tensors, exact where that is asked for.
+pub(crate) fn product_of<B: ProductOps>(
+    left: FloatTensor<B>,
+    right: FloatTensor<B>,
+) -> FloatTensor<B> {
+    match is_exact_f32() && left.dtype() == DType::F32 {
+        true => B::exact_product(left, right),
+        false => B::float_matmul(left, right),
+    }
+}
+
+/// `left · right` outside any tape: exact where f32 is asked to be ([`use_exact_f32`]).
+///
+/// # Shapes
+///
+/// - `left`: `[.., n, k]`
+/// - `right`: `[.., k, m]`
+/// - output: `[.., n, m]`
+pub fn product<const D: usize>(left: Tensor<D>, right: Tensor<D>) -> Tensor<D> {
+    let exact = is_exact_f32() && left.dtype() == DType::F32;
+    match exact && !cpu::is_cpu(&left.device()) {
+        true => Tensor::from_dispatch(Dispatch::exact_product(
+            left.into_dispatch(),
+            right.into_dispatch(),
+        )),
+        false => left.matmul(right),
+    }
+}
+
+/// As [`product`], with the result in f32 whatever the type of the factors.
+pub(crate) fn product_in_f32(left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
+    match left.dtype() {
+        DType::F32 => product(left, right),
+        _ => Tensor::from_dispatch(Dispatch::product_in_f32(
+            left.into_dispatch(),
+            right.into_dispatch(),
+        )),
+    }
+}
+
+/// `[.., n, k] · [.., k, m]`; leading dimensions of 1 are repeated.
+fn product_shape(left: &Shape, right: &Shape) -> Shape {
+    let (left, right): (Vec<usize>, Vec<usize>) = (
+        left.iter().copied().collect(),
+        right.iter().copied().collect(),
+    );
+    let last = left.len() - 1;
+    let mut shape: Vec<usize> = left.iter().zip(&right).map(|(a, b)| *a.max(b)).collect();
+    shape[last - 1] = left[last - 1];
+    shape[last] = right[last];
+    Shape::from(shape)
+}

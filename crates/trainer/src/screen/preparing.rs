@@ -1,0 +1,97 @@
+//! What is said while a GPU's kernels are compiled and tuned, which takes minutes and is silent otherwise.
+
+use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+
+use crate::device::KeptKernels;
+use crate::human;
+
+/// Says from time to time how many kernels are ready, until it is dropped.
+pub struct Preparing {
+    end: Option<Sender<()>>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Preparing {
+    /// Asks `kernels` every now and then and says it to `tell`.
+    pub fn new(
+        every: Duration,
+        kernels: impl Fn() -> Option<KeptKernels> + Send + 'static,
+        tell: impl Fn(String) + Send + 'static,
+    ) -> Self {
+        let (end, ended) = channel();
+        let thread = thread::Builder::new()
+            .name("preparing".into())
+            .spawn(move || {
+                let (started, before) = (Instant::now(), kernels().unwrap_or_default());
+                while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(every) {
+                    if let Some(now) = kernels() {
+                        tell(text(now.since(before), started.elapsed()));
+                    }
+                }
+            });
+        Self {
+            end: Some(end),
+            // Without a thread nothing is said, and the run goes on.
+            thread: thread.ok(),
+        }
+    }
+}
+
+impl Drop for Preparing {
+    fn drop(&mut self) {
+        drop(self.end.take());
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// `preparing kernels: 14 tuned, 212 compiled, 1:05 so far`
+fn text(new: KeptKernels, elapsed: Duration) -> String {
+    format!(
+        "preparing kernels: {} tuned, {} compiled, {} so far",
+        human::count(new.tuned),
+        human::count(new.compiled),
+        human::clock(elapsed)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::{Arc, Mutex};
+
+    use super::*;
+
+    #[test]
+    fn what_is_new_is_said_until_it_is_dropped() {
+        let said = Arc::new(Mutex::new(Vec::new()));
+        let asked = Mutex::new(0);
+        let kernels = move || {
+            let mut asked = asked.lock().unwrap();
+            *asked += 1;
+            Some(KeptKernels {
+                tuned: 10 + *asked,
+                compiled: 100,
+            })
+        };
+        let told = said.clone();
+        let preparing = Preparing::new(Duration::from_millis(1), kernels, move |text| {
+            told.lock().unwrap().push(text);
+        });
+        while said.lock().unwrap().len() < 2 {
+            thread::yield_now();
+        }
+        drop(preparing);
+        let said = said.lock().unwrap();
+        assert!(
+            said[0].starts_with("preparing kernels: 1 tuned, 0 compiled, "),
+            "{said:?}"
+        );
+        assert!(
+            said[1].starts_with("preparing kernels: 2 tuned, "),
+            "{said:?}"
+        );
+    }
+}
