@@ -4,7 +4,7 @@ use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 use llama_burn::{Activations, LayerPass, Llama, LlamaConfig};
 use lora_core::{
-    LoraConfig, Quantization, frozen_linear, frozen_linear_backward, quantize_on_device,
+    LoraConfig, Quantization, frozen_linear, frozen_linear_backward, product, quantize_on_device,
 };
 
 use super::clock::Clock;
@@ -145,7 +145,7 @@ impl Bench<'_> {
                 break;
             }
             let [a, b] = [0, 1].map(|_| self.random([*size; 2], dtype));
-            let spread = seconds(self.device, || a.clone().matmul(b.clone()))?;
+            let spread = seconds(self.device, || product(a.clone(), b.clone()))?;
             took = Some((*size, spread));
         }
         if let Some((size, spread)) = took {
@@ -182,7 +182,7 @@ impl Bench<'_> {
             let dense = drawn.clone().cast(DType::from(dtype));
             let packed = quantize_on_device(drawn, Quantization::Bits8);
             let device = self.device;
-            let forward = seconds(device, || x.clone().matmul(dense.clone()))?;
+            let forward = seconds(device, || product(x.clone(), dense.clone()))?;
             let mut tell = |what: &str, spread| {
                 let what = format!("{name}: {what}");
                 let group = Group::Product;
