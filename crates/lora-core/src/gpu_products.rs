@@ -6,7 +6,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use burn::backend::autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
-use burn::tensor::{DType, FloatDType, Shape, Tensor};
+#[cfg(feature = "cube")]
+use burn::tensor::Shape;
+use burn::tensor::{DType, FloatDType, Tensor};
 
 use crate::cpu;
 
@@ -140,6 +142,7 @@ pub(crate) fn product_in_f32(left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
 }
 
 /// `[.., n, k] · [.., k, m]`; leading dimensions of 1 are repeated.
+#[cfg(feature = "cube")]
 fn product_shape(left: &Shape, right: &Shape) -> Shape {
     let (left, right): (Vec<usize>, Vec<usize>) = (
         left.iter().copied().collect(),
