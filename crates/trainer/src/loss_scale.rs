@@ -3,7 +3,7 @@
 //!
 //! f16 has nothing between 0 and 6e-8 and nothing above 65,504. Gradients are computed times a power of two, which
 //! changes no digit, and divided by it in f32. Where one leaves the range, the factor is halved and the same step is
-//! computed again: unlike `GradScaler`, no rows are lost. After [`PATIENCE`] steps without that it is doubled.
+//! computed again: unlike `GradScaler`, no rows are lost. After 2,000 steps without that it is doubled.
 
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};
