@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::gguf::{self, GgufError, GgufFile};
 use crate::limited::{self, LARGEST_SETTINGS};
+use crate::weights::Weights;
 
 /// What is wrong with a `config.json`.
 #[derive(Debug, thiserror::Error)]
@@ -109,7 +110,9 @@ pub struct LlamaConfig {
 }
 
 impl LlamaConfig {
-    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file.
+    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file. A folder whose
+    /// configuration ties the output layer to the embedding and whose files hold two different tables has two
+    /// (transformers 5).
     ///
     /// # Errors
     ///
@@ -118,9 +121,10 @@ impl LlamaConfig {
         if gguf::is_gguf(path) {
             return Self::from_json(&gguf::config_json(&GgufFile::open(path)?)?);
         }
-        let path = match path.is_dir() {
-            true => path.join("config.json"),
-            false => path.to_path_buf(),
+        let folder = path.is_dir().then_some(path);
+        let path = match folder {
+            Some(folder) => folder.join("config.json"),
+            None => path.to_path_buf(),
         };
         let text = limited::read_to_string(&path, LARGEST_SETTINGS).map_err(|source| {
             ConfigError::Read {
@@ -133,7 +137,13 @@ impl LlamaConfig {
             reason: error.to_string(),
         })?;
         match value {
-            Value::Object(object) => Self::from_json(&object),
+            Value::Object(object) => {
+                let mut config = Self::from_json(&object)?;
+                if config.tie_word_embeddings && folder.is_some_and(Weights::has_two_tables) {
+                    config.tie_word_embeddings = false;
+                }
+                Ok(config)
+            }
             _ => Err(ConfigError::NotJson {
                 path,
                 reason: "it holds another kind of value".into(),
@@ -303,10 +313,12 @@ impl LlamaConfig {
 }
 
 fn rope(keys: &Keys) -> Result<(f64, RopeScaling), ConfigError> {
-    let parameters = keys.object("rope_parameters")?;
-    let scaling = match &parameters {
-        Some(parameters) => Some(*parameters),
-        None => keys.object("rope_scaling")?,
+    // transformers 5 takes `rope_scaling` first where both are there, and the base from whichever it took.
+    let not_empty =
+        |object: Option<&'_ Map<String, Value>>| object.is_some_and(|it| !it.is_empty());
+    let parameters = match keys.object("rope_scaling")? {
+        scaling if not_empty(scaling) => scaling,
+        _ => keys.object("rope_parameters")?,
     };
     let in_parameters = match &parameters {
         Some(parameters) => Keys(parameters).positive("rope_theta")?,
@@ -316,7 +328,7 @@ fn rope(keys: &Keys) -> Result<(f64, RopeScaling), ConfigError> {
         Some(theta) => theta,
         None => keys.positive("rope_theta")?.unwrap_or(10_000.0),
     };
-    let Some(scaling) = scaling else {
+    let Some(scaling) = parameters else {
         return Ok((theta, RopeScaling::Default));
     };
     let scaling = Keys(scaling);

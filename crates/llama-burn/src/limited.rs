@@ -10,7 +10,11 @@ pub const LARGEST_SETTINGS: u64 = 16 << 20;
 /// The largest index of shards and the largest `tokenizer.json`. Real ones reach some tens of megabytes.
 pub const LARGEST_TABLE: u64 = 256 << 20;
 
-/// The bytes of a file that has at most `limit` of them.
+/// What editors on Windows begin a UTF-8 file with; no part of its text.
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// The bytes of a file that has at most `limit` of them, without the byte order mark that editors on Windows begin a
+/// file with.
 ///
 /// # Errors
 ///
@@ -19,13 +23,16 @@ pub const LARGEST_TABLE: u64 = 256 << 20;
 pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
-    match bytes.len() as u64 > limit {
-        true => Err(io::Error::new(
+    if bytes.len() as u64 > limit {
+        return Err(io::Error::new(
             ErrorKind::FileTooLarge,
             format!("it has more than {limit} bytes, which no such file needs"),
-        )),
-        false => Ok(bytes),
+        ));
     }
+    if bytes.starts_with(BYTE_ORDER_MARK) {
+        bytes.drain(..BYTE_ORDER_MARK.len());
+    }
+    Ok(bytes)
 }
 
 /// As [`read`], for text.

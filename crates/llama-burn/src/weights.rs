@@ -113,6 +113,9 @@ pub struct Weights {
     gguf: Option<Gguf>,
 }
 
+const EMBEDDING: &str = "model.embed_tokens.weight";
+const HEAD: &str = "lm_head.weight";
+
 /// An open GGUF file.
 struct Gguf {
     file: GgufFile,
@@ -240,10 +243,29 @@ impl Weights {
         }
     }
 
+    /// Whether a folder holds a table of the output layer that is not the embedding's, whatever its configuration says of
+    /// tied tables: transformers 5 then uses both. Of files that cannot be read, [`open`](Self::open) says what is wrong.
+    pub(crate) fn has_two_tables(folder: &Path) -> bool {
+        let Ok(mut weights) = Self::open(folder) else {
+            return false;
+        };
+        let [embedding, head] = [EMBEDDING, HEAD].map(|name| weights.tensors.get(name).cloned());
+        let (Some((_, embedding)), Some((_, head))) = (embedding, head) else {
+            return false;
+        };
+        if embedding != head || weights.gguf.is_some() {
+            return false;
+        }
+        match (weights.bytes(EMBEDDING), weights.bytes(HEAD)) {
+            (Ok((embedding, a)), Ok((head, b))) => a != b || embedding[..] != head[..],
+            _ => false,
+        }
+    }
+
     /// Compares names and shapes with those that the model calls for.
     ///
-    /// Tensors that some exporters add and nobody reads are let pass: `rotary_emb.inv_freq`, and the
-    /// copy of a tied head.
+    /// Two kinds of tensor that are not called for say nothing new and are let pass: `rotary_emb.inv_freq`, which follows
+    /// from the configuration, and a copy of the embedding as a tied head.
     ///
     /// # Errors
     ///
@@ -268,10 +290,12 @@ impl Weights {
             }
         }
         let known: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
-        let tolerated =
-            |name: &str| name.ends_with("rotary_emb.inv_freq") || name == "lm_head.weight";
+        let table = self.tensors.get(EMBEDDING).map(|(_, shape)| shape);
+        let tolerated = |name: &str, shape: &Vec<usize>| {
+            name.ends_with("rotary_emb.inv_freq") || name == HEAD && Some(shape) == table
+        };
         for (name, (_, shape)) in &self.tensors {
-            if !known.contains(name.as_str()) && !tolerated(name) {
+            if !known.contains(name.as_str()) && !tolerated(name, shape) {
                 return Err(WeightsError::UnexpectedTensor {
                     name: name.clone(),
                     shape: shape.clone(),

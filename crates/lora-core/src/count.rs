@@ -1,6 +1,6 @@
 //! Parameter counts and bytes from shapes alone, without a weight.
 
-use crate::{LoraConfig, LoraError, Quantization, TargetModules};
+use crate::{LoraConfig, LoraError, Quantization, TargetModules, selector};
 
 /// One module's weight, by its name and shape.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +37,7 @@ impl ParameterCounts {
     ///
     /// # Errors
     ///
-    /// If `config` is invalid or selects no module.
+    /// If `config` is invalid, selects no module, or has an entry that matches none.
     pub fn new(
         modules: &[ModuleShape],
         config: &LoraConfig,
@@ -75,6 +75,9 @@ impl ParameterCounts {
                 available: kinds(modules),
             });
         }
+        let linear = modules.iter().filter(|module| module.is_linear);
+        let names: Vec<&str> = linear.map(|module| module.name.as_str()).collect();
+        selector.check(config, &names)?;
         counts.adapter_bytes = counts.trainable * 4;
         Ok(counts)
     }
@@ -102,16 +105,10 @@ fn asked_for(config: &LoraConfig) -> String {
     format!("target_modules = {targets}{layers}")
 }
 
-/// The last components of the linear modules' names, each once, in order.
+/// The kinds of linear modules, each once, in order.
 fn kinds(modules: &[ModuleShape]) -> String {
-    let mut kinds: Vec<&str> = Vec::new();
-    for module in modules.iter().filter(|module| module.is_linear) {
-        let kind = module.name.rsplit('.').next().unwrap_or(&module.name);
-        if !kinds.contains(&kind) {
-            kinds.push(kind);
-        }
-    }
-    kinds.join(", ")
+    let linear = modules.iter().filter(|module| module.is_linear);
+    selector::kinds(linear.map(|module| module.name.as_str())).join(", ")
 }
 
 #[cfg(test)]

@@ -53,6 +53,18 @@ pub enum LoraError {
         /// The kinds of module that exist.
         available: String,
     },
+    /// A setting names something that the model does not have.
+    #[error("{field}: {entry:?} matches none of {among}{}", did_you_mean(nearest))]
+    MatchesNothing {
+        /// The setting.
+        field: &'static str,
+        /// The entry as written.
+        entry: String,
+        /// What there is.
+        among: String,
+        /// The most similar name, where one is similar.
+        nearest: Option<String>,
+    },
     /// A tensor has another shape than the layer needs.
     #[error("{name} has shape {got:?}, expected {expected:?}")]
     Shape {
@@ -69,4 +81,11 @@ pub enum LoraError {
     /// The layer has no adapter to merge or to read.
     #[error("this layer has no adapter")]
     NoAdapter,
+}
+
+fn did_you_mean(nearest: &Option<String>) -> String {
+    match nearest {
+        Some(name) => format!(" (did you mean {name:?}?)"),
+        None => String::new(),
+    }
 }

@@ -134,6 +134,77 @@ impl ModuleSelector {
         self.targets.contains(name) && self.layers.as_ref().is_none_or(in_layers)
     }
 
+    /// Checks that every entry of `config`, which this was made from, means something for linear modules of these names:
+    /// one that matches nothing is a slip, and would be without effect.
+    ///
+    /// # Errors
+    ///
+    /// [`LoraError::MatchesNothing`] with the first that does not.
+    pub fn check(&self, config: &LoraConfig, names: &[&str]) -> Result<(), LoraError> {
+        let all = "the model's linear modules";
+        let nothing = |field, entry: &str, among: &str| LoraError::MatchesNothing {
+            field,
+            entry: entry.into(),
+            among: format!("{among} ({})", kinds(names.iter().copied()).join(", ")),
+            nearest: nearest(entry, names),
+        };
+        let lists = |entry: &String| {
+            let list = Names::List(vec![entry.clone()]);
+            names.iter().any(|name| list.contains(name))
+        };
+        if let TargetModules::Names(targets) = &config.target_modules
+            && let Some(entry) = targets.iter().find(|entry| !lists(entry))
+        {
+            return Err(nothing("target_modules", entry, all));
+        }
+        match &config.exclude_modules {
+            Some(ExcludeModules::Names(excluded)) => {
+                if let Some(entry) = excluded.iter().find(|entry| !lists(entry)) {
+                    return Err(nothing("exclude_modules", entry, all));
+                }
+            }
+            Some(ExcludeModules::Regex(pattern)) => {
+                let set = self.exclude.as_ref();
+                if set.is_some_and(|set| !names.iter().any(|name| set.contains(name))) {
+                    return Err(nothing("exclude_modules", pattern, all));
+                }
+            }
+            None => {}
+        }
+        if let Some(layers) = &self.layers {
+            let has = |index: usize| {
+                let one = Layers {
+                    indices: vec![index],
+                    places: layers.places.clone(),
+                };
+                names.iter().any(|name| one.contain(name))
+            };
+            if let Some(index) = layers.indices.iter().find(|index| !has(**index)) {
+                let count = (0..).take_while(|index| has(*index)).count();
+                return Err(LoraError::MatchesNothing {
+                    field: "layers_to_transform",
+                    entry: index.to_string(),
+                    among: format!("the model's {count} layers, which are counted from 0"),
+                    nearest: None,
+                });
+            }
+        }
+        let adapted: Vec<&str> = names
+            .iter()
+            .copied()
+            .filter(|name| self.matches(name))
+            .collect();
+        let idle = |regex: &Regex| !adapted.iter().any(|name| matches(regex, name));
+        let among = "the modules that get an adapter";
+        if let Some(at) = self.ranks.iter().position(|(regex, _)| idle(regex)) {
+            return Err(nothing("rank_pattern", &config.rank_pattern[at].0, among));
+        }
+        if let Some(at) = self.alphas.iter().position(|(regex, _)| idle(regex)) {
+            return Err(nothing("alpha_pattern", &config.alpha_pattern[at].0, among));
+        }
+        Ok(())
+    }
+
     /// The rank of this module's adapter.
     pub fn r(&self, name: &str) -> usize {
         first(&self.ranks, name).unwrap_or(self.r)
@@ -154,6 +225,27 @@ impl ModuleSelector {
 fn first<T: Copy>(patterns: &[(Regex, T)], name: &str) -> Option<T> {
     let found = patterns.iter().find(|(regex, _)| matches(regex, name));
     found.map(|(_, value)| *value)
+}
+
+/// The last components of names, each once, in order.
+pub(crate) fn kinds<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
+    let mut kinds: Vec<&str> = Vec::new();
+    for name in names {
+        let kind = name.rsplit('.').next().unwrap_or(name);
+        if !kinds.contains(&kind) {
+            kinds.push(kind);
+        }
+    }
+    kinds
+}
+
+/// The kind of module whose name is most like this one, where one is alike enough that a slip is likely.
+fn nearest(entry: &str, names: &[&str]) -> Option<String> {
+    let likeness = |kind: &str| strsim::jaro_winkler(&entry.to_lowercase(), kind);
+    let kinds = kinds(names.iter().copied()).into_iter();
+    let alike = kinds.filter(|kind| likeness(kind) > 0.8);
+    let nearest = alike.max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    nearest.filter(|kind| *kind != entry).map(String::from)
 }
 
 fn matches(regex: &Regex, name: &str) -> bool {
@@ -349,5 +441,69 @@ mod tests {
         config.rank_pattern = vec![("(".into(), 1)];
         let error = config.validate().unwrap_err().to_string();
         assert!(error.contains("rank_pattern"), "{error}");
+    }
+
+    #[test]
+    fn an_entry_that_matches_nothing_is_named_with_the_nearest() {
+        let modules: Vec<String> = (0..2)
+            .flat_map(|layer| {
+                ["self_attn.q_proj", "self_attn.v_proj", "mlp.up_proj"]
+                    .map(|name| format!("model.layers.{layer}.{name}"))
+            })
+            .collect();
+        let modules: Vec<&str> = modules.iter().map(String::as_str).collect();
+        let base = || with_targets(names(&["q_proj", "v_proj"]));
+        let check = |config: LoraConfig| {
+            let checked = config.selector().unwrap().check(&config, &modules);
+            checked.map_err(|error| error.to_string())
+        };
+        let good = LoraConfig {
+            rank_pattern: vec![("q_proj".into(), 4), (r"layers\.1\..*".into(), 2)],
+            alpha_pattern: vec![("model.layers.0.self_attn.v_proj".into(), 3.0)],
+            exclude_modules: Some(ExcludeModules::Names(vec![
+                "layers.0.self_attn.q_proj".into(),
+            ])),
+            layers_to_transform: Some(vec![0, 1]),
+            ..base()
+        };
+        assert_eq!(check(good), Ok(()));
+        for (config, parts) in [
+            (
+                with_targets(names(&["q_proj", "vproj"])),
+                ["target_modules: \"vproj\"", "did you mean \"v_proj\""],
+            ),
+            (
+                LoraConfig {
+                    rank_pattern: vec![("qproj".into(), 4)],
+                    ..base()
+                },
+                ["rank_pattern: \"qproj\"", "did you mean \"q_proj\""],
+            ),
+            (
+                // It is there, and has no adapter.
+                LoraConfig {
+                    alpha_pattern: vec![("up_proj".into(), 4.0)],
+                    ..base()
+                },
+                ["alpha_pattern: \"up_proj\"", "get an adapter"],
+            ),
+            (
+                LoraConfig {
+                    exclude_modules: Some(ExcludeModules::Regex(".*o_proj".into())),
+                    ..base()
+                },
+                ["exclude_modules: \".*o_proj\"", "q_proj, v_proj, up_proj"],
+            ),
+            (
+                LoraConfig {
+                    layers_to_transform: Some(vec![1, 2]),
+                    ..base()
+                },
+                ["layers_to_transform: \"2\"", "2 layers"],
+            ),
+        ] {
+            let error = check(config).unwrap_err();
+            assert!(parts.iter().all(|part| error.contains(part)), "{error}");
+        }
     }
 }

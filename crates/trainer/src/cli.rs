@@ -372,7 +372,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
             let config = args.config.load()?;
             let files = RunFiles::find_for(&config, Need::Text)?;
             let model = LlamaConfig::from_file(&files.model)?;
-            let rows = files.data(&config, &model)?;
+            let rows = files.data(&config, &model, None)?;
             let colour = console::colors_enabled();
             let mut out = std::io::stdout().lock();
             // A reader that went away (`| head`) is no error.

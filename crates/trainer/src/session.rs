@@ -353,6 +353,7 @@ impl<'a> Session<'a> {
                 division: Division::of(&self.fit),
                 metrics_bytes,
                 files: self.keeper.files().clone(),
+                chat_template_time: self.data.prompt.chat_template_time,
             },
             tensors: TrainingTensors::take(model, optimizer),
             adapter: self.adapter(model)?,

@@ -179,12 +179,18 @@ impl RunFiles {
         })
     }
 
-    /// Reads and tokenizes the rows. `max_seq_len` is held to the positions that the model has.
+    /// Reads and tokenizes the rows. `max_seq_len` is held to the positions that the model has; `time` is what a chat
+    /// template takes for now, the clock's where `None`.
     ///
     /// # Errors
     ///
     /// The first bad line, by file and number.
-    pub fn data(&self, config: &Config, model: &LlamaConfig) -> Result<Data, DataError> {
+    pub fn data(
+        &self,
+        config: &Config,
+        model: &LlamaConfig,
+        time: Option<u64>,
+    ) -> Result<Data, DataError> {
         data::prepare(
             config,
             &self.model,
@@ -192,6 +198,7 @@ impl RunFiles {
             self.validation.as_deref(),
             model.vocab_size,
             config.max_seq_len.min(model.max_position_embeddings),
+            time,
         )
     }
 }
@@ -246,7 +253,9 @@ pub fn train(
         resumed.check(config, &fingerprint, resume.force)?;
     }
     let lora = config.lora_config();
-    let data = files.data(config, &model_config)?;
+    let before = resumed.as_ref().map(|resumed| &resumed.checkpoint.state);
+    let time = before.and_then(|state| state.chat_template_time);
+    let data = files.data(config, &model_config, time)?;
     if let Some(path) = fingerprint.changed_data().into_iter().next() {
         return Err(TrainError::DataChanged { path });
     }
@@ -282,7 +291,8 @@ pub fn train(
         None => OutputFolder::prepare(&config.output_dir, request.existing)?,
     };
     let checkpoint = resumed.as_ref().map(|resumed| &resumed.checkpoint);
-    let mut keeper = Keeper::new(config, &folder, fingerprint, checkpoint)?;
+    let steps_per_epoch = order.steps_per_epoch();
+    let mut keeper = Keeper::new(config, &folder, fingerprint, checkpoint, steps_per_epoch)?;
     let progress = checkpoint.map_or_else(Progress::start, |from| from.state.progress.clone());
     let trainable = fit.plan.counts.trainable;
     let card = |progress: &Progress, checkpointing: bool| ModelCard {
@@ -384,7 +394,17 @@ pub fn train(
             logging_steps: config.logging_steps,
         },
         output: folder.path().to_path_buf(),
-        warnings: warnings(&selected, resumed.as_ref(), divided_anew, memory_there),
+        warnings: {
+            let mut all = preset(config);
+            all.extend(warnings(
+                &selected,
+                resumed.as_ref(),
+                divided_anew,
+                memory_there,
+            ));
+            all.extend(data.warnings.iter().cloned());
+            all
+        },
     });
     if selected.backend != Backend::Cpu {
         screen.preparing(device::kept_kernels);
@@ -458,10 +478,8 @@ pub fn train(
                 }
                 Err(problem) => session.skip(problem, &model, &optimizer)?,
             }
-            let due = match config.eval_steps {
-                Some(interval) => step.is_multiple_of(interval),
-                None => step.is_multiple_of(order.steps_per_epoch()),
-            };
+            let interval = config.steps_between_validations(order.steps_per_epoch());
+            let due = step.is_multiple_of(interval);
             session.progress.owes_validation = due || step == total_steps;
         }
 
@@ -592,6 +610,22 @@ fn memory_in_words(memory: DeviceMemory) -> String {
     match memory.known {
         Known::Free => format!("{bytes} free"),
         Known::Stated | Known::Total => bytes,
+    }
+}
+
+/// Which values a preset gave.
+fn preset(config: &Config) -> Vec<String> {
+    let values = config.source.preset.iter();
+    let values: Vec<String> = values
+        .map(|(key, value)| format!("{key} = {value}"))
+        .collect();
+    match values.is_empty() {
+        true => Vec::new(),
+        false => vec![format!(
+            "the preset \"finlora\" gave what the run does not say, as FinLoRA's finetune.py does: {}. The file's own keys \
+             and --set come before it",
+            values.join(", ")
+        )],
     }
 }
 

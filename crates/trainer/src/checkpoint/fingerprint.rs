@@ -12,10 +12,11 @@ use super::{CheckpointError, hash};
 use crate::train::RunFiles;
 
 /// The files of a tokenizer and its templates.
-const TOKENIZER: [&str; 5] = [
+const TOKENIZER: [&str; 6] = [
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "generation_config.json",
     "chat_template.jinja",
 ];

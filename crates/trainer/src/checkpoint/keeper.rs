@@ -52,7 +52,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// For a run in this folder that reads these files, and goes on from `checkpoint` if there is one.
+    /// For a run in this folder that reads these files, and goes on from `checkpoint` if there is one; an epoch of it has
+    /// so many steps.
     ///
     /// # Errors
     ///
@@ -62,6 +63,7 @@ impl Keeper {
         folder: &OutputFolder,
         files: Fingerprint,
         checkpoint: Option<&Checkpoint>,
+        steps_per_epoch: usize,
     ) -> Result<Self, CheckpointError> {
         let kept = checkpoint.map(Checkpoint::kept).transpose()?;
         let kept = kept.filter(|files| !files.is_empty());
@@ -71,7 +73,7 @@ impl Keeper {
         Ok(Self {
             adapter: folder.adapter(),
             config: config.to_toml(),
-            save_steps: config.save_steps,
+            save_steps: config.steps_between_checkpoints(steps_per_epoch),
             save_minutes: config.save_minutes,
             save_total_limit: config.save_total_limit,
             files,

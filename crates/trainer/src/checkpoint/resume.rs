@@ -32,7 +32,7 @@ pub struct Resumed {
 
 /// Keys that a run may change on the way: where it writes, what it shows, how it keeps itself safe, and what
 /// changes no bit of the result. Of files, the content is compared and not the path.
-const FREE: [&str; 14] = [
+const FREE: [&str; 15] = [
     "base_model",
     "dataset_path",
     "val_dataset_path",
@@ -40,6 +40,7 @@ const FREE: [&str; 14] = [
     "logging_steps",
     "gradient_checkpointing",
     "save_steps",
+    "saves_per_epoch",
     "save_minutes",
     "save_total_limit",
     "on_non_finite",

@@ -34,6 +34,9 @@ pub struct State {
     pub metrics_bytes: u64,
     /// The files that the run reads.
     pub files: Fingerprint,
+    /// What the chat template took for now when the run started, in seconds since 1970, where it writes the date.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template_time: Option<u64>,
 }
 
 /// What has happened in a run.

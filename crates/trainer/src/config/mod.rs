@@ -7,12 +7,14 @@
 //! raw.rs       the file's runs and the --set overrides, as keys with values and line numbers
 //! reader.rs    takes one key after another, collects problems and what nobody asked for
 //! validate.rs  from raw to Config: every key, its default, its range
+//! preset.rs    what another trainer's files leave unsaid
 //! files.rs     where paths lead, and whether the files are there (not needed to plan)
 //! write.rs     Config to TOML with every key; the same parser reads it back
 //! ```
 
 mod error;
 mod files;
+mod preset;
 mod raw;
 mod reader;
 mod validate;
@@ -49,6 +51,8 @@ pub struct Source {
     pub file: Option<PathBuf>,
     /// The name of the run within a file of several.
     pub run: Option<String>,
+    /// Keys that `preset` gave, with their values.
+    pub preset: Vec<(String, String)>,
     /// Beside `init_adapter`, the keys of adapters that were written and must not contradict it.
     pub lora_keys: Vec<String>,
 }
@@ -143,14 +147,18 @@ pub struct Config {
     /// Decides the split, the order of the rows, the adapters' start and the dropout.
     pub seed: u64,
 
-    /// Optimizer steps between two validations; `None`: after every epoch. There is always one at the end.
+    /// Optimizer steps between two validations; `None`: as `evals_per_epoch` says. There is always one at the end.
     pub eval_steps: Option<usize>,
+    /// Validations in an epoch; `None`: one.
+    pub evals_per_epoch: Option<usize>,
     /// Optimizer steps between two progress lines.
     pub logging_steps: usize,
     /// Keep the adapter with the lowest validation loss rather than the last one.
     pub save_best: bool,
-    /// Optimizer steps between two checkpoints; `None`: they go by time only.
+    /// Optimizer steps between two checkpoints; `None`: they go by `saves_per_epoch` and by time only.
     pub save_steps: Option<usize>,
+    /// Checkpoints in an epoch, beside those by time.
+    pub saves_per_epoch: Option<usize>,
     /// Minutes between two checkpoints; `None`: they go by steps only. With neither of the two there are no
     /// checkpoints, except on Ctrl-C.
     pub save_minutes: Option<f64>,
@@ -219,7 +227,8 @@ impl Config {
         overrides: &[String],
     ) -> Result<Self, ConfigError> {
         let mut raw = raw::RawConfig::parse(text, path, run)?;
-        let problems = raw.apply(overrides);
+        let mut problems = raw.apply(overrides);
+        problems.extend(preset::apply(&mut raw));
         validate::validate(raw, problems)
     }
 
@@ -247,6 +256,19 @@ impl Config {
             0 => (self.warmup_ratio * total_steps as f64).ceil() as usize,
             steps => steps,
         }
+    }
+
+    /// Optimizer steps between two validations in a run of `total_steps`, an epoch of which has `steps_per_epoch`.
+    pub fn steps_between_validations(&self, steps_per_epoch: usize) -> usize {
+        let per_epoch = self.evals_per_epoch.unwrap_or(1);
+        self.eval_steps
+            .unwrap_or_else(|| steps_per_epoch.div_ceil(per_epoch).max(1))
+    }
+
+    /// Optimizer steps between two checkpoints, where they go by steps.
+    pub fn steps_between_checkpoints(&self, steps_per_epoch: usize) -> Option<usize> {
+        let of_epoch = |per_epoch: usize| steps_per_epoch.div_ceil(per_epoch).max(1);
+        self.save_steps.or(self.saves_per_epoch.map(of_epoch))
     }
 
     /// Whether the model is the one built into this program.
@@ -351,5 +373,112 @@ mod tests {
         );
         assert_eq!(lora.scale(), 16.0);
         assert_eq!(lora.validate(), Ok(()));
+    }
+
+    fn finlora(run: &str, sets: &[&str]) -> Config {
+        let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+        let path = Path::new("finetune_configs.json");
+        Config::parse(run, Some(path), None, &sets).unwrap()
+    }
+
+    const RUN: &str = r#"{"sentiment_fp16": {"base_model": "embedded", "dataset_path": "embedded", "lora_r": 4,
+        "learning_rate": 1e-4, "batch_size": 8, "peft_use_rslora": true}}"#;
+
+    #[test]
+    fn a_run_of_finloras_file_has_finloras_values_where_it_says_nothing() {
+        let config = finlora(RUN, &[]);
+        assert_eq!(config.prompt_template, PromptTemplate::Inst);
+        assert_eq!((config.lora_alpha, config.lora_dropout), (16.0, 0.05));
+        assert_eq!((config.quant_bits, config.max_seq_len), (16, 4096));
+        assert_eq!(
+            (
+                config.val_set_size,
+                config.warmup_steps,
+                config.warmup_ratio
+            ),
+            (0.02, 10, 0.0)
+        );
+        assert_eq!(
+            (config.evals_per_epoch, config.saves_per_epoch),
+            (Some(4), Some(1))
+        );
+        assert_eq!(
+            (config.gradient_accumulation_steps, config.num_epochs),
+            (4, 4.0)
+        );
+        let names = ["q_proj", "k_proj", "v_proj"].map(String::from).to_vec();
+        assert_eq!(config.target_modules, TargetModules::Names(names));
+        // Its own keys.
+        assert_eq!((config.lora_r, config.learning_rate), (4, 1e-4));
+        assert_eq!(config.batch_size.rows(), 8);
+        assert!(config.peft_use_rslora);
+        let given: Vec<&str> = config
+            .source
+            .preset
+            .iter()
+            .map(|(key, _)| key.as_str())
+            .collect();
+        assert!(
+            given.contains(&"prompt_template") && !given.contains(&"lora_r"),
+            "{given:?}"
+        );
+        // Written out, nothing is left to a preset.
+        let again = Config::parse(&config.to_toml(), Some(Path::new("config.toml")), None, &[]);
+        let again = again.unwrap();
+        assert_eq!(again.source.preset, []);
+        assert_eq!((again.lora_dropout, again.evals_per_epoch), (0.05, Some(4)));
+    }
+
+    #[test]
+    fn what_is_written_comes_before_a_preset_and_a_preset_can_be_asked_for_or_not() {
+        let config = finlora(
+            RUN,
+            &["lora_dropout=0.1", "warmup_ratio=0.2", "eval_steps=7"],
+        );
+        assert_eq!(
+            (
+                config.lora_dropout,
+                config.warmup_steps,
+                config.warmup_ratio
+            ),
+            (0.1, 0, 0.2)
+        );
+        assert_eq!((config.eval_steps, config.evals_per_epoch), (Some(7), None));
+        assert_eq!(finlora(RUN, &["preset=none"]).lora_dropout, 0.0);
+        // Another key: not FinLoRA's file, unless it says so.
+        let other = RUN.replace("\"lora_r\": 4", "\"lora_r\": 4, \"seed\": 1");
+        assert_eq!(finlora(&other, &[]).lora_dropout, 0.0);
+        assert_eq!(finlora(&other, &["preset=finlora"]).lora_dropout, 0.05);
+        let sets = ["preset=axolotl".to_string()];
+        let error = Config::load(None, None, &sets).unwrap_err().to_string();
+        assert!(
+            error.contains("preset") && error.contains("\"finlora\""),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn validations_and_checkpoints_are_given_in_steps_or_by_epoch() {
+        let config = |sets: &[&str]| {
+            let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+            Config::load(None, None, &sets).unwrap()
+        };
+        let of_epoch = config(&["evals_per_epoch=4", "saves_per_epoch=2"]);
+        assert_eq!(of_epoch.steps_between_validations(10), 3);
+        assert_eq!(of_epoch.steps_between_checkpoints(10), Some(5));
+        assert_eq!(of_epoch.steps_between_validations(2), 1);
+        let steps = config(&["eval_steps=7", "save_steps=9"]);
+        assert_eq!(steps.steps_between_validations(10), 7);
+        assert_eq!(steps.steps_between_checkpoints(10), Some(9));
+        assert_eq!(
+            config(&["eval_steps=none"]).steps_between_validations(10),
+            10
+        );
+        let both = ["eval_steps=7", "evals_per_epoch=4"].map(String::from);
+        let error = Config::load(None, None, &both).unwrap_err().to_string();
+        assert!(
+            error.contains("evals_per_epoch = 4") && error.contains("beside eval_steps"),
+            "{error}"
+        );
     }
 }

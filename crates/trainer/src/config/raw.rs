@@ -32,6 +32,8 @@ pub(super) struct RawConfig {
     pub file: String,
     /// What the run is called: its name in the file, else the file's own.
     pub name: String,
+    /// Whether the file is JSON.
+    pub is_json: bool,
 }
 
 impl RawConfig {
@@ -94,9 +96,11 @@ impl RawConfig {
                 file: path.map(Path::to_path_buf),
                 run,
                 lora_keys: Vec::new(),
+                preset: Vec::new(),
             },
             file,
             name,
+            is_json: json,
         })
     }
 
@@ -140,9 +144,11 @@ impl RawConfig {
 }
 
 /// Pairs of keys of which one only may say something.
-const RIVALS: [(&str, &str); 2] = [
+const RIVALS: [(&str, &str); 4] = [
     ("warmup_steps", "warmup_ratio"),
     ("val_dataset_path", "val_set_size"),
+    ("eval_steps", "evals_per_epoch"),
+    ("save_steps", "saves_per_epoch"),
 ];
 
 /// The key that an override takes back: a file's `warmup_ratio` must not forbid `--set warmup_steps=10`.

@@ -10,6 +10,7 @@ pub(super) type Parsed<T> = Result<T, String>;
 
 /// Every key that a configuration may have.
 pub(super) const KEYS: &[&str] = &[
+    "preset",
     "base_model",
     "dataset_path",
     "val_dataset_path",
@@ -52,9 +53,11 @@ pub(super) const KEYS: &[&str] = &[
     "merge_micro_batches",
     "seed",
     "eval_steps",
+    "evals_per_epoch",
     "logging_steps",
     "save_best",
     "save_steps",
+    "saves_per_epoch",
     "save_minutes",
     "save_total_limit",
     "on_non_finite",
@@ -135,6 +138,13 @@ impl Reader {
     pub fn has(&self, key: &str) -> bool {
         let index = self.index(key);
         index.is_some_and(|index| self.entries[index].value != Value::Null)
+    }
+
+    /// Whether the key stands there with a value that is not "none".
+    pub fn is_on(&self, key: &str) -> bool {
+        let index = self.index(key).filter(|_| self.has(key));
+        let off = Value::String("none".into());
+        index.is_some_and(|index| self.entries[index].value != off)
     }
 
     /// Whether somebody wrote the key, with a value: not the configuration that is built in.

@@ -113,6 +113,18 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         );
     }
 
+    for (steps, per_epoch) in [
+        ("eval_steps", "evals_per_epoch"),
+        ("save_steps", "saves_per_epoch"),
+    ] {
+        if r.is_on(steps) && r.is_on(per_epoch) {
+            r.problem(
+                per_epoch,
+                &format!("must be \"none\", or left out, beside {steps}"),
+            );
+        }
+    }
+
     let save_minutes = match r.has("save_minutes") {
         true => r.optional("save_minutes", positive()),
         false => Some(5.0),
@@ -167,9 +179,11 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         merge_micro_batches: r.or("merge_micro_batches", true, boolean),
         seed: r.or("seed", 42, whole_up_to(0, usize::MAX)) as u64,
         eval_steps: r.optional("eval_steps", whole(1)),
+        evals_per_epoch: r.optional("evals_per_epoch", whole(1)),
         logging_steps: r.or("logging_steps", 1, whole(1)),
         save_best: r.or("save_best", true, boolean),
         save_steps: r.optional("save_steps", whole(1)),
+        saves_per_epoch: r.optional("saves_per_epoch", whole(1)),
         save_minutes,
         save_total_limit,
         on_non_finite: r.or("on_non_finite", Default::default(), word),
@@ -607,10 +621,9 @@ mod tests {
             found[2],
             "runs.toml:6: quant_bits = \"8\": must be 4, 8, or 16 (not quantized) (write it without quotes)"
         );
-        assert!(
-            found[3]
-                .starts_with("runs.toml:7: banana = { … }: unknown key; the keys are base_model")
-        );
+        assert!(found[3].starts_with(
+            "runs.toml:7: banana = { … }: unknown key; the keys are preset, base_model"
+        ));
     }
 
     #[test]

@@ -17,6 +17,8 @@ impl Config {
         let mut set = |key: &str, value: Value| {
             table.insert(key.into(), value);
         };
+        // What a preset gave is written out below.
+        set("preset", none());
         set("base_model", self.base_model.clone().into());
         set("dataset_path", path(&self.dataset_path));
         set(
@@ -99,9 +101,11 @@ impl Config {
         set("merge_micro_batches", self.merge_micro_batches.into());
         set("seed", Value::from(self.seed as i64));
         set("eval_steps", optional(self.eval_steps));
+        set("evals_per_epoch", optional(self.evals_per_epoch));
         set("logging_steps", whole(self.logging_steps));
         set("save_best", self.save_best.into());
         set("save_steps", optional(self.save_steps));
+        set("saves_per_epoch", optional(self.saves_per_epoch));
         let minutes = self.save_minutes.map_or_else(none, Value::from);
         set("save_minutes", minutes);
         set("save_total_limit", optional(self.save_total_limit));

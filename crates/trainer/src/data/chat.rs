@@ -1,18 +1,25 @@
 //! Which part of a rendered conversation the assistant says.
 //!
-//! A chat template is a program, so what it writes for one turn is found by running it: on the messages
-//! before the turn, with the prompt for an answer; on those up to the turn; and on all. Where the first two
-//! are beginnings of the third, what the second has more than the first is the turn. Where they are not (a
-//! template that drops thoughts from earlier turns, for one), no mask would be right, and that is an error.
+//! A template that marks it (`{% generation %}`, transformers' own tag) is taken at its word. Any other is a program, so
+//! what it writes for one turn is found by running it: on the messages before the turn, with the prompt for an answer; on
+//! those up to the turn; and on all. Where the first two are beginnings of the third, what the second has more than the
+//! first is the turn. Where the prompt for an answer is no beginning (it opens `<think>`, which no answer of the data does;
+//! or nothing comes before the turn), the turn begins where a text put in its place appears. Where the messages up to the
+//! turn are no beginning of the whole (a template that drops thoughts from earlier turns, for one), no mask would be
+//! right, and that is an error.
 
 use std::ops::Range;
 use std::path::Path;
 
+use serde_json::Value;
 use tokenizers::Encoding;
 
 use super::conversation::Conversation;
 use super::error::DataError;
 use super::template::ChatTemplate;
+
+/// What is put in a turn's place to see where it begins: no template looks for it.
+const PROBE: &str = "\u{10fade}";
 
 /// The rendered conversation, and where in it (in bytes) the turns to learn are, each with what ends it.
 pub(super) fn turns(
@@ -20,43 +27,122 @@ pub(super) fn turns(
     conversation: &Conversation,
     path: &Path,
     line: usize,
-) -> Result<(String, Vec<Range<usize>>), DataError> {
-    let Conversation {
-        messages, tools, ..
-    } = conversation;
+) -> Result<(String, Turns), DataError> {
     let failed = |message: String| DataError::Conversation {
         path: path.into(),
         line,
         message,
     };
-    let render = |count: usize, prompts: bool| {
-        let text = template.render(&messages[..count], tools.as_ref(), prompts);
-        text.map_err(|error| failed(error.to_string()))
+    let rendered = |messages: &[Value], prompts: bool| {
+        let rendered = template.render(messages, conversation, prompts);
+        rendered.map_err(|error| failed(error.to_string()))
     };
-    let whole = render(messages.len(), false)?;
+    let messages = &conversation.messages[..];
+    let whole = rendered(messages, false)?;
+    if template.marks() {
+        let turns = marked(conversation, &whole.marked).map_err(failed)?;
+        let exact = true;
+        return Ok((whole.text, Turns { turns, exact }));
+    }
+    let whole = whole.text;
     let mut turns = Vec::new();
     for turn in conversation.assistant_turns() {
-        let before = render(turn, true)?;
-        let with = render(turn + 1, false)?;
-        for part in [&before, &with] {
-            if !whole.starts_with(part.as_str()) {
-                let same = whole.bytes().zip(part.bytes());
-                let same = same.take_while(|(a, b)| a == b).count();
-                return Err(failed(format!(
-                    "the chat template renders the conversation up to messages[{turn}] in another way than as a \
-                     part of the whole (the same for {same} bytes), so that it cannot be told what of it is \
-                     learned; write one row for each turn to learn, with that turn last"
-                )));
-            }
+        let with = rendered(&messages[..=turn], false)?.text;
+        if !whole.starts_with(with.as_str()) {
+            let same = whole.bytes().zip(with.bytes());
+            let same = same.take_while(|(a, b)| a == b).count();
+            return Err(failed(format!(
+                "the chat template renders the conversation up to messages[{turn}] in another way than as a part of \
+                 the whole (the same for {same} bytes), so that it cannot be told what of it is learned; write one \
+                 row for each turn to learn, with that turn last"
+            )));
         }
-        if with.len() <= before.len() {
+        // Nothing before the turn is nothing that a template must bear.
+        let before = template.render(&messages[..turn], conversation, true);
+        let before = before.ok().map(|before| before.text);
+        let start = match before.filter(|before| with.starts_with(before.as_str())) {
+            Some(before) => before.len(),
+            None => {
+                let start = probed(template, conversation, turn, &with);
+                start.map_err(failed)?
+            }
+        };
+        if with.len() <= start {
             return Err(failed(format!(
                 "the chat template writes nothing for messages[{turn}]"
             )));
         }
-        turns.push(before.len()..with.len());
+        turns.push(start..with.len());
     }
-    Ok((whole, turns))
+    let exact = false;
+    Ok((whole, Turns { turns, exact }))
+}
+
+/// The parts of a text that are learned, in bytes.
+#[derive(Debug)]
+pub(super) struct Turns {
+    turns: Vec<Range<usize>>,
+    /// Whether they end where they say, white space included.
+    exact: bool,
+}
+
+/// The marks of the turns to learn.
+fn marked(
+    conversation: &Conversation,
+    marks: &[Range<usize>],
+) -> Result<Vec<Range<usize>>, String> {
+    let all: Vec<usize> = conversation.turns().collect();
+    let learned: Vec<usize> = conversation.assistant_turns().collect();
+    if all == learned {
+        return Ok(marks.to_vec());
+    }
+    if marks.len() != all.len() {
+        return Err(format!(
+            "the chat template marks {} parts as the assistant's ({{% generation %}}), and the conversation has {} \
+             turns of the assistant, of which some are not learned: it cannot be told which part is which turn",
+            marks.len(),
+            all.len()
+        ));
+    }
+    let marks = all
+        .iter()
+        .zip(marks)
+        .filter(|(turn, _)| learned.contains(turn));
+    Ok(marks.map(|(_, mark)| mark.clone()).collect())
+}
+
+/// Where a turn begins in `with`, the conversation up to it: where another text in its place appears.
+fn probed(
+    template: &ChatTemplate,
+    conversation: &Conversation,
+    turn: usize,
+    with: &str,
+) -> Result<usize, String> {
+    let mut messages = conversation.messages[..=turn].to_vec();
+    messages[turn]["content"] = PROBE.into();
+    let probe = template.render(&messages, conversation, false);
+    let probe = probe.map_err(|error| error.to_string())?.text;
+    let start = probe.find(PROBE).filter(|start| {
+        let same = probe.as_bytes().get(..*start) == with.as_bytes().get(..*start);
+        same && probe.matches(PROBE).count() == 1
+    });
+    start.ok_or_else(|| {
+        format!(
+            "it cannot be told where messages[{turn}] begins in what the chat template writes: the prompt for an answer \
+             is no beginning of it, and the template writes something before the turn that depends on it; a template \
+             that marks the assistant's turns with {{% generation %}} would tell"
+        )
+    })
+}
+
+/// What a template writes behind an answer; `None` where it does not render one.
+pub(super) fn behind_an_answer(template: &ChatTemplate) -> Option<String> {
+    let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
+    let messages = [message("user", "a"), message("assistant", PROBE)];
+    let rendered = template.render(&messages, &Conversation::default(), false);
+    let text = rendered.ok()?.text;
+    text.rsplit_once(PROBE)
+        .map(|(_, behind)| behind.to_string())
 }
 
 /// The conversation up to its last turn of the assistant, and what that turn says.
@@ -66,18 +152,16 @@ pub(super) fn question(
     path: &Path,
     line: usize,
 ) -> Result<(String, String), DataError> {
-    let Conversation {
-        messages, tools, ..
-    } = conversation;
+    let messages = &conversation.messages;
     let last = conversation.assistant_turns().next_back().unwrap_or(0);
-    let text = template.render(&messages[..last], tools.as_ref(), true);
-    let text = text.map_err(|error| DataError::Conversation {
+    let rendered = template.render(&messages[..last], conversation, true);
+    let text = rendered.map_err(|error| DataError::Conversation {
         path: path.into(),
         line,
         message: error.to_string(),
     })?;
-    let target = messages[last]["content"].as_str().unwrap_or_default();
-    Ok((text, target.to_string()))
+    let target = messages[last].get("content").and_then(Value::as_str);
+    Ok((text.text, target.unwrap_or_default().to_string()))
 }
 
 /// The positions of the tokens that lie in the turns, if only in part. White space that a template puts
@@ -85,7 +169,7 @@ pub(super) fn question(
 pub(super) fn learned(
     encoding: &Encoding,
     text: &str,
-    turns: &[Range<usize>],
+    Turns { turns, exact }: &Turns,
     is_special: &dyn Fn(u32) -> bool,
 ) -> Vec<Range<usize>> {
     let offsets = encoding.get_offsets();
@@ -101,7 +185,7 @@ pub(super) fn learned(
                 .is_some_and(|text| text.trim().is_empty())
         };
         let spaces = (start..end).rev().take_while(is_space).count();
-        if spaces > 0 && end - spaces > start && is_special(ids[end - spaces - 1]) {
+        if !exact && spaces > 0 && end - spaces > start && is_special(ids[end - spaces - 1]) {
             end -= spaces;
         }
         // Nothing predicts the first token; a token in two turns is learned once.
@@ -145,8 +229,8 @@ mod tests {
             line: 7,
             example: Example::Conversation(Conversation {
                 messages,
-                tools: None,
                 learn_from,
+                ..Conversation::default()
             }),
         }
     }
@@ -229,6 +313,51 @@ mod tests {
         let error = tokenize(refuses, &conversation(&TURNS, 0)).unwrap_err();
         assert!(
             error.contains("data.jsonl:7") && error.contains("must alternate"),
+            "{error}"
+        );
+    }
+
+    #[test]
+    fn a_prompt_for_an_answer_that_opens_thoughts_is_no_part_of_the_answer() {
+        let template = TEMPLATE.replace("A {% endif %}", "A E {% endif %}");
+        let row = tokenize(&template, &conversation(&TURNS, 0)).unwrap();
+        assert_eq!(learned_text(&row), "yes there </s> no </s>");
+        // Where the answer has them too, they are given, as in generation.
+        let thinks = [("user", "hello"), ("assistant", "E yes")];
+        let row = tokenize(&template, &conversation(&thinks, 0)).unwrap();
+        assert_eq!(learned_text(&row), "yes </s>");
+    }
+
+    #[test]
+    fn a_conversation_may_begin_with_the_assistant() {
+        let needs = "{% if messages[0].role == 'system' %}{% endif %}";
+        let turns = [("assistant", "yes"), ("user", "hello"), ("assistant", "no")];
+        let row = tokenize(&format!("{needs}{TEMPLATE}"), &conversation(&turns, 0)).unwrap();
+        assert_eq!(learned_text(&row), "yes </s> no </s>");
+    }
+
+    #[test]
+    fn marks_of_the_template_say_what_is_learned() {
+        let marks = "{% for m in messages %}{% if m.role == 'assistant' %}A {% generation %}{{ m.content }} </s> \
+            {% endgeneration %}{% else %}U {{ m.content }} {% endif %}{% endfor %}\
+            {% if add_generation_prompt %}A E {% endif %}";
+        let all = tokenize(marks, &conversation(&TURNS, 0)).unwrap();
+        assert_eq!(learned_text(&all), "yes there </s> no </s>");
+        let last = tokenize(marks, &conversation(&TURNS, 3)).unwrap();
+        assert_eq!(
+            (learned_text(&last).as_str(), &last.ids),
+            ("no </s>", &all.ids)
+        );
+        let mut given = conversation(&TURNS, 0);
+        if let Example::Conversation(conversation) = &mut given.example {
+            conversation.given = vec![2];
+        }
+        assert_eq!(learned_text(&tokenize(marks, &given).unwrap()), "no </s>");
+        // One mark around everything cannot be divided.
+        let one = "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}{% endgeneration %}";
+        let error = tokenize(one, &conversation(&TURNS, 3)).unwrap_err();
+        assert!(
+            error.contains("marks 1 parts") && error.contains("2 turns"),
             "{error}"
         );
     }

@@ -41,11 +41,13 @@ pub enum LineError {
         /// The keys that the line has.
         present: Vec<String>,
     },
-    /// A value is not a string.
-    #[error("\"{key}\" must be a string, got {got}")]
+    /// A value has another type than it must.
+    #[error("\"{key}\" must be {wanted}, got {got}")]
     WrongType {
         /// The key.
         key: String,
+        /// What it must be.
+        wanted: &'static str,
         /// The JSON type that is there.
         got: &'static str,
     },
@@ -87,6 +89,22 @@ pub enum LineError {
     NoAssistant {
         /// The roles that are there.
         roles: Vec<String>,
+    },
+    /// Every turn of the assistant is marked as given.
+    #[error(
+        "no turn is learned: each of the assistant's is marked as given (\"weight\": 0 or the like)"
+    )]
+    NothingLearned,
+    /// A system prompt in a column and one among the messages.
+    #[error("a \"system\" column, and a first message of the role \"system\": which one is meant?")]
+    TwoSystemPrompts,
+    /// A column that changes what is learned, and is not honoured.
+    #[error("the column \"{key}\" would change what is learned and is not honoured here; {remedy}")]
+    NotHonoured {
+        /// The column.
+        key: &'static str,
+        /// What to do.
+        remedy: &'static str,
     },
     /// An assistant's turn without content.
     #[error("messages[{turn}] is a turn of the assistant that is empty: there is nothing to learn")]

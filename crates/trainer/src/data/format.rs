@@ -6,6 +6,34 @@ use serde_json::{Map, Value};
 
 use super::conversation::Conversation;
 use super::error::LineError;
+use super::integers;
+
+/// Columns by which other trainers change what is learned of a row, where the format does not read them itself.
+const NOT_HONOURED: [(&str, &str); 11] = [
+    (
+        "system",
+        "write the row as \"messages\" with a message of the role \"system\"",
+    ),
+    ("history", "write the row as \"messages\""),
+    ("weight", "take rows out or repeat them instead"),
+    ("train", "take out the rows that are not learned"),
+    (
+        "loss_mask",
+        "write the row as \"messages\" and mark messages with \"weight\"",
+    ),
+    ("completion_mask", "write \"prompt\" and \"completion\""),
+    ("assistant_masks", "write the row as \"messages\""),
+    ("documents", "write them into a message"),
+    ("functions", "write them as \"tools\""),
+    (
+        "chosen",
+        "this trainer learns answers, not preferences; write the chosen one as the completion",
+    ),
+    (
+        "rejected",
+        "this trainer learns answers, not preferences; write the chosen one as the completion",
+    ),
+];
 
 /// How an example is written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -16,6 +44,8 @@ pub enum Format {
     PromptCompletion,
     /// `instruction`, perhaps `input`, and `output`: Alpaca's.
     Alpaca,
+    /// `instruction`, perhaps `context`, and `response`: databricks-dolly's.
+    Dolly,
     /// `messages` of roles and contents (OpenAI's), or `conversations` (ShareGPT's).
     Messages,
     /// `text`, all of which is learned.
@@ -24,10 +54,11 @@ pub enum Format {
 
 impl Format {
     /// Every format.
-    pub const ALL: [Self; 5] = [
+    pub const ALL: [Self; 6] = [
         Self::ContextTarget,
         Self::PromptCompletion,
         Self::Alpaca,
+        Self::Dolly,
         Self::Messages,
         Self::Text,
     ];
@@ -38,6 +69,7 @@ impl Format {
             Self::ContextTarget => "context_target",
             Self::PromptCompletion => "prompt_completion",
             Self::Alpaca => "alpaca",
+            Self::Dolly => "dolly",
             Self::Messages => "messages",
             Self::Text => "text",
         }
@@ -47,17 +79,39 @@ impl Format {
     pub(super) fn keys(self) -> &'static [&'static str] {
         match self {
             Self::ContextTarget => &["context", "target"],
-            Self::PromptCompletion => &["prompt", "completion"],
+            Self::PromptCompletion => &[
+                "prompt",
+                "completion",
+                "tools",
+                "system",
+                "chat_template_kwargs",
+            ],
             Self::Alpaca => &["instruction", "input", "output", "system", "history"],
-            Self::Messages => &["messages", "conversations", "tools"],
+            Self::Dolly => &["instruction", "context", "response"],
+            Self::Messages => &[
+                "messages",
+                "conversations",
+                "tools",
+                "system",
+                "chat_template_kwargs",
+            ],
             Self::Text => &["text"],
         }
     }
 
-    /// The format of a row with these columns: the first of [`ALL`](Self::ALL), but messages before all, that
-    /// one of its own columns speaks for.
+    /// Whether a column of this name is looked at: one that is read, or one that is refused if it holds something.
+    pub(super) fn looks_at(self, column: &str) -> bool {
+        self.keys().contains(&column) || NOT_HONOURED.iter().any(|(key, _)| *key == column)
+    }
+
+    /// The format of a row with these columns: messages before all, then databricks-dolly's, which shares a column with
+    /// each of two others, then the first of [`ALL`](Self::ALL) that one of its own columns speaks for.
     pub(super) fn detect<'a>(keys: impl Iterator<Item = &'a str> + Clone) -> Option<Self> {
         let has = |wanted: &[&str]| keys.clone().any(|key| wanted.contains(&key));
+        let is_dolly = has(&["instruction"]) && has(&["response"]);
+        if is_dolly && !has(&["messages", "conversations", "target", "output"]) {
+            return Some(Self::Dolly);
+        }
         let signs: [(Self, &[&str]); 5] = [
             (Self::Messages, &["messages", "conversations"]),
             (Self::ContextTarget, &["context", "target"]),
@@ -72,6 +126,11 @@ impl Format {
     /// The example that a row's columns hold.
     pub(super) fn example(self, mut row: Map<String, Value>) -> Result<Example, LineError> {
         let row = &mut row;
+        for (key, remedy) in NOT_HONOURED {
+            if !self.keys().contains(&key) && !is_nothing(row.get(key)) {
+                return Err(LineError::NotHonoured { key, remedy });
+            }
+        }
         Ok(match self {
             Self::ContextTarget => Example::Answer {
                 context: text(row, "context")?,
@@ -79,6 +138,11 @@ impl Format {
             },
             Self::PromptCompletion if row.get("prompt").is_some_and(Value::is_array) => {
                 Example::Conversation(Conversation::from_prompt_and_completion(row)?)
+            }
+            Self::PromptCompletion if !is_nothing(row.get("system")) => {
+                let key = "system";
+                let remedy = "write it at the beginning of \"prompt\", or the row as \"messages\"";
+                return Err(LineError::NotHonoured { key, remedy });
             }
             Self::PromptCompletion => Example::Answer {
                 context: text(row, "prompt")?,
@@ -99,6 +163,14 @@ impl Format {
                     output: learned(row, "output")?,
                 }
             }
+            Self::Dolly => Example::Instruction {
+                instruction: text(row, "instruction")?,
+                input: match is_nothing(row.get("context")) {
+                    true => None,
+                    false => Some(text(row, "context")?),
+                },
+                output: learned(row, "response")?,
+            },
             Self::Messages => Example::Conversation(Conversation::from_row(row)?),
             Self::Text => Example::Text(learned(row, "text")?),
         })
@@ -112,6 +184,7 @@ impl fmt::Display for Format {
             Self::ContextTarget => "{\"context\", \"target\"}",
             Self::PromptCompletion => "{\"prompt\", \"completion\"}",
             Self::Alpaca => "{\"instruction\", \"input\", \"output\"}",
+            Self::Dolly => "{\"instruction\", \"context\", \"response\"}",
             Self::Messages => "{\"messages\"}",
             Self::Text => "{\"text\"}",
         })
@@ -177,6 +250,7 @@ fn text(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineE
         Some(Value::String(text)) => Ok(std::mem::take(text)),
         Some(value) => Err(LineError::WrongType {
             key: key.into(),
+            wanted: "a string",
             got: json_type(value),
         }),
         None => Err(LineError::MissingKey {
@@ -202,6 +276,7 @@ pub(super) fn json_type(value: &Value) -> &'static str {
         Value::Number(_) => "a number",
         Value::String(_) => "a string",
         Value::Array(_) => "an array",
+        object if integers::digits(object).is_some() => "a number",
         Value::Object(_) => "an object",
     }
 }
@@ -239,6 +314,10 @@ mod tests {
                 Format::Messages,
             ),
             (json!({"text": "a"}), Format::Text),
+            (
+                json!({"instruction": "a", "context": "", "response": "b", "category": "c"}),
+                Format::Dolly,
+            ),
         ] {
             let (found, _) = example(row).unwrap();
             assert_eq!(found, format);
@@ -265,6 +344,17 @@ mod tests {
             error.contains("\"history\"") && error.contains("messages"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn dollys_columns_are_alpacas_under_other_names() {
+        for context in ["", "c"] {
+            let (_, dolly) =
+                example(json!({"instruction": "i", "context": context, "response": "o"})).unwrap();
+            let (_, alpaca) =
+                example(json!({"instruction": "i", "input": context, "output": "o"})).unwrap();
+            assert_eq!(dolly, alpaca);
+        }
     }
 
     #[test]

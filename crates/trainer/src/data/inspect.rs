@@ -24,6 +24,9 @@ pub fn inspect(data: &Data, rows: usize, out: &mut impl Write, colour: bool) -> 
         true => writeln!(out, "validation  none")?,
         false => writeln!(out, "validation  {}", data.validation.statistics())?,
     }
+    for warning in &data.warnings {
+        writeln!(out, "note        {warning}")?;
+    }
     writeln!(out)?;
     let rows = &data.train.rows[..rows.min(data.train.len())];
     writeln!(out, "{}", data.train.path.display())?;

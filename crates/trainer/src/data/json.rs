@@ -1,11 +1,13 @@
 //! Rows in JSON: an object a line, or one array of objects.
 
+use std::borrow::Cow;
 use std::io::{BufRead, Read};
 
 use serde_json::{Map, Value};
 
 use super::error::{DataError, LineError};
 use super::format::json_type;
+use super::integers;
 use super::rows::Collected;
 
 /// What editors on Windows begin a UTF-8 file with; no part of its first line.
@@ -58,7 +60,7 @@ fn parse_line(bytes: &[u8]) -> Result<Option<Map<String, Value>>, LineError> {
     if text.trim().is_empty() {
         return Ok(None);
     }
-    let value: Value = serde_json::from_str(text).map_err(|error| json_error(&error))?;
+    let value = integers::parse(text).map_err(|error| json_error(&error))?;
     object(value).map(Some)
 }
 
@@ -103,6 +105,11 @@ pub(super) fn array(mut file: impl Read, rows: &mut Collected) -> Result<(), Dat
             "an array of more than 2 GiB; write it as JSON lines, an object a line".into(),
         ));
     }
+    let replaced = match std::str::from_utf8(&bytes).map(integers::long_integers) {
+        Ok(Cow::Owned(replaced)) => Some(replaced.into_bytes()),
+        _ => None,
+    };
+    let bytes = replaced.unwrap_or(bytes);
     let mut text = Text {
         bytes: bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes),
         line: 1,

@@ -10,10 +10,12 @@
 //! split.rs        rows taken aside for validation
 //! model_files.rs  tokenizer.json and its neighbours
 //! template.rs     a context becomes a prompt; the model's chat template
+//! python.rs       values of a template as Python writes them
 //! chat.rs         what of a rendered conversation the assistant says
 //! guarded.rs      the tokenizers crate, held within bounds
 //! tokenize.rs     a row becomes ids; which are supervised
 //! training_prompt.rs  how an adapter's prompts were made, kept beside it
+//! ends.rs         whether the answers of a chat template end
 //! dataset.rs      the tokenized rows, and how many were too long
 //! order.rs        which rows each optimizer step takes
 //! pack.rs         rows back to back, and the positions that predict
@@ -27,15 +29,18 @@
 mod chat;
 mod conversation;
 mod dataset;
+mod ends;
 mod error;
 mod format;
 mod guarded;
 mod inspect;
+mod integers;
 mod json;
 mod model_files;
 mod order;
 mod pack;
 mod parquet;
+mod python;
 mod random;
 mod rows;
 mod split;
@@ -75,6 +80,10 @@ pub struct Data {
     pub source: Source,
     /// And the validation file, where it is one of its own.
     pub validation_source: Option<Source>,
+    /// Columns of the training file that are not read.
+    pub ignored: Vec<String>,
+    /// What the user should know of the rows before training on them.
+    pub warnings: Vec<String>,
     /// How prompts are made of the training rows.
     pub prompt: TrainingPrompt,
 }
@@ -87,12 +96,14 @@ impl Data {
 
     /// What the files turned out to be, for the screen.
     pub fn formats(&self) -> String {
-        match self.validation_source {
-            Some(validation) if validation != self.source => {
-                format!("{}; validation: {validation}", self.source)
-            }
-            _ => self.source.to_string(),
+        let mut text = self.source.to_string();
+        if let Some(validation) = self.validation_source.filter(|it| *it != self.source) {
+            text += &format!("; validation: {validation}");
         }
+        if !self.ignored.is_empty() {
+            text += &format!("; columns not read: {}", self.ignored.join(", "));
+        }
+        text
     }
 }
 
@@ -115,7 +126,8 @@ pub fn load(
 /// former.
 ///
 /// The paths are where the configuration's lead to: `model_dir` has `tokenizer.json`. The model's vocabulary
-/// has `vocab_size` tokens; rows of more than `max_seq_len` are left out.
+/// has `vocab_size` tokens; rows of more than `max_seq_len` are left out. `time` is what a chat template that writes the
+/// date takes for now: that of the run's start where it goes on, else the clock's.
 ///
 /// # Errors
 ///
@@ -127,11 +139,19 @@ pub fn prepare(
     validation: Option<&Path>,
     vocab_size: usize,
     max_seq_len: usize,
+    time: Option<u64>,
 ) -> Result<Data, DataError> {
-    let files = ModelFiles::read(model_dir)?;
+    let files = ModelFiles {
+        time: Some(time.unwrap_or_else(template::clock)),
+        ..ModelFiles::read(model_dir)?
+    };
     let template = &config.prompt_template;
     let mut tokenizer = RowTokenizer::new(&files, template)?;
-    let Rows { rows, source } = read_rows(train, config.dataset_format)?;
+    let Rows {
+        rows,
+        source,
+        ignored,
+    } = read_rows(train, config.dataset_format)?;
     tokenizer.prepare(&files, template, source.format, train)?;
     let mut validation_source = None;
     let (train_rows, validation_rows) = match validation {
@@ -139,6 +159,7 @@ pub fn prepare(
             let Rows {
                 rows: others,
                 source,
+                ..
             } = read_rows(path, config.dataset_format)?;
             tokenizer.prepare(&files, template, source.format, path)?;
             validation_source = Some(source);
@@ -148,12 +169,18 @@ pub fn prepare(
     };
     let tokenized =
         |path, rows: &[Row]| Dataset::new(path, rows, &tokenizer, max_seq_len, vocab_size);
+    let validated = tokenized(validation.unwrap_or(train), &validation_rows)?;
+    let train = tokenized(train, &train_rows)?;
+    let is_chat = tokenizer.has_chat();
+    let warnings = is_chat.then(|| ends::warning(&train, &files, &tokenizer));
     Ok(Data {
-        train: tokenized(train, &train_rows)?,
-        validation: tokenized(validation.unwrap_or(train), &validation_rows)?,
+        warnings: warnings.flatten().into_iter().collect(),
+        validation: validated,
+        train,
         prompt: TrainingPrompt::new(&files, template, source.format),
         tokenizer,
         source,
+        ignored,
         validation_source,
     })
 }
@@ -177,6 +204,8 @@ impl Data {
             validation: Dataset::default(),
             tokenizer,
             source,
+            ignored: Vec::new(),
+            warnings: Vec::new(),
             validation_source: None,
             prompt: TrainingPrompt::new(&files, &template, source.format),
         }
@@ -214,7 +243,7 @@ mod tests {
         let path = folder.path().join("data.jsonl");
         std::fs::write(&path, text(10)).unwrap();
         let config = config(&["val_set_size=3", "prompt_template=raw"]);
-        let data = prepare(&config, folder.path(), &path, None, 5, 16).unwrap();
+        let data = prepare(&config, folder.path(), &path, None, 5, 16, None).unwrap();
         assert_eq!((data.train.rows.len(), data.validation.rows.len()), (7, 3));
         assert_eq!(data.train.rows[0].ids, [1, 3, 4, 2]);
         assert_eq!(data.too_long(), 0);
@@ -244,7 +273,16 @@ mod tests {
         std::fs::write(&path, text(10)).unwrap();
         std::fs::write(&validation, text(4)).unwrap();
         let config = config(&["prompt_template=raw"]);
-        let data = prepare(&config, folder.path(), &path, Some(&validation), 5, 16).unwrap();
+        let data = prepare(
+            &config,
+            folder.path(),
+            &path,
+            Some(&validation),
+            5,
+            16,
+            None,
+        )
+        .unwrap();
         assert_eq!((data.train.rows.len(), data.validation.rows.len()), (10, 4));
         assert_eq!(data.validation.path, validation);
     }

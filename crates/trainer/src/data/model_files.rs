@@ -5,11 +5,42 @@ use std::path::{Path, PathBuf};
 
 use llama_burn::limited::{self, LARGEST_SETTINGS, LARGEST_TABLE};
 use serde_json::Value;
+use tokenizers::AddedToken;
 
 use super::error::DataError;
 
 const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
+const ADDED_TOKENS: &str = "added_tokens.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
+
+/// The key of `tokenizer_config.json` that lists added tokens by id.
+const ADDED_TOKENS_DECODER: &str = "added_tokens_decoder";
+
+/// transformers' names of special tokens.
+const SPECIAL_TOKENS: [&str; 7] = [
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "sep_token",
+    "pad_token",
+    "cls_token",
+    "mask_token",
+];
+
+/// A token of `added_tokens_decoder`.
+fn decoded_token(token: &Value) -> Option<AddedToken> {
+    let is = |key: &str| token.get(key).and_then(Value::as_bool);
+    let special = is("special").unwrap_or(false);
+    Some(AddedToken {
+        content: token.get("content")?.as_str()?.to_owned(),
+        single_word: is("single_word").unwrap_or(false),
+        lstrip: is("lstrip").unwrap_or(false),
+        rstrip: is("rstrip").unwrap_or(false),
+        normalized: is("normalized").unwrap_or(!special),
+        special,
+    })
+}
 
 /// What a model's folder says about its text. The files are read, or built into the program.
 #[derive(Debug, Clone, Default)]
@@ -20,12 +51,18 @@ pub struct ModelFiles {
     pub tokenizer: Vec<u8>,
     /// `tokenizer_config.json`.
     pub tokenizer_config: Option<String>,
+    /// `special_tokens_map.json`: special tokens, as older versions of transformers wrote them.
+    pub special_tokens_map: Option<String>,
+    /// `added_tokens.json`: added tokens with their ids, as older versions of transformers wrote them.
+    pub added_tokens: Option<String>,
     /// `generation_config.json`.
     pub generation_config: Option<String>,
     /// `config.json`.
     pub config: Option<String>,
     /// `chat_template.jinja`.
     pub chat_template: Option<String>,
+    /// What a chat template that writes the date takes for now, in seconds since 1970; the clock's time where `None`.
+    pub time: Option<u64>,
 }
 
 impl ModelFiles {
@@ -64,9 +101,12 @@ impl ModelFiles {
             folder: folder.into(),
             tokenizer,
             tokenizer_config: optional(TOKENIZER_CONFIG)?,
+            special_tokens_map: optional(SPECIAL_TOKENS_MAP)?,
+            added_tokens: optional(ADDED_TOKENS)?,
             generation_config: optional("generation_config.json")?,
             config: optional("config.json")?,
             chat_template: optional(CHAT_TEMPLATE)?,
+            time: None,
         })
     }
 
@@ -78,10 +118,29 @@ impl ModelFiles {
         }
     }
 
-    /// A special token of `tokenizer_config.json` (`bos_token`, …): a string, or an object with `content`.
+    /// A special token (`bos_token`, …) of `tokenizer_config.json`: a string, or an object with `content`. Where that file
+    /// lists no added tokens, as older versions of transformers wrote it, `special_tokens_map.json` comes first
+    /// (transformers' order).
     pub(crate) fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
-        let object = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
-        let content = match object.get(key) {
+        let config = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
+        if !config.contains_key(ADDED_TOKENS_DECODER) {
+            let map = self.json(SPECIAL_TOKENS_MAP, &self.special_tokens_map)?;
+            let token = map.get(key);
+            if let Some(token) = self.token_content(SPECIAL_TOKENS_MAP, key, token)? {
+                return Ok(Some(token));
+            }
+        }
+        self.token_content(TOKENIZER_CONFIG, key, config.get(key))
+    }
+
+    /// The text of a token: a string, or an object with `content`.
+    fn token_content(
+        &self,
+        file: &str,
+        key: &str,
+        value: Option<&Value>,
+    ) -> Result<Option<String>, DataError> {
+        let content = match value {
             None | Some(Value::Null) => return Ok(None),
             Some(Value::Object(token)) => token.get("content").unwrap_or(&Value::Null),
             Some(value) => value,
@@ -89,10 +148,61 @@ impl ModelFiles {
         match content {
             Value::String(text) => Ok(Some(text.clone())),
             _ => Err(self.error(
-                TOKENIZER_CONFIG,
+                file,
                 format!("\"{key}\" must be a string, or an object with the string \"content\""),
             )),
         }
+    }
+
+    /// The tokens that are added to those of `tokenizer.json`, with their ids, in the order of these: those of
+    /// `tokenizer_config.json`'s `added_tokens_decoder`, else those of `added_tokens.json` (transformers' order).
+    pub(super) fn added_tokens(&self) -> Result<Vec<(u32, AddedToken)>, DataError> {
+        let config = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
+        let mut tokens = match config.get(ADDED_TOKENS_DECODER) {
+            Some(Value::Object(decoder)) => {
+                let tokens = decoder.iter().map(|(id, token)| {
+                    let known = id.parse::<u32>().ok().zip(decoded_token(token));
+                    known.ok_or_else(|| {
+                        let message = format!(
+                            "\"{ADDED_TOKENS_DECODER}\" must be a table from token ids to objects with \"content\"; \
+                             {id:?} is none"
+                        );
+                        self.error(TOKENIZER_CONFIG, message)
+                    })
+                });
+                tokens.collect::<Result<Vec<_>, _>>()?
+            }
+            Some(Value::Null) | None => self.legacy_added_tokens()?,
+            Some(_) => {
+                let message = format!("\"{ADDED_TOKENS_DECODER}\" must be a table from token ids");
+                return Err(self.error(TOKENIZER_CONFIG, message));
+            }
+        };
+        tokens.sort_by_key(|(id, _)| *id);
+        Ok(tokens)
+    }
+
+    fn legacy_added_tokens(&self) -> Result<Vec<(u32, AddedToken)>, DataError> {
+        let added = self.json(ADDED_TOKENS, &self.added_tokens)?;
+        if added.is_empty() {
+            return Ok(Vec::new());
+        }
+        let mut special = Vec::new();
+        for key in SPECIAL_TOKENS {
+            special.extend(self.special_token(key)?);
+        }
+        let tokens = added.into_iter().map(|(content, id)| {
+            let is_special = special.contains(&content);
+            let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
+            let id = id.ok_or_else(|| {
+                self.error(
+                    ADDED_TOKENS,
+                    format!("the id of {content:?} must be a whole number"),
+                )
+            });
+            Ok((id?, AddedToken::from(content, is_special)))
+        });
+        tokens.collect()
     }
 
     /// The id of the token that ends a text: `tokenizer_config.json`'s `eos_token`, looked up by `id_of`; else
@@ -149,6 +259,32 @@ impl ModelFiles {
                 "\"eos_token_id\" must be a token id or a list of them",
             )
         })
+    }
+
+    /// The tokens at which generation stops: those of `generation_config.json`, else those of `config.json`, and the
+    /// tokenizer's own end.
+    pub(super) fn stops(&self, end: u32) -> Vec<u32> {
+        let mut stops = self.generation_end_tokens().unwrap_or_default();
+        if stops.is_empty() {
+            let config = self.json("config.json", &self.config).unwrap_or_default();
+            let ids = match config.get("eos_token_id") {
+                Some(Value::Array(ids)) => ids.clone(),
+                Some(id) => vec![id.clone()],
+                None => Vec::new(),
+            };
+            let ids = ids.iter().filter_map(Value::as_u64);
+            stops.extend(ids.filter_map(|id| u32::try_from(id).ok()));
+        }
+        if !stops.contains(&end) {
+            stops.push(end);
+        }
+        stops
+    }
+
+    /// Whether the chat template writes the date.
+    pub fn writes_date(&self) -> bool {
+        self.chat_template()
+            .is_ok_and(|(text, _)| text.contains("strftime_now"))
     }
 
     /// Whether there is a chat template.

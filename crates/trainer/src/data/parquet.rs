@@ -55,9 +55,9 @@ fn read(file: File, rows: &mut Collected) -> Result<(), Problem> {
             problem,
         })
     };
-    let wanted = rows.columns(fields.iter().map(|field| field.name()));
-    let wanted = wanted.map_err(|problem| at(1, problem))?;
-    let read = fields.iter().filter(|field| wanted.contains(&field.name()));
+    let format = rows.columns(fields.iter().map(|field| field.name()));
+    let format = format.map_err(|problem| at(1, problem))?;
+    let read = fields.iter().filter(|field| format.looks_at(field.name()));
     let read: Vec<Arc<Type>> = read.cloned().collect();
     let projection = Type::group_type_builder(schema.name()).with_fields(read);
     let records = RowIter::from_file(Some(projection.build()?), &reader)?;
@@ -120,7 +120,9 @@ fn value(field: &Field) -> Result<Value, String> {
 }
 
 fn group(record: &Record) -> Result<Value, String> {
+    // Arrow gives every structure of a column the same keys, null where one had none; such keys are absent, as in TRL.
     let fields = record.get_column_iter();
+    let fields = fields.filter(|(_, field)| !matches!(field, Field::Null));
     let fields = fields.map(|(name, field)| Ok::<_, String>((name.clone(), value(field)?)));
     Ok(Value::Object(fields.collect::<Result<_, _>>()?))
 }

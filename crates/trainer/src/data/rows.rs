@@ -82,9 +82,14 @@ pub struct Rows {
     pub rows: Vec<Row>,
     /// What the file turned out to be.
     pub source: Source,
+    /// Columns that are not read, in the order in which they were met.
+    pub ignored: Vec<String>,
 }
 
-/// Reads a data file whole. Blank lines are skipped, columns that the format does not have are ignored. What
+/// More ignored columns than this are not remembered.
+const MOST_IGNORED: usize = 64;
+
+/// Reads a data file whole. Blank lines are skipped, columns that the format does not have are not read. What
 /// the file is written in is told by its extension and its first bytes; `format`, where it is not given, by
 /// the first row's columns, and every row must then have it.
 ///
@@ -111,6 +116,7 @@ pub fn read_rows(path: &Path, format: Option<Format>) -> Result<Rows, DataError>
         path,
         format,
         rows: Vec::new(),
+        ignored: Vec::new(),
     };
     match container {
         Container::JsonLines => json::lines(BufReader::new(file), &mut rows)?,
@@ -132,6 +138,7 @@ pub fn parse_rows(bytes: &[u8], path: &Path) -> Result<Rows, DataError> {
         path,
         format: None,
         rows: Vec::new(),
+        ignored: Vec::new(),
     };
     json::lines(bytes, &mut rows)?;
     rows.finish(Container::JsonLines)
@@ -163,20 +170,25 @@ pub(super) struct Collected<'a> {
     /// The configuration's, else that of the first row, once there is one.
     format: Option<Format>,
     rows: Vec<Row>,
+    ignored: Vec<String>,
 }
 
 impl Collected<'_> {
-    /// The columns that will be read, if that is known before the first row; `all` are those there are.
+    /// The format of a file that names its columns before the first row. It says which of them it looks at
+    /// ([`Format::looks_at`]).
     pub fn columns<'a>(
         &mut self,
         all: impl Iterator<Item = &'a str> + Clone,
-    ) -> Result<&'static [&'static str], LineError> {
-        Ok(self.format_of(all)?.keys())
+    ) -> Result<Format, LineError> {
+        let format = self.format_of(all.clone())?;
+        self.note_ignored(format, all);
+        Ok(format)
     }
 
     /// Adds a row.
     pub fn add(&mut self, line: usize, row: Map<String, Value>) -> Result<(), LineError> {
         let format = self.format_of(row.keys().map(String::as_str))?;
+        self.note_ignored(format, row.keys().map(String::as_str));
         let example = format.example(row)?;
         self.rows.push(Row { line, example });
         Ok(())
@@ -194,6 +206,15 @@ impl Collected<'_> {
         };
         self.format = Some(format);
         Ok(format)
+    }
+
+    fn note_ignored<'a>(&mut self, format: Format, columns: impl Iterator<Item = &'a str>) {
+        for column in columns.filter(|column| !format.looks_at(column)) {
+            let known = self.ignored.iter().any(|known| known == column);
+            if !known && self.ignored.len() < MOST_IGNORED {
+                self.ignored.push(column.into());
+            }
+        }
     }
 
     /// An error about a line of text.
@@ -214,6 +235,7 @@ impl Collected<'_> {
         Ok(Rows {
             rows: self.rows,
             source: Source { container, format },
+            ignored: self.ignored,
         })
     }
 }
@@ -260,6 +282,9 @@ mod tests {
     fn what_was_found_is_said() {
         let rows = parse_rows(b"{\"text\": \"a\"}", Path::new("a.jsonl")).unwrap();
         assert_eq!(rows.source.to_string(), "JSON lines of {\"text\"}");
+        let text = b"{\"id\": 1, \"text\": \"a\"}\n{\"text\": \"b\", \"from\": \"x\", \"id\": 2}";
+        let rows = parse_rows(text, Path::new("a.jsonl")).unwrap();
+        assert_eq!(rows.ignored, ["id", "from"]);
     }
 
     #[test]
@@ -314,6 +339,7 @@ pub(super) mod tests_support {
             path,
             format: None,
             rows: Vec::new(),
+            ignored: Vec::new(),
         }
     }
 }

@@ -8,6 +8,7 @@ use csv::{ByteRecord, Error, ErrorKind, ReaderBuilder, Terminator};
 use serde_json::{Map, Value};
 
 use super::error::{DataError, LineError};
+use super::format::Format;
 use super::rows::Collected;
 
 /// More columns than a table of texts has.
@@ -23,13 +24,15 @@ pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Resu
     };
     let mut reader = ReaderBuilder::new()
         .delimiter(delimiter)
+        // Between tabs a quotation mark is a character.
+        .quoting(delimiter != b'\t')
         .terminator(Terminator::Any(b'\n'))
         .has_headers(false)
         // The check is here, where the record is at hand for the message.
         .flexible(true)
         .from_reader(watched);
     let mut record = ByteRecord::new();
-    let mut columns: Option<(Vec<String>, &[&str])> = None;
+    let mut columns: Option<(Vec<String>, Format)> = None;
     while reader
         .read_byte_record(&mut record)
         .map_err(|error| failed(error, rows))?
@@ -48,12 +51,12 @@ pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Resu
         let added = match (&columns, open) {
             (_, true) => Err(LineError::Table("a value in quotes is never closed".into())),
             (None, _) => names(&record).and_then(|names| {
-                let wanted = rows.columns(names.iter().map(String::as_str))?;
-                columns = Some((names, wanted));
+                let format = rows.columns(names.iter().map(String::as_str))?;
+                columns = Some((names, format));
                 Ok(())
             }),
-            (Some((names, wanted)), _) => {
-                row(names, wanted, &record).and_then(|row| rows.add(line, row))
+            (Some((names, format)), _) => {
+                row(names, *format, delimiter, &record).and_then(|row| rows.add(line, row))
             }
         };
         added.map_err(|problem| {
@@ -119,20 +122,26 @@ fn names(headers: &ByteRecord) -> Result<Vec<String>, LineError> {
 /// The wanted columns of a record.
 fn row(
     names: &[String],
-    wanted: &[&str],
+    format: Format,
+    delimiter: u8,
     record: &ByteRecord,
 ) -> Result<Map<String, Value>, LineError> {
     if record.len() != names.len() {
+        let rule = match delimiter {
+            b'\t' => {
+                "a value cannot hold a tab or a line break; write such rows as CSV or JSON lines"
+            }
+            _ => "a value with a delimiter, a quote or a line break must be in quotes",
+        };
         return Err(LineError::Table(format!(
-            "{} values, but the first line names {} columns; a value with a delimiter, a quote or a line break \
-             must be in quotes",
+            "{} values, but the first line names {} columns; {rule}",
             record.len(),
             names.len()
         )));
     }
     let mut row = Map::new();
     for (name, value) in names.iter().zip(record.iter()) {
-        if !wanted.contains(&name.as_str()) {
+        if !format.looks_at(name) {
             continue;
         }
         let Ok(value) = std::str::from_utf8(value) else {
@@ -188,6 +197,13 @@ mod tests {
             panic!()
         };
         assert_eq!((input, output.as_str()), (&None, "3"));
+        let quotes = "context\ttarget\n\"He said hi\tpositive\nAn \"other\"\t\"negative\"\n";
+        let found = read("a.tsv", quotes.as_bytes()).unwrap();
+        let rows = [
+            Row::answer(2, "\"He said hi", "positive"),
+            Row::answer(3, "An \"other\"", "\"negative\""),
+        ];
+        assert_eq!(found.rows, rows);
         let messages = b"messages\n\"[{\"\"role\"\":\"\"user\"\",\"\"content\"\":\"\"q\"\"},{\"\"role\"\":\"\"assistant\"\",\"\"content\"\":\"\"a\"\"}]\"\n";
         assert_eq!(
             read("a.csv", messages).unwrap().source.format,

@@ -3,17 +3,20 @@
 
 use std::borrow::Cow;
 use std::io::{self, Write};
+use std::ops::Range;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use llama_burn::limited::clipped;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Enumerator, Kwargs, Object, ValueKind};
+use minijinja::value::{Enumerator, Object, merge_maps};
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 
+use super::conversation::Conversation;
 use super::error::DataError;
 use super::model_files::ModelFiles;
+use super::{integers, python};
 use crate::config::PromptTemplate;
 use crate::contained::contain;
 
@@ -25,8 +28,6 @@ const NAME: &str = "chat";
 const MOST_STEPS: u64 = 1_000_000;
 /// Bytes of the longest prompt that a template may write.
 const LONGEST_PROMPT: usize = 64 << 20;
-/// Levels of what `tojson` writes.
-const DEEPEST: usize = 128;
 
 /// A prompt template that is ready to use.
 #[derive(Debug)]
@@ -54,7 +55,8 @@ impl Prompt {
             Self::Custom(text) => text.replace(PLACEHOLDER, context).into(),
             Self::Chat(template) => {
                 let message = serde_json::json!({"role": "user", "content": context});
-                template.render(&[message], None, true)?.into()
+                let rendered = template.render(&[message], &Conversation::default(), true)?;
+                rendered.text.into()
             }
         })
     }
@@ -70,13 +72,25 @@ impl Prompt {
 pub(super) struct ChatTemplate {
     environment: Environment<'static>,
     special_tokens: Vec<(&'static str, String)>,
+    marks: bool,
     path: PathBuf,
+}
+
+/// What a template wrote.
+#[derive(Debug, Default)]
+pub(super) struct Rendered {
+    /// The text.
+    pub text: String,
+    /// What lies between the template's marks, in bytes of the text.
+    pub marked: Vec<Range<usize>>,
 }
 
 impl ChatTemplate {
     pub(super) fn new(files: &ModelFiles) -> Result<Self, DataError> {
         let (text, path) = files.chat_template()?;
-        let text = without_generation_tags(&text);
+        // Jinja reads every line end as a line feed.
+        let text = text.replace("\r\n", "\n").replace('\r', "\n");
+        let (text, marks) = with_marks(&text);
         let mut special_tokens = Vec::new();
         for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
             if let Some(token) = files.special_token(key)? {
@@ -98,14 +112,12 @@ impl ChatTemplate {
             .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         // A template is a program from whoever made the model: it ends, and what it writes does.
         environment.set_fuel(Some(MOST_STEPS));
-        environment.add_filter("tojson", tojson);
+        python::set_up(&mut environment);
         environment.add_function("raise_exception", |message: String| {
             Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
         // One date for the whole run: rows of one run must not differ because midnight passed.
-        let now = SystemTime::now()
-            .duration_since(UNIX_EPOCH)
-            .map_or(0, |past| past.as_secs());
+        let now = files.time.unwrap_or_else(clock);
         environment.add_function("strftime_now", move |format: String| strftime(&format, now));
         environment
             .add_template_owned(NAME, text)
@@ -113,17 +125,30 @@ impl ChatTemplate {
         Ok(Self {
             environment,
             special_tokens,
+            marks,
             path,
         })
     }
 
-    /// The template with these messages; with `add_generation_prompt` up to where the assistant's answer begins.
+    /// Whether the template marks what the assistant says (`{% generation %}`).
+    pub(super) fn marks(&self) -> bool {
+        self.marks
+    }
+
+    /// The template with these messages of a conversation; with `add_generation_prompt` up to where the assistant's
+    /// answer begins.
     pub(super) fn render(
         &self,
         messages: &[serde_json::Value],
-        tools: Option<&serde_json::Value>,
+        conversation: &Conversation,
         add_generation_prompt: bool,
-    ) -> Result<String, DataError> {
+    ) -> Result<Rendered, DataError> {
+        let variables: Value = conversation
+            .variables
+            .iter()
+            .map(|(name, value)| (name.clone(), in_order(value)))
+            .collect::<std::collections::BTreeMap<String, Value>>()
+            .into();
         let special_tokens: Value = self
             .special_tokens
             .iter()
@@ -132,8 +157,8 @@ impl ChatTemplate {
             .into();
         // transformers defines `tools` and `documents` even where there are none; templates ask `is none`.
         let variables = context! {
-            messages => messages.iter().map(in_order).collect::<Vec<_>>(), add_generation_prompt,
-            tools => tools.map(in_order), documents => (), ..special_tokens
+            messages => messages.iter().map(aliased).collect::<Vec<_>>(), add_generation_prompt,
+            tools => conversation.tools.as_ref().map(in_order), documents => (), ..merge_maps([variables, special_tokens])
         };
         let mut text = Bounded(Vec::new());
         let rendered = contain(|| {
@@ -142,7 +167,7 @@ impl ChatTemplate {
         });
         let problem = match rendered {
             Ok(Ok(())) => match String::from_utf8(text.0) {
-                Ok(text) => return Ok(text),
+                Ok(text) => return Ok(Rendered::new(text)),
                 Err(error) => error.to_string(),
             },
             Ok(Err(error)) => chain(&error),
@@ -191,9 +216,12 @@ impl Object for Ordered {
     }
 }
 
-fn in_order(value: &serde_json::Value) -> Value {
+pub(super) fn in_order(value: &serde_json::Value) -> Value {
     match value {
         serde_json::Value::Array(items) => items.iter().map(in_order).collect::<Vec<_>>().into(),
+        value if integers::digits(value).is_some() => {
+            integers::for_template(integers::digits(value).unwrap_or_default())
+        }
         serde_json::Value::Object(object) => {
             let entries = object.iter();
             let entries = entries.map(|(name, value)| (name.clone(), in_order(value)));
@@ -210,10 +238,60 @@ fn in_order(value: &serde_json::Value) -> Value {
     }
 }
 
-/// `{% generation %}` is transformers' mark around what the assistant says; what is between is rendered as it
-/// is. A condition that holds does the same, and white space around the tags is treated alike.
-fn without_generation_tags(text: &str) -> String {
+/// Where a template's mark begins and ends, in the text that it writes: characters for private use, which are taken out
+/// again.
+const MARKS: [char; 2] = ['\u{10fae0}', '\u{10fae1}'];
+
+impl Rendered {
+    /// Takes the marks out.
+    fn new(marked_text: String) -> Self {
+        if !marked_text.contains(MARKS) {
+            return Self {
+                text: marked_text,
+                marked: Vec::new(),
+            };
+        }
+        let mut rendered = Self::default();
+        let mut start = None;
+        for character in marked_text.chars() {
+            let here = rendered.text.len();
+            match character {
+                _ if character == MARKS[0] => start = Some(here),
+                _ if character == MARKS[1] => {
+                    rendered
+                        .marked
+                        .extend(start.take().map(|start| start..here));
+                }
+                character => rendered.text.push(character),
+            }
+        }
+        rendered.marked.retain(|mark| !mark.is_empty());
+        rendered
+    }
+}
+
+/// A message as transformers hands it to a template: reasoning under each of the names that templates know.
+fn aliased(message: &serde_json::Value) -> Value {
+    const NAMES: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+    let Some(object) = message.as_object() else {
+        return in_order(message);
+    };
+    let Some(reasoning) = NAMES.iter().find_map(|name| object.get(*name)) else {
+        return in_order(message);
+    };
+    let mut object = object.clone();
+    let thinking = object.shift_remove("thinking");
+    let thinking = thinking.unwrap_or_else(|| reasoning.clone());
+    object.shift_insert(0, "thinking".into(), thinking);
+    object.insert("reasoning_content".into(), reasoning.clone());
+    in_order(&serde_json::Value::Object(object))
+}
+
+/// `{% generation %}` is transformers' mark around what the assistant says. Conditions that hold take the tags' places,
+/// so that white space around them is treated alike, and write marks between them. Whether there are any.
+fn with_marks(text: &str) -> (String, bool) {
     let mut result = String::with_capacity(text.len());
+    let mut marks = false;
     let mut rest = text;
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
@@ -224,90 +302,30 @@ fn without_generation_tags(text: &str) -> String {
             break;
         };
         let (inside, behind) = (&tag[2..end], &tag[end + 2..]);
-        let word = inside.trim_matches(|c: char| c.is_whitespace() || "+-".contains(c));
-        match word {
-            "generation" => result += &format!("{{%{}%}}", inside.replace(word, "if true")),
-            "endgeneration" => result += &format!("{{%{}%}}", inside.replace(word, "endif")),
+        let is_control = |c: char| c.is_whitespace() || "+-".contains(c);
+        let left = &inside[..inside.len() - inside.trim_start_matches(is_control).len()];
+        let right = &inside[inside.trim_end_matches(is_control).len()..];
+        match inside.trim_matches(is_control) {
+            "generation" => {
+                marks = true;
+                let mark = MARKS[0];
+                result += &format!("{{%{left}if true %}}{mark}{{% if true{right}%}}");
+            }
+            "endgeneration" => {
+                let mark = MARKS[1];
+                result += &format!("{{%{left}endif %}}{mark}{{% endif{right}%}}");
+            }
             _ => result.push_str(&tag[..end + 2]),
         }
         rest = behind;
     }
-    result + rest
+    (result + rest, marks)
 }
 
-/// Python's `json.dumps(value, ensure_ascii=False, indent=indent)`, which transformers puts in place of
-/// Jinja's own filter (that one escapes for HTML).
-fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
-    let indent: Option<usize> = options.get("indent")?;
-    options.assert_all_used()?;
-    let mut text = String::new();
-    write_json(value, indent.map(|indent| indent.min(16)), 0, &mut text)?;
-    Ok(text)
-}
-
-fn write_json(
-    value: &Value,
-    indent: Option<usize>,
-    depth: usize,
-    text: &mut String,
-) -> Result<(), Error> {
-    if depth > DEEPEST {
-        let message = format!("tojson of something with more than {DEEPEST} levels");
-        return Err(Error::new(ErrorKind::InvalidOperation, message));
-    }
-    let [open, close] = match value.kind() {
-        ValueKind::Undefined | ValueKind::None => {
-            text.push_str("null");
-            return Ok(());
-        }
-        ValueKind::String => {
-            // Python and serde escape alike: quotes, backslashes and control characters.
-            let content = value.as_str().unwrap_or_default();
-            text.push_str(&serde_json::Value::from(content).to_string());
-            return Ok(());
-        }
-        ValueKind::Bool => {
-            text.push_str(if value.is_true() { "true" } else { "false" });
-            return Ok(());
-        }
-        ValueKind::Number => {
-            text.push_str(&value.to_string());
-            return Ok(());
-        }
-        ValueKind::Seq | ValueKind::Iterable => ['[', ']'],
-        ValueKind::Map => ['{', '}'],
-        other => {
-            let message = format!("tojson cannot write a {other}");
-            return Err(Error::new(ErrorKind::InvalidOperation, message));
-        }
-    };
-    let new_line = |depth: usize, text: &mut String| {
-        if let Some(indent) = indent {
-            text.push('\n');
-            text.push_str(&" ".repeat(indent * depth));
-        }
-    };
-    text.push(open);
-    let mut empty = true;
-    for item in value.try_iter()? {
-        if !empty {
-            text.push_str(if indent.is_some() { "," } else { ", " });
-        }
-        empty = false;
-        new_line(depth + 1, text);
-        if open == '{' {
-            text.push_str(&serde_json::Value::from(item.to_string()).to_string());
-            text.push_str(": ");
-            write_json(&value.get_item(&item)?, indent, depth + 1, text)?;
-        } else {
-            write_json(&item, indent, depth + 1, text)?;
-        }
-    }
-    if !empty {
-        new_line(depth, text);
-    }
-    text.push(close);
-    Ok(())
+/// Seconds since 1970.
+pub(super) fn clock() -> u64 {
+    let past = SystemTime::now().duration_since(UNIX_EPOCH);
+    past.map_or(0, |past| past.as_secs())
 }
 
 /// An error with what caused it.
@@ -484,11 +502,21 @@ mod tests {
     fn generation_tags_mark_and_change_nothing() {
         let with = "{%- for m in messages -%}\n<{{ m.role }}>\n{% generation %}\n{{ m.content }}|\n{%- endgeneration -%}\n\n{% endfor %}";
         let without = with
-            .replace("generation %}", "if true %}")
+            .replace("{% generation %}", "{% if true %}")
             .replace("{%- endgeneration", "{%- endif");
         assert_eq!(render(with, "a"), render(&without, "a"));
         assert_eq!(render(with, "a"), "<user>\na|");
-        assert_eq!(without_generation_tags("a {% b"), "a {% b");
+        assert_eq!(with_marks("a {% b"), ("a {% b".into(), false));
+        let template = chat(with).unwrap();
+        let Prompt::Chat(template) = template else {
+            panic!()
+        };
+        let message = serde_json::json!({"role": "user", "content": "a"});
+        let rendered = template.render(&[message], &Conversation::default(), true);
+        let rendered = rendered.unwrap();
+        assert!(template.marks());
+        assert_eq!(&rendered.text[rendered.marked[0].clone()], "a|");
+        assert_eq!(rendered.marked.len(), 1);
     }
 
     #[test]
@@ -502,6 +530,36 @@ mod tests {
             render("{{ [1, [2, none]] | tojson }}", ""),
             "[1, [2, null]]"
         );
+    }
+
+    #[test]
+    fn line_ends_of_windows_are_line_feeds() {
+        let template = "{% for m in messages %}\n{{ m.role }}\n{% endfor %}\nend";
+        assert_eq!(
+            render(&template.replace('\n', "\r\n"), "a"),
+            render(template, "a")
+        );
+    }
+
+    #[test]
+    fn reasoning_has_each_of_its_names_and_further_variables_are_the_templates() {
+        let template = "{{ messages[0] | tojson }}{{ enable_thinking }}{{ bos_token }}";
+        let Prompt::Chat(template) = chat(template).unwrap() else {
+            panic!()
+        };
+        let conversation = Conversation {
+            variables: serde_json::json!({"enable_thinking": false})
+                .as_object()
+                .unwrap()
+                .clone(),
+            ..Conversation::default()
+        };
+        let message = serde_json::json!({"role": "assistant", "content": "a", "reasoning": "r"});
+        let rendered = template.render(&[message], &conversation, false).unwrap();
+        // transformers 5.24: {"thinking": r, **message, "reasoning_content": r}
+        let expected = "{\"thinking\": \"r\", \"role\": \"assistant\", \"content\": \"a\", \"reasoning\": \"r\", \
+            \"reasoning_content\": \"r\"}False<s>";
+        assert_eq!(rendered.text, expected);
     }
 
     #[test]

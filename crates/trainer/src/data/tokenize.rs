@@ -5,9 +5,10 @@ use std::collections::HashSet;
 use std::ops::Range;
 use std::path::Path;
 
-use tokenizers::{Encoding, Tokenizer};
+use tokenizers::{AddedToken, Encoding, Tokenizer};
 
 use super::chat;
+use super::ends;
 use super::error::DataError;
 use super::format::{Example, Format};
 use super::guarded::Guarded;
@@ -15,6 +16,7 @@ use super::model_files::ModelFiles;
 use super::rows::Row;
 use super::template::{ChatTemplate, Prompt};
 use crate::config::PromptTemplate;
+use crate::contained::decoded;
 
 /// A row as the model sees it.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -100,6 +102,7 @@ impl RowTokenizer {
             .with_truncation(None)
             .map_err(|error| files.error(NAME, error.to_string()))?;
         tokenizer.with_padding(None);
+        add_tokens(tokenizer, files)?;
         let prompt = Prompt::new(template, files)?;
         let before = match prompt.has_its_own_special_tokens() {
             true => Vec::new(),
@@ -163,6 +166,31 @@ impl RowTokenizer {
         self.end
     }
 
+    /// Whether a token is special.
+    pub(super) fn is_special(&self, id: u32) -> bool {
+        self.special.contains(&id)
+    }
+
+    /// Whether rows are rendered by the chat template as whole conversations.
+    pub(super) fn has_chat(&self) -> bool {
+        self.chat.is_some()
+    }
+
+    /// What the user should know of how answers under the chat template end, where generation stops at these tokens.
+    pub fn generation_warning(&self, stops: &[u32]) -> Option<String> {
+        let Prompt::Chat(template) = &self.prompt else {
+            return None;
+        };
+        let behind = chat::behind_an_answer(template)?;
+        let ids = self
+            .tokenizer
+            .encode_fast(behind.trim_start(), false)
+            .ok()?;
+        let end = ids.get_ids().first().copied();
+        let end = end.filter(|id| self.special.contains(id));
+        ends::generation_warning(self.tokenizer(), end, stops)
+    }
+
     /// The ids of a prompt for `context`, template applied, up to where the answer begins.
     ///
     /// # Errors
@@ -170,9 +198,15 @@ impl RowTokenizer {
     /// What the chat template or the tokenizer (then with `path` and `line`) says.
     pub fn prompt(&self, context: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
         let text = self.prompt.render(context)?;
-        let mut ids = self.before.clone();
-        ids.extend(self.encode(&text, path, line)?);
-        Ok(ids)
+        Ok(self.begun(self.encode(&text, path, line)?))
+    }
+
+    /// `ids` behind the tokens that begin a text, unless the text was written with them already.
+    fn begun(&self, ids: Vec<u32>) -> Vec<u32> {
+        match ids.starts_with(&self.before) {
+            true => ids,
+            false => [&self.before[..], &ids].concat(),
+        }
     }
 
     /// The ids of what training puts behind a prompt: the answer's own and the end token.
@@ -182,8 +216,19 @@ impl RowTokenizer {
     /// As [`prompt`](Self::prompt).
     pub fn answer(&self, text: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
         let mut ids = self.encode(text, path, line)?;
-        ids.push(self.end);
+        match self.ends_at(&ids) {
+            // White space behind the end is nothing to learn.
+            Some(end) => ids.truncate(end + 1),
+            None => ids.push(self.end),
+        }
         Ok(ids)
+    }
+
+    /// Where the end token is, if the text was written with it: at most white space follows.
+    fn ends_at(&self, ids: &[u32]) -> Option<usize> {
+        let end = ids.iter().rposition(|id| *id == self.end)?;
+        let behind = decoded(&self.tokenizer.tokenizer, &ids[end + 1..], false);
+        behind.trim().is_empty().then_some(end)
     }
 
     /// A row as a question: of a conversation, what the assistant says last.
@@ -265,8 +310,7 @@ impl RowTokenizer {
                 }
             }
             Example::Text(text) => {
-                let mut ids = self.before.clone();
-                ids.extend(self.answer(text, path, row.line)?);
+                let ids = self.begun(self.answer(text, path, row.line)?);
                 TokenizedRow::answer(row.line, ids, 1)
             }
         };
@@ -350,6 +394,45 @@ impl RowTokenizer {
         let encoding = self.tokenizer.encode(text);
         encoding.map_err(|error| failed(error, path, line))
     }
+}
+
+/// Adds the tokens that a model's other files name, under the ids that they give. Of a token that `tokenizer.json` has
+/// too, their flags count, as in transformers.
+fn add_tokens(tokenizer: &mut Tokenizer, files: &ModelFiles) -> Result<(), DataError> {
+    for (id, token) in files.added_tokens()? {
+        let known = tokenizer.get_added_tokens_decoder();
+        if known.get(&id).is_some_and(|known| same(known, &token)) {
+            continue;
+        }
+        let content = token.content.clone();
+        let added = tokenizer.add_tokens([token]);
+        added.map_err(|error| files.error("tokenizer.json", error.to_string()))?;
+        let got = tokenizer.token_to_id(&content);
+        if got != Some(id) {
+            let got = got.map_or_else(|| "none".into(), |got| got.to_string());
+            let message = format!(
+                "the added token {content:?} has id {id} in the model's files, and would get id {got} behind those of \
+                 tokenizer.json; save the tokenizer with a newer transformers, which writes all tokens into \
+                 tokenizer.json"
+            );
+            return Err(files.error("tokenizer_config.json", message));
+        }
+    }
+    Ok(())
+}
+
+/// Whether two tokens are alike in every flag; the crate's own comparison asks for the text only.
+fn same(a: &AddedToken, b: &AddedToken) -> bool {
+    let flags = |token: &AddedToken| {
+        [
+            token.single_word,
+            token.lstrip,
+            token.rstrip,
+            token.normalized,
+            token.special,
+        ]
+    };
+    a.content == b.content && flags(a) == flags(b)
 }
 
 fn failed(message: String, path: &Path, line: usize) -> DataError {
@@ -472,6 +555,29 @@ pub(super) mod tests {
     }
 
     #[test]
+    fn special_tokens_that_a_text_was_written_with_are_not_added_once_more() {
+        let files = word_files(&WORDS, true);
+        let ids = |example: Example| {
+            let row = Row { line: 7, example };
+            tokenize(&files, PromptTemplate::Raw, &row).unwrap().ids
+        };
+        let text = |text: &str| ids(Example::Text(text.into()));
+        assert_eq!(text("good news"), [1, 3, 4, 2]);
+        for written in [
+            "<s> good news",
+            "good news </s>",
+            "<s> good news </s>",
+            "<s> good news </s> \n",
+        ] {
+            assert_eq!(text(written), [1, 3, 4, 2], "{written:?}");
+        }
+        // An end in the middle is none.
+        assert_eq!(text("good </s> news"), [1, 3, 2, 4, 2]);
+        let answer = ids(row("<s> good", "news </s>").example);
+        assert_eq!(answer, [1, 3, 4, 2]);
+    }
+
+    #[test]
     fn a_chat_template_writes_its_special_tokens_itself() {
         let mut files = word_files(&WORDS, true);
         files.chat_template = Some("{{ bos_token }} {{ messages[0].content }} [/INST]".into());
@@ -509,6 +615,40 @@ pub(super) mod tests {
             "{error}"
         );
         assert!(error.contains("8 tokens"), "{error}");
+    }
+
+    #[test]
+    fn tokens_that_only_other_files_know_are_whole() {
+        let mut files = word_files(&WORDS, false);
+        let token = |content: &str, special: bool| {
+            serde_json::json!({"content": content, "special": special, "normalized": false,
+                "single_word": false, "lstrip": false, "rstrip": false})
+        };
+        let config = |id: &str| {
+            let decoder = serde_json::json!({"2": token("</s>", true), "8": token("<a>", true),
+                id: token("<b>", false)});
+            serde_json::json!({"eos_token": "</s>", "added_tokens_decoder": decoder}).to_string()
+        };
+        let ids = |files: &ModelFiles| {
+            let row = row("good <b>news", "<a>");
+            let tokenizer = RowTokenizer::new(files, &PromptTemplate::Raw);
+            tokenizer
+                .and_then(|it| it.tokenize(&row, Path::new("a"), 10))
+                .map(|row| row.ids)
+        };
+        files.tokenizer_config = Some(config("9"));
+        assert_eq!(ids(&files).unwrap(), [3, 9, 4, 8, 2]);
+        files.tokenizer_config = Some(config("12"));
+        let error = ids(&files).unwrap_err().to_string();
+        assert!(
+            error.contains("<b>") && error.contains("id 12") && error.contains("id 9"),
+            "{error}"
+        );
+        // Files of older versions of transformers.
+        files.tokenizer_config = Some(r#"{"eos_token": "<old>"}"#.into());
+        files.special_tokens_map = Some(r#"{"eos_token": {"content": "</s>"}}"#.into());
+        files.added_tokens = Some(r#"{"<b>": 9, "<a>": 8}"#.into());
+        assert_eq!(ids(&files).unwrap(), [3, 9, 4, 8, 2]);
     }
 
     #[test]

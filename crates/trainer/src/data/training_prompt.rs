@@ -56,6 +56,9 @@ pub struct TrainingPrompt {
     /// The SHA-256 of the model's chat template, where that was the prompt template.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template_sha256: Option<String>,
+    /// What the chat template took for now, in seconds since 1970, where it writes the date.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chat_template_time: Option<u64>,
 }
 
 impl TrainingPrompt {
@@ -70,8 +73,10 @@ impl TrainingPrompt {
 
     /// How a template renders prompts by a model with these files.
     pub fn of_template(files: &ModelFiles, template: &PromptTemplate) -> Self {
-        let chat = (*template == PromptTemplate::Chat).then(|| files.chat_template().ok());
+        let is_chat = *template == PromptTemplate::Chat;
+        let chat = is_chat.then(|| files.chat_template().ok());
         Self {
+            chat_template_time: files.time.filter(|_| is_chat && files.writes_date()),
             prompt_template: template.to_string(),
             dataset_format: None,
             chat_template_sha256: chat.flatten().map(|(text, _)| sha256(&text)),
@@ -198,6 +203,21 @@ mod tests {
         // What rows were written in does not matter, only what prompts they gave.
         let rows = TrainingPrompt::new(&files("a"), &PromptTemplate::Chat, Format::Messages);
         assert_eq!(rows.difference(&a), None);
+    }
+
+    #[test]
+    fn the_date_of_a_template_that_writes_it_is_remembered() {
+        let time = |template: &str, prompt: PromptTemplate| {
+            let files = ModelFiles {
+                time: Some(1_000_000_000),
+                ..files(template)
+            };
+            TrainingPrompt::of_template(&files, &prompt).chat_template_time
+        };
+        let dated = "{{ strftime_now('%d %b %Y') }}";
+        assert_eq!(time(dated, PromptTemplate::Chat), Some(1_000_000_000));
+        assert_eq!(time(dated, PromptTemplate::Raw), None);
+        assert_eq!(time("{{ messages }}", PromptTemplate::Chat), None);
     }
 
     #[test]

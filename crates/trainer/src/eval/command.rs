@@ -12,7 +12,7 @@ use llama_burn::Llama;
 use super::answering::{Answer, Answering, Task, TaskOptions};
 use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use crate::config::{EMBEDDED, PromptTemplate};
-use crate::data::{self, RowTokenizer, Rows, TrainingPrompt, effective_template};
+use crate::data::{self, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template};
 use crate::device::KernelArgs;
 use crate::embedded;
 use crate::hub;
@@ -242,7 +242,11 @@ fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
         true => embedded::materialise()?.validation,
         false => path.to_path_buf(),
     };
-    let Rows { mut rows, source } = data::read_rows(&path, None)?;
+    let Rows {
+        mut rows,
+        source,
+        ignored,
+    } = data::read_rows(&path, None)?;
     let targets = rows.iter().filter_map(|row| row.example.target());
     let targets = targets.map(String::from).collect();
     if let Some(size) = args.held_out {
@@ -255,9 +259,35 @@ fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
     }
     Ok(Sample {
         path,
-        rows: Rows { rows, source },
+        rows: Rows {
+            rows,
+            source,
+            ignored,
+        },
         targets,
     })
+}
+
+/// The model's files with the date that the adapters' prompts had in training.
+fn dated(files: &ModelFiles, prompts: &[(PathBuf, Option<TrainingPrompt>)]) -> ModelFiles {
+    let times = prompts
+        .iter()
+        .filter_map(|(folder, prompt)| Some((folder, prompt.as_ref()?.chat_template_time?)));
+    let mut times = times.peekable();
+    let first = times.peek().map(|(_, time)| *time);
+    for (folder, time) in times {
+        if Some(time) != first {
+            log::warn!(
+                "the chat template writes the date, and the adapter in {} was trained with another date than the first; \
+                 that of the first is written",
+                folder.display()
+            );
+        }
+    }
+    ModelFiles {
+        time: first,
+        ..files.clone()
+    }
 }
 
 /// Tokenizes the files' rows, each with the tokenizer that its format needs.
@@ -268,7 +298,7 @@ fn tasks(
     template: &PromptTemplate,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
 ) -> anyhow::Result<Vec<(Task, RowTokenizer)>> {
-    let files = &inference.files;
+    let files = &dated(&inference.files, prompts);
     let options = TaskOptions {
         labels: &args.labels,
         lists: args.lists,
@@ -455,6 +485,7 @@ mod tests {
             prompt_template: template.into(),
             dataset_format: None,
             chat_template_sha256: None,
+            chat_template_time: None,
         };
         ("runs/a/adapter".into(), Some(prompt))
     }

@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use super::{Finish, Generator, Limits, Sampling, Timing};
 use crate::config::PromptTemplate;
-use crate::data::RowTokenizer;
+use crate::data::{ModelFiles, RowTokenizer, TrainingPrompt};
 use crate::device::KernelArgs;
 use crate::human;
 use crate::inference::{Inference, ModelArgs};
@@ -163,13 +163,23 @@ pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
         None if inference.files.has_chat_template() => PromptTemplate::Chat,
         None => PromptTemplate::Raw,
     };
-    let tokenizer = RowTokenizer::new(&inference.files, &template)?;
+    let trained = args.adapter.as_deref().map(TrainingPrompt::read);
+    let trained = trained.transpose()?.flatten();
+    let files = ModelFiles {
+        // A template that writes the date writes that of the training.
+        time: trained.and_then(|prompt| prompt.chat_template_time),
+        ..inference.files.clone()
+    };
+    let tokenizer = RowTokenizer::new(&files, &template)?;
     let limits = Limits {
         max_new_tokens: args.writing.max_new_tokens,
         end_tokens: inference.end_tokens(tokenizer.end_token())?,
         stop: args.writing.stop.clone(),
     };
     log::info!("{}, template {template}", inference.selected.name);
+    if let Some(warning) = tokenizer.generation_warning(&limits.end_tokens) {
+        log::warn!("{warning}");
+    }
     let session = Session {
         model: &model,
         tokenizer: &tokenizer,

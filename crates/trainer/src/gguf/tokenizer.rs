@@ -79,7 +79,7 @@ pub fn model_files(path: &Path) -> Result<ModelFiles, GgufError> {
         tokenizer_config: Some(Json::Object(tokenizer_config).to_string()),
         generation_config: Some(Json::Object(generation).to_string()),
         config: Some(Json::Object(config).to_string()),
-        chat_template: None,
+        ..ModelFiles::default()
     })
 }
 

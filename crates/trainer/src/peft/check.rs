@@ -37,11 +37,13 @@ impl AdapterTensors {
     /// # Errors
     ///
     /// A selected module whose tensors are missing, a tensor that no selected module has, or one of
-    /// another shape, by PEFT's name; an invalid `lora`, or one that selects nothing.
+    /// another shape, by PEFT's name; an invalid `lora`, one that selects nothing, or an entry of it that matches nothing.
     pub fn check(&self, model: &LlamaConfig, lora: &LoraConfig) -> Result<(), AdapterError> {
         lora.validate()?;
         let selector = lora.selector()?;
         let widths = widths(model);
+        let names: Vec<&str> = widths.keys().map(String::as_str).collect();
+        selector.check(lora, &names)?;
         // "all-linear" is about linear modules; the selector knows names only.
         let linear_only = lora.target_modules == TargetModules::AllLinear;
         let matched = |module: &str| {

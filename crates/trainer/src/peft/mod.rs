@@ -101,6 +101,15 @@ pub enum AdapterError {
         /// The tensor's name.
         name: String,
     },
+    /// A saved module is in the file twice, with other numbers.
+    #[error(
+        "the tensor {tensor} is in the adapter's file twice with other numbers, by itself and under modules_to_save; which \
+         one is meant?"
+    )]
+    TwoVersions {
+        /// The base model's name of the tensor.
+        tensor: String,
+    },
     /// A tensor of another shape.
     #[error("tensor {name} has shape {got:?}, expected {expected:?}")]
     Shape {

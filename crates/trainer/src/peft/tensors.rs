@@ -19,6 +19,11 @@ const B_BIAS: &str = ".lora_B.bias";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
 /// What a module that PEFT wraps is called inside the wrapper.
 const WRAPPED: &str = ".base_layer";
+/// Where PEFT keeps the base model's own tensors of a saved module. It writes them beside the module's where it saves an
+/// embedding by itself, and does not read them.
+const ORIGINAL: &str = ".original_module.";
+/// Where PEFT keeps a saved module's tensors; it writes them under this name too in that case.
+const COPY: &str = ".modules_to_save.";
 
 /// The tensors of one adapted module, on the host, row-major, as `lora_core` lays them out:
 /// `a` is `[d_in, r]` and `b` is `[r, d_out]` (PEFT's file holds both transposed).
@@ -229,6 +234,7 @@ impl AdapterTensors {
         })?;
         let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
         let mut whole = BTreeMap::new();
+        let mut copies: BTreeMap<String, WholeTensor> = BTreeMap::new();
         for (name, view) in file.iter() {
             let unexpected = || AdapterError::Unexpected { name: name.into() };
             let rest = name.strip_prefix(PREFIX).ok_or_else(unexpected)?;
@@ -252,13 +258,26 @@ impl AdapterTensors {
                 continue;
             }
             let tensor = rest.replace(WRAPPED, "");
+            let is_original = tensor.contains(ORIGINAL);
+            let is_copy = tensor.contains(COPY);
+            let tensor = tensor.replace(ORIGINAL, ".").replace(COPY, ".");
             if !explained(lora, &tensor) {
                 return Err(unexpected());
             }
             let Values { shape, values } = read()?;
-            let tensor = whole.insert(tensor, WholeTensor { shape, values });
+            if is_original {
+                continue;
+            }
+            let into = if is_copy { &mut copies } else { &mut whole };
+            let tensor = into.insert(tensor, WholeTensor { shape, values });
             if tensor.is_some() {
                 return Err(unexpected());
+            }
+        }
+        for (tensor, copy) in copies {
+            let known = whole.entry(tensor.clone()).or_insert_with(|| copy.clone());
+            if *known != copy {
+                return Err(AdapterError::TwoVersions { tensor });
             }
         }
         let selector = lora.selector()?;

@@ -1,0 +1,251 @@
+"""Other people's files mean what they mean in transformers: model folders, chat templates, tokenizers, chat data."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+TOKENS = [[1, 17, 5, 40, 8, 63, 2, 9], [3, 3, 60, 11]]
+
+
+def tiny(folder, **settings):
+    """A small random Llama as transformers writes it."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.2, **settings,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    words = {f"w{id}": id for id in range(64)}
+    Tokenizer(models.WordLevel(words, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def assert_same_scores(trainer, folder, tmp_path):
+    """`trainer logits` in 16 bits (nothing quantized) against transformers on the same folder."""
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text(json.dumps(TOKENS))
+    output = tmp_path / "logits.safetensors"
+    trainer("logits", "--backend", "cpu", "--model", folder, "--quant-bits", "16", "--tokens", tokens, "--output", output)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with safe_open(output, "pt") as ours, torch.no_grad():
+        names = sorted(ours.keys())
+        assert len(names) == len(TOKENS), names
+        for name, ids in zip(names, TOKENS):
+            expected = model(torch.tensor([ids])).logits[0]
+            # Sums in f32 in another order.
+            torch.testing.assert_close(ours.get_tensor(name).reshape(expected.shape), expected, atol=2e-4, rtol=0)
+
+
+def edit(file, change):
+    value = json.loads(file.read_text())
+    change(value)
+    file.write_text(json.dumps(value))
+
+
+def test_two_tables_under_a_tied_configuration_are_two_tables(trainer, tmp_path):
+    folder = tiny(tmp_path / "model", tie_word_embeddings=True)
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"] + 0.1 * torch.randn(64, 32)
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert json.loads((folder / "config.json").read_text())["tie_word_embeddings"] is True
+    assert_same_scores(trainer, folder, tmp_path)
+    # A copy of the embedding is nothing new.
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    assert_same_scores(trainer, folder, tmp_path)
+
+
+@pytest.mark.parametrize("places", ["new", "old", "old base outside", "both"])
+def test_rotary_settings_count_wherever_they_stand(trainer, tmp_path, places):
+    folder = tiny(tmp_path / "model")
+    linear = {"rope_type": "linear", "factor": 3.0}
+
+    def change(config):
+        config.pop("rope_parameters", None)
+        match places:
+            case "new":
+                config["rope_parameters"] = {**linear, "rope_theta": 500.0}
+            case "old":
+                config["rope_scaling"] = {"type": "linear", "factor": 3.0}
+                config["rope_theta"] = 500.0
+            case "old base outside":
+                config["rope_parameters"] = linear
+                config["rope_theta"] = 500.0
+            case "both":
+                config["rope_parameters"] = {"rope_type": "default", "rope_theta": 20.0}
+                config["rope_scaling"] = linear
+                config["rope_theta"] = 500.0
+
+    edit(folder / "config.json", change)
+    assert_same_scores(trainer, folder, tmp_path)
+
+
+@pytest.fixture
+def chat_model(smollm2, tmp_path):
+    """SmolLM2's folder under a chat template of the test's own."""
+
+    def make(template):
+        folder = tmp_path / "chat"
+        if folder.exists():
+            shutil.rmtree(folder)
+        folder.mkdir()
+        for file in smollm2.iterdir():
+            (folder / file.name).symlink_to(file.resolve())
+        (folder / "chat_template.jinja").unlink(missing_ok=True)
+        (folder / "chat_template.jinja").write_bytes(template.encode())
+        return folder
+
+    return make
+
+
+def inspect(trainer, folder, rows, tmp_path):
+    """The ids of each row, and which of them are learned."""
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    run = trainer(
+        "inspect-data", "--set", f"base_model={folder}", "--set", f"dataset_path={data}", "--set", "val_set_size=0",
+        "--set", "max_seq_len=2048",
+        "--rows", "99", "--json",
+    )
+    found = []
+    for row in run.json_lines():
+        learned = [0] * len(row["ids"])
+        for start, end in row["learned"]:
+            learned[start:end] = [1] * (end - start)
+        found.append((row["ids"], learned))
+    return found
+
+
+TURNS = [
+    {"role": "user", "content": "weather? <b>&'\" é"},
+    {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {
+        "name": "w", "arguments": {"city": "Rome", "n": 1.0, "small": 1e-7, "large": 1e17, "flag": True, "none": None,
+        "wide": -(10**25), "wider": [10**50 + 7]}}}]},
+    {"role": "tool", "name": "w", "content": "20"},
+    {"role": "assistant", "content": " It is 20.\n", "reasoning": "so it said"},
+]
+TOOLS = [{"type": "function", "function": {"name": "w", "description": "\"é\"", "parameters": {"b": [1, 2.5], "a": None}}}]
+
+# Each writes the roles and contents, and one construct more.
+CONSTRUCTS = {
+    "values": "{{ [1, 'a', none, true, 1e-7, {'k': \"it's\"}] }}{{ none }}{{ 1.0 }}{{ true | string }}",
+    "json of tools": "{% if tools %}{{ tools | tojson }}{{ tools[0] | tojson(indent=2, sort_keys=true) }}{% endif %}",
+    "json with arguments": "{{ tools | tojson(ensure_ascii=true, separators=(',', ':')) }}",
+    "calls": "{% for m in messages %}{% for c in m.tool_calls or [] %}{{ c.function.arguments | tojson }}"
+    "{% for k, v in c.function.arguments | items %}{{ k }}={{ v }};{% endfor %}{% endfor %}{% endfor %}",
+    "tests": "{{ tools is iterable }}{{ documents is iterable }}{{ 'a' is sequence }}{{ {} is mapping }}{{ x is defined }}"
+    "{{ none is none }}{{ messages[0].content is string }}",
+    "methods": "{{ ' A,b '.strip().lower().split(',') }}{{ 'ab'.startswith('a') }}{{ 'a-b'.replace('-', '+') }}"
+    "{{ 'ab'.title() }}{{ 'x'.join(['a', 'b']) if false else 'x' }}{{ 'a\\nb'.splitlines() }}",
+    "numbers": "{% for c in messages[1].tool_calls or [] %}{% set a = c.function.arguments %}{{ a.wide }} {{ a.wider }}"
+    "{{ a.wide is integer }}{{ a.wider[0] is number }}{{ a.n is integer }}{{ a.flag is number }}{{ a.flag is integer }}"
+    "{{ a.wide + 1 }}{{ [a.wider[0], a.wide] | tojson }}{% endfor %}",
+    "reasoning": "{% for m in messages if m.reasoning_content is defined %}<{{ m.reasoning_content }}{{ m.thinking }}>"
+    "{% endfor %}",
+    "namespaces": "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + loop.index0 %}{% endfor %}{{ ns.n }}",
+    "slices": "{{ messages[1:]|length }}{{ messages[-1].role }}{{ messages[::-1][0].role }}{{ 'abcd'[1:3] }}",
+}
+CHAT = "{% for m in messages %}{{ '<|im_start|>' + m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}\
+{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+
+
+@pytest.mark.parametrize("construct", CONSTRUCTS)
+def test_a_template_is_rendered_as_transformers_renders_it(trainer, smollm2, chat_model, tmp_path, construct):
+    template = CONSTRUCTS[construct] + "\r\n" + CHAT.replace("\n", "\r\n")
+    # As Python's open reads the file.
+    read = template.replace("\r\n", "\n")
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    # Only the last turn is learned: constructs that count messages change what comes before the others.
+    turns = [TURNS[0], {**TURNS[1], "weight": 0}, *TURNS[2:]]
+    rows = [
+        {"messages": turns, "tools": TOOLS},
+        {"messages": turns[2:], "tools": json.dumps(TOOLS)},
+        {"messages": [{**turn, "tool_call_id": None} for turn in turns], "tools": TOOLS},
+    ]
+    found = inspect(trainer, chat_model(template), rows, tmp_path)
+    for row, (ids, _) in zip(rows, found, strict=True):
+        theirs = TURNS[-len(row["messages"]) :]
+        expected = tokenizer.apply_chat_template(
+            theirs, tools=TOOLS, chat_template=read, tokenize=True, return_dict=True
+        )["input_ids"]
+        assert ids == expected, f"{tokenizer.decode(ids)}\n{tokenizer.decode(expected)}"
+
+
+@pytest.mark.parametrize("space", ["", "-"])
+def test_marks_of_a_template_are_transformers_mask(trainer, smollm2, chat_model, tmp_path, space):
+    template = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}{% if m.role == 'assistant' %}\
+{% generation S%}\n  {{ m.content + '<|im_end|>' }}{%S endgeneration %}{{ '\n' }}{% else %}{{ m.content + '<|im_end|>\n' }}\
+{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}".replace("S", space)
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    rows = [{"messages": TURNS[2:]}, {"messages": [TURNS[0], TURNS[3], TURNS[0], TURNS[3]]}]
+    found = inspect(trainer, chat_model(template), rows, tmp_path)
+    for row, (ids, learned) in zip(rows, found, strict=True):
+        expected = tokenizer.apply_chat_template(
+            row["messages"], chat_template=template, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        assert ids == expected["input_ids"]
+        assert learned == expected["assistant_masks"] and any(learned)
+
+
+@pytest.mark.parametrize("form", ["added_tokens_decoder", "added_tokens.json"])
+def test_added_tokens_of_other_files_are_whole(trainer, smollm2, chat_model, tmp_path, form):
+    folder = chat_model(CHAT)
+    config = json.loads((smollm2 / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").unlink()
+    token = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+    if form == "added_tokens_decoder":
+        config["added_tokens_decoder"]["49152"] = {**token, "content": "<call>", "special": False}
+        config["added_tokens_decoder"]["49153"] = {**token, "content": "<|eom|>", "special": True}
+    else:
+        config.pop("added_tokens_decoder")
+        (folder / "added_tokens.json").write_text(json.dumps({"<call>": 49152, "<|eom|>": 49153}))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    model = json.loads((smollm2 / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**model, "vocab_size": 49154}))
+    text = "a<call>b<|eom|>c <call> d"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    assert 49152 in expected and 49153 in expected
+    found = inspect(trainer, folder, [{"text": text}], tmp_path)
+    assert found[0][0] == expected
+
+
+def test_saved_tables_of_a_grown_vocabulary_merge_as_in_peft(trainer, tmp_path):
+    base = tiny(tmp_path / "base", tie_word_embeddings=True)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path / "grown")
+    for file in ["tokenizer.json"]:
+        shutil.copy(base / file, tmp_path / "grown" / file)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "grown", dtype=torch.float32)
+    # So that PEFT sees that the vocabulary has grown.
+    model.config._name_or_path = str(base)
+    model.name_or_path = str(base)
+    adapted = get_peft_model(
+        model,
+        LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"],
+                   task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=True)
+    names = load_file(tmp_path / "adapter/adapter_model.safetensors")
+    print(sorted(name for name in names if "lora" not in name))
+    trainer(
+        "merge", "--model", tmp_path / "grown", "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged",
+        "--dtype", "f32",
+    )
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.tensor([TOKENS[0] + [69]])
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=2e-4, rtol=0)
