@@ -59,11 +59,11 @@ pub enum LoraError {
         /// The setting.
         field: &'static str,
         /// The entry as written.
-        entry: String,
+        entry: Box<str>,
         /// What there is.
-        among: String,
+        among: Box<str>,
         /// The most similar name, where one is similar.
-        nearest: Option<String>,
+        nearest: Option<Box<str>>,
     },
     /// A tensor has another shape than the layer needs.
     #[error("{name} has shape {got:?}, expected {expected:?}")]
@@ -83,7 +83,7 @@ pub enum LoraError {
     NoAdapter,
 }
 
-fn did_you_mean(nearest: &Option<String>) -> String {
+fn did_you_mean(nearest: &Option<Box<str>>) -> String {
     match nearest {
         Some(name) => format!(" (did you mean {name:?}?)"),
         None => String::new(),

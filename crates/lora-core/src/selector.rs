@@ -145,7 +145,7 @@ impl ModuleSelector {
         let nothing = |field, entry: &str, among: &str| LoraError::MatchesNothing {
             field,
             entry: entry.into(),
-            among: format!("{among} ({})", kinds(names.iter().copied()).join(", ")),
+            among: format!("{among} ({})", kinds(names.iter().copied()).join(", ")).into(),
             nearest: nearest(entry, names),
         };
         let lists = |entry: &String| {
@@ -183,8 +183,8 @@ impl ModuleSelector {
                 let count = (0..).take_while(|index| has(*index)).count();
                 return Err(LoraError::MatchesNothing {
                     field: "layers_to_transform",
-                    entry: index.to_string(),
-                    among: format!("the model's {count} layers, which are counted from 0"),
+                    entry: index.to_string().into(),
+                    among: format!("the model's {count} layers, which are counted from 0").into(),
                     nearest: None,
                 });
             }
@@ -240,12 +240,12 @@ pub(crate) fn kinds<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
 }
 
 /// The kind of module whose name is most like this one, where one is alike enough that a slip is likely.
-fn nearest(entry: &str, names: &[&str]) -> Option<String> {
+fn nearest(entry: &str, names: &[&str]) -> Option<Box<str>> {
     let likeness = |kind: &str| strsim::jaro_winkler(&entry.to_lowercase(), kind);
     let kinds = kinds(names.iter().copied()).into_iter();
     let alike = kinds.filter(|kind| likeness(kind) > 0.8);
     let nearest = alike.max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
-    nearest.filter(|kind| *kind != entry).map(String::from)
+    nearest.filter(|kind| *kind != entry).map(Box::from)
 }
 
 fn matches(regex: &Regex, name: &str) -> bool {
