@@ -94,12 +94,15 @@ def made_up_rows(count):
 
 
 def assert_pairs(model, tokenize, rows, template, prompt_of):
-    """Prompt and target as transformers tokenizes them: the first with special tokens, the second without."""
+    """Prompt and target as transformers tokenizes them: the first with special tokens, the second without. A prompt
+    that opens with the begin token itself gets no second one, as in TRL."""
     reference = AutoTokenizer.from_pretrained(model)
     ours = tokenize(model, rows, template)
     expected = []
     for row in rows:
         prompt = prompt_of(reference, row)
+        if reference.bos_token_id is not None and prompt[:2] == [reference.bos_token_id] * 2:
+            prompt = prompt[1:]
         target = reference(row["target"], add_special_tokens=False)["input_ids"] + [reference.eos_token_id]
         expected.append((prompt + target, list(range(len(prompt), len(prompt) + len(target)))))
     assert len(ours) == len(expected)

@@ -182,23 +182,34 @@ impl Screen {
         self.run = Some(Run::new(bar, end, &summary.steps));
     }
 
-    /// Says how many kernels are ready until the first step is done: on the bar every second, without a terminal as a
-    /// line every half minute. `kernels` returns those on disk.
-    pub fn preparing(&mut self, kernels: fn() -> Option<KeptKernels>) {
-        let Some(run) = &self.run else {
-            return;
+    /// Says how many kernels are ready until the first step is done, or [`prepared`](Self::prepared) is called: on a bar
+    /// every second, without a terminal as a line every half minute. `what` is what the kernels are needed for; `kernels`
+    /// returns those on disk.
+    pub fn preparing(&mut self, what: &'static str, kernels: fn() -> Option<KeptKernels>) {
+        self.prepared();
+        let bar = match &self.run {
+            Some(run) => run.bar.clone(),
+            None => {
+                let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
+                bar.set_style(style("{msg}", &[]));
+                self.bars.add(bar)
+            }
         };
-        let bar = run.bar.clone();
         self.preparing = Some(match self.plain.clone() {
             Some(lines) => {
                 let tell = move |text: String| write_line(&lines, &text);
-                Preparing::new(Duration::from_secs(30), kernels, tell)
+                Preparing::new(what, Duration::from_secs(30), kernels, tell)
             }
             None => {
                 let tell = move |text| bar.set_message(text);
-                Preparing::new(Duration::from_secs(1), kernels, tell)
+                Preparing::new(what, Duration::from_secs(1), kernels, tell)
             }
         });
+    }
+
+    /// What kernels were prepared for is done.
+    pub fn prepared(&mut self) {
+        self.preparing = None;
     }
 
     /// Goes on after `step` steps of an earlier session, which had this history.

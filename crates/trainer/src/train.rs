@@ -10,7 +10,9 @@ use lora_core::{LoraError, Quantization};
 use crate::checkpoint::{CheckpointError, Fingerprint, Keeper, Progress, Resume, Resumed};
 use crate::config::{BatchSize, ComputeDtype, Config, Problems};
 use crate::data::{self, Data, DataError, Dataset};
-use crate::device::{self, Backend, CheckOptions, DeviceError, DeviceMemory, Known, Selected};
+use crate::device::{
+    self, Backend, CheckOptions, DeviceError, DeviceMemory, KeptKernels, Known, Selected,
+};
 use crate::embedded::{self, EmbeddedError};
 use crate::fault::{self, FaultError};
 use crate::fit::{self, Fit, FitError};
@@ -272,6 +274,11 @@ pub fn train(
     };
     let order = session::order(config, &data, &fit);
     let total_steps = order.total_steps(config.num_epochs, config.max_steps);
+    let kept = device::kept_kernels();
+    if selected.backend != Backend::Cpu {
+        let what = "comparing the device with the CPU";
+        screen.preparing(what, device::kept_kernels);
+    }
     let checks = device::check_device(
         &selected,
         &CheckOptions {
@@ -281,7 +288,9 @@ pub fn train(
             lora: &lora,
             longest_row: data.train.lengths().max().unwrap_or(1),
         },
-    )?;
+    );
+    screen.prepared();
+    let checks = checks?;
     for check in &checks {
         log::debug!("{check:?}");
     }
@@ -398,6 +407,7 @@ pub fn train(
             let mut all = preset(config);
             all.extend(warnings(
                 &selected,
+                kept,
                 resumed.as_ref(),
                 divided_anew,
                 memory_there,
@@ -407,7 +417,7 @@ pub fn train(
         },
     });
     if selected.backend != Backend::Cpu {
-        screen.preparing(device::kept_kernels);
+        screen.preparing("preparing kernels", device::kept_kernels);
     }
     if resumed.is_some() {
         screen.resume(progress.step, &metrics::history(&folder.metrics())?);
@@ -632,13 +642,14 @@ fn preset(config: &Config) -> Vec<String> {
 /// What the user should know before the first step.
 fn warnings(
     selected: &Selected,
+    kept: Option<KeptKernels>,
     resumed: Option<&Resumed>,
     divided_anew: bool,
     memory_there: Option<DeviceMemory>,
 ) -> Vec<String> {
     let mut warnings: Vec<String> = selected.warning().into_iter().collect();
     if selected.backend != Backend::Cpu {
-        warnings.push(device::first_step());
+        warnings.push(device::first_step(kept));
     }
     if memory_there.is_none() {
         warnings.push(

@@ -124,9 +124,9 @@ pub fn kept_kernels() -> Option<KeptKernels> {
     None
 }
 
-/// What the first step of a run does besides, on a GPU.
-pub fn first_step() -> String {
-    match kept_kernels() {
+/// What the first step of a run does besides, on a GPU where these kernels were on disk when the program started.
+pub fn first_step(kept: Option<KeptKernels>) -> String {
+    match kept {
         None => "the first step compiles kernels; later steps do not".into(),
         Some(KeptKernels { tuned: 0, .. }) => {
             "the first step compiles kernels and times several of each to find the fastest. That takes minutes, once: \

@@ -14,8 +14,9 @@ pub struct Preparing {
 }
 
 impl Preparing {
-    /// Asks `kernels` every now and then and says it to `tell`.
+    /// Asks `kernels` every now and then and says it to `tell`, with `what` they are for.
     pub fn new(
+        what: &'static str,
         every: Duration,
         kernels: impl Fn() -> Option<KeptKernels> + Send + 'static,
         tell: impl Fn(String) + Send + 'static,
@@ -27,7 +28,7 @@ impl Preparing {
                 let (started, before) = (Instant::now(), kernels().unwrap_or_default());
                 while let Err(RecvTimeoutError::Timeout) = ended.recv_timeout(every) {
                     if let Some(now) = kernels() {
-                        tell(text(now.since(before), started.elapsed()));
+                        tell(text(what, now.since(before), started.elapsed()));
                     }
                 }
             });
@@ -49,9 +50,9 @@ impl Drop for Preparing {
 }
 
 /// `preparing kernels: 14 tuned, 212 compiled, 1:05 so far`
-fn text(new: KeptKernels, elapsed: Duration) -> String {
+fn text(what: &str, new: KeptKernels, elapsed: Duration) -> String {
     format!(
-        "preparing kernels: {} tuned, {} compiled, {} so far",
+        "{what}: {} tuned, {} compiled, {} so far",
         human::count(new.tuned),
         human::count(new.compiled),
         human::clock(elapsed)
@@ -77,9 +78,9 @@ mod tests {
             })
         };
         let told = said.clone();
-        let preparing = Preparing::new(Duration::from_millis(1), kernels, move |text| {
-            told.lock().unwrap().push(text);
-        });
+        let tell = move |text| told.lock().unwrap().push(text);
+        let every = Duration::from_millis(1);
+        let preparing = Preparing::new("preparing kernels", every, kernels, tell);
         while said.lock().unwrap().len() < 2 {
             thread::yield_now();
         }
