@@ -623,20 +623,27 @@ fn memory_in_words(memory: DeviceMemory) -> String {
     }
 }
 
-/// Which values a preset gave.
+/// Which values a preset gave, and how another trainer's file was read.
 fn preset(config: &Config) -> Vec<String> {
-    let values = config.source.preset.iter();
+    let source = &config.source;
+    let values = source.preset.iter();
     let values: Vec<String> = values
         .map(|(key, value)| format!("{key} = {value}"))
         .collect();
-    match values.is_empty() {
-        true => Vec::new(),
-        false => vec![format!(
-            "the preset \"finlora\" gave what the run does not say, as FinLoRA's finetune.py does: {}. The file's own keys \
-             and --set come before it",
+    let mut notes = source.notes.clone();
+    if !values.is_empty() {
+        let whose = match source.preset_name.as_str() {
+            "axolotl" => "axolotl does",
+            _ => "FinLoRA's finetune.py does",
+        };
+        let note = format!(
+            "the preset {:?} gave what the run does not say, as {whose}: {}. The file's own keys and --set come before it",
+            source.preset_name,
             values.join(", ")
-        )],
+        );
+        notes.insert(0, note);
     }
+    notes
 }
 
 /// What the user should know before the first step.

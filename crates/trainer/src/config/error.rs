@@ -24,12 +24,12 @@ pub enum ConfigError {
         /// The first line that is not.
         line: usize,
     },
-    /// The file is neither valid TOML nor valid JSON.
+    /// The file is not valid TOML, JSON or YAML.
     #[error("{file} is not valid {format}:{}", list(errors))]
     Syntax {
         /// The file.
         file: String,
-        /// `TOML` or `JSON`.
+        /// `TOML`, `JSON` or `YAML`.
         format: &'static str,
         /// Every error that the parser found.
         errors: Vec<SyntaxError>,

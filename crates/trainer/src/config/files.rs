@@ -10,12 +10,13 @@ use crate::hub::{self, HubName};
 
 /// The places where a path of this configuration may lead, best first.
 ///
-/// A relative path starts at the current directory. In a file of named runs, FinLoRA's form, it starts
-/// at the file's own folder first: FinLoRA writes `../data/train/….jsonl` beside `configs/`.
+/// A relative path starts at the current directory. In a file of named runs, FinLoRA's form, and in an axolotl file it
+/// starts at the file's own folder first: FinLoRA writes `../data/train/….jsonl` beside `configs/`.
 fn places(path: &Path, source: &Source) -> Vec<PathBuf> {
     let folder = source.file.as_deref().and_then(Path::parent);
-    match (&source.run, folder) {
-        (Some(_), Some(folder)) if path.is_relative() && folder != Path::new("") => {
+    let is_beside = source.run.is_some() || source.is_axolotl;
+    match (is_beside, folder) {
+        (true, Some(folder)) if path.is_relative() && folder != Path::new("") => {
             vec![folder.join(path), path.into()]
         }
         _ => vec![path.into()],

@@ -1,4 +1,4 @@
-//! The configuration of a run: read raw (TOML or JSON, everything optional), checked as a whole, then used.
+//! The configuration of a run: read raw (TOML, JSON or axolotl's YAML, everything optional), checked as a whole, then used.
 //!
 //! Keys have FinLoRA's names; a file may hold one run, or many named ones as FinLoRA's own does. A file
 //! that is wrong in five places yields five problems at once, each with key, value and what would be right.
@@ -7,11 +7,14 @@
 //! raw.rs       the file's runs and the --set overrides, as keys with values and line numbers
 //! reader.rs    takes one key after another, collects problems and what nobody asked for
 //! validate.rs  from raw to Config: every key, its default, its range
+//! yaml.rs      YAML as axolotl reads it
+//! axolotl/     an axolotl file's keys as these
 //! preset.rs    what another trainer's files leave unsaid
 //! files.rs     where paths lead, and whether the files are there (not needed to plan)
 //! write.rs     Config to TOML with every key; the same parser reads it back
 //! ```
 
+mod axolotl;
 mod error;
 mod files;
 mod preset;
@@ -21,18 +24,20 @@ mod validate;
 mod value;
 mod words;
 mod write;
+mod yaml;
 
 use std::path::{Path, PathBuf};
 
 use llama_burn::limited;
 use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
-use crate::data::Format;
+use crate::data::{Columns, Format};
 use crate::schedule::Decay;
 
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
 pub use words::{
-    BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory, PromptTemplate,
+    BatchSize, Checkpointing, ComputeDtype, InstructTemplate, OnNonFinite, OnOutOfMemory,
+    PromptTemplate,
 };
 
 /// The largest configuration that is read, in bytes: some thousand runs.
@@ -51,8 +56,14 @@ pub struct Source {
     pub file: Option<PathBuf>,
     /// The name of the run within a file of several.
     pub run: Option<String>,
-    /// Keys that `preset` gave, with their values.
+    /// Whether the file is axolotl's YAML.
+    pub is_axolotl: bool,
+    /// The preset that gave the keys of `preset`; empty without one.
+    pub preset_name: String,
+    /// Keys that the preset gave, with their values.
     pub preset: Vec<(String, String)>,
+    /// What the user should know of how another trainer's file is read.
+    pub notes: Vec<String>,
     /// Beside `init_adapter`, the keys of adapters that were written and must not contradict it.
     pub lora_keys: Vec<String>,
 }
@@ -70,6 +81,8 @@ pub struct Config {
     pub val_set_size: f64,
     /// What the rows hold; told by the columns' names where `None` (`"auto"`).
     pub dataset_format: Option<Format>,
+    /// The names that the file has for columns of the format, where they are other names.
+    pub dataset_columns: Columns,
     /// How a row's context becomes the prompt. Conversations are always rendered by the model's chat template.
     pub prompt_template: PromptTemplate,
     /// Tokens of the longest row that is trained on; longer rows are left out and reported, never cut.
@@ -227,7 +240,11 @@ impl Config {
         overrides: &[String],
     ) -> Result<Self, ConfigError> {
         let mut raw = raw::RawConfig::parse(text, path, run)?;
-        let mut problems = raw.apply(overrides);
+        let (mut overrides, mut problems) = (overrides.to_vec(), Vec::new());
+        if raw.source.is_axolotl {
+            (overrides, problems) = axolotl::convert(&mut raw, &overrides);
+        }
+        problems.extend(raw.apply(&overrides));
         problems.extend(preset::apply(&mut raw));
         validate::validate(raw, problems)
     }
@@ -449,7 +466,7 @@ mod tests {
         let other = RUN.replace("\"lora_r\": 4", "\"lora_r\": 4, \"seed\": 1");
         assert_eq!(finlora(&other, &[]).lora_dropout, 0.0);
         assert_eq!(finlora(&other, &["preset=finlora"]).lora_dropout, 0.05);
-        let sets = ["preset=axolotl".to_string()];
+        let sets = ["preset=llama".to_string()];
         let error = Config::load(None, None, &sets).unwrap_err().to_string();
         assert!(
             error.contains("preset") && error.contains("\"finlora\""),

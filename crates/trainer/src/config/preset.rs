@@ -7,9 +7,6 @@ use super::value::Value;
 /// The key.
 pub(super) const PRESET: &str = "preset";
 
-/// Where a preset's keys are from, in messages.
-const LOCATION: &str = "preset \"finlora\"";
-
 /// The keys that a run of FinLoRA's file of runs may have.
 const FINLORA_KEYS: [&str; 11] = [
     "base_model",
@@ -52,9 +49,48 @@ fn finlora() -> Vec<(&'static str, Value)> {
     ]
 }
 
+/// What axolotl does where its YAML is silent, after its `utils/schemas`, `core/builders/base.py` and transformers.
+fn axolotl() -> Vec<(&'static str, Value)> {
+    let text = |text: &str| Value::String(text.into());
+    vec![
+        ("max_seq_len", Value::Integer(512)),
+        ("val_set_size", Value::Float(0.0)),
+        ("lora_dropout", Value::Float(0.0)),
+        ("quant_bits", Value::Integer(16)),
+        ("compute_dtype", text("auto")),
+        ("num_epochs", Value::Integer(1)),
+        ("batch_size", Value::Integer(1)),
+        ("gradient_accumulation_steps", Value::Integer(1)),
+        ("warmup_ratio", Value::Float(0.03)),
+        ("lr_scheduler", text("cosine")),
+        ("weight_decay", Value::Float(0.0)),
+        ("adam_beta1", Value::Float(0.9)),
+        ("adam_beta2", Value::Float(0.999)),
+        ("adam_epsilon", Value::Float(1e-8)),
+        ("max_grad_norm", Value::Float(1.0)),
+        ("seed", Value::Integer(42)),
+        ("save_best", Value::Bool(false)),
+        ("saves_per_epoch", Value::Integer(1)),
+        ("save_total_limit", Value::Integer(4)),
+        ("output_dir", text("./model-out")),
+    ]
+}
+
+/// Keys for which axolotl has no value of its own.
+const AXOLOTL_NEEDS: [(&str, &str); 4] = [
+    ("learning_rate", "learning_rate"),
+    ("lora_r", "lora_r"),
+    ("lora_alpha", "lora_alpha"),
+    (
+        "target_modules",
+        "lora_target_modules (or lora_target_linear)",
+    ),
+];
+
 /// Keys that say the same in another way: where one of them is written, the preset's is left out.
-const INSTEAD: [(&str, &str); 5] = [
+const INSTEAD: [(&str, &str); 6] = [
     ("warmup_steps", "warmup_ratio"),
+    ("warmup_ratio", "warmup_steps"),
     ("val_set_size", "val_dataset_path"),
     ("evals_per_epoch", "eval_steps"),
     ("saves_per_epoch", "save_steps"),
@@ -62,46 +98,70 @@ const INSTEAD: [(&str, &str); 5] = [
 ];
 
 /// Adds the keys of the preset that is asked for, or that the file's shape asks for, where the run does not have them.
-/// Returns what is wrong with the key.
-pub(super) fn apply(raw: &mut RawConfig) -> Option<Problem> {
+/// Returns what is wrong with the key, and what is missing.
+pub(super) fn apply(raw: &mut RawConfig) -> Vec<Problem> {
     let asked = raw.entries.iter().position(|entry| entry.key == PRESET);
     let asked = asked.map(|at| raw.entries.remove(at));
-    let is_wanted = match asked.as_ref().map(|entry| &entry.value) {
-        None => has_finloras_shape(raw),
-        Some(Value::Null) => false,
-        Some(Value::String(word)) if word == "none" => false,
-        Some(Value::String(word)) if word == "finlora" => true,
-        Some(_) => {
-            let entry = asked?;
-            return Some(Problem {
+    let name = match asked.as_ref().map(|entry| &entry.value) {
+        None if raw.source.is_axolotl => "axolotl",
+        None if has_finloras_shape(raw) => "finlora",
+        None | Some(Value::Null) => return Vec::new(),
+        Some(Value::String(word)) => word,
+        Some(_) => "",
+    };
+    let values = match name {
+        "none" => return Vec::new(),
+        "finlora" => finlora(),
+        "axolotl" => axolotl(),
+        _ => {
+            let problem = asked.map(|entry| Problem {
                 location: entry.location,
                 key: entry.key,
                 value: Some(entry.value.to_string()),
-                message: "must be \"finlora\" or \"none\"".into(),
+                message: "must be \"finlora\", \"axolotl\" or \"none\"".into(),
             });
+            return problem.into_iter().collect();
         }
     };
-    if !is_wanted {
-        return None;
-    }
+    raw.source.preset_name = name.into();
+    let location = format!("preset {name:?}");
     let has = |raw: &RawConfig, key: &str| {
         let mut entries = raw.entries.iter();
         entries.any(|entry| entry.key == key && entry.value != Value::Null)
     };
-    for (key, value) in finlora() {
+    let mut problems = Vec::new();
+    // An adapter that is trained on from has its own.
+    if raw.source.is_axolotl && !has(raw, "init_adapter") {
+        for (key, theirs) in AXOLOTL_NEEDS {
+            if !has(raw, key) {
+                problems.push(Problem {
+                    location: raw.file.clone(),
+                    key: theirs.into(),
+                    value: None,
+                    message: "is missing; axolotl has no value of its own for it".into(),
+                });
+            }
+        }
+    }
+    for (key, value) in values {
         let instead = INSTEAD.iter().filter(|(ours, _)| *ours == key);
         if has(raw, key) || instead.clone().any(|(_, other)| has(raw, other)) {
             continue;
+        }
+        if (name, key) == ("axolotl", "warmup_ratio") {
+            let note = "warmup_ratio: axolotl's own warm-up ends after 100 steps at most; set warmup_steps in a run of more \
+                than 3300 steps";
+            raw.source.notes.push(note.into());
         }
         raw.source.preset.push((key.into(), value.to_string()));
         raw.entries.retain(|entry| entry.key != key);
         raw.entries.push(RawEntry {
             key: key.into(),
             value,
-            location: LOCATION.into(),
+            location: location.clone(),
         });
     }
-    None
+    problems
 }
 
 /// Whether the run is one of a JSON file of named runs with no key but FinLoRA's.

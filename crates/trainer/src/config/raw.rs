@@ -6,10 +6,29 @@ use toml::de::DeTable;
 
 use super::error::{ConfigError, Problem, SyntaxError, nearest};
 use super::value::{Entry, Value, line_and_column};
-use super::{EMBEDDED, Source};
+use super::{EMBEDDED, Source, yaml};
 
 /// Where the keys of the configuration in this program are.
 pub(super) const BUILT_IN: &str = "the built-in configuration";
+
+/// What a file is written in.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Language {
+    Json,
+    Toml,
+    /// axolotl's.
+    Yaml,
+}
+
+impl Language {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Json => "JSON",
+            Self::Toml => "TOML",
+            Self::Yaml => "YAML",
+        }
+    }
+}
 
 /// Each wrong key is compared with all that are right; of more than this, nothing was meant.
 const MOST_KEYS: usize = 1000;
@@ -48,22 +67,33 @@ impl RawConfig {
         let extension = path
             .and_then(Path::extension)
             .and_then(|extension| extension.to_str());
-        let json = match extension.map(str::to_lowercase).as_deref() {
-            Some("json") => true,
-            Some("toml") => false,
+        let language = match extension.map(str::to_lowercase).as_deref() {
+            Some("json") => Language::Json,
+            Some("toml") => Language::Toml,
+            Some("yml" | "yaml") => Language::Yaml,
             // No TOML document starts with a brace.
-            _ => text.trim_start().starts_with('{'),
+            _ if text.trim_start().starts_with('{') => Language::Json,
+            _ => Language::Toml,
         };
-        let table = match json {
-            true => json_table(text),
-            false => toml_table(text),
+        let table = match language {
+            Language::Json => json_table(text),
+            Language::Toml => toml_table(text),
+            Language::Yaml => yaml::table(text).map_err(|error| vec![error]),
         };
         let table = table.map_err(|errors| ConfigError::Syntax {
             file: file.clone(),
-            format: if json { "JSON" } else { "TOML" },
+            format: language.name(),
             errors,
         })?;
-        let (run, table) = pick_run(table, run, &file)?;
+        let (run, table) = match (language, run) {
+            // axolotl's files hold one run, whatever its values are.
+            (Language::Yaml, None) => (None, table),
+            (Language::Yaml, Some(run)) => {
+                let run = run.into();
+                return Err(ConfigError::UnnamedRun { file, run });
+            }
+            _ => pick_run(table, run, &file)?,
+        };
         if table.len() > MOST_KEYS {
             let message = format!("the run has {} keys, more than there are", table.len());
             return Err(ConfigError::Syntax {
@@ -95,12 +125,12 @@ impl RawConfig {
             source: Source {
                 file: path.map(Path::to_path_buf),
                 run,
-                lora_keys: Vec::new(),
-                preset: Vec::new(),
+                is_axolotl: language == Language::Yaml,
+                ..Source::default()
             },
             file,
             name,
-            is_json: json,
+            is_json: language == Language::Json,
         })
     }
 
@@ -109,10 +139,7 @@ impl RawConfig {
     pub fn apply(&mut self, overrides: &[String]) -> Vec<Problem> {
         let mut problems = Vec::new();
         for text in overrides {
-            let Some((key, value)) = text
-                .split_once('=')
-                .filter(|(key, _)| !key.trim().is_empty())
-            else {
+            let Some((key, value)) = key_and_value(text) else {
                 problems.push(Problem {
                     location: "--set".into(),
                     key: text.clone(),
@@ -122,8 +149,8 @@ impl RawConfig {
                 continue;
             };
             let entry = RawEntry {
-                key: key.trim().into(),
-                value: override_value(value.trim()),
+                key,
+                value,
                 location: "--set".into(),
             };
             if let Some(rival) = rival(&entry) {
@@ -165,6 +192,13 @@ fn rival(entry: &RawEntry) -> Option<&'static str> {
         key if key == *b => Some(*a),
         _ => None,
     })
+}
+
+/// The key and the value of an override; `None` for one that has no key.
+pub(super) fn key_and_value(text: &str) -> Option<(String, Value)> {
+    let (key, value) = text.split_once('=')?;
+    let key = Some(key.trim()).filter(|key| !key.is_empty())?;
+    Some((key.into(), override_value(value.trim())))
 }
 
 /// The value of an override: TOML where it is that, else the text itself, so that paths need no quotes.

@@ -16,6 +16,7 @@ pub(super) const KEYS: &[&str] = &[
     "val_dataset_path",
     "val_set_size",
     "dataset_format",
+    "dataset_columns",
     "prompt_template",
     "max_seq_len",
     "lora_r",

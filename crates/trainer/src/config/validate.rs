@@ -10,7 +10,7 @@ use super::reader::{Parsed, Reader, boolean, bytes, number, text, whole, whole_u
 use super::value::Value;
 use super::words::{BatchSize, Checkpointing, PromptTemplate};
 use super::{Config, files};
-use crate::data::Format;
+use crate::data::{Columns, Format};
 use crate::schedule::Decay;
 
 /// The linear modules of a Llama's decoder layers.
@@ -140,6 +140,9 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         val_dataset_path,
         val_set_size,
         dataset_format: r.or("dataset_format", None, dataset_format),
+        dataset_columns: r
+            .optional("dataset_columns", dataset_columns)
+            .unwrap_or_default(),
         prompt_template: r.or("prompt_template", PromptTemplate::Raw, prompt_template),
         max_seq_len,
         lora_r: r.or("lora_r", 8, whole(1)),
@@ -244,6 +247,34 @@ fn dataset_format(value: &Value) -> Parsed<Option<Format>> {
         }
         _ => Err(right()),
     }
+}
+
+/// A table from a format's columns to the file's.
+fn dataset_columns(value: &Value) -> Parsed<Columns> {
+    let right = "must be a table from the columns of a format to those of the file, as in { instruction = \"question\" }";
+    let Value::Table(entries) = value else {
+        return Err(right.into());
+    };
+    let mut columns: Vec<(String, String)> = Vec::new();
+    for entry in entries {
+        let known = Format::ALL.iter().flat_map(|format| format.keys());
+        if !known.clone().any(|key| *key == entry.key) {
+            let nearest = nearest(&entry.key, known.copied());
+            let hint = nearest.map_or(String::new(), |name| format!("; did you mean {name:?}?"));
+            return Err(format!(
+                "{right}; no format has a column {:?}{hint}",
+                entry.key
+            ));
+        }
+        match &entry.value {
+            Value::String(name) if columns.iter().any(|(_, other)| other == name) => {
+                return Err(format!("names the column {name:?} of the file twice"));
+            }
+            Value::String(name) => columns.push((entry.key.clone(), name.clone())),
+            other => return Err(format!("{right}; {:?} is {other}", entry.key)),
+        }
+    }
+    Ok(Columns(columns))
 }
 
 fn quant_bits(value: &Value) -> Parsed<u8> {

@@ -28,6 +28,13 @@ impl Config {
         set("val_set_size", self.val_set_size.into());
         let format = self.dataset_format.map_or("auto", |format| format.word());
         set("dataset_format", format.into());
+        let columns = self.dataset_columns.0.iter();
+        let columns: Table = columns
+            .map(|(ours, theirs)| (ours.clone(), theirs.clone().into()))
+            .collect();
+        let is_renamed = !columns.is_empty();
+        let columns = is_renamed.then_some(Value::Table(columns));
+        set("dataset_columns", columns.unwrap_or_else(none));
         set("prompt_template", self.prompt_template.to_string().into());
         set("max_seq_len", whole(self.max_seq_len));
         set("lora_r", whole(self.lora_r));
@@ -201,6 +208,8 @@ mod tests {
             "max_skipped_steps=0",
             "on_out_of_memory=stop",
             "dataset_format=alpaca",
+            "dataset_columns={ instruction = \"q\", output = \"a\" }",
+            r#"prompt_template='instruct:{"format":"{input}","no_input_format":"{instruction}\n"}'"#,
             "device_memory=8GiB",
             "check_every=50",
         ]));

@@ -76,7 +76,7 @@ impl Format {
     }
 
     /// The columns that it reads. Those of another format are not looked at.
-    pub(super) fn keys(self) -> &'static [&'static str] {
+    pub(crate) fn keys(self) -> &'static [&'static str] {
         match self {
             Self::ContextTarget => &["context", "target"],
             Self::PromptCompletion => &[
@@ -149,12 +149,16 @@ impl Format {
                 target: learned(row, "completion")?,
             },
             Self::Alpaca => {
-                for key in ["system", "history"] {
-                    if !is_nothing(row.get(key)) {
-                        return Err(LineError::NotSupported { key });
-                    }
+                let key = "history";
+                if !is_nothing(row.get(key)) {
+                    return Err(LineError::NotSupported { key });
                 }
                 Example::Instruction {
+                    system: match row.get("system") {
+                        None => None,
+                        value if is_nothing(value) => Some(String::new()),
+                        Some(_) => Some(text(row, "system")?),
+                    },
                     instruction: text(row, "instruction")?,
                     input: match is_nothing(row.get("input")) {
                         true => None,
@@ -203,6 +207,8 @@ pub enum Example {
     },
     /// An answer to an instruction about an input.
     Instruction {
+        /// What stands before all; `None` for a row without such a column. Only an `instruct` template has a place for it.
+        system: Option<String>,
         /// What to do.
         instruction: String,
         /// To what, if to anything.
@@ -332,6 +338,7 @@ mod tests {
             let row = json!({"instruction": "i", "input": input, "output": "o", "history": []});
             let (_, found) = example(row).unwrap();
             let expected = Example::Instruction {
+                system: None,
                 instruction: "i".into(),
                 input: None,
                 output: "o".into(),

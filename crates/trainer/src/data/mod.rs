@@ -6,6 +6,7 @@
 //!   table.rs        CSV and TSV
 //!   parquet.rs      Parquet
 //! format.rs       what the columns mean: {"context", "target"}, {"messages"}, …
+//! columns.rs      columns that a file calls otherwise
 //! conversation.rs messages, and which of them are learned
 //! split.rs        rows taken aside for validation
 //! model_files.rs  tokenizer.json and its neighbours
@@ -27,6 +28,7 @@
 //! left out and counted.
 
 mod chat;
+mod columns;
 mod conversation;
 mod dataset;
 mod ends;
@@ -51,6 +53,7 @@ mod training_prompt;
 
 use std::path::Path;
 
+pub use columns::Columns;
 pub use conversation::Conversation;
 pub use dataset::{Dataset, Statistics};
 pub use error::{DataError, LineError};
@@ -60,7 +63,7 @@ pub use inspect::{inspect, inspect_as_json, inspect_rows};
 pub use model_files::ModelFiles;
 pub use order::Order;
 pub use pack::{Batch, BatchRow, Prefixes};
-pub use rows::{Container, Row, Rows, Source, parse_rows, read_rows};
+pub use rows::{Container, Row, Rows, Source, parse_rows, read_columns, read_rows};
 pub use split::{sample, split};
 pub use tokenize::{Question, RowTokenizer, TokenizedRow, effective_template};
 pub use training_prompt::{PROMPT_FILE, PromptFileError, TrainingPrompt};
@@ -151,7 +154,7 @@ pub fn prepare(
         rows,
         source,
         ignored,
-    } = read_rows(train, config.dataset_format)?;
+    } = read_columns(train, config.dataset_format, &config.dataset_columns)?;
     tokenizer.prepare(&files, template, source.format, train)?;
     let mut validation_source = None;
     let (train_rows, validation_rows) = match validation {
@@ -160,7 +163,7 @@ pub fn prepare(
                 rows: others,
                 source,
                 ..
-            } = read_rows(path, config.dataset_format)?;
+            } = read_columns(path, config.dataset_format, &config.dataset_columns)?;
             tokenizer.prepare(&files, template, source.format, path)?;
             validation_source = Some(source);
             (rows, others)

@@ -57,7 +57,7 @@ fn read(file: File, rows: &mut Collected) -> Result<(), Problem> {
     };
     let format = rows.columns(fields.iter().map(|field| field.name()));
     let format = format.map_err(|problem| at(1, problem))?;
-    let read = fields.iter().filter(|field| format.looks_at(field.name()));
+    let read = (fields.iter()).filter(|field| rows.looks_at(format, field.name()));
     let read: Vec<Arc<Type>> = read.cloned().collect();
     let projection = Type::group_type_builder(schema.name()).with_fields(read);
     let records = RowIter::from_file(Some(projection.build()?), &reader)?;

@@ -7,6 +7,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value};
 
+use super::columns::Columns;
 use super::error::{DataError, LineError};
 use super::format::{Example, Format};
 use super::{json, parquet, table};
@@ -86,6 +87,9 @@ pub struct Rows {
     pub ignored: Vec<String>,
 }
 
+/// The columns of a file that calls them as the format does.
+static SAME_NAMES: Columns = Columns(Vec::new());
+
 /// More ignored columns than this are not remembered.
 const MOST_IGNORED: usize = 64;
 
@@ -97,6 +101,19 @@ const MOST_IGNORED: usize = 64;
 ///
 /// The first bad row, with file, line and the line's beginning; or a file without rows.
 pub fn read_rows(path: &Path, format: Option<Format>) -> Result<Rows, DataError> {
+    read_columns(path, format, &SAME_NAMES)
+}
+
+/// [`read_rows`] for a file that calls its columns otherwise.
+///
+/// # Errors
+///
+/// See [`read_rows`].
+pub fn read_columns(
+    path: &Path,
+    format: Option<Format>,
+    columns: &Columns,
+) -> Result<Rows, DataError> {
     let failed = |source| DataError::Read {
         path: path.into(),
         source,
@@ -115,6 +132,7 @@ pub fn read_rows(path: &Path, format: Option<Format>) -> Result<Rows, DataError>
     let mut rows = Collected {
         path,
         format,
+        columns,
         rows: Vec::new(),
         ignored: Vec::new(),
     };
@@ -137,6 +155,7 @@ pub fn parse_rows(bytes: &[u8], path: &Path) -> Result<Rows, DataError> {
     let mut rows = Collected {
         path,
         format: None,
+        columns: &SAME_NAMES,
         rows: Vec::new(),
         ignored: Vec::new(),
     };
@@ -169,27 +188,37 @@ pub(super) struct Collected<'a> {
     pub path: &'a Path,
     /// The configuration's, else that of the first row, once there is one.
     format: Option<Format>,
+    columns: &'a Columns,
     rows: Vec<Row>,
     ignored: Vec<String>,
 }
 
 impl Collected<'_> {
-    /// The format of a file that names its columns before the first row. It says which of them it looks at
-    /// ([`Format::looks_at`]).
+    /// The format of a file that names its columns before the first row. [`looks_at`](Self::looks_at) decides which of
+    /// them are read.
     pub fn columns<'a>(
         &mut self,
         all: impl Iterator<Item = &'a str> + Clone,
     ) -> Result<Format, LineError> {
-        let format = self.format_of(all.clone())?;
+        let columns = self.columns;
+        let format = self.format_of(all.clone().filter_map(|name| columns.ours(name)))?;
         self.note_ignored(format, all);
         Ok(format)
     }
 
+    /// Whether a row of this format has something in the file's column of this name.
+    pub fn looks_at(&self, format: Format, column: &str) -> bool {
+        let ours = self.columns.ours(column);
+        ours.is_some_and(|ours| format.looks_at(ours))
+    }
+
     /// Adds a row.
     pub fn add(&mut self, line: usize, row: Map<String, Value>) -> Result<(), LineError> {
-        let format = self.format_of(row.keys().map(String::as_str))?;
+        let columns = self.columns;
+        let ours = row.keys().filter_map(|name| columns.ours(name));
+        let format = self.format_of(ours)?;
         self.note_ignored(format, row.keys().map(String::as_str));
-        let example = format.example(row)?;
+        let example = format.example(columns.renamed(row))?;
         self.rows.push(Row { line, example });
         Ok(())
     }
@@ -209,7 +238,9 @@ impl Collected<'_> {
     }
 
     fn note_ignored<'a>(&mut self, format: Format, columns: impl Iterator<Item = &'a str>) {
-        for column in columns.filter(|column| !format.looks_at(column)) {
+        let names = self.columns;
+        let is_read = |column: &str| names.ours(column).is_some_and(|ours| format.looks_at(ours));
+        for column in columns.filter(|column| !is_read(column)) {
             let known = self.ignored.iter().any(|known| known == column);
             if !known && self.ignored.len() < MOST_IGNORED {
                 self.ignored.push(column.into());
@@ -337,6 +368,7 @@ pub(super) mod tests_support {
     pub(in super::super) fn collected(path: &Path) -> Collected<'_> {
         Collected {
             path,
+            columns: &SAME_NAMES,
             format: None,
             rows: Vec::new(),
             ignored: Vec::new(),

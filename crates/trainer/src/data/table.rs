@@ -56,7 +56,8 @@ pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Resu
                 Ok(())
             }),
             (Some((names, format)), _) => {
-                row(names, *format, delimiter, &record).and_then(|row| rows.add(line, row))
+                let is_read = |name: &str| rows.looks_at(*format, name);
+                row(names, is_read, delimiter, &record).and_then(|row| rows.add(line, row))
             }
         };
         added.map_err(|problem| {
@@ -122,7 +123,7 @@ fn names(headers: &ByteRecord) -> Result<Vec<String>, LineError> {
 /// The wanted columns of a record.
 fn row(
     names: &[String],
-    format: Format,
+    is_read: impl Fn(&str) -> bool,
     delimiter: u8,
     record: &ByteRecord,
 ) -> Result<Map<String, Value>, LineError> {
@@ -141,7 +142,7 @@ fn row(
     }
     let mut row = Map::new();
     for (name, value) in names.iter().zip(record.iter()) {
-        if !format.looks_at(name) {
+        if !is_read(name) {
             continue;
         }
         let Ok(value) = std::str::from_utf8(value) else {

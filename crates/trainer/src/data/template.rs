@@ -17,7 +17,7 @@ use super::conversation::Conversation;
 use super::error::DataError;
 use super::model_files::ModelFiles;
 use super::{integers, python};
-use crate::config::PromptTemplate;
+use crate::config::{InstructTemplate, PromptTemplate};
 use crate::contained::contain;
 
 /// What a custom template replaces by the context.
@@ -35,6 +35,7 @@ pub(super) enum Prompt {
     Raw,
     Inst,
     Custom(String),
+    Instruct(InstructTemplate),
     Chat(Box<ChatTemplate>),
 }
 
@@ -44,6 +45,7 @@ impl Prompt {
             PromptTemplate::Raw => Self::Raw,
             PromptTemplate::Inst => Self::Inst,
             PromptTemplate::Custom(text) => Self::Custom(text.clone()),
+            PromptTemplate::Instruct(template) => Self::Instruct(template.clone()),
             PromptTemplate::Chat => Self::Chat(Box::new(ChatTemplate::new(files)?)),
         })
     }
@@ -53,6 +55,7 @@ impl Prompt {
             Self::Raw => context.into(),
             Self::Inst => format!("[INST] {context} [/INST]").into(),
             Self::Custom(text) => text.replace(PLACEHOLDER, context).into(),
+            Self::Instruct(template) => template.render(None, context, None).into(),
             Self::Chat(template) => {
                 let message = serde_json::json!({"role": "user", "content": context});
                 let rendered = template.render(&[message], &Conversation::default(), true)?;

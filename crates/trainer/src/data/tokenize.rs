@@ -9,7 +9,7 @@ use tokenizers::{AddedToken, Encoding, Tokenizer};
 
 use super::chat;
 use super::ends;
-use super::error::DataError;
+use super::error::{DataError, LineError};
 use super::format::{Example, Format};
 use super::guarded::Guarded;
 use super::model_files::ModelFiles;
@@ -238,19 +238,11 @@ impl RowTokenizer {
     /// As [`tokenize`](Self::tokenize); and for a plain text, which asks nothing.
     pub fn question(&self, row: &Row, path: &Path) -> Result<Question, DataError> {
         let (line, prompt, target) = match &row.example {
-            Example::Answer { context, target } => (
+            Example::Answer { target, .. } | Example::Instruction { output: target, .. } => (
                 row.line,
-                self.prompt(context, path, row.line)?,
+                self.row_prompt(&row.example, path, row.line)?,
                 target.clone(),
             ),
-            Example::Instruction { output, .. } => {
-                let context = self.context(&row.example);
-                (
-                    row.line,
-                    self.prompt(&context, path, row.line)?,
-                    output.clone(),
-                )
-            }
             Example::Conversation(conversation) => {
                 let chat = self.chat(path, row.line)?;
                 let (text, target) = chat::question(chat, conversation, path, row.line)?;
@@ -286,8 +278,7 @@ impl RowTokenizer {
     ) -> Result<TokenizedRow, DataError> {
         let tokenized = match &row.example {
             Example::Answer { target, .. } | Example::Instruction { output: target, .. } => {
-                let context = self.context(&row.example);
-                let mut ids = self.prompt(&context, path, row.line)?;
+                let mut ids = self.row_prompt(&row.example, path, row.line)?;
                 let prompt_tokens = ids.len();
                 if prompt_tokens == 0 {
                     return Err(DataError::EmptyPrompt {
@@ -349,26 +340,58 @@ impl RowTokenizer {
         }
     }
 
-    /// What the template is put around. Alpaca's two parts are two lines; where no template would tell them
+    /// The text of the prompt of an answer's row. Alpaca's two parts are two lines; where no template would tell them
     /// apart, they are framed as FinLoRA's contexts are, which were made of such rows.
-    fn context<'a>(&self, example: &'a Example) -> Cow<'a, str> {
-        match example {
-            Example::Answer { context, .. } => context.into(),
+    fn prompt_text<'a>(
+        &'a self,
+        example: &'a Example,
+        path: &Path,
+        line: usize,
+    ) -> Result<Cow<'a, str>, DataError> {
+        let (system, instruction, input) = match example {
+            Example::Answer { context, .. } => return self.prompt.render(context),
             Example::Instruction {
-                instruction, input, ..
-            } => {
-                let framed = matches!(self.prompt, Prompt::Raw);
-                match (framed, input) {
-                    (true, Some(input)) => {
-                        format!("Instruction: {instruction}\nInput: {input}\nAnswer: ").into()
-                    }
-                    (true, None) => format!("Instruction: {instruction}\nAnswer: ").into(),
-                    (false, Some(input)) => format!("{instruction}\n{input}").into(),
-                    (false, None) => instruction.into(),
-                }
-            }
-            Example::Conversation(_) | Example::Text(_) => "".into(),
+                system,
+                instruction,
+                input,
+                ..
+            } => (system.as_deref(), instruction, input.as_deref()),
+            Example::Conversation(_) | Example::Text(_) => return Ok("".into()),
+        };
+        if let Prompt::Instruct(template) = &self.prompt
+            && (template.has_system() || system.is_none_or(str::is_empty))
+        {
+            return Ok(template.render(system, instruction, input).into());
         }
+        if system.is_some_and(|system| !system.is_empty()) {
+            let key = "system";
+            return Err(DataError::Conversation {
+                path: path.into(),
+                line,
+                message: LineError::NotSupported { key }.to_string(),
+            });
+        }
+        let framed = matches!(self.prompt, Prompt::Raw);
+        let context = match (framed, input) {
+            (true, Some(input)) => {
+                format!("Instruction: {instruction}\nInput: {input}\nAnswer: ")
+            }
+            (true, None) => format!("Instruction: {instruction}\nAnswer: "),
+            (false, Some(input)) => format!("{instruction}\n{input}"),
+            (false, None) => instruction.clone(),
+        };
+        Ok(self.prompt.render(&context)?.into_owned().into())
+    }
+
+    /// The ids of the prompt of an answer's row, up to where the answer begins.
+    fn row_prompt(
+        &self,
+        example: &Example,
+        path: &Path,
+        line: usize,
+    ) -> Result<Vec<u32>, DataError> {
+        let text = self.prompt_text(example, path, line)?;
+        Ok(self.begun(self.encode(&text, path, line)?))
     }
 
     fn chat(&self, path: &Path, line: usize) -> Result<&ChatTemplate, DataError> {

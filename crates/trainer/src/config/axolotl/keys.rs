@@ -1,0 +1,387 @@
+//! axolotl's keys that have no counterpart here: those without effect on what is learned, and those that are refused.
+//!
+//! Names and meanings after axolotl 0.18's `utils/schemas`.
+
+use super::super::value::Value;
+
+/// Keys that cannot change what is learned here: how fast, on how many devices, with which kernels and reports.
+const WITHOUT_EFFECT: &[&str] = &[
+    "accelerator_config",
+    "activation_offloading",
+    "attn_implementation",
+    "auto_find_batch_size",
+    "axolotl_config_path",
+    "batch_flattening",
+    "bench_dataset",
+    "bench_split",
+    "bnb_config_kwargs",
+    "chunked_cross_entropy",
+    "chunked_cross_entropy_num_chunks",
+    "context_parallel_size",
+    "cut_cross_entropy",
+    "dataloader_num_workers",
+    "dataloader_pin_memory",
+    "dataloader_prefetch_factor",
+    "dataset_keep_in_memory",
+    "dataset_num_proc",
+    "dataset_prepared_path",
+    "dataset_processes",
+    "ddp",
+    "debug",
+    "deepcompile",
+    "deepspeed",
+    "device",
+    "device_map",
+    "do_bench_eval",
+    "do_causal_lm_eval",
+    "dp_replicate_size",
+    "dp_shard_size",
+    "eager_attention",
+    "embeddings_skip_upcast",
+    "eval_batch_size",
+    "eval_causal_lm_metrics",
+    "eval_max_new_tokens",
+    "eval_sample_packing",
+    "eval_table_size",
+    "experimental_skip_move_to_device",
+    "flash_attention",
+    "flash_optimum",
+    "flex_attention",
+    "flex_attn_compile_kwargs",
+    "fsdp",
+    "fused_attn_kernel",
+    "gc_collect_steps",
+    "gc_steps",
+    "gpu_memory_limit",
+    "gradient_checkpointing_kwargs",
+    "heads_k_stride",
+    "hf_mlflow_log_artifacts",
+    "hf_use_auth_token",
+    "include_tkps",
+    "include_tokens_per_second",
+    "is_falcon_derived_model",
+    "is_llama_derived_model",
+    "is_mistral_derived_model",
+    "is_qwen_derived_model",
+    "large_head_attention",
+    "layer_offloading",
+    "local_rank",
+    "logging_steps",
+    "lora_embedding_kernel",
+    "lora_mlp_kernel",
+    "lora_o_kernel",
+    "lora_on_cpu",
+    "lora_qkv_kernel",
+    "loraplus_lr_embedding",
+    "loss_watchdog_patience",
+    "loss_watchdog_threshold",
+    "low_cpu_mem_usage",
+    "max_memory",
+    "mean_resizing_embeddings",
+    "merge_lora",
+    "merge_method",
+    "model_type",
+    "multipack_real_batches",
+    "num_dataset_shards_to_save",
+    "pad_to_multiple_of",
+    "pad_to_sequence_len",
+    "push_dataset_to_hub",
+    "qlora_sharded_model_loading",
+    "remove_unused_columns",
+    "resources_per_worker",
+    "ring_attn_func",
+    "sample_packing_bin_size",
+    "sample_packing_eff_est",
+    "sample_packing_group_size",
+    "sample_packing_mp_start_method",
+    "sample_packing_sequentially",
+    "save_first_step",
+    "save_only_model",
+    "save_safetensors",
+    "sdp_attention",
+    "sdpa_varlen",
+    "selective_checkpointing",
+    "sequence_parallel_degree",
+    "shuffle_before_merging_datasets",
+    "shuffle_merged_datasets",
+    "strict",
+    "tensor_parallel_size",
+    "tiled_mlp",
+    "tiled_mlp_num_shards",
+    "tiled_mlp_use_original_mlp",
+    "tokenizer_legacy",
+    "tokenizer_save_jinja_files",
+    "tokenizer_type",
+    "tokenizer_use_fast",
+    "torch_empty_cache_steps",
+    "trust_remote_code",
+    "type_of_model",
+    "use_comet",
+    "use_mlflow",
+    "use_otel_metrics",
+    "use_ray",
+    "use_tensorboard",
+    "use_trackio",
+    "use_wandb",
+    "world_size",
+    "xformers_attention",
+];
+
+/// Beginnings of further names of such keys.
+const WITHOUT_EFFECT_FAMILIES: &[&str] = &[
+    "bnb_4bit_",
+    "comet_",
+    "ddp_",
+    "flash_attn_",
+    "fsdp_",
+    "generate_samples",
+    "generation_",
+    "gradio_",
+    "hub_",
+    "liger_",
+    "mlflow_",
+    "num_generation_samples",
+    "otel_",
+    "profiler_",
+    "ray_",
+    "torch_compile",
+    "trackio_",
+    "wandb_",
+];
+
+const TAKE_OUT: &str = "changes what is learned and is not supported here; take it out";
+const MODEL_FILES: &str = "changes the model's tokenizer, which is read as the model's folder has it; set it there \
+    (tokenizer_config.json) and take it out here";
+const PREFERENCES: &str =
+    "this trainer learns answers, not preferences or rewards; take it out, or use axolotl";
+
+/// Keys that are refused where they are on, with what to do.
+const REFUSED: &[(&str, &str)] = &[
+    ("adam_beta3", TAKE_OUT),
+    ("adam_epsilon2", TAKE_OUT),
+    ("added_tokens_overrides", MODEL_FILES),
+    (
+        "auto_resume_from_checkpoints",
+        "take it out; cargo xtask train --resume DIR resumes a run",
+    ),
+    (
+        "base_model_config",
+        "the model's own config.json is read; take it out",
+    ),
+    ("chat_template_kwargs", TAKE_OUT),
+    ("cls_model_config", TAKE_OUT),
+    ("cosine_constant_lr_ratio", TAKE_OUT),
+    ("cosine_min_lr_ratio", TAKE_OUT),
+    ("cpo_alpha", PREFERENCES),
+    ("curriculum_sampling", TAKE_OUT),
+    ("dataloader_drop_last", TAKE_OUT),
+    (
+        "dataset_exact_deduplication",
+        "take repeated rows out of the data file, and the key out of this one",
+    ),
+    (
+        "dataset_shard_idx",
+        "make a data file of the rows that are wanted",
+    ),
+    (
+        "dataset_shard_num",
+        "make a data file of the rows that are wanted",
+    ),
+    ("default_system_message", TAKE_OUT),
+    ("dpo_beta", PREFERENCES),
+    ("dpo_label_smoothing", PREFERENCES),
+    ("dpo_loss_type", PREFERENCES),
+    ("dpo_loss_weights", PREFERENCES),
+    ("dpo_padding_free", PREFERENCES),
+    ("dpo_use_liger_kernel", PREFERENCES),
+    ("dpo_use_weighting", PREFERENCES),
+    ("dynamic_checkpoint", TAKE_OUT),
+    ("eaft_alpha", TAKE_OUT),
+    ("eaft_k", TAKE_OUT),
+    (
+        "early_stopping_patience",
+        "runs are not stopped early here; take it out, and set load_best_model_at_end: true to keep the adapter with \
+         the lowest validation loss",
+    ),
+    ("ebft", PREFERENCES),
+    ("embedding_lr", TAKE_OUT),
+    ("embedding_lr_scale", TAKE_OUT),
+    (
+        "experts_implementation",
+        "models with experts are not supported",
+    ),
+    ("fix_untrained_tokens", TAKE_OUT),
+    ("fp32_norm_classes", TAKE_OUT),
+    ("fp32_norms", TAKE_OUT),
+    ("fp8", "use bf16: auto"),
+    ("freeze_mm_modules", "only text is trained on"),
+    ("gptq", "give the model unquantized, or as GGUF"),
+    ("greater_is_better", TAKE_OUT),
+    (
+        "group_by_length",
+        "batches are drawn from all rows here; take it out",
+    ),
+    ("image_resize_algorithm", "only text is trained on"),
+    ("image_size", "only text is trained on"),
+    ("jagged_restart_anneal_steps", TAKE_OUT),
+    ("jagged_restart_steps", TAKE_OUT),
+    ("jagged_restart_warmup_steps", TAKE_OUT),
+    ("kto_desirable_weight", PREFERENCES),
+    ("kto_undesirable_weight", PREFERENCES),
+    ("lisa_n_layers", TAKE_OUT),
+    ("lisa_step_interval", TAKE_OUT),
+    (
+        "lora_fan_in_fan_out",
+        "Llama has no such layers; take it out",
+    ),
+    (
+        "lora_modules_to_save",
+        "only adapters are trained here; take it out, or use axolotl",
+    ),
+    (
+        "lora_target_parameters",
+        "name modules in lora_target_modules",
+    ),
+    ("loraplus_lr_ratio", TAKE_OUT),
+    ("lr_div_factor", TAKE_OUT),
+    ("lr_groups", TAKE_OUT),
+    ("lr_quadratic_warmup", TAKE_OUT),
+    ("lr_scheduler_kwargs", TAKE_OUT),
+    ("max_packed_sequence_len", "write sequence_len"),
+    ("max_prompt_len", PREFERENCES),
+    (
+        "model_config",
+        "the model's own config.json is read; take it out",
+    ),
+    ("model_kwargs", TAKE_OUT),
+    (
+        "model_quantization_config",
+        "write load_in_8bit or load_in_4bit",
+    ),
+    ("neftune_noise_alpha", TAKE_OUT),
+    ("noisy_embedding_alpha", TAKE_OUT),
+    ("num_labels", PREFERENCES),
+    (
+        "optim_args",
+        "write adam_beta1, adam_beta2 and adam_epsilon",
+    ),
+    ("optim_target_modules", TAKE_OUT),
+    ("orpo_alpha", PREFERENCES),
+    (
+        "overrides_of_model_config",
+        "the model's own config.json is read; take it out",
+    ),
+    ("overrides_of_model_kwargs", TAKE_OUT),
+    ("peft", TAKE_OUT),
+    ("peft_ensure_weight_tying", TAKE_OUT),
+    ("peft_layer_replication", TAKE_OUT),
+    (
+        "peft_layers_pattern",
+        "name the layers by number in peft_layers_to_transform",
+    ),
+    ("peft_trainable_token_indices", TAKE_OUT),
+    ("pose_max_context_len", TAKE_OUT),
+    ("precompute_ref_log_probs", PREFERENCES),
+    (
+        "pretraining_dataset",
+        "name a data file in datasets, with type: completion",
+    ),
+    ("pretraining_sample_concatenation", TAKE_OUT),
+    ("process_reward_model", PREFERENCES),
+    ("processor_kwargs", "only text is trained on"),
+    ("processor_type", "only text is trained on"),
+    ("qat", TAKE_OUT),
+    ("quantization", TAKE_OUT),
+    (
+        "quantize_moe_experts",
+        "models with experts are not supported",
+    ),
+    ("reinit_weights", TAKE_OUT),
+    ("relora", TAKE_OUT),
+    ("relora_steps", TAKE_OUT),
+    ("resize_token_embeddings_to_32x", TAKE_OUT),
+    (
+        "resume_from_checkpoint",
+        "take it out; cargo xtask train --resume DIR resumes a run of this trainer's",
+    ),
+    ("reward_model", PREFERENCES),
+    ("rl", PREFERENCES),
+    ("rl_beta", PREFERENCES),
+    ("role_boundaries", "only text is trained on"),
+    (
+        "rope_scaling",
+        "the model's own config.json is read; set it there and take it out here",
+    ),
+    ("s2_attention", TAKE_OUT),
+    (
+        "sage_attention",
+        "attention is not quantized here; take it out",
+    ),
+    (
+        "sample_packing",
+        "an update would take as many rows as fit into sequence_len tokens, another training; set it to false and set \
+         micro_batch_size to the rows of a micro-batch (rows are computed without padding here, so that nothing is lost)",
+    ),
+    ("scaling_softmax", TAKE_OUT),
+    ("shrink_embeddings", TAKE_OUT),
+    ("simpo_gamma", PREFERENCES),
+    ("skip_prepare_dataset", TAKE_OUT),
+    ("streaming", "name a data file in datasets"),
+    (
+        "tokenizer_config",
+        "the tokenizer of the model's folder is read; take it out",
+    ),
+    (
+        "tokenizer_use_mistral_common",
+        "the model's tokenizer.json is read; take it out",
+    ),
+    ("tokens", MODEL_FILES),
+    ("torchdistx_path", TAKE_OUT),
+    ("trainer_cls", TAKE_OUT),
+    ("trl", PREFERENCES),
+    (
+        "unfrozen_parameters",
+        "only adapters are trained here; take it out",
+    ),
+    ("use_eaft", TAKE_OUT),
+    ("use_kernels", TAKE_OUT),
+    ("use_onebitllms", TAKE_OUT),
+    ("use_pose", TAKE_OUT),
+    ("vllm", PREFERENCES),
+];
+
+/// Plugins that change kernels only.
+pub(super) const PLUGINS_WITHOUT_EFFECT: [&str; 2] = [
+    "axolotl.integrations.liger.LigerPlugin",
+    "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
+];
+
+/// Whether a key has no effect on what is learned here.
+pub(super) fn is_without_effect(key: &str) -> bool {
+    let mut families = WITHOUT_EFFECT_FAMILIES.iter();
+    WITHOUT_EFFECT.contains(&key) || families.any(|family| key.starts_with(family))
+}
+
+/// What to do about a key that is refused where it is on.
+pub(super) fn remedy(key: &str) -> Option<&'static str> {
+    let found = REFUSED.iter().find(|(name, _)| *name == key);
+    found.map(|(_, remedy)| *remedy)
+}
+
+/// Every name in the lists above.
+pub(super) fn names() -> impl Iterator<Item = &'static str> {
+    let refused = REFUSED.iter().map(|(name, _)| *name);
+    WITHOUT_EFFECT.iter().copied().chain(refused)
+}
+
+/// Whether a value switches nothing on.
+pub(super) fn is_off(value: &Value) -> bool {
+    match value {
+        Value::Null | Value::Bool(false) | Value::Integer(0) => true,
+        Value::Float(number) => *number == 0.0,
+        Value::String(text) => text.trim().is_empty(),
+        Value::List(items) => items.iter().all(is_off),
+        Value::Table(entries) => entries.iter().all(|entry| is_off(&entry.value)),
+        Value::Bool(true) | Value::Integer(_) | Value::Other(_) => false,
+    }
+}
