@@ -23,7 +23,11 @@ pub(super) fn convert(converter: &mut Converter) {
     let Some(train) = only(converter, "datasets") else {
         return;
     };
-    let Some((path, rows)) = read(converter, &train) else {
+    let (path, rows) = read(converter, &train);
+    if let Some(path) = path {
+        converter.set("dataset_path", Value::String(path), &train.whole);
+    }
+    let Some(rows) = rows else {
         return;
     };
     // A text is learned whole in any case.
@@ -32,7 +36,6 @@ pub(super) fn convert(converter: &mut Converter) {
         converter.problem(&entry, "prompts are not learned here; set it to false");
     }
     let place = train.whole;
-    converter.set("dataset_path", Value::String(path), &place);
     converter.set("dataset_format", Value::String(rows.format.into()), &place);
     let template = Value::String(rows.template.to_string());
     converter.set("prompt_template", template, &place);
@@ -48,13 +51,14 @@ pub(super) fn convert(converter: &mut Converter) {
     let Some(test) = only(converter, "test_datasets") else {
         return;
     };
-    match read(converter, &test) {
-        Some((_, others)) if others != rows => converter.problem(
+    let (path, others) = read(converter, &test);
+    match (path, others) {
+        (_, Some(others)) if others != rows => converter.problem(
             &test.whole,
             "must have the type and the fields of datasets; rows of both are read alike here",
         ),
-        Some((path, _)) => converter.set("val_dataset_path", Value::String(path), &test.whole),
-        None => {}
+        (Some(path), _) => converter.set("val_dataset_path", Value::String(path), &test.whole),
+        _ => {}
     }
 }
 
@@ -118,7 +122,7 @@ fn only(converter: &mut Converter, key: &str) -> Option<DataSet> {
 }
 
 /// The data set's file and what its rows hold; problems are noted.
-fn read(converter: &mut Converter, data: &DataSet) -> Option<(String, Rows)> {
+fn read(converter: &mut Converter, data: &DataSet) -> (Option<String>, Option<Rows>) {
     let path = file(data).map_err(|(key, message)| converter.problem(&data.place(key), message));
     let rows = match data.get("type") {
         Some(Value::Table(entries)) => format::custom(entries).map_err(|(key, message)| {
@@ -150,7 +154,7 @@ fn read(converter: &mut Converter, data: &DataSet) -> Option<(String, Rows)> {
         }
     };
     unread(converter, data);
-    Some((path.ok()?, rows.ok()?))
+    (path.ok(), rows.ok())
 }
 
 /// The path of the data file.

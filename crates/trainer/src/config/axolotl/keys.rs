@@ -188,16 +188,7 @@ const REFUSED: &[(&str, &str)] = &[
         "make a data file of the rows that are wanted",
     ),
     ("default_system_message", TAKE_OUT),
-    ("dpo_beta", PREFERENCES),
-    ("dpo_label_smoothing", PREFERENCES),
-    ("dpo_loss_type", PREFERENCES),
-    ("dpo_loss_weights", PREFERENCES),
-    ("dpo_padding_free", PREFERENCES),
-    ("dpo_use_liger_kernel", PREFERENCES),
-    ("dpo_use_weighting", PREFERENCES),
     ("dynamic_checkpoint", TAKE_OUT),
-    ("eaft_alpha", TAKE_OUT),
-    ("eaft_k", TAKE_OUT),
     (
         "early_stopping_patience",
         "runs are not stopped early here; take it out, and set load_best_model_at_end: true to keep the adapter with \
@@ -215,7 +206,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("fp32_norms", TAKE_OUT),
     ("fp8", "use bf16: auto"),
     ("freeze_mm_modules", "only text is trained on"),
-    ("gptq", "give the model unquantized, or as GGUF"),
     ("greater_is_better", TAKE_OUT),
     (
         "group_by_length",
@@ -223,13 +213,6 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     ("image_resize_algorithm", "only text is trained on"),
     ("image_size", "only text is trained on"),
-    ("jagged_restart_anneal_steps", TAKE_OUT),
-    ("jagged_restart_steps", TAKE_OUT),
-    ("jagged_restart_warmup_steps", TAKE_OUT),
-    ("kto_desirable_weight", PREFERENCES),
-    ("kto_undesirable_weight", PREFERENCES),
-    ("lisa_n_layers", TAKE_OUT),
-    ("lisa_step_interval", TAKE_OUT),
     (
         "lora_fan_in_fan_out",
         "Llama has no such layers; take it out",
@@ -280,7 +263,6 @@ const REFUSED: &[(&str, &str)] = &[
         "name the layers by number in peft_layers_to_transform",
     ),
     ("peft_trainable_token_indices", TAKE_OUT),
-    ("pose_max_context_len", TAKE_OUT),
     ("precompute_ref_log_probs", PREFERENCES),
     (
         "pretraining_dataset",
@@ -297,8 +279,6 @@ const REFUSED: &[(&str, &str)] = &[
         "models with experts are not supported",
     ),
     ("reinit_weights", TAKE_OUT),
-    ("relora", TAKE_OUT),
-    ("relora_steps", TAKE_OUT),
     ("resize_token_embeddings_to_32x", TAKE_OUT),
     (
         "resume_from_checkpoint",
@@ -322,7 +302,6 @@ const REFUSED: &[(&str, &str)] = &[
         "an update would take as many rows as fit into sequence_len tokens, another training; set it to false and set \
          micro_batch_size to the rows of a micro-batch (rows are computed without padding here, so that nothing is lost)",
     ),
-    ("scaling_softmax", TAKE_OUT),
     ("shrink_embeddings", TAKE_OUT),
     ("simpo_gamma", PREFERENCES),
     ("skip_prepare_dataset", TAKE_OUT),
@@ -348,6 +327,45 @@ const REFUSED: &[(&str, &str)] = &[
     ("use_onebitllms", TAKE_OUT),
     ("use_pose", TAKE_OUT),
     ("vllm", PREFERENCES),
+    ("center_rewards_coefficient", PREFERENCES),
+    ("fp8_enable_fsdp_float8_all_gather", "use bf16: auto"),
+    ("gemma4_hybrid_attn_impl", TAKE_OUT),
+    ("is_preprocess", TAKE_OUT),
+    (
+        "llama4_linearized_experts",
+        "models with experts are not supported",
+    ),
+    (
+        "model_quantization_config_kwargs",
+        "write load_in_8bit or load_in_4bit",
+    ),
+    ("preprocess_iterable", TAKE_OUT),
+    ("rpo_alpha", PREFERENCES),
+    (
+        "streaming_multipack_buffer_size",
+        "name a data file in datasets",
+    ),
+    ("total_num_tokens", TAKE_OUT),
+    ("total_supervised_tokens", TAKE_OUT),
+];
+
+/// Beginnings of further names of such keys.
+const REFUSED_FAMILIES: &[(&str, &str)] = &[
+    ("dion_", TAKE_OUT),
+    ("dpo_", PREFERENCES),
+    ("eaft_", TAKE_OUT),
+    (
+        "gptq",
+        "give the model unquantized, or as GGUF; take it out",
+    ),
+    ("jagged_restart_", TAKE_OUT),
+    ("kto_", PREFERENCES),
+    ("lisa_", TAKE_OUT),
+    ("pose_", TAKE_OUT),
+    ("pretrain_multipack_", "name a data file in datasets"),
+    ("qgalore_", TAKE_OUT),
+    ("relora", TAKE_OUT),
+    ("scaling_softmax", TAKE_OUT),
 ];
 
 /// Plugins that change kernels only.
@@ -365,6 +383,8 @@ pub(super) fn is_without_effect(key: &str) -> bool {
 /// What to do about a key that is refused where it is on.
 pub(super) fn remedy(key: &str) -> Option<&'static str> {
     let found = REFUSED.iter().find(|(name, _)| *name == key);
+    let mut families = REFUSED_FAMILIES.iter();
+    let found = found.or_else(|| families.find(|(family, _)| key.starts_with(family)));
     found.map(|(_, remedy)| *remedy)
 }
 

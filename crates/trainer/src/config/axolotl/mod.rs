@@ -318,7 +318,7 @@ impl Converter {
             (false, true) => Some(("load_in_4bit", 4)),
             (false, false) => None,
         };
-        if is_qlora && !matches!(bits, Some((_, 4))) {
+        if is_qlora && !self.is_on("load_in_4bit") {
             let entry = self.entry_or_file("adapter");
             self.problem(&entry, "qlora needs load_in_4bit: true");
         }

@@ -404,7 +404,7 @@ fn data_sets_are_read_as_their_types_say_or_refused() {
         ),
     ] {
         let found = problems(&data(text), &[]);
-        // Without a data set there is no data file either.
+        // Of two data sets neither is the data file.
         let found: Vec<&String> = found
             .iter()
             .filter(|problem| !problem.contains("dataset_path: is missing"))
