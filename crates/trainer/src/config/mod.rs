@@ -34,6 +34,7 @@ use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 use crate::data::{Columns, Format};
 use crate::schedule::Decay;
 
+pub(crate) use error::nearest;
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
 pub use words::{
     BatchSize, Checkpointing, ComputeDtype, InstructTemplate, OnNonFinite, OnOutOfMemory,

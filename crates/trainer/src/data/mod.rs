@@ -63,6 +63,7 @@ pub use inspect::{inspect, inspect_as_json, inspect_rows};
 pub use model_files::ModelFiles;
 pub use order::Order;
 pub use pack::{Batch, BatchRow, Prefixes};
+pub(crate) use python::float as python_float;
 pub use rows::{Container, Row, Rows, Source, parse_rows, read_columns, read_rows};
 pub use split::{sample, split};
 pub use tokenize::{Question, RowTokenizer, TokenizedRow, effective_template};

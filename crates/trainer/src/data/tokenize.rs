@@ -171,6 +171,11 @@ impl RowTokenizer {
         self.special.contains(&id)
     }
 
+    /// Whether a prompt is its context and nothing more.
+    pub fn asks_contexts(&self) -> bool {
+        matches!(self.prompt, Prompt::Raw) && self.chat.is_none()
+    }
+
     /// Whether rows are rendered by the chat template as whole conversations.
     pub(super) fn has_chat(&self) -> bool {
         self.chat.is_some()

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use llama_burn::Llama;
 
-use super::labels::{Answers, finlora_answer};
+use super::labels::{Answers, finlora_answer, is_python_space};
 use super::likelihood::{LikelihoodError, log_likelihoods, most_likely};
 use crate::contained::decoded;
 use crate::data::{DataError, Question, Row, RowTokenizer, Source};
@@ -208,7 +208,8 @@ pub fn items(text: &str, lists: bool) -> Vec<String> {
         false => vec![text.trim().to_string()],
         true => {
             let items = text.split(',');
-            items.map(|item| item.trim().replace('\n', "")).collect()
+            let stripped = items.map(|item| item.trim_matches(is_python_space));
+            stripped.map(|item| item.replace('\n', "")).collect()
         }
     }
 }
@@ -305,7 +306,8 @@ impl Answering<'_> {
         let decode = |ids: &[u32]| decoded(tokenizer, ids, true);
         let answers = prompts.iter().zip(written).map(|(prompt, written)| {
             let whole = decode(&[prompt, &written.tokens[..]].concat());
-            let finlora = finlora_answer(&whole, &decode(prompt), &written.text);
+            let asked = self.tokenizer.asks_contexts().then(|| decode(prompt));
+            let finlora = finlora_answer(&whole, asked.as_deref(), &written.text);
             Answer {
                 finlora: finlora.to_string(),
                 written: written.text,

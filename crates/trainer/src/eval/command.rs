@@ -10,9 +10,13 @@ use clap::Args;
 use llama_burn::Llama;
 
 use super::answering::{Answer, Answering, Task, TaskOptions};
+use super::named::{BASE, NamedAdapter, named};
 use super::results::{Contender, FileResults, Results, Scorer, Verdict};
+use super::suite::{self, Suite};
 use crate::config::{EMBEDDED, PromptTemplate};
-use crate::data::{self, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template};
+use crate::data::{
+    self, Format, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template,
+};
 use crate::device::KernelArgs;
 use crate::embedded;
 use crate::hub;
@@ -25,13 +29,32 @@ use crate::screen::Screen;
 #[derive(Debug, Args)]
 pub struct EvalArgs {
     #[command(flatten)]
-    model: ModelArgs,
+    pub(super) model: ModelArgs,
     /// Adapters in PEFT's format, as training writes them; each is compared with the base model
-    #[arg(long, value_name = "DIR", num_args = 1..)]
-    adapter: Vec<PathBuf>,
+    #[arg(long, value_name = "[NAME=]DIR", num_args = 1..)]
+    pub(super) adapter: Vec<PathBuf>,
+    /// A benchmark in place of --data: its files in --data-dir, its answer lengths and scores. For finlora the base
+    /// model is the one that the adapters name, where --model does not say
+    #[arg(
+        long,
+        value_enum,
+        value_name = "NAME",
+        requires = "data_dir",
+        conflicts_with_all = ["data", "scorer", "labels", "lists", "held_out", "max_new_tokens"]
+    )]
+    suite: Option<Suite>,
+    /// With --suite: the folder of its test files
+    #[arg(long, value_name = "DIR", requires = "suite")]
+    pub(super) data_dir: Option<PathBuf>,
+    /// With --suite: only these tasks, separated by commas, as in fpb,xbrl_finer
+    #[arg(long, value_name = "TASK", value_delimiter = ',', requires = "suite")]
+    pub(super) tasks: Vec<String>,
+    /// With --suite: compute BERTScore with the package bert-score of this Python
+    #[arg(long, value_name = "PYTHON", requires = "suite")]
+    pub(super) bertscore: Option<PathBuf>,
     /// Rows to answer: JSON lines, JSON, CSV or Parquet with context and target, messages and so on; or
     /// `embedded`
-    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "suite")]
     data: Vec<PathBuf>,
     /// Scorers, separated by commas [default: all]
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
@@ -50,25 +73,25 @@ pub struct EvalArgs {
     force: bool,
     /// Only the adapters
     #[arg(long, requires = "adapter")]
-    no_base: bool,
+    pub(super) no_base: bool,
     /// Only the rows that training with this val_set_size and --seed kept aside
     #[arg(long, value_name = "SIZE")]
     held_out: Option<f64>,
     /// Only so many rows of each file, drawn by --seed
     #[arg(long, value_name = "N")]
-    rows: Option<usize>,
+    pub(super) rows: Option<usize>,
     /// Decides which rows
     #[arg(long, value_name = "N", default_value_t = 42)]
-    seed: u64,
+    pub(super) seed: u64,
     /// Tokens to write for an answer at most [default: the longest target's, at least FinLoRA's 10]
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
     /// Rows that are answered together
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch_size: usize,
-    /// Where results.json, results.md and answers.jsonl go
+    /// Where results.json, results.md and answers.jsonl go (with --suite answers/ and bertscore/)
     #[arg(long, value_name = "DIR", default_value = "target/eval")]
-    output: PathBuf,
+    pub(super) output: PathBuf,
 }
 
 impl EvalArgs {
@@ -92,13 +115,20 @@ struct Sample {
 ///
 /// What is wrong with the arguments, the files, the model or an adapter.
 pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
+    match args.suite {
+        Some(Suite::Finlora) => suite::run(args, screen),
+        None => run_on_files(args, screen),
+    }
+}
+
+fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     check(args)?;
     // Before the weights are loaded, so that a mistake costs nothing.
-    let adapters = args
-        .adapter
+    let adapters = named(&args.adapter)?;
+    let folders = adapters
         .iter()
-        .map(|adapter| hub::adapter_folder(adapter));
-    let prompts = training_prompts(&adapters.collect::<Result<Vec<_>, _>>()?)?;
+        .map(|adapter| hub::adapter_folder(&adapter.folder));
+    let prompts = training_prompts(&folders.collect::<Result<Vec<_>, _>>()?)?;
     let template = template(args, &prompts)?;
     let samples = args.data.iter().map(|path| sample(args, path));
     let samples: Vec<Sample> = samples.collect::<anyhow::Result<_>>()?;
@@ -116,11 +146,10 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
             .map(|(task, _)| FileResults::new(task))
             .collect(),
     };
-    let names = names(&args.adapter);
     let mut written = Vec::new();
-    let adapters = args.adapter.iter().zip(&names);
-    let contenders = adapters.map(|(folder, name)| (name.as_str(), Some(folder)));
-    let base = (!args.no_base).then_some(("base", None));
+    let contenders = adapters.iter();
+    let contenders = contenders.map(|NamedAdapter { name, folder }| (name.as_str(), Some(folder)));
+    let base = (!args.no_base).then_some((BASE, None));
     for (name, adapter) in base.into_iter().chain(contenders) {
         let model = match adapter {
             None => inference.base.clone(),
@@ -150,7 +179,7 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn check(args: &EvalArgs) -> anyhow::Result<()> {
+pub(super) fn check(args: &EvalArgs) -> anyhow::Result<()> {
     for (name, number) in [
         ("--batch-size", Some(args.batch_size)),
         ("--rows", args.rows),
@@ -180,7 +209,7 @@ fn check(args: &EvalArgs) -> anyhow::Result<()> {
 }
 
 /// What each adapter's folder says of its training's prompts.
-fn training_prompts(
+pub(super) fn training_prompts(
     adapters: &[PathBuf],
 ) -> anyhow::Result<Vec<(PathBuf, Option<TrainingPrompt>)>> {
     let prompts = adapters.iter().map(|folder| {
@@ -193,7 +222,7 @@ fn training_prompts(
 }
 
 /// The template to evaluate with: the one asked for, else the adapters' own, which must be one.
-fn template(
+pub(super) fn template(
     args: &EvalArgs,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
 ) -> anyhow::Result<PromptTemplate> {
@@ -269,7 +298,10 @@ fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
 }
 
 /// The model's files with the date that the adapters' prompts had in training.
-fn dated(files: &ModelFiles, prompts: &[(PathBuf, Option<TrainingPrompt>)]) -> ModelFiles {
+pub(super) fn dated(
+    files: &ModelFiles,
+    prompts: &[(PathBuf, Option<TrainingPrompt>)],
+) -> ModelFiles {
     let times = prompts
         .iter()
         .filter_map(|(folder, prompt)| Some((folder, prompt.as_ref()?.chat_template_time?)));
@@ -288,6 +320,31 @@ fn dated(files: &ModelFiles, prompts: &[(PathBuf, Option<TrainingPrompt>)]) -> M
         time: first,
         ..files.clone()
     }
+}
+
+/// The tokenizer for a file's rows, whose prompts must be those of the adapters' training.
+pub(super) fn row_tokenizer(
+    args: &EvalArgs,
+    files: &ModelFiles,
+    template: &PromptTemplate,
+    prompts: &[(PathBuf, Option<TrainingPrompt>)],
+    (path, format): (&Path, Format),
+) -> anyhow::Result<RowTokenizer> {
+    let mut tokenizer = RowTokenizer::new(files, template)?;
+    tokenizer.prepare(files, template, format, path)?;
+    let effective = effective_template(template, format);
+    let now = TrainingPrompt::of_template(files, effective.as_ref().unwrap_or(template));
+    for (folder, prompt) in prompts {
+        let difference = prompt.as_ref().and_then(|prompt| prompt.difference(&now));
+        if let Some(difference) = difference.filter(|_| !args.force) {
+            bail!(
+                "{}: the adapter in {} was {difference}; --force evaluates all the same",
+                path.display(),
+                folder.display()
+            );
+        }
+    }
+    Ok(tokenizer)
 }
 
 /// Tokenizes the files' rows, each with the tokenizer that its format needs.
@@ -314,20 +371,7 @@ fn tasks(
     } in samples
     {
         let format = rows.source.format;
-        let mut tokenizer = RowTokenizer::new(files, template)?;
-        tokenizer.prepare(files, template, format, path)?;
-        let effective = effective_template(template, format);
-        let now = TrainingPrompt::of_template(files, effective.as_ref().unwrap_or(template));
-        for (folder, prompt) in prompts {
-            let difference = prompt.as_ref().and_then(|prompt| prompt.difference(&now));
-            if let Some(difference) = difference.filter(|_| !args.force) {
-                bail!(
-                    "{}: the adapter in {} was {difference}; --force evaluates all the same",
-                    path.display(),
-                    folder.display()
-                );
-            }
-        }
+        let tokenizer = row_tokenizer(args, files, template, prompts, (path, format))?;
         let task = Task::new(path, rows.source, &rows.rows, targets, &tokenizer, options)?;
         if !task.has_likelihoods() && args.scorer == [Scorer::Likelihood] {
             bail!(
@@ -341,29 +385,46 @@ fn tasks(
     Ok(tasks)
 }
 
-/// What a contender is called: its folder, or the run's where training wrote it, or the whole path where
-/// several would be called the same.
-fn names(adapters: &[PathBuf]) -> Vec<String> {
-    let short = |folder: &PathBuf| {
-        let name = |path: &Path| {
-            path.file_name()
-                .map(|name| name.to_string_lossy().into_owned())
-        };
-        match (name(folder), folder.parent().and_then(name)) {
-            (Some(last), Some(run)) if last == "adapter" => run,
-            (Some(last), _) => last,
-            (None, _) => folder.display().to_string(),
-        }
+/// A model that is asked.
+pub(super) struct Writer<'a> {
+    pub model: &'a Llama,
+    /// The contender's name.
+    pub name: &'a str,
+    /// Whether it writes answers.
+    pub writes: bool,
+    /// Whether it compares labels.
+    pub compares: bool,
+}
+
+/// Has a model answer a task, with its progress on the screen; the answers and the seconds they took.
+pub(super) fn answers_of(
+    args: &EvalArgs,
+    inference: &Inference,
+    writer: &Writer,
+    (task, tokenizer): (&Task, &RowTokenizer),
+    screen: &Screen,
+) -> anyhow::Result<(Vec<Answer>, f64)> {
+    let end_tokens = inference.end_tokens(tokenizer.end_token())?;
+    let answering = Answering {
+        model: writer.model,
+        tokenizer,
+        end_tokens: &end_tokens,
+        batch_size: args.batch_size,
+        writes: writer.writes,
+        compares: writer.compares,
     };
-    let names: Vec<String> = adapters.iter().map(short).collect();
-    let once =
-        |name: &String| name != "base" && names.iter().filter(|other| *other == name).count() == 1;
-    let all = adapters.iter().zip(&names);
-    all.map(|(folder, name)| match once(name) {
-        true => name.clone(),
-        false => folder.display().to_string(),
-    })
-    .collect()
+    let started = Instant::now();
+    let progress = screen.task(writer.name, task.questions.len());
+    let answers = answering.answer(task, &mut |done| progress.at(done))?;
+    let seconds = started.elapsed().as_secs_f64();
+    let rows = task.questions.len();
+    progress.done(&format!(
+        "{} of {}, {} per second",
+        human::counted(rows as u64, "row"),
+        task.path.display(),
+        human::rate(rows as f64 / seconds)
+    ));
+    Ok((answers, seconds))
 }
 
 /// Has a model answer a task, and judges it.
@@ -377,26 +438,13 @@ fn answer(
 ) -> anyhow::Result<(Contender, Vec<Answer>)> {
     let asked = |scorer: Scorer| args.scorer.is_empty() || args.scorer.contains(&scorer);
     let compares = asked(Scorer::Likelihood) && task.has_likelihoods();
-    let end_tokens = inference.end_tokens(tokenizer.end_token())?;
-    let answering = Answering {
+    let writer = Writer {
         model,
-        tokenizer,
-        end_tokens: &end_tokens,
-        batch_size: args.batch_size,
+        name,
         writes: asked(Scorer::Finlora) || asked(Scorer::Strict),
         compares,
     };
-    let started = Instant::now();
-    let progress = screen.task(name, task.questions.len());
-    let answers = answering.answer(task, &mut |done| progress.at(done))?;
-    let seconds = started.elapsed().as_secs_f64();
-    let rows = task.questions.len();
-    progress.done(&format!(
-        "{} of {}, {} per second",
-        human::counted(rows as u64, "row"),
-        task.path.display(),
-        human::rate(rows as f64 / seconds)
-    ));
+    let (answers, seconds) = answers_of(args, inference, &writer, (task, tokenizer), screen)?;
     let scorers = Scorer::ALL.into_iter().filter(|scorer| match scorer {
         Scorer::Likelihood => compares,
         other => asked(*other),
@@ -448,7 +496,7 @@ mod tests {
 
     use super::*;
 
-    #[derive(Parser)]
+    #[derive(Debug, Parser)]
     struct Command {
         #[command(flatten)]
         args: EvalArgs,
@@ -459,6 +507,32 @@ mod tests {
         Command::try_parse_from(all)
             .unwrap_or_else(|error| panic!("{error}"))
             .args
+    }
+
+    #[test]
+    fn a_suite_has_its_own_data_lengths_and_scores() {
+        let parse = |more: &[&str]| Command::try_parse_from(["eval"].iter().chain(more));
+        let suite = ["--suite", "finlora", "--data-dir", "d"];
+        let args = parse(&[&suite[..], &["--tasks", "fpb,ner"]].concat());
+        assert_eq!(args.unwrap().args.tasks, ["fpb", "ner"]);
+        for (wrong, part) in [
+            (&suite[..2], "--data-dir"),
+            (&["--tasks", "fpb", "--data", "a"], "--suite"),
+            (&[], "--data"),
+        ] {
+            let error = parse(wrong).unwrap_err().to_string();
+            assert!(error.contains(part), "{error}");
+        }
+        for more in [
+            ["--data", "a"],
+            ["--max-new-tokens", "3"],
+            ["--scorer", "strict"],
+            ["--labels", "a"],
+            ["--held-out", "1"],
+        ] {
+            let error = parse(&[&suite[..], &more].concat()).unwrap_err();
+            assert!(error.to_string().contains(more[0]), "{error}");
+        }
     }
 
     #[test]
@@ -510,16 +584,5 @@ mod tests {
         assert!(unlike.to_string().contains("\"chat\""), "{unlike}");
         let unknown = [("peft".into(), None)];
         assert_eq!(template(&args(&[]), &unknown).unwrap(), PromptTemplate::Raw);
-    }
-
-    #[test]
-    fn contenders_have_names_that_tell_them_apart() {
-        let names = |paths: &[&str]| {
-            let paths: Vec<PathBuf> = paths.iter().map(PathBuf::from).collect();
-            names(&paths)
-        };
-        assert_eq!(names(&["runs/one/adapter", "peft/two"]), ["one", "two"]);
-        assert_eq!(names(&["a/x", "b/x"]), ["a/x", "b/x"]);
-        assert_eq!(names(&["runs/base"]), ["runs/base"]);
     }
 }

@@ -6,7 +6,7 @@ use std::collections::BTreeSet;
 const MOST_LABELS: usize = 32;
 
 /// FinLoRA's mark between a prompt and its answer.
-const DELIMITER: &str = "Answer:";
+pub(super) const DELIMITER: &str = "Answer:";
 
 /// The answers that a file's targets allow.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,6 +37,12 @@ impl Answers {
     /// These texts, which are no labels.
     pub fn of_texts<'a>(texts: impl Iterator<Item = &'a str>) -> Self {
         let all: BTreeSet<&str> = texts.map(str::trim).collect();
+        Self::new(all.into_iter().map(String::from).collect(), false)
+    }
+
+    /// These texts as they are, white space included.
+    pub(super) fn verbatim<'a>(texts: impl Iterator<Item = &'a str>) -> Self {
+        let all: BTreeSet<&str> = texts.collect();
         Self::new(all.into_iter().map(String::from).collect(), false)
     }
 
@@ -80,13 +86,20 @@ impl Answers {
 /// follows the last `Answer:` of prompt and continuation, without white space around it.
 ///
 /// A prompt without that mark would have FinLoRA look for labels in the prompt itself; here the answer is
-/// then the continuation.
-pub fn finlora_answer<'a>(whole: &'a str, prompt: &str, continuation: &'a str) -> &'a str {
-    let text = match prompt.contains(DELIMITER) {
+/// then the continuation. So it is behind a prompt template (`prompt` is none), which FinLoRA does not ask with: what
+/// the template writes behind the context is no part of an answer.
+pub fn finlora_answer<'a>(whole: &'a str, prompt: Option<&str>, continuation: &'a str) -> &'a str {
+    let text = match prompt.is_some_and(|prompt| prompt.contains(DELIMITER)) {
         true => whole,
         false => continuation,
     };
-    text.rsplit(DELIMITER).next().unwrap_or(text).trim()
+    let answer = text.rsplit(DELIMITER).next().unwrap_or(text);
+    answer.trim_matches(is_python_space)
+}
+
+/// White space to Python's `str.strip`: Unicode's, and four control characters that Unicode does not count.
+pub(super) fn is_python_space(character: char) -> bool {
+    character.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&character)
 }
 
 #[cfg(test)]
@@ -149,9 +162,12 @@ mod tests {
     fn the_answer_follows_the_last_mark() {
         let prompt = "Input: x {a/b}\nAnswer: ";
         let whole = "Input: x {a/b}\nAnswer: a\n\nAnswer: b ";
-        assert_eq!(finlora_answer(whole, prompt, "a\n\nAnswer: b "), "b");
+        assert_eq!(finlora_answer(whole, Some(prompt), "a\n\nAnswer: b "), "b");
         let unmarked = "Is it a or b?";
-        assert_eq!(finlora_answer("Is it a or b? b", unmarked, " b"), "b");
+        assert_eq!(finlora_answer("Is it a or b? b", Some(unmarked), " b"), "b");
+        // Behind a template's own words.
+        let whole = "[INST] Answer: [/INST] a \u{1c}";
+        assert_eq!(finlora_answer(whole, None, " a \u{1c}"), "a");
     }
 
     #[test]

@@ -136,7 +136,7 @@ fn confusion(targets: &[usize], answers: &[Option<usize>], labels: usize) -> Vec
     matrix
 }
 
-fn share(part: usize, whole: usize) -> f64 {
+pub(super) fn share(part: usize, whole: usize) -> f64 {
     match whole {
         0 => 0.0,
         whole => part as f64 / whole as f64,

@@ -9,6 +9,8 @@
 //! statistics.rs  intervals, and whether two differ by more than chance
 //! results.rs     everything that was found, as it is written to results.json
 //! report.rs      the tables
+//! named.rs       adapters by name: NAME=DIR
+//! suite/         FinLoRA's benchmark: its tasks and its scores in one table
 //! ```
 
 mod answering;
@@ -16,9 +18,11 @@ mod command;
 mod labels;
 mod likelihood;
 mod metrics;
+mod named;
 mod report;
 mod results;
 mod statistics;
+pub mod suite;
 
 pub use answering::{Answer, Answering, AnsweringError, Task, TaskOptions, items, of_items};
 pub use command::{EvalArgs, run};

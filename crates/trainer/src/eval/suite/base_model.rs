@@ -1,0 +1,126 @@
+//! The base model that adapters name.
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, bail};
+
+use crate::config::EMBEDDED;
+use crate::eval::named::NamedAdapter;
+use crate::peft::read_adapter_config;
+
+/// Reads `base_model_name_or_path` of each adapter's folder (`adapters` beside `folders`).
+///
+/// # Errors
+///
+/// An adapter whose settings cannot be read, by its folder.
+pub fn stated(
+    adapters: &[NamedAdapter],
+    folders: &[PathBuf],
+) -> anyhow::Result<Vec<Option<String>>> {
+    let stated = adapters.iter().zip(folders).map(|(adapter, folder)| {
+        let config = read_adapter_config(folder)
+            .with_context(|| format!("the adapter {}: {}", adapter.name, folder.display()))?;
+        Ok(config.base_model_name_or_path)
+    });
+    stated.collect()
+}
+
+/// The model to load: `asked`, unless that is the embedded one (what `--model` is by itself) and the adapters name
+/// another.
+///
+/// # Errors
+///
+/// Adapters that name several.
+pub fn choose(
+    asked: &str,
+    adapters: &[NamedAdapter],
+    stated: &[Option<String>],
+) -> anyhow::Result<String> {
+    if asked != EMBEDDED {
+        return Ok(asked.into());
+    }
+    let mut named = adapters
+        .iter()
+        .zip(stated)
+        .filter_map(|(adapter, base)| Some((adapter, base.as_deref()?)));
+    let Some((first, base)) = named.next() else {
+        return Ok(asked.into());
+    };
+    match named.find(|(_, other)| !is_same(base, other)) {
+        Some((second, other)) => bail!(
+            "the adapter {} was trained on {base:?} and {} on {other:?}: one table has one base model. Give it with --model, \
+             or evaluate them apart",
+            first.name,
+            second.name,
+        ),
+        None => Ok(base.into()),
+    }
+}
+
+/// What the user should know of adapters that name another base model than `model`.
+pub fn notes(model: &str, adapters: &[NamedAdapter], stated: &[Option<String>]) -> Vec<String> {
+    let all = adapters.iter().zip(stated);
+    let other = all.filter_map(|(adapter, base)| {
+        let base = base.as_deref().filter(|base| !is_same(model, base))?;
+        Some(format!(
+            "{} says that it was trained on {base:?}; it is evaluated on {model:?}",
+            adapter.name
+        ))
+    });
+    other.collect()
+}
+
+/// Whether two names are of one model: the same text, the same folder, or the same last part, since a model has
+/// another path on another machine.
+fn is_same(a: &str, b: &str) -> bool {
+    let last = |text: &str| {
+        let name = Path::new(text).file_name();
+        let name = name.map(|name| name.to_string_lossy().to_lowercase());
+        name.map(|name| name.split('@').next().unwrap_or_default().to_string())
+    };
+    let place = |text: &str| std::fs::canonicalize(text).ok();
+    a == b || (place(a).is_some() && place(a) == place(b)) || last(a) == last(b)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn adapters(names: &[&str]) -> Vec<NamedAdapter> {
+        let adapter = |name: &&str| NamedAdapter {
+            name: name.to_string(),
+            folder: name.into(),
+        };
+        names.iter().map(adapter).collect()
+    }
+
+    fn bases(names: &[&str]) -> Vec<Option<String>> {
+        names.iter().map(|name| Some(name.to_string())).collect()
+    }
+
+    #[test]
+    fn the_adapters_base_is_taken_where_no_model_was_given() {
+        let two = adapters(&["a", "b"]);
+        let same = bases(&["org/Model", "/models/model"]);
+        assert_eq!(choose(EMBEDDED, &two, &same).unwrap(), "org/Model");
+        assert_eq!(choose("here", &two, &same).unwrap(), "here");
+        assert_eq!(choose(EMBEDDED, &two, &[None, None]).unwrap(), EMBEDDED);
+        let unlike = bases(&["org/one", "org/two"]);
+        let error = choose(EMBEDDED, &two, &unlike).unwrap_err().to_string();
+        for part in [
+            "a was trained on \"org/one\"",
+            "b on \"org/two\"",
+            "--model",
+        ] {
+            assert!(error.contains(part), "{error}");
+        }
+    }
+
+    #[test]
+    fn an_adapter_of_another_base_is_told() {
+        let two = adapters(&["a", "b"]);
+        let notes = notes("x/one", &two, &bases(&["y/one@main", "org/two"]));
+        assert_eq!(notes.len(), 1);
+        assert!(notes[0].starts_with("b says") && notes[0].contains("org/two"));
+    }
+}

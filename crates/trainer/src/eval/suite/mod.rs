@@ -1,0 +1,36 @@
+//! FinLoRA's benchmark: its tasks by their files' names, asked and scored as its own `test/test_dataset.py` does,
+//! base model and adapters in one table.
+//!
+//! ```text
+//! command.rs     arguments, files, models: the order of things
+//! tasks.rs       the tasks, their files and answer lengths
+//! folder.rs      which of them a folder holds
+//! base_model.rs  the base model that the adapters name
+//! questions.rs   a task's rows, ready to be asked
+//! targets.rs     targets as FinLoRA reads them: through pandas
+//! score.rs       FinLoRA's first-label rule and the strict one; scikit-learn's weighted F1
+//! bert_score.rs  files for the program bert-score, its command, its run
+//! results.rs     everything that was found, as results.json holds it
+//! report.rs      the table
+//! ```
+
+mod base_model;
+mod bert_score;
+mod command;
+mod folder;
+mod questions;
+mod report;
+mod results;
+mod score;
+mod targets;
+mod tasks;
+
+pub use command::run;
+pub use score::{SuiteScores, finlora_scores, strict_scores};
+
+/// Whose benchmark.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+pub enum Suite {
+    /// FinLoRA's.
+    Finlora,
+}
