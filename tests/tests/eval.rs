@@ -5,6 +5,7 @@ use serde_json::Value;
 use tests::fixture;
 use tests::program::{Outcome, run};
 use tests::workspace::Workspace;
+use trainer::eval::suite::{finlora_scores, strict_scores};
 use trainer::eval::{
     Answer, Answers, Scorer, Verdict, correct, items, mcnemar, of_items, score_labels,
 };
@@ -145,6 +146,28 @@ fn the_finlora_scorer_gives_finloras_numbers() {
         let strict = Verdict::new(Scorer::Strict, &all, &right, &answers);
         let same = strict.scores.accuracy == verdict.scores.accuracy;
         assert!(strict.scores.accuracy <= verdict.scores.accuracy && same == case.lists);
+    }
+}
+
+#[test]
+fn a_suites_scores_are_finloras_numbers_too() {
+    for case in scores_fixture::<Finlora>("finlora.json") {
+        let mut targets = Vec::new();
+        let mut answers = Vec::new();
+        for (target, written) in case.targets.iter().zip(&case.written) {
+            let of_row = items(target, case.lists);
+            let mut of_answer = items(written, case.lists);
+            of_answer.resize(of_row.len(), String::new());
+            targets.extend(of_row);
+            answers.extend(of_answer);
+        }
+        let targets: Vec<&str> = targets.iter().map(String::as_str).collect();
+        let answers: Vec<&str> = answers.iter().map(String::as_str).collect();
+        let scores = finlora_scores(&targets, &answers);
+        assert_close("accuracy", scores.accuracy, case.accuracy);
+        assert_close("weighted F1", scores.weighted_f1, case.weighted_f1);
+        let strict = strict_scores(&targets, &answers);
+        assert_eq!(strict.accuracy < scores.accuracy, !case.lists);
     }
 }
 
@@ -337,4 +360,63 @@ fn free_text_and_lists_are_scored_too() {
     let file = &results(&workspace)["files"][0];
     assert_eq!((&file["rows"], &file["answers"]), (&2.into(), &5.into()));
     assert_eq!(file["labels"], serde_json::json!(["w20", "w21"]));
+}
+
+#[test]
+fn a_suite_puts_base_and_adapters_into_one_table() {
+    let workspace = trained("inst");
+    let path = |name: &str| workspace.path(name).display().to_string();
+    let (data, model, output) = (path("tests"), path("model"), path("eval"));
+    std::fs::create_dir(&data).expect("a temporary folder is writable");
+    let rows = std::fs::read_to_string(workspace.path("rows.jsonl")).expect("the rows are there");
+    workspace.write("tests/fpb_test.jsonl", &rows);
+    let list = "{\"context\": \"w10 w20 w30\", \"target\": \"w50,w51\"}\n";
+    workspace.write("tests/finer_test_batched.jsonl", list);
+    // Longer than the model's positions, as XBRL files are for small models.
+    let long = format!(
+        "{{\"context\": \"{}\", \"target\": \"w50\"}}\n",
+        "w10 ".repeat(600)
+    );
+    workspace.write("tests/ner_test.jsonl", &long);
+    let adapter = format!("fpb={}", path("out/adapter"));
+    let suite = ["eval", "--suite", "finlora", "--backend", "cpu"];
+    let fixed = ["--data-dir", &data, "--output", &output];
+    let more = ["--model", &model, "--adapter", &adapter, "--rows", "20"];
+    let text = run(&[&suite[..], &fixed, &more].concat()).succeeded();
+    for part in [
+        "--template raw --force",
+        "ner is left out",
+        "fiqa_test.jsonl",
+    ] {
+        assert!(text.contains(part), "{part:?} in\n{text}");
+    }
+    let results = results(&workspace);
+    let [base, fpb] = [0, 1].map(|index| &results["contenders"][index]);
+    assert_eq!(
+        (&base["name"], &fpb["name"]),
+        (&"base".into(), &"fpb".into())
+    );
+    let accuracy = |contender: &Value, rule: &str| contender["tasks"][0][rule]["accuracy"].as_f64();
+    for rule in ["finlora", "strict"] {
+        assert!(accuracy(fpb, rule) > Some(0.9), "{rule}\n{text}");
+        assert!(accuracy(base, rule) < Some(0.7), "{rule}\n{text}");
+    }
+    assert_eq!(results["tasks"][0]["rows"], 20);
+    assert_eq!(results["tasks"][1]["answers"], 2);
+    let answers = std::fs::read_to_string(workspace.path("eval/answers/fpb.jsonl"));
+    assert_eq!(answers.expect("the answers are there").lines().count(), 40);
+    let markdown = std::fs::read_to_string(workspace.path("eval/results.md")).expect("the table");
+    assert!(markdown.contains("| fpb | strict |"), "{markdown}");
+    // The model that the adapter names is found without --model.
+    let more = [
+        "--adapter",
+        &adapter,
+        "--no-base",
+        "--tasks",
+        "fpb",
+        "--rows",
+        "2",
+    ];
+    let text = run(&[&suite[..], &fixed, &more].concat()).succeeded();
+    assert!(text.contains("named by the adapters"), "{text}");
 }

@@ -63,7 +63,7 @@ pub fn notes(model: &str, adapters: &[NamedAdapter], stated: &[Option<String>]) 
     let other = all.filter_map(|(adapter, base)| {
         let base = base.as_deref().filter(|base| !is_same(model, base))?;
         Some(format!(
-            "{} says that it was trained on {base:?}; it is evaluated on {model:?}",
+            "{} names {base:?} as its base model (adapter_config.json); it is evaluated on {model:?}",
             adapter.name
         ))
     });
@@ -121,6 +121,6 @@ mod tests {
         let two = adapters(&["a", "b"]);
         let notes = notes("x/one", &two, &bases(&["y/one@main", "org/two"]));
         assert_eq!(notes.len(), 1);
-        assert!(notes[0].starts_with("b says") && notes[0].contains("org/two"));
+        assert!(notes[0].starts_with("b names") && notes[0].contains("org/two"));
     }
 }

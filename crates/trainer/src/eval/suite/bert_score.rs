@@ -48,7 +48,7 @@ pub struct BertScore {
     pub f1: f64,
 }
 
-/// Answers and references of one task, a line each.
+/// Answers and references of one task, one per line.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BertScoreFiles {
     references: PathBuf,
@@ -171,7 +171,7 @@ fn parse(printed: &str) -> Option<BertScore> {
     printed.lines().rev().find_map(score)
 }
 
-/// A text a line, however many lines it has: the program reads a line a row.
+/// One line per text, however many lines it has: the program reads one row per line.
 fn lines(texts: &[&str]) -> String {
     let line = |text: &&str| format!("{}\n", one_line(text));
     texts.iter().map(line).collect()

@@ -4,10 +4,10 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use llama_burn::Llama;
 
-use super::super::answering::Answer;
+use super::super::answering::{Answer, AnsweringError};
 use super::super::command::{EvalArgs, Writer, answers_of, dated, row_tokenizer, template};
 use super::super::command::{check, training_prompts};
 use super::super::named::{BASE, NamedAdapter, named};
@@ -52,7 +52,7 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
         screen.note(&note);
     }
     if model != args.model.model {
-        screen.note(&format!("base model: {model}, as the adapters say"));
+        screen.note(&format!("base model: {model}, named by the adapters"));
     }
     for note in base_model::notes(&model, &adapters, &stated) {
         screen.note(&note);
@@ -67,7 +67,7 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
         true => loaded?,
         false => loaded.with_context(|| {
             format!(
-                "{model:?} is the base model that the adapters name; --model gives another place"
+                "{model:?} is the base model that the adapters name; where it is another folder, give that with --model"
             )
         })?,
     };
@@ -81,12 +81,25 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
         inference.config.vocab_size,
         inference.config.max_position_embeddings,
     );
-    let asked = samples.iter().map(|sample| {
+    let mut asked = Vec::new();
+    let mut left_out = Vec::new();
+    for sample in &samples {
         let format = sample.rows.source.format;
         let tokenizer = row_tokenizer(args, files, &template, &prompts, (&sample.path, format))?;
-        Asked::new(sample, tokenizer, shape)
-    });
-    let asked: Vec<Asked> = asked.collect::<anyhow::Result<_>>()?;
+        match Asked::new(sample, tokenizer, shape) {
+            Ok(questions) => asked.push(questions),
+            // A table of the other tasks is worth more than none.
+            Err(error @ AnsweringError::AllTooLong { .. }) if samples.len() > 1 => {
+                let note = format!("{} is left out: {error}", sample.suite.name);
+                screen.note(&note);
+                left_out.push(note);
+            }
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if asked.is_empty() {
+        bail!("no task is left to evaluate:\n{}", left_out.join("\n"));
+    }
 
     let results = SuiteResults {
         suite: "finlora",
@@ -98,6 +111,7 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
         data_dir: data_dir.into(),
         missing: folder.missing,
         ignored: folder.ignored,
+        left_out,
         tasks: asked.iter().map(Asked::results).collect(),
         contenders: Vec::new(),
     };
@@ -234,7 +248,9 @@ impl Run<'_> {
             let score = files.run(python);
             let score = score.with_context(|| {
                 let output = self.args.output.display();
-                format!("the answers are in {output}, BERTScore is not")
+                format!(
+                    "the answers and all other scores are in {output}; BERTScore was not computed"
+                )
             })?;
             progress.done(&format!("BERTScore of {}: F1 {:.3}", task.task, score.f1));
             task.bert_score = Some(score);

@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use super::super::answering::{Task, TaskOptions, items};
+use super::super::answering::{AnsweringError, Task, TaskOptions, items};
 use super::super::labels::DELIMITER;
 use super::results::TaskResults;
 use super::targets::Column;
@@ -51,7 +51,7 @@ impl Sample {
 /// A task as it is asked and judged.
 #[derive(Debug)]
 pub struct Asked {
-    /// What FinLoRA says of it.
+    /// The task of FinLoRA's.
     pub suite: &'static SuiteTask,
     /// The questions.
     pub task: Task,
@@ -86,7 +86,7 @@ impl Asked {
         sample: &Sample,
         tokenizer: RowTokenizer,
         (vocab_size, positions): (usize, usize),
-    ) -> anyhow::Result<Self> {
+    ) -> Result<Self, AnsweringError> {
         let Sample {
             suite,
             path,

@@ -113,6 +113,7 @@ impl SuiteResults {
                 .to_string(),
             self.note_of_average(),
         ];
+        notes.extend(self.left_out.iter().cloned());
         if self.prompt_template != PromptTemplate::Raw.to_string() {
             notes.push(format!(
                 "FinLoRA's own evaluation asks the contexts as they are (--template raw --force); here they are asked in the \
@@ -152,16 +153,19 @@ impl SuiteResults {
         let is_text = |name: &&str| of_name(name).is_some_and(|task| task.judged == Judged::Text);
         let texts: Vec<&str> = texts.filter(is_text).collect();
         let computed = self.commands().next().is_none();
-        let scores = match (texts.is_empty(), computed) {
+        let texts = match (texts.is_empty(), computed) {
             (true, _) => String::new(),
-            (false, true) => format!(", with 100 · BERTScore F1 of {}", texts.join(" and ")),
+            (false, true) => format!(
+                "; for {} 100 · BERTScore F1 is the accuracy",
+                texts.join(" and ")
+            ),
             (false, false) => format!(
                 "; without {}, whose BERTScore was not computed",
                 texts.join(" and ")
             ),
         };
         format!(
-            "average: mean accuracy over tasks as in FinLoRA's Overall Average{scores} / mean weighted F1"
+            "average: the tasks' mean accuracy, FinLoRA's Overall Average, / their mean weighted F1{texts}"
         )
     }
 }
@@ -252,6 +256,7 @@ mod tests {
             data_dir: "data".into(),
             missing: Vec::new(),
             ignored: Vec::new(),
+            left_out: vec!["ner is left out".into()],
             contenders: names.iter().map(contender).collect(),
             tasks: tasks.iter().map(of_task).collect(),
         }
@@ -268,10 +273,7 @@ mod tests {
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
-        assert!(
-            text.contains("with 100 · BERTScore F1 of xbrl_term"),
-            "{text}"
-        );
+        assert!(text.contains("for xbrl_term 100 · BERTScore F1"), "{text}");
         assert!(!text.contains("```"), "{text}");
     }
 
@@ -291,6 +293,7 @@ mod tests {
             "fpb: 1 row left out",
             "tfns: 2 rows without \"Answer:\"",
             "tfns: every target is a number",
+            "ner is left out",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
         }

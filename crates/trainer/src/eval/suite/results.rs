@@ -28,6 +28,8 @@ pub struct SuiteResults {
     pub missing: Vec<&'static str>,
     /// What else is in it.
     pub ignored: Vec<String>,
+    /// Tasks that no row is asked of, and why.
+    pub left_out: Vec<String>,
     /// The tasks, in FinLoRA's order.
     pub tasks: Vec<TaskResults>,
     /// The base model and the adapters.
