@@ -6,6 +6,7 @@
 //! tasks.rs       the tasks, their files and answer lengths
 //! folder.rs      which of them a folder holds
 //! base_model.rs  the base model that the adapters name
+//! run.rs         every model answers every task
 //! questions.rs   a task's rows, ready to be asked
 //! targets.rs     targets as FinLoRA reads them: through pandas
 //! score.rs       FinLoRA's first-label rule and the strict one; scikit-learn's weighted F1
@@ -21,6 +22,7 @@ mod folder;
 mod questions;
 mod report;
 mod results;
+mod run;
 mod score;
 mod targets;
 mod tasks;
