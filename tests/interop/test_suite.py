@@ -230,7 +230,7 @@ def test_bert_score_that_cannot_run_is_told(trainer, embedded_model, tmp_path):
     trainer.fails(*command, lacks, saying=["cannot import bert_score", "no bert_score", "pip install bert-score"])
     assert not (tmp_path / "out").exists(), "nothing was asked"
     fails = stand_in(tmp_path, "if arguments[0] != '-c': sys.exit('no such model')")
-    trainer.fails(*command, fails, saying=["bert_score_cli.score", "no such model", "the answers are in"])
+    trainer.fails(*command, fails, saying=["bert_score_cli.score", "no such model", "the answers and all other scores are in"])
     assert (tmp_path / "out/results.json").is_file()
     silent = stand_in(tmp_path, "print('done')")
     trainer.fails(*command, silent, saying=["P: … R: … F1: …", "done"])

@@ -168,6 +168,7 @@ impl Format {
                 }
             }
             Self::Dolly => Example::Instruction {
+                system: None,
                 instruction: text(row, "instruction")?,
                 input: match is_nothing(row.get("context")) {
                     true => None,

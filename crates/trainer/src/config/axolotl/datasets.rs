@@ -150,7 +150,8 @@ fn read(converter: &mut Converter, data: &DataSet) -> (Option<String>, Option<Ro
         }),
         _ => {
             let message = format!("must be one of {NAMED}, or a mapping with a format");
-            Err(converter.problem(&data.place("type"), message))
+            converter.problem(&data.place("type"), message);
+            Err(())
         }
     };
     unread(converter, data);
@@ -197,16 +198,15 @@ fn file(data: &DataSet) -> Result<String, (&'static str, String)> {
     }
     let extension = Path::new(path).extension().and_then(|text| text.to_str());
     let extension = extension.unwrap_or_default().to_lowercase();
+    let is_table = ["csv", "tsv", "parquet"].contains(&extension.as_str());
     match data.get("ds_type") {
         None => {}
-        Some(Value::String(kind)) if kind == "json" => {
-            if ["csv", "tsv", "parquet"].contains(&extension.as_str()) {
-                let message =
-                    format!("and the file is called .{extension}, by which it is read; rename one");
-                return Err(("ds_type", message));
-            }
+        Some(Value::String(kind)) if kind == "json" && is_table => {
+            let message =
+                format!("and the file is called .{extension}, by which it is read; rename one");
+            return Err(("ds_type", message));
         }
-        Some(Value::String(kind)) if *kind == extension => {}
+        Some(Value::String(kind)) if kind == "json" || *kind == extension => {}
         Some(_) => {
             let message = "files are read by their names here: .jsonl, .json, .csv, .tsv, .parquet";
             return Err(("ds_type", message.into()));

@@ -281,14 +281,16 @@ impl Converter {
                     Value::String(text) => text.clone(),
                     other => other.to_string(),
                 };
-                let name = format!("{name}@{text}");
-                match HubName::parse(&name) {
-                    Some(_) => self.set("base_model", Value::String(name), &model),
-                    None => self.problem(
+                let revised = format!("{name}@{text}");
+                let known = HubName::parse(&revised);
+                if known.is_none() {
+                    self.problem(
                         &revision,
                         "names a revision of a model on the Hub, and base_model is no name there",
-                    ),
+                    );
                 }
+                let name = known.map_or(name.clone(), |_| revised);
+                self.set("base_model", Value::String(name), &model);
             }
             _ => self.set("base_model", model.value.clone(), &model),
         }
@@ -380,6 +382,8 @@ impl Converter {
                         let steps = Value::Integer(rows / micro);
                         self.set("gradient_accumulation_steps", steps, &entry);
                     }
+                    // The problem is another key's, and named there.
+                    (Value::Integer(_), Some(_)) => {}
                     _ => self.problem(&entry, "must be a whole number, beside micro_batch_size"),
                 }
             }
