@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::gguf::{self, GgufError, GgufFile};
 use crate::limited::{self, LARGEST_SETTINGS};
+use crate::unsupported;
 use crate::weights::Weights;
 
 /// What is wrong with a `config.json`.
@@ -166,10 +167,7 @@ impl LlamaConfig {
         if model_type != "llama" {
             return Err(ConfigError::NotLlama(model_type));
         }
-        match object.get("hidden_act").and_then(Value::as_str) {
-            None | Some("silu") => {}
-            Some(other) => return Err(invalid("hidden_act", other, "only \"silu\" is a Llama's")),
-        }
+        unsupported::refuse(object)?;
         let hidden_size = keys.count("hidden_size")?;
         let num_attention_heads = keys.count("num_attention_heads")?;
         let head_dim = match keys.optional_count("head_dim")? {
@@ -357,7 +355,7 @@ fn rope(keys: &Keys) -> Result<(f64, RopeScaling), ConfigError> {
     Ok((theta, scaling))
 }
 
-fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) -> ConfigError {
+pub(crate) fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) -> ConfigError {
     ConfigError::Invalid {
         key: key.into(),
         value: limited::clipped(&value.to_string(), 200).into_owned(),

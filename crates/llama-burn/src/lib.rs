@@ -36,6 +36,7 @@ mod random;
 mod replace;
 mod rms_norm;
 mod rope;
+mod unsupported;
 mod uploads;
 mod vocab_table;
 mod weights;

@@ -104,15 +104,6 @@ pub enum MergeError {
         /// Its type.
         got: String,
     },
-    /// `config.json` says that the weights are quantized.
-    #[error(
-        "{} has a quantization_config: its weights are no floats; merge into the model that it was quantized from",
-        folder.display()
-    )]
-    QuantizedBase {
-        /// The model's folder.
-        folder: PathBuf,
-    },
     /// The base model is a GGUF file.
     #[error(
         "{} is a GGUF file, and merge writes Hugging Face folders from such folders; `export-gguf --model FILE --adapter DIR` merges into a GGUF file",
@@ -345,14 +336,6 @@ impl Base {
             .map_err(|error| unreadable(error.to_string()))?;
         let object: Map<String, Value> =
             serde_json::from_str(&text).map_err(|error| unreadable(error.to_string()))?;
-        if object
-            .get("quantization_config")
-            .is_some_and(|value| !value.is_null())
-        {
-            return Err(MergeError::QuantizedBase {
-                folder: folder.into(),
-            });
-        }
         Weights::open(folder)?.check(&config.tensor_shapes())?;
         Ok(Self { config, object })
     }
