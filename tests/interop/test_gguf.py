@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
 TOKENS = 48
 PROMPTS = [
@@ -162,16 +163,24 @@ def test_an_exported_model_scores_as_transformers_do(trainer, llama_cpp, smollm2
     runner.close()
 
 
-def test_llama_cpp_runs_the_embedded_model_and_llama3_scaling(trainer, llama_cpp, embedded_model, tmp_path):
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    "scaling", [LLAMA3, {"rope_type": "linear", "factor": 3.0}, YARN, {**YARN, "attention_factor": 0.8}],
+    ids=["llama3", "linear", "yarn", "yarn's attention factor"],
+)
+def test_llama_cpp_runs_the_embedded_model_and_its_scaling(trainer, llama_cpp, embedded_model, tmp_path, scaling):
     scaled = tmp_path / "scaled"
     scaled.mkdir()
     for file in embedded_model.iterdir():
         (scaled / file.name).write_bytes(file.read_bytes())
     config = json.loads((scaled / "config.json").read_text())
-    config["rope_scaling"] = {
-        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 64,
-    }
+    config["rope_scaling"] = scaling
     (scaled / "config.json").write_text(json.dumps(config))
     texts = []
     for model in (embedded_model, scaled):
@@ -182,9 +191,34 @@ def test_llama_cpp_runs_the_embedded_model_and_llama3_scaling(trainer, llama_cpp
         assert ours(trainer, model, prompts, tmp_path) == answers
         # The file says all that the folder says.
         assert ours(trainer, file, prompts, tmp_path) == answers
-        texts.append((answers, runner.logits(runner.tokens(prompts[0]))))
+        ids = runner.tokens(prompts[0])
+        texts.append((answers, runner.logits(ids)))
         runner.close()
     assert not np.allclose(texts[0][1], texts[1][1], atol=1e-3), "the scaling changes the scores"
+    scores = texts[1][1]
+    tokens = tmp_path / "tokens.json"
+    tokens.write_text(json.dumps([ids]))
+    for model in (scaled, file):
+        output = tmp_path / "logits.safetensors"
+        trainer("logits", "--backend", "cpu", "--model", model, "--quant-bits", "16", "--tokens", tokens, "--output", output)
+        ours_scores = load_file(output)["row.0"].reshape(scores.shape)
+        # f32 sums in another order, and a cache of f32.
+        np.testing.assert_allclose(ours_scores, scores, atol=5e-3)
+
+
+@pytest.mark.parametrize(
+    "scaling, reason",
+    [({"rope_type": "dynamic", "factor": 2.0}, "dynamic"), ({**YARN, "beta_fast": 16}, "beta_fast"),
+     ({**YARN, "truncate": False}, "truncate")],
+)
+def test_a_scaling_that_llama_cpp_does_not_compute_is_refused(trainer, embedded_model, tmp_path, scaling, reason):
+    for file in embedded_model.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+    output = tmp_path / "model.gguf"
+    run = trainer.run("export-gguf", "--model", tmp_path, "--output", output)
+    assert run.code != 0 and reason in run.stderr and not output.exists(), run.stderr
 
 
 # --- what they write

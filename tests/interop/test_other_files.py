@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
@@ -27,17 +27,21 @@ def tiny(folder, **settings):
     return folder
 
 
-def assert_same_scores(trainer, folder, tmp_path):
-    """`trainer logits` in 16 bits (nothing quantized) against transformers on the same folder."""
+def assert_same_scores(trainer, folder, tmp_path, rows=TOKENS, adapter=None):
+    """`trainer logits` in 16 bits (nothing quantized) against transformers, or PEFT, on the same folder."""
     tokens = tmp_path / "tokens.json"
-    tokens.write_text(json.dumps(TOKENS))
+    tokens.write_text(json.dumps(rows))
     output = tmp_path / "logits.safetensors"
-    trainer("logits", "--backend", "cpu", "--model", folder, "--quant-bits", "16", "--tokens", tokens, "--output", output)
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    trainer("logits", "--backend", "cpu", "--model", folder, "--quant-bits", "16", "--tokens", tokens, "--output", output,
+            *(["--adapter", adapter] if adapter else []))
     with safe_open(output, "pt") as ours, torch.no_grad():
-        names = sorted(ours.keys())
-        assert len(names) == len(TOKENS), names
-        for name, ids in zip(names, TOKENS):
+        assert len(ours.keys()) == len(rows), ours.keys()
+        for row, ids in enumerate(rows):
+            # A model anew for each row: "dynamic" remembers the longest that it has seen.
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            if adapter:
+                model = PeftModel.from_pretrained(model, adapter)
+            name = f"row.{row}"
             expected = model(torch.tensor([ids])).logits[0]
             # Sums in f32 in another order.
             torch.testing.assert_close(ours.get_tensor(name).reshape(expected.shape), expected, atol=2e-4, rtol=0)
@@ -85,6 +89,98 @@ def test_rotary_settings_count_wherever_they_stand(trainer, tmp_path, places):
 
     edit(folder / "config.json", change)
     assert_same_scores(trainer, folder, tmp_path)
+
+
+YARN = {"factor": 4.0, "original_max_position_embeddings": 16}
+SCALINGS = {
+    "yarn": {"rope_type": "yarn", **YARN},
+    "yarn's attention factor": {"rope_type": "yarn", **YARN, "attention_factor": 0.6},
+    "yarn's mscale": {"rope_type": "yarn", **YARN, "mscale": 1.5, "mscale_all_dim": 0.7},
+    "yarn's mscale alone": {"rope_type": "yarn", **YARN, "mscale": 1.5},
+    "yarn without whole dimensions": {"rope_type": "yarn", **YARN, "truncate": False},
+    "yarn's betas": {"rope_type": "yarn", **YARN, "beta_fast": 5, "beta_slow": 0.3, "truncate": False},
+    "yarn's implied factor": {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 16},
+    "yarn without a context": {"rope_type": "yarn", "factor": 2.5},
+    "dynamic": {"rope_type": "dynamic", "factor": 3.0},
+}
+
+
+def lengths(*lengths):
+    """Rows of these lengths that begin alike."""
+    return [[(7 * token + 3) % 64 for token in range(length)] for length in lengths]
+
+
+@pytest.mark.parametrize("place", ["rope_parameters", "rope_scaling", "type"])
+@pytest.mark.parametrize("scaling", SCALINGS)
+def test_scaled_contexts_are_transformers(trainer, tmp_path, scaling, place):
+    folder = tiny(tmp_path / "model", head_dim=32)
+    settings = dict(SCALINGS[scaling])
+
+    def change(config):
+        config.pop("rope_parameters", None)
+        if place == "type":
+            settings["type"] = settings.pop("rope_type")
+        config["rope_theta"] = 500.0
+        config["rope_parameters" if place == "rope_parameters" else "rope_scaling"] = settings
+
+    plain = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    edit(folder / "config.json", change)
+    # Up to the limit of 64 positions and beyond it, as far as the scaling reaches.
+    beyond = {"dynamic": [65, 100, 190], "yarn without a context": [65, 150]}.get(scaling, [])
+    rows = lengths(5, 64, *beyond)
+    assert_same_scores(trainer, folder, tmp_path, rows)
+    if scaling != "dynamic":
+        scaled = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with torch.no_grad():
+            ids = torch.tensor([rows[1]])
+            assert (plain(ids).logits - scaled(ids).logits).abs().max() > 1e-2, "the scaling changes the scores"
+    longer = tmp_path / "longer.json"
+    limit = {"dynamic": 192, "yarn without a context": 160}.get(scaling, 64)
+    longer.write_text(json.dumps(lengths(limit + 1)))
+    run = trainer.run(
+        "logits", "--backend", "cpu", "--model", folder, "--tokens", longer, "--output", tmp_path / "no.safetensors"
+    )
+    assert run.code != 0 and f"positions end at {limit}" in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("scaling", ["yarn", "dynamic"])
+def test_text_under_a_scaled_context_goes_on_as_transformers_goes_on(trainer, tmp_path, scaling):
+    folder = tiny(tmp_path / "model", head_dim=32, eos_token_id=63, pad_token_id=62)
+    edit(folder / "config.json", lambda config: config.update(rope_parameters={
+        "rope_theta": 500.0, **SCALINGS["dynamic" if scaling == "dynamic" else "yarn without a context"]}))
+    # Two that stay below the limit, one that crosses it, one that begins beyond it.
+    rows = lengths(20, 21, 50, 90)
+    prompts, answers = tmp_path / "prompts.jsonl", tmp_path / "answers.jsonl"
+    prompts.write_text("".join(json.dumps({"prompt": " ".join(f"w{id}" for id in row)}) + "\n" for row in rows))
+    edit(folder / "tokenizer.json", lambda tokenizer: tokenizer.update(pre_tokenizer={"type": "WhitespaceSplit"}))
+    trainer(
+        "generate", "--backend", "cpu", "--model", folder, "--quant-bits", 16, "--template", "raw", "--max-new-tokens", 40,
+        "--prompts", prompts, "--output", answers,
+    )
+    found = [json.loads(line)["tokens"] for line in answers.read_text().splitlines()]
+    for row, tokens in zip(rows, found, strict=True):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        ids = torch.tensor([row])
+        expected = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=40, do_sample=False)
+        expected = expected[0, len(row) :].tolist()
+        # The end token belongs to no text.
+        assert tokens == expected[: expected.index(63) if 63 in expected else None] and tokens
+
+
+def test_a_merged_model_keeps_its_rotary_settings(trainer, tmp_path):
+    base = tiny(tmp_path / "base", head_dim=32, rope_parameters={"rope_theta": 500.0, **SCALINGS["yarn's mscale"]})
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    trainer("merge", "--model", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged", "--dtype", "f32")
+    settings = [json.loads((folder / "config.json").read_text())["rope_parameters"] for folder in (base, tmp_path / "merged")]
+    assert settings[0] == settings[1]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    ids = torch.tensor(lengths(64))
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=2e-4, rtol=0)
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ use serde_json::{Map, Value};
 
 use crate::gguf::{self, GgufError, GgufFile};
 use crate::limited::{self, LARGEST_SETTINGS};
+use crate::rope_scaling::{self, RopeScaling};
 use crate::unsupported;
 use crate::weights::Weights;
 
@@ -49,29 +50,6 @@ pub enum ConfigError {
         value: String,
         /// What would be right.
         expected: String,
-    },
-}
-
-/// How rotary frequencies are changed for long contexts (transformers' `rope_type`).
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum RopeScaling {
-    /// As trained.
-    Default,
-    /// Every frequency divided by `factor` (position interpolation).
-    Linear {
-        /// By how much the context grew.
-        factor: f64,
-    },
-    /// Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between.
-    Llama3 {
-        /// By how much long wavelengths are stretched.
-        factor: f64,
-        /// Wavelengths longer than the original context over this are stretched.
-        low_freq_factor: f64,
-        /// Wavelengths shorter than the original context over this are kept.
-        high_freq_factor: f64,
-        /// The context the model was trained with first.
-        original_max_position_embeddings: f64,
     },
 }
 
@@ -174,7 +152,11 @@ impl LlamaConfig {
             Some(head_dim) => head_dim,
             None => hidden_size / num_attention_heads,
         };
-        let (rope_theta, rope_scaling) = rope(&keys)?;
+        let max_position_embeddings = keys
+            .optional_count("max_position_embeddings")?
+            .unwrap_or(2048);
+        let (rope_theta, rope_scaling) =
+            rope_scaling::read(&keys, head_dim, max_position_embeddings)?;
         let config = Self {
             vocab_size: keys.count("vocab_size")?,
             hidden_size,
@@ -185,9 +167,7 @@ impl LlamaConfig {
                 .optional_count("num_key_value_heads")?
                 .unwrap_or(num_attention_heads),
             head_dim,
-            max_position_embeddings: keys
-                .optional_count("max_position_embeddings")?
-                .unwrap_or(2048),
+            max_position_embeddings,
             rms_norm_eps: keys.positive("rms_norm_eps")?.unwrap_or(1e-6),
             rope_theta,
             rope_scaling,
@@ -216,6 +196,19 @@ impl LlamaConfig {
             ));
         }
         Ok(self)
+    }
+
+    /// How many positions the model has: `max_position_embeddings`, times the factor of a scaling that leaves that
+    /// number as it was.
+    pub fn positions(&self) -> usize {
+        self.rope_scaling.positions(self.max_position_embeddings)
+    }
+
+    /// Whether frequencies depend on the length of a sequence of `length` tokens, so that it has nothing in
+    /// common with longer sequences that begin alike.
+    pub fn rotates_by_length(&self, length: usize) -> bool {
+        matches!(self.rope_scaling, RopeScaling::Dynamic { .. })
+            && length > self.max_position_embeddings
     }
 
     /// The linear modules of a decoder layer: name within the layer, d_in, d_out, whether it has a bias.
@@ -310,51 +303,6 @@ impl LlamaConfig {
     }
 }
 
-fn rope(keys: &Keys) -> Result<(f64, RopeScaling), ConfigError> {
-    // transformers 5 takes `rope_scaling` first where both are there, and the base from whichever it took.
-    let not_empty =
-        |object: Option<&'_ Map<String, Value>>| object.is_some_and(|it| !it.is_empty());
-    let parameters = match keys.object("rope_scaling")? {
-        scaling if not_empty(scaling) => scaling,
-        _ => keys.object("rope_parameters")?,
-    };
-    let in_parameters = match &parameters {
-        Some(parameters) => Keys(parameters).positive("rope_theta")?,
-        None => None,
-    };
-    let theta = match in_parameters {
-        Some(theta) => theta,
-        None => keys.positive("rope_theta")?.unwrap_or(10_000.0),
-    };
-    let Some(scaling) = parameters else {
-        return Ok((theta, RopeScaling::Default));
-    };
-    let scaling = Keys(scaling);
-    let kind = ["rope_type", "type"]
-        .iter()
-        .find_map(|key| scaling.0.get(*key))
-        .and_then(Value::as_str)
-        .unwrap_or("default");
-    let need = |key: &'static str| scaling.positive(key)?.ok_or(ConfigError::Missing(key));
-    let scaling = match kind {
-        "default" => RopeScaling::Default,
-        "linear" => RopeScaling::Linear {
-            factor: need("factor")?,
-        },
-        "llama3" => RopeScaling::Llama3 {
-            factor: need("factor")?,
-            low_freq_factor: need("low_freq_factor")?,
-            high_freq_factor: need("high_freq_factor")?,
-            original_max_position_embeddings: need("original_max_position_embeddings")?,
-        },
-        other => {
-            let expected = "supported are \"default\", \"linear\" and \"llama3\"";
-            return Err(invalid("rope_type", other, expected));
-        }
-    };
-    Ok((theta, scaling))
-}
-
 pub(crate) fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) -> ConfigError {
     ConfigError::Invalid {
         key: key.into(),
@@ -378,10 +326,10 @@ fn largest(key: &str) -> u64 {
 }
 
 /// Typed access to an object's keys; `null` counts as absent.
-struct Keys<'a>(&'a Map<String, Value>);
+pub(crate) struct Keys<'a>(pub(crate) &'a Map<String, Value>);
 
 impl<'a> Keys<'a> {
-    fn get(&self, key: &str) -> Option<&'a Value> {
+    pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
@@ -404,7 +352,7 @@ impl<'a> Keys<'a> {
         self.optional_count(key)?.ok_or(ConfigError::Missing(key))
     }
 
-    fn positive(&self, key: &'static str) -> Result<Option<f64>, ConfigError> {
+    pub(crate) fn positive(&self, key: &'static str) -> Result<Option<f64>, ConfigError> {
         match self.get(key) {
             None => Ok(None),
             Some(value) => match value.as_f64() {
@@ -434,7 +382,10 @@ impl<'a> Keys<'a> {
         }
     }
 
-    fn object(&self, key: &'static str) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
+    pub(crate) fn object(
+        &self,
+        key: &'static str,
+    ) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
         match self.get(key) {
             None => Ok(None),
             Some(Value::Object(object)) => Ok(Some(object)),
@@ -576,9 +527,9 @@ mod tests {
             ),
             (
                 format!(
-                    r#"{{{base}, "hidden_size": 8, "num_attention_heads": 2, "rope_scaling": {{"rope_type": "yarn"}}}}"#
+                    r#"{{{base}, "hidden_size": 8, "num_attention_heads": 2, "rope_scaling": {{"rope_type": "longrope"}}}}"#
                 ),
-                "yarn",
+                "longrope",
             ),
             (
                 format!(

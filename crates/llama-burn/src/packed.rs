@@ -9,7 +9,7 @@ use lora_core::cpu;
 use crate::LlamaConfig;
 use crate::attention::SCORES_AT_ONCE;
 use crate::padded::{Padded, PlannedPadded};
-use crate::rope::{Angles, PlannedAngles};
+use crate::rope::{Angles, Place, PlannedAngles};
 use crate::uploads::{Uploaded, Uploads};
 
 /// Token rows in one sequence. A row attends only to itself, and its positions start from 0.
@@ -79,6 +79,17 @@ pub enum PackedError {
         /// The model's limit.
         max_position_embeddings: usize,
     },
+    /// Rows of other lengths share tokens with a row that is too long for it.
+    #[error(
+        "a row of {length} tokens shares its beginning with others; under the model's rope type \"dynamic\" rows of \
+         more than {max_position_embeddings} tokens have to stand alone"
+    )]
+    Shared {
+        /// The row's length.
+        length: usize,
+        /// Up to where rows may share.
+        max_position_embeddings: usize,
+    },
 }
 
 impl PackedTokens {
@@ -107,6 +118,28 @@ impl PackedTokens {
             sharing.add(&group, 0, None);
         }
         (sharing.packed, sharing.places)
+    }
+
+    /// As [`sharing_prefixes`](Self::sharing_prefixes), but rows whose frequencies depend on their length stand alone.
+    pub fn sharing_for(
+        rows: &[&[u32]],
+        least: usize,
+        config: &LlamaConfig,
+    ) -> (Self, Vec<Vec<u32>>) {
+        let alone = |row: &&[u32]| config.rotates_by_length(row.len());
+        if !rows.iter().any(alone) {
+            return Self::sharing_prefixes(rows, least);
+        }
+        let short = rows
+            .iter()
+            .map(|row| if alone(row) { &[][..] } else { *row });
+        let (mut packed, mut places) = Self::sharing_prefixes(&short.collect::<Vec<_>>(), least);
+        for (row, places) in rows.iter().zip(&mut places).filter(|(row, _)| alone(row)) {
+            let first = packed.ids.len() as u32;
+            places.extend(first..first + row.len() as u32);
+            packed.push(row, None);
+        }
+        (packed, places)
     }
 
     /// Adds a segment and gives its index.
@@ -170,15 +203,27 @@ impl PackedTokens {
                 vocab_size,
             });
         }
-        let max_position_embeddings = config.max_position_embeddings;
+        let max_position_embeddings = config.positions();
         let ends = self.segments.iter().zip(self.offsets());
-        let longest = ends.map(|(segment, offset)| offset + segment.length).max();
-        match longest {
-            Some(length) if length > max_position_embeddings => Err(PackedError::TooLong {
+        let ends = ends.map(|(segment, offset)| (offset + segment.length, offset));
+        let Some((length, _)) = ends.clone().max() else {
+            return Ok(());
+        };
+        if length > max_position_embeddings {
+            return Err(PackedError::TooLong {
                 length,
                 max_position_embeddings,
+            });
+        }
+        match ends
+            .into_iter()
+            .find(|(end, offset)| *offset > 0 && config.rotates_by_length(*end))
+        {
+            Some((length, _)) => Err(PackedError::Shared {
+                length,
+                max_position_embeddings: config.max_position_embeddings,
             }),
-            _ => Ok(()),
+            None => Ok(()),
         }
     }
 
@@ -188,6 +233,17 @@ impl PackedTokens {
         segments
             .flat_map(|(segment, offset)| offset as u32..(offset + segment.length) as u32)
             .collect()
+    }
+
+    /// Each token's place. A segment's end stands for its rows': where the length matters, [`check`](Self::check)
+    /// lets a row be one segment only.
+    fn places(&self) -> Vec<Place> {
+        let segments = self.segments.iter().zip(self.offsets());
+        let places = segments.flat_map(|(segment, offset)| {
+            let length = offset + segment.length;
+            (offset as u32..length as u32).map(move |position| Place { position, length })
+        });
+        places.collect()
     }
 }
 
@@ -355,7 +411,13 @@ impl PackedContext {
         device: &Device,
     ) -> Self {
         let mut uploads = Uploads::default();
-        let angles = PlannedAngles::new(positions, config, &mut uploads);
+        // Read one by one, each when its row had as many tokens.
+        let places = positions.iter().map(|position| Place {
+            position: *position,
+            length: *position as usize + 1,
+        });
+        let places: Vec<Place> = places.collect();
+        let angles = PlannedAngles::new(&places, config, &mut uploads);
         Self {
             dtype,
             spans: Arc::default(),
@@ -390,7 +452,7 @@ impl Planned {
         Self {
             dtype,
             spans: Arc::new(spans),
-            angles: PlannedAngles::new(&packed.positions(), config, uploads),
+            angles: PlannedAngles::new(&packed.places(), config, uploads),
             padded,
         }
     }
@@ -510,5 +572,50 @@ mod tests {
             packed.check(&config),
             Err(PackedError::Segments { .. })
         ));
+    }
+
+    #[test]
+    fn rows_whose_length_changes_their_angles_stand_alone_and_are_as_alone() {
+        let config = LlamaConfig {
+            max_position_embeddings: 8,
+            rope_scaling: crate::RopeScaling::Dynamic { factor: 3.0 },
+            ..crate::model::tests::config()
+        };
+        assert_eq!(config.positions(), 24);
+        let whole: Vec<u32> = (1..=20).collect();
+        let rows: [&[u32]; 5] = [&whole[..7], &whole[..12], &whole[..8], &whole, &whole[..12]];
+        let (shared, _) = PackedTokens::sharing_prefixes(&rows, 2);
+        assert!(matches!(
+            shared.check(&config),
+            Err(PackedError::Shared { .. })
+        ));
+        let (packed, places) = PackedTokens::sharing_for(&rows, 2, &config);
+        packed.check(&config).unwrap();
+        // Only the two short rows share.
+        assert_eq!(packed.ids.len(), 8 + 12 + 20 + 12);
+        for (row, places) in rows.iter().zip(&places) {
+            let ids = places.iter().map(|place| packed.ids[*place as usize]);
+            assert_eq!(ids.collect::<Vec<_>>(), *row);
+        }
+        let model = crate::Llama::random(&config, 1, &Device::flex());
+        let logits = |packed: &PackedTokens| {
+            let logits = model.logits(model.hidden_states(packed));
+            logits.into_data().try_to_vec::<f32>().unwrap()
+        };
+        let (vocab, together) = (config.vocab_size, logits(&packed));
+        for (row, places) in rows.iter().zip(&places) {
+            let alone = logits(&PackedTokens::from_rows([*row]));
+            for (alone, place) in alone.chunks_exact(vocab).zip(places) {
+                let together = &together[*place as usize * vocab..][..vocab];
+                for (one, other) in alone.iter().zip(together) {
+                    // f32 sums in another order, on scores of about 10.
+                    assert!((one - other).abs() < 2e-5, "{one} {other}");
+                }
+            }
+        }
+        // The same beginning in a longer row is another sequence: its second token is not what it was.
+        let at = |row: usize| &together[places[row][7] as usize * vocab..][..vocab];
+        let difference = at(1).iter().zip(at(3)).map(|(a, b)| (a - b).abs());
+        assert!(difference.fold(0.0, f32::max) > 1e-3);
     }
 }

@@ -4,50 +4,59 @@
 use burn::tensor::{DType, Int, Tensor};
 use lora_core::{cpu, in_vectors};
 
+use crate::LlamaConfig;
 use crate::uploads::{Floats, Ints, Uploaded, Uploads};
-use crate::{LlamaConfig, RopeScaling};
 
-/// The angle a position of each pair of dimensions: `head_dim / 2` values.
+/// The angle a position of each pair of dimensions: `head_dim / 2` values, of sequences up to
+/// `max_position_embeddings` tokens.
 ///
 /// As transformers' `modeling_rope_utils` computes them, in f32.
 pub fn inverse_frequencies(config: &LlamaConfig) -> Vec<f32> {
-    let pairs = config.head_dim / 2;
-    (0..pairs)
-        .map(|pair| {
-            let exponent = (2 * pair) as f64 / config.head_dim as f64;
-            let frequency = 1.0 / config.rope_theta.powf(exponent);
-            scale(frequency, config.rope_scaling) as f32
-        })
-        .collect()
+    frequencies_at(config, 0)
 }
 
-/// A frequency under the model's scaling.
-pub(crate) fn scale(frequency: f64, scaling: RopeScaling) -> f64 {
-    match scaling {
-        RopeScaling::Default => frequency,
-        RopeScaling::Linear { factor } => frequency / factor,
-        RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_max_position_embeddings: context,
-        } => {
-            let wavelength = std::f64::consts::TAU / frequency;
-            if wavelength < context / high_freq_factor {
-                frequency
-            } else if wavelength > context / low_freq_factor {
-                frequency / factor
-            } else {
-                let ramp = high_freq_factor - low_freq_factor;
-                let kept = (context / wavelength - low_freq_factor) / ramp;
-                (1.0 - kept) * frequency / factor + kept * frequency
-            }
+/// As [`inverse_frequencies`], of a sequence of `length` tokens.
+fn frequencies_at(config: &LlamaConfig, length: usize) -> Vec<f32> {
+    let limit = config.max_position_embeddings;
+    let scaling = config.rope_scaling;
+    let frequencies = scaling.frequencies(config.rope_theta, config.head_dim, length, limit);
+    frequencies.into_iter().map(|f| f as f32).collect()
+}
+
+/// A token's place in its sequence.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Place {
+    pub(crate) position: u32,
+    /// The tokens of the sequence when this one was read.
+    pub(crate) length: usize,
+}
+
+/// Cosines and sines for the given places, `[n, head_dim / 2]` each, row-major, times the scaling's attention factor.
+fn tables_of(config: &LlamaConfig, places: &[Place]) -> (Vec<f32>, Vec<f32>) {
+    let mut all = (Vec::new(), Vec::new());
+    let length = |place: &Place| {
+        if config.rotates_by_length(place.length) {
+            place.length
+        } else {
+            0
         }
+    };
+    for places in places.chunk_by(|a, b| length(a) == length(b)) {
+        let positions: Vec<u32> = places.iter().map(|place| place.position).collect();
+        let (cos, sin) = tables(&frequencies_at(config, length(&places[0])), &positions);
+        all.0.extend(cos);
+        all.1.extend(sin);
     }
+    let scale = config.rope_scaling.attention_factor() as f32;
+    if scale != 1.0 {
+        let values = all.0.iter_mut().chain(&mut all.1);
+        values.for_each(|value| *value *= scale);
+    }
+    all
 }
 
 /// Cosines and sines for the given positions, `[n, head_dim / 2]` each, row-major.
-pub(crate) fn tables(frequencies: &[f32], positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
+fn tables(frequencies: &[f32], positions: &[u32]) -> (Vec<f32>, Vec<f32>) {
     let angles = positions
         .iter()
         .flat_map(|position| frequencies.iter().map(|f| (*position as f32 * f) as f64));
@@ -87,16 +96,15 @@ pub(crate) struct PlannedAngles {
 }
 
 impl PlannedAngles {
-    pub(crate) fn new(positions: &[u32], config: &LlamaConfig, uploads: &mut Uploads) -> Self {
-        let frequencies = inverse_frequencies(config);
-        let (cos, sin) = tables(&frequencies, positions);
-        let half = frequencies.len();
+    pub(crate) fn new(places: &[Place], config: &LlamaConfig, uploads: &mut Uploads) -> Self {
+        let (cos, sin) = tables_of(config, places);
+        let half = config.head_dim / 2;
         Self {
             cos: uploads.floats(cos),
             sin: uploads.floats(sin),
             straight: uploads.ints((0..2 * half).map(|place| place as i32)),
             exchanged: uploads.ints((half..2 * half).chain(0..half).map(|place| place as i32)),
-            shape: [positions.len(), half],
+            shape: [places.len(), half],
         }
     }
 
@@ -148,7 +156,7 @@ impl Angles {
 pub(crate) enum Turn {
     /// As [`Angles::rotate`].
     Forward,
-    /// Back, which is what a gradient needs: a rotation's inverse is its transposed.
+    /// Back, which is what a gradient needs: a rotation's inverse is its transposed. An attention factor scales both ways.
     Back,
 }
 

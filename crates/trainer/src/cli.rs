@@ -500,7 +500,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         }
     };
     let config = peft::continued(&config, &model)?;
-    let length = config.max_seq_len.min(model.max_position_embeddings);
+    let length = config.max_seq_len.min(model.positions());
     let options = PlanOptions {
         lora: config.lora_config(),
         quantization: train::quantization(&config),

@@ -343,9 +343,25 @@ impl<'a> Search<'a> {
             .is_none_or(|available| plan.resident_peak() as f64 <= AT_MOST * available as f64)
     }
 
+    /// As [`prefixes`]; apart as well where a row's length changes what its tokens are rotated by.
+    fn prefixes(&self) -> Prefixes {
+        let rows = self
+            .data
+            .train
+            .rows
+            .iter()
+            .chain(&self.data.validation.rows);
+        let longest = rows.map(|row| row.ids.len()).max().unwrap_or(0);
+        if self.model.rotates_by_length(longest) {
+            Prefixes::Apart
+        } else {
+            prefixes(self.config)
+        }
+    }
+
     /// The run with these settings.
     fn at(&self, rows: usize, steps: usize, checkpointing: bool) -> Result<Fit, LoraError> {
-        let prefixes = prefixes(self.config);
+        let prefixes = self.prefixes();
         let mut heaviest: Option<Plan> = None;
         let mut tokens = 0;
         for workload in self.heaviest(rows, steps, prefixes) {

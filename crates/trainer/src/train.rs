@@ -199,7 +199,7 @@ impl RunFiles {
             &self.train,
             self.validation.as_deref(),
             model.vocab_size,
-            config.max_seq_len.min(model.max_position_embeddings),
+            config.max_seq_len.min(model.positions()),
             time,
         )
     }

@@ -3,8 +3,8 @@
 use serde_json::{Map, Number, Value as Json, json};
 
 use super::{GgufError, Header, TensorKind, Value};
-use crate::rope::scale;
-use crate::{LlamaConfig, RopeScaling};
+use crate::rope_scaling::{plain, sharpening};
+use crate::{LlamaConfig, RopeScaling, Yarn};
 
 /// The tensor in which llama.cpp keeps what Llama 3.1's scaling divides each rotary frequency by.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -172,6 +172,11 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
             );
             return Err(wrong_tensor(header, ROPE_FACTORS, reason));
         }
+        if let Some(kind @ ("linear" | "yarn")) = header.text(SCALING_TYPE)? {
+            let reason =
+                format!("is {kind:?} beside the tensor {ROPE_FACTORS}; one scaling is supported");
+            return Err(header.wrong(SCALING_TYPE, reason));
+        }
         let factors = file.floats(ROPE_FACTORS)?;
         return match llama3_scaling(&factors, theta) {
             Some(RopeScaling::Default) => Ok(Json::Null),
@@ -183,35 +188,100 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
             )),
         };
     }
-    let factor = |key: &'static str| {
-        let factor = header.get(key, "a number", Value::as_decimal)?;
-        match factor {
-            Some(factor) if factor.is_finite() && factor > 0.0 => Ok(Some(factor)),
-            None => Ok(None),
-            _ => Err(header.wrong(key, "must be above 0")),
-        }
+    let kind = header.text(SCALING_TYPE)?;
+    let yarn = kind == Some("yarn");
+    // llama.cpp takes a file without a type as "linear"; `scale_linear` is what older files have.
+    let factor = match positive(header, "llama.rope.scaling.factor")? {
+        Some(factor) => Some(factor),
+        None => positive(header, "llama.rope.scale_linear")?,
     };
-    const KIND: &str = "llama.rope.scaling.type";
-    let scaling = match header.text(KIND)? {
-        // What files before `scaling.type` had.
-        None => factor("llama.rope.scale_linear")?,
-        Some("none") => None,
-        Some("linear") => factor("llama.rope.scaling.factor")?,
+    for (key, neutral) in NEUTRAL {
+        let key = format!("llama.rope.scaling.{key}");
+        let value = header.get(&key, "a number", Value::as_decimal)?;
+        if let Some(value) = value.filter(|value| value != neutral) {
+            let reason = format!("is {value}; only {neutral} is supported");
+            return Err(header.wrong(&key, reason));
+        }
+    }
+    const ATTENTION: &str = "llama.rope.scaling.attn_factor";
+    let attention = positive(header, ATTENTION)?.unwrap_or(1.0);
+    if attention != 1.0 && !yarn {
+        let reason = format!("is {attention}; it is supported with the scaling type \"yarn\" only");
+        return Err(header.wrong(ATTENTION, reason));
+    }
+    match kind {
+        Some("none") => Ok(Json::Null),
+        None | Some("linear") => Ok(match factor {
+            None => Json::Null,
+            Some(factor) => scaling_json(RopeScaling::Linear { factor }),
+        }),
+        Some("yarn") => {
+            let factor = factor.unwrap_or(1.0);
+            let context = match header.count("llama.rope.scaling.original_context_length")? {
+                Some(context) => Some(context),
+                None => header.count("llama.context_length")?,
+            };
+            let context = context.unwrap_or(0) as f64;
+            let yarn = Yarn {
+                factor,
+                original_max_position_embeddings: context,
+                attention_factor: sharpening(factor, 1.0) * attention,
+                beta_fast: 32.0,
+                beta_slow: 1.0,
+                truncate: true,
+            };
+            if theta <= 1.0 || !is_llama_cpps(&yarn, theta, head_dim as usize) {
+                let reason = "is \"yarn\" with a context too short or a base too small for its ramp, where \
+                              llama.cpp and transformers differ";
+                return Err(header.wrong(SCALING_TYPE, reason));
+            }
+            Ok(scaling_json(RopeScaling::Yarn(yarn)))
+        }
         Some(other) => {
-            let reason = format!("is {other:?}; \"none\" and \"linear\" are supported");
-            return Err(header.wrong(KIND, reason));
+            let reason = format!("is {other:?}; \"none\", \"linear\" and \"yarn\" are supported");
+            Err(header.wrong(SCALING_TYPE, reason))
         }
-    };
-    Ok(match scaling {
-        None => Json::Null,
-        Some(factor) => scaling_json(RopeScaling::Linear { factor }),
-    })
+    }
+}
+
+const SCALING_TYPE: &str = "llama.rope.scaling.type";
+
+/// What changes llama.cpp's rotation further, and the value that changes nothing. The factor of attention of its own
+/// (`yarn_attn_factor`) is not the one of all types (`attn_factor`).
+const NEUTRAL: &[(&str, f64)] = &[
+    ("alpha", 0.0),
+    ("yarn_log_multiplier", 0.0),
+    ("yarn_ext_factor", 1.0),
+    ("yarn_attn_factor", 1.0),
+    ("yarn_beta_fast", 32.0),
+    ("yarn_beta_slow", 1.0),
+];
+
+/// A number above 0.
+fn positive(header: &Header, key: &str) -> Result<Option<f64>, GgufError> {
+    match header.get(key, "a number", Value::as_decimal)? {
+        Some(factor) if factor.is_finite() && factor > 0.0 => Ok(Some(factor)),
+        None => Ok(None),
+        _ => Err(header.wrong(key, "must be above 0")),
+    }
+}
+
+/// Whether llama.cpp computes these settings as transformers does: it knows the usual betas and a rounded ramp, and
+/// takes a ramp whose ends have changed places for a step.
+fn is_llama_cpps(yarn: &Yarn, theta: f64, head_dim: usize) -> bool {
+    let [low, high] = yarn.ramp(theta, head_dim);
+    yarn.truncate && yarn.beta_fast == 32.0 && yarn.beta_slow == 1.0 && low <= high
 }
 
 fn scaling_json(scaling: RopeScaling) -> Json {
     match scaling {
         RopeScaling::Default => Json::Null,
         RopeScaling::Linear { factor } => json!({"rope_type": "linear", "factor": factor}),
+        RopeScaling::Dynamic { factor } => json!({"rope_type": "dynamic", "factor": factor}),
+        RopeScaling::Yarn(yarn) => json!({"rope_type": "yarn", "factor": yarn.factor,
+            "original_max_position_embeddings": yarn.original_max_position_embeddings,
+            "attention_factor": yarn.attention_factor, "beta_fast": yarn.beta_fast,
+            "beta_slow": yarn.beta_slow, "truncate": yarn.truncate}),
         RopeScaling::Llama3 {
             factor,
             low_freq_factor,
@@ -229,17 +299,19 @@ pub fn rope_factors(config: &LlamaConfig) -> Option<Vec<f32>> {
     let RopeScaling::Llama3 { .. } = config.rope_scaling else {
         return None;
     };
-    let plain = frequencies(config.head_dim / 2, config.rope_theta);
-    let factors = plain
-        .iter()
-        .map(|f| (f / scale(*f, config.rope_scaling)) as f32);
-    Some(factors.collect())
+    Some(factors_of(
+        config.rope_scaling,
+        config.head_dim,
+        config.rope_theta,
+    ))
 }
 
-/// The unscaled rotary frequencies.
-fn frequencies(pairs: usize, theta: f64) -> Vec<f64> {
-    let exponents = (0..pairs).map(|pair| pair as f64 / pairs as f64);
-    exponents.map(|exponent| theta.powf(-exponent)).collect()
+fn factors_of(scaling: RopeScaling, head_dim: usize, theta: f64) -> Vec<f32> {
+    let scaled = scaling.frequencies(theta, head_dim, 0, 1);
+    let factors = plain(theta, head_dim).into_iter().zip(scaled);
+    factors
+        .map(|(plain, scaled)| (plain / scaled) as f32)
+        .collect()
 }
 
 /// The settings of Llama 3.1's scaling that give these factors.
@@ -249,7 +321,8 @@ fn frequencies(pairs: usize, theta: f64) -> Vec<f64> {
 /// taken changes nothing. Meta's own (low 1, high 4, context 8192) are tried first.
 fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     let factor = f64::from(*factors.last()?);
-    let plain = frequencies(factors.len(), theta);
+    let head_dim = 2 * factors.len();
+    let plain = plain(theta, head_dim);
     if factors.iter().all(|factor| *factor == 1.0) {
         return Some(RopeScaling::Default);
     }
@@ -272,9 +345,10 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     };
     let fits = |scaling: &RopeScaling| {
         // The file's factors are rounded to f32, in another order of operations.
-        plain.iter().zip(factors).all(|(frequency, factor)| {
-            (frequency / scale(*frequency, *scaling) / f64::from(*factor) - 1.0).abs() < 1e-4
-        })
+        let own = factors_of(*scaling, head_dim, theta);
+        own.iter()
+            .zip(factors)
+            .all(|(own, factor)| (f64::from(*own) / f64::from(*factor) - 1.0).abs() < 1e-4)
     };
     let mut candidates = vec![llama3(1.0, 4.0, 8192.0)];
     // Frequencies with their blends; low frequencies come last and have none of the original.
@@ -316,7 +390,11 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
 }
 
 /// The metadata of `config`'s shape, without tokenizer and names.
-pub fn config_metadata(config: &LlamaConfig) -> Vec<(String, Value)> {
+///
+/// # Errors
+///
+/// A rotary scaling that llama.cpp does not compute, by its name.
+pub fn config_metadata(config: &LlamaConfig) -> Result<Vec<(String, Value)>, String> {
     let count = |x: usize| Value::U32(u32::try_from(x).unwrap_or(u32::MAX));
     let mut metadata: Vec<(String, Value)> = [
         ("vocab_size", count(config.vocab_size)),
@@ -337,25 +415,43 @@ pub fn config_metadata(config: &LlamaConfig) -> Vec<(String, Value)> {
     ]
     .map(|(key, value)| (format!("llama.{key}"), value))
     .into();
-    if let RopeScaling::Linear { factor } = config.rope_scaling {
-        let scaling = |key: &str, value| (format!("llama.rope.scaling.{key}"), value);
-        metadata.push(scaling("type", Value::Text("linear".into())));
-        metadata.push(scaling("factor", Value::F32(factor as f32)));
+    let scaling = |key: &str, value| (format!("llama.rope.scaling.{key}"), value);
+    match config.rope_scaling {
+        // Llama 3.1's is a tensor, see `rope_factors`.
+        RopeScaling::Default | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::Linear { factor } => {
+            metadata.push(scaling("type", Value::Text("linear".into())));
+            metadata.push(scaling("factor", Value::F32(factor as f32)));
+        }
+        RopeScaling::Dynamic { .. } => {
+            return Err("llama.cpp has no rope type \"dynamic\"; remove it from config.json to write the model for \
+                        sequences of up to max_position_embeddings tokens, for which it changes nothing"
+                .into());
+        }
+        RopeScaling::Yarn(yarn) => {
+            if !is_llama_cpps(&yarn, config.rope_theta, config.head_dim) {
+                return Err(
+                    "llama.cpp computes the rope type \"yarn\" with beta_fast 32, beta_slow 1 and \
+                            \"truncate\": true only, and not for contexts too short for its ramp"
+                        .into(),
+                );
+            }
+            let attention = yarn.attention_factor / sharpening(yarn.factor, 1.0);
+            let context = yarn.original_max_position_embeddings;
+            metadata.push(scaling("type", Value::Text("yarn".into())));
+            metadata.push(scaling("factor", Value::F32(yarn.factor as f32)));
+            metadata.push(scaling("original_context_length", count(context as usize)));
+            if attention as f32 != 1.0 {
+                metadata.push(scaling("attn_factor", Value::F32(attention as f32)));
+            }
+        }
     }
-    metadata
+    Ok(metadata)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    fn factors_of(scaling: RopeScaling, head_dim: usize, theta: f64) -> Vec<f32> {
-        let plain = frequencies(head_dim / 2, theta);
-        plain
-            .iter()
-            .map(|f| (f / scale(*f, scaling)) as f32)
-            .collect()
-    }
 
     #[test]
     fn a_scaling_is_found_again_from_its_factors() {

@@ -105,7 +105,7 @@ impl Llama {
         if rows.is_empty() || rows.iter().any(|row| row.is_empty()) {
             return Err(PackedError::Empty);
         }
-        let (packed, places) = PackedTokens::sharing_prefixes(rows, LEAST_SHARED);
+        let (packed, places) = PackedTokens::sharing_for(rows, LEAST_SHARED, &self.config);
         packed.check(&self.config)?;
         let context = self.pass_context(&packed);
         let device = self.device().without_autodiff();
@@ -136,6 +136,9 @@ impl Llama {
 
     /// Reads one more token of every row and gives the last layer's output there, `[rows, hidden]`.
     ///
+    /// Under the rope type "dynamic" beyond `max_position_embeddings`, the new token is rotated by the frequencies of its
+    /// row's length so far, and older ones stay as they were: what transformers does with a cache.
+    ///
     /// # Errors
     ///
     /// A number of tokens that is not that of rows, a token outside the vocabulary, or a row that has
@@ -155,7 +158,7 @@ impl Llama {
                 vocab_size,
             });
         }
-        let max_position_embeddings = self.config.max_position_embeddings;
+        let max_position_embeddings = self.config.positions();
         let longest = cache.lengths.iter().max().map_or(0, |longest| longest + 1);
         if longest > max_position_embeddings {
             return Err(PackedError::TooLong {

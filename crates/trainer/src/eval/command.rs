@@ -361,7 +361,7 @@ fn tasks(
         lists: args.lists,
         max_new_tokens: args.max_new_tokens,
         vocab_size: inference.config.vocab_size,
-        positions: inference.config.max_position_embeddings,
+        positions: inference.config.positions(),
     };
     let mut tasks = Vec::new();
     for Sample {

@@ -2,7 +2,7 @@
 //!
 //! A label's score is the sum of the log-probabilities of its tokens and of the end token, given the prompt:
 //! what training lowers. Rows of one prompt with every label, and prompts that begin alike, share what they
-//! begin with ([`PackedTokens::sharing_prefixes`]), so a prompt is computed once.
+//! begin with ([`PackedTokens::sharing_for`]), so a prompt is computed once.
 
 use burn::tensor::Tensor;
 use llama_burn::{LayerPass, Llama, PackedError, PackedTokens};
@@ -61,7 +61,7 @@ pub fn log_likelihoods(
     }
     // Nothing is predicted from an answer's last token.
     let ids: Vec<&[u32]> = rows.iter().map(|row| &row[..row.len() - 1]).collect();
-    let (packed, places) = PackedTokens::sharing_prefixes(&ids, LEAST_SHARED);
+    let (packed, places) = PackedTokens::sharing_for(&ids, LEAST_SHARED, &model.config);
     packed.check(&model.config)?;
 
     // Where each answer's tokens are predicted. Rows share their last prompt token: each place once.

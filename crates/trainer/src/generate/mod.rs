@@ -142,7 +142,7 @@ impl Generator<'_> {
         let started = Instant::now();
         let (mut cache, mut hidden) = self.model.prefill(prompts)?;
         let mut left: Vec<usize> = (0..rows.len()).collect();
-        let positions = self.model.config.max_position_embeddings;
+        let positions = self.model.config.positions();
         for step in 0..limits.max_new_tokens {
             let vocab = self.model.config.vocab_size;
             let mut scores = read(self.model.logits_plain(&hidden))?;

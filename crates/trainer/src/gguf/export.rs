@@ -133,7 +133,7 @@ fn write_model(
     }
     metadata.push(("general.file_type".into(), Value::U32(kind.file_type())));
     metadata.push(("general.quantization_version".into(), Value::U32(2)));
-    metadata.extend(config_metadata(model));
+    metadata.extend(config_metadata(model).map_err(anyhow::Error::msg)?);
     metadata.extend(match gguf::is_gguf(path) {
         // Its own keys, so that nothing of the tokenizer is lost in between.
         true => {
