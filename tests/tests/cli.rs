@@ -340,7 +340,7 @@ fn finloras_file_of_named_runs_works_as_it_is() {
 #[test]
 fn the_plan_of_llama_3_1_70b_needs_no_weights_and_counts_right() {
     let folder = tempfile::tempdir().expect("a temporary folder");
-    let path = folder.path().join("config.json");
+    let path = folder.path().join("my-llama.json");
     let config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 128_256, "hidden_size": 8192,
         "intermediate_size": 28_672, "num_hidden_layers": 80, "num_attention_heads": 64, "num_key_value_heads": 8,
@@ -361,6 +361,10 @@ fn the_plan_of_llama_3_1_70b_needs_no_weights_and_counts_right() {
     for words in ["11,141,120", "70,553,706,496", "6,332.7"] {
         assert!(text.contains(words), "the plan lacks {words}:\n{text}");
     }
+    let path = path.display().to_string();
+    run(&["inspect-data", "--config", &path])
+        .failed_saying(&["a model's config.json", "plan --config"]);
+    run(&["plan", "--config", &path, "--run", "one"]).failed_saying(&["holds no runs"]);
 }
 
 #[test]

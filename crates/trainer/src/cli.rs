@@ -5,14 +5,14 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::Context;
+use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
 use crate::bench::BenchOptions;
 use crate::checkpoint::{Resume, run_folder};
 use crate::combine::{self, CombineArgs};
-use crate::config::Config;
+use crate::config::{self, Config};
 use crate::device::{Backend, KernelArgs};
 use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
@@ -478,13 +478,16 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
     let on_gpu = args.gpu.is_some();
     let peaks = plan::on_gpu::peaks(args.gpu.as_deref(), args.peak_tflops, args.peak_gbs);
     let peaks = peaks.map_err(anyhow::Error::msg)?;
-    let bare = args.config.config.as_deref().filter(|path| {
-        path.is_dir()
-            || path.file_name().is_some_and(|name| name == "config.json")
-            || llama_burn::gguf::is_gguf(path)
-    });
+    let bare = args.config.config.as_deref();
+    let bare = bare.filter(|path| config::is_model(path));
     let (config, model) = match bare {
         Some(path) => {
+            if let Some(run) = &args.config.run {
+                bail!(
+                    "{} is a model and holds no runs; leave out --run {run}",
+                    path.display()
+                );
+            }
             let config = Config::load(None, None, &args.config.set)?;
             (config, LlamaConfig::from_file(path)?)
         }

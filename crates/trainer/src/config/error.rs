@@ -66,6 +66,15 @@ pub enum ConfigError {
         /// The name asked for.
         run: String,
     },
+    /// The file is the `config.json` of a model.
+    #[error(
+        "{file} is a model's config.json, not the configuration of a run; `plan --config {file}` plans that model, and \
+         --set base_model=FOLDER names a model's folder"
+    )]
+    OfModel {
+        /// The file.
+        file: String,
+    },
     /// Keys or values are wrong.
     #[error(transparent)]
     Invalid(#[from] Problems),

@@ -3,6 +3,8 @@
 use std::path::{Path, PathBuf};
 
 use llama_burn::WeightsError;
+use llama_burn::limited::{self, LARGEST_SETTINGS};
+use serde_json::Value;
 
 use super::error::{Problem, Problems};
 use super::{Config, EMBEDDED, Source};
@@ -33,6 +35,27 @@ pub(super) fn resolve(path: &str, source: &Source) -> PathBuf {
         .into_iter()
         .find(|place| place.exists());
     found.unwrap_or_else(|| path.into())
+}
+
+/// Whether this text is the `config.json` of a model, of whatever architecture, and not the configuration of a run.
+pub(super) fn is_of_model(text: &str) -> bool {
+    let Ok(Value::Object(object)) = serde_json::from_str(text.trim_start_matches('\u{feff}'))
+    else {
+        return false;
+    };
+    let has = |key: &str| object.contains_key(key);
+    let of_model = has("architectures") || (has("model_type") && has("hidden_size"));
+    of_model && !has("base_model")
+}
+
+/// Whether there is a model at this path whose shape can be read: a folder, a `config.json` of any name, or a GGUF file.
+pub fn is_model(path: &Path) -> bool {
+    let of_model = || {
+        let text = limited::read_to_string(path, LARGEST_SETTINGS);
+        text.is_ok_and(|text| is_of_model(&text))
+    };
+    let named = || path.file_name().is_some_and(|name| name == "config.json");
+    path.is_dir() || llama_burn::gguf::is_gguf(path) || named() || of_model()
 }
 
 /// The file of a configuration in messages.
@@ -271,6 +294,34 @@ mod tests {
             fs::write(folder.path().join(name), "").unwrap();
         }
         assert_eq!(check(folder.path()), Ok(()));
+    }
+
+    #[test]
+    fn a_models_configuration_is_recognised_by_what_it_holds() {
+        let folder = tempfile::tempdir().unwrap();
+        let file = folder.path().join("my-llama.json");
+        let of_model = |text: &str| {
+            fs::write(&file, text).unwrap();
+            let error = Config::load(Some(&file), None, &[])
+                .unwrap_err()
+                .to_string();
+            assert_eq!(
+                is_model(&file),
+                error.contains("a model's config.json"),
+                "{error}"
+            );
+            is_model(&file)
+        };
+        assert!(of_model(r#"{"model_type": "llama", "hidden_size": 8}"#));
+        assert!(of_model(
+            "\u{feff}{\"architectures\": [\"GPT2LMHeadModel\"]}"
+        ));
+        assert!(!of_model(r#"{"model_type": "llama"}"#));
+        assert!(!of_model(r#"{"one": {"hidden_size": 8}, "two": {}}"#));
+        assert!(!of_model(
+            r#"{"base_model": "m", "model_type": "llama", "hidden_size": 8}"#
+        ));
+        assert!(!of_model("hidden_size = 8"));
     }
 
     #[test]

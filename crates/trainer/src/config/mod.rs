@@ -36,6 +36,7 @@ use crate::schedule::Decay;
 
 pub(crate) use error::nearest;
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
+pub use files::is_model;
 pub use words::{
     BatchSize, Checkpointing, ComputeDtype, InstructTemplate, OnNonFinite, OnOutOfMemory,
     PromptTemplate,
@@ -240,6 +241,10 @@ impl Config {
         run: Option<&str>,
         overrides: &[String],
     ) -> Result<Self, ConfigError> {
+        if let Some(path) = path.filter(|_| files::is_of_model(text)) {
+            let file = path.display().to_string();
+            return Err(ConfigError::OfModel { file });
+        }
         let mut raw = raw::RawConfig::parse(text, path, run)?;
         let (mut overrides, mut problems) = (overrides.to_vec(), Vec::new());
         if raw.source.is_axolotl {
