@@ -345,3 +345,43 @@ def test_saved_tables_of_a_grown_vocabulary_merge_as_in_peft(trainer, tmp_path):
     ids = torch.tensor([TOKENS[0] + [69]])
     with torch.no_grad():
         torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, atol=2e-4, rtol=0)
+
+
+TOKENS_TRAINED = {
+    "list": [3, 17],
+    "map": {"embed_tokens": [17, 3]},
+    "head": {"lm_head": [40]},
+    "both": {"embed_tokens": [3], "lm_head": [40, 9]},
+    "both alike": {"embed_tokens": [3], "lm_head": [3]},
+}
+
+
+@pytest.mark.parametrize("whole_tables", [False, True])
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tokens", TOKENS_TRAINED)
+def test_trained_tokens_are_pefts(trainer, tmp_path, tokens, tied, whole_tables):
+    base = tiny(tmp_path / "base", tie_word_embeddings=tied)
+    indices = TOKENS_TRAINED[tokens]
+    # PEFT runs no LoRA beside the rows of a table; a head that has none can have one.
+    targets = ["q_proj", "lm_head"] if tokens in ("list", "map") and not tied else ["q_proj"]
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, target_modules=targets, trainable_token_indices=indices, init_lora_weights=False,
+                   task_type="CAUSAL_LM"),
+    )
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "trainable_tokens_delta" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    adapted.save_pretrained(tmp_path / "adapter", save_embedding_layers=whole_tables)
+    assert_same_scores(trainer, base, tmp_path, adapter=tmp_path / "adapter")
+    trainer("merge", "--model", base, "--adapter", tmp_path / "adapter", "--output", tmp_path / "merged", "--dtype", "f32")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    with torch.no_grad():
+        for ids in TOKENS:
+            expected = adapted(torch.tensor([ids])).logits
+            # Sums in f32 in another order.
+            torch.testing.assert_close(merged(torch.tensor([ids])).logits, expected, atol=2e-4, rtol=0)
+    run = trainer.run("unmerge", "--model", tmp_path / "merged", "--adapter", tmp_path / "adapter", "--output", tmp_path / "back")
+    assert run.code != 0 and "rows of the embedding" in run.stderr, run.stderr

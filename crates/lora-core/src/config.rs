@@ -82,6 +82,9 @@ pub struct LoraConfig {
     pub modules_to_save: Vec<String>,
     /// Whether, in a model whose output layer is its embedding, an adapter on one of the two is on both.
     pub ensure_weight_tying: bool,
+    /// Tokens whose rows of a vocabulary table belong to the adapter, by the end of the table's module name
+    /// (`embed_tokens`); in the order of the rows in the adapter's file.
+    pub trainable_token_indices: Vec<(String, Vec<usize>)>,
 }
 
 impl Default for LoraConfig {
@@ -106,6 +109,7 @@ impl Default for LoraConfig {
             lora_bias: false,
             modules_to_save: Vec::new(),
             ensure_weight_tying: false,
+            trainable_token_indices: Vec::new(),
         }
     }
 }

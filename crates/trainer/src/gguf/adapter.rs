@@ -113,6 +113,9 @@ impl Adapter {
         if let Some(name) = self.tensors.whole.keys().next() {
             return Some(format!("a copy of {name} of its own"));
         }
+        if let Some(module) = self.tensors.token_rows.keys().next() {
+            return Some(format!("rows of {module} of its own"));
+        }
         self.tensors.modules.iter().find_map(|(module, pair)| {
             let name = format!("{module}.weight");
             if pair.magnitude.is_some() {

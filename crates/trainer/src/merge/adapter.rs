@@ -63,7 +63,11 @@ impl<'a> Adapter<'a> {
 
     /// Modules with matrices, and tensors that the adapter brings its own version of.
     pub(super) fn counts(&self) -> [usize; 2] {
-        [self.tensors.modules.len(), self.tensors.whole.len()]
+        let tables = self.tensors.token_rows.len();
+        [
+            self.tensors.modules.len(),
+            self.tensors.whole.len() + tables,
+        ]
     }
 
     /// The most terms of a sum that changes an element: the rank and the element itself.
@@ -96,7 +100,11 @@ impl<'a> Adapter<'a> {
     /// Why the base cannot be computed from the merged model, if it cannot.
     pub(super) fn no_way_back(&self) -> Option<&'static str> {
         let mut pairs = self.tensors.modules.values();
-        if !self.tensors.whole.is_empty() {
+        if !self.tensors.token_rows.is_empty() {
+            Some(
+                "it takes the place of rows of the embedding, and nothing in the merged model tells what they were",
+            )
+        } else if !self.tensors.whole.is_empty() {
             Some(
                 "it takes the place of whole tensors, and nothing in the merged model tells what they were",
             )

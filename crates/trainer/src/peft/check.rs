@@ -102,7 +102,8 @@ impl AdapterTensors {
             }
         }
         let whole = self.check_whole(model, lora)?;
-        if self.modules.is_empty() && whole == 0 {
+        let tokens = self.check_token_rows(model, lora)?;
+        if self.modules.is_empty() && whole == 0 && tokens == 0 {
             // Counting says what there would be.
             model.count(lora, lora_core::Quantization::None, 4)?;
         }
@@ -159,6 +160,6 @@ impl AdapterTensors {
             || (self.whole.contains_key(EMBEDDING_WEIGHT) && saved_whole(lora, EMBEDDING_WEIGHT));
         let head = self.modules.contains_key(HEAD)
             || (self.whole.contains_key(HEAD_WEIGHT) && saved_whole(lora, HEAD_WEIGHT));
-        model.tie_word_embeddings && (embedding || head)
+        model.tie_word_embeddings && (embedding || head || Self::rows_untie(model, lora))
     }
 }

@@ -171,6 +171,10 @@ fn check(adapter: &Weighted) -> Result<ModuleSelector, CombineError> {
         ("lora_bias", lora.lora_bias),
         ("bias", lora.bias != Bias::None),
         ("modules_to_save", !lora.modules_to_save.is_empty()),
+        (
+            "trainable_token_indices",
+            !lora.trainable_token_indices.is_empty(),
+        ),
     ];
     if let Some((field, _)) = fields.into_iter().find(|(_, set)| *set) {
         return Err(CombineError::Field {
@@ -447,6 +451,9 @@ mod tests {
             ("bias", |a| a.config.lora.bias = Bias::All),
             ("modules_to_save", |a| {
                 a.config.lora.modules_to_save = vec!["norm".into()]
+            }),
+            ("trainable_token_indices", |a| {
+                a.config.lora.trainable_token_indices = vec![("embed_tokens".into(), vec![1])]
             }),
         ] {
             let error = error(change);

@@ -34,7 +34,7 @@ const HARMLESS: [&str; 11] = [
 ];
 
 /// Fields that are read, or that are refused with a reason of their own.
-const HANDLED: [&str; 21] = [
+const HANDLED: [&str; 22] = [
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -55,6 +55,7 @@ const HANDLED: [&str; 21] = [
     "modules_to_save",
     "fan_in_fan_out",
     "ensure_weight_tying",
+    "trainable_token_indices",
     "peft_version",
 ];
 
@@ -88,6 +89,10 @@ impl AdapterConfig {
             "layers_pattern": or_null(&lora.layers_pattern),
             "ensure_weight_tying": lora.ensure_weight_tying,
             "modules_to_save": or_null(&lora.modules_to_save),
+            "trainable_token_indices": match lora.trainable_token_indices.is_empty() {
+                true => Value::Null,
+                false => pattern_json(&lora.trainable_token_indices, |tokens| json!(tokens)),
+            },
             "rank_pattern": pattern_json(&lora.rank_pattern, |r| json!(r)),
             "alpha_pattern": pattern_json(&lora.alpha_pattern, |alpha| number(*alpha)),
             "init_lora_weights": match lora.init {
@@ -193,6 +198,13 @@ impl AdapterConfig {
                 .optional("bias", "\"none\", \"all\" or \"lora_only\"", as_bias)?
                 .unwrap_or_default(),
             modules_to_save: names("modules_to_save")?.unwrap_or_default(),
+            trainable_token_indices: fields
+                .optional(
+                    "trainable_token_indices",
+                    "a list of token ids, or lists by the names \"embed_tokens\" and \"lm_head\"",
+                    as_tokens,
+                )?
+                .unwrap_or_default(),
         };
         lora.validate()?;
         Ok(Self {
@@ -269,6 +281,16 @@ fn as_pattern<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Ve
     entries
         .map(|(name, value)| Some((name.clone(), read(value)?)))
         .collect()
+}
+
+/// A list is about the embedding.
+fn as_tokens(value: &Value) -> Option<Vec<(String, Vec<usize>)>> {
+    let tokens = |value: &Value| value.as_array()?.iter().map(as_index).collect();
+    match value {
+        Value::Array(list) if list.is_empty() => Some(Vec::new()),
+        Value::Array(_) => Some(vec![("embed_tokens".into(), tokens(value)?)]),
+        value => as_pattern(value, tokens),
+    }
 }
 
 fn as_bias(value: &Value) -> Option<Bias> {
@@ -422,6 +444,13 @@ mod tests {
                 ..LoraConfig::default()
             },
             LoraConfig {
+                trainable_token_indices: vec![
+                    ("lm_head".into(), vec![7]),
+                    ("embed_tokens".into(), vec![9, 2]),
+                ],
+                ..LoraConfig::default()
+            },
+            LoraConfig {
                 exclude_modules: Some(ExcludeModules::Regex(".*k_proj".into())),
                 bias: Bias::All,
                 lora_bias: true,
@@ -464,7 +493,8 @@ mod tests {
             ("init_lora_weights", json!("lora_ga")),
             ("loftq_config", json!({"loftq_bits": 4})),
             ("alora_invocation_tokens", json!([1, 2])),
-            ("trainable_token_indices", json!([1, 2])),
+            ("trainable_token_indices", json!([1, -2])),
+            ("trainable_token_indices", json!({"embed_tokens": 3})),
             ("target_parameters", json!(["weight"])),
             ("use_qalora", json!(true)),
             ("use_bdlora", json!({"nblocks": 2})),
@@ -518,6 +548,20 @@ mod tests {
         assert!(with("fan_in_fan_out", json!(true)).is_ok());
         assert!(with("init_lora_weights", json!("eva")).is_ok());
         assert!(with("runtime_config", json!({"ephemeral_gpu_offload": false})).is_ok());
+    }
+
+    #[test]
+    fn a_list_of_tokens_is_the_embeddings() {
+        let tokens = |value| {
+            with("trainable_token_indices", value)
+                .unwrap()
+                .lora
+                .trainable_token_indices
+        };
+        let expected = vec![("embed_tokens".to_string(), vec![5, 3])];
+        assert_eq!(tokens(json!([5, 3])), expected);
+        assert_eq!(tokens(json!({"embed_tokens": [5, 3]})), expected);
+        assert_eq!(tokens(json!([])), []);
     }
 
     #[test]

@@ -117,6 +117,14 @@ impl AdapterConfig {
                 why,
             ));
         }
+        if !lora.trainable_token_indices.is_empty() {
+            let why = "rows of the embedding are frozen here; merge this adapter first";
+            return Err(refused(
+                "trainable_token_indices",
+                format!("{:?}", lora.trainable_token_indices),
+                why,
+            ));
+        }
         check_targets(&lora, model)?;
         let mut plain = lora.clone();
         plain.layers_pattern = Vec::new();

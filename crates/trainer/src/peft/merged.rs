@@ -6,6 +6,7 @@ use lora_core::cpu::{self, Matrix, MatrixMut, Threads};
 
 use super::check::{EMBEDDING_WEIGHT, HEAD_WEIGHT};
 use super::tensors::{EMBEDDING, saved_whole};
+use super::token_rows::put_rows;
 use super::{AdapterError, AdapterPair, AdapterTensors};
 
 /// Which way an adapter goes into a tensor.
@@ -24,7 +25,9 @@ impl AdapterTensors {
         let module = module_of(tensor);
         let pair = self.modules.get(module);
         let adapted = pair.is_some_and(|pair| tensor.ends_with(".weight") || pair.bias.is_some());
-        adapted || self.whole_for(model, lora, tensor).is_some()
+        adapted
+            || self.whole_for(model, lora, tensor).is_some()
+            || self.rows_for(model, lora, tensor).is_some()
     }
 
     /// The tensor of this Hugging Face name with the adapter merged in, from the base model's `values`, both
@@ -44,10 +47,15 @@ impl AdapterTensors {
         tensor: &str,
         values: Vec<f32>,
     ) -> Result<Vec<f32>, AdapterError> {
-        let values = match self.whole_for(model, lora, tensor) {
+        let mut values = match self.whole_for(model, lora, tensor) {
             Some(whole) => whole.to_vec(),
             None => values,
         };
+        if let Some((tokens, rows)) = self.rows_for(model, lora, tensor) {
+            let vocabulary = model.vocab_size * model.hidden_size;
+            check_length(tensor, vocabulary, values.len())?;
+            put_rows(&mut values, tokens, rows);
+        }
         self.moved(lora, tensor, values, Way::In)
     }
 
@@ -66,7 +74,8 @@ impl AdapterTensors {
         values: Vec<f32>,
         base: &[f32],
     ) -> Result<Vec<f32>, AdapterError> {
-        if self.whole_for(model, lora, tensor).is_some() {
+        let replaced = self.whole_for(model, lora, tensor).is_some();
+        if replaced || self.rows_for(model, lora, tensor).is_some() {
             return Ok(base.to_vec());
         }
         let Some(pair) = self.modules.get(module_of(tensor)) else {

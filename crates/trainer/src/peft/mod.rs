@@ -12,6 +12,7 @@ mod merged;
 mod model;
 mod svd;
 mod tensors;
+mod token_rows;
 
 use std::fs;
 use std::io;

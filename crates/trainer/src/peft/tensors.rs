@@ -25,6 +25,11 @@ const ORIGINAL: &str = ".original_module.";
 /// Where PEFT keeps a saved module's tensors; it writes them under this name too in that case.
 const COPY: &str = ".modules_to_save.";
 
+/// Where PEFT keeps what it trains of a vocabulary table.
+pub(super) const TOKENS: &str = ".token_adapter";
+/// The trained rows: they take the place of the table's, whatever their name says.
+const TOKEN_ROWS: &str = ".token_adapter.trainable_tokens_delta";
+
 /// The tensors of one adapted module, on the host, row-major, as `lora_core` lays them out:
 /// `a` is `[d_in, r]` and `b` is `[r, d_out]` (PEFT's file holds both transposed).
 ///
@@ -87,6 +92,9 @@ pub struct AdapterTensors {
     /// and embeddings that PEFT saves beside their adapter; by Hugging Face's name
     /// (`model.norm.weight`).
     pub whole: BTreeMap<String, WholeTensor>,
+    /// Rows that take the place of a vocabulary table's, `[tokens, hidden]`, by the table's module
+    /// (`model.embed_tokens`); `trainable_token_indices` holds their tokens.
+    pub token_rows: BTreeMap<String, WholeTensor>,
 }
 
 /// The module whose rows are looked up and not multiplied with.
@@ -112,6 +120,11 @@ pub fn magnitude_name(module: &str) -> String {
 /// PEFT's name of what `lora_bias` adds to a module.
 pub(super) fn bias_name(module: &str) -> String {
     format!("{PREFIX}{module}{B_BIAS}")
+}
+
+/// PEFT's name of a vocabulary table's trained rows.
+pub(super) fn token_rows_name(module: &str) -> String {
+    format!("{PREFIX}{module}{TOKEN_ROWS}")
 }
 
 /// What a tensor of the file belongs to.
@@ -215,6 +228,10 @@ impl AdapterTensors {
             };
             tensors.push((name, Floats::new(&tensor.values, tensor.shape.clone())));
         }
+        for (module, tensor) in &self.token_rows {
+            let rows = Floats::new(&tensor.values, tensor.shape.clone());
+            tensors.push((token_rows_name(module), rows));
+        }
         for (name, tensor) in &tensors {
             check_finite(name, tensor.values())?;
         }
@@ -235,6 +252,7 @@ impl AdapterTensors {
         let mut parts: BTreeMap<String, Parts> = BTreeMap::new();
         let mut whole = BTreeMap::new();
         let mut copies: BTreeMap<String, WholeTensor> = BTreeMap::new();
+        let mut token_rows = BTreeMap::new();
         for (name, view) in file.iter() {
             let unexpected = || AdapterError::Unexpected { name: name.into() };
             let rest = name.strip_prefix(PREFIX).ok_or_else(unexpected)?;
@@ -257,7 +275,13 @@ impl AdapterTensors {
                 }
                 continue;
             }
-            let tensor = rest.replace(WRAPPED, "");
+            if let Some(module) = rest.strip_suffix(TOKEN_ROWS) {
+                let Values { shape, values } = read()?;
+                token_rows.insert(module.into(), WholeTensor { shape, values });
+                continue;
+            }
+            // The whole table is there where PEFT saves embeddings.
+            let tensor = rest.replace(TOKENS, "").replace(WRAPPED, "");
             let is_original = tensor.contains(ORIGINAL);
             let is_copy = tensor.contains(COPY);
             let tensor = tensor.replace(ORIGINAL, ".").replace(COPY, ".");
@@ -286,7 +310,11 @@ impl AdapterTensors {
             let pair = pair(&module, parts, lora, selector.r(&module))?;
             modules.insert(module, pair);
         }
-        Ok(Self { modules, whole })
+        Ok(Self {
+            modules,
+            whole,
+            token_rows,
+        })
     }
 }
 
