@@ -1,6 +1,7 @@
 """Other people's files mean what they mean in transformers: model folders, chat templates, tokenizers, chat data."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -350,6 +351,7 @@ def test_saved_tables_of_a_grown_vocabulary_merge_as_in_peft(trainer, tmp_path):
 TOKENS_TRAINED = {
     "list": [3, 17],
     "map": {"embed_tokens": [17, 3]},
+    "in full": {"model.embed_tokens": [17, 3]},
     "head": {"lm_head": [40]},
     "both": {"embed_tokens": [3], "lm_head": [40, 9]},
     "both alike": {"embed_tokens": [3], "lm_head": [3]},
@@ -363,7 +365,7 @@ def test_trained_tokens_are_pefts(trainer, tmp_path, tokens, tied, whole_tables)
     base = tiny(tmp_path / "base", tie_word_embeddings=tied)
     indices = TOKENS_TRAINED[tokens]
     # PEFT runs no LoRA beside the rows of a table; a head that has none can have one.
-    targets = ["q_proj", "lm_head"] if tokens in ("list", "map") and not tied else ["q_proj"]
+    targets = ["q_proj", "lm_head"] if tokens in ("list", "map", "in full") and not tied else ["q_proj"]
     torch.manual_seed(1)
     adapted = get_peft_model(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
@@ -385,3 +387,98 @@ def test_trained_tokens_are_pefts(trainer, tmp_path, tokens, tied, whole_tables)
             torch.testing.assert_close(merged(torch.tensor([ids])).logits, expected, atol=2e-4, rtol=0)
     run = trainer.run("unmerge", "--model", tmp_path / "merged", "--adapter", tmp_path / "adapter", "--output", tmp_path / "back")
     assert run.code != 0 and "rows of the embedding" in run.stderr, run.stderr
+
+
+@pytest.mark.parametrize("bits", [16, 8])
+@pytest.mark.parametrize(
+    "tokens, tied", [("list", True), ("list", False), ("head", False), ("both", False), ("both alike", True),
+                     ("in full", True)]
+)
+def test_training_tokens_is_pefts_training(trainer, tmp_path, tokens, tied, bits):
+    """From one adapter and on the same rows, six steps of ours and of PyTorch's AdamW make the same adapter."""
+    base = tiny(tmp_path / "base", tie_word_embeddings=tied, eos_token_id=63)
+    edit(base / "tokenizer.json", lambda tokenizer: tokenizer.update(pre_tokenizer={"type": "WhitespaceSplit"}))
+    indices = TOKENS_TRAINED[tokens]
+    torch.manual_seed(1)
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        LoraConfig(r=4, target_modules=["v_proj"], layers_to_transform=[1], trainable_token_indices=indices,
+                   init_lora_weights=False, task_type="CAUSAL_LM"),
+    )
+    adapted.save_pretrained(tmp_path / "start")
+    texts = ["w3 w17 w5 w40 w3 w8 w9", "w17 w3 w60 w11", "w40 w40 w9 w2 w17", "w3 w17 w5 w22"]
+    rows = [{"text": text} for text in texts]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    trainer(
+        "train", "--backend", "cpu", "--output-dir", tmp_path / "run", *[
+            argument for key in [
+                f"base_model={base}", f"dataset_path={data}", f"init_adapter={tmp_path / 'start'}", "val_set_size=0", "max_steps=6",
+                f"quant_bits={bits}", "batch_size=4", "learning_rate=0.01", "lr_scheduler=constant", "warmup_ratio=0",
+                "max_grad_norm=0", "num_epochs=6",
+            ] for argument in ("--set", key)
+        ],
+    )
+    # What was written of the settings is a configuration again.
+    trainer("plan", "--config", tmp_path / "run/config.toml")
+    if bits == 8:
+        # Other weights, other numbers: only that the rows are trained and PEFT loads them.
+        ours = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+        start = load_file(tmp_path / "start/adapter_model.safetensors")
+        assert ours.keys() == start.keys()
+        for name in (name for name in ours if "token_adapter" in name):
+            assert (ours[name] - start[name]).abs().max() > 5e-3, name
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "run/adapter")
+        return
+    found = inspect(trainer, base, rows, tmp_path)
+    optimizer = torch.optim.AdamW([p for p in adapted.parameters() if p.requires_grad], lr=0.01, weight_decay=0)
+    for _ in range(6):
+        losses, count = 0, 0
+        for ids, learned in found:
+            logits = adapted(torch.tensor([ids])).logits[0]
+            targets = torch.tensor([id if learn else -100 for id, learn in zip(ids, learned)][1:])
+            losses = losses + torch.nn.functional.cross_entropy(logits[:-1], targets, reduction="sum")
+            count += (targets >= 0).sum()
+        optimizer.zero_grad()
+        (losses / count).backward()
+        optimizer.step()
+    adapted.save_pretrained(tmp_path / "expected")
+    ours = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    expected = load_file(tmp_path / "expected/adapter_model.safetensors")
+    assert ours.keys() == expected.keys() and any("token_adapter" in name for name in ours)
+    for name in expected:
+        # Six updates of up to 0.01 each.
+        torch.testing.assert_close(ours[name], expected[name], atol=1e-4, rtol=0, msg=lambda m: f"{name}: {m}")
+    assert_same_scores(trainer, base, tmp_path, adapter=tmp_path / "run/adapter")
+    trainer("merge", "--model", base, "--adapter", tmp_path / "run/adapter", "--output", tmp_path / "merged", "--dtype", "f32")
+    arguments = ["--backend", "cpu", "--quant-bits", "16", "--prompt", "w3 w17 w5", "--max-new-tokens", "12"]
+    adapter = ["--model", base, "--adapter", tmp_path / "run/adapter"]
+    written = [trainer("generate", *arguments, *model).stdout for model in (["--model", tmp_path / "merged"], adapter, [*adapter, "--merge"])]
+    assert written[0].strip() and written[0] == written[1] == written[2], written
+
+
+def test_fresh_tokens_start_as_the_tables_rows(trainer, tmp_path):
+    base = tiny(tmp_path / "base", tie_word_embeddings=True, eos_token_id=63)
+    data = tmp_path / "rows.jsonl"
+    data.write_text(json.dumps({"text": "w3"}) + "\n")
+    keys = [f"base_model={base}", f"dataset_path={data}", "val_set_size=0", "max_steps=1", "quant_bits=8",
+            "learning_rate=1e-9", "trainable_token_indices=[17, 5]"]
+    sets = [argument for key in keys for argument in ("--set", key)]
+    trainer("train", "--backend", "cpu", "--output-dir", tmp_path / "run", *sets)
+    saved = json.loads((tmp_path / "run/adapter/adapter_config.json").read_text())
+    assert saved["trainable_token_indices"] == {"embed_tokens": [17, 5]}
+    rows = load_file(tmp_path / "run/adapter/adapter_model.safetensors")
+    rows = rows["base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"]
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    torch.testing.assert_close(rows, table[[17, 5]], atol=1e-8, rtol=0)
+    trainer.fails("export-gguf", "--model", base, "--adapter", tmp_path / "run/adapter", "--lora", "--output", tmp_path / "lora.gguf",
+                  saying=["rows of model.embed_tokens", "llama.cpp"])
+    trainer.fails("combine", "--adapter", f"{tmp_path / 'run/adapter'}=1", "--output", tmp_path / "combined",
+                  saying=["trainable_token_indices", "merge this adapter"])
+    planned = [trainer("plan", *sets, *more).stdout for more in ([], ["--set", "trainable_token_indices=none"])]
+    counts = [int(re.search(r"trained: ([\d,]+) parameters", text)[1].replace(",", "")) for text in planned]
+    assert counts[0] - counts[1] == 2 * 32, planned[0]
+    for tokens, reason in [("[64]", "token 64"), ("[5, 5]", "twice"), ("{ lm_head = [5] }", "")]:
+        run = trainer.run("train", "--backend", "cpu", "--output-dir", tmp_path / "other", *sets, "--set",
+                          f"trainable_token_indices={tokens}", "--set", "target_modules=['lm_head']")
+        assert run.code != 0 and "trainable_token_indices" in run.stderr and reason in run.stderr, run.stderr

@@ -243,7 +243,6 @@ def tokens(folder):
 
 
 @pytest.mark.parametrize("field, value", [
-    ("trainable_token_indices", [3, 4]),
     ("target_parameters", ["mlp.gate_proj.weight"]),
     ("layer_replication", [[0, 2], [1, 4]]),
     ("alora_invocation_tokens", [5, 6]),

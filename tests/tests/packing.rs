@@ -10,12 +10,12 @@ use trainer::data::{Batch, BatchRow, Prefixes};
 use trainer::gradients::{AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate};
 use trainer::loss::LossSums;
 use trainer::parity::against_reference;
-use trainer::peft::AdapterTensors;
+use trainer::peft::{AdapterTensors, WholeTensor};
 
 /// Lengths of rows with their last third supervised: 3, 7, 1, 4 and 2 tokens.
 const LENGTHS: [usize; 5] = [9, 21, 5, 14, 6];
 
-/// A small Llama with adapters on every linear module, B ≠ 0 and γ = 4.
+/// A small Llama with adapters on every linear module, B ≠ 0 and γ = 4, and rows of a third of its tokens.
 fn model(lora_dropout: f64) -> Llama {
     let config = LlamaConfig {
         vocab_size: 96,
@@ -41,6 +41,7 @@ fn model(lora_dropout: f64) -> Llama {
         r: 4,
         lora_dropout,
         target_modules: TargetModules::AllLinear,
+        trainable_token_indices: vec![("embed_tokens".into(), (0..96).step_by(3).collect())],
         ..LoraConfig::default()
     };
     let base = Llama::random(&config, 1, &Device::flex().autodiff());
@@ -49,6 +50,11 @@ fn model(lora_dropout: f64) -> Llama {
     let mut rng = CounterRng::new(3);
     let numbers = adapter.modules.values_mut().flat_map(|pair| &mut pair.b);
     numbers.for_each(|value| *value = 0.1 * rng.normal() as f32);
+    let shape = vec![32, config.hidden_size];
+    let values = (0..32 * config.hidden_size).map(|_| 0.2 * rng.normal() as f32);
+    let values = values.collect();
+    let rows = WholeTensor { shape, values };
+    adapter.token_rows.insert("model.embed_tokens".into(), rows);
     adapter
         .put_on(fresh, &lora)
         .expect("the adapter fits its own model")
@@ -83,7 +89,7 @@ fn pack(rows: &[usize], alike: usize, prefixes: Prefixes) -> Batch {
     Batch::new(&rows, prefixes)
 }
 
-/// The gradients of the mean loss, by module and factor, after these micro-batches.
+/// The gradients of the mean loss, by module and parameter, after these micro-batches.
 type Named = BTreeMap<String, Vec<f32>>;
 
 fn gradients(
@@ -106,17 +112,17 @@ fn gradients(
 fn named(model: &Llama, sums: AdapterGradients) -> (LossSums, Named) {
     let mean = sums.into_mean(0.0);
     let mut named = Named::new();
-    for (module, linear) in model.linears() {
-        let adapter = linear.adapter().expect("every module is adapted");
-        for (factor, param) in [("A", &adapter.a), ("B", &adapter.b)] {
-            let gradient = mean.get(param.id).expect("every factor has a gradient");
+    for (module, params) in model.trainable() {
+        for (index, param) in params.into_iter().enumerate() {
+            let gradient = mean.get(param.id).expect("every parameter has a gradient");
             let values = gradient.into_data().try_to_vec::<f32>();
             named.insert(
-                format!("{module}.{factor}"),
+                format!("{module}.{index}"),
                 values.expect("gradients are f32"),
             );
         }
     }
+    assert!(named.contains_key("model.embed_tokens.0"));
     (mean.totals, named)
 }
 

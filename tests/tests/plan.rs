@@ -3,7 +3,7 @@
 //! One test only: the counting allocator sees every thread of the process.
 
 use burn::tensor::Device;
-use llama_burn::{Llama, LlamaConfig, RopeScaling};
+use llama_burn::{Llama, LlamaConfig, RopeScaling, TokenRows};
 use lora_core::{LoraConfig, Quantization, TargetModules};
 use tests::allocator::CountingAllocator;
 use trainer::data::{Batch, BatchRow, Prefixes};
@@ -35,6 +35,8 @@ struct Case {
     dora: bool,
     bits8: bool,
     checkpointing: bool,
+    /// Adapters of the last layer only, and rows of the embedding and the output layer tied to it.
+    token_rows: bool,
 }
 
 const CASE: Case = Case {
@@ -51,6 +53,7 @@ const CASE: Case = Case {
     dora: false,
     bits8: true,
     checkpointing: false,
+    token_rows: false,
 };
 
 #[rustfmt::skip]
@@ -72,6 +75,9 @@ fn cases() -> Vec<Case> {
         Case { bits8: false, ..CASE },
         Case { layers: 2, rows: 32, supervised: 64, ..CASE },
         Case { layers: 12, rows: 32, length: 16, ..CASE },
+        Case { token_rows: true, ..CASE },
+        Case { token_rows: true, checkpointing: true, rows: 16, ..CASE },
+        Case { token_rows: true, vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 8, ..CASE },
     ]
 }
 
@@ -98,6 +104,9 @@ fn config(case: Case) -> LlamaConfig {
     }
 }
 
+/// Among those of the rows.
+const TRAINED_TOKENS: [usize; 2] = [3, 40];
+
 fn lora(case: Case) -> LoraConfig {
     let mut lora = LoraConfig {
         r: case.r,
@@ -106,6 +115,10 @@ fn lora(case: Case) -> LoraConfig {
     };
     if case.all_linear {
         lora.target_modules = TargetModules::AllLinear;
+    }
+    if case.token_rows {
+        lora.layers_to_transform = Some(vec![case.layers - 1]);
+        lora.trainable_token_indices = vec![("embed_tokens".into(), TRAINED_TOKENS.to_vec())];
     }
     lora
 }
@@ -119,9 +132,14 @@ fn measured(case: Case, batch: &Batch) -> f64 {
             *linear = quantized.expect("the widths are multiples of a block");
         }
     }
-    let model = model
+    let mut model = model
         .with_lora(&lora(case), 1)
         .expect("the settings are valid");
+    if case.token_rows {
+        let values = vec![0.02; TRAINED_TOKENS.len() * case.hidden];
+        let device = model.device();
+        model.embed_rows = Some(TokenRows::new(TRAINED_TOKENS.to_vec(), values, &device));
+    }
     let options = PassOptions {
         gradient_checkpointing: case.checkpointing,
         dropout_seed: 1,

@@ -79,6 +79,21 @@ fn a_run_that_stopped_three_times_is_the_undisturbed_one_bit_for_bit() {
 }
 
 #[test]
+fn trained_tokens_go_on_bit_for_bit() {
+    let workspace = Workspace::new();
+    let tokens = ["--set", "trainable_token_indices=[5, 30]"];
+    train(&workspace, "whole", &tokens, "").succeeded();
+    let stopped = train(&workspace, "parts", &tokens, "lost=9");
+    stopped.failed_saying(&["Step 8 is saved"]);
+    resume(&workspace.path("parts"), &[]).succeeded();
+    let (whole, parts) = (workspace.path("whole"), workspace.path("parts"));
+    assert_eq!(numbers(&whole), numbers(&parts));
+    assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
+    let (_, tensors) = trainer::peft::read_adapter(&whole.join("adapter")).expect("it is there");
+    assert_eq!(tensors.token_rows.len(), 1);
+}
+
+#[test]
 fn going_back_to_an_earlier_checkpoint_takes_its_steps_again() {
     let workspace = Workspace::new();
     train(&workspace, "out", &["--set", "save_total_limit=none"], "").succeeded();

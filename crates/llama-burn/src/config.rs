@@ -262,9 +262,16 @@ impl LlamaConfig {
         quantization: Quantization,
         float_bytes: usize,
     ) -> Result<ParameterCounts, LoraError> {
+        let rows = (self.trained_rows(lora) * self.hidden_size) as u64;
+        let with_rows = |mut counts: ParameterCounts| {
+            counts.trainable += rows;
+            counts.adapter_bytes += 4 * rows;
+            counts
+        };
         let mut modules = self.module_shapes();
         if !self.tie_word_embeddings {
-            return ParameterCounts::new(&modules, lora, quantization, float_bytes);
+            let counts = ParameterCounts::new(&modules, lora, quantization, float_bytes);
+            return counts.map(with_rows);
         }
         let table = self.vocab_size * self.hidden_size;
         modules.push(ModuleShape {
@@ -275,7 +282,18 @@ impl LlamaConfig {
         let mut counts = ParameterCounts::new(&modules, lora, quantization, float_bytes)?;
         counts.frozen -= table as u64;
         counts.other_bytes -= (table * float_bytes) as u64;
-        Ok(counts)
+        Ok(with_rows(counts))
+    }
+
+    /// Rows of the vocabulary tables that are trained. A tied output layer with the embedding's tokens has the
+    /// embedding's rows.
+    fn trained_rows(&self, lora: &LoraConfig) -> usize {
+        let lists = lora.trainable_token_indices.iter();
+        let mut lists: Vec<&[usize]> = lists.map(|(_, tokens)| &tokens[..]).collect();
+        if self.tie_word_embeddings {
+            lists.dedup();
+        }
+        lists.into_iter().map(<[usize]>::len).sum()
     }
 
     /// The modules as lora-core counts them: linear weights `[d_in, d_out]`.

@@ -130,6 +130,8 @@ pub fn load(
         lm_head,
         quantized_lm_head,
         lm_head_adapter: None,
+        embed_rows: None,
+        head_rows: None,
         config: config.clone(),
     })
 }

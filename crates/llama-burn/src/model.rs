@@ -13,7 +13,7 @@ use crate::packed::Planned;
 use crate::uploads::Uploads;
 use crate::{
     Attention, DecoderLayer, HeadAdapter, LlamaConfig, Mlp, PackedContext, PackedTokens, RmsNorm,
-    VocabTable,
+    TokenRows, VocabTable,
 };
 
 /// A Llama (`LlamaForCausalLM`). Made by [`load`](crate::load) or [`Llama::random`].
@@ -29,6 +29,10 @@ pub struct Llama {
     pub quantized_lm_head: Vec<LoraLinear>,
     /// A low-rank path beside the head.
     pub lm_head_adapter: Option<HeadAdapter>,
+    /// Rows that take the place of the embedding's, and of a tied head's that has none of its own.
+    pub embed_rows: Option<TokenRows>,
+    /// Rows that take the place of the head's.
+    pub head_rows: Option<TokenRows>,
     /// The shape it was made from.
     #[module(skip)]
     pub config: LlamaConfig,
@@ -99,6 +103,8 @@ impl Llama {
             lm_head: (!config.tie_word_embeddings).then(|| table(&mut normal)),
             quantized_lm_head: Vec::new(),
             lm_head_adapter: None,
+            embed_rows: None,
+            head_rows: None,
             config: config.clone(),
         }
     }
@@ -154,13 +160,21 @@ impl Llama {
     }
 
     /// The trainable tensors of every adapter by the module's full name: A `[d_in, r]`, B `[r, d_out]` and,
-    /// where it is a DoRA, the magnitude `[1, d_out]`.
+    /// where it is a DoRA, the magnitude `[1, d_out]`; of a table's rows `[tokens, hidden]`.
     pub fn trainable(&self) -> impl Iterator<Item = (String, Vec<&Param<Tensor<2>>>)> {
         let linears = self.linears();
         let linears = linears.map(|(module, linear)| (module, linear.trainable()));
         let head = self.lm_head_adapter.as_ref();
         let head = head.map(|head| ("lm_head".to_string(), vec![&head.a, &head.b]));
-        linears.chain(head)
+        let rows = [
+            ("model.embed_tokens", &self.embed_rows),
+            ("lm_head", &self.head_rows),
+        ];
+        let rows = rows.into_iter().filter_map(|(module, rows)| {
+            let rows = rows.as_ref()?;
+            Some((module.to_string(), vec![&rows.rows]))
+        });
+        linears.chain(head).chain(rows)
     }
 
     /// Every linear module of the decoder with its full name, `model.layers.0.self_attn.q_proj` and so on.
@@ -197,13 +211,27 @@ impl Llama {
         PackedContext::new(packed, &self.config, self.dtype(), &self.device())
     }
 
-    /// The embeddings of the tokens, `[n, hidden]`.
+    /// The embeddings of the tokens, `[n, hidden]`; with trained rows on the model's tape.
     ///
     /// # Panics
     ///
     /// If a token is outside the vocabulary; [`PackedTokens::check`] tells before.
     pub fn embed(&self, packed: &PackedTokens) -> Tensor<2> {
-        self.embed_tokens.rows(&packed.ids)
+        self.embedded(&packed.ids)
+    }
+
+    fn embedded(&self, ids: &[u32]) -> Tensor<2> {
+        let mut embeddings = self.embed_tokens.rows(ids);
+        let Some(rows) = &self.embed_rows else {
+            return embeddings;
+        };
+        if self.device().is_autodiff() {
+            embeddings = embeddings.autodiff();
+        }
+        let mut uploads = Uploads::default();
+        let planned = rows.planned(ids, &mut uploads);
+        let uploaded = uploads.send(&self.device());
+        rows.put(embeddings, &planned, &uploaded)
     }
 
     /// As [`embed`](Self::embed), for passes outside the tape: f32, as hidden states are there.
@@ -212,8 +240,7 @@ impl Llama {
     ///
     /// As [`embed`](Self::embed).
     pub fn pass_embeddings(&self, ids: &[u32]) -> Tensor<2> {
-        let rows = self.embed_tokens.rows(ids).without_autodiff();
-        rows.cast(DType::F32)
+        self.embedded(ids).without_autodiff().cast(DType::F32)
     }
 
     /// As [`context`](Self::context), for passes outside the tape ([`LayerPass`](crate::LayerPass)).
@@ -238,15 +265,18 @@ impl Llama {
         let (dtype, most) = (self.dtype(), SCORES_AT_ONCE);
         let context = Planned::new(packed, &self.config, dtype, &device, most, &mut uploads);
         let rows = self.embed_tokens.planned_rows(&packed.ids, &mut uploads);
+        let trained = self.embed_rows.as_ref();
+        let trained = trained.map(|rows| (rows, rows.planned(&packed.ids, &mut uploads)));
         let lists = lists.map(|list| uploads.indices(list));
         let uploaded = uploads.send(&device);
+        let hidden = self.embed_tokens.rows_at(&rows, &uploaded);
+        let hidden = hidden.without_autodiff().cast(DType::F32);
         PassInputs {
             context: context.on_device(&uploaded),
-            hidden: self
-                .embed_tokens
-                .rows_at(&rows, &uploaded)
-                .without_autodiff()
-                .cast(DType::F32),
+            hidden: match trained {
+                Some((rows, planned)) => rows.put(hidden, &planned, &uploaded),
+                None => hidden,
+            },
             indices: lists.map(|list| uploaded.ints(&list)),
         }
     }
@@ -288,6 +318,10 @@ impl Llama {
                 Tensor::cat(scores.collect(), 1)
             }
         };
+        let scores = match self.rows_of_head() {
+            Some(rows) => rows.scores(hidden.clone(), scores),
+            None => scores,
+        };
         let scores = match &self.lm_head_adapter {
             Some(adapter) => adapter.forward(hidden, scores),
             None => scores,
@@ -311,6 +345,10 @@ impl Llama {
                 Tensor::cat(scores.collect(), 1)
             }
         };
+        let scores = match self.rows_of_head() {
+            Some(rows) => rows.scores(hidden.clone(), scores),
+            None => scores,
+        };
         let scores = match &self.lm_head_adapter {
             Some(adapter) => adapter.forward_plain(&hidden, scores),
             None => scores,
@@ -333,6 +371,18 @@ impl Llama {
     ) -> Tensor<2> {
         let dtype = self.dtype();
         let gradient = gradient.cast(dtype);
+        let roots = self.norm.roots(hidden);
+        let normalised = || self.norm.again(hidden, &roots, dtype);
+        // Held only where it is needed: it is as large as the scores.
+        let adapter = self.lm_head_adapter.as_ref();
+        let adapter = adapter.map(|adapter| (adapter, gradient.clone()));
+        let (gradient, of_rows) = match self.rows_of_head() {
+            Some(rows) => {
+                let [others, below] = rows.scores_backward(normalised(), gradient, collect);
+                (others, Some(below))
+            }
+            None => (gradient, None),
+        };
         let through = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => head
                 .as_ref()
@@ -354,12 +404,12 @@ impl Llama {
                 sum.unwrap_or_else(|| hidden.zeros_like())
             }
         };
-        let roots = self.norm.roots(hidden);
-        let through = match &self.lm_head_adapter {
-            Some(adapter) => {
-                let normalised = self.norm.again(hidden, &roots, dtype);
-                adapter.backward(normalised, gradient, through, collect)
-            }
+        let through = match of_rows {
+            Some(below) => through + below,
+            None => through,
+        };
+        let through = match adapter {
+            Some((adapter, of_all)) => adapter.backward(normalised(), of_all, through, collect),
             None => through,
         };
         let (gain, nothing) = (self.norm.gain(), hidden.zeros_like());

@@ -33,6 +33,8 @@ impl Llama {
             lm_head: (!config.tie_word_embeddings).then(|| draw.table(vocab, hidden)),
             quantized_lm_head: Vec::new(),
             lm_head_adapter: None,
+            embed_rows: None,
+            head_rows: None,
             config: config.clone(),
         }
     }

@@ -214,7 +214,7 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
         |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
     let (sums, gradient) =
         loss::loss_and_gradient(model, hidden, batch, &passes.targets, scale, &mut collect);
-    let mut gradient = passes.spread(gradient, batch.tokens.ids.len());
+    let mut gradient = Some(passes.spread(gradient, batch.tokens.ids.len()));
     match sums {
         Loss::Known(sums) => into.totals.add(sums),
         Loss::OnDevice(loss) => into.on_device.push(loss),
@@ -222,18 +222,20 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let loss = started.elapsed();
 
     for index in (lowest..model.layers.len()).rev() {
-        let Some((input, activations)) = kept.pop() else {
+        let (Some((input, activations)), Some(above)) = (kept.pop(), gradient.take()) else {
             break;
         };
         let pass = passes.layer(index);
         let activations = activations.unwrap_or_else(|| pass.forward(&input).1);
         let mut collect =
             |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
-        let below = pass.backward(&input, activations, gradient, index > lowest, &mut collect);
-        match below {
-            Some(below) => gradient = below,
-            None => break,
-        }
+        let needed = index > lowest || model.embed_rows.is_some();
+        gradient = pass.backward(&input, activations, above, needed, &mut collect);
+    }
+    if let (Some(rows), Some(gradient)) = (&model.embed_rows, gradient) {
+        let mut collect =
+            |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
+        rows.embeddings_backward(&batch.tokens.ids, gradient, &mut collect);
     }
     into.add(gradients);
     into.times.forward_s += forward.as_secs_f64();
@@ -366,8 +368,11 @@ impl<'a> Passes<'a> {
     }
 }
 
-/// The first layer with an adapter; nothing below it needs a gradient.
+/// The first layer with an adapter; nothing below it needs a gradient. Trained embeddings are below all.
 fn lowest_adapted(model: &Llama) -> usize {
+    if model.embed_rows.is_some() {
+        return 0;
+    }
     let adapted = |layer: &DecoderLayer| {
         let linears = layer.linears();
         linears.iter().any(|(_, linear)| linear.adapter().is_some())

@@ -178,6 +178,7 @@ impl Inference {
     pub fn merged(&self, model: Llama) -> Result<Llama, InferenceError> {
         let mut model = model
             .with_merged_head()
+            .and_then(Llama::with_merged_rows)
             .map_err(InferenceError::Unreadable)?;
         for (_, linear) in model.linears_mut() {
             if linear.adapter().is_none() {

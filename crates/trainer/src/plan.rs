@@ -255,8 +255,12 @@ impl PlanOptions {
     }
 
     fn adapter_name(&self) -> String {
+        let rows = match self.lora.trainable_token_indices.is_empty() {
+            true => "",
+            false => ", rows of tokens",
+        };
         format!(
-            "adapters: {}, r {}, f32",
+            "adapters: {}, r {}{rows}, f32",
             targets(&self.lora.target_modules),
             self.lora.r
         )

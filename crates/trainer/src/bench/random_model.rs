@@ -40,6 +40,8 @@ pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device
         lm_head: drawn.lm_head.map(table),
         quantized_lm_head: Vec::new(),
         lm_head_adapter: None,
+        embed_rows: None,
+        head_rows: None,
         config: config.clone(),
     }
 }

@@ -110,6 +110,8 @@ pub struct Config {
     pub rank_pattern: Vec<(String, usize)>,
     /// Values that differ from `lora_alpha`, as `rank_pattern`.
     pub alpha_pattern: Vec<(String, f64)>,
+    /// Tokens whose rows of the embedding (`embed_tokens`) or the output layer (`lm_head`) are trained as well.
+    pub trainable_token_indices: Vec<(String, Vec<usize>)>,
     /// How the adapters' `A` starts.
     pub init_lora_weights: Init,
     /// The folder of a PEFT adapter to train on from; what it says of adapters counts.
@@ -269,6 +271,7 @@ impl Config {
             exclude_modules: self.exclude_modules.clone(),
             rank_pattern: self.rank_pattern.clone(),
             alpha_pattern: self.alpha_pattern.clone(),
+            trainable_token_indices: self.trainable_token_indices.clone(),
             ..LoraConfig::default()
         }
     }

@@ -29,6 +29,7 @@ pub(super) const KEYS: &[&str] = &[
     "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
+    "trainable_token_indices",
     "init_lora_weights",
     "init_adapter",
     "quant_bits",

@@ -26,7 +26,7 @@ const LINEAR_MODULES: [&str; 7] = [
 
 const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
 /// The keys that say what adapters are like. Dropout is not among them: it is a training's own affair.
-const LORA_KEYS: [&str; 9] = [
+const LORA_KEYS: [&str; 10] = [
     "lora_r",
     "lora_alpha",
     "peft_use_rslora",
@@ -36,6 +36,7 @@ const LORA_KEYS: [&str; 9] = [
     "exclude_modules",
     "rank_pattern",
     "alpha_pattern",
+    "trainable_token_indices",
 ];
 
 const DATA: &str = "the path of a file of rows (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
@@ -156,6 +157,9 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         rank_pattern: r.optional("rank_pattern", rank_pattern).unwrap_or_default(),
         alpha_pattern: r
             .optional("alpha_pattern", alpha_pattern)
+            .unwrap_or_default(),
+        trainable_token_indices: r
+            .optional("trainable_token_indices", trained_tokens)
             .unwrap_or_default(),
         init_lora_weights: r.or("init_lora_weights", Init::Kaiming, init),
         init_adapter: init_adapter.clone(),
@@ -410,6 +414,30 @@ fn alpha_pattern(value: &Value) -> Parsed<Vec<(String, f64)>> {
     Ok(pattern)
 }
 
+/// A list of tokens of the embedding, or lists by the tables' names.
+fn trained_tokens(value: &Value) -> Parsed<Vec<(String, Vec<usize>)>> {
+    let right = || {
+        "must be a list of token ids, as in [128011, 128012], or lists by the names embed_tokens and lm_head".to_string()
+    };
+    let tokens = |value: &Value| match value {
+        Value::List(items) if !items.is_empty() => {
+            let tokens: Result<Vec<usize>, String> = items.iter().map(whole(0)).collect();
+            tokens.map_err(|_| right())
+        }
+        _ => Err(right()),
+    };
+    match value {
+        Value::Table(entries) => entries
+            .iter()
+            .map(|entry| match entry.key.as_str() {
+                name @ ("embed_tokens" | "lm_head") => Ok((name.into(), tokens(&entry.value)?)),
+                _ => Err(right()),
+            })
+            .collect(),
+        list => Ok(vec![("embed_tokens".into(), tokens(list)?)]),
+    }
+}
+
 /// A table from expressions for the end of a module's name to values, in the file's order.
 fn pattern<T>(value: &Value, parse: impl Fn(&Value) -> Parsed<T>) -> Parsed<Vec<(String, T)>> {
     let Value::Table(entries) = value else {
@@ -615,6 +643,8 @@ mod tests {
             "target_modules = [\"qproj\"]",
             "target_modules = [\"self_attn\"]",
             "layers_to_transform = []",
+            "trainable_token_indices = []",
+            "trainable_token_indices = [-1]",
             "layers_to_transform = [-1]",
             "layers_to_transform = \"all\"",
             "val_dataset_path = 1",
@@ -836,6 +866,14 @@ mod tests {
             (
                 "alpha_pattern = { \"(\" = 2 }",
                 "not a valid regular expression",
+            ),
+            (
+                "trainable_token_indices = { q_proj = [1] }",
+                "by the names embed_tokens and lm_head",
+            ),
+            (
+                "trainable_token_indices = { lm_head = [] }",
+                "must be a list of token ids",
             ),
             ("rank_pattern = 3", "must be a table"),
             ("exclude_modules = \"all-linear\"", "must be a list"),

@@ -69,6 +69,12 @@ impl Config {
             "alpha_pattern",
             pattern(&self.alpha_pattern, |alpha| Value::from(*alpha)),
         );
+        set(
+            "trainable_token_indices",
+            pattern(&self.trainable_token_indices, |tokens| {
+                Value::Array(tokens.iter().map(|token| whole(*token)).collect())
+            }),
+        );
         set("init_lora_weights", self.init_lora_weights.word().into());
         set(
             "init_adapter",
@@ -190,6 +196,7 @@ mod tests {
             "peft_use_dora=true",
             r"rank_pattern={ 'layers\.0\..*' = 4, q_proj = 2 }",
             "alpha_pattern={ v_proj = 2.5 }",
+            "trainable_token_indices={ embed_tokens = [7, 3], lm_head = [5] }",
             "exclude_modules=[\"k_proj\"]",
         ]));
         round_trip(&load(&[

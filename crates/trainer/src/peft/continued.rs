@@ -5,6 +5,7 @@ use std::path::Path;
 use llama_burn::{Llama, LlamaConfig};
 use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, TargetModules};
 
+use super::token_rows::{check_tokens, name_tables, with_fresh_rows};
 use super::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
 use crate::config::{Config, Problem, Problems};
 use crate::hub::{self, HubError};
@@ -21,6 +22,8 @@ pub enum StartError {
     Conflicts(#[from] Problems),
     #[error(transparent)]
     Lora(#[from] lora_core::LoraError),
+    #[error(transparent)]
+    Tokens(AdapterError),
     /// What a selector matches and training does not cover.
     #[error(
         "target_modules selects {0}; adapters of the embedding can be loaded and merged but not trained: narrow target_modules, or name it in exclude_modules"
@@ -61,6 +64,7 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
         exclude_modules: lora.exclude_modules,
         rank_pattern: lora.rank_pattern,
         alpha_pattern: lora.alpha_pattern,
+        trainable_token_indices: lora.trainable_token_indices,
         ..config.clone()
     };
     let conflicts = conflicts(config, &continued, folder);
@@ -79,7 +83,8 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
 pub fn start(model: Llama, config: &Config) -> Result<Llama, StartError> {
     let lora = config.lora_config();
     let Some(folder) = &config.init_adapter else {
-        return Ok(model.with_lora(&lora, config.seed)?);
+        let model = model.with_lora(&lora, config.seed)?;
+        return with_fresh_rows(model, &lora).map_err(StartError::Tokens);
     };
     let folder = &hub::adapter_folder(folder)?;
     let (_, tensors) = read_adapter(folder).map_err(StartError::Adapter)?;
@@ -117,16 +122,9 @@ impl AdapterConfig {
                 why,
             ));
         }
-        if !lora.trainable_token_indices.is_empty() {
-            let why = "rows of the embedding are frozen here; merge this adapter first";
-            return Err(refused(
-                "trainable_token_indices",
-                format!("{:?}", lora.trainable_token_indices),
-                why,
-            ));
-        }
         check_targets(&lora, model)?;
         let mut plain = lora.clone();
+        name_tables(&mut plain);
         plain.layers_pattern = Vec::new();
         if let TargetModules::Names(names) = &mut plain.target_modules {
             // PEFT keeps names that match nothing; a configuration takes a Llama's only.
@@ -150,8 +148,10 @@ impl AdapterConfig {
     }
 }
 
-/// Adapters of the embedding can be used, not trained; the output layer's are plain ones.
+/// Adapters of the embedding can be used, not trained; the output layer's are plain ones; trained tokens are in the
+/// vocabulary.
 fn check_targets(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartError> {
+    check_tokens(lora, model).map_err(StartError::Tokens)?;
     let selector: ModuleSelector = lora.selector()?;
     if selector.matches("lm_head") && (lora.use_dora || lora.lora_dropout > 0.0) {
         return Err(LoraError::PlainHead.into());

@@ -22,12 +22,20 @@ impl AdapterTensors {
     /// `model` tells whether the output layer is the embedding; ask for `lm_head.weight` where
     /// [`unties`](Self::unties) says that it is no longer.
     pub fn changes(&self, model: &LlamaConfig, lora: &LoraConfig, tensor: &str) -> bool {
+        self.changes_table(model, lora, tensor) || self.rows_for(model, lora, tensor).is_some()
+    }
+
+    /// As [`changes`](Self::changes), but for trained rows.
+    pub(super) fn changes_table(
+        &self,
+        model: &LlamaConfig,
+        lora: &LoraConfig,
+        tensor: &str,
+    ) -> bool {
         let module = module_of(tensor);
         let pair = self.modules.get(module);
         let adapted = pair.is_some_and(|pair| tensor.ends_with(".weight") || pair.bias.is_some());
-        adapted
-            || self.whole_for(model, lora, tensor).is_some()
-            || self.rows_for(model, lora, tensor).is_some()
+        adapted || self.whole_for(model, lora, tensor).is_some()
     }
 
     /// The tensor of this Hugging Face name with the adapter merged in, from the base model's `values`, both
@@ -47,15 +55,27 @@ impl AdapterTensors {
         tensor: &str,
         values: Vec<f32>,
     ) -> Result<Vec<f32>, AdapterError> {
-        let mut values = match self.whole_for(model, lora, tensor) {
-            Some(whole) => whole.to_vec(),
-            None => values,
-        };
+        let mut values = self.merged_table(model, lora, tensor, values)?;
         if let Some((tokens, rows)) = self.rows_for(model, lora, tensor) {
             let vocabulary = model.vocab_size * model.hidden_size;
             check_length(tensor, vocabulary, values.len())?;
             put_rows(&mut values, tokens, rows);
         }
+        Ok(values)
+    }
+
+    /// As [`merged`](Self::merged), but for trained rows.
+    pub(super) fn merged_table(
+        &self,
+        model: &LlamaConfig,
+        lora: &LoraConfig,
+        tensor: &str,
+        values: Vec<f32>,
+    ) -> Result<Vec<f32>, AdapterError> {
+        let values = match self.whole_for(model, lora, tensor) {
+            Some(whole) => whole.to_vec(),
+            None => values,
+        };
         self.moved(lora, tensor, values, Way::In)
     }
 

@@ -27,6 +27,7 @@ pub use config::AdapterConfig;
 pub use continued::{StartError, continued, start};
 pub(crate) use tensors::read_floats;
 pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
+pub(crate) use token_rows::trains_embedding;
 
 /// Name of the settings in an adapter's folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";

@@ -6,8 +6,8 @@ use llama_burn::{HeadAdapter, Llama};
 use lora_core::{AdapterDropout, LoraConfig, LoraError, LoraLinear};
 
 use super::check::{EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT};
-use super::tensors::{EMBEDDING, bias_name};
-use super::{AdapterError, AdapterPair, AdapterTensors, magnitude_name, tensor_names};
+use super::tensors::{EMBEDDING, bias_name, token_rows_name};
+use super::{AdapterError, AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
 
 impl AdapterTensors {
     /// Reads every adapter of `model` to the host, in f32. What [`put_on`](Self::put_on) wrote into the base
@@ -40,6 +40,14 @@ impl AdapterTensors {
             let pair = AdapterPair::new(d_in, r, d_out, a, b);
             adapter.modules.insert(HEAD.into(), pair);
         }
+        for (module, rows) in [(EMBEDDING, &model.embed_rows), (HEAD, &model.head_rows)] {
+            if let Some(rows) = rows {
+                let shape = rows.rows.val().dims().to_vec();
+                let values = read(&token_rows_name(module), rows.rows.val())?;
+                let rows = WholeTensor { shape, values };
+                adapter.token_rows.insert(module.into(), rows);
+            }
+        }
         Ok(adapter)
     }
 
@@ -61,6 +69,7 @@ impl AdapterTensors {
         }
         self.write_whole(&mut model, lora)?;
         let device = model.device();
+        (model.embed_rows, model.head_rows) = self.rows_on(&model.config, lora, &device)?;
         model.lm_head_adapter = self.head_beside().map(|pair| {
             let [a, b] = pair.place(&device);
             HeadAdapter::new(a, b, selector.scale(HEAD))
@@ -105,7 +114,8 @@ impl AdapterTensors {
         for (name, module) in [(EMBEDDING_WEIGHT, EMBEDDING), (HEAD_WEIGHT, HEAD)] {
             let follows =
                 name == HEAD_WEIGHT && !self.unties(&config, lora) && config.tie_word_embeddings;
-            if follows || !self.changes(&config, lora, name) {
+            // Trained rows stay beside the tables.
+            if follows || !self.changes_table(&config, lora, name) {
                 continue;
             }
             let values = match name {
@@ -122,7 +132,7 @@ impl AdapterTensors {
                     Some(own) if own.values != values => own.values.clone(),
                     _ => continue,
                 },
-                _ => self.merged(&config, lora, name, values)?,
+                _ => self.merged_table(&config, lora, name, values)?,
             };
             tables.push((name, merged));
         }

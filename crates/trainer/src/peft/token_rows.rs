@@ -1,7 +1,8 @@
 //! PEFT's trainable tokens: rows of a vocabulary table that belong to an adapter.
 
-use llama_burn::LlamaConfig;
-use lora_core::LoraConfig;
+use burn::tensor::Device;
+use llama_burn::{Llama, LlamaConfig, TokenRows};
+use lora_core::{LoraConfig, TargetModules};
 
 use super::check::{EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT};
 use super::tensors::{EMBEDDING, saved_whole, token_rows_name};
@@ -85,18 +86,9 @@ impl AdapterTensors {
         model: &LlamaConfig,
         lora: &LoraConfig,
     ) -> Result<usize, AdapterError> {
+        check_tokens(lora, model)?;
         let tokens = Tokens::of(lora, model)?;
         for (module, list) in tokens.tables() {
-            let mut sorted = list.to_vec();
-            sorted.sort_unstable();
-            if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
-                let got = format!("a list with the token {} twice", twice[0]);
-                return Err(wrong(got, "each token once"));
-            }
-            if let Some(token) = sorted.last().filter(|token| **token >= model.vocab_size) {
-                let expected = format!("tokens below {}, the model's vocabulary", model.vocab_size);
-                return Err(wrong(format!("a list with the token {token}"), expected));
-            }
             let name = token_rows_name(module);
             let Some(rows) = self.token_rows.get(module) else {
                 return Err(AdapterError::Missing { name });
@@ -104,18 +96,6 @@ impl AdapterTensors {
             let shape = [list.len(), model.hidden_size];
             if rows.shape != shape {
                 return Err(AdapterError::shape(name, &shape, &rows.shape));
-            }
-            // PEFT refuses saved modules, and fails on a LoRA, in the first forward pass.
-            let tables = [module, if tokens.tied { HEAD } else { module }];
-            let changed = |module: &&str| {
-                self.modules.contains_key(*module) || saved_whole(lora, &format!("{module}.weight"))
-            };
-            if let Some(module) = tables.iter().find(|module| changed(module)) {
-                let got =
-                    format!("a list for {module}, which the adapter changes otherwise as well");
-                let expected =
-                    "tables that are neither among target_modules nor among modules_to_save";
-                return Err(wrong(got, expected));
             }
         }
         for (module, rows) in &self.token_rows {
@@ -148,10 +128,119 @@ impl AdapterTensors {
         Some((list?, self.token_rows.get(module)?))
     }
 
+    /// The rows of the embedding and of the output layer on a device, trainable.
+    ///
+    /// # Errors
+    ///
+    /// As [`Tokens::of`].
+    pub(super) fn rows_on(
+        &self,
+        model: &LlamaConfig,
+        lora: &LoraConfig,
+        device: &Device,
+    ) -> Result<(Option<TokenRows>, Option<TokenRows>), AdapterError> {
+        let tokens = Tokens::of(lora, model)?;
+        let on = |module: &str, tokens: Option<&[usize]>| {
+            let rows = self.token_rows.get(module)?;
+            Some(TokenRows::new(
+                tokens?.to_vec(),
+                rows.values.clone(),
+                device,
+            ))
+        };
+        Ok((on(EMBEDDING, tokens.embedding), on(HEAD, tokens.head)))
+    }
+
     /// Whether the output layer of a tied model has rows that the embedding has not.
     pub(super) fn rows_untie(model: &LlamaConfig, lora: &LoraConfig) -> bool {
         Tokens::of(lora, model).is_ok_and(|tokens| tokens.head.is_some())
     }
+}
+
+/// Whether rows of the embedding are trained.
+pub(crate) fn trains_embedding(lora: &LoraConfig, model: &LlamaConfig) -> bool {
+    Tokens::of(lora, model).is_ok_and(|tokens| tokens.embedding.is_some())
+}
+
+/// Gives the tables of checked settings the names that a configuration has for them.
+pub(super) fn name_tables(lora: &mut LoraConfig) {
+    for (name, _) in &mut lora.trainable_token_indices {
+        *name = match EMBEDDING.ends_with(name.as_str()) {
+            true => "embed_tokens".into(),
+            false => HEAD.into(),
+        };
+    }
+}
+
+/// Checks the lists of tokens against a model.
+///
+/// # Errors
+///
+/// An empty list; a token outside the vocabulary or named twice; a table that the adapter changes otherwise as well.
+/// As [`Tokens::of`].
+pub(super) fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), AdapterError> {
+    let tokens = Tokens::of(lora, model)?;
+    let selector = lora.selector()?;
+    for (module, list) in tokens.tables() {
+        if list.is_empty() {
+            let expected = "at least one token; a table without any is left out";
+            return Err(wrong(format!("an empty list for {module}"), expected));
+        }
+        let mut sorted = list.to_vec();
+        sorted.sort_unstable();
+        if let Some(twice) = sorted.windows(2).find(|pair| pair[0] == pair[1]) {
+            let got = format!("a list with the token {} twice", twice[0]);
+            return Err(wrong(got, "each token once"));
+        }
+        if let Some(token) = sorted.last().filter(|token| **token >= model.vocab_size) {
+            let expected = format!("tokens below {}, the model's vocabulary", model.vocab_size);
+            return Err(wrong(format!("a list with the token {token}"), expected));
+        }
+        // PEFT refuses saved modules, and fails on a LoRA, in the first forward pass.
+        let tables = [module, if tokens.tied { HEAD } else { module }];
+        let all_linear = lora.target_modules == TargetModules::AllLinear;
+        let changed = |module: &&str| {
+            let is_target = selector.matches(module) && !(all_linear && *module == EMBEDDING);
+            is_target || saved_whole(lora, &format!("{module}.weight"))
+        };
+        if let Some(module) = tables.iter().find(|module| changed(module)) {
+            let got = format!("a list for {module}, which the adapter changes otherwise as well");
+            let expected = "tables that are neither among target_modules nor among modules_to_save";
+            return Err(wrong(got, expected));
+        }
+    }
+    Ok(())
+}
+
+/// The model with trainable rows that start as those of its tables.
+///
+/// # Errors
+///
+/// As [`AdapterTensors::check_token_rows`]; a device that does not give a table back.
+pub(super) fn with_fresh_rows(mut model: Llama, lora: &LoraConfig) -> Result<Llama, AdapterError> {
+    let config = model.config.clone();
+    let mut fresh = AdapterTensors::default();
+    for (module, tokens) in Tokens::of(lora, &config)?.tables() {
+        let hidden = config.hidden_size;
+        let values = match module {
+            HEAD => model.head_values(),
+            _ => model.embed_tokens.values(),
+        };
+        let values = values.map_err(|reason| AdapterError::Unreadable {
+            name: token_rows_name(module),
+            reason,
+        })?;
+        let row = |token: &usize| values.get(token * hidden..(token + 1) * hidden);
+        let rows = WholeTensor {
+            shape: vec![tokens.len(), hidden],
+            values: tokens.iter().filter_map(row).flatten().copied().collect(),
+        };
+        fresh.token_rows.insert(module.into(), rows);
+    }
+    fresh.check_token_rows(&config, lora)?;
+    let device = model.device();
+    (model.embed_rows, model.head_rows) = fresh.rows_on(&config, lora, &device)?;
+    Ok(model)
 }
 
 /// Puts the rows of `tokens` into a table `[vocab, hidden]`.
@@ -259,6 +348,7 @@ mod tests {
     fn what_no_table_has_is_named() {
         assert!(error(&[("embed_tokens", &[3, 12])], true).contains("token 12"));
         assert!(error(&[("embed_tokens", &[3, 4, 3])], true).contains("token 3 twice"));
+        assert!(error(&[("embed_tokens", &[])], true).contains("empty list"));
         assert!(error(&[("q_proj", &[3])], true).contains("\"q_proj\""));
         assert!(
             error(

@@ -9,6 +9,7 @@ use lora_core::{LoraError, ModuleSelector, Quantization};
 
 use super::{Part, PlanOptions};
 use crate::loss::positions_at_once;
+use crate::peft::trains_embedding;
 
 /// Floats that the CPU unpacks of a weight at a time (lora-core's `frozen_linear`).
 const PANEL: usize = 256 * 1024;
@@ -249,7 +250,8 @@ impl Sizes {
 
 /// Where the adapters are.
 struct Adapted {
-    /// Layers from the lowest with an adapter to the last: those that have a backward pass.
+    /// Layers from the lowest with an adapter to the last: those that have a backward pass. All, where rows of the
+    /// embedding are trained.
     layers: usize,
     /// The layer's linear modules that have one in any layer, with the floats that the largest of them
     /// keeps of a token: its low-rank product, and what a DoRA scales.
@@ -263,9 +265,12 @@ impl Adapted {
         let adapted = |layer: usize, name: &str| selector.matches(&full(layer, name));
         let linears = model.layer_linears();
         let all = 0..model.num_hidden_layers;
-        let lowest = all
-            .clone()
-            .find(|layer| linears.iter().any(|(name, ..)| adapted(*layer, name)));
+        let lowest = match trains_embedding(&options.lora, model) {
+            true => Some(0),
+            false => all
+                .clone()
+                .find(|layer| linears.iter().any(|(name, ..)| adapted(*layer, name))),
+        };
         let modules = linears.iter().filter_map(|(name, _, d_out, _)| {
             let layers = all.clone().filter(|layer| adapted(*layer, name));
             let r = layers.map(|layer| selector.r(&full(layer, name))).max()?;

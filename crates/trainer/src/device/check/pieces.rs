@@ -262,6 +262,8 @@ impl<'a> Run<'a> {
             lm_head: None,
             quantized_lm_head: Vec::new(),
             lm_head_adapter: None,
+            embed_rows: None,
+            head_rows: None,
             config: config.clone(),
         };
         model.config.vocab_size = vocab;

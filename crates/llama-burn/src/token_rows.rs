@@ -1,0 +1,314 @@
+//! Rows of a vocabulary table that are trained while the table is frozen, whatever type it is stored in.
+
+use burn::module::{Module, Param};
+use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use lora_core::{multiply_add, multiply_in_f32};
+
+use crate::Llama;
+use crate::uploads::{Floats, Ints, Uploaded, Uploads};
+
+/// Rows that take the place of a table's.
+#[derive(Module, Debug)]
+pub struct TokenRows {
+    /// `[tokens, hidden]`, f32, trainable.
+    pub rows: Param<Tensor<2>>,
+    /// Whose rows they are, each token once.
+    #[module(skip)]
+    pub tokens: Vec<usize>,
+}
+
+/// Which of a batch's embeddings are replaced.
+pub(crate) struct PlannedTokenRows {
+    /// 1 where an embedding is kept, else 0.
+    keep: Floats,
+    /// The row that takes its place; 0 where it is kept.
+    which: Ints,
+    count: usize,
+}
+
+impl TokenRows {
+    /// Rows `[tokens, hidden]` on a device, in f32.
+    ///
+    /// # Panics
+    ///
+    /// If there is not a row for each token.
+    pub fn new(tokens: Vec<usize>, values: Vec<f32>, device: &Device) -> Self {
+        let hidden = values.len() / tokens.len().max(1);
+        let data = TensorData::new(values, [tokens.len(), hidden]);
+        let rows = Tensor::from_data(data, (device, DType::F32));
+        Self {
+            rows: Param::from_tensor(rows),
+            tokens,
+        }
+    }
+
+    /// Outside any tape, in a type.
+    fn plain(&self, dtype: DType) -> Tensor<2> {
+        self.rows.val().without_autodiff().cast(dtype)
+    }
+
+    /// In the type of `other`, on the tape if it is on one.
+    fn beside(&self, other: &Tensor<2>) -> Tensor<2> {
+        match other.is_autodiff() {
+            true => self.rows.val().cast(other.dtype()),
+            false => self.plain(other.dtype()),
+        }
+    }
+
+    /// The tokens on the device of the rows.
+    fn index(&self) -> Tensor<1, Int> {
+        let tokens: Vec<i32> = self.tokens.iter().map(|token| *token as i32).collect();
+        let device = self.rows.lazy_device().without_autodiff();
+        let data = TensorData::new(tokens, [self.tokens.len()]);
+        Tensor::from_data(data, (&device, DType::I32))
+    }
+
+    fn row_of(&self, id: u32) -> Option<usize> {
+        self.tokens.iter().position(|token| *token == id as usize)
+    }
+
+    /// Plans [`put`](Self::put) for these tokens.
+    pub(crate) fn planned(&self, ids: &[u32], uploads: &mut Uploads) -> PlannedTokenRows {
+        let rows: Vec<Option<usize>> = ids.iter().map(|id| self.row_of(*id)).collect();
+        PlannedTokenRows {
+            keep: uploads.floats(rows.iter().map(|row| f32::from(row.is_none()))),
+            which: uploads.ints(rows.iter().map(|row| row.unwrap_or(0) as i32)),
+            count: ids.len(),
+        }
+    }
+
+    /// Puts the rows in the place of the embeddings of their tokens, `[n, hidden]`, on the tape that these are on.
+    pub(crate) fn put(
+        &self,
+        embeddings: Tensor<2>,
+        planned: &PlannedTokenRows,
+        uploaded: &Uploaded,
+    ) -> Tensor<2> {
+        let keep = uploaded.floats(&planned.keep, [planned.count, 1]);
+        let mut keep: Tensor<2> = keep.cast(embeddings.dtype());
+        if embeddings.is_autodiff() {
+            keep = keep.autodiff();
+        }
+        let rows = self.beside(&embeddings);
+        let rows = rows.select(0, uploaded.ints(&planned.which));
+        let replaced = rows * keep.clone().neg().add_scalar(1.0);
+        embeddings * keep + replaced
+    }
+
+    /// The rows' gradient from that of the embeddings of `ids`, in f32: the sum over each token's positions.
+    ///
+    /// # Shapes
+    ///
+    /// - `gradient`: `[ids.len(), hidden]`
+    pub fn embeddings_backward(
+        &self,
+        ids: &[u32],
+        gradient: Tensor<2>,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) {
+        let rows = ids.iter().enumerate();
+        let rows = rows.filter_map(|(at, id)| Some((at, self.row_of(*id)?)));
+        let found: Vec<(usize, usize)> = rows.collect();
+        let device = gradient.device();
+        let count = self.tokens.len();
+        if found.is_empty() {
+            let nothing = Tensor::zeros([count, gradient.dims()[1]], (&device, DType::F32));
+            return collect(&self.rows, nothing);
+        }
+        // One product, whose order of summing does not change from run to run.
+        let mut sums = vec![0f32; count * found.len()];
+        for (column, (_, row)) in found.iter().enumerate() {
+            sums[row * found.len() + column] = 1.0;
+        }
+        let places: Vec<i32> = found.iter().map(|(at, _)| *at as i32).collect();
+        let places = TensorData::new(places, [found.len()]);
+        let places = Tensor::<1, Int>::from_data(places, (&device, DType::I32));
+        let sums = TensorData::new(sums, [count, found.len()]);
+        let sums = Tensor::<2>::from_data(sums, (&device, DType::F32));
+        let of_tokens = gradient.select(0, places).cast(DType::F32);
+        collect(&self.rows, multiply_in_f32(sums, of_tokens));
+    }
+
+    /// Puts the rows' scores in the place of their tokens', on the tape that these are on.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[m, hidden]`
+    /// - `scores`, output: `[m, vocab]`
+    pub(crate) fn scores(&self, hidden: Tensor<2>, scores: Tensor<2>) -> Tensor<2> {
+        let rows = self.beside(&hidden);
+        let own = hidden.matmul(rows.transpose()).cast(scores.dtype());
+        let index = self.index();
+        let others = scores.clone().select(1, index.clone());
+        scores.select_assign(1, index, own - others, IndexingUpdateOp::Add)
+    }
+
+    /// The gradient of the table's scores, from which those of the rows' are taken, and what comes through the rows
+    /// added to `below`; the rows' gradient goes to `collect`, in f32.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[m, hidden]`, normalised
+    /// - `gradient`, first output: `[m, vocab]`
+    /// - second output: `[m, hidden]`
+    pub(crate) fn scores_backward(
+        &self,
+        hidden: Tensor<2>,
+        gradient: Tensor<2>,
+        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) -> [Tensor<2>; 2] {
+        let index = self.index();
+        let own = gradient.clone().select(1, index.clone());
+        let others = gradient.select_assign(1, index, own.clone().neg(), IndexingUpdateOp::Add);
+        let rows = self.plain(hidden.dtype());
+        collect(&self.rows, multiply_in_f32(own.clone().transpose(), hidden));
+        [others, multiply_add(None, 1.0, own, rows)]
+    }
+}
+
+impl Llama {
+    /// The rows that take the place of the output layer's: its own, or a tied embedding's.
+    pub(crate) fn rows_of_head(&self) -> Option<&TokenRows> {
+        let tied = self.lm_head.is_none() && self.config.tie_word_embeddings;
+        let embedding = self.embed_rows.as_ref().filter(|_| tied);
+        self.head_rows.as_ref().or(embedding)
+    }
+
+    /// The model with its trained rows written into the tables. A tied output layer whose rows are others than the
+    /// embedding's becomes a table of its own.
+    ///
+    /// # Errors
+    ///
+    /// What the device says where it does not give a tensor back.
+    pub fn with_merged_rows(mut self) -> Result<Self, String> {
+        let written = |rows: &TokenRows, mut values: Vec<f32>| {
+            let data = rows.plain(DType::F32).into_data();
+            let own: Vec<f32> = data.try_to_vec().map_err(|error| format!("{error:?}"))?;
+            let hidden = own.len() / rows.tokens.len().max(1);
+            for (token, row) in rows.tokens.iter().zip(own.chunks_exact(hidden.max(1))) {
+                values[token * hidden..(token + 1) * hidden].copy_from_slice(row);
+            }
+            Ok::<_, String>(values)
+        };
+        let head = match &self.head_rows {
+            Some(rows) => Some(written(rows, self.head_values()?)?),
+            None => None,
+        };
+        let embedding = match &self.embed_rows {
+            Some(rows) => Some(written(rows, self.embed_tokens.values()?)?),
+            None => None,
+        };
+        (self.head_rows, self.embed_rows) = (None, None);
+        if head.is_some() {
+            self.untie();
+        }
+        for (name, values) in [
+            ("lm_head.weight", head),
+            ("model.embed_tokens.weight", embedding),
+        ] {
+            if let Some(values) = values {
+                self.set_tensor(name, values);
+            }
+        }
+        Ok(self)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::PackedTokens;
+    use crate::model::tests::config;
+    use lora_core::{CounterRng, normal};
+    use std::collections::HashMap;
+
+    fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
+        let norm = |x: Tensor<2>| x.powf_scalar(2.0).sum().sqrt().into_scalar::<f32>();
+        norm(a.clone() - b.clone()) / norm(b.clone())
+    }
+
+    fn rows(tokens: &[usize], seed: u64, device: &Device) -> TokenRows {
+        let mut rng = CounterRng::new(seed);
+        let values = (0..tokens.len() * 32).map(|_| 0.3 * rng.normal() as f32);
+        TokenRows::new(tokens.to_vec(), values.collect(), device)
+    }
+
+    /// A tied or an untied model with rows of its embedding, and perhaps of its head.
+    fn trained(tied: bool, head: bool, device: &Device) -> Llama {
+        let config = crate::LlamaConfig {
+            tie_word_embeddings: tied,
+            ..config()
+        };
+        let mut model = Llama::random(&config, 1, device);
+        model.embed_rows = Some(rows(&[7, 3], 2, device));
+        model.head_rows = head.then(|| rows(&[40, 3, 0], 3, device));
+        model
+    }
+
+    #[test]
+    fn rows_beside_the_tables_are_the_tables_with_these_rows() {
+        let device = Device::flex();
+        let ids = [1u32, 3, 7, 3, 9];
+        let packed = PackedTokens::from_rows([&ids[..]]);
+        for (tied, head) in [(true, false), (false, false), (false, true), (true, true)] {
+            let model = trained(tied, head, &device);
+            let merged = model.clone().with_merged_rows().unwrap();
+            assert!(merged.embed_rows.is_none() && merged.head_rows.is_none());
+            assert_eq!(merged.lm_head.is_none(), tied && !head);
+            let states = merged.hidden_states(&packed);
+            assert!(distance(&model.hidden_states(&packed), &states) < 1e-6);
+            let embedded = model.pass_inputs(&packed, [&[]]).hidden;
+            assert!(distance(&embedded, &merged.embed(&packed)) < 1e-7);
+            for scores in [model.logits(states.clone()), model.logits_plain(&states)] {
+                assert!(distance(&scores, &merged.logits(states.clone())) < 1e-6);
+            }
+            // Each table has other rows than before.
+            let before = Llama::random(&model.config, 1, &device);
+            assert!(distance(&before.embed(&packed), &embedded) > 0.1);
+            let others = before.logits(states.clone());
+            assert_eq!(
+                distance(&others, &model.logits(states)) > 1e-3,
+                tied || head
+            );
+        }
+    }
+
+    #[test]
+    fn gradients_of_scores_are_those_of_the_tape() {
+        let device = Device::flex().autodiff();
+        for (tied, head) in [(true, false), (false, true)] {
+            let model = trained(tied, head, &device);
+            let hidden = normal([5, 32], 1.0, &mut CounterRng::new(4), &device).require_grad();
+            let gradient = normal([5, 48], 1.0, &mut CounterRng::new(5), &device);
+            let scores = model.logits(hidden.clone());
+            let tape = (scores * gradient.clone()).sum().backward();
+            let mut collected = HashMap::new();
+            let plain = hidden.clone().inner();
+            let below = model.logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
+                collected.insert(param.id, gradient);
+            });
+            assert!(distance(&below, &hidden.grad(&tape).unwrap()) < 2e-6);
+            let rows = &model.rows_of_head().unwrap().rows;
+            let expected = rows.val().grad(&tape).unwrap();
+            assert!(distance(&collected[&rows.id], &expected) < 2e-6);
+            assert_eq!(collected.len(), 1);
+        }
+    }
+
+    #[test]
+    fn an_embeddings_gradient_is_the_sum_over_its_positions() {
+        let device = Device::flex();
+        let rows = rows(&[7, 3, 5], 2, &device);
+        let gradient = TensorData::new((0..8).map(|i| i as f32).collect(), [4, 2]);
+        let gradient = Tensor::<2>::from_data(gradient, &device);
+        let of = |ids: &[u32]| {
+            let mut found = Vec::new();
+            rows.embeddings_backward(ids, gradient.clone(), &mut |_, gradient| {
+                found.push(gradient.into_data().try_to_vec::<f32>().unwrap());
+            });
+            found.remove(0)
+        };
+        assert_eq!(of(&[3, 1, 7, 3]), [4.0, 5.0, 6.0, 8.0, 0.0, 0.0]);
+        assert_eq!(of(&[1, 2, 4, 6]), [0.0; 6]);
+    }
+}
