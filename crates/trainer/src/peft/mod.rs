@@ -144,7 +144,7 @@ pub enum AdapterError {
         /// The module's full name.
         module: String,
         /// What the layer says.
-        source: lora_core::LoraError,
+        source: Box<lora_core::LoraError>,
     },
     /// A device does not give a tensor back.
     #[error("tensor {name} cannot be read from the device: {reason}")]

@@ -193,7 +193,7 @@ fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
 fn name_of(error: LoraError, module: &str) -> AdapterError {
     AdapterError::Module {
         module: module.into(),
-        source: error,
+        source: Box::new(error),
     }
 }
 
