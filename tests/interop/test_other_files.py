@@ -391,8 +391,8 @@ def test_trained_tokens_are_pefts(trainer, tmp_path, tokens, tied, whole_tables)
 
 @pytest.mark.parametrize("bits", [16, 8])
 @pytest.mark.parametrize(
-    "tokens, tied", [("list", True), ("list", False), ("head", False), ("both", False), ("both alike", True),
-                     ("in full", True)]
+    "tokens, tied", [("list", True), ("list", False), ("in full", True), ("head", True), ("head", False), ("both", True),
+                     ("both", False), ("both alike", True)]
 )
 def test_training_tokens_is_pefts_training(trainer, tmp_path, tokens, tied, bits):
     """From one adapter and on the same rows, six steps of ours and of PyTorch's AdamW make the same adapter."""

@@ -1,11 +1,17 @@
 //! Rows of a vocabulary table that are trained while the table is frozen, whatever type it is stored in.
 
+use std::collections::HashMap;
+use std::ops::Range;
+
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
 use lora_core::{multiply_add, multiply_in_f32};
 
 use crate::Llama;
 use crate::uploads::{Floats, Ints, Uploaded, Uploads};
+
+/// Rows whose gradient from the embeddings is summed at a time, with a factor for each of their positions.
+const ROWS_AT_ONCE: usize = 256;
 
 /// Rows that take the place of a table's.
 #[derive(Module, Debug)]
@@ -63,16 +69,19 @@ impl TokenRows {
         Tensor::from_data(data, (&device, DType::I32))
     }
 
-    fn row_of(&self, id: u32) -> Option<usize> {
-        self.tokens.iter().position(|token| *token == id as usize)
+    /// Each token's row.
+    fn places(&self) -> HashMap<u32, usize> {
+        let rows = self.tokens.iter().enumerate();
+        rows.map(|(row, token)| (*token as u32, row)).collect()
     }
 
     /// Plans [`put`](Self::put) for these tokens.
     pub(crate) fn planned(&self, ids: &[u32], uploads: &mut Uploads) -> PlannedTokenRows {
-        let rows: Vec<Option<usize>> = ids.iter().map(|id| self.row_of(*id)).collect();
+        let places = self.places();
+        let rows: Vec<Option<&usize>> = ids.iter().map(|id| places.get(id)).collect();
         PlannedTokenRows {
             keep: uploads.floats(rows.iter().map(|row| f32::from(row.is_none()))),
-            which: uploads.ints(rows.iter().map(|row| row.unwrap_or(0) as i32)),
+            which: uploads.ints(rows.iter().map(|row| row.map_or(0, |row| *row as i32))),
             count: ids.len(),
         }
     }
@@ -106,27 +115,19 @@ impl TokenRows {
         gradient: Tensor<2>,
         collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
-        let rows = ids.iter().enumerate();
-        let rows = rows.filter_map(|(at, id)| Some((at, self.row_of(*id)?)));
-        let found: Vec<(usize, usize)> = rows.collect();
-        let device = gradient.device();
+        let places = self.places();
+        let positions = ids.iter().enumerate();
+        let positions = positions.filter_map(|(at, id)| Some((*places.get(id)?, at)));
+        let mut positions: Vec<(usize, usize)> = positions.collect();
+        positions.sort_unstable();
         let count = self.tokens.len();
-        if found.is_empty() {
-            let nothing = Tensor::zeros([count, gradient.dims()[1]], (&device, DType::F32));
-            return collect(&self.rows, nothing);
-        }
-        // One product, whose order of summing does not change from run to run.
-        let mut sums = vec![0f32; count * found.len()];
-        for (column, (_, row)) in found.iter().enumerate() {
-            sums[row * found.len() + column] = 1.0;
-        }
-        let places: Vec<i32> = found.iter().map(|(at, _)| *at as i32).collect();
-        let places = TensorData::new(places, [found.len()]);
-        let places = Tensor::<1, Int>::from_data(places, (&device, DType::I32));
-        let sums = TensorData::new(sums, [count, found.len()]);
-        let sums = Tensor::<2>::from_data(sums, (&device, DType::F32));
-        let of_tokens = gradient.select(0, places).cast(DType::F32);
-        collect(&self.rows, multiply_in_f32(sums, of_tokens));
+        let sums = (0..count).step_by(ROWS_AT_ONCE).map(|start| {
+            let rows = start..count.min(start + ROWS_AT_ONCE);
+            let end = |row| positions.partition_point(|(other, _)| *other < row);
+            let here = &positions[end(rows.start)..end(rows.end)];
+            sums_of_positions(rows, here, &gradient)
+        });
+        collect(&self.rows, Tensor::cat(sums.collect(), 0));
     }
 
     /// Puts the rows' scores in the place of their tokens', on the tape that these are on.
@@ -164,6 +165,31 @@ impl TokenRows {
         collect(&self.rows, multiply_in_f32(own.clone().transpose(), hidden));
         [others, multiply_add(None, 1.0, own, rows)]
     }
+}
+
+/// The sums `[rows, hidden]` over the positions of each row, given as pairs of both in order: a product, whose order of
+/// summing does not change from run to run.
+fn sums_of_positions(
+    rows: Range<usize>,
+    positions: &[(usize, usize)],
+    gradient: &Tensor<2>,
+) -> Tensor<2> {
+    let device = gradient.device();
+    let (count, found) = (rows.len(), positions.len());
+    if found == 0 {
+        return Tensor::zeros([count, gradient.dims()[1]], (&device, DType::F32));
+    }
+    let mut ones = vec![0f32; count * found];
+    for (column, (row, _)) in positions.iter().enumerate() {
+        ones[(row - rows.start) * found + column] = 1.0;
+    }
+    let places: Vec<i32> = positions.iter().map(|(_, at)| *at as i32).collect();
+    let places = TensorData::new(places, [found]);
+    let places = Tensor::<1, Int>::from_data(places, (&device, DType::I32));
+    let ones = TensorData::new(ones, [count, found]);
+    let ones = Tensor::<2>::from_data(ones, (&device, DType::F32));
+    let of_tokens = gradient.clone().select(0, places).cast(DType::F32);
+    multiply_in_f32(ones, of_tokens)
 }
 
 impl Llama {
@@ -220,7 +246,6 @@ mod tests {
     use crate::PackedTokens;
     use crate::model::tests::config;
     use lora_core::{CounterRng, normal};
-    use std::collections::HashMap;
 
     fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
         let norm = |x: Tensor<2>| x.powf_scalar(2.0).sum().sqrt().into_scalar::<f32>();
@@ -310,5 +335,25 @@ mod tests {
         };
         assert_eq!(of(&[3, 1, 7, 3]), [4.0, 5.0, 6.0, 8.0, 0.0, 0.0]);
         assert_eq!(of(&[1, 2, 4, 6]), [0.0; 6]);
+    }
+
+    #[test]
+    fn gradients_of_many_rows_are_summed_some_at_a_time() {
+        let device = Device::flex();
+        let tokens: Vec<usize> = (0..3 * ROWS_AT_ONCE - 5).rev().collect();
+        let rows = rows(&tokens, 2, &device);
+        let ids: Vec<u32> = (0..500u32).map(|i| i * i % 1009).collect();
+        let values: Vec<f32> = (0..500).map(|i| i as f32).collect();
+        let mut expected = vec![0f32; tokens.len()];
+        for (id, value) in ids.iter().zip(&values) {
+            if let Some(row) = tokens.iter().position(|token| *token == *id as usize) {
+                expected[row] += value;
+            }
+        }
+        let gradient = Tensor::<2>::from_data(TensorData::new(values, [500, 1]), &device);
+        rows.embeddings_backward(&ids, gradient, &mut |_, gradient| {
+            let found = gradient.into_data().try_to_vec::<f32>().unwrap();
+            assert_eq!(found, expected);
+        });
     }
 }
