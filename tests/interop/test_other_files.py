@@ -12,6 +12,8 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from test_tokenize import small_files
+
 TOKENS = [[1, 17, 5, 40, 8, 63, 2, 9], [3, 3, 60, 11]]
 
 
@@ -313,6 +315,56 @@ def test_added_tokens_of_other_files_are_whole(trainer, smollm2, chat_model, tmp
     assert 49152 in expected and 49153 in expected
     found = inspect(trainer, folder, [{"text": text}], tmp_path)
     assert found[0][0] == expected
+
+
+NAMED = {
+    "unnamed tokens, version 4": ({"additional_special_tokens": ["<call>", "<|eom|>"]}, None),
+    "unnamed tokens, version 5": ({"extra_special_tokens": ["<call>", "<|eom|>"]}, None),
+    "a model's own names": ({"call_token": "<call>", "extra_special_tokens": {"eom_token": "<|eom|>"}}, None),
+    "a standard name": ({"pad_token": "<|eom|>", "extra_special_tokens": ["<call>"]}, None),
+    "special_tokens_map.json": ({}, {"pad_token": "<call>", "additional_special_tokens": ["<|eom|>"]}),
+    "special tokens as text": ({"extra_special_tokens": ["<call>", "<|eom|>"], "split_special_tokens": True}, None),
+}
+
+
+@pytest.mark.parametrize("case", NAMED)
+def test_tokens_that_are_named_without_an_id_are_added(trainer, smollm2, chat_model, tmp_path, case):
+    settings, old_map = NAMED[case]
+    folder = chat_model(CHAT)
+    config = json.loads((smollm2 / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").unlink()
+    if old_map:
+        config.pop("added_tokens_decoder")
+        (folder / "special_tokens_map.json").unlink(missing_ok=True)
+        (folder / "special_tokens_map.json").write_text(json.dumps(old_map))
+    config.pop("additional_special_tokens", None)
+    (folder / "tokenizer_config.json").write_text(json.dumps({**config, **settings}))
+    model = json.loads((smollm2 / "config.json").read_text())
+    (folder / "config.json").unlink()
+    (folder / "config.json").write_text(json.dumps({**model, "vocab_size": 49154}))
+    text = "a<call>b<|eom|>c <call> <|im_end|> d"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = tokenizer(text)["input_ids"] + [tokenizer.eos_token_id]
+    assert ({49152, 49153} <= set(expected)) == ("split_special_tokens" not in settings)
+    found = inspect(trainer, folder, [{"text": text}], tmp_path)
+    assert found[0][0] == expected
+
+
+@pytest.mark.parametrize("keys", [{}, {"legacy": True}, {"add_prefix_space": False}, {"add_bos_token": False}])
+def test_a_llama_tokenizer_is_transformers_own(trainer, stories260k, tmp_path, keys):
+    """transformers 5 builds this class around the file's vocabulary; ids differ from the file's own pipeline."""
+    folder = small_files(stories260k, tmp_path / "model")
+    texts = ["Once upon", " two  spaces", "a<s>b</s>\n c", "\nline", "日本 é </s> x", ""]
+    texts = [text + "z" for text in texts]
+    plain = AutoTokenizer.from_pretrained(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config.update(tokenizer_class="LlamaTokenizer", **keys)
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = [tokenizer(text)["input_ids"] for text in texts]
+    assert expected != [plain(text)["input_ids"] for text in texts]
+    found = inspect(trainer, folder, [{"text": text} for text in texts], tmp_path)
+    assert [ids for ids, _ in found] == [ids + [tokenizer.eos_token_id] for ids in expected]
 
 
 def test_saved_tables_of_a_grown_vocabulary_merge_as_in_peft(trainer, tmp_path):

@@ -219,13 +219,6 @@ pub(crate) fn read(
     if kind == "default" {
         return Ok((theta, RopeScaling::Default));
     }
-    match settings.positive("partial_rotary_factor")? {
-        None | Some(1.0) => {}
-        Some(part) => {
-            let expected = "a Llama rotates whole heads: only 1 is supported";
-            return Err(invalid("partial_rotary_factor", part, expected));
-        }
-    }
     let need = |key: &'static str| settings.positive(key)?.ok_or(ConfigError::Missing(key));
     let original = || {
         const KEY: &str = "original_max_position_embeddings";

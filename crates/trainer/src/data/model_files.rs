@@ -4,13 +4,13 @@ use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
 
 use llama_burn::limited::{self, LARGEST_SETTINGS, LARGEST_TABLE};
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokenizers::AddedToken;
 
 use super::error::DataError;
 
-const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
-const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
+pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
+pub(super) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 const ADDED_TOKENS: &str = "added_tokens.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
@@ -18,7 +18,7 @@ const CHAT_TEMPLATE: &str = "chat_template.jinja";
 const ADDED_TOKENS_DECODER: &str = "added_tokens_decoder";
 
 /// transformers' names of special tokens.
-const SPECIAL_TOKENS: [&str; 7] = [
+pub(super) const SPECIAL_TOKENS: [&str; 7] = [
     "bos_token",
     "eos_token",
     "unk_token",
@@ -28,10 +28,10 @@ const SPECIAL_TOKENS: [&str; 7] = [
     "mask_token",
 ];
 
-/// A token of `added_tokens_decoder`.
-fn decoded_token(token: &Value) -> Option<AddedToken> {
+/// A token with its flags, as `added_tokens_decoder` writes it.
+pub(super) fn flagged_token(token: &Value, special: bool) -> Option<AddedToken> {
     let is = |key: &str| token.get(key).and_then(Value::as_bool);
-    let special = is("special").unwrap_or(false);
+    let special = is("special").unwrap_or(special);
     Some(AddedToken {
         content: token.get("content")?.as_str()?.to_owned(),
         single_word: is("single_word").unwrap_or(false),
@@ -133,6 +133,27 @@ impl ModelFiles {
         self.token_content(TOKENIZER_CONFIG, key, config.get(key))
     }
 
+    /// What `tokenizer_config.json` holds.
+    pub(super) fn tokenizer_settings(&self) -> Result<Map<String, Value>, DataError> {
+        self.json(TOKENIZER_CONFIG, &self.tokenizer_config)
+    }
+
+    /// What `config.json` holds.
+    pub(super) fn model_settings(&self) -> Result<Map<String, Value>, DataError> {
+        self.json("config.json", &self.config)
+    }
+
+    /// What `special_tokens_map.json` holds.
+    pub(super) fn special_tokens_map(&self) -> Result<Map<String, Value>, DataError> {
+        self.json(SPECIAL_TOKENS_MAP, &self.special_tokens_map)
+    }
+
+    /// Whether `tokenizer_config.json` lists added tokens, so that neither `special_tokens_map.json` nor `added_tokens.json` counts.
+    pub(super) fn lists_added_tokens(&self) -> Result<bool, DataError> {
+        let settings = self.tokenizer_settings()?;
+        Ok(settings.contains_key(ADDED_TOKENS_DECODER))
+    }
+
     /// The text of a token: a string, or an object with `content`.
     fn token_content(
         &self,
@@ -161,7 +182,7 @@ impl ModelFiles {
         let mut tokens = match config.get(ADDED_TOKENS_DECODER) {
             Some(Value::Object(decoder)) => {
                 let tokens = decoder.iter().map(|(id, token)| {
-                    let known = id.parse::<u32>().ok().zip(decoded_token(token));
+                    let known = id.parse::<u32>().ok().zip(flagged_token(token, false));
                     known.ok_or_else(|| {
                         let message = format!(
                             "\"{ADDED_TOKENS_DECODER}\" must be a table from token ids to objects with \"content\"; \
@@ -329,13 +350,9 @@ impl ModelFiles {
     }
 
     /// The object that a file holds; empty if there is no such file.
-    fn json(
-        &self,
-        name: &str,
-        text: &Option<String>,
-    ) -> Result<serde_json::Map<String, Value>, DataError> {
+    fn json(&self, name: &str, text: &Option<String>) -> Result<Map<String, Value>, DataError> {
         match text.as_deref().map(serde_json::from_str) {
-            None => Ok(serde_json::Map::new()),
+            None => Ok(Map::new()),
             Some(Ok(Value::Object(object))) => Ok(object),
             Some(Ok(_)) => Err(self.error(name, "expected a JSON object")),
             Some(Err(error)) => Err(self.error(name, format!("not valid JSON: {error}"))),

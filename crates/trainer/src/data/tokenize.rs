@@ -12,6 +12,7 @@ use super::ends;
 use super::error::{DataError, LineError};
 use super::format::{Example, Format};
 use super::guarded::Guarded;
+use super::llama_tokenizer;
 use super::model_files::ModelFiles;
 use super::rows::Row;
 use super::template::{ChatTemplate, Prompt};
@@ -94,7 +95,9 @@ impl RowTokenizer {
     /// A file that is not valid, or no end token, or no chat template where one is asked for.
     pub fn new(files: &ModelFiles, template: &PromptTemplate) -> Result<Self, DataError> {
         const NAME: &str = "tokenizer.json";
-        let mut guarded = Guarded::read(&files.tokenizer)
+        let rebuilt = llama_tokenizer::rebuilt(files)?;
+        let json = rebuilt.as_deref().unwrap_or(&files.tokenizer);
+        let mut guarded = Guarded::read(json)
             .map_err(|error| files.error(NAME, format!("not a valid tokenizer: {error}")))?;
         // Some tokenizer.json cut and pad. Rows are never cut, and there is no padding in a packed batch.
         let tokenizer = &mut guarded.tokenizer;
@@ -424,7 +427,7 @@ impl RowTokenizer {
     }
 }
 
-/// Adds the tokens that a model's other files name, under the ids that they give. Of a token that `tokenizer.json` has
+/// Adds the tokens that a model's other files name, under the ids that they give, or behind all others. Of a token that `tokenizer.json` has
 /// too, their flags count, as in transformers.
 fn add_tokens(tokenizer: &mut Tokenizer, files: &ModelFiles) -> Result<(), DataError> {
     for (id, token) in files.added_tokens()? {
@@ -446,6 +449,15 @@ fn add_tokens(tokenizer: &mut Tokenizer, files: &ModelFiles) -> Result<(), DataE
             return Err(files.error("tokenizer_config.json", message));
         }
     }
+    for token in files.named_tokens()? {
+        let known = tokenizer.get_added_tokens_decoder();
+        if known.values().any(|known| known.content == token.content) {
+            continue;
+        }
+        let added = tokenizer.add_tokens([token]);
+        added.map_err(|error| files.error("tokenizer_config.json", error.to_string()))?;
+    }
+    tokenizer.set_encode_special_tokens(files.splits_special_tokens()?);
     Ok(())
 }
 
