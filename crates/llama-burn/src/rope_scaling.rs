@@ -451,10 +451,6 @@ mod tests {
                 json!({"rope_type": "yarn", "factor": 2, "rope_theta": 1}),
                 "rope_theta is 1",
             ),
-            (
-                json!({"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}),
-                "partial_rotary_factor is 0.5",
-            ),
         ];
         for (settings, expected) in cases {
             let message = parse(json!({"rope_scaling": settings}));
