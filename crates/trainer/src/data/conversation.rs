@@ -23,20 +23,36 @@ pub struct Conversation {
 
 /// Keys of a message by which other trainers say whether it is learned: OpenAI's and Mistral's `weight`, axolotl's `train`
 /// and `training`, and others.
-const LEARNED_MARKS: [&str; 5] = ["weight", "train", "training", "loss", "loss_mask"];
+const LEARNED_MARKS: [&str; 6] = [
+    "weight",
+    "train",
+    "training",
+    "trainable",
+    "loss",
+    "loss_mask",
+];
+
+const MARK: &str = "mark whole messages with \"train\": true or false";
 
 /// Keys of a message that change what it means and are not honoured here.
-const NOT_HONOURED: [(&str, &str); 7] = [
+const NOT_HONOURED: [(&str, &str); 14] = [
     ("function_call", "write it as \"tool_calls\""),
     ("audio", "only text is trained on"),
     ("image", "only text is trained on"),
     ("images", "only text is trained on"),
+    ("audios", "only text is trained on"),
+    ("video", "only text is trained on"),
     ("videos", "only text is trained on"),
     (
         "prefix",
         "write the answer's beginning as a part of the prompt",
     ),
-    ("training_detail", "mark whole messages with \"train\""),
+    ("training_detail", MARK),
+    ("train_detail", MARK),
+    ("loss_scale", MARK),
+    ("mask", MARK),
+    ("masked", MARK),
+    ("is_masked", MARK),
 ];
 
 impl Conversation {

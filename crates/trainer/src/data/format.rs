@@ -8,32 +8,49 @@ use super::conversation::Conversation;
 use super::error::LineError;
 use super::integers;
 
+const OF_MESSAGES: &str = "write \"prompt\" and \"completion\" as lists of messages";
+const AS_MESSAGES: &str = "write the row as \"messages\"";
+const SYSTEM: &str = "write the row as \"messages\" with a message of the role \"system\"";
+const WEIGHT: &str = "take rows out or repeat them instead";
+const PREFERENCE: &str =
+    "this trainer learns answers, not preferences; write the chosen one as the completion";
+
 /// Columns by which other trainers change what is learned of a row, where the format does not read them itself.
-const NOT_HONOURED: [(&str, &str); 11] = [
+const NOT_HONOURED: [(&str, &str); 21] = [
+    ("system", SYSTEM),
+    ("system_prompt", SYSTEM),
+    ("system_message", SYSTEM),
+    ("history", AS_MESSAGES),
+    ("tools", AS_MESSAGES),
+    ("chat_template_kwargs", AS_MESSAGES),
     (
-        "system",
-        "write the row as \"messages\" with a message of the role \"system\"",
+        "chat_template",
+        "a run has one chat template, that of the model's folder",
     ),
-    ("history", "write the row as \"messages\""),
-    ("weight", "take rows out or repeat them instead"),
+    ("weight", WEIGHT),
+    ("weights", WEIGHT),
+    ("loss", WEIGHT),
+    ("loss_weight", WEIGHT),
+    ("sample_weight", WEIGHT),
     ("train", "take out the rows that are not learned"),
     (
         "loss_mask",
         "write the row as \"messages\" and mark messages with \"weight\"",
     ),
     ("completion_mask", "write \"prompt\" and \"completion\""),
-    ("assistant_masks", "write the row as \"messages\""),
+    ("assistant_masks", AS_MESSAGES),
     ("documents", "write them into a message"),
     ("functions", "write them as \"tools\""),
-    (
-        "chosen",
-        "this trainer learns answers, not preferences; write the chosen one as the completion",
-    ),
-    (
-        "rejected",
-        "this trainer learns answers, not preferences; write the chosen one as the completion",
-    ),
+    ("chosen", PREFERENCE),
+    ("rejected", PREFERENCE),
+    ("rejected_response", PREFERENCE),
 ];
+
+/// What conversations are about beside their text. A table's column may hold bytes, and is listed as not read.
+const NO_TEXT: [&str; 5] = ["image", "images", "videos", "audio", "audios"];
+
+/// Says of a completion whether it is wanted (TRL's unpaired preferences), if it is true or false.
+const LABEL: &str = "label";
 
 /// How an example is written down.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -99,9 +116,14 @@ impl Format {
         }
     }
 
-    /// Whether a column of this name is looked at: one that is read, or one that is refused if it holds something.
-    pub(super) fn looks_at(self, column: &str) -> bool {
+    /// Whether a column of this name is read, or refused if it holds something.
+    pub(super) fn reads(self, column: &str) -> bool {
         self.keys().contains(&column) || NOT_HONOURED.iter().any(|(key, _)| *key == column)
+    }
+
+    /// Whether a column of this name is looked at: one that is read, or one that is refused for some of its values.
+    pub(super) fn looks_at(self, column: &str) -> bool {
+        self.reads(column) || self == Self::PromptCompletion && column == LABEL
     }
 
     /// The format of a row with these columns: messages before all, then databricks-dolly's, which shares a column with
@@ -127,9 +149,18 @@ impl Format {
     pub(super) fn example(self, mut row: Map<String, Value>) -> Result<Example, LineError> {
         let row = &mut row;
         for (key, remedy) in NOT_HONOURED {
-            if !self.keys().contains(&key) && !is_nothing(row.get(key)) {
+            if !self.keys().contains(&key) && !holds_nothing(row.get(key)) {
                 return Err(LineError::NotHonoured { key, remedy });
             }
+        }
+        let no_text = NO_TEXT.iter().find(|key| !holds_nothing(row.get(**key)));
+        if let Some(key) = no_text.filter(|_| self == Self::Messages) {
+            let remedy = "only text is trained on";
+            return Err(LineError::NotHonoured { key, remedy });
+        }
+        if self == Self::PromptCompletion && row.get(LABEL).is_some_and(is_verdict) {
+            let remedy = "it says whether a completion is wanted; keep the rows whose label is true, and take the column out";
+            return Err(LineError::NotHonoured { key: LABEL, remedy });
         }
         Ok(match self {
             Self::ContextTarget => Example::Answer {
@@ -143,6 +174,19 @@ impl Format {
                 let key = "system";
                 let remedy = "write it at the beginning of \"prompt\", or the row as \"messages\"";
                 return Err(LineError::NotHonoured { key, remedy });
+            }
+            Self::PromptCompletion if !holds_nothing(row.get("tools")) => {
+                return Err(LineError::NotHonoured {
+                    key: "tools",
+                    remedy: OF_MESSAGES,
+                });
+            }
+            Self::PromptCompletion if !holds_nothing(row.get("chat_template_kwargs")) => {
+                let key = "chat_template_kwargs";
+                return Err(LineError::NotHonoured {
+                    key,
+                    remedy: OF_MESSAGES,
+                });
             }
             Self::PromptCompletion => Example::Answer {
                 context: text(row, "prompt")?,
@@ -252,6 +296,25 @@ fn is_nothing(value: Option<&Value>) -> bool {
     }
 }
 
+/// Whether a column says nothing, be it as JSON text.
+fn holds_nothing(value: Option<&Value>) -> bool {
+    let is_empty = |text: &str| matches!(text.trim(), "" | "[]" | "{}" | "null");
+    match value {
+        Some(Value::String(text)) => is_empty(text),
+        Some(Value::Object(object)) => object.is_empty(),
+        value => is_nothing(value),
+    }
+}
+
+/// Whether a value is true or false, be it as a table writes it.
+fn is_verdict(value: &Value) -> bool {
+    match value {
+        Value::Bool(_) => true,
+        Value::String(text) => ["true", "false"].contains(&text.to_lowercase().as_str()),
+        _ => false,
+    }
+}
+
 fn text(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineError> {
     match row.get_mut(key) {
         Some(Value::String(text)) => Ok(std::mem::take(text)),
@@ -331,6 +394,65 @@ mod tests {
             assert!(Format::ALL.contains(&found));
         }
         assert_eq!(example(json!({"a": "b"})), Err("unknown".into()));
+    }
+
+    #[test]
+    fn columns_that_other_trainers_honour_are_refused_where_they_hold_something() {
+        let messages =
+            json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+        for (row, key, value) in [
+            (
+                json!({"prompt": "a", "completion": "b"}),
+                "tools",
+                json!([{"name": "f"}]),
+            ),
+            (
+                json!({"prompt": "a", "completion": "b"}),
+                "label",
+                json!(false),
+            ),
+            (
+                json!({"prompt": "a", "completion": "b"}),
+                "label",
+                json!("True"),
+            ),
+            (
+                json!({"prompt": "a", "completion": "b"}),
+                "chat_template_kwargs",
+                json!({"x": 1}),
+            ),
+            (
+                json!({"context": "a", "target": "b"}),
+                "tools",
+                json!("[{}]"),
+            ),
+            (
+                json!({"instruction": "a", "output": "b"}),
+                "sample_weight",
+                json!(0.5),
+            ),
+            (json!({"text": "a"}), "loss", json!(0)),
+            (
+                json!({"messages": messages}),
+                "system_prompt",
+                json!("be brief"),
+            ),
+            (json!({"messages": messages}), "images", json!(["a.png"])),
+            (json!({"messages": messages}), "chat_template", json!("x")),
+        ] {
+            let with = |value: Value| {
+                let mut row = row.clone();
+                row[key] = value;
+                example(row)
+            };
+            let error = with(value).unwrap_err();
+            assert!(error.contains(&format!("\"{key}\"")), "{error}");
+            for nothing in [json!(null), json!([]), json!("[]"), json!("")] {
+                with(nothing).unwrap();
+            }
+        }
+        // A class beside the completion is no verdict on it.
+        example(json!({"prompt": "a", "completion": "b", "label": 1})).unwrap();
     }
 
     #[test]

@@ -52,6 +52,7 @@ mod table;
 mod template;
 mod tokenize;
 mod training_prompt;
+mod unwritten;
 
 use std::path::Path;
 
@@ -156,7 +157,7 @@ pub fn prepare(
     let Rows {
         rows,
         source,
-        ignored,
+        mut ignored,
     } = read_columns(train, config.dataset_format, &config.dataset_columns)?;
     tokenizer.prepare(&files, template, source.format, train)?;
     let mut validation_source = None;
@@ -173,8 +174,11 @@ pub fn prepare(
         }
         None => split(rows, config.val_set_size, config.seed)?,
     };
-    let tokenized =
-        |path, rows: &[Row]| Dataset::new(path, rows, &tokenizer, max_seq_len, vocab_size);
+    let tokenized = |path, rows: &[Row]| {
+        tokenizer.check_written(rows, path)?;
+        Dataset::new(path, rows, &tokenizer, max_seq_len, vocab_size)
+    };
+    ignored.extend(tokenizer.unread_keys(&train_rows));
     let validated = tokenized(validation.unwrap_or(train), &validation_rows)?;
     let train = tokenized(train, &train_rows)?;
     let is_chat = tokenizer.has_chat();

@@ -91,7 +91,7 @@ pub struct Rows {
 static SAME_NAMES: Columns = Columns(Vec::new());
 
 /// More ignored columns than this are not remembered.
-const MOST_IGNORED: usize = 64;
+pub(super) const MOST_IGNORED: usize = 64;
 
 /// Reads a data file whole. Blank lines are skipped, columns that the format does not have are not read. What
 /// the file is written in is told by its extension and its first bytes; `format`, where it is not given, by
@@ -239,7 +239,7 @@ impl Collected<'_> {
 
     fn note_ignored<'a>(&mut self, format: Format, columns: impl Iterator<Item = &'a str>) {
         let names = self.columns;
-        let is_read = |column: &str| names.ours(column).is_some_and(|ours| format.looks_at(ours));
+        let is_read = |column: &str| names.ours(column).is_some_and(|ours| format.reads(ours));
         for column in columns.filter(|column| !is_read(column)) {
             let known = self.ignored.iter().any(|known| known == column);
             if !known && self.ignored.len() < MOST_IGNORED {

@@ -140,6 +140,16 @@ impl ChatTemplate {
 
     /// The template with these messages of a conversation; with `add_generation_prompt` up to where the assistant's
     /// answer begins.
+    /// Whether the template's text holds a name, as a word of its own.
+    pub(super) fn mentions(&self, name: &str) -> bool {
+        let template = self.environment.get_template(NAME);
+        let is_of_word = |c: char| c.is_alphanumeric() || c == '_';
+        template.is_ok_and(|template| {
+            let mut words = template.source().split(|c: char| !is_of_word(c));
+            words.any(|word| word == name)
+        })
+    }
+
     pub(super) fn render(
         &self,
         messages: &[serde_json::Value],

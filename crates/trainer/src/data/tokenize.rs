@@ -16,6 +16,7 @@ use super::llama_tokenizer;
 use super::model_files::ModelFiles;
 use super::rows::Row;
 use super::template::{ChatTemplate, Prompt};
+use super::unwritten;
 use crate::config::PromptTemplate;
 use crate::contained::decoded;
 
@@ -400,6 +401,24 @@ impl RowTokenizer {
     ) -> Result<Vec<u32>, DataError> {
         let text = self.prompt_text(example, path, line)?;
         Ok(self.begun(self.encode(&text, path, line)?))
+    }
+
+    /// Checks that the chat template writes what the rows' conversations hold.
+    ///
+    /// # Errors
+    ///
+    /// [`DataError::Conversation`] for the first row with something that would be lost.
+    pub(crate) fn check_written(&self, rows: &[Row], path: &Path) -> Result<(), DataError> {
+        match &self.chat {
+            Some(template) => unwritten::check(template, rows, path),
+            None => Ok(()),
+        }
+    }
+
+    /// Keys of messages that the chat template does not mention.
+    pub(super) fn unread_keys(&self, rows: &[Row]) -> Vec<String> {
+        let chat = self.chat.as_ref();
+        chat.map_or_else(Vec::new, |template| unwritten::ignored(template, rows))
     }
 
     fn chat(&self, path: &Path, line: usize) -> Result<&ChatTemplate, DataError> {

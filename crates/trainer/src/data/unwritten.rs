@@ -1,0 +1,269 @@
+//! What conversations hold and a chat template does not write: refused where it is known to change the meaning, listed
+//! where it is anything else. transformers passes over it.
+
+use std::path::Path;
+
+use serde_json::Value;
+
+use super::conversation::Conversation;
+use super::error::DataError;
+use super::format::Example;
+use super::rows::{MOST_IGNORED, Row};
+use super::template::ChatTemplate;
+
+/// A part of a conversation that means something, and that a template may have no place for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Part {
+    /// The list of tools.
+    Tools,
+    /// A key of messages.
+    Key(&'static str),
+}
+
+/// A tool's message bears a `name` to say who answers, which few templates write.
+const PARTS: [Part; 6] = [
+    Part::Tools,
+    Part::Key("tool_calls"),
+    Part::Key("name"),
+    Part::Key("reasoning_content"),
+    Part::Key("reasoning"),
+    Part::Key("thinking"),
+];
+
+/// Keys of messages that say who and not what.
+const WITHOUT_MEANING: [&str; 3] = ["role", "content", "tool_call_id"];
+
+impl Part {
+    /// The first message that has it, or 0 for what is no message's.
+    fn place(self, conversation: &Conversation) -> Option<usize> {
+        match self {
+            Self::Tools => conversation.tools.as_ref().map(|_| 0),
+            Self::Key(key) => conversation.messages.iter().position(|it| has(it, key)),
+        }
+    }
+
+    fn is_thought(self) -> bool {
+        !matches!(self, Self::Tools | Self::Key("tool_calls" | "name"))
+    }
+
+    fn name(self) -> &'static str {
+        match self {
+            Self::Tools => "tools",
+            Self::Key(key) => key,
+        }
+    }
+
+    /// The conversation without it.
+    fn removed(self, conversation: &Conversation) -> Conversation {
+        let mut conversation = conversation.clone();
+        match self {
+            Self::Tools => conversation.tools = None,
+            Self::Key(key) => {
+                for message in &mut conversation.messages {
+                    if has(message, key)
+                        && let Some(message) = message.as_object_mut()
+                    {
+                        message.shift_remove(key);
+                    }
+                }
+            }
+        }
+        conversation
+    }
+}
+
+/// Whether a message has a key that means something.
+fn has(message: &Value, key: &str) -> bool {
+    let is_a_tools_name = key == "name" && message["role"] == "tool";
+    let is_set = match message.get(key) {
+        None | Some(Value::Null) => false,
+        Some(Value::String(text)) => !text.is_empty(),
+        Some(Value::Array(items)) => !items.is_empty(),
+        Some(_) => true,
+    };
+    is_set && !is_a_tools_name
+}
+
+/// Checks that the template writes what the conversations hold, once for each kind of it.
+///
+/// # Errors
+///
+/// [`DataError::Conversation`] names the first row with something that the template leaves out, and what to do.
+pub(super) fn check(template: &ChatTemplate, rows: &[Row], path: &Path) -> Result<(), DataError> {
+    let mut open = PARTS.to_vec();
+    for (line, conversation) in conversations(rows) {
+        let failed = |message: String| DataError::Conversation {
+            path: path.into(),
+            line,
+            message,
+        };
+        for (name, value) in &conversation.variables {
+            let is_off = matches!(value, Value::Null | Value::Bool(false));
+            if !is_off && !template.mentions(name) {
+                return Err(failed(format!(
+                    "chat_template_kwargs sets {name:?}, which the chat template does not know; take it out, or give the \
+                     model's folder a template that knows it"
+                )));
+            }
+        }
+        let mut settled = Vec::new();
+        for part in &open {
+            let Some(place) = part.place(conversation) else {
+                continue;
+            };
+            // A template may drop the thoughts of earlier turns on purpose.
+            if part.is_thought() && template.mentions(part.name())
+                || writes(template, conversation, *part)
+            {
+                settled.push(*part);
+                continue;
+            }
+            let name = part.name();
+            let what = match part {
+                Part::Tools => "the list of tools (\"tools\")".into(),
+                Part::Key(_) => format!("{name:?} of messages[{place}]"),
+            };
+            return Err(failed(format!(
+                "the chat template does not write {what}, so that it would not be trained on; write it into a content, take \
+                 the key out, or give the model's folder a template that writes it (chat_template.jinja)"
+            )));
+        }
+        open.retain(|part| !settled.contains(part));
+    }
+    Ok(())
+}
+
+/// Whether a text with the part differs from one without it; `true` where one of them cannot be rendered, which is
+/// another error's matter.
+fn writes(template: &ChatTemplate, conversation: &Conversation, part: Part) -> bool {
+    let text = |conversation: &Conversation| {
+        let rendered = template.render(&conversation.messages, conversation, false);
+        rendered.ok().map(|rendered| rendered.text)
+    };
+    let (with, without) = (text(conversation), text(&part.removed(conversation)));
+    with.is_none() || without.is_none() || with != without
+}
+
+/// The keys of messages that the template does not mention, in the order in which they are met: `messages[].id`.
+pub(super) fn ignored(template: &ChatTemplate, rows: &[Row]) -> Vec<String> {
+    let mut found: Vec<&str> = Vec::new();
+    let messages = conversations(rows).flat_map(|(_, conversation)| &conversation.messages);
+    let keys = messages
+        .filter_map(Value::as_object)
+        .flat_map(|it| it.keys());
+    for key in keys {
+        let is_part = PARTS.iter().any(|part| part.name() == key);
+        let is_known = is_part || WITHOUT_MEANING.contains(&key.as_str());
+        if is_known || found.contains(&key.as_str()) || found.len() == MOST_IGNORED {
+            continue;
+        }
+        if !template.mentions(key) {
+            found.push(key);
+        }
+    }
+    found
+        .iter()
+        .map(|key| format!("messages[].{key}"))
+        .collect()
+}
+
+fn conversations(rows: &[Row]) -> impl Iterator<Item = (usize, &Conversation)> {
+    rows.iter().filter_map(|row| match &row.example {
+        Example::Conversation(conversation) => Some((row.line, conversation)),
+        _ => None,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::model_files::ModelFiles;
+    use super::*;
+
+    fn template(text: &str) -> ChatTemplate {
+        let files = ModelFiles {
+            chat_template: Some(text.into()),
+            ..ModelFiles::default()
+        };
+        ChatTemplate::new(&files).unwrap()
+    }
+
+    fn rows(row: Value) -> Vec<Row> {
+        let Value::Object(mut row) = row else {
+            unreachable!()
+        };
+        let example = Example::Conversation(Conversation::from_row(&mut row).unwrap());
+        vec![Row { line: 3, example }]
+    }
+
+    const PLAIN: &str = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}";
+
+    fn answer(key: &str, value: Value) -> Value {
+        let mut answer = json!({"role": "assistant", "content": "no"});
+        answer[key] = value;
+        json!({"messages": [{"role": "user", "content": "a"}, answer]})
+    }
+
+    #[test]
+    fn what_the_template_does_not_write_is_refused_by_name() {
+        let calls = json!([{"type": "function", "function": {"name": "f", "arguments": {}}}]);
+        let mut with_tools = answer("id", json!(1));
+        with_tools["tools"] = calls.clone();
+        let mut with_variable = answer("id", json!(1));
+        with_variable["chat_template_kwargs"] = json!({"deep": true});
+        for (row, name) in [
+            (answer("tool_calls", calls), "\"tool_calls\" of messages[1]"),
+            (answer("name", json!("Ann")), "\"name\" of messages[1]"),
+            (
+                answer("thinking", json!("hm")),
+                "\"thinking\" of messages[1]",
+            ),
+            (with_tools, "\"tools\""),
+            (with_variable, "\"deep\""),
+        ] {
+            let error = check(&template(PLAIN), &rows(row), Path::new("x.jsonl"));
+            let error = error.unwrap_err().to_string();
+            assert!(
+                error.contains("x.jsonl:3") && error.contains(name),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn what_the_template_writes_or_what_is_empty_passes() {
+        let name = template("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}");
+        let check = |template: &ChatTemplate, row: Value| {
+            check(template, &rows(row), Path::new("x.jsonl")).is_ok()
+        };
+        assert!(check(&name, answer("name", json!("Ann"))));
+        let plain = template(PLAIN);
+        assert!(check(&plain, answer("tool_calls", json!([]))));
+        assert!(check(&plain, answer("thinking", json!(""))));
+        let tool = json!({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "name": "f", "content": "1"},
+            {"role": "assistant", "content": "no"}]});
+        assert!(check(&plain, tool));
+        // Thoughts of all turns but the last are dropped.
+        let last = template(
+            "{% for m in messages %}{% if loop.last %}{{ m.thinking }}{% endif %}{{ m.content }}{% endfor %}",
+        );
+        let earlier = json!({"messages": [{"role": "assistant", "content": "no", "thinking": "hm"},
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]});
+        assert!(check(&last, earlier));
+    }
+
+    #[test]
+    fn other_keys_are_listed_once_where_the_template_does_not_mention_them() {
+        let rows = rows(
+            json!({"messages": [{"role": "user", "content": "a", "id": 1, "tool_call_id": "x"},
+            {"role": "assistant", "content": "no", "id": 2, "model": "m"}]}),
+        );
+        assert_eq!(
+            ignored(&template(PLAIN), &rows),
+            ["messages[].id", "messages[].model"]
+        );
+        let reads = template("{% for m in messages %}{{ m['model'] }}{{ m.content }}{% endfor %}");
+        assert_eq!(ignored(&reads, &rows), ["messages[].id"]);
+    }
+}
