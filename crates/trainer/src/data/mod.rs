@@ -174,17 +174,17 @@ pub fn prepare(
         }
         None => split(rows, config.val_set_size, config.seed)?,
     };
-    let tokenized = |path, rows: &[Row]| {
-        tokenizer.check_written(rows, path)?;
-        Dataset::new(path, rows, &tokenizer, max_seq_len, vocab_size)
-    };
+    let tokenized =
+        |path, rows: &[Row]| Dataset::new(path, rows, &tokenizer, max_seq_len, vocab_size);
+    let mut warnings = tokenizer.unwritten(&train_rows, train);
     ignored.extend(tokenizer.unread_keys(&train_rows));
     let validated = tokenized(validation.unwrap_or(train), &validation_rows)?;
     let train = tokenized(train, &train_rows)?;
     let is_chat = tokenizer.has_chat();
-    let warnings = is_chat.then(|| ends::warning(&train, &files, &tokenizer));
+    let end = is_chat.then(|| ends::warning(&train, &files, &tokenizer));
+    warnings.extend(end.flatten());
     Ok(Data {
-        warnings: warnings.flatten().into_iter().collect(),
+        warnings,
         validation: validated,
         train,
         prompt: TrainingPrompt::new(&files, template, source.format),

@@ -403,16 +403,12 @@ impl RowTokenizer {
         Ok(self.begun(self.encode(&text, path, line)?))
     }
 
-    /// Checks that the chat template writes what the rows' conversations hold.
-    ///
-    /// # Errors
-    ///
-    /// [`DataError::Conversation`] for the first row with something that would be lost.
-    pub(crate) fn check_written(&self, rows: &[Row], path: &Path) -> Result<(), DataError> {
-        match &self.chat {
-            Some(template) => unwritten::check(template, rows, path),
-            None => Ok(()),
-        }
+    /// What the user should know of what the rows' conversations hold and the chat template does not write.
+    pub(super) fn unwritten(&self, rows: &[Row], path: &Path) -> Vec<String> {
+        let chat = self.chat.as_ref();
+        chat.map_or_else(Vec::new, |template| {
+            unwritten::warnings(template, rows, path)
+        })
     }
 
     /// Keys of messages that the chat template does not mention.

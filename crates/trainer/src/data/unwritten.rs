@@ -1,4 +1,4 @@
-//! What conversations hold and a chat template does not write: refused where it is known to change the meaning, listed
+//! What conversations hold and a chat template does not write: a warning where it is known to change the meaning, listed
 //! where it is anything else. transformers passes over it.
 
 use std::path::Path;
@@ -6,7 +6,6 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::conversation::Conversation;
-use super::error::DataError;
 use super::format::Example;
 use super::rows::{MOST_IGNORED, Row};
 use super::template::ChatTemplate;
@@ -84,53 +83,44 @@ fn has(message: &Value, key: &str) -> bool {
     is_set && !is_a_tools_name
 }
 
-/// Checks that the template writes what the conversations hold, once for each kind of it.
-///
-/// # Errors
-///
-/// [`DataError::Conversation`] names the first row with something that the template leaves out, and what to do.
-pub(super) fn check(template: &ChatTemplate, rows: &[Row], path: &Path) -> Result<(), DataError> {
+/// What the user should know of parts of the conversations that the template does not write, once for each kind: the first
+/// row that has one, and what to do.
+pub(super) fn warnings(template: &ChatTemplate, rows: &[Row], path: &Path) -> Vec<String> {
     let mut open = PARTS.to_vec();
+    let mut variables: Vec<&str> = Vec::new();
+    let mut warnings = Vec::new();
     for (line, conversation) in conversations(rows) {
-        let failed = |message: String| DataError::Conversation {
-            path: path.into(),
-            line,
-            message,
+        let mut warn = |what: String| {
+            warnings.push(format!(
+                "the chat template does not write {what} ({}:{line}): it is not trained on, as in transformers. Write it into a \
+                 content, or give the model's folder a template that writes it (chat_template.jinja)",
+                path.display()
+            ));
         };
         for (name, value) in &conversation.variables {
             let is_off = matches!(value, Value::Null | Value::Bool(false));
-            if !is_off && !template.mentions(name) {
-                return Err(failed(format!(
-                    "chat_template_kwargs sets {name:?}, which the chat template does not know; take it out, or give the \
-                     model's folder a template that knows it"
-                )));
+            if !is_off && !template.mentions(name) && !variables.contains(&name.as_str()) {
+                variables.push(name);
+                warn(format!("{name:?} of chat_template_kwargs"));
             }
         }
-        let mut settled = Vec::new();
-        for part in &open {
+        open.retain(|part| {
             let Some(place) = part.place(conversation) else {
-                continue;
+                return true;
             };
             // A template may drop the thoughts of earlier turns on purpose.
-            if part.is_thought() && template.mentions(part.name())
-                || writes(template, conversation, *part)
-            {
-                settled.push(*part);
-                continue;
+            let is_known = part.is_thought() && template.mentions(part.name());
+            if !is_known && !writes(template, conversation, *part) {
+                let name = part.name();
+                warn(match part {
+                    Part::Tools => "the list of tools (\"tools\")".into(),
+                    Part::Key(_) => format!("{name:?} of messages[{place}]"),
+                });
             }
-            let name = part.name();
-            let what = match part {
-                Part::Tools => "the list of tools (\"tools\")".into(),
-                Part::Key(_) => format!("{name:?} of messages[{place}]"),
-            };
-            return Err(failed(format!(
-                "the chat template does not write {what}, so that it would not be trained on; write it into a content, take \
-                 the key out, or give the model's folder a template that writes it (chat_template.jinja)"
-            )));
-        }
-        open.retain(|part| !settled.contains(part));
+            false
+        });
     }
-    Ok(())
+    warnings
 }
 
 /// Whether a text with the part differs from one without it; `true` where one of them cannot be rendered, which is
@@ -205,8 +195,12 @@ mod tests {
         json!({"messages": [{"role": "user", "content": "a"}, answer]})
     }
 
+    fn warnings_of(template: &ChatTemplate, row: Value) -> Vec<String> {
+        warnings(template, &rows(row), Path::new("x.jsonl"))
+    }
+
     #[test]
-    fn what_the_template_does_not_write_is_refused_by_name() {
+    fn what_the_template_does_not_write_is_named() {
         let calls = json!([{"type": "function", "function": {"name": "f", "arguments": {}}}]);
         let mut with_tools = answer("id", json!(1));
         with_tools["tools"] = calls.clone();
@@ -222,35 +216,33 @@ mod tests {
             (with_tools, "\"tools\""),
             (with_variable, "\"deep\""),
         ] {
-            let error = check(&template(PLAIN), &rows(row), Path::new("x.jsonl"));
-            let error = error.unwrap_err().to_string();
+            let found = warnings_of(&template(PLAIN), row);
+            assert_eq!(found.len(), 1, "{found:?}");
             assert!(
-                error.contains("x.jsonl:3") && error.contains(name),
-                "{error}"
+                found[0].contains("x.jsonl:3") && found[0].contains(name),
+                "{found:?}"
             );
         }
     }
 
     #[test]
-    fn what_the_template_writes_or_what_is_empty_passes() {
+    fn what_the_template_writes_or_what_is_empty_needs_no_word() {
         let name = template("{% for m in messages %}{{ m.name }}{{ m.content }}{% endfor %}");
-        let check = |template: &ChatTemplate, row: Value| {
-            check(template, &rows(row), Path::new("x.jsonl")).is_ok()
-        };
-        assert!(check(&name, answer("name", json!("Ann"))));
+        let none: [&str; 0] = [];
+        assert_eq!(warnings_of(&name, answer("name", json!("Ann"))), none);
         let plain = template(PLAIN);
-        assert!(check(&plain, answer("tool_calls", json!([]))));
-        assert!(check(&plain, answer("thinking", json!(""))));
+        assert_eq!(warnings_of(&plain, answer("tool_calls", json!([]))), none);
+        assert_eq!(warnings_of(&plain, answer("thinking", json!(""))), none);
         let tool = json!({"messages": [{"role": "user", "content": "a"}, {"role": "tool", "name": "f", "content": "1"},
             {"role": "assistant", "content": "no"}]});
-        assert!(check(&plain, tool));
+        assert_eq!(warnings_of(&plain, tool), none);
         // Thoughts of all turns but the last are dropped.
         let last = template(
             "{% for m in messages %}{% if loop.last %}{{ m.thinking }}{% endif %}{{ m.content }}{% endfor %}",
         );
         let earlier = json!({"messages": [{"role": "assistant", "content": "no", "thinking": "hm"},
             {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]});
-        assert!(check(&last, earlier));
+        assert_eq!(warnings_of(&last, earlier), none);
     }
 
     #[test]

@@ -372,7 +372,6 @@ fn tasks(
     {
         let format = rows.source.format;
         let tokenizer = row_tokenizer(args, files, template, prompts, (path, format))?;
-        tokenizer.check_written(&rows.rows, path)?;
         let task = Task::new(path, rows.source, &rows.rows, targets, &tokenizer, options)?;
         if !task.has_likelihoods() && args.scorer == [Scorer::Likelihood] {
             bail!(
