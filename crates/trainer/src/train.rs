@@ -633,11 +633,11 @@ fn preset(config: &Config) -> Vec<String> {
     let mut notes = source.notes.clone();
     if !values.is_empty() {
         let whose = match source.preset_name.as_str() {
-            "axolotl" => "axolotl does",
-            _ => "FinLoRA's finetune.py does",
+            "axolotl" => "axolotl",
+            _ => "FinLoRA's finetune.py",
         };
         let note = format!(
-            "the preset {:?} gave what the run does not say, as {whose}: {}. The file's own keys and --set come before it",
+            "the preset {:?} set what the configuration leaves out, as in {whose}: {}. The file's own keys and --set come before it",
             source.preset_name,
             values.join(", ")
         );
