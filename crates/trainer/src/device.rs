@@ -74,7 +74,6 @@ impl Selected {
 /// an error.
 pub fn select(asked: Backend) -> Result<Selected, DeviceError> {
     kernels::set_fusion();
-    kernels::keep();
     match asked {
         Backend::Auto => Ok(automatic()),
         Backend::Cpu => Ok(cpu("it was asked for".to_owned())),
@@ -194,7 +193,9 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
     if backend == Backend::Cuda {
         // Asked before "is it in this build?": on a machine without NVIDIA's driver no build would
         // help.
-        return cuda::start(&cuda::driver()?);
+        let driver = cuda::driver()?;
+        kernels::keep(false);
+        return cuda::start(&driver);
     }
     if backend == Backend::Wgpu {
         let natives = [Backend::Vulkan, Backend::Metal].into_iter();

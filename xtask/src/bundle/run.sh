@@ -125,22 +125,22 @@ share() {
     echo $(($(remaining) * $(weight "$1") / sum))
 }
 
-# Runs a build's report: run BUILD SECONDS ARGUMENT...
+# Runs a build's report: run BUILD SECONDS ARGUMENT... Its variables are everyone's: `sh` has no others.
 run() {
-    build=$1 limit=$2
+    name=$1 most=$2
     shift 2
-    folder=$(folder_of "$build")
+    folder=$(folder_of "$name")
     libraries_of_build=
     # A library that the system has is the better one: graphics drivers load it as well.
     if ldd "$folder/trainer" 2>/dev/null | grep -q 'not found'; then libraries_of_build=$folder/lib; fi
-    set -- "$folder/trainer" gpu-report --backend "$build" --seconds "$limit" --output "$output/$build" "$@"
-    if has timeout; then set -- timeout -k 5 $((limit + 10)) "$@"; fi
+    set -- "$folder/trainer" gpu-report --backend "$name" --seconds "$most" --output "$output/$name" "$@"
+    if has timeout; then set -- timeout -k 5 $((most + 10)) "$@"; fi
     if [ -n "$libraries_of_build" ]; then
         set -- env LD_LIBRARY_PATH="$libraries_of_build:${LD_LIBRARY_PATH:-}" "$@"
     fi
-    mkdir -p "$output/$build"
-    { "$@"; echo $? >"$output/$build/exit-code"; } 2>&1 | tee -a "$output/$build/log.txt"
-    code=$(cat "$output/$build/exit-code")
+    mkdir -p "$output/$name"
+    { "$@"; echo $? >"$output/$name/exit-code"; } 2>&1 | tee -a "$output/$name/log.txt"
+    code=$(cat "$output/$name/exit-code")
 }
 
 builds=

@@ -1,6 +1,8 @@
 //! Values of a template as Python writes them and asks about them: `str`, `repr`, `json.dumps`, Jinja's tests.
 
-use minijinja::value::{Kwargs, ValueKind};
+use std::sync::Arc;
+
+use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
 
 use super::integers;
@@ -13,12 +15,53 @@ pub(super) fn set_up(environment: &mut Environment) {
     environment.set_formatter(format);
     environment.add_filter("tojson", tojson);
     environment.add_filter("string", string);
+    environment.add_filter("items", |value: Value| {
+        pairs(minijinja::filters::items(&value)?)
+    });
+    environment.add_filter("dictsort", |value: Value, options: Kwargs| {
+        pairs(minijinja::filters::dictsort(&value, options)?)
+    });
+    environment.add_test("callable", |value: &Value| {
+        value
+            .as_object()
+            .is_some_and(|object| object.repr() == ObjectRepr::Plain)
+    });
     environment.add_test("number", is_number);
     environment.add_test("integer", |value: &Value| {
         value.is_integer() || integers::is_long(value)
     });
     environment.add_test("iterable", |value: &Value| is(value, &ITERABLE));
     environment.add_test("sequence", |value: &Value| is(value, &SEQUENCE));
+}
+
+/// A list that Python writes in round brackets.
+#[derive(Debug)]
+struct Tuple(Vec<Value>);
+
+impl Object for Tuple {
+    fn repr(self: &Arc<Self>) -> ObjectRepr {
+        ObjectRepr::Seq
+    }
+
+    fn get_value(self: &Arc<Self>, index: &Value) -> Option<Value> {
+        self.0.get(index.as_usize()?).cloned()
+    }
+
+    fn enumerate(self: &Arc<Self>) -> Enumerator {
+        Enumerator::Seq(self.0.len())
+    }
+}
+
+/// A tuple of values.
+pub(super) fn tuple(items: Vec<Value>) -> Value {
+    Value::from_object(Tuple(items))
+}
+
+/// A list of pairs, each a tuple.
+fn pairs(list: Value) -> Result<Value, Error> {
+    let pair = |pair: Value| Ok::<_, Error>(tuple(pair.try_iter()?.collect()));
+    let pairs: Vec<Value> = list.try_iter()?.map(pair).collect::<Result<_, _>>()?;
+    Ok(pairs.into())
 }
 
 /// Python's bools are numbers.
@@ -75,12 +118,18 @@ fn write_repr(value: &Value, depth: usize, text: &mut String) -> Result<(), Erro
         ValueKind::Number => write_number(value, text),
         ValueKind::String => repr_of_text(value.as_str().unwrap_or_default(), text),
         ValueKind::Seq => {
-            text.push('[');
+            let tuple = value.downcast_object_ref::<Tuple>();
+            let [open, close] = match tuple.map(|tuple| tuple.0.len()) {
+                None => ["[", "]"],
+                Some(1) => ["(", ",)"],
+                Some(_) => ["(", ")"],
+            };
+            text.push_str(open);
             for (index, item) in value.try_iter()?.enumerate() {
                 text.push_str(if index == 0 { "" } else { ", " });
                 write_repr(&item, depth + 1, text)?;
             }
-            text.push(']');
+            text.push_str(close);
         }
         ValueKind::Map => {
             text.push('{');
@@ -119,13 +168,22 @@ fn repr_of_text(value: &str, text: &mut String) {
             '\t' => text.push_str("\\t"),
             '\\' => text.push_str("\\\\"),
             c if c == quote => text.extend(['\\', c]),
-            c if c.is_ascii_control() || c == '\u{7f}' => {
-                text.push_str(&format!("\\x{:02x}", c as u32));
-            }
-            c => text.push(c),
+            c if is_printable(c) => text.push(c),
+            c => match c as u32 {
+                code @ ..=0xff => text.push_str(&format!("\\x{code:02x}")),
+                code @ ..=0xffff => text.push_str(&format!("\\u{code:04x}")),
+                code => text.push_str(&format!("\\U{code:08x}")),
+            },
         }
     }
     text.push(quote);
+}
+
+/// Python's `str.isprintable`, whose categories of Unicode are those that Rust's `Debug` escapes.
+fn is_printable(character: char) -> bool {
+    // At the beginning of a text `Debug` escapes marks too, which are printable.
+    let text = ['x', character].iter().collect::<String>();
+    character.is_ascii_graphic() || text.escape_debug().count() == 2
 }
 
 fn write_number(value: &Value, text: &mut String) {

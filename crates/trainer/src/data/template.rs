@@ -16,7 +16,7 @@ use minijinja::{Environment, Error, ErrorKind, Value, context};
 use super::conversation::Conversation;
 use super::error::DataError;
 use super::model_files::ModelFiles;
-use super::{integers, python};
+use super::{integers, percent, python, string_methods};
 use crate::config::{InstructTemplate, PromptTemplate};
 use crate::contained::contain;
 
@@ -93,7 +93,7 @@ impl ChatTemplate {
         let (text, path) = files.chat_template()?;
         // Jinja reads every line end as a line feed.
         let text = text.replace("\r\n", "\n").replace('\r', "\n");
-        let (text, marks) = with_marks(&text);
+        let (text, marks) = with_marks(&percent::as_filters(&text));
         let mut special_tokens = Vec::new();
         for key in ["bos_token", "eos_token", "unk_token", "pad_token"] {
             if let Some(token) = files.special_token(key)? {
@@ -111,11 +111,10 @@ impl ChatTemplate {
             .lstrip_blocks(true)
             .build();
         environment.set_syntax(syntax.map_err(failure)?);
-        environment
-            .set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
         // A template is a program from whoever made the model: it ends, and what it writes does.
         environment.set_fuel(Some(MOST_STEPS));
         python::set_up(&mut environment);
+        string_methods::set_up(&mut environment);
         environment.add_function("raise_exception", |message: String| {
             Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
@@ -138,8 +137,6 @@ impl ChatTemplate {
         self.marks
     }
 
-    /// The template with these messages of a conversation; with `add_generation_prompt` up to where the assistant's
-    /// answer begins.
     /// Whether the template's text holds a name, as a word of its own.
     pub(super) fn mentions(&self, name: &str) -> bool {
         let template = self.environment.get_template(NAME);
@@ -150,6 +147,8 @@ impl ChatTemplate {
         })
     }
 
+    /// The template with these messages of a conversation; with `add_generation_prompt` up to where the assistant's
+    /// answer begins.
     pub(super) fn render(
         &self,
         messages: &[serde_json::Value],

@@ -5,7 +5,7 @@ use std::env;
 use burn::tensor::wgpu::{WgpuBackend, wgpu};
 use burn::tensor::{Device, DeviceKind, DeviceType};
 
-use super::{Backend, DeviceError, Selected, gentle, quiet};
+use super::{Backend, DeviceError, Selected, gentle, kernels, quiet};
 
 /// CubeCL's own variable, which names an adapter.
 const CHOSEN_BY_USER: &str = "CUBECL_WGPU_DEFAULT_DEVICE";
@@ -61,7 +61,9 @@ pub fn is_hardware(backend: Backend) -> Result<bool, DeviceError> {
 /// Starts Burn's backend on the best adapter, or on the one that `CUBECL_WGPU_DEFAULT_DEVICE`
 /// names.
 pub fn start(backend: Backend) -> Result<Selected, DeviceError> {
-    let kind = match (find(backend)?, env::var_os(CHOSEN_BY_USER)) {
+    let best = find(backend)?;
+    kernels::keep(best == DeviceKind::Cpu);
+    let kind = match (best, env::var_os(CHOSEN_BY_USER)) {
         (best, None) => best,
         (_, Some(_)) => DeviceKind::DefaultDevice,
     };

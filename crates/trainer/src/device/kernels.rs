@@ -72,15 +72,24 @@ impl KeptKernels {
 /// Has CubeCL keep tuned and compiled kernels in the user's cache folder, for the next start of any process. Without one,
 /// CubeCL takes a folder of its own choice.
 ///
-/// Call it before the first device starts.
+/// Call it before the first device starts. On a software driver every kernel takes long and none is fast: the fewest
+/// candidates are timed there, once each.
 #[cfg(feature = "autotune")]
-pub(super) fn keep() {
+pub(super) fn keep(for_software: bool) {
+    use burn_cubecl::cubecl::config::autotune::AutotuneLevel;
     use burn_cubecl::cubecl::config::{CubeClRuntimeConfig, RuntimeConfig};
     use burn_cubecl::cubecl::{environment, records};
 
     static ONCE: std::sync::Once = std::sync::Once::new();
     ONCE.call_once(|| {
-        let mut config = CubeClRuntimeConfig::from_current_dir().override_from_env();
+        let mut config = CubeClRuntimeConfig::from_current_dir();
+        if for_software {
+            config.autotune.level = AutotuneLevel::Minimal;
+            config.autotune.bench.min_samples = 1;
+            config.autotune.bench.max_samples = 1;
+            config.autotune.bench.adaptive = false;
+        }
+        let mut config = config.override_from_env();
         config.compilation.cache = true;
         // Not set where another part of the program has set it already.
         CubeClRuntimeConfig::try_set(config);
@@ -96,7 +105,7 @@ pub(super) fn keep() {
 }
 
 #[cfg(not(feature = "autotune"))]
-pub(super) fn keep() {}
+pub(super) fn keep(_for_software: bool) {}
 
 /// The kernels on disk; `None` in a build that keeps none.
 #[cfg(feature = "autotune")]
