@@ -247,6 +247,8 @@ CONSTRUCTS = {
     "{{ 'ab'.center(7, '*') }}{{ ' a  b c '.split(maxsplit=1) }}{{ 'hello world foo' | truncate(9) }}{{ 'a b' | wordcount }}",
     "percent": "{{ '%s: %05.1f%%' % (messages[0].role, 2.25) }}{{ '%d' % messages|length }}{{ 7 % 3 }}{{ '%s' % [1, 2] }}"
     "{% for m in messages %}{{ '%02d' % loop.index }}{{ 'x' if loop.index0 % 2 else 'y' }}{% endfor %}",
+    "dictionaries": "{{ {'b': 1, 'a': 'é'} }}{{ {'b': 1, 'a': [2]} | tojson }}{{ {'b': 1, 'a': 2}.items() | list }}"
+    "{{ {'b': 1, 'a': 2} | dictsort }}{{ ['\u200b', 'é\u0301'] }}",
     "numbers": "{% for c in messages[1].tool_calls or [] %}{% set a = c.function.arguments %}{{ a.wide }} {{ a.wider }}"
     "{{ a.wide is integer }}{{ a.wider[0] is number }}{{ a.n is integer }}{{ a.flag is number }}{{ a.flag is integer }}"
     "{{ a.wide + 1 }}{{ [a.wider[0], a.wide] | tojson }}{% endfor %}",

@@ -21,11 +21,6 @@ pub(super) fn set_up(environment: &mut Environment) {
     environment.add_filter("dictsort", |value: Value, options: Kwargs| {
         pairs(minijinja::filters::dictsort(&value, options)?)
     });
-    environment.add_test("callable", |value: &Value| {
-        value
-            .as_object()
-            .is_some_and(|object| object.repr() == ObjectRepr::Plain)
-    });
     environment.add_test("number", is_number);
     environment.add_test("integer", |value: &Value| {
         value.is_integer() || integers::is_long(value)
@@ -140,6 +135,11 @@ fn write_repr(value: &Value, depth: usize, text: &mut String) -> Result<(), Erro
                 write_repr(&value.get_item(&key)?, depth + 1, text)?;
             }
             text.push('}');
+        }
+        // Python would write an address in memory, or `range(0, 3)`.
+        ValueKind::Iterable => {
+            let message = "values that are computed one by one cannot be written; pass them to the filter list";
+            return Err(Error::new(ErrorKind::InvalidOperation, message));
         }
         _ => text.push_str(&value.to_string()),
     }
@@ -438,6 +438,23 @@ mod tests {
         ] {
             assert_eq!(rendered(tests, value), text);
         }
+    }
+
+    #[test]
+    fn what_python_writes_as_an_address_is_refused() {
+        let mut environment = Environment::new();
+        set_up(&mut environment);
+        for template in [
+            "{{ range(3) }}",
+            "{{ [range(3)] }}",
+            "{{ range(3) | string }}",
+        ] {
+            let error = environment.render_str(template, ()).unwrap_err();
+            assert!(error.to_string().contains("filter list"), "{error}");
+        }
+        let listed =
+            environment.render_str("{{ range(3) | list }}{{ {'b': 1, 'a': ['\u{200b}']} }}", ());
+        assert_eq!(listed.unwrap(), "[0, 1, 2]{'b': 1, 'a': ['\\u200b']}");
     }
 
     #[test]

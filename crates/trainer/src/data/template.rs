@@ -104,6 +104,12 @@ impl ChatTemplate {
             path: path.clone(),
             message: chain(&error),
         };
+        // The engine takes these for variables that are not set.
+        let of_macros = ["varargs", "kwargs"];
+        if let Some(name) = of_macros.iter().find(|name| has_word(&text, name)) {
+            let message = format!("{name} in macros is not supported; write the arguments out");
+            return Err(DataError::ChatTemplate { path, message });
+        }
         let mut environment = Environment::new();
         // The settings that transformers renders with; a template is written for them.
         let syntax = SyntaxConfig::builder()
@@ -140,11 +146,7 @@ impl ChatTemplate {
     /// Whether the template's text holds a name, as a word of its own.
     pub(super) fn mentions(&self, name: &str) -> bool {
         let template = self.environment.get_template(NAME);
-        let is_of_word = |c: char| c.is_alphanumeric() || c == '_';
-        template.is_ok_and(|template| {
-            let mut words = template.source().split(|c: char| !is_of_word(c));
-            words.any(|word| word == name)
-        })
+        template.is_ok_and(|template| has_word(template.source(), name))
     }
 
     /// The template with these messages of a conversation; with `add_generation_prompt` up to where the assistant's
@@ -332,6 +334,13 @@ fn with_marks(text: &str) -> (String, bool) {
         rest = behind;
     }
     (result + rest, marks)
+}
+
+/// Whether a text has a word.
+fn has_word(text: &str, word: &str) -> bool {
+    let is_of_word = |c: char| c.is_alphanumeric() || c == '_';
+    text.split(|c: char| !is_of_word(c))
+        .any(|found| found == word)
 }
 
 /// Seconds since 1970.
