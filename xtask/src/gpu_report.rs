@@ -48,7 +48,7 @@ pub fn quick() -> Result<u8> {
     if !status.success() {
         return Ok(exit_code(status).max(1));
     }
-    complete(&folder.join("report.json"))?;
+    complete(&folder.join("report.json"), &KEYS)?;
     Ok(0)
 }
 
@@ -79,23 +79,25 @@ pub fn bundle(file: &Path) -> Result<u8> {
     if !status.success() {
         return Ok(exit_code(status).max(1));
     }
-    complete(&output.join("wgpu/report.json"))?;
+    // Its build times kernels, so that a software driver does not finish the sections that count and measure; the report
+    // of the other build, made before, has their keys.
+    complete(&output.join("wgpu/report.json"), &KEYS[..2])?;
     Ok(0)
 }
 
-/// Fails unless every key has a value.
-fn complete(path: &Path) -> Result<()> {
+/// Fails unless each of these keys has a value.
+fn complete(path: &Path, keys: &[&'static str]) -> Result<()> {
     let text =
         fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
-    let missing = missing(&text);
+    let missing = missing(&text, keys);
     if !missing.is_empty() {
         bail!("{}: no value for {}", path.display(), missing.join(", "));
     }
     Ok(())
 }
 
-/// The keys without a value. The file is our own and written a key a line, so that no parser is needed.
-fn missing(json: &str) -> Vec<&'static str> {
+/// Those of the keys that have no value. The file is our own and written a key a line, so that no parser is needed.
+fn missing(json: &str, keys: &[&'static str]) -> Vec<&'static str> {
     let has = |key: &&str| {
         let start = format!("\"{key}\": ");
         let values = json
@@ -106,7 +108,7 @@ fn missing(json: &str) -> Vec<&'static str> {
             .map(|value| value.trim_end_matches(','))
             .any(|value| !empty.contains(&value))
     };
-    KEYS.into_iter().filter(|key| !has(key)).collect()
+    keys.iter().copied().filter(|key| !has(key)).collect()
 }
 
 #[cfg(test)]
@@ -117,7 +119,7 @@ mod tests {
     fn a_key_without_a_value_is_missed() {
         let json = "{\n  \"device\": {\n    \"name\": \"x\"\n  },\n  \"checks\": [],\n  \"launches_per_layer\": 150,\n  \
                     \"reads_per_step\": null,\n  \"peak_gbs\": 3.5\n}";
-        let missing = missing(json);
+        let missing = missing(json, &KEYS);
         for key in ["checks", "reads_per_step", "training"] {
             assert!(missing.contains(&key), "{missing:?}");
         }
