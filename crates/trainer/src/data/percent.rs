@@ -1,17 +1,14 @@
 //! Python's `%` behind a text in a template: `"%s: %d" % (name, count)`. The engine knows `%` of numbers only, and Jinja's
 //! filter `format`, which does the same: the one is written as the other before the template is compiled.
 
+/// Texts in operands of texts that are followed.
+const DEEPEST: usize = 64;
+
 /// The template with every text literal that is formatted by `%` passed to `format`.
 pub(super) fn as_filters(template: &str) -> String {
     let mut result = String::with_capacity(template.len());
     let mut rest = template;
-    while let Some(start) = rest
-        .find("{%")
-        .into_iter()
-        .chain(rest.find("{{"))
-        .chain(rest.find("{#"))
-        .min()
-    {
+    while let Some(start) = next_tag(rest) {
         let (before, tag) = rest.split_at(start);
         result.push_str(before);
         let close = match &tag[..2] {
@@ -34,7 +31,7 @@ pub(super) fn as_filters(template: &str) -> String {
         result.push_str(&tag[..2]);
         match is_comment {
             true => result.push_str(code),
-            false => result.push_str(&rewritten(code)),
+            false => result.push_str(&rewritten(code, 0)),
         }
         result.push_str(close);
         rest = behind;
@@ -46,6 +43,12 @@ pub(super) fn as_filters(template: &str) -> String {
         }
     }
     result + rest
+}
+
+/// Where the next tag or comment begins.
+fn next_tag(text: &str) -> Option<usize> {
+    let is_tag = |at: &usize| matches!(text.as_bytes().get(at + 1), Some(b'{' | b'%' | b'#'));
+    text.match_indices('{').map(|(at, _)| at).find(is_tag)
 }
 
 /// Where `{% endraw %}` begins.
@@ -96,8 +99,8 @@ fn width(text: &str) -> usize {
     text.chars().next().map_or(1, char::len_utf8)
 }
 
-/// The code of a tag.
-fn rewritten(code: &str) -> String {
+/// The code of a tag. What lies deeper than [`DEEPEST`] stays as it is, and the engine refuses it.
+fn rewritten(code: &str, depth: usize) -> String {
     let mut result = String::with_capacity(code.len());
     let mut at = 0;
     while at < code.len() {
@@ -109,10 +112,11 @@ fn rewritten(code: &str) -> String {
             continue;
         };
         let behind = rest[length..].trim_start();
-        let operand = behind.strip_prefix('%').map(str::trim_start);
+        let operand = behind.strip_prefix('%').filter(|_| depth < DEEPEST);
+        let operand = operand.map(str::trim_start);
         match operand.and_then(|operand| Some((operand, operand_length(operand)?))) {
             Some((operand, taken)) => {
-                let arguments = rewritten(&arguments(&operand[..taken]));
+                let arguments = rewritten(&arguments(&operand[..taken]), depth + 1);
                 result += &format!("({}|format({arguments}))", &rest[..length]);
                 at = code.len() - operand.len() + taken;
             }
@@ -234,6 +238,17 @@ mod tests {
         ] {
             assert_eq!(as_filters(template), expected);
         }
+    }
+
+    #[test]
+    fn operands_within_operands_end() {
+        let deep = format!(
+            "{{{{ {}x{} }}}}",
+            "'%s' % (".repeat(20_000),
+            ")".repeat(20_000)
+        );
+        let rewritten = as_filters(&deep);
+        assert_eq!(rewritten.matches("|format(").count(), DEEPEST);
     }
 
     #[test]
