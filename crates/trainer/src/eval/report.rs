@@ -29,13 +29,11 @@ impl Results {
     }
 
     fn heading(&self) -> String {
-        let bits = match self.quant_bits {
-            16 => "not quantized".to_string(),
-            bits => format!("{bits} bits"),
-        };
-        format!(
-            "{}, {bits}, {}; prompt template {}",
-            self.model, self.device, self.prompt_template
+        heading(
+            &self.model,
+            self.quant_bits,
+            &self.device,
+            &self.prompt_template,
         )
     }
 
@@ -55,6 +53,15 @@ impl Results {
         }
         tables
     }
+}
+
+/// What was asked, on which device, and how: the line above the tables.
+pub(super) fn heading(model: &str, quant_bits: u8, device: &str, template: &str) -> String {
+    let bits = match quant_bits {
+        16 => "not quantized".to_string(),
+        bits => format!("{bits} bits"),
+    };
+    format!("{model}, {bits}, {device}; prompt template {template}")
 }
 
 impl FileResults {

@@ -1,5 +1,6 @@
 //! The table of a suite: adapters and tasks.
 
+use super::super::report::heading;
 use super::results::{Averages, SuiteContender, SuiteResults, TaskScores};
 use super::tasks::{Judged, of_name};
 use crate::bench::table::Table;
@@ -53,13 +54,11 @@ impl SuiteResults {
     }
 
     fn heading(&self) -> String {
-        let bits = match self.quant_bits {
-            16 => "not quantized".to_string(),
-            bits => format!("{bits} bits"),
-        };
-        format!(
-            "{}, {bits}, {}; prompt template {}",
-            self.model, self.device, self.prompt_template
+        heading(
+            &self.model,
+            self.quant_bits,
+            &self.device,
+            &self.prompt_template,
         )
     }
 
