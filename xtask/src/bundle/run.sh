@@ -125,7 +125,7 @@ share() {
     echo $(($(remaining) * $(weight "$1") / sum))
 }
 
-# Runs a build's report: run BUILD SECONDS ARGUMENT... Its variables are everyone's: `sh` has no others.
+# Runs a build's report: run BUILD SECONDS ARGUMENT... Variables are global in sh: the loop below reads only `code` of these.
 run() {
     name=$1 most=$2
     shift 2
