@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::Param;
-use burn::tensor::{DType, Device};
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use llama_burn::{Llama, LlamaConfig};
 use lora_core::{CounterRng, LoraConfig, Quantization, TargetModules};
 use tests::devices;
@@ -277,5 +277,44 @@ fn products_that_avoid_tf32_are_the_same_products() {
         let details = counts.expect("a GPU counts").details;
         let of = |word: &str| details.keys().any(|operation| operation.contains(word));
         assert!(of("exact_product") && !of("Matmul"), "{details:#?}");
+    }
+}
+
+#[test]
+fn products_on_a_tape_avoid_tf32_too() {
+    let _alone = alone();
+    let on = |device: &Device| {
+        let device = device.clone().autodiff();
+        let mut rng = CounterRng::new(7);
+        let mut random = |shape: [usize; 3]| {
+            let values = (0..shape.iter().product()).map(|_| rng.normal() as f32);
+            Tensor::<3>::from_data(TensorData::new(values.collect(), shape), &device)
+        };
+        let left = random([3, 5, 8]).require_grad();
+        // Repeated for each of the three.
+        let right = random([1, 8, 6]).require_grad();
+        let weights = random([3, 5, 6]);
+        let gradients = (lora_core::product(left.clone(), right.clone()) * weights)
+            .sum()
+            .backward();
+        let [left, right] = [&left, &right].map(|factor| factor.grad(&gradients).unwrap());
+        assert_eq!((left.dims(), right.dims()), ([3, 5, 8], [1, 8, 6]));
+        [left, right].map(|gradient| gradient.into_data().try_to_vec::<f32>().unwrap())
+    };
+    let expected = on(&Device::flex());
+    for (name, device) in devices().iter().skip(1) {
+        lora_core::use_exact_f32(true);
+        let (got, counts) = gpu_counts::count(device, gpu_counts::Mode::Run, || on(device));
+        lora_core::use_exact_f32(false);
+        for (got, expected) in got.iter().zip(&expected) {
+            let distance = distance(got, expected);
+            println!("{name}: {distance:.1e}");
+            assert!(distance < TOLERANCE);
+        }
+        let details = counts.expect("a GPU counts").details;
+        assert!(
+            !details.keys().any(|operation| operation.contains("Matmul")),
+            "{details:#?}"
+        );
     }
 }

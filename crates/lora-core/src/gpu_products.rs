@@ -3,12 +3,15 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use burn::backend::autodiff::{Autodiff, checkpoint::strategy::CheckpointStrategy};
+use burn::backend::autodiff::{
+    Autodiff,
+    checkpoint::{base::Checkpointer, strategy::CheckpointStrategy},
+    grads::Gradients,
+    ops::{Backward, Ops, OpsKind},
+};
 use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
-#[cfg(feature = "cube")]
-use burn::tensor::Shape;
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{DType, FloatDType, Shape, Tensor};
 
 use crate::cpu;
 
@@ -18,8 +21,7 @@ static EXACT: AtomicBool = AtomicBool::new(false);
 /// Has f32 products on GPUs of this process keep all 24 bits of their factors' mantissas. Without it Burn takes TF32,
 /// which keeps 11, wherever a GPU has it (NVIDIA's since Ampere).
 ///
-/// It concerns passes outside a tape. On a tape ([`LoraLinear::forward`](crate::LoraLinear::forward)) products with
-/// quantized weights follow it too, others are Burn's.
+/// It concerns the products of this crate, on a tape and outside one, not `Tensor::matmul`.
 pub fn use_exact_f32(exact: bool) {
     EXACT.store(exact, Ordering::Relaxed);
 }
@@ -48,7 +50,60 @@ pub trait ProductOps: Backend {
 
 impl ProductOps for Flex {}
 
-impl<B: Backend + ProductOps, C: CheckpointStrategy> ProductOps for Autodiff<B, C> {}
+/// The tape's entry of [`ProductOps::exact_product`].
+#[derive(Debug)]
+struct ExactProductBackward;
+
+impl<B: ProductOps> Backward<B, 2> for ExactProductBackward {
+    /// The factors.
+    type State = [FloatTensor<B>; 2];
+
+    fn backward(
+        self,
+        ops: Ops<Self::State, 2>,
+        gradients: &mut Gradients,
+        _checkpointer: &mut Checkpointer,
+    ) {
+        let [left_node, right_node] = ops.parents;
+        let [left, right] = ops.state;
+        let gradient = gradients.consume::<B>(&ops.node);
+        let shapes = [left.shape(), right.shape()];
+        if let Some(node) = left_node {
+            let of_left = B::exact_product(gradient.clone(), B::float_transpose(right));
+            gradients.register::<B>(node.id, unrepeated::<B>(of_left, &shapes[0]));
+        }
+        if let Some(node) = right_node {
+            let of_right = B::exact_product(B::float_transpose(left), gradient);
+            gradients.register::<B>(node.id, unrepeated::<B>(of_right, &shapes[1]));
+        }
+    }
+}
+
+/// The sum over the dimensions in which a factor of this shape was repeated.
+fn unrepeated<B: Backend>(mut gradient: FloatTensor<B>, shape: &Shape) -> FloatTensor<B> {
+    for (dimension, length) in shape.iter().enumerate() {
+        if *length == 1 && gradient.shape()[dimension] > 1 {
+            gradient = B::float_sum_dim(gradient, dimension);
+        }
+    }
+    gradient
+}
+
+impl<B: Backend + ProductOps, C: CheckpointStrategy> ProductOps for Autodiff<B, C> {
+    fn exact_product(left: FloatTensor<Self>, right: FloatTensor<Self>) -> FloatTensor<Self> {
+        let prepared = ExactProductBackward
+            .prepare::<C>([left.node(), right.node()])
+            .compute_bound()
+            .stateful();
+        let factors = [left.primitive().clone(), right.primitive().clone()];
+        let [l, r] = factors.clone();
+        let product = B::exact_product(l, r);
+        match prepared {
+            OpsKind::Tracked(prepared) => prepared.finish(factors, product),
+            OpsKind::UnTracked(prepared) => prepared.finish(product),
+        }
+    }
+}
 
 #[cfg(feature = "cube")]
 impl ProductOps for burn_cubecl::CubeBackend {
@@ -112,7 +167,7 @@ pub(crate) fn product_of<B: ProductOps>(
     }
 }
 
-/// `left · right` outside any tape: exact where f32 is asked to be ([`use_exact_f32`]).
+/// `left · right`, exact where f32 is asked to be ([`use_exact_f32`]).
 ///
 /// # Shapes
 ///

@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 
 use crate::{
     AdapterDropout, CounterRng, Dora, Init, LoraConfig, LoraError, Quantization, frozen_linear,
-    init, quantize,
+    init, product, quantize,
 };
 
 /// A linear layer whose weight is frozen, with or without a LoRA adapter:
@@ -229,20 +229,17 @@ impl LoraLinear {
         let x = x.reshape([rows, d_in]);
         let base = self.weight.base();
         // Only `unfreeze()` makes the base trainable, and then full fine-tuning is what was asked for.
-        let product = |x: Tensor<2>| match base.is_require_grad() {
-            true => x.matmul(base.clone()),
+        let of_base = |x: Tensor<2>| match base.is_require_grad() {
+            true => product(x, base.clone()),
             false => frozen_linear(x, base.clone()),
         };
-        let mut y = product(x.clone());
+        let mut y = of_base(x.clone());
         if let Some(adapter) = self.adapter() {
             let dropped = self.dropout.forward(x.clone(), dropout_seed);
             let dtype = x.dtype();
             // γ goes onto the [n, r] product, the smallest tensor of the chain.
-            let low = dropped
-                .clone()
-                .matmul(adapter.a.val().cast(dtype))
-                .mul_scalar(adapter.scale);
-            let low = low.matmul(adapter.b.val().cast(dtype));
+            let low = product(dropped.clone(), adapter.a.val().cast(dtype));
+            let low = product(low.mul_scalar(adapter.scale), adapter.b.val().cast(dtype));
             y = match &self.dora {
                 None => y + low,
                 Some(dora) => {
@@ -256,7 +253,7 @@ impl LoraLinear {
                         false => (y + low) * factor,
                         // PEFT's: the base's own part sees the whole input, DoRA's the dropped one.
                         true => {
-                            let through = product(dropped);
+                            let through = of_base(dropped);
                             y - through.clone() + (through + low) * factor
                         }
                     }

@@ -245,7 +245,7 @@ struct GpuReport {
     /// Where report.md, report.json and logs/ go
     #[arg(long, value_name = "DIR", default_value = "target/gpu-report")]
     output: PathBuf,
-    /// A Python with torch, transformers and peft (bitsandbytes for 8 bits): measured in turn with ours
+    /// A Python with torch, transformers and peft: measured in turn with ours
     #[arg(long, value_name = "PYTHON")]
     peft: Option<PathBuf>,
     /// What that Python runs

@@ -33,7 +33,7 @@ use burn::backend::tensor::{FloatTensor, QuantizedTensor};
 use burn::backend::{Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Tensor};
 
-use crate::gpu_products::{ProductOps, product_of};
+use crate::gpu_products::{ProductOps, product, product_of};
 use crate::limits::{by_rows, rows_at_once};
 use crate::spoil::spoilt;
 use crate::{cpu, multiply_add};
@@ -188,8 +188,8 @@ pub fn frozen_linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
             x.into_dispatch(),
             weight.into_dispatch(),
         )),
-        _ if x.is_autodiff() => x.matmul(weight.autodiff()),
-        _ => x.matmul(weight),
+        _ if x.is_autodiff() => product(x, weight.autodiff()),
+        _ => product(x, weight),
     }
 }
 

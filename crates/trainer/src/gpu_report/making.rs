@@ -6,7 +6,7 @@ use std::time::Duration;
 use super::ReportOptions;
 use super::child::{self, Ended};
 use super::clock::Clock;
-use super::finding::{Failed, Finding, LeftOut, Training};
+use super::finding::{Failed, Finding, LeftOut};
 use super::lines::{last_words, line};
 use super::peft::{self, Peft};
 use super::report::{Report, SectionRun};
@@ -89,9 +89,9 @@ impl Making<'_> {
         Ok(found > 0 && !lost)
     }
 
-    /// PEFT on the workloads of a shape, each with a dense base and, on CUDA, with an 8-bit one.
+    /// PEFT on the workloads of a shape, with a dense base: random weights made on the device are not quantized by
+    /// bitsandbytes.
     pub fn peft(&mut self, python: &Path, shape: Shape) -> anyhow::Result<()> {
-        let ours: Vec<Training> = self.report.training.iter().rev().cloned().collect();
         let config = shape.config()?;
         let device = match (&self.options.peft_device, self.backend) {
             (Some(device), _) => device.as_str(),
@@ -105,36 +105,38 @@ impl Making<'_> {
             device,
             folder: self.logs,
         };
+        let dtype = self.type_of(shape);
         for workload in training::workloads(&config, self.options.quick) {
-            // The type that ours computed in, so that the two can be compared.
-            let of_shape = |it: &&Training| it.program == "ours" && it.shape == shape.name();
-            let dtype = ours
-                .iter()
-                .find(of_shape)
-                .map_or("f32", |it| it.dtype.as_str());
-            for bits in if device == "cuda" {
-                &[16u8, 8][..]
-            } else {
-                &[16]
-            } {
-                let what = format!("PEFT, {}, {} tokens, {bits} bits", shape.name(), workload.0);
-                if self.clock.remaining() < LEAST {
-                    let why = "no time left".into();
-                    self.take_in(Finding::LeftOut(LeftOut { what, why }))?;
-                    continue;
-                }
-                let limit = self.options.limit.mul_f64(0.15).min(self.clock.remaining());
-                let trained = peft.train(shape, workload, peft::long(dtype), *bits, limit);
-                self.take_in(match trained {
-                    Ok(training) => Finding::Training(training),
-                    Err(error) => Finding::LeftOut(LeftOut {
-                        what,
-                        why: format!("{error:#}"),
-                    }),
-                })?;
+            let what = format!("PEFT, {}, {} tokens", shape.name(), workload.0);
+            if self.clock.remaining() < LEAST {
+                let why = "no time left".into();
+                self.take_in(Finding::LeftOut(LeftOut { what, why }))?;
+                continue;
             }
+            let limit = self.options.limit.mul_f64(0.15).min(self.clock.remaining());
+            let trained = peft.train(shape, workload, peft::long(&dtype), limit);
+            self.take_in(match trained {
+                Ok(training) => Finding::Training(training),
+                Err(error) => Finding::LeftOut(LeftOut {
+                    what,
+                    why: format!("{error:#}"),
+                }),
+            })?;
         }
         Ok(())
+    }
+
+    /// The type that PEFT computes in, so that the two can be compared: the one that ours did, or would have.
+    fn type_of(&self, shape: Shape) -> String {
+        let mut trained = self.report.training.iter().rev();
+        let ours = trained.find(|it| it.program == "ours" && it.shape == shape.name());
+        let of_device = || self.report.device.as_ref()?.types.first().cloned();
+        let ours = ours.map(|training| training.dtype.clone());
+        ours.or_else(of_device)
+            .unwrap_or_else(|| match self.backend {
+                Backend::Cuda => "bf16".into(),
+                _ => "f32".into(),
+            })
     }
 
     /// Takes in a finding, shows it, and writes the files.

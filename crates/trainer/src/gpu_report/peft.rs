@@ -41,7 +41,7 @@ const STEPS: usize = 7;
 const WARM_UP: usize = 2;
 
 impl Peft<'_> {
-    /// Trains a shape with a dense base in `dtype`, a PyTorch name, or with an 8-bit base.
+    /// Trains a shape with a dense base in `dtype`, a PyTorch name.
     ///
     /// # Errors
     ///
@@ -51,14 +51,13 @@ impl Peft<'_> {
         shape: Shape,
         (tokens, examples): (usize, usize),
         dtype: &str,
-        bits: u8,
         limit: Duration,
     ) -> anyhow::Result<Training> {
         let config = self.folder.join(format!("{}.json", shape.name()));
         output::write_atomically(&config, shape.json()?.as_bytes())?;
         let log = self
             .folder
-            .join(format!("peft-{}-{tokens}-{bits}.log", shape.name()));
+            .join(format!("peft-{}-{tokens}.log", shape.name()));
         let write = |path: &Path| {
             File::create(path).with_context(|| format!("cannot write {}", path.display()))
         };
@@ -71,7 +70,7 @@ impl Peft<'_> {
             .args(["--batch-size", &examples.to_string()])
             .args(["--steps", &STEPS.to_string()])
             .args(["--warmup", &WARM_UP.to_string()])
-            .args(["--dtype", dtype, "--bits", &bits.to_string()])
+            .args(["--dtype", dtype])
             .args(["--device", self.device])
             .env("HF_HUB_OFFLINE", "1")
             .stdin(Stdio::null())
@@ -97,11 +96,7 @@ impl Peft<'_> {
             bail!("{}", last.unwrap_or("it failed and said nothing"));
         }
         let text = std::fs::read_to_string(&answer).context("cannot read its answer")?;
-        let program = match bits {
-            8 => "PEFT, bitsandbytes int8".to_owned(),
-            _ => format!("PEFT {dtype}"),
-        };
-        training(&text, shape, (tokens, examples), dtype, bits, program)
+        training(&text, shape, (tokens, examples), dtype)
     }
 }
 
@@ -110,18 +105,16 @@ fn training(
     shape: Shape,
     (tokens, examples): (usize, usize),
     dtype: &str,
-    bits: u8,
-    program: String,
 ) -> anyhow::Result<Training> {
     let line = text.lines().rfind(|line| line.starts_with('{'));
     let line: Line = serde_json::from_str(line.unwrap_or_default())
         .context("its last line is no line of results")?;
     let ends = [line.losses.first(), line.losses.last()];
     Ok(Training {
-        program,
+        program: format!("PEFT {dtype}"),
         shape: shape.name().into(),
         dtype: short(dtype).into(),
-        bits,
+        bits: if dtype == "float32" { 32 } else { 16 },
         tokens_per_example: tokens,
         examples_per_step: examples,
         tokens_per_s: line.useful_tokens_per_s,
@@ -164,7 +157,7 @@ mod tests {
         let text = "a warning\n{\"useful_tokens_per_s\": 90.5, \"padded_tokens_per_s\": 91.0, \
                     \"seconds_per_step\": 0.5, \"peak_rss_mib\": 10, \"peak_gpu_mib\": null, \
                     \"trainable\": 1, \"threads\": 2, \"losses\": [3.0, 2.0]}\n";
-        let read = |text| training(text, Shape::Smol, (512, 4), "bfloat16", 16, "PEFT".into());
+        let read = |text| training(text, Shape::Smol, (512, 4), "bfloat16");
         let training = read(text).unwrap();
         assert_eq!(
             (training.tokens_per_s, training.peak_mib),

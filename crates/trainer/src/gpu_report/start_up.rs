@@ -2,7 +2,7 @@
 
 use lora_core::{LoraConfig, Quantization};
 
-use super::finding::Check;
+use super::finding::{Check, Finding};
 use super::shapes::Shape;
 use crate::device::{self, CheckOptions, Selected};
 
@@ -16,10 +16,9 @@ const TOKENS: usize = 256;
 /// # Errors
 ///
 /// If the shape is not readable.
-pub fn checks(selected: &Selected, shape: Shape) -> anyhow::Result<Vec<Check>> {
+pub fn run(selected: &Selected, shape: Shape, tell: &mut dyn FnMut(Finding)) -> anyhow::Result<()> {
     let model = shape.config()?;
     let lora = LoraConfig::default();
-    let mut all = Vec::new();
     for dtype in device::types(selected) {
         let name = device::type_name(dtype);
         let options = CheckOptions {
@@ -30,23 +29,23 @@ pub fn checks(selected: &Selected, shape: Shape) -> anyhow::Result<Vec<Check>> {
             longest_row: TOKENS,
         };
         match device::check_device(selected, &options) {
-            Ok(checks) => all.extend(checks.into_iter().map(|check| {
-                Check::new(
-                    format!("start-up check, {name}: {}", check.name),
-                    check.difference,
-                    check.tolerance,
-                    "relative to the CPU in f32",
-                )
-            })),
-            Err(error) => {
-                all.push(Check::new(
-                    format!("start-up check, {name}"),
-                    f64::NAN,
-                    0.0,
-                    error.to_string(),
-                ));
+            Ok(checks) => {
+                for check in checks {
+                    tell(Finding::Check(Check::new(
+                        format!("start-up check, {name}: {}", check.name),
+                        check.difference,
+                        check.tolerance,
+                        "relative to the CPU in f32",
+                    )));
+                }
             }
+            Err(error) => tell(Finding::Check(Check::new(
+                format!("start-up check, {name}"),
+                f64::NAN,
+                0.0,
+                error.to_string(),
+            ))),
         }
     }
-    Ok(all)
+    Ok(())
 }

@@ -65,10 +65,7 @@ fn section(
             } else {
                 Shape::Llama1B
             };
-            for check in start_up::checks(selected, shape)? {
-                tell(Finding::Check(check));
-            }
-            Ok(())
+            start_up::run(selected, shape, tell)
         }
         Section::Operations => operations::run(&types, device, tell),
         Section::Model => small_model::run(&types, device, quick, tell),
