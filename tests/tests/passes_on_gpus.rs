@@ -288,7 +288,7 @@ fn products_on_a_tape_avoid_tf32_too() {
         let mut rng = CounterRng::new(7);
         let mut random = |shape: [usize; 3]| {
             let values = (0..shape.iter().product()).map(|_| rng.normal() as f32);
-            Tensor::<3>::from_data(TensorData::new(values.collect(), shape), &device)
+            Tensor::<3>::from_data(TensorData::new(values.collect::<Vec<_>>(), shape), &device)
         };
         let left = random([3, 5, 8]).require_grad();
         // Repeated for each of the three.
