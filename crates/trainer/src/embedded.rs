@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use crate::output::{OutputError, write_atomically};
+use durable::{WriteError, write_atomically};
 
 /// A file of `assets/`: its path there, and its bytes.
 macro_rules! assets {
@@ -44,7 +44,7 @@ pub struct EmbeddedPaths {
 pub struct EmbeddedError {
     /// What was wrong with the last folder that was tried.
     #[source]
-    last: OutputError,
+    last: WriteError,
 }
 
 /// Writes the embedded files into the user's cache folder, or the folder for temporary files where
@@ -67,7 +67,7 @@ pub fn materialise() -> Result<EmbeddedPaths, EmbeddedError> {
     materialise_in(&temporary).map_err(|last| EmbeddedError { last })
 }
 
-fn materialise_in(parent: &Path) -> Result<EmbeddedPaths, OutputError> {
+fn materialise_in(parent: &Path) -> Result<EmbeddedPaths, WriteError> {
     let folder = parent.join("llama-lora-trainer").join(version());
     for (name, bytes) in FILES {
         let path = folder.join(name);

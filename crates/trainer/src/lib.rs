@@ -8,8 +8,7 @@
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
 //! | [`session`], [`step`], [`gradients`], [`flat`], [`loss`], [`optimizer`], [`schedule`] | its parts |
-//! | [`checkpoint`], [`durable`], [`lock`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
-//! | [`fault`] | faults on demand, for tests |
+//! | [`checkpoint`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
 //! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
 //! | [`gguf`] | llama.cpp's files in and out |
 //! | [`tokenize`] | the tokens of texts, for comparisons |
@@ -34,10 +33,8 @@ pub mod config;
 pub mod contained;
 pub mod data;
 pub mod device;
-pub mod durable;
 pub mod embedded;
 pub mod eval;
-pub mod fault;
 pub mod fit;
 pub mod flat;
 mod floats;
@@ -50,7 +47,6 @@ pub mod hub;
 pub mod human;
 pub mod inference;
 pub mod interrupt;
-pub mod lock;
 pub mod logits;
 pub mod loss;
 pub mod loss_scale;

@@ -7,10 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use llama_burn::{PackedError, PackedTokens};
 
-use crate::durable;
 use crate::floats::Floats;
 use crate::inference::{Inference, InferenceError, ModelArgs};
-use crate::output::{self, OutputError};
 use crate::screen::Screen;
 
 /// What to score.
@@ -40,7 +38,7 @@ pub enum LogitsError {
     #[error(transparent)]
     Inference(Box<InferenceError>),
     #[error(transparent)]
-    Output(#[from] OutputError),
+    Output(#[from] durable::WriteError),
     #[error("cannot read {}: {source}", path.display())]
     Read {
         path: PathBuf,
@@ -110,5 +108,5 @@ pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
         .map(|(name, (shape, values))| (name.clone(), Floats::new(values, shape.clone())));
     let views: Vec<(String, Floats)> = views.collect();
     let write = |path: &Path| durable::write_tensors(path, views, HashMap::new());
-    Ok(output::write_atomically_by(&args.output, write)?)
+    Ok(durable::write_atomically_by(&args.output, write)?)
 }

@@ -14,7 +14,7 @@ use llama_burn::LlamaConfig;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use crate::output::write_atomically;
+use durable::write_atomically;
 
 mod corpus;
 mod data_set;

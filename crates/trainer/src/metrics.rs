@@ -200,7 +200,7 @@ impl MetricsWriter {
         if self.pending.is_empty() {
             return Ok(());
         }
-        let written = crate::fault::space().and_then(|()| self.file.write_all(&self.pending));
+        let written = durable::faults::space().and_then(|()| self.file.write_all(&self.pending));
         match written {
             Ok(()) => {
                 self.end += self.pending.len() as u64;

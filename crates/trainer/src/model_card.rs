@@ -11,7 +11,6 @@ use sha2::{Digest, Sha256};
 use crate::config::Config;
 use crate::hub::HubName;
 use crate::human;
-use crate::output::{self, OutputError};
 use crate::screen::Scores;
 
 /// The card's name in an adapter's folder.
@@ -84,8 +83,8 @@ impl ModelCard<'_> {
     ///
     /// # Errors
     ///
-    /// [`OutputError::Write`].
-    pub fn write(&self, folder: &Path) -> Result<bool, OutputError> {
+    /// The file and the system's reason.
+    pub fn write(&self, folder: &Path) -> Result<bool, durable::WriteError> {
         let path = folder.join(FILE);
         if !may_replace(&path) {
             log::info!(
@@ -94,7 +93,7 @@ impl ModelCard<'_> {
             );
             return Ok(false);
         }
-        output::write_atomically(&path, signed(&self.text()).as_bytes())?;
+        durable::write_atomically(&path, signed(&self.text()).as_bytes())?;
         Ok(true)
     }
 

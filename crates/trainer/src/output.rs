@@ -13,11 +13,11 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use crate::checkpoint::Store;
-use crate::durable;
-use crate::lock::{Lock, LockError};
+use durable::{Lock, LockError};
 
-/// Why the output folder cannot be used, or a file in it not be written.
+use crate::checkpoint::Store;
+
+/// Why the output folder cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum OutputError {
     /// The folder cannot be made or written to.
@@ -59,14 +59,6 @@ pub enum OutputError {
         folder: PathBuf,
         /// Who it is.
         holder: String,
-    },
-    /// A file cannot be written.
-    #[error("cannot write {}: {source}", path.display())]
-    Write {
-        /// The file.
-        path: PathBuf,
-        /// What the system says: a full disk, missing rights.
-        source: io::Error,
     },
 }
 
@@ -283,56 +275,6 @@ fn numbered(path: &Path, number: u64) -> PathBuf {
     }
 }
 
-/// Writes a file so that a reader, and a crash or a full disk on the way, finds the old content or
-/// the new, never a part: into a temporary file in the same folder, to the disk, then renamed.
-///
-/// The folder is made if it is missing.
-///
-/// # Errors
-///
-/// [`OutputError::Write`] with the file's path; the temporary file is removed.
-pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), OutputError> {
-    write_atomically_by(path, |temporary| durable::write(temporary, bytes))
-}
-
-/// As [`write_atomically`], the temporary file being written by `write`, which also syncs it.
-///
-/// # Errors
-///
-/// As [`write_atomically`].
-pub fn write_atomically_by(
-    path: &Path,
-    write: impl FnOnce(&Path) -> io::Result<()>,
-) -> Result<(), OutputError> {
-    let failed = |source| OutputError::Write {
-        path: path.into(),
-        source,
-    };
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let Some(name) = path.file_name() else {
-        return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)));
-    };
-    fs::create_dir_all(folder).map_err(failed)?;
-    // The process's number keeps two processes apart; within one, a file has one writer.
-    let mut temporary = std::ffi::OsString::from(".");
-    temporary.push(name);
-    temporary.push(format!(".{}.tmp", std::process::id()));
-    let temporary = folder.join(temporary);
-    let write = || {
-        write(&temporary)?;
-        durable::rename(&temporary, path)?;
-        durable::sync_folder(folder)
-    };
-    write().map_err(|error| {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-        failed(error)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -472,33 +414,5 @@ mod tests {
         );
         assert_eq!(numbered(Path::new("runs/x/"), 3), Path::new("runs/x-3"));
         assert_eq!(numbered(Path::new(".."), 2), Path::new("../run-2"));
-    }
-
-    #[test]
-    fn an_atomic_write_replaces_the_file_and_leaves_nothing_beside_it() {
-        let root = tempfile::tempdir().unwrap();
-        let path = root.path().join("deep/file.toml");
-        for content in [&b"first"[..], b"second, longer", b""] {
-            write_atomically(&path, content).unwrap();
-            assert_eq!(fs::read(&path).unwrap(), content);
-        }
-        assert_eq!(fs::read_dir(path.parent().unwrap()).unwrap().count(), 1);
-    }
-
-    #[test]
-    fn a_failed_write_names_the_file_and_keeps_what_was_there() {
-        let root = tempfile::tempdir().unwrap();
-        // A folder that is not empty cannot be replaced by a file.
-        let path = root.path().join("taken");
-        fs::create_dir_all(path.join("inside")).unwrap();
-        let error = write_atomically(&path, b"x").unwrap_err();
-        assert!(error.to_string().contains("taken"), "{error}");
-        assert!(path.join("inside").exists());
-        assert_eq!(
-            fs::read_dir(root.path()).unwrap().count(),
-            1,
-            "no temporary file"
-        );
-        assert!(write_atomically(Path::new("/"), b"x").is_err());
     }
 }

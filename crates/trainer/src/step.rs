@@ -4,10 +4,10 @@ use llama_burn::Llama;
 use lora_core::CounterRng;
 
 use crate::data::{Dataset, Prefixes};
-use crate::fault;
 use crate::fit::Fit;
 use crate::flat::FlatGradients;
 use crate::gradients::{self, AdapterGradients, PassOptions};
+use durable::faults;
 
 /// Separates the dropout's random numbers from those that the same seed gives elsewhere.
 const DROPOUT: u64 = 0x64_72_6f_70;
@@ -84,7 +84,7 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NoGradi
     let mut sums = AdapterGradients::default();
     let mut tokens = 0;
     for (index, rows) in input.micro_batches.iter().enumerate() {
-        fault::device(rows.len());
+        faults::device(rows.len());
         let batch = input.rows.batch(rows, input.fit.prefixes);
         let masks = dropout.fork(input.step as u64).fork(index as u64);
         let options = PassOptions {
@@ -97,7 +97,7 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NoGradi
     }
     // The step's one wait for the device.
     let mean = sums.into_mean(input.max_grad_norm);
-    let loss = fault::loss(mean.totals.mean());
+    let loss = faults::loss(mean.totals.mean());
     if loss.is_finite() && !mean.norm.is_finite() && input.loss_scale > 1.0 {
         return Err(NoGradient::OutOfRange);
     }

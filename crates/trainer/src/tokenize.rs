@@ -8,8 +8,8 @@ use clap::Args;
 
 use crate::config::{EMBEDDED, PromptTemplate};
 use crate::data::{ModelFiles, RowTokenizer};
+use crate::embedded;
 use crate::hub::{self, Need};
-use crate::{embedded, output};
 
 /// The command's arguments.
 #[derive(Debug, Args)]
@@ -43,6 +43,6 @@ pub fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
     for (index, text) in texts.iter().enumerate() {
         ids.push(tokenizer.prompt(text, Path::new(&args.texts), index + 1)?);
     }
-    output::write_atomically(&args.output, serde_json::to_string(&ids)?.as_bytes())?;
+    durable::write_atomically(&args.output, serde_json::to_string(&ids)?.as_bytes())?;
     Ok(())
 }

@@ -14,7 +14,6 @@ use crate::device::{
     self, Backend, CheckOptions, DeviceError, DeviceMemory, KeptKernels, Known, Selected,
 };
 use crate::embedded::{self, EmbeddedError};
-use crate::fault::{self, FaultError};
 use crate::fit::{self, Fit, FitError};
 use crate::guard::DeviceFault;
 use crate::hub::{self, HubError, Need};
@@ -23,7 +22,7 @@ use crate::loss_scale::LossScale;
 use crate::metrics::{self, MetricsError, TrainLine};
 use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
-use crate::output::{self, Existing, OutputError, OutputFolder};
+use crate::output::{Existing, OutputError, OutputFolder};
 use crate::peft::{self, AdapterError};
 use crate::plan;
 use crate::schedule::Schedule;
@@ -31,6 +30,7 @@ use crate::screen::{AdapterSummary, DataSummary, RunResult, RunSummary, Screen, 
 use crate::session::{self, Beginning, Session};
 use crate::step::NotFinite;
 use crate::{human, memory};
+use durable::faults::{self, FaultError, Kernels};
 
 /// Why a run did not start, or stopped.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,8 @@ pub enum TrainError {
     Fit(#[from] FitError),
     #[error(transparent)]
     Output(#[from] OutputError),
+    #[error(transparent)]
+    Write(#[from] durable::WriteError),
     #[error(transparent)]
     Load(#[from] llama_burn::LoadError),
     #[error(transparent)]
@@ -238,7 +240,10 @@ pub fn train(
     interrupt: &Interrupt,
     screen: &mut Screen,
 ) -> Result<Ended, TrainError> {
-    fault::init()?;
+    faults::init(Kernels {
+        operations: &lora_core::spoil::OPERATIONS,
+        spoil: lora_core::spoil::spoil,
+    })?;
     let config = &request.config;
     // A run that goes on holds its folder's lock from here on.
     let (locked, mut resumed) = match &request.resume {
@@ -362,7 +367,7 @@ pub fn train(
     }
     drop(task);
     // Nothing in the folder of a run that goes on has changed until here.
-    output::write_atomically(&folder.config(), config.to_toml().as_bytes())?;
+    durable::write_atomically(&folder.config(), config.to_toml().as_bytes())?;
     let metrics = session::metrics(&folder, resumed.as_ref())?;
 
     let schedule = Schedule {
@@ -457,7 +462,7 @@ pub fn train(
         if interrupt.asked() {
             break;
         }
-        fault::at_step(step);
+        faults::at_step(step);
         if !session.progress.owes_validation {
             let step_started = Instant::now();
             let gradient = session.gradient(&model, &optimizer, step)?;

@@ -7,7 +7,6 @@ use std::process::{self, ChildStdin, ChildStdout, Stdio};
 
 use super::error::BenchError;
 use super::protocol::{Answer, Command, Contender, WorkerSpec};
-use crate::output;
 
 /// What PEFT's side runs.
 const PEFT_WORKER: &str = include_str!("peft_worker.py");
@@ -40,13 +39,13 @@ impl Child {
             line: id.into(),
             reason: error.to_string(),
         })?;
-        output::write_atomically(&spec_path, text.as_bytes())?;
+        durable::write_atomically(&spec_path, text.as_bytes())?;
         let log = folder.join(format!("{id}.log"));
         let errors = File::create(&log).map_err(BenchError::io("write", &log))?;
         let mut command = match (&spec.contender, python) {
             (Contender::Peft(_), Some(python)) => {
                 let script = folder.join("peft_worker.py");
-                output::write_atomically(&script, PEFT_WORKER.as_bytes())?;
+                durable::write_atomically(&script, PEFT_WORKER.as_bytes())?;
                 let mut command = process::Command::new(python);
                 command.arg(script).env("HF_HUB_OFFLINE", "1");
                 command

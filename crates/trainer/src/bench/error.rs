@@ -6,7 +6,6 @@ use std::path::PathBuf;
 use crate::data::DataError;
 use crate::device::DeviceError;
 use crate::embedded::EmbeddedError;
-use crate::output::OutputError;
 use crate::peft::AdapterError;
 
 /// Why a benchmark, or one of its contenders, stops.
@@ -28,7 +27,7 @@ pub enum BenchError {
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
     #[error(transparent)]
-    Output(#[from] OutputError),
+    Output(#[from] durable::WriteError),
     /// No model was named, or it is not there.
     #[error(
         "{} holds no config.json. The benchmark compares on SmolLM2-135M-Instruct: `hf download \

@@ -16,7 +16,7 @@ use super::rows::{self, Work};
 use super::running::{Running, progress};
 use super::scenario::{Model, Rows, Scenario};
 use crate::screen::Screen;
-use crate::{embedded, human, output};
+use crate::{embedded, human};
 
 /// Of every contender, as in FinLoRA's configurations.
 const LEARNING_RATE: f64 = 1e-4;
@@ -160,7 +160,7 @@ impl Bench<'_> {
             Model::Embedded => embedded::materialise()?.model_dir,
             Model::Random(shape) => {
                 let folder = folder.join("model");
-                output::write_atomically(&folder.join("config.json"), shape.as_bytes())?;
+                durable::write_atomically(&folder.join("config.json"), shape.as_bytes())?;
                 folder
             }
         })

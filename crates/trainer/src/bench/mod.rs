@@ -50,8 +50,8 @@ pub use results::{Absent, Goal, Measured, Results, ScenarioResult};
 pub use statistics::{Ratio, Spread};
 pub use worker::serve;
 
+use crate::embedded;
 use crate::screen::Screen;
-use crate::{embedded, output};
 
 /// Where the model and the rows are looked for when the command line does not say.
 const MODEL: &str = "models/SmolLM2-135M-Instruct";
@@ -147,13 +147,13 @@ fn write(results: &Results, folder: &Path) -> Result<Vec<PathBuf>, BenchError> {
     let (json, markdown) = (folder.join("results.json"), folder.join("results.md"));
     let text = serde_json::to_string_pretty(results)
         .map_err(|error| BenchError::io("write", &json)(std::io::Error::other(error)))?;
-    output::write_atomically(&json, text.as_bytes())?;
-    output::write_atomically(&markdown, report::markdown(results).as_bytes())?;
+    durable::write_atomically(&json, text.as_bytes())?;
+    durable::write_atomically(&markdown, report::markdown(results).as_bytes())?;
     let mut written = vec![json, markdown];
     let picture = folder.join("speed.svg");
     match svg::plot(results) {
         Some(plot) => {
-            output::write_atomically(&picture, plot.as_bytes())?;
+            durable::write_atomically(&picture, plot.as_bytes())?;
             written.push(picture);
         }
         // One of an earlier run would look like this one's; there may be none.

@@ -90,7 +90,7 @@ impl CheckpointError {
             Self::Adapter(crate::peft::AdapterError::Io { source, .. }) => source,
             _ => return false,
         };
-        crate::durable::is_full(source)
+        durable::is_full(source)
     }
 }
 

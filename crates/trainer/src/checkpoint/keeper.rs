@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use super::{AdapterFile, Checkpoint, CheckpointError, Fingerprint, Snapshot, Store};
 use crate::config::Config;
 use crate::interrupt::Interrupt;
-use crate::output::{self, OutputFolder};
+use crate::output::OutputFolder;
 use crate::peft::{AdapterConfig, AdapterTensors, write_adapter};
 use crate::screen::Screen;
 
@@ -283,17 +283,12 @@ impl Kept {
                     if std::fs::read(&path).is_ok_and(|there| there == *bytes) {
                         continue;
                     }
-                    output::write_atomically(&path, bytes).map_err(|error| match error {
-                        output::OutputError::Write { path, source } => CheckpointError::Io {
+                    durable::write_atomically(&path, bytes).map_err(|error| {
+                        CheckpointError::Io {
                             action: "write",
-                            path,
-                            source,
-                        },
-                        other => CheckpointError::Io {
-                            action: "write",
-                            path: path.clone(),
-                            source: std::io::Error::other(other),
-                        },
+                            path: error.path,
+                            source: error.source,
+                        }
                     })?;
                 }
                 Ok(())

@@ -13,7 +13,6 @@ use llama_burn::Llama;
 use safetensors::{Dtype, SafeTensors};
 
 use super::CheckpointError;
-use crate::durable;
 use crate::floats::Floats;
 use crate::optimizer::{Moments, Optimizer, to_host};
 

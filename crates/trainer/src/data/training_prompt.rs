@@ -13,7 +13,6 @@ use super::format::Format;
 use super::model_files::ModelFiles;
 use super::tokenize::effective_template;
 use crate::config::PromptTemplate;
-use crate::output::{self, OutputError};
 
 /// The file's name in an adapter's folder.
 pub const PROMPT_FILE: &str = "training_prompt.json";
@@ -23,7 +22,7 @@ pub const PROMPT_FILE: &str = "training_prompt.json";
 pub enum PromptFileError {
     /// It cannot be written.
     #[error(transparent)]
-    Write(#[from] OutputError),
+    Write(#[from] durable::WriteError),
     /// It cannot be read.
     #[error("cannot read {}: {source}", path.display())]
     Read {
@@ -95,7 +94,7 @@ impl TrainingPrompt {
             path: path.clone(),
             message: error.to_string(),
         })?;
-        Ok(output::write_atomically(
+        Ok(durable::write_atomically(
             &path,
             format!("{text}\n").as_bytes(),
         )?)

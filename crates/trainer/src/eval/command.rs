@@ -22,7 +22,6 @@ use crate::embedded;
 use crate::hub;
 use crate::human;
 use crate::inference::{Inference, ModelArgs};
-use crate::output;
 use crate::screen::Screen;
 
 /// The command's arguments.
@@ -168,9 +167,9 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     }
     let path = |name: &str| args.output.join(name);
     let json = serde_json::to_string_pretty(&results)?;
-    output::write_atomically(&path("results.json"), format!("{json}\n").as_bytes())?;
-    output::write_atomically(&path("results.md"), results.markdown().as_bytes())?;
-    output::write_atomically(&path("answers.jsonl"), &written)?;
+    durable::write_atomically(&path("results.json"), format!("{json}\n").as_bytes())?;
+    durable::write_atomically(&path("results.md"), results.markdown().as_bytes())?;
+    durable::write_atomically(&path("answers.jsonl"), &written)?;
     screen.line("");
     screen.line(&format!(
         "written: {}, results.md, answers.jsonl",

@@ -14,7 +14,6 @@ use crate::data::{ModelFiles, RowTokenizer, TrainingPrompt};
 use crate::device::KernelArgs;
 use crate::human;
 use crate::inference::{Inference, ModelArgs};
-use crate::output;
 use crate::screen::Screen;
 
 /// The command's arguments.
@@ -310,7 +309,7 @@ impl Session<'_> {
         }
         drop(task);
         if let Some(path) = output {
-            output::write_atomically(path, lines.as_bytes())?;
+            durable::write_atomically(path, lines.as_bytes())?;
         }
         eprintln!("{}", speed(&all));
         Ok(())

@@ -1,10 +1,10 @@
 //! `trainer export-gguf`: a model, with an adapter in its weights or without, or the adapter alone, for llama.cpp.
 
-use std::fs::{self, File};
-use std::io::{self, BufWriter, Write};
+use std::fs::File;
+use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
+use anyhow::bail;
 use clap::Args;
 use llama_burn::gguf::{
     self, GgufFile, GgufWriter, TensorKind, TensorPlan, Value, config_metadata, llama_cpp_name,
@@ -234,39 +234,28 @@ fn write_adapter(output: &Path, adapter: &Adapter, kind: TensorKind) -> anyhow::
     })
 }
 
-/// Writes a file under another name in the same folder and gives it its own when it is complete and on the disk.
-/// Gives its size.
+/// Writes the whole file or leaves the old one; returns its size.
 fn write_atomically(
     path: &Path,
     write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>,
 ) -> anyhow::Result<u64> {
-    let folder = match path.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
-    };
-    let name = path.file_name();
-    let name = name.with_context(|| format!("{} is no name of a file", path.display()))?;
-    fs::create_dir_all(folder)
-        .with_context(|| format!("cannot make the folder {}", folder.display()))?;
-    let temporary = folder.join(format!(
-        ".{}.{}.tmp",
-        name.to_string_lossy(),
-        std::process::id()
-    ));
-    let all = || -> anyhow::Result<u64> {
-        let mut out = BufWriter::with_capacity(1 << 20, File::create(&temporary)?);
-        write(&mut out)?;
-        out.flush()?;
+    let mut failure = None;
+    let mut bytes = 0;
+    let written = durable::write_atomically_by(path, |temporary| {
+        let mut out = BufWriter::with_capacity(1 << 20, File::create(temporary)?);
+        if let Err(error) = write(&mut out) {
+            let text = format!("{error:#}");
+            failure = Some(error);
+            return Err(io::Error::other(text));
+        }
         let file = out.into_inner().map_err(io::IntoInnerError::into_error)?;
         file.sync_all()?;
-        let bytes = file.metadata()?.len();
-        drop(file);
-        fs::rename(&temporary, path)?;
-        Ok(bytes)
-    };
-    all().map_err(|error| {
-        // The first error is the one to report.
-        let _ = fs::remove_file(&temporary);
-        error.context(format!("cannot write {}", path.display()))
-    })
+        bytes = file.metadata()?.len();
+        Ok(())
+    });
+    match (failure, written) {
+        (Some(error), _) => Err(error.context(format!("cannot write {}", path.display()))),
+        (None, Err(error)) => Err(error.into()),
+        (None, Ok(())) => Ok(bytes),
+    }
 }

@@ -11,7 +11,6 @@ use serde::Deserialize;
 use super::clock::Clock;
 use super::finding::Training;
 use super::shapes::Shape;
-use crate::output;
 
 /// What runs PEFT.
 #[derive(Debug, Clone, Copy)]
@@ -54,7 +53,7 @@ impl Peft<'_> {
         limit: Duration,
     ) -> anyhow::Result<Training> {
         let config = self.folder.join(format!("{}.json", shape.name()));
-        output::write_atomically(&config, shape.json()?.as_bytes())?;
+        durable::write_atomically(&config, shape.json()?.as_bytes())?;
         let log = self
             .folder
             .join(format!("peft-{}-{tokens}.log", shape.name()));

@@ -10,7 +10,6 @@ use super::finding::{Check, Failed, Finding, Group, LeftOut, Rate, StepFinding, 
 use super::markdown;
 use crate::bench::Machine;
 use crate::device::Hardware;
-use crate::output::{self, OutputError};
 
 /// Everything that was found.
 #[derive(Debug, Clone, PartialEq, Serialize)]
@@ -150,12 +149,12 @@ impl Report {
     /// # Errors
     ///
     /// If they cannot be written.
-    pub fn write(&self, folder: &Path) -> Result<[PathBuf; 2], OutputError> {
+    pub fn write(&self, folder: &Path) -> Result<[PathBuf; 2], durable::WriteError> {
         let (json, text) = (folder.join("report.json"), folder.join("report.md"));
         // A report has no maps with keys that are no text, which is all that could fail.
         let lines = serde_json::to_string_pretty(self).unwrap_or_default();
-        output::write_atomically(&json, lines.as_bytes())?;
-        output::write_atomically(&text, markdown::markdown(self).as_bytes())?;
+        durable::write_atomically(&json, lines.as_bytes())?;
+        durable::write_atomically(&text, markdown::markdown(self).as_bytes())?;
         Ok([json, text])
     }
 }

@@ -20,7 +20,6 @@ use super::listing::{INDEX, LARGEST_TEXT, Listing, Need};
 use super::name::is_commit;
 use super::progress::Progress;
 use super::{HubError, HubName, Settings};
-use crate::output;
 
 /// Files up to this size are hashed whenever they are used; larger ones when they come in.
 const SMALL: u64 = 16 << 20;
@@ -101,7 +100,7 @@ impl<'a> RepositoryCache<'a> {
             return;
         }
         let path = self.folder.join("refs").join(revision);
-        if let Err(error) = output::write_atomically(&path, commit.as_bytes()) {
+        if let Err(error) = durable::write_atomically(&path, commit.as_bytes()) {
             log::warn!("{error}");
         }
     }

@@ -5,7 +5,7 @@
 pub enum MakeAssetsError {
     /// A file cannot be written.
     #[error(transparent)]
-    Write(#[from] crate::output::OutputError),
+    Write(#[from] durable::WriteError),
     /// The tokenizer cannot be trained or used.
     #[error("the tokenizer: {0}")]
     Tokenizer(String),

@@ -10,7 +10,6 @@ use safetensors::Dtype;
 use serde_json::json;
 
 use super::MergeError;
-use crate::durable;
 
 /// A tensor to be written.
 #[derive(Debug, Clone, PartialEq)]

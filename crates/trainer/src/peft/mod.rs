@@ -20,8 +20,6 @@ use std::path::{Path, PathBuf};
 
 use llama_burn::limited::{self, LARGEST_SETTINGS};
 
-use crate::output::{self, OutputError};
-
 pub use combine::{Combination, CombineError, Weighted, combine};
 pub use config::AdapterConfig;
 pub use continued::{StartError, continued, start};
@@ -247,17 +245,14 @@ fn cannot_read(path: &Path, source: io::Error) -> AdapterError {
 
 /// Replaces a file in one step: whoever opens it sees the old content or the new one.
 fn replace_file(path: &Path, content: &[u8]) -> Result<(), AdapterError> {
-    output::write_atomically(path, content).map_err(|error| not_written(path, error))
+    durable::write_atomically(path, content).map_err(not_written)
 }
 
-fn not_written(path: &Path, error: OutputError) -> AdapterError {
+fn not_written(error: durable::WriteError) -> AdapterError {
     AdapterError::Io {
         action: "write",
-        path: path.into(),
-        source: match error {
-            OutputError::Write { source, .. } => source,
-            other => io::Error::other(other),
-        },
+        path: error.path,
+        source: error.source,
     }
 }
 

@@ -8,7 +8,6 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::{AdapterError, not_written};
 use crate::floats::Floats;
-use crate::{durable, output};
 
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
@@ -200,7 +199,7 @@ impl AdapterTensors {
     pub fn write(&self, path: &Path) -> Result<(), AdapterError> {
         let entries = self.entries()?;
         let write = |path: &Path| durable::write_tensors(path, entries, metadata());
-        output::write_atomically_by(path, write).map_err(|error| not_written(path, error))
+        durable::write_atomically_by(path, write).map_err(not_written)
     }
 
     /// The tensors of the file, in PEFT's layout.

@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 
 use serde::Serialize;
 
-use crate::output::{OutputError, write_atomically};
+use durable::{WriteError, write_atomically};
 
 /// The model that FinLoRA computes BERTScore with.
 const MODEL: &str = "ProsusAI/finbert";
@@ -36,7 +36,7 @@ pub enum BertScoreError {
     #[error("`{command}` ended without its line \"… P: … R: … F1: …\"; it printed {printed:?}")]
     NoScore { command: String, printed: String },
     #[error(transparent)]
-    Write(#[from] OutputError),
+    Write(#[from] WriteError),
 }
 
 /// What the program printed: means over the rows.

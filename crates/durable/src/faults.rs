@@ -12,7 +12,7 @@
 //! | `oom=STEP>ROWS` | from this step on, a micro-batch of more than ROWS rows finds the device's memory full |
 //! | `lost=STEP` | in this step the device is lost |
 //! | `thread_panic=STEP` | in this step another thread panics, and the work goes on |
-//! | `wrong_kernel=OPERATION[:STEP]` | from the start, or from this step on, a GPU's results of an operation (see [`lora_core::spoil::OPERATIONS`]) are a tenth too large |
+//! | `wrong_kernel=OPERATION[:STEP]` | from the start, or from this step on, a GPU's results of an operation (one of [`Kernels::operations`]) are a tenth too large |
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -23,8 +23,6 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use lora_core::spoil::{OPERATIONS, spoil};
-
 /// The environment variable.
 pub const VARIABLE: &str = "LORA_TRAINER_FAULT";
 
@@ -34,11 +32,22 @@ pub const VARIABLE: &str = "LORA_TRAINER_FAULT";
     "{VARIABLE}: {part:?} is none of delay=MS, trace=FILE, full=STEP..STEP, nan=STEP..STEP, \
      oom=STEP>ROWS, lost=STEP, thread_panic=STEP, wrong_kernel=OPERATION[:STEP] with one of {}; unset the variable, \
      it is for tests",
-    OPERATIONS.join(", ")
+    operations.join(", ")
 )]
 pub struct FaultError {
     /// What was not understood.
     part: String,
+    /// Operations that can be made wrong.
+    operations: &'static [&'static str],
+}
+
+/// What makes a GPU's kernels wrong on purpose.
+#[derive(Debug, Clone, Copy)]
+pub struct Kernels {
+    /// The operations that can be made wrong.
+    pub operations: &'static [&'static str],
+    /// Makes this one wrong from now on, or none.
+    pub spoil: fn(Option<&str>),
 }
 
 /// Something that is done to files.
@@ -80,7 +89,7 @@ struct Faults {
     wrong_kernel: Option<(String, usize)>,
 }
 
-static FAULTS: OnceLock<Faults> = OnceLock::new();
+static FAULTS: OnceLock<(Faults, Kernels)> = OnceLock::new();
 /// The optimizer step under way.
 static STEP: AtomicUsize = AtomicUsize::new(0);
 
@@ -89,32 +98,35 @@ static STEP: AtomicUsize = AtomicUsize::new(0);
 /// # Errors
 ///
 /// If it is set to something else than faults.
-pub fn init() -> Result<(), FaultError> {
+pub fn init(kernels: Kernels) -> Result<(), FaultError> {
     let Some(text) = std::env::var_os(VARIABLE).filter(|text| !text.is_empty()) else {
         return Ok(());
     };
-    let faults = parse(&text.to_string_lossy())?;
+    let faults = parse(&text.to_string_lossy(), kernels.operations)?;
     log::warn!("{VARIABLE} is set: this run fails on demand");
     // A second run of one process has the same environment.
-    let _ = FAULTS.set(faults);
+    let _ = FAULTS.set((faults, kernels));
     at_step(0);
     Ok(())
 }
 
-fn parse(text: &str) -> Result<Faults, FaultError> {
+fn parse(text: &str, operations: &'static [&'static str]) -> Result<Faults, FaultError> {
     let mut faults = Faults::default();
     for part in text.split(',').filter(|part| !part.is_empty()) {
         let understood = part
             .split_once('=')
-            .and_then(|(name, value)| set(&mut faults, name, value));
+            .and_then(|(name, value)| set(&mut faults, operations, name, value));
         if understood.is_none() {
-            return Err(FaultError { part: part.into() });
+            return Err(FaultError {
+                part: part.into(),
+                operations,
+            });
         }
     }
     Ok(faults)
 }
 
-fn set(faults: &mut Faults, name: &str, value: &str) -> Option<()> {
+fn set(faults: &mut Faults, operations: &[&str], name: &str, value: &str) -> Option<()> {
     let steps = |text: &str| {
         let (first, last) = text.split_once("..")?;
         Some(first.parse().ok()?..last.parse().ok()?)
@@ -135,7 +147,7 @@ fn set(faults: &mut Faults, name: &str, value: &str) -> Option<()> {
         "thread_panic" => faults.thread_panic = Some(value.parse().ok()?),
         "wrong_kernel" => {
             let (operation, step) = value.split_once(':').unwrap_or((value, "0"));
-            OPERATIONS.iter().find(|known| **known == operation)?;
+            operations.iter().find(|known| **known == operation)?;
             faults.wrong_kernel = Some((operation.into(), step.parse().ok()?));
         }
         _ => return None,
@@ -144,15 +156,17 @@ fn set(faults: &mut Faults, name: &str, value: &str) -> Option<()> {
 }
 
 fn faults() -> Option<&'static Faults> {
-    FAULTS.get()
+    FAULTS.get().map(|(faults, _)| faults)
 }
 
 /// Tells which optimizer step is under way, from 1.
 pub fn at_step(step: usize) {
     STEP.store(step, Ordering::Relaxed);
-    let wrong = faults().and_then(|faults| faults.wrong_kernel.as_ref());
-    if let Some((operation, first)) = wrong {
-        spoil((step >= *first).then_some(operation.as_str()));
+    let Some((faults, kernels)) = FAULTS.get() else {
+        return;
+    };
+    if let Some((operation, first)) = &faults.wrong_kernel {
+        (kernels.spoil)((step >= *first).then_some(operation.as_str()));
     }
 }
 
@@ -226,11 +240,15 @@ pub fn device(rows: usize) {
 mod tests {
     use super::*;
 
+    const OPERATIONS: &[&str] = &["rope", "attention"];
+
     #[test]
     fn faults_are_read_and_a_slip_is_named() {
-        let faults =
-            parse("delay=20,full=3..5,nan=2..3,oom=4>2,lost=9,thread_panic=8,wrong_kernel=rope:6")
-                .unwrap();
+        let faults = parse(
+            "delay=20,full=3..5,nan=2..3,oom=4>2,lost=9,thread_panic=8,wrong_kernel=rope:6",
+            OPERATIONS,
+        )
+        .unwrap();
         assert_eq!((faults.delay_ms, faults.lost), (20, Some(9)));
         assert_eq!(faults.thread_panic, Some(8));
         assert_eq!(faults.wrong_kernel, Some(("rope".into(), 6)));
@@ -244,9 +262,9 @@ mod tests {
             "nan=a..b",
             "wrong_kernel=softmax",
         ] {
-            let error = parse(wrong).unwrap_err().to_string();
+            let error = parse(wrong, OPERATIONS).unwrap_err().to_string();
             assert!(error.contains(wrong), "{error}");
         }
-        assert!(parse("").unwrap().trace.is_none());
+        assert!(parse("", OPERATIONS).unwrap().trace.is_none());
     }
 }

@@ -9,7 +9,7 @@ use std::path::Path;
 use safetensors::tensor::{Metadata, TensorInfo};
 use safetensors::{Dtype, View};
 
-use crate::fault::{self, Operation};
+use crate::faults::{self, Operation};
 
 /// Writes a new file and waits until the disk has it.
 ///
@@ -17,15 +17,15 @@ use crate::fault::{self, Operation};
 ///
 /// What the system says. A part of the file may be there then.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
-    fault::before(Operation::Write);
+    faults::before(Operation::Write);
     let mut file = File::create(path)?;
-    if let Err(full) = fault::space() {
+    if let Err(full) = faults::space() {
         // As a disk does: part of it still fits.
         file.write_all(&bytes[..bytes.len() / 2])?;
         return Err(full);
     }
     file.write_all(bytes)?;
-    fault::after(Operation::Write, path);
+    faults::after(Operation::Write, path);
     sync(&file, path)
 }
 
@@ -40,7 +40,7 @@ pub fn write_tensors<V: View>(
     mut tensors: Vec<(String, V)>,
     metadata: HashMap<String, String>,
 ) -> io::Result<()> {
-    fault::before(Operation::Write);
+    faults::before(Operation::Write);
     tensors.sort_by(|(a, _), (b, _)| a.cmp(b));
     let infos = tensors.iter().map(|(name, tensor)| {
         let shape = tensor.shape().to_vec();
@@ -49,7 +49,7 @@ pub fn write_tensors<V: View>(
     let header = tensors_header(infos, metadata)?;
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
     file.write_all(&header)?;
-    if let Err(full) = fault::space() {
+    if let Err(full) = faults::space() {
         // As a disk does: part of it still fits.
         file.flush()?;
         return Err(full);
@@ -58,7 +58,7 @@ pub fn write_tensors<V: View>(
         file.write_all(&tensor.data())?;
     }
     let file = file.into_inner().map_err(IntoInnerError::into_error)?;
-    fault::after(Operation::Write, path);
+    faults::after(Operation::Write, path);
     sync(&file, path)
 }
 
@@ -94,9 +94,9 @@ pub fn tensors_header(
 }
 
 fn sync(file: &File, path: &Path) -> io::Result<()> {
-    fault::before(Operation::Sync);
+    faults::before(Operation::Sync);
     file.sync_all()?;
-    fault::after(Operation::Sync, path);
+    faults::after(Operation::Sync, path);
     Ok(())
 }
 
@@ -106,9 +106,9 @@ fn sync(file: &File, path: &Path) -> io::Result<()> {
 ///
 /// What the system says.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
-    fault::before(Operation::Rename);
+    faults::before(Operation::Rename);
     fs::rename(from, to)?;
-    fault::after(Operation::Rename, to);
+    faults::after(Operation::Rename, to);
     Ok(())
 }
 
@@ -119,7 +119,7 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 /// What the system says; a file system that cannot do it is none.
 #[cfg(unix)]
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
-    fault::before(Operation::SyncFolder);
+    faults::before(Operation::SyncFolder);
     let folder = match folder.as_os_str().is_empty() {
         true => Path::new("."),
         false => folder,
@@ -129,7 +129,7 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
         result => result?,
     }
-    fault::after(Operation::SyncFolder, folder);
+    faults::after(Operation::SyncFolder, folder);
     Ok(())
 }
 
@@ -149,12 +149,12 @@ pub fn sync_folder(_folder: &Path) -> io::Result<()> {
 ///
 /// What the system says.
 pub fn remove_folder(folder: &Path) -> io::Result<()> {
-    fault::before(Operation::Remove);
+    faults::before(Operation::Remove);
     match fs::remove_dir_all(folder) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
         _ => {}
     }
-    fault::after(Operation::Remove, folder);
+    faults::after(Operation::Remove, folder);
     Ok(())
 }
 
@@ -169,17 +169,24 @@ pub fn is_full(error: &io::Error) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::floats::Floats;
+    use safetensors::tensor::TensorView;
 
     #[test]
     fn a_file_of_tensors_has_the_formats_bytes_and_is_a_plain_file() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tensors");
-        let (b, a) = ([1.5f32, -2.0, 3.0], [4.0f32, 5.0]);
+        let bytes = |values: &[f32]| -> Vec<u8> {
+            values
+                .iter()
+                .flat_map(|value| value.to_le_bytes())
+                .collect()
+        };
+        let (b, a) = (bytes(&[1.5, -2.0, 3.0]), bytes(&[4.0, 5.0]));
+        let view = |shape, data| TensorView::new(Dtype::F32, shape, data).unwrap();
         let tensors = || {
             vec![
-                ("b".to_string(), Floats::new(&b, vec![3, 1])),
-                ("a".to_string(), Floats::new(&a, vec![2])),
+                ("b".to_string(), view(vec![3, 1], &b)),
+                ("a".to_string(), view(vec![2], &a)),
             ]
         };
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
