@@ -25,7 +25,7 @@ use crate::merge::{self, MergeArgs, UnmergeArgs};
 use crate::output::Existing;
 use crate::parity::ParityOptions;
 use crate::plan::{Plan, PlanOptions, Workload};
-use crate::screen::{Screen, ScreenKind};
+use crate::screen::RunScreen;
 use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
 use crate::{bench, checkpoint, data, make_assets, parity, peft, plan};
@@ -329,7 +329,7 @@ pub fn main() -> ExitCode {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
     }
-    let mut screen = Screen::new(ScreenKind::detect());
+    let mut screen = RunScreen::new(terminal::ScreenKind::detect());
     let logger =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
     let logger = { logger }.build();
@@ -365,7 +365,7 @@ fn whole_chain(error: &anyhow::Error) -> String {
     llama_burn::limited::clipped(&text, 10_000).into_owned()
 }
 
-fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
+fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
     match command {
         Command::Train(args) => return train(args, screen),
         Command::InspectData(args) => {
@@ -426,7 +426,7 @@ fn run(command: Command, screen: &mut Screen) -> anyhow::Result<ExitCode> {
 }
 
 /// Trains; the exit code is 0 for a run that is done and [`RESUMABLE`] for one that stopped before.
-fn train(args: Train, screen: &mut Screen) -> anyhow::Result<ExitCode> {
+fn train(args: Train, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
     let auto = args.resume.as_deref() == Some(Path::new("auto"));
     let from = args.resume.filter(|_| !auto);
     // A run that goes on has its configuration in its folder.

@@ -10,7 +10,7 @@ use crate::peft::{
     AdapterError, CONFIG_FILE, Combination, CombineError, Weighted, combine, read_adapter,
     write_adapter,
 };
-use crate::screen::Screen;
+use terminal::Screen;
 
 /// Which adapters, and how.
 #[derive(Debug, Clone, Args)]

@@ -9,9 +9,9 @@ use crate::checkpoint::Division;
 use crate::config::{BatchSize, Checkpointing, Config};
 use crate::data::{Data, Order, Prefixes};
 use crate::device::{self, Backend, Selected};
-use crate::human;
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::train::quantization;
+use terminal::human;
 
 /// Activations are kept rather than recomputed where the run then takes at most this share of the
 /// memory that is free: other programs want some too.

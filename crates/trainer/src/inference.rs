@@ -15,7 +15,7 @@ use crate::embedded::{self, EmbeddedError};
 use crate::hub::{self, HubError, Need};
 use crate::merge::{Survival, SurvivalReport};
 use crate::peft::{AdapterConfig, AdapterError, read_adapter};
-use crate::screen::Screen;
+use terminal::Screen;
 
 /// What to load and where to run it.
 #[derive(Debug, Clone, Args)]

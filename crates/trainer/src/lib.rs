@@ -14,7 +14,7 @@
 //! | [`tokenize`] | the tokens of texts, for comparisons |
 //! | [`eval`] | base and adapters on a task: answers, scores, significance |
 //! | [`merge`] | adapters into whole models, and out of them |
-//! | [`screen`], [`metrics`], [`output`], [`memory`], [`human`] | what a run shows and writes |
+//! | [`screen`], [`metrics`], [`output`], [`memory`] | what a run shows and writes |
 //! | [`peft`] | adapters in Hugging Face PEFT's format |
 //! | [`combine`] | one adapter from several |
 //! | [`model_card`] | the README.md of an adapter |
@@ -44,7 +44,6 @@ pub mod gpu_report;
 pub mod gradients;
 pub mod guard;
 pub mod hub;
-pub mod human;
 pub mod inference;
 pub mod interrupt;
 pub mod logits;

@@ -9,7 +9,7 @@ use llama_burn::{PackedError, PackedTokens};
 
 use crate::floats::Floats;
 use crate::inference::{Inference, InferenceError, ModelArgs};
-use crate::screen::Screen;
+use terminal::Screen;
 
 /// What to score.
 #[derive(Debug, Clone, Args)]

@@ -10,8 +10,8 @@ use sha2::{Digest, Sha256};
 
 use crate::config::Config;
 use crate::hub::HubName;
-use crate::human;
 use crate::screen::Scores;
+use terminal::human;
 
 /// The card's name in an adapter's folder.
 pub const FILE: &str = "README.md";

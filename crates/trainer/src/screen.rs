@@ -1,154 +1,71 @@
 //! What the user sees of a run: on a terminal a progress bar that keeps to the bottom, elsewhere
 //! plain lines.
-//!
-//! Everything goes to standard output. A screen that nobody reads any more (`| head`) is no reason
-//! to stop a run, so errors of writing to it are ignored.
 
 mod curve;
 mod preparing;
 mod result;
 mod run;
-mod style;
 mod summary;
 
 use std::fmt;
 use std::io::Write;
+use std::ops::Deref;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use console::Term;
-use indicatif::{MultiProgress, ProgressBar, ProgressDrawTarget, ProgressState, ProgressStyle};
-use indicatif_log_bridge::LogWrapper;
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState};
+use terminal::{Screen, ScreenKind, bar_style, human};
 
 use self::preparing::Preparing;
 use self::run::Run;
-use self::style::Style;
 use crate::device::KeptKernels;
-use crate::human;
 use crate::metrics::{History, TrainLine, ValidationLine};
 
 pub use result::{RunResult, Scores};
 pub use summary::{AdapterSummary, DataSummary, RunSummary, StepSummary};
 
-/// Where the screen is.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum ScreenKind {
-    /// A terminal: progress bar, colours unless `NO_COLOR` is set.
-    Terminal,
-    /// A file, a pipe, a dumb terminal: lines.
-    Plain,
-}
-
-impl ScreenKind {
-    /// What standard output is.
-    pub fn detect() -> Self {
-        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        match Term::stdout().is_term() && !dumb {
-            true => Self::Terminal,
-            false => Self::Plain,
-        }
-    }
-}
-
-/// Lines without a terminal are this wide.
-const PLAIN_WIDTH: usize = 100;
-
-type Lines = Arc<Mutex<Box<dyn Write + Send>>>;
-
 /// Shows a run. Its methods are called in the order of a run: [`start`](Self::start),
 /// [`step`](Self::step) and [`validation`](Self::validation), [`finish`](Self::finish).
-pub struct Screen {
-    style: Style,
-    /// Draws nothing where there is no terminal.
-    bars: MultiProgress,
-    /// Where lines go where there is no terminal.
-    plain: Option<Lines>,
+pub struct RunScreen {
+    screen: Screen,
     run: Option<Run>,
     /// Until the first step is done.
     preparing: Option<Preparing>,
 }
 
-impl Screen {
-    /// A screen on standard output.
-    pub fn new(kind: ScreenKind) -> Self {
-        match kind {
-            ScreenKind::Plain => Self::writing_to(Box::new(std::io::stdout())),
-            ScreenKind::Terminal => Self {
-                style: Style::of_terminal(),
-                bars: MultiProgress::with_draw_target(ProgressDrawTarget::stdout()),
-                plain: None,
-                run: None,
-                preparing: None,
-            },
-        }
-    }
+impl Deref for RunScreen {
+    type Target = Screen;
 
-    /// A screen of plain lines that go to `writer`.
-    pub fn writing_to(writer: Box<dyn Write + Send>) -> Self {
+    fn deref(&self) -> &Screen {
+        &self.screen
+    }
+}
+
+impl From<Screen> for RunScreen {
+    fn from(screen: Screen) -> Self {
         Self {
-            style: Style::plain(),
-            bars: MultiProgress::with_draw_target(ProgressDrawTarget::hidden()),
-            plain: Some(Arc::new(Mutex::new(writer))),
+            screen,
             run: None,
             preparing: None,
         }
     }
+}
 
-    /// Makes `logger` the program's, its lines above the progress bar rather than through it.
-    ///
-    /// # Errors
-    ///
-    /// If the program has a logger already.
-    pub fn install_logger(&self, logger: env_logger::Logger) -> Result<(), log::SetLoggerError> {
-        let level = logger.filter();
-        LogWrapper::new(self.bars.clone(), logger).try_init()?;
-        // The bridge asks the logger for the level of an empty target only.
-        log::set_max_level(level);
-        Ok(())
+impl RunScreen {
+    /// A screen on standard output.
+    pub fn new(kind: ScreenKind) -> Self {
+        Screen::new(kind).into()
     }
 
-    /// Prints a line, above the progress bar if there is one.
-    pub fn line(&self, text: &str) {
-        match &self.plain {
-            Some(lines) => write_line(lines, text),
-            // Not `MultiProgress::println`, which cuts lines at the terminal's width.
-            None => self.bars.suspend(|| {
-                let _ = writeln!(std::io::stdout(), "{text}");
-            }),
-        }
-    }
-
-    /// Prints something that the user should know, after "note".
-    pub fn note(&self, text: &str) {
-        let wrapped = summary::wrap(text, self.width().saturating_sub(6));
-        for (index, line) in wrapped.iter().enumerate() {
-            let heading = if index == 0 { "note  " } else { "      " };
-            self.line(&format!("{}{line}", self.style.warn(heading)));
-        }
-    }
-
-    /// Shows the progress of something of known length that comes before the run, such as loading weights.
-    pub fn task(&self, name: &str, length: usize) -> Task<'_> {
-        let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        bar.set_length(length as u64);
-        bar.set_style(style(
-            "{msg} [{bar:30}] {pos}/{len}, {elapsed_text}",
-            &[("elapsed_text", elapsed)],
-        ));
-        let bar = self.bars.add(bar);
-        bar.set_message(name.to_string());
-        Task {
-            screen: self,
-            bar,
-            name: name.into(),
-            started: Instant::now(),
-        }
+    /// A screen of plain lines that go to `writer`.
+    pub fn writing_to(writer: Box<dyn Write + Send>) -> Self {
+        Screen::writing_to(writer).into()
     }
 
     /// Says what will be trained, and puts up the progress bar.
     pub fn start(&mut self, summary: &RunSummary) {
-        for line in summary.lines(self.style, self.width()) {
+        for line in summary.lines(self.style(), self.width()) {
             self.line(&line);
         }
         let end = Arc::new(AtomicU64::new(0));
@@ -167,15 +84,15 @@ impl Screen {
             let _ = write!(out, "{elapsed}{left}");
         };
         bar.set_style(
-            style(
+            bar_style(
                 "[{wide_bar:.green/dim}] {pos}/{len}  {percent} %  {times}\n{wide_msg}",
                 &[],
             )
             .with_key("times", times),
         );
         bar.set_message("the first step takes longest on a GPU: its kernels are compiled");
-        let bar = self.bars.add(bar);
-        if self.plain.is_none() {
+        let bar = self.screen.add(bar);
+        if self.printer().is_none() {
             // The times go on during a long step.
             bar.enable_steady_tick(Duration::from_secs(1));
         }
@@ -191,13 +108,13 @@ impl Screen {
             Some(run) => run.bar.clone(),
             None => {
                 let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-                bar.set_style(style("{msg}", &[]));
-                self.bars.add(bar)
+                bar.set_style(bar_style("{msg}", &[]));
+                self.screen.add(bar)
             }
         };
-        self.preparing = Some(match self.plain.clone() {
-            Some(lines) => {
-                let tell = move |text: String| write_line(&lines, &text);
+        self.preparing = Some(match self.printer() {
+            Some(printer) => {
+                let tell = move |text: String| printer.line(&text);
                 Preparing::new(what, Duration::from_secs(30), kernels, tell)
             }
             None => {
@@ -222,7 +139,7 @@ impl Screen {
     /// Shows a step: on the bar, or as a line every `logging_steps`.
     pub fn step(&mut self, line: &TrainLine) {
         self.preparing = None;
-        let width = self.width();
+        let (width, printer) = (self.width(), self.printer());
         let Some(run) = &mut self.run else {
             return;
         };
@@ -230,9 +147,10 @@ impl Screen {
         run.bar.set_position(line.step as u64);
         run.bar.set_message(run.numbers(line, width).join("  "));
         let due = line.step.is_multiple_of(run.logging_steps) || line.step == run.total;
-        if self.plain.is_some() && (due || run.is_first(line.step)) {
-            let text = run.plain_line(line);
-            self.line(&text);
+        if let Some(printer) = printer
+            && (due || run.is_first(line.step))
+        {
+            printer.line(&run.plain_line(line));
         }
     }
 
@@ -246,7 +164,7 @@ impl Screen {
 
     /// Shows a validation, with its change since the last one.
     pub fn validation(&mut self, line: &ValidationLine) {
-        let style = self.style;
+        let style = self.style();
         let Some(run) = &mut self.run else {
             return;
         };
@@ -263,26 +181,14 @@ impl Screen {
             }
             None => Default::default(),
         };
-        for line in result.lines(&losses, &validations, self.style, self.width()) {
+        for line in result.lines(&losses, &validations, self.style(), self.width()) {
             self.line(&line);
         }
     }
-
-    fn width(&self) -> usize {
-        match self.plain {
-            Some(_) => PLAIN_WIDTH,
-            None => usize::from(Term::stdout().size().1).clamp(40, 120),
-        }
-    }
-}
-
-fn write_line(lines: &Lines, text: &str) {
-    let mut writer = lines.lock().unwrap_or_else(PoisonError::into_inner);
-    let _ = writeln!(writer, "{text}").and_then(|()| writer.flush());
 }
 
 /// An error's message must not be drawn over: the bar stays where it was, and lines go below it.
-impl Drop for Screen {
+impl Drop for RunScreen {
     fn drop(&mut self) {
         self.preparing = None;
         if let Some(run) = &self.run {
@@ -291,52 +197,10 @@ impl Drop for Screen {
     }
 }
 
-/// Something with a known length that is under way; dropping it takes its bar away.
-pub struct Task<'a> {
-    screen: &'a Screen,
-    bar: ProgressBar,
-    name: String,
-    started: Instant,
-}
-
-impl Task<'_> {
-    /// So much of it is done.
-    pub fn at(&self, done: usize) {
-        self.bar.set_position(done as u64);
-    }
-
-    /// It is done: `text` says with what.
-    pub fn done(self, text: &str) {
-        self.bar.finish_and_clear();
-        let took = human::duration(self.started.elapsed());
-        self.screen.line(&format!("{}: {text} ({took})", self.name));
-    }
-}
-
-impl Drop for Task<'_> {
-    fn drop(&mut self) {
-        self.bar.finish_and_clear();
-    }
-}
-
-type Key = fn(&ProgressState, &mut dyn fmt::Write);
-
-fn elapsed(state: &ProgressState, out: &mut dyn fmt::Write) {
-    let _ = out.write_str(&human::clock(state.elapsed()));
-}
-
-/// A style with these keys. The templates are constants of this file; if one were wrong, the bar
-/// would have indicatif's look.
-fn style(template: &str, keys: &[(&'static str, Key)]) -> ProgressStyle {
-    let style = ProgressStyle::with_template(template)
-        .unwrap_or_else(|_| ProgressStyle::default_bar())
-        .progress_chars("=> ");
-    keys.iter()
-        .fold(style, |style, (name, key)| style.with_key(name, *key))
-}
-
 #[cfg(test)]
 mod tests {
+    use std::sync::Mutex;
+
     use super::*;
 
     /// What a plain screen has printed.
@@ -360,9 +224,9 @@ mod tests {
         }
     }
 
-    fn screen() -> (Screen, Printed) {
+    fn screen() -> (RunScreen, Printed) {
         let printed = Printed::default();
-        (Screen::writing_to(Box::new(printed.clone())), printed)
+        (RunScreen::writing_to(Box::new(printed.clone())), printed)
     }
 
     fn line(step: usize) -> TrainLine {
@@ -445,17 +309,6 @@ mod tests {
     }
 
     #[test]
-    fn a_task_says_when_it_is_done_and_nothing_when_it_is_not() {
-        let (screen, printed) = screen();
-        let task = screen.task("loading", 10);
-        task.at(3);
-        drop(task);
-        assert_eq!(printed.text(), "");
-        screen.task("loading", 10).done("10 tensors");
-        assert!(printed.text().starts_with("loading: 10 tensors ("));
-    }
-
-    #[test]
     fn calls_out_of_order_do_nothing() {
         let (mut screen, printed) = screen();
         screen.step(&line(1));
@@ -479,7 +332,7 @@ mod tests {
 
     #[test]
     fn a_screen_that_nobody_reads_does_not_stop_the_run() {
-        let mut screen = Screen::writing_to(Box::new(Closed));
+        let mut screen = RunScreen::writing_to(Box::new(Closed));
         screen.start(&summary::tests::summary());
         screen.step(&line(1));
         screen.finish(&RunResult::default());

@@ -16,7 +16,6 @@ use crate::device::{self, Backend, Selected};
 use crate::fit::Fit;
 use crate::gradients;
 use crate::guard::{DeviceFault, FaultKind, Guard};
-use crate::human;
 use crate::interrupt::Interrupt;
 use crate::loss::LossSums;
 use crate::loss_scale::LossScale;
@@ -24,9 +23,10 @@ use crate::metrics::{MetricsError, MetricsWriter, SkippedLine, TrainLine, Valida
 use crate::optimizer::Optimizer;
 use crate::output::OutputFolder;
 use crate::peft::{AdapterConfig, AdapterError, AdapterTensors};
-use crate::screen::{Scores, Screen};
+use crate::screen::{RunScreen, Scores};
 use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use crate::train::{TrainError, WrongNumbers};
+use terminal::human;
 
 /// A run under way.
 pub struct Session<'a> {
@@ -51,7 +51,7 @@ pub struct Session<'a> {
     /// Whether it shall stop.
     pub interrupt: &'a Interrupt,
     /// Where it is shown.
-    pub screen: &'a mut Screen,
+    pub screen: &'a mut RunScreen,
     asked: Backend,
     guard: Guard,
     started: Instant,
@@ -88,7 +88,11 @@ pub struct Beginning<'a> {
 
 impl<'a> Session<'a> {
     /// Begins. From here on failures of the device are caught.
-    pub fn new(beginning: Beginning<'a>, interrupt: &'a Interrupt, screen: &'a mut Screen) -> Self {
+    pub fn new(
+        beginning: Beginning<'a>,
+        interrupt: &'a Interrupt,
+        screen: &'a mut RunScreen,
+    ) -> Self {
         let progress_step = beginning.progress.step;
         Self {
             config: beginning.config,

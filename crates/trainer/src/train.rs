@@ -26,10 +26,12 @@ use crate::output::{Existing, OutputError, OutputFolder};
 use crate::peft::{self, AdapterError};
 use crate::plan;
 use crate::schedule::Schedule;
-use crate::screen::{AdapterSummary, DataSummary, RunResult, RunSummary, Screen, StepSummary};
+use crate::screen::{AdapterSummary, DataSummary, RunResult, RunScreen, RunSummary, StepSummary};
 use crate::session::{self, Beginning, Session};
 use crate::step::NotFinite;
-use crate::{human, memory};
+use terminal::human;
+
+use crate::memory;
 use durable::faults::{self, FaultError, Kernels};
 
 /// Why a run did not start, or stopped.
@@ -238,7 +240,7 @@ pub enum Ended {
 pub fn train(
     request: &Request,
     interrupt: &Interrupt,
-    screen: &mut Screen,
+    screen: &mut RunScreen,
 ) -> Result<Ended, TrainError> {
     faults::init(Kernels {
         operations: &lora_core::spoil::OPERATIONS,

@@ -2,8 +2,8 @@
 
 use super::results::{Measured, ScenarioResult};
 use super::statistics::{Ratio, median};
-use super::table::Table;
-use crate::human;
+use terminal::Table;
+use terminal::human;
 
 pub(super) fn speed(result: &ScenarioResult) -> Table {
     let mut table = Table::new(

@@ -3,7 +3,7 @@
 use super::results::{Goal, Measured, ScenarioResult};
 use super::scenario;
 use super::statistics::Ratio;
-use crate::human;
+use terminal::human;
 
 /// At least so many times the speed, at most such a share of the memory, against whom.
 struct Comparison {

@@ -15,8 +15,10 @@ use super::results::{Absent, ScenarioResult};
 use super::rows::{self, Work};
 use super::running::{Running, progress};
 use super::scenario::{Model, Rows, Scenario};
-use crate::screen::Screen;
-use crate::{embedded, human};
+use terminal::Screen;
+use terminal::human;
+
+use crate::embedded;
 
 /// Of every contender, as in FinLoRA's configurations.
 const LEARNING_RATE: f64 = 1e-4;

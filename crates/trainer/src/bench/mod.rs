@@ -38,7 +38,6 @@ mod running;
 mod scenario;
 mod statistics;
 mod svg;
-pub(crate) mod table;
 mod worker;
 
 use std::path::{Path, PathBuf};
@@ -51,7 +50,7 @@ pub use statistics::{Ratio, Spread};
 pub use worker::serve;
 
 use crate::embedded;
-use crate::screen::Screen;
+use terminal::Screen;
 
 /// Where the model and the rows are looked for when the command line does not say.
 const MODEL: &str = "models/SmolLM2-135M-Instruct";
@@ -165,14 +164,14 @@ fn write(results: &Results, folder: &Path) -> Result<Vec<PathBuf>, BenchError> {
 /// The results for the screen.
 fn lines(results: &Results, written: &[PathBuf]) -> Vec<String> {
     let mut lines = vec![String::new()];
-    lines.extend(table::wrapped(&report::heading(results), ""));
+    lines.extend(terminal::wrapped(&report::heading(results), ""));
     for table in report::tables(results) {
         lines.push(String::new());
         lines.extend(table.lines());
     }
     lines.push(String::new());
     if !results.scenarios.is_empty() {
-        lines.extend(table::wrapped(results.flops_counted, ""));
+        lines.extend(terminal::wrapped(results.flops_counted, ""));
         lines.push(String::new());
     }
     lines.extend(written.iter().map(|path| format!("  {}", path.display())));

@@ -4,8 +4,8 @@ use super::comparison::{flop, losses, none, phases, ratios, speed};
 use super::protocol::Floors;
 use super::results::{Results, ScenarioResult};
 use super::statistics::Spread;
-use super::table::Table;
-use crate::human;
+use terminal::Table;
+use terminal::human;
 
 /// Every table, in the order in which they are read.
 pub(super) fn tables(results: &Results) -> Vec<Table> {

@@ -8,7 +8,7 @@ use super::error::BenchError;
 use super::protocol::{Answer, Command, Floors, Loaded, Round, WorkerSpec};
 use super::results::Measured;
 use super::statistics::Spread;
-use crate::human;
+use terminal::human;
 
 /// A contender that is loaded, and what it has measured so far.
 pub(super) struct Running {

@@ -4,7 +4,7 @@ use std::fmt::Write;
 
 use super::comparison::by_speed;
 use super::results::{Measured, Results, ScenarioResult};
-use crate::human;
+use terminal::human;
 
 const WIDTH: f64 = 960.0;
 /// Where bars of the two panels begin and end.

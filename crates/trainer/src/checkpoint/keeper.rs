@@ -9,7 +9,7 @@ use crate::config::Config;
 use crate::interrupt::Interrupt;
 use crate::output::OutputFolder;
 use crate::peft::{AdapterConfig, AdapterTensors, write_adapter};
-use crate::screen::Screen;
+use terminal::Screen;
 
 /// A copy on the host takes at most this share of a run's time.
 const COPYING: f64 = 0.01;

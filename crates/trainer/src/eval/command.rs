@@ -20,9 +20,9 @@ use crate::data::{
 use crate::device::KernelArgs;
 use crate::embedded;
 use crate::hub;
-use crate::human;
 use crate::inference::{Inference, ModelArgs};
-use crate::screen::Screen;
+use terminal::Screen;
+use terminal::human;
 
 /// The command's arguments.
 #[derive(Debug, Args)]

@@ -2,8 +2,8 @@
 
 use super::metrics::{LabelScores, Scores};
 use super::results::{Contender, Difference, FileResults, Results, Scorer};
-use crate::bench::table::Table;
-use crate::human;
+use terminal::Table;
+use terminal::human;
 
 /// Labels beyond which a table of them is left to the file of results.
 const MOST_SHOWN: usize = 20;

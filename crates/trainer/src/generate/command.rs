@@ -12,9 +12,9 @@ use super::{Finish, Generator, Limits, Sampling, Timing};
 use crate::config::PromptTemplate;
 use crate::data::{ModelFiles, RowTokenizer, TrainingPrompt};
 use crate::device::KernelArgs;
-use crate::human;
 use crate::inference::{Inference, ModelArgs};
-use crate::screen::Screen;
+use terminal::Screen;
+use terminal::human;
 
 /// The command's arguments.
 #[derive(Debug, Args)]

@@ -18,8 +18,8 @@ use crate::config::EMBEDDED;
 use crate::data::ModelFiles;
 use crate::embedded;
 use crate::hub::{self, Need};
-use crate::human;
-use crate::screen::Screen;
+use terminal::Screen;
+use terminal::human;
 
 /// The command's arguments.
 #[derive(Debug, Args)]
@@ -58,7 +58,7 @@ fn tensor_kind(word: &str) -> Result<TensorKind, String> {
 /// # Errors
 ///
 /// What is wrong with the model, the adapter or the output. Nothing is left in the output's place.
-pub fn run(args: &ExportGgufArgs, screen: &mut Screen) -> anyhow::Result<()> {
+pub fn run(args: &ExportGgufArgs, screen: &Screen) -> anyhow::Result<()> {
     let output = &args.output;
     if output.is_dir() {
         bail!(
@@ -116,7 +116,7 @@ fn write_model(
     model: &LlamaConfig,
     adapter: Option<&Adapter>,
     kind: TensorKind,
-    screen: &mut Screen,
+    screen: &Screen,
 ) -> anyhow::Result<u64> {
     let mut weights = Weights::open(path)?;
     let mut shapes = model.tensor_shapes();

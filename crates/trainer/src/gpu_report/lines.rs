@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use super::finding::Finding;
-use crate::human;
+use terminal::human;
 
 /// A finding for the screen.
 pub fn line(finding: &Finding) -> Option<String> {

@@ -15,7 +15,7 @@ use super::shapes::Shape;
 use super::training;
 use super::worker::WorkerOptions;
 use crate::device::Backend;
-use crate::screen::Screen;
+use terminal::Screen;
 
 /// Nothing is begun with less time than this: a device has to start first.
 pub const LEAST: Duration = Duration::from_secs(8);

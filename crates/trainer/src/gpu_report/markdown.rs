@@ -2,8 +2,8 @@
 
 use super::finding::{Group, Rate, StepFinding, Training};
 use super::report::Report;
-use crate::bench::table::Table;
-use crate::human;
+use terminal::Table;
+use terminal::human;
 
 /// The whole report.
 pub fn markdown(report: &Report) -> String {

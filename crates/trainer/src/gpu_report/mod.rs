@@ -46,10 +46,10 @@ pub use section::Section;
 pub use worker::{WorkerOptions, serve};
 
 use crate::device::Backend;
-use crate::screen::Screen;
 use clock::Clock;
 use finding::LeftOut;
 use making::{LEAST, Making};
+use terminal::Screen;
 
 /// What a report is made of.
 #[derive(Debug, Clone, PartialEq)]

@@ -15,7 +15,9 @@ use crate::bench::Spread;
 use crate::device::{self, Backend, Selected};
 use crate::guard::{FaultKind, Guard};
 use crate::plan::{Plan, PlanOptions, Workload};
-use crate::{human, memory};
+use terminal::human;
+
+use crate::memory;
 
 /// Tokens of a step: so many examples as make them up.
 const TOKENS_PER_STEP: usize = 2048;

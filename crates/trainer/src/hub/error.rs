@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use super::HubName;
-use crate::human;
+use terminal::human;
 
 /// Why a name does not lead to a folder with a model or an adapter. Messages say what to do.
 #[derive(Debug, thiserror::Error)]

@@ -39,7 +39,7 @@ pub use name::HubName;
 pub use progress::Progress;
 pub use settings::Settings;
 
-use crate::human;
+use terminal::human;
 
 /// A small model that messages can name.
 pub const EXAMPLE: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 use console::Term;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use crate::human;
+use terminal::human;
 
 /// Without a terminal a line a tenth, and not more often than this.
 const PAUSE: Duration = Duration::from_secs(5);

@@ -8,8 +8,8 @@ use safetensors::Dtype;
 
 use super::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, merge, survival, unmerge};
 use crate::hub::{self, Need};
-use crate::human;
-use crate::screen::Screen;
+use terminal::Screen;
+use terminal::human;
 
 /// The arguments of `merge`.
 #[derive(Debug, Args)]

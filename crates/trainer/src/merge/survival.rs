@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 
 use lora_core::Quantization;
 
-use crate::human;
+use terminal::human;
 
 /// Below this cosine over all modules together the merged model is refused: more than 40 % noise.
 pub const LEAST_OVERALL: f64 = 0.9;

@@ -5,7 +5,7 @@ use lora_core::{LoraError, Quantization};
 
 use super::{Part, Plan, PlanOptions};
 use crate::device::{Backend, DeviceMemory, Known};
-use crate::human;
+use terminal::human;
 
 impl Plan {
     /// The plan as a table: parameters and memory by part, then the peak.

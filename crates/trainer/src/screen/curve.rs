@@ -1,6 +1,6 @@
 //! The loss over the run, drawn with characters.
 
-use crate::human;
+use terminal::human;
 
 /// Rows of the drawing.
 const HEIGHT: usize = 7;

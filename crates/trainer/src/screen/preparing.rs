@@ -5,7 +5,7 @@ use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
 use crate::device::KeptKernels;
-use crate::human;
+use terminal::human;
 
 /// Says from time to time how many kernels are ready, until it is dropped.
 pub struct Preparing {

@@ -4,8 +4,8 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::curve;
-use super::style::Style;
-use crate::human;
+use terminal::Style;
+use terminal::human;
 
 /// A validation's numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -6,10 +6,10 @@ use std::time::{Duration, Instant};
 
 use indicatif::ProgressBar;
 
-use super::style::Style;
 use super::{StepSummary, result};
-use crate::human;
 use crate::metrics::{History, TrainLine, ValidationLine};
+use terminal::Style;
+use terminal::human;
 
 /// What the screen remembers of a run.
 pub(super) struct Run {

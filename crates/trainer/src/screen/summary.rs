@@ -2,8 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::style::Style;
-use crate::human;
+use terminal::Style;
+use terminal::{KEPT_SPACE, human, wrap};
 
 /// Everything that a user should see before the first step. Plain data: the loop fills it in.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -260,32 +260,6 @@ fn join(separator: &str, parts: &[&str]) -> String {
         .filter(|part| !part.is_empty())
         .collect();
     parts.join(separator)
-}
-
-/// A space at which [`wrap`] does not break a line.
-const KEPT_SPACE: &str = "\u{a0}";
-
-/// Breaks at spaces; a word longer than `width` gets a line of its own.
-pub(super) fn wrap(text: &str, width: usize) -> Vec<String> {
-    let mut lines = vec![String::new()];
-    let mut used = 0;
-    for word in text.split(' ') {
-        let size = console::measure_text_width(word);
-        if used > 0 && used + 1 + size > width {
-            lines.push(String::new());
-            used = 0;
-        }
-        if let Some(line) = lines.last_mut() {
-            if used > 0 {
-                line.push(' ');
-                used += 1;
-            }
-            line.push_str(word);
-            used += size;
-        }
-    }
-    let spaced = lines.iter().map(|line| line.replace(KEPT_SPACE, " "));
-    spaced.collect()
 }
 
 #[cfg(test)]

@@ -17,7 +17,7 @@ use crate::config::PromptTemplate;
 use crate::data::TrainingPrompt;
 use crate::hub;
 use crate::inference::{Inference, ModelArgs};
-use crate::screen::Screen;
+use terminal::Screen;
 
 /// Runs the command.
 ///

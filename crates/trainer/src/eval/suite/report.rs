@@ -3,9 +3,9 @@
 use super::super::report::heading;
 use super::results::{Averages, SuiteContender, SuiteResults, TaskScores};
 use super::tasks::{Judged, of_name};
-use crate::bench::table::Table;
 use crate::config::PromptTemplate;
-use crate::human;
+use terminal::Table;
+use terminal::human;
 
 /// Tables that are wider are shown with a line for each task.
 const WIDTH: usize = 100;

@@ -15,8 +15,8 @@ use super::results::{Averages, SuiteContender, SuiteResults, TaskScores};
 use super::score::{finlora_scores, strict_scores};
 use super::tasks::Judged;
 use crate::inference::Inference;
-use crate::screen::Screen;
 use durable::write_atomically;
+use terminal::Screen;
 
 /// A run under way.
 pub struct Run<'a> {

@@ -2,7 +2,7 @@
 
 /// Paints words, or leaves them as they are.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Style {
+pub struct Style {
     colour: bool,
 }
 
@@ -19,18 +19,22 @@ impl Style {
         }
     }
 
+    /// Less visible than the rest.
     pub fn dim(self, text: &str) -> String {
         self.paint(text, console::Style::dim)
     }
 
+    /// Bold.
     pub fn bold(self, text: &str) -> String {
         self.paint(text, console::Style::bold)
     }
 
+    /// Green.
     pub fn good(self, text: &str) -> String {
         self.paint(text, console::Style::green)
     }
 
+    /// Yellow.
     pub fn warn(self, text: &str) -> String {
         self.paint(text, console::Style::yellow)
     }

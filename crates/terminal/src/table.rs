@@ -4,13 +4,16 @@ use crate::human;
 
 /// A table: a heading, columns, notes below.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
-pub(crate) struct Table {
+pub struct Table {
+    /// The heading.
     pub title: String,
     /// The first column is words, the others are numbers and flushed right, but for those in `words`.
     pub header: Vec<String>,
+    /// The cells, row by row, as many as the header has.
     pub rows: Vec<Vec<String>>,
     /// Further columns of words.
     pub words: Vec<usize>,
+    /// Sentences below the table.
     pub notes: Vec<String>,
 }
 
@@ -73,8 +76,8 @@ impl Table {
     }
 }
 
-/// A sentence in lines of at most [`WIDTH`] columns.
-pub(super) fn wrapped(text: &str, indent: &str) -> Vec<String> {
+/// A sentence in lines of at most 100 columns, each behind `indent`.
+pub fn wrapped(text: &str, indent: &str) -> Vec<String> {
     let mut lines = vec![indent.to_string()];
     for word in text.split_whitespace() {
         let last = lines
