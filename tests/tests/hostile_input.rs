@@ -8,6 +8,7 @@ use std::fmt::Display;
 use std::path::Path;
 
 use burn::tensor::Device;
+use hub::{Hub, HubName, Need, Progress, Settings};
 use llama_burn::{Llama, LlamaConfig, LoadOptions, load};
 use lora_core::{LoraConfig, Quantization};
 use serde_json::json;
@@ -20,7 +21,6 @@ use tests::{embedded_asset, fixture};
 use trainer::checkpoint::{Checkpoint, MANIFEST, Manifest};
 use trainer::config::{Config, PromptTemplate};
 use trainer::data::{ModelFiles, PROMPT_FILE, RowTokenizer, TrainingPrompt, read_rows};
-use trainer::hub::{Hub, HubName, Need, Progress, Settings};
 use trainer::merge::survival;
 use trainer::optimizer::AdamW;
 use trainer::peft::read_adapter;

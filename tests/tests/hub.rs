@@ -4,9 +4,9 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use hub::{Hub, HubError, HubName, Need, Progress, Settings};
 use serde_json::json;
 use tests::hub_server::{COMMIT, Fault, HubServer, Repository, Request, git_hash, sha256};
-use trainer::hub::{Hub, HubError, HubName, Need, Progress, Settings};
 
 const NAME: &str = "owner/model";
 

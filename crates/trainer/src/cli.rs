@@ -18,7 +18,6 @@ use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
 use crate::gguf::{self, ExportGgufArgs};
 use crate::gpu_report::{self, ReportOptions, Section, WorkerOptions};
-use crate::hub::{self, Need};
 use crate::interrupt::{Interrupt, RESUMABLE};
 use crate::logits::{self, LogitsArgs};
 use crate::merge::{self, MergeArgs, UnmergeArgs};
@@ -29,6 +28,7 @@ use crate::screen::RunScreen;
 use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
 use crate::{bench, checkpoint, data, make_assets, parity, peft, plan};
+use hub::{self, Need};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]

@@ -22,7 +22,6 @@
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
 //! | [`gpu_report`] | what a GPU computes, how right and how fast: for users to run and send |
-//! | [`hub`] | models and adapters by their names on the Hugging Face Hub |
 //! | [`embedded`], [`make_assets`] | the model and data inside the program, and how they are made |
 
 pub mod bench;
@@ -43,7 +42,6 @@ pub mod gguf;
 pub mod gpu_report;
 pub mod gradients;
 pub mod guard;
-pub mod hub;
 pub mod inference;
 pub mod interrupt;
 pub mod logits;

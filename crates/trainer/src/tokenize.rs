@@ -9,7 +9,7 @@ use clap::Args;
 use crate::config::{EMBEDDED, PromptTemplate};
 use crate::data::{ModelFiles, RowTokenizer};
 use crate::embedded;
-use crate::hub::{self, Need};
+use hub::{self, Need};
 
 /// The command's arguments.
 #[derive(Debug, Args)]

@@ -16,7 +16,6 @@ use crate::device::{
 use crate::embedded::{self, EmbeddedError};
 use crate::fit::{self, Fit, FitError};
 use crate::guard::DeviceFault;
-use crate::hub::{self, HubError, Need};
 use crate::interrupt::Interrupt;
 use crate::loss_scale::LossScale;
 use crate::metrics::{self, MetricsError, TrainLine};
@@ -29,6 +28,7 @@ use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunScreen, RunSummary, StepSummary};
 use crate::session::{self, Beginning, Session};
 use crate::step::NotFinite;
+use hub::{self, HubError, Need};
 use terminal::human;
 
 use crate::memory;

@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::error::{Problem, Problems};
 use super::{Config, EMBEDDED, Source};
-use crate::hub::{self, HubName};
+use hub::{self, HubName};
 
 /// The places where a path of this configuration may lead, best first.
 ///

@@ -19,7 +19,6 @@ use crate::data::{
 };
 use crate::device::KernelArgs;
 use crate::embedded;
-use crate::hub;
 use crate::inference::{Inference, ModelArgs};
 use terminal::Screen;
 use terminal::human;

@@ -17,7 +17,7 @@ use super::vocabulary::tokenizer_metadata;
 use crate::config::EMBEDDED;
 use crate::data::ModelFiles;
 use crate::embedded;
-use crate::hub::{self, Need};
+use hub::{self, Need};
 use terminal::Screen;
 use terminal::human;
 

@@ -7,7 +7,7 @@ use lora_core::Quantization;
 use safetensors::Dtype;
 
 use super::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, merge, survival, unmerge};
-use crate::hub::{self, Need};
+use hub::{self, Need};
 use terminal::Screen;
 use terminal::human;
 

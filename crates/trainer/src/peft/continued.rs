@@ -8,7 +8,7 @@ use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, Tar
 use super::token_rows::{check_tokens, name_tables, with_fresh_rows};
 use super::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
 use crate::config::{Config, Problem, Problems};
-use crate::hub::{self, HubError};
+use hub::{self, HubError};
 
 /// Why training cannot start from an adapter, or with fresh ones.
 #[derive(Debug, thiserror::Error)]

@@ -19,7 +19,7 @@ use super::error::{Problem, nearest};
 use super::raw::{RawConfig, RawEntry, key_and_value};
 use super::reader::KEYS;
 use super::value::Value;
-use crate::hub::HubName;
+use hub::HubName;
 use keys::is_off;
 
 /// How a value is written elsewhere.

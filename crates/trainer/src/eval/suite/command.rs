@@ -15,7 +15,6 @@ use super::results::SuiteResults;
 use super::run::Run;
 use crate::config::PromptTemplate;
 use crate::data::TrainingPrompt;
-use crate::hub;
 use crate::inference::{Inference, ModelArgs};
 use terminal::Screen;
 
