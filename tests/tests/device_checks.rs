@@ -8,6 +8,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{Device, FloatDType, Tensor};
+use data::contained::contain;
 use llama_burn::{LlamaConfig, LoadOptions, PackedTokens};
 use lora_core::spoil::{OPERATIONS, spoil};
 use lora_core::{IntegerWeight, LoraConfig, LoraLinear, Quantization};
@@ -16,7 +17,6 @@ use tests::program::run_with;
 use tests::reliability::{Row, record};
 use tests::runs::{checkpoints, last_step};
 use tests::workspace::Workspace;
-use trainer::contained::contain;
 use trainer::device::{self, Backend, Check, CheckOptions, DeviceError, Selected};
 use trainer::guard::{DeviceFault, FaultKind, Guard};
 

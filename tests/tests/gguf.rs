@@ -4,6 +4,8 @@ use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use data::PromptTemplate;
+use data::{ModelFiles, RowTokenizer};
 use llama_burn::gguf::{Array, GgufFile, GgufWriter, TensorKind, TensorPlan, Value, is_gguf};
 use llama_burn::{LlamaConfig, Weights};
 use lora_core::CounterRng;
@@ -12,8 +14,6 @@ use tests::allocator::CountingAllocator;
 use tests::fixture;
 use tests::program::run;
 use tests::workspace::copy_folder;
-use trainer::config::PromptTemplate;
-use trainer::data::{ModelFiles, RowTokenizer};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;

@@ -8,6 +8,8 @@ use std::fmt::Display;
 use std::path::Path;
 
 use burn::tensor::Device;
+use data::PromptTemplate;
+use data::{ModelFiles, PROMPT_FILE, RowTokenizer, TrainingPrompt, read_rows};
 use hub::{Hub, HubName, Need, Progress, Settings};
 use llama_burn::{Llama, LlamaConfig, LoadOptions, load};
 use lora_core::{LoraConfig, Quantization};
@@ -19,8 +21,7 @@ use tests::mutate::Format;
 use tests::workspace::{Workspace, copy_folder, tokenizer};
 use tests::{embedded_asset, fixture};
 use trainer::checkpoint::{Checkpoint, MANIFEST, Manifest};
-use trainer::config::{Config, PromptTemplate};
-use trainer::data::{ModelFiles, PROMPT_FILE, RowTokenizer, TrainingPrompt, read_rows};
+use trainer::config::Config;
 use trainer::merge::survival;
 use trainer::optimizer::AdamW;
 use trainer::peft::read_adapter;

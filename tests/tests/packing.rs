@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Device;
+use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, RopeScaling};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
 use tests::fixture;
-use trainer::data::{Batch, BatchRow, Prefixes};
 use trainer::gradients::{AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate};
 use trainer::loss::LossSums;
 use trainer::parity::against_reference;

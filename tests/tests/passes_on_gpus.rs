@@ -6,10 +6,10 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig};
 use lora_core::{CounterRng, LoraConfig, Quantization, TargetModules};
 use tests::devices;
-use trainer::data::{Batch, BatchRow, Prefixes};
 use trainer::gradients::{AdapterGradients, PassOptions, accumulate, evaluate};
 use trainer::loss::LossSums;
 use trainer::peft::AdapterTensors;

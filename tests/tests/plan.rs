@@ -3,10 +3,10 @@
 //! One test only: the counting allocator sees every thread of the process.
 
 use burn::tensor::Device;
+use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, RopeScaling, TokenRows};
 use lora_core::{LoraConfig, Quantization, TargetModules};
 use tests::allocator::CountingAllocator;
-use trainer::data::{Batch, BatchRow, Prefixes};
 use trainer::gradients::{AdapterGradients, PassOptions, accumulate};
 use trainer::plan::{Plan, PlanOptions, Workload};
 

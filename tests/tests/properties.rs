@@ -3,12 +3,12 @@
 use std::path::Path;
 
 use burn::tensor::Device;
+use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, PackedTokens, RopeScaling};
 use proptest::prelude::*;
 use proptest::sample::{Index, select, subsequence};
 use serde_json::{Value, json};
 use trainer::config::Config;
-use trainer::data::{Batch, BatchRow, Prefixes};
 use trainer::gradients::evaluate;
 
 /// Keys with some of the values that are right for them, whatever the other keys are.

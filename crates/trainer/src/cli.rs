@@ -27,7 +27,7 @@ use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::RunScreen;
 use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
-use crate::{bench, checkpoint, data, make_assets, parity, peft, plan};
+use crate::{bench, checkpoint, make_assets, parity, peft, plan};
 use hub::{self, Need};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.

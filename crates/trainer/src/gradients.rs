@@ -12,9 +12,9 @@ use burn::tensor::{IndexingUpdateOp, Int, Shape, Tensor};
 use llama_burn::{Activations, DecoderLayer, LayerPass, Llama, PackedContext};
 use lora_core::CounterRng;
 
-use crate::data::Batch;
 use crate::flat::{self, FlatGradients, joined};
 use crate::loss::{self, Loss, LossOnDevice, LossSums};
+use data::Batch;
 
 /// Gradients of the adapters, added up over micro-batches: of the summed loss, not of its mean, and times the loss scale.
 ///

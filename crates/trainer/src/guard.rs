@@ -7,7 +7,7 @@ use std::fmt;
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use crate::contained;
+use data::contained;
 
 /// What went wrong on the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -110,7 +110,7 @@ fn in_one_line(message: &str) -> String {
 /// channel is closed", and the first panic seen is the one that says what went wrong.
 ///
 /// Two kinds of panics are not counted. Those of other people's parsers are caught on purpose
-/// ([`crate::contained`]). Those in the definition of a kernel become an error of its outputs, which the
+/// ([`data::contained`]). Those in the definition of a kernel become an error of its outputs, which the
 /// next read gives (cubecl-runtime, `define_kernel`), or, while kernels are tuned, only strike out a candidate.
 pub struct Guard {
     seen: Arc<Mutex<Vec<String>>>,

@@ -9,11 +9,11 @@ use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
 use lora_core::{LoraConfig, LoraError, LoraLinear, Quantization};
 
 use crate::config::EMBEDDED;
-use crate::data::{DataError, ModelFiles};
 use crate::device::{self, Backend, CheckOptions, DeviceError, KernelArgs, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::merge::{Survival, SurvivalReport};
 use crate::peft::{AdapterConfig, AdapterError, read_adapter};
+use data::{DataError, ModelFiles};
 use hub::{self, HubError, Need};
 use terminal::Screen;
 

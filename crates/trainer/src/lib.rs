@@ -4,7 +4,6 @@
 //! | --- | --- |
 //! | [`cli`] | the command line |
 //! | [`config`] | a run's settings: read raw, checked as a whole |
-//! | [`data`] | rows, prompts, tokens, packed batches |
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
 //! | [`session`], [`step`], [`gradients`], [`flat`], [`loss`], [`optimizer`], [`schedule`] | its parts |
@@ -29,8 +28,6 @@ pub mod checkpoint;
 pub mod cli;
 pub mod combine;
 pub mod config;
-pub mod contained;
-pub mod data;
 pub mod device;
 pub mod embedded;
 pub mod eval;

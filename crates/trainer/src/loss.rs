@@ -14,8 +14,8 @@ use llama_burn::Llama;
 use lora_core::{cpu, in_vectors};
 use rayon::prelude::*;
 
-use crate::data::Batch;
 use crate::flat::joined;
+use data::Batch;
 
 /// Bytes of scores at a time on the CPU, where they stay near the processor.
 pub(crate) const SCORE_BYTES: usize = 32 << 20;

@@ -12,7 +12,7 @@ mod report;
 use llama_burn::LlamaConfig;
 use lora_core::{LoraConfig, LoraError, ParameterCounts, Quantization, TargetModules};
 
-use crate::data::Batch;
+use data::Batch;
 
 pub use report::{alternatives, shape};
 

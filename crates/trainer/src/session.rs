@@ -11,7 +11,6 @@ use crate::checkpoint::{
     run_folder,
 };
 use crate::config::{Config, OnNonFinite, OnOutOfMemory};
-use crate::data::{Data, Order};
 use crate::device::{self, Backend, Selected};
 use crate::fit::Fit;
 use crate::gradients;
@@ -26,6 +25,7 @@ use crate::peft::{AdapterConfig, AdapterError, AdapterTensors};
 use crate::screen::{RunScreen, Scores};
 use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use crate::train::{TrainError, WrongNumbers};
+use data::{Data, Order};
 use terminal::human;
 
 /// A run under way.

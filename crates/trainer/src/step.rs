@@ -3,10 +3,10 @@
 use llama_burn::Llama;
 use lora_core::CounterRng;
 
-use crate::data::{Dataset, Prefixes};
 use crate::fit::Fit;
 use crate::flat::FlatGradients;
 use crate::gradients::{self, AdapterGradients, PassOptions};
+use data::{Dataset, Prefixes};
 use durable::faults;
 
 /// Separates the dropout's random numbers from those that the same seed gives elsewhere.

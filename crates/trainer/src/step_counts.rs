@@ -9,10 +9,10 @@ use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{LoraConfig, LoraError};
 use serde::Serialize;
 
-use crate::data::{Batch, BatchRow, Prefixes};
 use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::loss_scale::LossScale;
 use crate::optimizer::{AdamW, Optimizer};
+use data::{Batch, BatchRow, Prefixes};
 
 /// What is to be counted.
 #[derive(Debug, Clone)]

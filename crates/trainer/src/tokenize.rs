@@ -6,9 +6,11 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use clap::Args;
 
-use crate::config::{EMBEDDED, PromptTemplate};
-use crate::data::{ModelFiles, RowTokenizer};
+use data::PromptTemplate;
+
+use crate::config::EMBEDDED;
 use crate::embedded;
+use data::{ModelFiles, RowTokenizer};
 use hub::{self, Need};
 
 /// The command's arguments.

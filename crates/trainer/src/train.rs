@@ -9,7 +9,6 @@ use lora_core::{LoraError, Quantization};
 
 use crate::checkpoint::{CheckpointError, Fingerprint, Keeper, Progress, Resume, Resumed};
 use crate::config::{BatchSize, ComputeDtype, Config, Problems};
-use crate::data::{self, Data, DataError, Dataset};
 use crate::device::{
     self, Backend, CheckOptions, DeviceError, DeviceMemory, KeptKernels, Known, Selected,
 };
@@ -28,6 +27,7 @@ use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunScreen, RunSummary, StepSummary};
 use crate::session::{self, Beginning, Session};
 use crate::step::NotFinite;
+use data::{self, Data, DataError, Dataset};
 use hub::{self, HubError, Need};
 use terminal::human;
 
@@ -198,7 +198,7 @@ impl RunFiles {
         time: Option<u64>,
     ) -> Result<Data, DataError> {
         data::prepare(
-            config,
+            &config.data_options(),
             &self.model,
             &self.train,
             self.validation.as_deref(),

@@ -3,10 +3,10 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::data::DataError;
 use crate::device::DeviceError;
 use crate::embedded::EmbeddedError;
 use crate::peft::AdapterError;
+use data::DataError;
 
 /// Why a benchmark, or one of its contenders, stops.
 #[derive(Debug, thiserror::Error)]

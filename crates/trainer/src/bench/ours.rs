@@ -11,7 +11,6 @@ use lora_core::{LoraConfig, Quantization};
 use super::error::BenchError;
 use super::protocol::{Loaded, OursSettings, PeakMemory, Phases, WorkerSpec};
 use super::random_model;
-use crate::data::{Batch, Dataset, Prefixes, TokenizedRow};
 use crate::device::{self, Backend, Selected};
 use crate::fit;
 use crate::gradients::{self, AdapterGradients, PassOptions};
@@ -20,6 +19,7 @@ use crate::memory;
 use crate::optimizer::{AdamW, Optimizer};
 use crate::peft::read_adapter;
 use crate::plan::{Plan, PlanOptions, Workload};
+use data::{Batch, Dataset, Prefixes, TokenizedRow};
 
 /// What one optimizer step did.
 #[derive(Debug, Clone, Copy, PartialEq)]

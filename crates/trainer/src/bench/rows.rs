@@ -6,8 +6,8 @@ use lora_core::CounterRng;
 
 use super::error::BenchError;
 use super::protocol::{Row, Step};
-use crate::config::PromptTemplate;
-use crate::data::{self, Dataset, ModelFiles, Order, RowTokenizer, TokenizedRow};
+use data::PromptTemplate;
+use data::{self, Dataset, ModelFiles, Order, RowTokenizer, TokenizedRow};
 
 /// Decides the order of rows and everything else that is drawn.
 pub(super) const SEED: u64 = 42;

@@ -3,10 +3,10 @@
 use serde::{Deserialize, Serialize};
 
 use super::Fingerprint;
-use crate::data::Prefixes;
 use crate::fit::Fit;
 use crate::loss_scale::LossScale;
 use crate::screen::Scores;
+use data::Prefixes;
 
 /// The version of the format; a program reads its own only.
 pub const FORMAT: u32 = 1;

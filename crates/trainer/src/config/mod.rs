@@ -31,16 +31,13 @@ use std::path::{Path, PathBuf};
 use llama_burn::limited;
 use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
-use crate::data::{Columns, Format};
 use crate::schedule::Decay;
+use data::{Columns, DataOptions, Format, PromptTemplate};
 
 pub(crate) use error::nearest;
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
 pub use files::is_model;
-pub use words::{
-    BatchSize, Checkpointing, ComputeDtype, InstructTemplate, OnNonFinite, OnOutOfMemory,
-    PromptTemplate,
-};
+pub use words::{BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory};
 
 /// The largest configuration that is read, in bytes: some thousand runs.
 const LARGEST: u64 = 1 << 20;
@@ -197,6 +194,17 @@ pub struct Config {
 }
 
 impl Config {
+    /// What the data needs of the settings.
+    pub fn data_options(&self) -> DataOptions {
+        DataOptions {
+            prompt_template: self.prompt_template.clone(),
+            dataset_format: self.dataset_format,
+            dataset_columns: self.dataset_columns.clone(),
+            val_set_size: self.val_set_size,
+            seed: self.seed,
+        }
+    }
+
     /// Reads a configuration file (the built-in one where `path` is `None`), picks a run, applies
     /// `KEY=VALUE` overrides (the value in TOML, else a string) and checks everything.
     ///

@@ -8,10 +8,10 @@ use super::error::{ConfigError, Problem, Problems, nearest};
 use super::raw::RawConfig;
 use super::reader::{Parsed, Reader, boolean, bytes, number, text, whole, whole_up_to, word};
 use super::value::Value;
-use super::words::{BatchSize, Checkpointing, PromptTemplate};
+use super::words::{BatchSize, Checkpointing};
 use super::{Config, files};
-use crate::data::{Columns, Format};
 use crate::schedule::Decay;
+use data::{Columns, Format, PromptTemplate};
 
 /// The linear modules of a Llama's decoder layers.
 const LINEAR_MODULES: [&str; 7] = [

@@ -6,9 +6,9 @@ use llama_burn::Llama;
 
 use super::labels::{Answers, finlora_answer, is_python_space};
 use super::likelihood::{LikelihoodError, log_likelihoods, most_likely};
-use crate::contained::decoded;
-use crate::data::{DataError, Question, Row, RowTokenizer, Source};
 use crate::generate::{GenerateError, Generator, Limits, Sampling};
+use data::contained::decoded;
+use data::{DataError, Question, Row, RowTokenizer, Source};
 
 /// FinLoRA's length of an answer to a classification task, in tokens.
 const LEAST_NEW_TOKENS: usize = 10;

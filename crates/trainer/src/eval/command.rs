@@ -13,13 +13,13 @@ use super::answering::{Answer, Answering, Task, TaskOptions};
 use super::named::{BASE, NamedAdapter, named};
 use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use super::suite::{self, Suite};
-use crate::config::{EMBEDDED, PromptTemplate};
-use crate::data::{
-    self, Format, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template,
-};
+use data::PromptTemplate;
+
+use crate::config::EMBEDDED;
 use crate::device::KernelArgs;
 use crate::embedded;
 use crate::inference::{Inference, ModelArgs};
+use data::{self, Format, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template};
 use terminal::Screen;
 use terminal::human;
 

@@ -170,8 +170,8 @@ mod tests {
     use llama_burn::{LlamaConfig, RopeScaling};
 
     use super::*;
-    use crate::data::{Batch, BatchRow, Prefixes};
     use crate::gradients;
+    use data::{Batch, BatchRow, Prefixes};
 
     fn model() -> Llama {
         let config = LlamaConfig {

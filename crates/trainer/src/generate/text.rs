@@ -2,7 +2,7 @@
 
 use tokenizers::Tokenizer;
 
-use crate::contained::decoded;
+use data::contained::decoded;
 
 /// What the tokenizer puts where bytes are not (yet) a character.
 const INCOMPLETE: char = '\u{fffd}';

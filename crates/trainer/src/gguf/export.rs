@@ -13,10 +13,10 @@ use llama_burn::gguf::{
 use llama_burn::{LlamaConfig, Weights};
 
 use super::adapter::Adapter;
-use super::vocabulary::tokenizer_metadata;
 use crate::config::EMBEDDED;
-use crate::data::ModelFiles;
 use crate::embedded;
+use data::ModelFiles;
+use data::gguf::tokenizer_metadata;
 use hub::{self, Need};
 use terminal::Screen;
 use terminal::human;

@@ -9,11 +9,11 @@ use lora_core::{CounterRng, LoraConfig, TargetModules};
 use super::compare::{self, Depth, values};
 use super::finding::{Check, Finding};
 use super::trainee::{Trainee, options};
-use crate::config::PromptTemplate;
-use crate::data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};
 use crate::device;
 use crate::peft::AdapterTensors;
 use crate::{embedded, parity};
+use data::PromptTemplate;
+use data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};
 
 /// Steps of the loss curve, and of a quick one.
 const STEPS: usize = 20;

@@ -6,10 +6,10 @@ use burn::tensor::Tensor;
 use llama_burn::Llama;
 
 use super::ParityError;
-use crate::data::Batch;
 use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::optimizer::AdamW;
 use crate::peft::{magnitude_name, tensor_names};
+use data::Batch;
 
 /// The scores at every position, `[n, vocab]` row by row.
 pub(super) fn logits(model: &Llama, batch: &Batch) -> Result<Vec<f32>, ParityError> {

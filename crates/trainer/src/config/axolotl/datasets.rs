@@ -4,10 +4,10 @@ use std::path::Path;
 
 use super::super::raw::RawEntry;
 use super::super::value::{Entry, Value};
-use super::super::words::PromptTemplate;
 use super::Converter;
 use super::format::{self, NAMED, Rows};
 use super::keys::is_off;
+use data::PromptTemplate;
 
 /// Readers that stand for a path where the file is in `data_files`.
 const READERS: [&str; 3] = ["json", "csv", "parquet"];

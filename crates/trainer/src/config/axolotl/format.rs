@@ -1,8 +1,8 @@
 //! The prompt formats of axolotl's instruct data: its own by name, and those that a file writes out.
 
 use super::super::value::{Entry, Value};
-use super::super::words::{InstructTemplate, PromptTemplate};
 use super::keys::is_off;
+use data::{InstructTemplate, PromptTemplate};
 
 /// What rows hold and how prompts are made of them, in this configuration's terms.
 #[derive(Debug, PartialEq)]

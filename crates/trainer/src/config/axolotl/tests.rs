@@ -4,9 +4,11 @@ use std::path::Path;
 
 use lora_core::{Init, TargetModules};
 
-use super::super::{BatchSize, Checkpointing, ComputeDtype, Config, ConfigError, PromptTemplate};
-use crate::data::Format;
+use data::PromptTemplate;
+
+use super::super::{BatchSize, Checkpointing, ComputeDtype, Config, ConfigError};
 use crate::schedule::Decay;
+use data::Format;
 
 /// As FinLoRA's `finetune.py` dumps a run, with other names.
 const FINLORA: &str = r#"base_model: someone/Llama-3-model

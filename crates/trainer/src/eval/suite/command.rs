@@ -13,9 +13,9 @@ use super::folder::Folder;
 use super::questions::{Asked, Sample};
 use super::results::SuiteResults;
 use super::run::Run;
-use crate::config::PromptTemplate;
-use crate::data::TrainingPrompt;
 use crate::inference::{Inference, ModelArgs};
+use data::PromptTemplate;
+use data::TrainingPrompt;
 use terminal::Screen;
 
 /// Runs the command.

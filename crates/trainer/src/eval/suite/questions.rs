@@ -7,7 +7,7 @@ use super::super::labels::DELIMITER;
 use super::results::TaskResults;
 use super::targets::Column;
 use super::tasks::{Judged, SuiteTask};
-use crate::data::{self, DataError, Example, Format, Row, RowTokenizer, Rows};
+use data::{self, DataError, Example, Format, Row, RowTokenizer, Rows};
 
 /// A file's rows, or those that were drawn.
 #[derive(Debug)]

@@ -3,7 +3,7 @@
 use super::super::report::heading;
 use super::results::{Averages, SuiteContender, SuiteResults, TaskScores};
 use super::tasks::{Judged, of_name};
-use crate::config::PromptTemplate;
+use data::PromptTemplate;
 use terminal::Table;
 use terminal::human;
 

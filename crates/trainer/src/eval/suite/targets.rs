@@ -6,7 +6,7 @@
 
 use std::borrow::Cow;
 
-use crate::data::python_float;
+use data::python_float;
 
 /// Floats from here on are no `int64`.
 const BEYOND_INTEGERS: f64 = 9_223_372_036_854_775_808.0;

@@ -12,14 +12,14 @@ use super::tokenizer::{
     ADD_BOS, ADD_EOS, ADD_SPACE, CHAT_TEMPLATE, MERGES, MODEL, PRE, SCORES, TOKEN_TYPE, TOKENS,
     token_type,
 };
-use crate::data::{DataError, Guarded, ModelFiles};
+use crate::{DataError, Guarded, ModelFiles};
 
 /// The keys `tokenizer.*` of a model with these files.
 ///
 /// # Errors
 ///
 /// A tokenizer that llama.cpp cannot have, and why.
-pub(super) fn tokenizer_metadata(
+pub fn tokenizer_metadata(
     files: &ModelFiles,
     model: &LlamaConfig,
 ) -> Result<Vec<(String, Value)>, DataError> {

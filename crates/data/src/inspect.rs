@@ -222,7 +222,7 @@ mod tests {
     use super::super::tokenize::RowTokenizer;
     use super::super::tokenize::tests::word_files;
     use super::*;
-    use crate::config::PromptTemplate;
+    use crate::PromptTemplate;
 
     fn shown(colour: bool) -> String {
         let tokenizer = RowTokenizer::new(

@@ -140,7 +140,7 @@ mod tests {
     use super::super::rows::parse_rows;
     use super::super::tokenize::tests::word_files;
     use super::*;
-    use crate::config::PromptTemplate;
+    use crate::PromptTemplate;
 
     const TEXT: &str = "{\"context\": \"a\", \"target\": \"b\"}\n\n{\"context\": \"a a a\", \"target\": \"b b\"}\n";
 

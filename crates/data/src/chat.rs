@@ -209,7 +209,7 @@ mod tests {
     use super::super::tokenize::tests::word_files;
     use super::super::tokenize::{RowTokenizer, TokenizedRow};
     use super::*;
-    use crate::config::PromptTemplate;
+    use crate::PromptTemplate;
 
     const WORDS: [&str; 8] = ["U", "A", "hello", "there", "yes", "no", "E", "S"];
     const TEMPLATE: &str = "{% for m in messages %}{{ {'user': 'U', 'assistant': 'A', 'system': 'S'}[m.role] }} \

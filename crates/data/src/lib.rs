@@ -14,6 +14,9 @@
 //! python.rs       values of a template as Python writes them
 //! chat.rs         what of a rendered conversation the assistant says
 //! guarded.rs      the tokenizers crate, held within bounds
+//! contained.rs    other people's parsers, whose panics become messages
+//! prompt_template.rs  how a context becomes a prompt, as a configuration spells it
+//! gguf/           a GGUF file's tokenizer
 //! tokenize.rs     a row becomes ids; which are supervised
 //! training_prompt.rs  how an adapter's prompts were made, kept beside it
 //! ends.rs         whether the answers of a chat template end
@@ -29,11 +32,13 @@
 
 mod chat;
 mod columns;
+pub mod contained;
 mod conversation;
 mod dataset;
 mod ends;
 mod error;
 mod format;
+pub mod gguf;
 mod guarded;
 mod inspect;
 mod integers;
@@ -45,6 +50,7 @@ mod order;
 mod pack;
 mod parquet;
 mod percent;
+mod prompt_template;
 mod python;
 mod random;
 mod rows;
@@ -63,18 +69,32 @@ pub use conversation::Conversation;
 pub use dataset::{Dataset, Statistics};
 pub use error::{DataError, LineError};
 pub use format::{Example, Format};
-pub(crate) use guarded::Guarded;
+pub use guarded::Guarded;
 pub use inspect::{inspect, inspect_as_json, inspect_rows};
 pub use model_files::ModelFiles;
 pub use order::Order;
 pub use pack::{Batch, BatchRow, Prefixes};
-pub(crate) use python::float as python_float;
+pub use prompt_template::{InstructTemplate, PLACEHOLDER, PromptTemplate};
+pub use python::float as python_float;
 pub use rows::{Container, Row, Rows, Source, parse_rows, read_columns, read_rows};
 pub use split::{sample, split};
 pub use tokenize::{Question, RowTokenizer, TokenizedRow, effective_template};
 pub use training_prompt::{PROMPT_FILE, PromptFileError, TrainingPrompt};
 
-use crate::config::Config;
+/// How a run's rows are read, set aside and turned into prompts.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct DataOptions {
+    /// How a context becomes the prompt.
+    pub prompt_template: PromptTemplate,
+    /// The files' format; detected without one.
+    pub dataset_format: Option<Format>,
+    /// Columns under other names.
+    pub dataset_columns: Columns,
+    /// Rows taken aside for validation where there is no file for it.
+    pub val_set_size: f64,
+    /// Decides which rows these are.
+    pub seed: u64,
+}
 
 /// The data of a run.
 #[derive(Debug)]
@@ -142,7 +162,7 @@ pub fn load(
 ///
 /// See [`load`] and [`split`].
 pub fn prepare(
-    config: &Config,
+    options: &DataOptions,
     model_dir: &Path,
     train: &Path,
     validation: Option<&Path>,
@@ -154,13 +174,13 @@ pub fn prepare(
         time: Some(time.unwrap_or_else(template::clock)),
         ..ModelFiles::read(model_dir)?
     };
-    let template = &config.prompt_template;
+    let template = &options.prompt_template;
     let mut tokenizer = RowTokenizer::new(&files, template)?;
     let Rows {
         rows,
         source,
         mut ignored,
-    } = read_columns(train, config.dataset_format, &config.dataset_columns)?;
+    } = read_columns(train, options.dataset_format, &options.dataset_columns)?;
     tokenizer.prepare(&files, template, source.format, train)?;
     let mut validation_source = None;
     let (train_rows, validation_rows) = match validation {
@@ -169,12 +189,12 @@ pub fn prepare(
                 rows: others,
                 source,
                 ..
-            } = read_columns(path, config.dataset_format, &config.dataset_columns)?;
+            } = read_columns(path, options.dataset_format, &options.dataset_columns)?;
             tokenizer.prepare(&files, template, source.format, path)?;
             validation_source = Some(source);
             (rows, others)
         }
-        None => split(rows, config.val_set_size, config.seed)?,
+        None => split(rows, options.val_set_size, options.seed)?,
     };
     let tokenized =
         |path, rows: &[Row]| Dataset::new(path, rows, &tokenizer, max_seq_len, vocab_size);
@@ -233,11 +253,6 @@ mod tests {
         "{\"context\": \"a\", \"target\": \"b\"}\n".repeat(rows)
     }
 
-    fn config(sets: &[&str]) -> Config {
-        let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
-        Config::load(None, None, &sets).unwrap()
-    }
-
     fn write_model(folder: &Path) {
         let files = word_files(&["a", "b"], true);
         std::fs::write(folder.join("tokenizer.json"), files.tokenizer).unwrap();
@@ -254,8 +269,11 @@ mod tests {
         write_model(folder.path());
         let path = folder.path().join("data.jsonl");
         std::fs::write(&path, text(10)).unwrap();
-        let config = config(&["val_set_size=3", "prompt_template=raw"]);
-        let data = prepare(&config, folder.path(), &path, None, 5, 16, None).unwrap();
+        let options = DataOptions {
+            val_set_size: 3.0,
+            ..DataOptions::default()
+        };
+        let data = prepare(&options, folder.path(), &path, None, 5, 16, None).unwrap();
         assert_eq!((data.train.rows.len(), data.validation.rows.len()), (7, 3));
         assert_eq!(data.train.rows[0].ids, [1, 3, 4, 2]);
         assert_eq!(data.too_long(), 0);
@@ -284,9 +302,8 @@ mod tests {
         );
         std::fs::write(&path, text(10)).unwrap();
         std::fs::write(&validation, text(4)).unwrap();
-        let config = config(&["prompt_template=raw"]);
         let data = prepare(
-            &config,
+            &DataOptions::default(),
             folder.path(),
             &path,
             Some(&validation),

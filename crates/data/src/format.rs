@@ -93,7 +93,7 @@ impl Format {
     }
 
     /// The columns that it reads. Those of another format are not looked at.
-    pub(crate) fn keys(self) -> &'static [&'static str] {
+    pub fn keys(self) -> &'static [&'static str] {
         match self {
             Self::ContextTarget => &["context", "target"],
             Self::PromptCompletion => &[

@@ -121,7 +121,7 @@ impl ModelFiles {
     /// A special token (`bos_token`, …) of `tokenizer_config.json`: a string, or an object with `content`. Where that file
     /// lists no added tokens, as older versions of transformers wrote it, `special_tokens_map.json` comes first
     /// (transformers' order).
-    pub(crate) fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
+    pub fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
         let config = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
         if !config.contains_key(ADDED_TOKENS_DECODER) {
             let map = self.json(SPECIAL_TOKENS_MAP, &self.special_tokens_map)?;
@@ -228,7 +228,7 @@ impl ModelFiles {
 
     /// The id of the token that ends a text: `tokenizer_config.json`'s `eos_token`, looked up by `id_of`; else
     /// the first `eos_token_id` of `generation_config.json`, else of `config.json`.
-    pub(crate) fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
+    pub fn end_token(&self, id_of: impl Fn(&str) -> Option<u32>) -> Result<u32, DataError> {
         if let Some(token) = self.special_token("eos_token")? {
             return id_of(&token).ok_or_else(|| {
                 let message =
@@ -316,7 +316,7 @@ impl ModelFiles {
     /// The model's own chat template with the file that it is from: `chat_template.jinja`, else
     /// `tokenizer_config.json`'s `chat_template`, a text or a list of named ones of which `default` counts
     /// (transformers' order).
-    pub(crate) fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
+    pub fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
         if let Some(text) = &self.chat_template {
             return Ok((text.clone(), self.folder.join(CHAT_TEMPLATE)));
         }

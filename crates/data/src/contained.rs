@@ -38,7 +38,7 @@ pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, String> {
 }
 
 /// Whether this thread is inside of [`contain`], so that its panic is caught on purpose.
-pub(crate) fn is_inside() -> bool {
+pub fn is_inside() -> bool {
     INSIDE.with(Cell::get) > 0
 }
 

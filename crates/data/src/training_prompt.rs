@@ -12,7 +12,7 @@ use sha2::{Digest, Sha256};
 use super::format::Format;
 use super::model_files::ModelFiles;
 use super::tokenize::effective_template;
-use crate::config::PromptTemplate;
+use crate::PromptTemplate;
 
 /// The file's name in an adapter's folder.
 pub const PROMPT_FILE: &str = "training_prompt.json";

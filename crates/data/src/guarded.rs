@@ -18,7 +18,8 @@ const LONGEST_PATTERNS: usize = 4096;
 
 /// A tokenizer that was looked through.
 #[derive(Debug)]
-pub(crate) struct Guarded {
+pub struct Guarded {
+    /// The crate's own tokenizer.
     pub tokenizer: Tokenizer,
     /// How many bytes its normalizer makes of one, at most.
     growth: f64,

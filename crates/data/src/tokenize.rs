@@ -17,7 +17,7 @@ use super::model_files::ModelFiles;
 use super::rows::Row;
 use super::template::{ChatTemplate, Prompt};
 use super::unwritten;
-use crate::config::PromptTemplate;
+use crate::PromptTemplate;
 use crate::contained::decoded;
 
 /// A row as the model sees it.

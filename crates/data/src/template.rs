@@ -17,8 +17,8 @@ use super::conversation::Conversation;
 use super::error::DataError;
 use super::model_files::ModelFiles;
 use super::{integers, percent, python, string_methods};
-use crate::config::{InstructTemplate, PromptTemplate};
 use crate::contained::contain;
+use crate::{InstructTemplate, PromptTemplate};
 
 /// What a custom template replaces by the context.
 const PLACEHOLDER: &str = "{context}";

@@ -7,7 +7,7 @@ use llama_burn::gguf::{self, GgufError, GgufFile, Header, Value};
 use serde_json::{Map, Value as Json, json};
 
 use super::pre_tokenizer::{self, PreTokenizer};
-use crate::data::ModelFiles;
+use crate::ModelFiles;
 
 /// Token types of `tokenizer.ggml.token_type`.
 pub(super) mod token_type {

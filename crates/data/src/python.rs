@@ -194,7 +194,7 @@ fn write_number(value: &Value, text: &mut String) {
 }
 
 /// Python's `repr` of a float: the shortest digits that read back as it, with an exponent below 1e-4 and from 1e16 on.
-pub(crate) fn float(value: f64) -> String {
+pub fn float(value: f64) -> String {
     if !value.is_finite() {
         return match value {
             f64::INFINITY => "inf".into(),
