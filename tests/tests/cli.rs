@@ -112,8 +112,7 @@ fn a_run_writes_adapter_configuration_and_metrics_and_its_loss_falls() {
 fn adapter_distance(workspace: &Workspace, first: &str, second: &str) -> f64 {
     let values = |folder: &str| -> Vec<f64> {
         let adapter = workspace.path(folder).join("adapter");
-        let (_, tensors) =
-            trainer::peft::read_adapter(&adapter).unwrap_or_else(|error| panic!("{error}"));
+        let (_, tensors) = peft::read_adapter(&adapter).unwrap_or_else(|error| panic!("{error}"));
         let pairs = tensors.modules.into_values();
         let values = pairs.flat_map(|pair| [pair.a, pair.b].concat());
         values.map(f64::from).collect()
@@ -184,8 +183,7 @@ fn the_adapter_reads_back_with_the_scale_and_modules_of_the_configuration() {
     )
     .succeeded();
     let adapter = workspace.path("out/adapter");
-    let (config, tensors) =
-        trainer::peft::read_adapter(&adapter).unwrap_or_else(|error| panic!("{error}"));
+    let (config, tensors) = peft::read_adapter(&adapter).unwrap_or_else(|error| panic!("{error}"));
     assert_eq!(
         (
             config.lora.r,
@@ -330,8 +328,7 @@ fn finloras_file_of_named_runs_works_as_it_is() {
     ]
     .concat())
     .succeeded();
-    let (config, _) =
-        trainer::peft::read_adapter(&workspace.path("named/adapter")).expect("an adapter");
+    let (config, _) = peft::read_adapter(&workspace.path("named/adapter")).expect("an adapter");
     assert_eq!(config.lora.r, 4);
 }
 

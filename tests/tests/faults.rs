@@ -34,7 +34,7 @@ fn unwrapped(text: &str) -> String {
 /// How far apart two runs' adapters are: relative Frobenius distance over all matrices.
 fn adapter_distance(first: &Path, second: &Path) -> f64 {
     let values = |run: &Path| -> Vec<f64> {
-        let read = trainer::peft::read_adapter(&run.join("adapter"));
+        let read = peft::read_adapter(&run.join("adapter"));
         let (_, tensors) = read.unwrap_or_else(|error| panic!("{error}"));
         let pairs = tensors.modules.into_values();
         let values = pairs.flat_map(|pair| [pair.a, pair.b].concat());
@@ -159,7 +159,7 @@ fn a_full_disk_stops_neither_the_run_nor_harms_what_is_there() {
     let outcome = train(&workspace, "dead", &settings, "full=7..13,lost=12");
     assert_eq!(outcome.code, Some(75), "{}", outcome.text);
     let dead = workspace.path("dead");
-    trainer::peft::read_adapter(&dead.join("adapter")).unwrap_or_else(|error| panic!("{error}"));
+    peft::read_adapter(&dead.join("adapter")).unwrap_or_else(|error| panic!("{error}"));
     let started = Instant::now();
     let text = resume(&dead, &[]).succeeded();
     let recovery = started.elapsed();

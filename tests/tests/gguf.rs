@@ -254,7 +254,7 @@ fn a_lora_file_has_llama_cpps_names_and_its_scale() {
     let header = &gguf.header;
     assert_eq!(header.text("general.type").unwrap(), Some("adapter"));
     assert_eq!(header.text("adapter.type").unwrap(), Some("lora"));
-    let (config, tensors) = trainer::peft::read_adapter(&adapter).unwrap();
+    let (config, tensors) = peft::read_adapter(&adapter).unwrap();
     let alpha = header.metadata["adapter.lora.alpha"].as_decimal().unwrap();
     let model = LlamaConfig::from_file(&model).unwrap();
     let q = &tensors.modules["model.layers.1.self_attn.q_proj"];

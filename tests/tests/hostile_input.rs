@@ -13,6 +13,7 @@ use data::{ModelFiles, PROMPT_FILE, RowTokenizer, TrainingPrompt, read_rows};
 use hub::{Hub, HubName, Need, Progress, Settings};
 use llama_burn::{Llama, LlamaConfig, LoadOptions, load};
 use lora_core::{LoraConfig, Quantization};
+use peft::read_adapter;
 use serde_json::json;
 use tests::allocator::CountingAllocator;
 use tests::hostile::{Parser, Summary, read_all, table};
@@ -24,7 +25,6 @@ use trainer::checkpoint::{Checkpoint, MANIFEST, Manifest};
 use trainer::config::Config;
 use trainer::merge::survival;
 use trainer::optimizer::AdamW;
-use trainer::peft::read_adapter;
 use trainer::plan::{Plan, PlanOptions, Workload};
 
 #[global_allocator]

@@ -14,7 +14,6 @@ use serde_json::json;
 use tests::workspace::{copy_folder, edit_json};
 use tests::{devices, fixture, stories260k};
 use trainer::parity::{Report, against_reference};
-use trainer::peft;
 
 /// The learning rate of `make_fixtures.py`.
 const LEARNING_RATE: f64 = 1e-3;

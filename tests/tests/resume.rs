@@ -89,7 +89,7 @@ fn trained_tokens_go_on_bit_for_bit() {
     let (whole, parts) = (workspace.path("whole"), workspace.path("parts"));
     assert_eq!(numbers(&whole), numbers(&parts));
     assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
-    let (_, tensors) = trainer::peft::read_adapter(&whole.join("adapter")).expect("it is there");
+    let (_, tensors) = peft::read_adapter(&whole.join("adapter")).expect("it is there");
     assert_eq!(tensors.token_rows.len(), 1);
 }
 
@@ -205,7 +205,7 @@ fn the_last_checkpoints_and_the_best_stay_and_hold_nothing_that_runs_code() {
         }
     }
     // A checkpoint's adapter is one.
-    trainer::peft::read_adapter(&out.join("checkpoints/step-000019/adapter"))
+    peft::read_adapter(&out.join("checkpoints/step-000019/adapter"))
         .unwrap_or_else(|error| panic!("{error}"));
 }
 

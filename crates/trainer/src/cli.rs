@@ -27,7 +27,7 @@ use crate::plan::{Plan, PlanOptions, Workload};
 use crate::screen::RunScreen;
 use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
-use crate::{bench, checkpoint, make_assets, parity, peft, plan};
+use crate::{bench, checkpoint, make_assets, parity, plan};
 use hub::{self, Need};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
@@ -502,7 +502,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
             (config, model)
         }
     };
-    let config = peft::continued(&config, &model)?;
+    let config = crate::continued::continued(&config, &model)?;
     let length = config.max_seq_len.min(model.positions());
     let options = PlanOptions {
         lora: config.lora_config(),

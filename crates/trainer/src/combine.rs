@@ -5,11 +5,11 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use crate::peft::{
+use hub::{self, HubError};
+use peft::{
     AdapterError, CONFIG_FILE, Combination, CombineError, Weighted, combine, read_adapter,
     write_adapter,
 };
-use hub::{self, HubError};
 use terminal::Screen;
 
 /// Which adapters, and how.

@@ -12,9 +12,9 @@ use crate::config::EMBEDDED;
 use crate::device::{self, Backend, CheckOptions, DeviceError, KernelArgs, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::merge::{Survival, SurvivalReport};
-use crate::peft::{AdapterConfig, AdapterError, read_adapter};
 use data::{DataError, ModelFiles};
 use hub::{self, HubError, Need};
+use peft::{AdapterConfig, AdapterError, read_adapter};
 use terminal::Screen;
 
 /// What to load and where to run it.

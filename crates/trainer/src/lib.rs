@@ -14,7 +14,7 @@
 //! | [`eval`] | base and adapters on a task: answers, scores, significance |
 //! | [`merge`] | adapters into whole models, and out of them |
 //! | [`screen`], [`metrics`], [`output`], [`memory`] | what a run shows and writes |
-//! | [`peft`] | adapters in Hugging Face PEFT's format |
+//! | [`continued`] | a run that starts from an adapter |
 //! | [`combine`] | one adapter from several |
 //! | [`model_card`] | the README.md of an adapter |
 //! | [`plan`] | parameters and memory from shapes alone |
@@ -28,12 +28,12 @@ pub mod checkpoint;
 pub mod cli;
 pub mod combine;
 pub mod config;
+pub mod continued;
 pub mod device;
 pub mod embedded;
 pub mod eval;
 pub mod fit;
 pub mod flat;
-mod floats;
 pub mod generate;
 pub mod gguf;
 pub mod gpu_report;
@@ -52,7 +52,6 @@ pub mod model_card;
 pub mod optimizer;
 pub mod output;
 pub mod parity;
-pub mod peft;
 pub mod plan;
 pub mod schedule;
 pub mod screen;

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use llama_burn::{PackedError, PackedTokens};
 
-use crate::floats::Floats;
 use crate::inference::{Inference, InferenceError, ModelArgs};
+use peft::Floats;
 use terminal::Screen;
 
 /// What to score.

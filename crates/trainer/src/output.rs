@@ -217,8 +217,8 @@ impl OutputFolder {
     fn clear(&self) -> Result<(), OutputError> {
         let adapter = self.adapter();
         let files = [
-            adapter.join(crate::peft::CONFIG_FILE),
-            adapter.join(crate::peft::WEIGHTS_FILE),
+            adapter.join(peft::CONFIG_FILE),
+            adapter.join(peft::WEIGHTS_FILE),
             self.metrics(),
             self.config(),
         ];
@@ -278,7 +278,7 @@ fn numbered(path: &Path, number: u64) -> PathBuf {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::peft::{CONFIG_FILE, WEIGHTS_FILE};
+    use peft::{CONFIG_FILE, WEIGHTS_FILE};
 
     fn finish(folder: &OutputFolder) {
         fs::create_dir_all(folder.adapter()).unwrap();

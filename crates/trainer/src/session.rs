@@ -21,11 +21,11 @@ use crate::loss_scale::LossScale;
 use crate::metrics::{MetricsError, MetricsWriter, SkippedLine, TrainLine, ValidationLine};
 use crate::optimizer::Optimizer;
 use crate::output::OutputFolder;
-use crate::peft::{AdapterConfig, AdapterError, AdapterTensors};
 use crate::screen::{RunScreen, Scores};
 use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use crate::train::{TrainError, WrongNumbers};
 use data::{Data, Order};
+use peft::{AdapterConfig, AdapterError, AdapterTensors};
 use terminal::human;
 
 /// A run under way.

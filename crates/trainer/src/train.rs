@@ -21,7 +21,6 @@ use crate::metrics::{self, MetricsError, TrainLine};
 use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
 use crate::output::{Existing, OutputError, OutputFolder};
-use crate::peft::{self, AdapterError};
 use crate::plan;
 use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunScreen, RunSummary, StepSummary};
@@ -29,6 +28,7 @@ use crate::session::{self, Beginning, Session};
 use crate::step::NotFinite;
 use data::{self, Data, DataError, Dataset};
 use hub::{self, HubError, Need};
+use peft::{self, AdapterError};
 use terminal::human;
 
 use crate::memory;
@@ -63,7 +63,7 @@ pub enum TrainError {
     #[error(transparent)]
     Adapter(#[from] AdapterError),
     #[error(transparent)]
-    Start(#[from] peft::StartError),
+    Start(#[from] crate::continued::StartError),
     #[error(transparent)]
     Metrics(#[from] MetricsError),
     #[error(transparent)]
@@ -257,7 +257,7 @@ pub fn train(
     let files = RunFiles::find(config)?;
     let fingerprint = Fingerprint::of(&files)?;
     let model_config = LlamaConfig::from_file(&files.model)?;
-    let config = &peft::continued(config, &model_config)?;
+    let config = &crate::continued::continued(config, &model_config)?;
     if let (Some(resumed), Some(resume)) = (&mut resumed, &request.resume) {
         resumed.check(config, &fingerprint, resume.force)?;
     }
@@ -356,7 +356,7 @@ pub fn train(
             );
         }
     })?;
-    let mut model = peft::start(model, config)?;
+    let mut model = crate::continued::start(model, config)?;
     let mut optimizer = AdamW {
         beta_1: config.adam_beta1,
         beta_2: config.adam_beta2,

@@ -6,7 +6,7 @@ use llama_burn::LlamaConfig;
 use lora_core::{CounterRng, LoraConfig};
 
 use super::error::BenchError;
-use crate::peft::{AdapterConfig, AdapterPair, AdapterTensors, write_adapter};
+use peft::{AdapterConfig, AdapterPair, AdapterTensors, write_adapter};
 
 /// Writes a fresh adapter for a model of this shape into `folder`, in PEFT's layout: `A` uniform in ±1/√d_in
 /// as PEFT starts it, `B` zero. It depends on `seed` only.

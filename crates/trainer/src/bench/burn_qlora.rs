@@ -18,7 +18,7 @@ use super::protocol::{Loaded, PeakMemory, Phases, Row, WorkerSpec};
 use super::random_model;
 use crate::device::Selected;
 use crate::optimizer::AdamW;
-use crate::peft::{AdapterTensors, read_adapter};
+use peft::{AdapterTensors, read_adapter};
 
 /// A model in training, as Burn's documentation has it.
 pub(super) struct BurnQlora {

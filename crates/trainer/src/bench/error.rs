@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use crate::device::DeviceError;
 use crate::embedded::EmbeddedError;
-use crate::peft::AdapterError;
 use data::DataError;
+use peft::AdapterError;
 
 /// Why a benchmark, or one of its contenders, stops.
 #[derive(Debug, thiserror::Error)]

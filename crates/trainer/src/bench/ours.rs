@@ -17,9 +17,9 @@ use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::loss_scale::LossScale;
 use crate::memory;
 use crate::optimizer::{AdamW, Optimizer};
-use crate::peft::read_adapter;
 use crate::plan::{Plan, PlanOptions, Workload};
 use data::{Batch, Dataset, Prefixes, TokenizedRow};
+use peft::read_adapter;
 
 /// What one optimizer step did.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -79,7 +79,7 @@ pub enum CheckpointError {
     },
     /// The adapter cannot be written.
     #[error(transparent)]
-    Adapter(#[from] crate::peft::AdapterError),
+    Adapter(#[from] peft::AdapterError),
 }
 
 impl CheckpointError {
@@ -87,7 +87,7 @@ impl CheckpointError {
     pub fn is_full(&self) -> bool {
         let source = match self {
             Self::Io { source, .. } => source,
-            Self::Adapter(crate::peft::AdapterError::Io { source, .. }) => source,
+            Self::Adapter(peft::AdapterError::Io { source, .. }) => source,
             _ => return false,
         };
         durable::is_full(source)

@@ -8,7 +8,7 @@ use super::{AdapterFile, Checkpoint, CheckpointError, Fingerprint, Snapshot, Sto
 use crate::config::Config;
 use crate::interrupt::Interrupt;
 use crate::output::OutputFolder;
-use crate::peft::{AdapterConfig, AdapterTensors, write_adapter};
+use peft::{AdapterConfig, AdapterTensors, write_adapter};
 use terminal::Screen;
 
 /// A copy on the host takes at most this share of a run's time.

@@ -41,8 +41,8 @@ pub use store::Store;
 pub use tensors::TrainingTensors;
 
 use crate::config::Config;
-use crate::peft::{AdapterConfig, AdapterTensors};
 use error::io;
+use peft::{AdapterConfig, AdapterTensors};
 
 const STATE: &str = "state.json";
 const CONFIG: &str = "config.toml";

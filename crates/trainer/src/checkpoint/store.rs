@@ -5,7 +5,6 @@ use std::path::{Path, PathBuf};
 
 use super::error::io;
 use super::{ADAPTER, CONFIG, CheckpointError, KEPT, MANIFEST, Manifest, STATE, Snapshot, TENSORS};
-use crate::peft;
 
 const PREFIX: &str = "step-";
 /// A checkpoint that is being written.

@@ -13,8 +13,8 @@ use llama_burn::Llama;
 use safetensors::{Dtype, SafeTensors};
 
 use super::CheckpointError;
-use crate::floats::Floats;
 use crate::optimizer::{Moments, Optimizer, to_host};
+use peft::Floats;
 
 /// A run's trainable parameters with their moments.
 #[derive(Debug, Clone, PartialEq, Default)]

@@ -7,7 +7,7 @@ use llama_burn::gguf::{llama_cpp_name, rows_of};
 use llama_burn::{LlamaConfig, Weights};
 use lora_core::cpu;
 
-use crate::peft::{AdapterConfig, AdapterTensors, read_adapter};
+use peft::{AdapterConfig, AdapterTensors, read_adapter};
 
 const EMBEDDING: &str = "model.embed_tokens.weight";
 const HEAD: &str = "lm_head.weight";

@@ -10,10 +10,10 @@ use super::compare::{self, Depth, values};
 use super::finding::{Check, Finding};
 use super::trainee::{Trainee, options};
 use crate::device;
-use crate::peft::AdapterTensors;
 use crate::{embedded, parity};
 use data::PromptTemplate;
 use data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};
+use peft::AdapterTensors;
 
 /// Steps of the loss curve, and of a quick one.
 const STEPS: usize = 20;

@@ -6,7 +6,7 @@ use llama_burn::LlamaConfig;
 use lora_core::LoraConfig;
 
 use super::MergeError;
-use crate::peft::{self, AdapterError, AdapterTensors};
+use peft::{self, AdapterError, AdapterTensors};
 
 /// The embedding's tensor, and that of the output layer.
 pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";

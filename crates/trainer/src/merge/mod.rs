@@ -24,7 +24,7 @@ use lora_core::Quantization;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
 
-use crate::peft::{self, AdapterError};
+use peft::{self, AdapterError};
 
 pub use command::{MergeArgs, UnmergeArgs, run_merge, run_unmerge};
 pub use survival::{Survival, SurvivalReport};

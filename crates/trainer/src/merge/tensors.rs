@@ -12,7 +12,7 @@ use safetensors::tensor::Metadata;
 use super::MergeError;
 use super::rewrite::rows_at_once;
 use super::write::Planned;
-use crate::peft::read_floats;
+use peft::read_floats;
 
 /// What the header of a safetensors file may take; the format's own limit.
 const LONGEST_HEADER: u64 = 100_000_000;

@@ -12,7 +12,6 @@ use super::rewrite::{Change, rewrite};
 use super::tensors::ModelTensors;
 use super::write::Shards;
 use super::{Base, MergeError, finish, largest_dtype, refuse_itself};
-use crate::peft;
 
 /// What to take apart.
 #[derive(Debug, Clone)]

@@ -10,7 +10,7 @@ use super::difference::{curves, max_abs, relative};
 use super::reference::Reference;
 use super::run;
 use super::{Check, ParityError, Section};
-use crate::peft::{AdapterTensors, magnitude_name, tensor_names};
+use peft::{AdapterTensors, magnitude_name, tensor_names};
 
 // Why these tolerances: both sides compute in f32 and differ in the order of their sums only. On
 // models of this kind that gives 1e-6 to 1e-5 on logits of size 1 to 10, 1e-6 relative on gradients;

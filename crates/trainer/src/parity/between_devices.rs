@@ -10,8 +10,8 @@ use super::against_reference::tensors;
 use super::difference::{curves, max_abs};
 use super::run;
 use super::{Check, ParityError, Report, Section};
-use crate::peft::AdapterTensors;
 use data::{Batch, BatchRow, Prefixes};
+use peft::AdapterTensors;
 
 // Why these tolerances: the weights are the same integers and scales everywhere and the arithmetic
 // is f32 everywhere, so that only the order of sums and the last bits of exp and rsqrt differ:

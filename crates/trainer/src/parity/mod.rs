@@ -20,7 +20,7 @@ use std::path::{Path, PathBuf};
 use burn::tensor::Device;
 
 use crate::device::{self, Backend, DeviceError, Selected};
-use crate::peft::AdapterError;
+use peft::AdapterError;
 use reference::Reference;
 
 pub use report::{Check, Report, Section};

@@ -7,8 +7,8 @@ use std::path::{Path, PathBuf};
 use safetensors::{Dtype, SafeTensors};
 
 use super::ParityError;
-use crate::peft::{self, AdapterConfig, AdapterTensors};
 use data::{Batch, BatchRow, Prefixes};
+use peft::{self, AdapterConfig, AdapterTensors};
 
 const NUMBERS: &str = "reference.safetensors";
 /// Labels that transformers leaves out of the loss.

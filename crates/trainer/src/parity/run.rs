@@ -8,8 +8,8 @@ use llama_burn::Llama;
 use super::ParityError;
 use crate::gradients::{self, AdapterGradients, PassOptions};
 use crate::optimizer::AdamW;
-use crate::peft::{magnitude_name, tensor_names};
 use data::Batch;
+use peft::{magnitude_name, tensor_names};
 
 /// The scores at every position, `[n, vocab]` row by row.
 pub(super) fn logits(model: &Llama, batch: &Batch) -> Result<Vec<f32>, ParityError> {

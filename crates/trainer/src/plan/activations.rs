@@ -9,7 +9,7 @@ use lora_core::{LoraError, ModuleSelector, Quantization};
 
 use super::{Part, PlanOptions};
 use crate::loss::positions_at_once;
-use crate::peft::trains_embedding;
+use peft::trains_embedding;
 
 /// Floats that the CPU unpacks of a weight at a time (lora-core's `frozen_linear`).
 const PANEL: usize = 256 * 1024;

@@ -6,7 +6,7 @@ use anyhow::{Context, bail};
 
 use crate::config::EMBEDDED;
 use crate::eval::named::NamedAdapter;
-use crate::peft::read_adapter_config;
+use peft::read_adapter_config;
 
 /// Reads `base_model_name_or_path` of each adapter's folder (`adapters` beside `folders`).
 ///

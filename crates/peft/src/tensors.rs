@@ -7,7 +7,7 @@ use lora_core::{Bias, LoraConfig, cpu};
 use safetensors::{Dtype, SafeTensors};
 
 use super::{AdapterError, not_written};
-use crate::floats::Floats;
+use crate::Floats;
 
 const PREFIX: &str = "base_model.model.";
 const A: &str = ".lora_A.weight";
@@ -408,7 +408,7 @@ impl Values {
 }
 
 /// Little-endian floats of a safetensors file as f32, or `None` where the type is no float.
-pub(crate) fn read_floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
+pub fn read_floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
     let half = |convert: fn([u8; 2]) -> f32| {
         let pairs = data.chunks_exact(2);
         pairs.map(|pair| convert([pair[0], pair[1]])).collect()

@@ -7,7 +7,7 @@
 mod check;
 mod combine;
 mod config;
-mod continued;
+mod floats;
 mod merged;
 mod model;
 mod svd;
@@ -22,10 +22,10 @@ use llama_burn::limited::{self, LARGEST_SETTINGS};
 
 pub use combine::{Combination, CombineError, Weighted, combine};
 pub use config::AdapterConfig;
-pub use continued::{StartError, continued, start};
-pub(crate) use tensors::read_floats;
+pub use floats::Floats;
+pub use tensors::read_floats;
 pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
-pub(crate) use token_rows::trains_embedding;
+pub use token_rows::{check_tokens, name_tables, trains_embedding, with_fresh_rows};
 
 /// Name of the settings in an adapter's folder.
 pub const CONFIG_FILE: &str = "adapter_config.json";
@@ -175,7 +175,8 @@ impl AdapterError {
         }
     }
 
-    fn in_file(self, path: &Path) -> Self {
+    /// This error, with the file that is wrong.
+    pub fn in_file(self, path: &Path) -> Self {
         Self::File {
             path: path.into(),
             source: Box::new(self),

@@ -158,12 +158,12 @@ impl AdapterTensors {
 }
 
 /// Whether rows of the embedding are trained.
-pub(crate) fn trains_embedding(lora: &LoraConfig, model: &LlamaConfig) -> bool {
+pub fn trains_embedding(lora: &LoraConfig, model: &LlamaConfig) -> bool {
     Tokens::of(lora, model).is_ok_and(|tokens| tokens.embedding.is_some())
 }
 
 /// Gives the tables of checked settings the names that a configuration has for them.
-pub(super) fn name_tables(lora: &mut LoraConfig) {
+pub fn name_tables(lora: &mut LoraConfig) {
     for (name, _) in &mut lora.trainable_token_indices {
         *name = match EMBEDDING.ends_with(name.as_str()) {
             true => "embed_tokens".into(),
@@ -178,7 +178,7 @@ pub(super) fn name_tables(lora: &mut LoraConfig) {
 ///
 /// An empty list; a token outside the vocabulary or named twice; a table that the adapter changes otherwise as well.
 /// As [`Tokens::of`].
-pub(super) fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), AdapterError> {
+pub fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), AdapterError> {
     let tokens = Tokens::of(lora, model)?;
     let selector = lora.selector()?;
     for (module, list) in tokens.tables() {
@@ -217,7 +217,7 @@ pub(super) fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(),
 /// # Errors
 ///
 /// As [`AdapterTensors::check_token_rows`]; a device that does not give a table back.
-pub(super) fn with_fresh_rows(mut model: Llama, lora: &LoraConfig) -> Result<Llama, AdapterError> {
+pub fn with_fresh_rows(mut model: Llama, lora: &LoraConfig) -> Result<Llama, AdapterError> {
     let config = model.config.clone();
     let mut fresh = AdapterTensors::default();
     for (module, tokens) in Tokens::of(lora, &config)?.tables() {

@@ -5,10 +5,10 @@ use std::path::Path;
 use llama_burn::{Llama, LlamaConfig};
 use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, TargetModules};
 
-use super::token_rows::{check_tokens, name_tables, with_fresh_rows};
-use super::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
 use crate::config::{Config, Problem, Problems};
 use hub::{self, HubError};
+use peft::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
+use peft::{check_tokens, name_tables, with_fresh_rows};
 
 /// Why training cannot start from an adapter, or with fresh ones.
 #[derive(Debug, thiserror::Error)]
@@ -44,7 +44,7 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
     };
     let folder = &hub::adapter_folder(folder)?;
     let adapter = read_adapter_config(folder).map_err(StartError::Adapter)?;
-    let lora = adapter.trainable(folder, model)?;
+    let lora = trainable(adapter, folder, model)?;
     let dropout_written = config
         .source
         .lora_keys
@@ -93,57 +93,58 @@ pub fn start(model: Llama, config: &Config) -> Result<Llama, StartError> {
     model.map_err(|error| StartError::Adapter(error.in_file(folder)))
 }
 
-impl AdapterConfig {
-    /// The settings, as training and its configuration take them.
-    fn trainable(self, folder: &Path, model: &LlamaConfig) -> Result<LoraConfig, StartError> {
-        let refused = |field: &str, got: String, why: &str| {
-            let error = AdapterError::Config {
-                field: field.into(),
-                got,
-                expected: format!("a setting that can be trained on: {why}"),
-            };
-            StartError::Adapter(error.in_file(&folder.join(super::CONFIG_FILE)))
+/// The settings, as training and its configuration take them.
+fn trainable(
+    adapter: AdapterConfig,
+    folder: &Path,
+    model: &LlamaConfig,
+) -> Result<LoraConfig, StartError> {
+    let refused = |field: &str, got: String, why: &str| {
+        let error = AdapterError::Config {
+            field: field.into(),
+            got,
+            expected: format!("a setting that can be trained on: {why}"),
         };
-        let lora = self.lora;
-        if lora.bias != Bias::None {
-            let got = format!("{:?}", lora.bias);
-            let why = "the base model's biases are frozen here; merge this adapter first";
-            return Err(refused("bias", got, why));
-        }
-        if lora.lora_bias {
-            let why = "B's bias is frozen here; merge this adapter first";
-            return Err(refused("lora_bias", "true".into(), why));
-        }
-        if !lora.modules_to_save.is_empty() {
-            let why = "whole modules are frozen here; merge this adapter first";
-            return Err(refused(
-                "modules_to_save",
-                format!("{:?}", lora.modules_to_save),
-                why,
-            ));
-        }
-        check_targets(&lora, model)?;
-        let mut plain = lora.clone();
-        name_tables(&mut plain);
-        plain.layers_pattern = Vec::new();
-        if let TargetModules::Names(names) = &mut plain.target_modules {
-            // PEFT keeps names that match nothing; a configuration takes a Llama's only.
-            let modules = linear_modules(model);
-            names.retain(|name| {
-                let ends =
-                    |module: &String| module == name || module.ends_with(&format!(".{name}"));
-                modules.iter().any(ends)
-            });
-        }
-        let (selector, plain_selector) = (lora.selector()?, plain.selector()?);
-        let same = |module: &String| selector.matches(module) == plain_selector.matches(module);
-        match linear_modules(model).iter().all(same) {
-            true => Ok(plain),
-            false => {
-                let got = format!("{:?}", lora.layers_pattern);
-                let why = "only the pattern \"layers\" fits a Llama";
-                Err(refused("layers_pattern", got, why))
-            }
+        StartError::Adapter(error.in_file(&folder.join(peft::CONFIG_FILE)))
+    };
+    let lora = adapter.lora;
+    if lora.bias != Bias::None {
+        let got = format!("{:?}", lora.bias);
+        let why = "the base model's biases are frozen here; merge this adapter first";
+        return Err(refused("bias", got, why));
+    }
+    if lora.lora_bias {
+        let why = "B's bias is frozen here; merge this adapter first";
+        return Err(refused("lora_bias", "true".into(), why));
+    }
+    if !lora.modules_to_save.is_empty() {
+        let why = "whole modules are frozen here; merge this adapter first";
+        return Err(refused(
+            "modules_to_save",
+            format!("{:?}", lora.modules_to_save),
+            why,
+        ));
+    }
+    check_targets(&lora, model)?;
+    let mut plain = lora.clone();
+    name_tables(&mut plain);
+    plain.layers_pattern = Vec::new();
+    if let TargetModules::Names(names) = &mut plain.target_modules {
+        // PEFT keeps names that match nothing; a configuration takes a Llama's only.
+        let modules = linear_modules(model);
+        names.retain(|name| {
+            let ends = |module: &String| module == name || module.ends_with(&format!(".{name}"));
+            modules.iter().any(ends)
+        });
+    }
+    let (selector, plain_selector) = (lora.selector()?, plain.selector()?);
+    let same = |module: &String| selector.matches(module) == plain_selector.matches(module);
+    match linear_modules(model).iter().all(same) {
+        true => Ok(plain),
+        false => {
+            let got = format!("{:?}", lora.layers_pattern);
+            let why = "only the pattern \"layers\" fits a Llama";
+            Err(refused("layers_pattern", got, why))
         }
     }
 }
@@ -175,7 +176,7 @@ fn trainable_tensors(folder: &Path, tensors: &AdapterTensors) -> Result<(), Star
             let name = format!("base_model.model.{name}");
             let error = AdapterError::Unexpected { name };
             Err(StartError::Adapter(
-                error.in_file(&folder.join(super::WEIGHTS_FILE)),
+                error.in_file(&folder.join(peft::WEIGHTS_FILE)),
             ))
         }
     }
