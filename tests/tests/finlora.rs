@@ -4,8 +4,8 @@ use std::path::Path;
 
 use data::PromptTemplate;
 use lora_core::TargetModules;
+use run_config::Config;
 use serde_json::Value;
-use trainer::config::Config;
 
 /// FinLoRA's `finetune_configs.json`, where it lies beside the repository; it is not ours to keep here.
 fn file() -> Option<std::path::PathBuf> {

@@ -7,8 +7,8 @@ use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, PackedTokens, RopeScaling};
 use proptest::prelude::*;
 use proptest::sample::{Index, select, subsequence};
+use run_config::Config;
 use serde_json::{Value, json};
-use trainer::config::Config;
 use trainer::gradients::evaluate;
 
 /// Keys with some of the values that are right for them, whatever the other keys are.

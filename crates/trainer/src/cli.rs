@@ -12,7 +12,6 @@ use llama_burn::LlamaConfig;
 use crate::bench::BenchOptions;
 use crate::checkpoint::{Resume, run_folder};
 use crate::combine::{self, CombineArgs};
-use crate::config::{self, Config};
 use crate::device::{Backend, KernelArgs};
 use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
@@ -29,6 +28,7 @@ use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
 use crate::{bench, checkpoint, make_assets, parity, plan};
 use hub::{self, Need};
+use run_config::{self, Config};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -479,7 +479,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
     let peaks = plan::on_gpu::peaks(args.gpu.as_deref(), args.peak_tflops, args.peak_gbs);
     let peaks = peaks.map_err(anyhow::Error::msg)?;
     let bare = args.config.config.as_deref();
-    let bare = bare.filter(|path| config::is_model(path));
+    let bare = bare.filter(|path| run_config::is_model(path));
     let (config, model) = match bare {
         Some(path) => {
             if let Some(run) = &args.config.run {
@@ -508,7 +508,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         lora: config.lora_config(),
         quantization: train::quantization(&config),
         float_bytes: if on_gpu { 2 } else { 4 },
-        gradient_checkpointing: config.gradient_checkpointing != crate::config::Checkpointing::Off,
+        gradient_checkpointing: config.gradient_checkpointing != run_config::Checkpointing::Off,
         accumulates: config.gradient_accumulation_steps > 1,
         on_gpu,
         workload: Workload::largest(config.batch_size.rows(), length, config.max_batch_tokens),

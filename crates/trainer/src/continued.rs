@@ -5,10 +5,10 @@ use std::path::Path;
 use llama_burn::{Llama, LlamaConfig};
 use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, TargetModules};
 
-use crate::config::{Config, Problem, Problems};
 use hub::{self, HubError};
 use peft::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
 use peft::{check_tokens, name_tables, with_fresh_rows};
+use run_config::{Config, Problem, Problems};
 
 /// Why training cannot start from an adapter, or with fresh ones.
 #[derive(Debug, thiserror::Error)]

@@ -6,11 +6,11 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraError, Quantization};
 
 use crate::checkpoint::Division;
-use crate::config::{BatchSize, Checkpointing, Config};
 use crate::device::{self, Backend, Selected};
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::train::quantization;
 use data::{Data, Order, Prefixes};
+use run_config::{BatchSize, Checkpointing, Config};
 use terminal::human;
 
 /// Activations are kept rather than recomputed where the run then takes at most this share of the

@@ -8,13 +8,13 @@ use clap::Args;
 use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
 use lora_core::{LoraConfig, LoraError, LoraLinear, Quantization};
 
-use crate::config::EMBEDDED;
 use crate::device::{self, Backend, CheckOptions, DeviceError, KernelArgs, Selected};
 use crate::embedded::{self, EmbeddedError};
 use crate::merge::{Survival, SurvivalReport};
 use data::{DataError, ModelFiles};
 use hub::{self, HubError, Need};
 use peft::{AdapterConfig, AdapterError, read_adapter};
+use run_config::EMBEDDED;
 use terminal::Screen;
 
 /// What to load and where to run it.

@@ -3,10 +3,9 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`cli`] | the command line |
-//! | [`config`] | a run's settings: read raw, checked as a whole |
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
-//! | [`session`], [`step`], [`gradients`], [`flat`], [`loss`], [`optimizer`], [`schedule`] | its parts |
+//! | [`session`], [`step`], [`gradients`], [`flat`], [`loss`], [`optimizer`] | its parts |
 //! | [`checkpoint`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
 //! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
 //! | [`gguf`] | llama.cpp's files in and out |
@@ -27,7 +26,6 @@ pub mod bench;
 pub mod checkpoint;
 pub mod cli;
 pub mod combine;
-pub mod config;
 pub mod continued;
 pub mod device;
 pub mod embedded;
@@ -53,7 +51,6 @@ pub mod optimizer;
 pub mod output;
 pub mod parity;
 pub mod plan;
-pub mod schedule;
 pub mod screen;
 pub mod session;
 pub mod step;

@@ -8,9 +8,9 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::config::Config;
 use crate::screen::Scores;
 use hub::HubName;
+use run_config::Config;
 use terminal::human;
 
 /// The card's name in an adapter's folder.

@@ -10,7 +10,6 @@ use crate::checkpoint::{
     Division, FORMAT, Keeper, Progress, Resume, Resumed, Snapshot, State, TrainingTensors,
     run_folder,
 };
-use crate::config::{Config, OnNonFinite, OnOutOfMemory};
 use crate::device::{self, Backend, Selected};
 use crate::fit::Fit;
 use crate::gradients;
@@ -26,6 +25,7 @@ use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use crate::train::{TrainError, WrongNumbers};
 use data::{Data, Order};
 use peft::{AdapterConfig, AdapterError, AdapterTensors};
+use run_config::{Config, OnNonFinite, OnOutOfMemory};
 use terminal::human;
 
 /// A run under way.

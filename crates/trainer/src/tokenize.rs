@@ -8,10 +8,10 @@ use clap::Args;
 
 use data::PromptTemplate;
 
-use crate::config::EMBEDDED;
 use crate::embedded;
 use data::{ModelFiles, RowTokenizer};
 use hub::{self, Need};
+use run_config::EMBEDDED;
 
 /// The command's arguments.
 #[derive(Debug, Args)]

@@ -8,7 +8,6 @@ use llama_burn::{LlamaConfig, LoadOptions};
 use lora_core::{LoraError, Quantization};
 
 use crate::checkpoint::{CheckpointError, Fingerprint, Keeper, Progress, Resume, Resumed};
-use crate::config::{BatchSize, ComputeDtype, Config, Problems};
 use crate::device::{
     self, Backend, CheckOptions, DeviceError, DeviceMemory, KeptKernels, Known, Selected,
 };
@@ -22,13 +21,14 @@ use crate::model_card::{self, ModelCard};
 use crate::optimizer::AdamW;
 use crate::output::{Existing, OutputError, OutputFolder};
 use crate::plan;
-use crate::schedule::Schedule;
 use crate::screen::{AdapterSummary, DataSummary, RunResult, RunScreen, RunSummary, StepSummary};
 use crate::session::{self, Beginning, Session};
 use crate::step::NotFinite;
 use data::{self, Data, DataError, Dataset};
 use hub::{self, HubError, Need};
 use peft::{self, AdapterError};
+use run_config::Schedule;
+use run_config::{BatchSize, ComputeDtype, Config, Problems};
 use terminal::human;
 
 use crate::memory;

@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{AdapterFile, Checkpoint, CheckpointError, Fingerprint, Snapshot, Store};
-use crate::config::Config;
 use crate::interrupt::Interrupt;
 use crate::output::OutputFolder;
 use peft::{AdapterConfig, AdapterTensors, write_adapter};
+use run_config::Config;
 use terminal::Screen;
 
 /// A copy on the host takes at most this share of a run's time.

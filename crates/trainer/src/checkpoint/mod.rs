@@ -40,9 +40,9 @@ pub use state::{Division, FORMAT, Progress, State};
 pub use store::Store;
 pub use tensors::TrainingTensors;
 
-use crate::config::Config;
 use error::io;
 use peft::{AdapterConfig, AdapterTensors};
+use run_config::Config;
 
 const STATE: &str = "state.json";
 const CONFIG: &str = "config.toml";

@@ -6,7 +6,7 @@ use toml::Table;
 
 use super::error::CheckpointError;
 use super::{Checkpoint, Division, Fingerprint, Store};
-use crate::config::Config;
+use run_config::Config;
 
 /// Where a run goes on from.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -15,11 +15,11 @@ use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use super::suite::{self, Suite};
 use data::PromptTemplate;
 
-use crate::config::EMBEDDED;
 use crate::device::KernelArgs;
 use crate::embedded;
 use crate::inference::{Inference, ModelArgs};
 use data::{self, Format, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template};
+use run_config::EMBEDDED;
 use terminal::Screen;
 use terminal::human;
 

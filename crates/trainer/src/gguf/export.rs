@@ -13,11 +13,11 @@ use llama_burn::gguf::{
 use llama_burn::{LlamaConfig, Weights};
 
 use super::adapter::Adapter;
-use crate::config::EMBEDDED;
 use crate::embedded;
 use data::ModelFiles;
 use data::gguf::tokenizer_metadata;
 use hub::{self, Need};
+use run_config::EMBEDDED;
 use terminal::Screen;
 use terminal::human;
 

@@ -17,7 +17,7 @@ use super::error::MakeAssetsError;
 use super::tokenizer::{BEGIN, END};
 use crate::loss::token_ids;
 use crate::optimizer::AdamW;
-use crate::schedule::{Decay, Schedule};
+use run_config::{Decay, Schedule};
 
 /// How long and how fast.
 #[derive(Debug, Clone, Copy)]

@@ -4,9 +4,9 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
 
-use crate::config::EMBEDDED;
 use crate::eval::named::NamedAdapter;
 use peft::read_adapter_config;
+use run_config::EMBEDDED;
 
 /// Reads `base_model_name_or_path` of each adapter's folder (`adapters` beside `folders`).
 ///

@@ -5,7 +5,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 use super::tasks::{SuiteTask, TASKS, of_name};
-use crate::config::nearest;
+use run_config::nearest;
 
 /// More files that belong to no task than this are counted, not named.
 const MOST_NAMED: usize = 20;

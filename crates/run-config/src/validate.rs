@@ -10,7 +10,7 @@ use super::reader::{Parsed, Reader, boolean, bytes, number, text, whole, whole_u
 use super::value::Value;
 use super::words::{BatchSize, Checkpointing};
 use super::{Config, files};
-use crate::schedule::Decay;
+use crate::Decay;
 use data::{Columns, Format, PromptTemplate};
 
 /// The linear modules of a Llama's decoder layers.
@@ -478,7 +478,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::config::reader::KEYS;
+    use crate::reader::KEYS;
 
     const LEAST: &str = "base_model = \"m\"\ndataset_path = \"d.jsonl\"\n";
 

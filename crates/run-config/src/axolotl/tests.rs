@@ -7,7 +7,7 @@ use lora_core::{Init, TargetModules};
 use data::PromptTemplate;
 
 use super::super::{BatchSize, Checkpointing, ComputeDtype, Config, ConfigError};
-use crate::schedule::Decay;
+use crate::Decay;
 use data::Format;
 
 /// As FinLoRA's `finetune.py` dumps a run, with other names.

@@ -152,7 +152,7 @@ mod tests {
     use std::path::Path;
 
     use super::*;
-    use crate::config::reader::KEYS;
+    use crate::reader::KEYS;
 
     fn round_trip(config: &Config) {
         let written = config.to_toml();

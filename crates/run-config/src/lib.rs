@@ -20,6 +20,7 @@ mod files;
 mod preset;
 mod raw;
 mod reader;
+mod schedule;
 mod validate;
 mod value;
 mod words;
@@ -31,12 +32,12 @@ use std::path::{Path, PathBuf};
 use llama_burn::limited;
 use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
 
-use crate::schedule::Decay;
 use data::{Columns, DataOptions, Format, PromptTemplate};
 
-pub(crate) use error::nearest;
+pub use error::nearest;
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
 pub use files::is_model;
+pub use schedule::{Decay, Schedule};
 pub use words::{BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory};
 
 /// The largest configuration that is read, in bytes: some thousand runs.
@@ -46,7 +47,7 @@ const LARGEST: u64 = 1 << 20;
 pub const EMBEDDED: &str = "embedded";
 
 /// The configuration built into this program: what `cargo xtask train` without `--config` runs.
-pub const EMBEDDED_CONFIG: &str = include_str!("../../../../configs/embedded.toml");
+pub const EMBEDDED_CONFIG: &str = include_str!("../../../configs/embedded.toml");
 
 /// Where a configuration came from; it decides where relative paths are looked for.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]

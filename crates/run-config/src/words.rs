@@ -4,7 +4,7 @@ use std::fmt;
 
 use lora_core::Init;
 
-use crate::schedule::Decay;
+use crate::Decay;
 
 /// The number format that the layers compute in.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

@@ -160,7 +160,7 @@ fn did_you_mean(nearest: &Option<String>) -> String {
 }
 
 /// The known name most similar to `name`, where one is similar enough that a slip is likely.
-pub(crate) fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known
         .map(|candidate| {
             let similarity = strsim::jaro_winkler(&name.to_lowercase(), &candidate.to_lowercase());
