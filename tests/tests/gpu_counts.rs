@@ -6,8 +6,8 @@ use burn::tensor::DType;
 use gpu_counts::{Counts, Mode};
 use llama_burn::{LlamaConfig, LoadOptions};
 use lora_core::LoraConfig;
+use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 use trainer::device::{self, Backend, Selected};
-use trainer::step_counts::{StepCounts, StepShape, count_step, examples};
 
 /// One at a time: counting is process-wide.
 static COUNTING: std::sync::Mutex<()> = std::sync::Mutex::new(());

@@ -22,9 +22,9 @@ use tests::hub_server::{HubServer, Repository};
 use tests::mutate::Format;
 use tests::workspace::{Workspace, copy_folder, tokenizer};
 use tests::{embedded_asset, fixture};
+use train_step::optimizer::AdamW;
 use trainer::checkpoint::{Checkpoint, MANIFEST, Manifest};
 use trainer::merge::survival;
-use trainer::optimizer::AdamW;
 use trainer::plan::{Plan, PlanOptions, Workload};
 
 #[global_allocator]

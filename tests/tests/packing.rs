@@ -8,8 +8,10 @@ use llama_burn::{Llama, LlamaConfig, RopeScaling};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
 use peft::{AdapterTensors, WholeTensor};
 use tests::fixture;
-use trainer::gradients::{AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate};
-use trainer::loss::LossSums;
+use train_step::gradients::{
+    AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate,
+};
+use train_step::loss::LossSums;
 use trainer::parity::against_reference;
 
 /// Lengths of rows with their last third supervised: 3, 7, 1, 4 and 2 tokens.

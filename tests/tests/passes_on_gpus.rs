@@ -11,8 +11,8 @@ use llama_burn::{Llama, LlamaConfig};
 use lora_core::{CounterRng, LoraConfig, Quantization, TargetModules};
 use peft::AdapterTensors;
 use tests::devices;
-use trainer::gradients::{AdapterGradients, PassOptions, accumulate, evaluate};
-use trainer::loss::LossSums;
+use train_step::gradients::{AdapterGradients, PassOptions, accumulate, evaluate};
+use train_step::loss::LossSums;
 
 /// Relative Frobenius distance of a gradient from the CPU's. Sums in f32 over up to 2,100 tokens in another order give
 /// 1e-6 to 5e-6; a key that is seen and should not be, or a token that counts twice, gives 1e-3 and more.

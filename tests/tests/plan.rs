@@ -7,7 +7,7 @@ use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, RopeScaling, TokenRows};
 use lora_core::{LoraConfig, Quantization, TargetModules};
 use tests::allocator::CountingAllocator;
-use trainer::gradients::{AdapterGradients, PassOptions, accumulate};
+use train_step::gradients::{AdapterGradients, PassOptions, accumulate};
 use trainer::plan::{Plan, PlanOptions, Workload};
 
 #[global_allocator]

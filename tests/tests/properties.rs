@@ -9,7 +9,7 @@ use proptest::prelude::*;
 use proptest::sample::{Index, select, subsequence};
 use run_config::Config;
 use serde_json::{Value, json};
-use trainer::gradients::evaluate;
+use train_step::gradients::evaluate;
 
 /// Keys with some of the values that are right for them, whatever the other keys are.
 fn right_values() -> Vec<(&'static str, Vec<Value>)> {

@@ -7,8 +7,8 @@ use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, RopeScaling};
 use lora_core::LoraConfig;
 use tests::allocator::CountingAllocator;
-use trainer::gradients::{AdapterGradients, PassOptions, accumulate};
-use trainer::optimizer::AdamW;
+use train_step::gradients::{AdapterGradients, PassOptions, accumulate};
+use train_step::optimizer::AdamW;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;

@@ -5,7 +5,7 @@
 //! | [`cli`] | the command line |
 //! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
-//! | [`session`], [`step`], [`gradients`], [`flat`], [`loss`], [`optimizer`] | its parts |
+//! | [`session`], [`step`] | its parts |
 //! | [`checkpoint`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
 //! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
 //! | [`gguf`] | llama.cpp's files in and out |
@@ -31,29 +31,23 @@ pub mod device;
 pub mod embedded;
 pub mod eval;
 pub mod fit;
-pub mod flat;
 pub mod generate;
 pub mod gguf;
 pub mod gpu_report;
-pub mod gradients;
 pub mod guard;
 pub mod inference;
 pub mod interrupt;
 pub mod logits;
-pub mod loss;
-pub mod loss_scale;
 pub mod make_assets;
 pub mod memory;
 pub mod merge;
 pub mod metrics;
 pub mod model_card;
-pub mod optimizer;
 pub mod output;
 pub mod parity;
 pub mod plan;
 pub mod screen;
 pub mod session;
 pub mod step;
-pub mod step_counts;
 pub mod tokenize;
 pub mod train;

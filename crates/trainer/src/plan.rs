@@ -241,8 +241,8 @@ impl PlanOptions {
     /// Bytes of the vocabulary's scores that exist at a time.
     fn score_bytes(&self) -> usize {
         match self.on_gpu {
-            true => crate::loss::SCORE_BYTES_GPU,
-            false => crate::loss::SCORE_BYTES,
+            true => train_step::loss::SCORE_BYTES_GPU,
+            false => train_step::loss::SCORE_BYTES,
         }
     }
 

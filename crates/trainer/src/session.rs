@@ -12,13 +12,9 @@ use crate::checkpoint::{
 };
 use crate::device::{self, Backend, Selected};
 use crate::fit::Fit;
-use crate::gradients;
 use crate::guard::{DeviceFault, FaultKind, Guard};
 use crate::interrupt::Interrupt;
-use crate::loss::LossSums;
-use crate::loss_scale::LossScale;
 use crate::metrics::{MetricsError, MetricsWriter, SkippedLine, TrainLine, ValidationLine};
-use crate::optimizer::Optimizer;
 use crate::output::OutputFolder;
 use crate::screen::{RunScreen, Scores};
 use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
@@ -27,6 +23,10 @@ use data::{Data, Order};
 use peft::{AdapterConfig, AdapterError, AdapterTensors};
 use run_config::{Config, OnNonFinite, OnOutOfMemory};
 use terminal::human;
+use train_step::gradients;
+use train_step::loss::LossSums;
+use train_step::loss_scale::LossScale;
+use train_step::optimizer::Optimizer;
 
 /// A run under way.
 pub struct Session<'a> {

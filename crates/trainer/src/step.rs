@@ -4,10 +4,10 @@ use llama_burn::Llama;
 use lora_core::CounterRng;
 
 use crate::fit::Fit;
-use crate::flat::FlatGradients;
-use crate::gradients::{self, AdapterGradients, PassOptions};
 use data::{Dataset, Prefixes};
 use durable::faults;
+use train_step::FlatGradients;
+use train_step::gradients::{self, AdapterGradients, PassOptions};
 
 /// Separates the dropout's random numbers from those that the same seed gives elsewhere.
 const DROPOUT: u64 = 0x64_72_6f_70;

@@ -17,8 +17,8 @@ use super::ours::{StepReport, peak_memory, sync};
 use super::protocol::{Loaded, PeakMemory, Phases, Row, WorkerSpec};
 use super::random_model;
 use crate::device::Selected;
-use crate::optimizer::AdamW;
 use peft::{AdapterTensors, read_adapter};
+use train_step::optimizer::AdamW;
 
 /// A model in training, as Burn's documentation has it.
 pub(super) struct BurnQlora {

@@ -13,13 +13,13 @@ use super::protocol::{Loaded, OursSettings, PeakMemory, Phases, WorkerSpec};
 use super::random_model;
 use crate::device::{self, Backend, Selected};
 use crate::fit;
-use crate::gradients::{self, AdapterGradients, PassOptions};
-use crate::loss_scale::LossScale;
 use crate::memory;
-use crate::optimizer::{AdamW, Optimizer};
 use crate::plan::{Plan, PlanOptions, Workload};
 use data::{Batch, Dataset, Prefixes, TokenizedRow};
 use peft::read_adapter;
+use train_step::gradients::{self, AdapterGradients, PassOptions};
+use train_step::loss_scale::LossScale;
+use train_step::optimizer::{AdamW, Optimizer};
 
 /// What one optimizer step did.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -4,9 +4,9 @@ use serde::{Deserialize, Serialize};
 
 use super::Fingerprint;
 use crate::fit::Fit;
-use crate::loss_scale::LossScale;
 use crate::screen::Scores;
 use data::Prefixes;
+use train_step::loss_scale::LossScale;
 
 /// The version of the format; a program reads its own only.
 pub const FORMAT: u32 = 1;

@@ -13,8 +13,8 @@ use llama_burn::Llama;
 use safetensors::{Dtype, SafeTensors};
 
 use super::CheckpointError;
-use crate::optimizer::{Moments, Optimizer, to_host};
 use peft::Floats;
+use train_step::optimizer::{Moments, Optimizer, to_host};
 
 /// A run's trainable parameters with their moments.
 #[derive(Debug, Clone, PartialEq, Default)]
@@ -248,10 +248,10 @@ impl ModuleMapper for Put<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::flat::FlatGradients;
-    use crate::optimizer::AdamW;
     use llama_burn::LlamaConfig;
     use lora_core::{LoraConfig, TargetModules};
+    use train_step::FlatGradients;
+    use train_step::optimizer::AdamW;
 
     fn model(r: usize, modules: &[&str]) -> Llama {
         let json = serde_json::json!({

@@ -8,7 +8,7 @@ use burn::tensor::Tensor;
 use llama_burn::{LayerPass, Llama, PackedError, PackedTokens};
 use rayon::prelude::*;
 
-use crate::loss::{positions_at_once, score_bytes, token_ids};
+use train_step::loss::{positions_at_once, score_bytes, token_ids};
 
 /// Beginnings that are shorter are computed for each row: the bookkeeping would cost more.
 const LEAST_SHARED: usize = 4;
@@ -170,8 +170,8 @@ mod tests {
     use llama_burn::{LlamaConfig, RopeScaling};
 
     use super::*;
-    use crate::gradients;
     use data::{Batch, BatchRow, Prefixes};
+    use train_step::gradients;
 
     fn model() -> Llama {
         let config = LlamaConfig {

@@ -9,7 +9,7 @@ use super::finding::{Failed, Finding, KindFinding, LeftOut, StepFinding};
 use super::shapes::Shape;
 use crate::device::{self, Backend, Selected};
 use crate::guard::{DeviceFault, FaultKind, Guard};
-use crate::step_counts::{StepCounts, StepShape, count_step, examples};
+use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 
 /// Tokens of the example.
 pub const TOKENS: usize = 2048;

@@ -4,11 +4,11 @@ use burn::tensor::{DType, Device, FloatDType};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{LoraConfig, Quantization};
 
-use crate::gradients::{self, AdapterGradients, PassOptions};
-use crate::loss_scale::LossScale;
-use crate::optimizer::{AdamW, Optimizer};
-use crate::step_counts;
 use data::{Batch, BatchRow, Prefixes};
+use train_step::gradients::{self, AdapterGradients, PassOptions};
+use train_step::loss_scale::LossScale;
+use train_step::optimizer::{AdamW, Optimizer};
+use train_step::step_counts;
 
 /// Decides the adapters' start.
 const SEED: u64 = 1;

@@ -15,9 +15,9 @@ use super::corpus::document;
 use super::draw::Draw;
 use super::error::MakeAssetsError;
 use super::tokenizer::{BEGIN, END};
-use crate::loss::token_ids;
-use crate::optimizer::AdamW;
 use run_config::{Decay, Schedule};
+use train_step::loss::token_ids;
+use train_step::optimizer::AdamW;
 
 /// How long and how fast.
 #[derive(Debug, Clone, Copy)]

@@ -6,10 +6,10 @@ use burn::tensor::Tensor;
 use llama_burn::Llama;
 
 use super::ParityError;
-use crate::gradients::{self, AdapterGradients, PassOptions};
-use crate::optimizer::AdamW;
 use data::Batch;
 use peft::{magnitude_name, tensor_names};
+use train_step::gradients::{self, AdapterGradients, PassOptions};
+use train_step::optimizer::AdamW;
 
 /// The scores at every position, `[n, vocab]` row by row.
 pub(super) fn logits(model: &Llama, batch: &Batch) -> Result<Vec<f32>, ParityError> {

@@ -8,8 +8,8 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraError, ModuleSelector, Quantization};
 
 use super::{Part, PlanOptions};
-use crate::loss::positions_at_once;
 use peft::trains_embedding;
+use train_step::loss::positions_at_once;
 
 /// Floats that the CPU unpacks of a weight at a time (lora-core's `frozen_linear`).
 const PANEL: usize = 256 * 1024;

@@ -9,8 +9,8 @@ use super::{PlanOptions, Workload};
 use crate::bench::flops::FlopsModel;
 use crate::device::{self, Backend, Selected};
 use crate::guard::Guard;
-use crate::step_counts::{StepCounts, StepShape, count_step, examples};
 use terminal::human;
+use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 
 /// The peaks to compare with: those given, the card named, or every known card.
 ///

@@ -7,8 +7,8 @@ use lora_core::{LinearGroup, LoraLinear, frozen_linear_backward, multiply_add, m
 
 use super::layer_pass;
 use super::subject::{Subject, numbers, rounded};
-use crate::loss;
 use data::Batch;
+use train_step::loss;
 
 /// Tokens of the vocabulary that the cross entropy is compared on.
 const VOCABULARY: usize = 512;

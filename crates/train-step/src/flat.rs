@@ -20,7 +20,7 @@ const AT_ONCE: usize = 7;
 /// # Panics
 ///
 /// Without any.
-pub(crate) fn joined(mut parts: Vec<Tensor<1>>) -> Tensor<1> {
+pub fn joined(mut parts: Vec<Tensor<1>>) -> Tensor<1> {
     assert!(!parts.is_empty(), "nothing to join");
     while parts.len() > 1 {
         let mut rest = parts.into_iter();
@@ -39,7 +39,7 @@ pub(crate) fn joined(mut parts: Vec<Tensor<1>>) -> Tensor<1> {
 }
 
 /// Where each of these shapes lies among all of them.
-pub(crate) fn places(shapes: &[Shape]) -> Vec<std::ops::Range<usize>> {
+pub fn places(shapes: &[Shape]) -> Vec<std::ops::Range<usize>> {
     let mut start = 0;
     shapes
         .iter()

@@ -279,7 +279,7 @@ fn sweep<M: Module>(module: &M) {
 /// # Panics
 ///
 /// If the device does not give them back.
-pub(crate) fn to_host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
+pub fn to_host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     let data = tensor.into_data().convert::<f32>();
     let values = data.try_to_vec();
     values.unwrap_or_else(|error| panic!("a tensor cannot be read from the device: {error:?}"))

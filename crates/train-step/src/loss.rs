@@ -18,14 +18,14 @@ use crate::flat::joined;
 use data::Batch;
 
 /// Bytes of scores at a time on the CPU, where they stay near the processor.
-pub(crate) const SCORE_BYTES: usize = 32 << 20;
+pub const SCORE_BYTES: usize = 32 << 20;
 
 /// As [`SCORE_BYTES`] on a GPU: 512 positions of a vocabulary of 128,256. Every piece reads the output layer's weights
 /// once forward and once backward.
-pub(crate) const SCORE_BYTES_GPU: usize = 256 << 20;
+pub const SCORE_BYTES_GPU: usize = 256 << 20;
 
 /// Bytes of scores that exist at a time on this device: on a GPU no more than it binds to a kernel as one buffer.
-pub(crate) fn score_bytes(device: &Device) -> usize {
+pub fn score_bytes(device: &Device) -> usize {
     match cpu::is_cpu(device) {
         true => SCORE_BYTES,
         false => lora_core::largest_buffer(device)
@@ -34,7 +34,7 @@ pub(crate) fn score_bytes(device: &Device) -> usize {
 }
 
 /// Positions whose scores take at most this many bytes.
-pub(crate) fn positions_at_once(vocab_size: usize, score_bytes: usize) -> usize {
+pub fn positions_at_once(vocab_size: usize, score_bytes: usize) -> usize {
     (score_bytes / (4 * vocab_size.max(1))).max(1)
 }
 
@@ -245,10 +245,7 @@ fn scores_gradient(
 /// # Panics
 ///
 /// If the device does not return them.
-pub(crate) fn read(
-    number: Option<Tensor<1>>,
-    losses: Vec<LossOnDevice>,
-) -> Option<(f64, LossSums)> {
+pub fn read(number: Option<Tensor<1>>, losses: Vec<LossOnDevice>) -> Option<(f64, LossSums)> {
     let of_losses = losses
         .iter()
         .flat_map(|loss| loss.losses.iter().chain(&loss.hits));
@@ -331,7 +328,7 @@ fn counted(loss: f64, hits: &[bool], targets_per_row: &[usize]) -> LossSums {
 }
 
 /// Token or position indices on a device.
-pub(crate) fn token_ids(ids: &[u32], device: &Device) -> Tensor<1, Int> {
+pub fn token_ids(ids: &[u32], device: &Device) -> Tensor<1, Int> {
     let ids: Vec<i32> = ids.iter().map(|id| *id as i32).collect();
     let count = ids.len();
     Tensor::from_data(TensorData::new(ids, [count]), device)
