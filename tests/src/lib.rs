@@ -12,7 +12,7 @@ pub mod workspace;
 use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
-use trainer::device::{self, Backend};
+use device::Backend;
 
 /// A folder of `fixtures/`.
 ///

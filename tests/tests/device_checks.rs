@@ -9,6 +9,7 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{Device, FloatDType, Tensor};
 use data::contained::contain;
+use device::{Backend, Check, CheckOptions, DeviceError, Selected};
 use llama_burn::{LlamaConfig, LoadOptions, PackedTokens};
 use lora_core::spoil::{OPERATIONS, spoil};
 use lora_core::{IntegerWeight, LoraConfig, LoraLinear, Quantization};
@@ -17,7 +18,6 @@ use tests::program::run_with;
 use tests::reliability::{Row, record};
 use tests::runs::{checkpoints, last_step};
 use tests::workspace::Workspace;
-use trainer::device::{self, Backend, Check, CheckOptions, DeviceError, Selected};
 use trainer::guard::{DeviceFault, FaultKind, Guard};
 
 /// One test at a time.

@@ -3,11 +3,11 @@
 #![cfg(feature = "wgpu")]
 
 use burn::tensor::DType;
+use device::{Backend, Selected};
 use gpu_counts::{Counts, Mode};
 use llama_burn::{LlamaConfig, LoadOptions};
 use lora_core::LoraConfig;
 use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
-use trainer::device::{self, Backend, Selected};
 
 /// One at a time: counting is process-wide.
 static COUNTING: std::sync::Mutex<()> = std::sync::Mutex::new(());

@@ -439,9 +439,9 @@ fn ctrl_c_saves_and_exits_with_a_command_that_goes_on_and_a_second_one_leaves_at
 }
 
 /// wgpu, where this build and this machine have it; its absence is a failure where CI demands it.
-fn wgpu() -> Option<trainer::device::Selected> {
+fn wgpu() -> Option<device::Selected> {
     let required = std::env::var("LORA_REQUIRE_WGPU").is_ok_and(|value| value == "1");
-    match trainer::device::select(trainer::device::Backend::Wgpu) {
+    match device::select(device::Backend::Wgpu) {
         Ok(selected) => Some(selected),
         Err(error) if required => panic!("LORA_REQUIRE_WGPU is set: {error}"),
         Err(error) => {
@@ -455,7 +455,7 @@ fn wgpu() -> Option<trainer::device::Selected> {
 fn in_f16_the_loss_scale_is_part_of_a_checkpoint_and_one_that_is_too_large_is_halved() {
     let Some(selected) = wgpu() else { return };
     let f16 = burn::tensor::FloatDType::F16;
-    if let Err(error) = trainer::device::compute_dtype(&selected, Some(f16)) {
+    if let Err(error) = device::compute_dtype(&selected, Some(f16)) {
         return println!("skipped: {error}");
     }
     let workspace = Workspace::new();

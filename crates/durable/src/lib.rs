@@ -8,11 +8,13 @@
 //! | [`faults`] | faults on demand, for tests |
 
 mod atomic;
+mod cache;
 pub mod faults;
 mod files;
 mod lock;
 
 pub use atomic::{WriteError, write_atomically, write_atomically_by};
+pub use cache::cache_folder;
 pub use files::{
     is_full, remove_folder, rename, sync_folder, tensors_header, write, write_tensors,
 };

@@ -12,7 +12,6 @@ use llama_burn::LlamaConfig;
 use crate::bench::BenchOptions;
 use crate::checkpoint::{Resume, run_folder};
 use crate::combine::{self, CombineArgs};
-use crate::device::{Backend, KernelArgs};
 use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
 use crate::gguf::{self, ExportGgufArgs};
@@ -27,6 +26,7 @@ use crate::screen::RunScreen;
 use crate::tokenize::{self, TokenizeArgs};
 use crate::train::{self, Ended, Request, RunFiles, TrainError};
 use crate::{bench, checkpoint, make_assets, parity, plan};
+use device::{Backend, KernelArgs};
 use hub::{self, Need};
 use run_config::{self, Config};
 

@@ -5,7 +5,7 @@
 
 use std::path::{Path, PathBuf};
 
-use durable::{WriteError, write_atomically};
+use durable::{WriteError, cache_folder, write_atomically};
 
 /// A file of `assets/`: its path there, and its bytes.
 macro_rules! assets {
@@ -91,23 +91,6 @@ fn version() -> String {
         hash = (hash ^ u64::from(*byte)).wrapping_mul(0x0000_0100_0000_01b3);
     }
     format!("embedded-{hash:016x}")
-}
-
-/// The user's folder for files that can be made again; relative paths are ignored, as the XDG
-/// specification asks.
-pub(crate) fn cache_folder() -> Option<PathBuf> {
-    let folder = |variable: &str| {
-        let path = std::env::var_os(variable).map(PathBuf::from);
-        path.filter(|path| path.is_absolute())
-    };
-    let of_the_system = if cfg!(windows) {
-        folder("LOCALAPPDATA")
-    } else if cfg!(target_os = "macos") {
-        folder("HOME").map(|home| home.join("Library/Caches"))
-    } else {
-        folder("HOME").map(|home| home.join(".cache"))
-    };
-    folder("XDG_CACHE_HOME").or(of_the_system)
 }
 
 #[cfg(test)]

@@ -6,10 +6,10 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraError, Quantization};
 
 use crate::checkpoint::Division;
-use crate::device::{self, Backend, Selected};
 use crate::plan::{Plan, PlanOptions, Workload};
 use crate::train::quantization;
 use data::{Data, Order, Prefixes};
+use device::{Backend, Selected};
 use run_config::{BatchSize, Checkpointing, Config};
 use terminal::human;
 

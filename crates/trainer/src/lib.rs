@@ -3,7 +3,6 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`cli`] | the command line |
-//! | [`device`] | the only place that names a backend |
 //! | [`train`] | the loop |
 //! | [`session`], [`step`] | its parts |
 //! | [`checkpoint`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
@@ -12,7 +11,7 @@
 //! | [`tokenize`] | the tokens of texts, for comparisons |
 //! | [`eval`] | base and adapters on a task: answers, scores, significance |
 //! | [`merge`] | adapters into whole models, and out of them |
-//! | [`screen`], [`metrics`], [`output`], [`memory`] | what a run shows and writes |
+//! | [`screen`], [`metrics`], [`output`] | what a run shows and writes |
 //! | [`continued`] | a run that starts from an adapter |
 //! | [`combine`] | one adapter from several |
 //! | [`model_card`] | the README.md of an adapter |
@@ -27,7 +26,6 @@ pub mod checkpoint;
 pub mod cli;
 pub mod combine;
 pub mod continued;
-pub mod device;
 pub mod embedded;
 pub mod eval;
 pub mod fit;
@@ -39,7 +37,6 @@ pub mod inference;
 pub mod interrupt;
 pub mod logits;
 pub mod make_assets;
-pub mod memory;
 pub mod merge;
 pub mod metrics;
 pub mod model_card;

@@ -19,8 +19,8 @@ use terminal::{Screen, ScreenKind, bar_style, human};
 
 use self::preparing::Preparing;
 use self::run::Run;
-use crate::device::KeptKernels;
 use crate::metrics::{History, TrainLine, ValidationLine};
+use device::KeptKernels;
 
 pub use result::{RunResult, Scores};
 pub use summary::{AdapterSummary, DataSummary, RunSummary, StepSummary};

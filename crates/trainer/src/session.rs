@@ -10,7 +10,6 @@ use crate::checkpoint::{
     Division, FORMAT, Keeper, Progress, Resume, Resumed, Snapshot, State, TrainingTensors,
     run_folder,
 };
-use crate::device::{self, Backend, Selected};
 use crate::fit::Fit;
 use crate::guard::{DeviceFault, FaultKind, Guard};
 use crate::interrupt::Interrupt;
@@ -20,6 +19,7 @@ use crate::screen::{RunScreen, Scores};
 use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use crate::train::{TrainError, WrongNumbers};
 use data::{Data, Order};
+use device::{Backend, Selected};
 use peft::{AdapterConfig, AdapterError, AdapterTensors};
 use run_config::{Config, OnNonFinite, OnOutOfMemory};
 use terminal::human;

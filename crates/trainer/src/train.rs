@@ -8,9 +8,6 @@ use llama_burn::{LlamaConfig, LoadOptions};
 use lora_core::{LoraError, Quantization};
 
 use crate::checkpoint::{CheckpointError, Fingerprint, Keeper, Progress, Resume, Resumed};
-use crate::device::{
-    self, Backend, CheckOptions, DeviceError, DeviceMemory, KeptKernels, Known, Selected,
-};
 use crate::embedded::{self, EmbeddedError};
 use crate::fit::{self, Fit, FitError};
 use crate::guard::DeviceFault;
@@ -23,6 +20,9 @@ use crate::screen::{AdapterSummary, DataSummary, RunResult, RunScreen, RunSummar
 use crate::session::{self, Beginning, Session};
 use crate::step::NotFinite;
 use data::{self, Data, DataError, Dataset};
+use device::{
+    self, Backend, CheckOptions, DeviceError, DeviceMemory, KeptKernels, Known, Selected,
+};
 use hub::{self, HubError, Need};
 use peft::{self, AdapterError};
 use run_config::Schedule;
@@ -31,7 +31,7 @@ use terminal::human;
 use train_step::loss_scale::LossScale;
 use train_step::optimizer::AdamW;
 
-use crate::memory;
+use device::process_memory as memory;
 use durable::faults::{self, FaultError, Kernels};
 
 /// Why a run did not start, or stopped.

@@ -16,7 +16,7 @@ use super::error::BenchError;
 use super::ours::{StepReport, peak_memory, sync};
 use super::protocol::{Loaded, PeakMemory, Phases, Row, WorkerSpec};
 use super::random_model;
-use crate::device::Selected;
+use device::Selected;
 use peft::{AdapterTensors, read_adapter};
 use train_step::optimizer::AdamW;
 

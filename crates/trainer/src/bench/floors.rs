@@ -9,7 +9,7 @@ use lora_core::CounterRng;
 use super::error::BenchError;
 use super::ours::sync;
 use super::protocol::{Bandwidth, DeviceDescription, Floors, Product, ProductRate};
-use crate::device::{self, Backend, Selected};
+use device::{Backend, Selected};
 
 /// A measurement repeats what it measures until it has taken this long: short ones are noise.
 const AT_LEAST: Duration = Duration::from_millis(20);

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use crate::device::Backend;
+use device::Backend;
 
 /// What can be asked of the benchmark.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -241,7 +241,7 @@ fn stories260k() -> Option<PathBuf> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::Backend;
+    use device::Backend;
     use llama_burn::LlamaConfig;
 
     fn options(only: &[&str], all: bool) -> BenchOptions {

@@ -9,7 +9,7 @@ use super::error::BenchError;
 use super::floors;
 use super::ours::{Ours, StepReport};
 use super::protocol::{Answer, Command, Contender, Loaded, PeakMemory, Phases, Round, WorkerSpec};
-use crate::device::{self, Selected};
+use device::Selected;
 
 /// Serves the commands on standard input until `quit` or its end. What goes wrong is an answer, not an error.
 ///

@@ -9,10 +9,10 @@ use llama_burn::Llama;
 use serde::Serialize;
 
 use super::{Finish, Generator, Limits, Sampling, Timing};
-use crate::device::KernelArgs;
 use crate::inference::{Inference, ModelArgs};
 use data::PromptTemplate;
 use data::{ModelFiles, RowTokenizer, TrainingPrompt};
+use device::KernelArgs;
 use terminal::Screen;
 use terminal::human;
 

@@ -4,7 +4,6 @@ use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use lora_core::CounterRng;
 
 use super::finding::Check;
-use crate::device;
 
 /// What may differ.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::Hardware;
+use device::Hardware;
 
 /// One thing that was found. Each is told as soon as it is known, so that a section that is stopped leaves the others.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

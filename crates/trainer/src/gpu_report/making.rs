@@ -14,7 +14,7 @@ use super::section::Section;
 use super::shapes::Shape;
 use super::training;
 use super::worker::WorkerOptions;
-use crate::device::Backend;
+use device::Backend;
 use terminal::Screen;
 
 /// Nothing is begun with less time than this: a device has to start first.

@@ -45,8 +45,8 @@ pub use report::Report;
 pub use section::Section;
 pub use worker::{WorkerOptions, serve};
 
-use crate::device::Backend;
 use clock::Clock;
+use device::Backend;
 use finding::LeftOut;
 use making::{LEAST, Making};
 use terminal::Screen;

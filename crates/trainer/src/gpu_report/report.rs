@@ -9,7 +9,7 @@ use super::counting::bytes_at_2048;
 use super::finding::{Check, Failed, Finding, Group, LeftOut, Rate, StepFinding, Training};
 use super::markdown;
 use crate::bench::Machine;
-use crate::device::Hardware;
+use device::Hardware;
 
 /// Everything that was found.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -9,7 +9,6 @@ use lora_core::{CounterRng, LoraConfig, TargetModules};
 use super::compare::{self, Depth, values};
 use super::finding::{Check, Finding};
 use super::trainee::{Trainee, options};
-use crate::device;
 use crate::{embedded, parity};
 use data::PromptTemplate;
 use data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};

@@ -13,7 +13,7 @@ use super::shapes::Shape;
 use super::timing::seconds;
 use super::trainee::{batch, options};
 use crate::bench::Spread;
-use crate::device::{self, Selected};
+use device::Selected;
 
 /// Tokens that the parts are measured with.
 const TOKENS: usize = 2048;

@@ -4,7 +4,7 @@ use lora_core::{LoraConfig, Quantization};
 
 use super::finding::{Check, Finding};
 use super::shapes::Shape;
-use crate::device::{self, CheckOptions, Selected};
+use device::{CheckOptions, Selected};
 
 /// Tokens that the checked layer sees at most; the check itself takes fewer.
 const TOKENS: usize = 256;

@@ -12,12 +12,12 @@ use super::shapes::Shape;
 use super::timing::sync;
 use super::trainee::{Trainee, batch};
 use crate::bench::Spread;
-use crate::device::{self, Backend, Selected};
 use crate::guard::{FaultKind, Guard};
 use crate::plan::{Plan, PlanOptions, Workload};
+use device::{Backend, Selected};
 use terminal::human;
 
-use crate::memory;
+use device::process_memory as memory;
 
 /// Tokens of a step: so many examples as make them up.
 const TOKENS_PER_STEP: usize = 2048;

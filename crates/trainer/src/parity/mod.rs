@@ -19,7 +19,7 @@ use std::path::{Path, PathBuf};
 
 use burn::tensor::Device;
 
-use crate::device::{self, Backend, DeviceError, Selected};
+use device::{Backend, DeviceError, Selected};
 use peft::AdapterError;
 use reference::Reference;
 

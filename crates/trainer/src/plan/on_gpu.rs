@@ -7,8 +7,8 @@ use llama_burn::{LlamaConfig, LoadOptions};
 use super::cards::{self, Peak};
 use super::{PlanOptions, Workload};
 use crate::bench::flops::FlopsModel;
-use crate::device::{self, Backend, Selected};
 use crate::guard::Guard;
+use device::{Backend, Selected};
 use terminal::human;
 use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 

@@ -4,7 +4,7 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraError, Quantization};
 
 use super::{Part, Plan, PlanOptions};
-use crate::device::{Backend, DeviceMemory, Known};
+use device::{Backend, DeviceMemory, Known};
 use terminal::human;
 
 impl Plan {

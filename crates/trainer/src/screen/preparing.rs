@@ -4,7 +4,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
-use crate::device::KeptKernels;
+use device::KeptKernels;
 use terminal::human;
 
 /// Says from time to time how many kernels are ready, until it is dropped.

@@ -57,7 +57,7 @@ pub fn hardware(selected: &Selected) -> Hardware {
         adapter::describe(selected, &mut hardware);
     }
     if selected.backend == Backend::Cpu {
-        hardware.memory_bytes = crate::memory::available();
+        hardware.memory_bytes = crate::process_memory::available();
     }
     hardware
 }
@@ -162,7 +162,7 @@ mod adapter {
     use burn::tensor::wgpu::wgpu;
 
     use super::{Hardware, Selected};
-    use crate::device::quiet;
+    use crate::quiet;
 
     /// The limits and features of the adapter of that name, as wgpu tells them.
     pub fn describe(selected: &Selected, hardware: &mut Hardware) {
@@ -232,7 +232,7 @@ mod adapter {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::device::select;
+    use crate::select;
 
     #[test]
     fn the_cpu_says_what_it_computes_in() {

@@ -98,7 +98,7 @@ pub(super) fn keep(for_software: bool) {
             level: records::RecordLevel::Off,
             keep_sessions: None,
         });
-        if let Some(folder) = crate::embedded::cache_folder() {
+        if let Some(folder) = durable::cache_folder() {
             environment::set_root(folder.join("llama-lora-trainer/kernels"));
         }
     });

@@ -1,4 +1,4 @@
-//! The device that a run computes on. Nothing outside this module names a backend.
+//! The device that a run computes on. Nothing outside this crate names a backend.
 //!
 //! [`select`] turns the word after `--backend` into a Burn [`Device`] that is known to start, or
 //! into one sentence that says what is missing and what to do. [`self_test`] and
@@ -15,6 +15,7 @@ mod graphics;
 mod hardware;
 mod kernels;
 mod memory;
+pub mod process_memory;
 mod quiet;
 mod self_test;
 

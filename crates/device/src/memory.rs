@@ -1,7 +1,7 @@
 //! How much memory a device has: asked for where a driver tells, stated by `device_memory` where none does.
 
 use super::{Backend, Selected};
-use crate::memory;
+use crate::process_memory as memory;
 
 /// Of a device's whole memory, what a run may plan with. The rest is taken by the driver and its kernels, by the
 /// screen and by other programs, and lies idle in pages that Burn's pools hold half filled.
