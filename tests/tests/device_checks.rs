@@ -13,12 +13,12 @@ use device::{Backend, Check, CheckOptions, DeviceError, Selected};
 use llama_burn::{LlamaConfig, LoadOptions, PackedTokens};
 use lora_core::spoil::{OPERATIONS, spoil};
 use lora_core::{IntegerWeight, LoraConfig, LoraLinear, Quantization};
+use lora_train::guard::{DeviceFault, FaultKind, Guard};
 use tests::fixture;
 use tests::program::run_with;
 use tests::reliability::{Row, record};
 use tests::runs::{checkpoints, last_step};
 use tests::workspace::Workspace;
-use trainer::guard::{DeviceFault, FaultKind, Guard};
 
 /// One test at a time.
 fn turn() -> MutexGuard<'static, ()> {

@@ -13,6 +13,8 @@ use data::{ModelFiles, PROMPT_FILE, RowTokenizer, TrainingPrompt, read_rows};
 use hub::{Hub, HubName, Need, Progress, Settings};
 use llama_burn::{Llama, LlamaConfig, LoadOptions, load};
 use lora_core::{LoraConfig, Quantization};
+use lora_train::checkpoint::{Checkpoint, MANIFEST, Manifest};
+use lora_train::plan::{Plan, PlanOptions, Workload};
 use peft::read_adapter;
 use run_config::Config;
 use serde_json::json;
@@ -23,9 +25,7 @@ use tests::mutate::Format;
 use tests::workspace::{Workspace, copy_folder, tokenizer};
 use tests::{embedded_asset, fixture};
 use train_step::optimizer::AdamW;
-use trainer::checkpoint::{Checkpoint, MANIFEST, Manifest};
 use trainer::merge::survival;
-use trainer::plan::{Plan, PlanOptions, Workload};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;

@@ -6,9 +6,9 @@ use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, RopeScaling, TokenRows};
 use lora_core::{LoraConfig, Quantization, TargetModules};
+use lora_train::plan::{Plan, PlanOptions, Workload};
 use tests::allocator::CountingAllocator;
 use train_step::gradients::{AdapterGradients, PassOptions, accumulate};
-use trainer::plan::{Plan, PlanOptions, Workload};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;

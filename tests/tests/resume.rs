@@ -4,11 +4,11 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+use lora_train::checkpoint::{MANIFEST, Manifest};
 use tests::program::{Outcome, run, run_with};
 use tests::reliability::{Row, record};
 use tests::runs::{Running, adapter_bytes, checkpoints, last_step, lines, losses, numbers};
 use tests::workspace::{Workspace, edit_json};
-use trainer::checkpoint::{MANIFEST, Manifest};
 
 /// A run of 20 steps in 4 epochs with everything that has a state: moments, an order of rows, dropout,
 /// several micro-batches, a validation in the middle of an epoch.

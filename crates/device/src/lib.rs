@@ -14,6 +14,7 @@ mod gentle;
 mod graphics;
 mod hardware;
 mod kernels;
+mod machine;
 mod memory;
 pub mod process_memory;
 mod quiet;
@@ -28,6 +29,7 @@ pub use check::{Check, CheckOptions, check_device, check_layer, verdict};
 pub use error::DeviceError;
 pub use hardware::{Hardware, hardware, type_name, types};
 pub use kernels::{KeptKernels, KernelArgs, first_step, kept_kernels, switches};
+pub use machine::Machine;
 pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 

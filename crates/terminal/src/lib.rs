@@ -4,10 +4,12 @@
 //! | --- | --- |
 //! | [`human`] | numbers, sizes and times as people write them |
 //! | screen | lines on standard output, a progress bar below them |
+//! | [`statistics`] | medians, spreads and ratios of measurements |
 //! | table | tables for the screen and for Markdown |
 
 pub mod human;
 mod screen;
+pub mod statistics;
 mod style;
 mod table;
 

@@ -10,24 +10,26 @@ use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
 use crate::bench::BenchOptions;
-use crate::checkpoint::{Resume, run_folder};
 use crate::combine::{self, CombineArgs};
 use crate::eval::{self, EvalArgs};
 use crate::generate::{self, GenerateArgs};
 use crate::gguf::{self, ExportGgufArgs};
 use crate::gpu_report::{self, ReportOptions, Section, WorkerOptions};
-use crate::interrupt::{Interrupt, RESUMABLE};
 use crate::logits::{self, LogitsArgs};
 use crate::merge::{self, MergeArgs, UnmergeArgs};
-use crate::output::Existing;
 use crate::parity::ParityOptions;
-use crate::plan::{Plan, PlanOptions, Workload};
-use crate::screen::RunScreen;
 use crate::tokenize::{self, TokenizeArgs};
-use crate::train::{self, Ended, Request, RunFiles, TrainError};
-use crate::{bench, checkpoint, make_assets, parity, plan};
+use crate::{bench, make_assets, parity};
 use device::{Backend, KernelArgs};
 use hub::{self, Need};
+use lora_train::checkpoint;
+use lora_train::checkpoint::{Resume, run_folder};
+use lora_train::interrupt::{Interrupt, RESUMABLE};
+use lora_train::output::Existing;
+use lora_train::plan;
+use lora_train::plan::{Plan, PlanOptions, Workload};
+use lora_train::screen::RunScreen;
+use lora_train::train::{self, Ended, Request, RunFiles, TrainError};
 use run_config::{self, Config};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
@@ -502,7 +504,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
             (config, model)
         }
     };
-    let config = crate::continued::continued(&config, &model)?;
+    let config = lora_train::continued::continued(&config, &model)?;
     let length = config.max_seq_len.min(model.positions());
     let options = PlanOptions {
         lora: config.lora_config(),

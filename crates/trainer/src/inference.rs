@@ -8,11 +8,11 @@ use clap::Args;
 use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
 use lora_core::{LoraConfig, LoraError, LoraLinear, Quantization};
 
-use crate::embedded::{self, EmbeddedError};
 use crate::merge::{Survival, SurvivalReport};
 use data::{DataError, ModelFiles};
 use device::{Backend, CheckOptions, DeviceError, KernelArgs, Selected};
 use hub::{self, HubError, Need};
+use lora_train::embedded::{self, EmbeddedError};
 use peft::{AdapterConfig, AdapterError, read_adapter};
 use run_config::EMBEDDED;
 use terminal::Screen;

@@ -8,9 +8,9 @@ use clap::Args;
 
 use data::PromptTemplate;
 
-use crate::embedded;
 use data::{ModelFiles, RowTokenizer};
 use hub::{self, Need};
+use lora_train::embedded;
 use run_config::EMBEDDED;
 
 /// The command's arguments.

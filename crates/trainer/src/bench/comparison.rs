@@ -1,9 +1,9 @@
 //! One scenario's tables.
 
 use super::results::{Measured, ScenarioResult};
-use super::statistics::{Ratio, median};
 use terminal::Table;
 use terminal::human;
+use terminal::statistics::{Ratio, median};
 
 pub(super) fn speed(result: &ScenarioResult) -> Table {
     let mut table = Table::new(

@@ -1,8 +1,8 @@
 //! Who can take part, and why some cannot here.
 
-use super::machine::Machine;
 use super::options::BenchOptions;
 use super::protocol::{Contender, DeviceDescription, OursSettings, PeftSettings};
+use device::Machine;
 
 /// A contender with its name.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,9 +3,9 @@
 use std::io;
 use std::path::PathBuf;
 
-use crate::embedded::EmbeddedError;
 use data::DataError;
 use device::DeviceError;
+use lora_train::embedded::EmbeddedError;
 use peft::AdapterError;
 
 /// Why a benchmark, or one of its contenders, stops.

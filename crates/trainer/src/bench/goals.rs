@@ -2,8 +2,8 @@
 
 use super::results::{Goal, Measured, ScenarioResult};
 use super::scenario;
-use super::statistics::Ratio;
 use terminal::human;
+use terminal::statistics::Ratio;
 
 /// At least so many times the speed, at most such a share of the memory, against whom.
 struct Comparison {

@@ -7,18 +7,18 @@ use llama_burn::LlamaConfig;
 use super::adapter;
 use super::contenders::Entrant;
 use super::error::BenchError;
-use super::flops::FlopsModel;
-use super::machine::Machine;
 use super::options::BenchOptions;
 use super::protocol::{Contender, DeviceDescription, Floors, Loaded, WorkerSpec};
 use super::results::{Absent, ScenarioResult};
 use super::rows::{self, Work};
 use super::running::{Running, progress};
 use super::scenario::{Model, Rows, Scenario};
+use device::Machine;
+use lora_train::plan::flops::FlopsModel;
 use terminal::Screen;
 use terminal::human;
 
-use crate::embedded;
+use lora_train::embedded;
 
 /// Of every contender, as in FinLoRA's configurations.
 const LEARNING_RATE: f64 = 1e-4;
@@ -70,7 +70,12 @@ impl Bench<'_> {
         ));
         let flops = FlopsModel::new(&config, &scenario.lora)?;
         let used = work.steps.iter().flatten().flatten();
-        let flops_per_token = flops.per_token(used.map(|row| &work.rows[*row]));
+        let sizes = used.map(|row| {
+            let row = &work.rows[*row];
+            let tokens = row.ids.len() as u64;
+            (tokens, tokens - row.prompt_tokens as u64)
+        });
+        let flops_per_token = flops.per_token(sizes);
 
         let mut absent = Vec::new();
         let mut running = Vec::new();

@@ -9,7 +9,7 @@
 //! burn_qlora.rs, burn_llama.rs             Burn's apply_qlora, as a Burn user writes it
 //! peft_worker.py                           PEFT
 //! random_model.rs                          shapes without weights
-//! floors.rs, flops.rs, machine.rs          what the machine does at most, what training needs
+//! floors.rs                                what the machine does at most
 //! statistics.rs, results.rs, goals.rs      medians and ratios; results.json; what has to hold
 //! table.rs, report.rs, comparison.rs, svg.rs   the screen, results.md, speed.svg
 //! ```
@@ -22,9 +22,7 @@ mod comparison;
 mod contenders;
 mod error;
 mod floors;
-pub(crate) mod flops;
 mod goals;
-mod machine;
 mod measure;
 mod options;
 mod ours;
@@ -36,20 +34,19 @@ mod results;
 mod rows;
 mod running;
 mod scenario;
-mod statistics;
 mod svg;
 mod worker;
 
 use std::path::{Path, PathBuf};
 
+pub use device::Machine;
 pub use error::BenchError;
-pub use machine::Machine;
 pub use options::BenchOptions;
 pub use results::{Absent, Goal, Measured, Results, ScenarioResult};
-pub use statistics::{Ratio, Spread};
+pub use terminal::statistics::{Ratio, Spread};
 pub use worker::serve;
 
-use crate::embedded;
+use lora_train::embedded;
 use terminal::Screen;
 
 /// Where the model and the rows are looked for when the command line does not say.
@@ -80,7 +77,7 @@ pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchErro
         machine,
         device,
         floors,
-        flops_counted: flops::COUNTED,
+        flops_counted: lora_train::plan::flops::COUNTED,
         scenarios: Vec::new(),
         goals: Vec::new(),
     };
@@ -248,7 +245,7 @@ mod tests {
                     gb_per_s: vec![10.0],
                 }],
             },
-            flops_counted: flops::COUNTED,
+            flops_counted: lora_train::plan::flops::COUNTED,
             scenarios: vec![ScenarioResult {
                 name: "main",
                 title: "small".into(),

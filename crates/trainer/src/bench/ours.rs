@@ -1,6 +1,6 @@
 //! Ours: every call of the benchmark into the trainer's hot path is in this file.
 //!
-//! A step is that of [`train`](crate::train), without validation, clipping and the screen.
+//! A step is that of [`train`](lora_train::train), without validation, clipping and the screen.
 
 use std::time::Instant;
 
@@ -11,11 +11,11 @@ use lora_core::{LoraConfig, Quantization};
 use super::error::BenchError;
 use super::protocol::{Loaded, OursSettings, PeakMemory, Phases, WorkerSpec};
 use super::random_model;
-use crate::fit;
-use crate::plan::{Plan, PlanOptions, Workload};
 use data::{Batch, Dataset, Prefixes, TokenizedRow};
 use device::process_memory as memory;
 use device::{Backend, Selected};
+use lora_train::fit;
+use lora_train::plan::{Plan, PlanOptions, Workload};
 use peft::read_adapter;
 use train_step::gradients::{self, AdapterGradients, PassOptions};
 use train_step::loss_scale::LossScale;
@@ -235,7 +235,7 @@ struct Memory<'a> {
 
 impl Memory<'_> {
     /// Whether a run of these micro-batches keeps its activations: where the heaviest of them does not take
-    /// too much of the free memory, as [`fit`](crate::fit) has it.
+    /// too much of the free memory, as [`fit`](lora_train::fit) has it.
     fn keeps_activations(&self, micro_batches: Vec<Vec<usize>>) -> Result<bool, BenchError> {
         let rows = dataset(self.spec);
         let workloads = micro_batches

@@ -3,9 +3,9 @@
 use super::comparison::{flop, losses, none, phases, ratios, speed};
 use super::protocol::Floors;
 use super::results::{Results, ScenarioResult};
-use super::statistics::Spread;
 use terminal::Table;
 use terminal::human;
+use terminal::statistics::Spread;
 
 /// Every table, in the order in which they are read.
 pub(super) fn tables(results: &Results) -> Vec<Table> {

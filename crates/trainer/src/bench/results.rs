@@ -2,9 +2,9 @@
 
 use serde::Serialize;
 
-use super::machine::Machine;
 use super::protocol::{DeviceDescription, Floors, PeakMemory, Phases, Round};
-use super::statistics::{Spread, largest_relative_difference, median};
+use device::Machine;
+use terminal::statistics::{Spread, largest_relative_difference, median};
 
 /// Everything that one run of the benchmark measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]

@@ -7,8 +7,8 @@ use super::contenders::Entrant;
 use super::error::BenchError;
 use super::protocol::{Answer, Command, Floors, Loaded, Round, WorkerSpec};
 use super::results::Measured;
-use super::statistics::Spread;
 use terminal::human;
+use terminal::statistics::Spread;
 
 /// A contender that is loaded, and what it has measured so far.
 pub(super) struct Running {

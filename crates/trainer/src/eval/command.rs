@@ -15,10 +15,10 @@ use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use super::suite::{self, Suite};
 use data::PromptTemplate;
 
-use crate::embedded;
 use crate::inference::{Inference, ModelArgs};
 use data::{self, Format, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template};
 use device::KernelArgs;
+use lora_train::embedded;
 use run_config::EMBEDDED;
 use terminal::Screen;
 use terminal::human;

@@ -13,10 +13,10 @@ use llama_burn::gguf::{
 use llama_burn::{LlamaConfig, Weights};
 
 use super::adapter::Adapter;
-use crate::embedded;
 use data::ModelFiles;
 use data::gguf::tokenizer_metadata;
 use hub::{self, Need};
+use lora_train::embedded;
 use run_config::EMBEDDED;
 use terminal::Screen;
 use terminal::human;

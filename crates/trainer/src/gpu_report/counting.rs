@@ -7,8 +7,8 @@ use lora_core::LoraConfig;
 
 use super::finding::{Failed, Finding, KindFinding, LeftOut, StepFinding};
 use super::shapes::Shape;
-use crate::guard::{DeviceFault, FaultKind, Guard};
 use device::{Backend, Selected};
+use lora_train::guard::{DeviceFault, FaultKind, Guard};
 use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 
 /// Tokens of the example.

@@ -8,8 +8,8 @@ use serde::Serialize;
 use super::counting::bytes_at_2048;
 use super::finding::{Check, Failed, Finding, Group, LeftOut, Rate, StepFinding, Training};
 use super::markdown;
-use crate::bench::Machine;
 use device::Hardware;
+use device::Machine;
 
 /// Everything that was found.
 #[derive(Debug, Clone, PartialEq, Serialize)]

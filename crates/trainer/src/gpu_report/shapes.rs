@@ -2,7 +2,7 @@
 
 use llama_burn::LlamaConfig;
 
-use crate::embedded;
+use lora_train::embedded;
 
 /// A model's shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,9 +9,10 @@ use lora_core::{CounterRng, LoraConfig, TargetModules};
 use super::compare::{self, Depth, values};
 use super::finding::{Check, Finding};
 use super::trainee::{Trainee, options};
-use crate::{embedded, parity};
+use crate::parity;
 use data::PromptTemplate;
 use data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};
+use lora_train::embedded;
 use peft::AdapterTensors;
 
 /// Steps of the loss curve, and of a quick one.

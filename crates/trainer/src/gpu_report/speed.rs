@@ -12,8 +12,8 @@ use super::finding::{Finding, Group, LeftOut, Rate};
 use super::shapes::Shape;
 use super::timing::seconds;
 use super::trainee::{batch, options};
-use crate::bench::Spread;
 use device::Selected;
+use terminal::statistics::Spread;
 
 /// Tokens that the parts are measured with.
 const TOKENS: usize = 2048;

@@ -5,7 +5,7 @@ use std::time::Instant;
 use anyhow::Context;
 use burn::tensor::Device;
 
-use crate::bench::Spread;
+use terminal::statistics::Spread;
 
 /// Measurements of each thing.
 const REPEATS: usize = 5;

@@ -11,11 +11,11 @@ use super::finding::{Check, Failed, Finding, LeftOut, Training};
 use super::shapes::Shape;
 use super::timing::sync;
 use super::trainee::{Trainee, batch};
-use crate::bench::Spread;
-use crate::guard::{FaultKind, Guard};
-use crate::plan::{Plan, PlanOptions, Workload};
 use device::{Backend, Selected};
+use lora_train::guard::{FaultKind, Guard};
+use lora_train::plan::{Plan, PlanOptions, Workload};
 use terminal::human;
+use terminal::statistics::Spread;
 
 use device::process_memory as memory;
 

@@ -8,8 +8,8 @@ use super::finding::{Failed, Finding};
 use super::section::Section;
 use super::shapes::Shape;
 use super::{counting, operations, small_model, speed, start_up, training};
-use crate::guard::{FaultKind, Guard};
 use device::{Backend, Selected};
+use lora_train::guard::{FaultKind, Guard};
 
 /// What a section's process is told.
 #[derive(Debug, Clone, PartialEq)]

@@ -182,7 +182,7 @@ fn merges(config: &Config) -> bool {
 }
 
 /// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
-pub(crate) fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
+pub fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
     let share = match on_gpu {
         true => COMFORTABLE_ON_GPU,
         false => COMFORTABLE,

@@ -5,8 +5,8 @@ use gpu_counts::{Counts, KindCounts, Mode};
 use llama_burn::{LlamaConfig, LoadOptions};
 
 use super::cards::{self, Peak};
+use super::flops::FlopsModel;
 use super::{PlanOptions, Workload};
-use crate::bench::flops::FlopsModel;
 use crate::guard::Guard;
 use device::{Backend, Selected};
 use terminal::human;

@@ -6,6 +6,7 @@
 
 mod activations;
 mod cards;
+pub mod flops;
 pub mod on_gpu;
 mod report;
 

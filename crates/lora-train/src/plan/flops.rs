@@ -13,8 +13,6 @@
 use llama_burn::LlamaConfig;
 use lora_core::{LoraConfig, LoraError};
 
-use super::protocol::Row;
-
 /// What operations are counted, for people.
 pub const COUNTED: &str = "Counted, a multiplication and an addition as two: the decoder's linear weights forward \
      and once backward, causal attention forward and twice backward, the adapters forward and twice backward, the \
@@ -64,12 +62,11 @@ impl FlopsModel {
             + 2 * 2 * self.head * supervised
     }
 
-    /// Operations a useful token, over these rows; 0 without rows.
-    pub fn per_token<'a>(&self, rows: impl IntoIterator<Item = &'a Row>) -> f64 {
+    /// Operations per useful token, over rows of so many tokens and supervised ones among them; 0 without rows.
+    pub fn per_token(&self, rows: impl IntoIterator<Item = (u64, u64)>) -> f64 {
         let (mut operations, mut tokens) = (0, 0);
-        for row in rows {
-            let length = row.ids.len() as u64;
-            operations += self.of_row(length, length - row.prompt_tokens as u64);
+        for (length, supervised) in rows {
+            operations += self.of_row(length, supervised);
             tokens += length;
         }
         match tokens {
@@ -112,11 +109,7 @@ mod tests {
         let head = 2 * (2 * 80);
         let by_hand = 2 * (2 * linear * 2) + attention + 3 * (2 * adapters * 2) + head;
         assert_eq!(flops.of_row(2, 1), by_hand);
-        let row = Row {
-            ids: vec![1, 2],
-            prompt_tokens: 1,
-        };
-        assert_eq!(flops.per_token([&row, &row]), by_hand as f64 / 2.0);
+        assert_eq!(flops.per_token([(2, 1), (2, 1)]), by_hand as f64 / 2.0);
         assert_eq!(flops.per_token([]), 0.0);
     }
 
