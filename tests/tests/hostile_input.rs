@@ -10,6 +10,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use data::PromptTemplate;
 use data::{ModelFiles, PROMPT_FILE, RowTokenizer, TrainingPrompt, read_rows};
+use export::merge::survival;
 use hub::{Hub, HubName, Need, Progress, Settings};
 use llama_burn::{Llama, LlamaConfig, LoadOptions, load};
 use lora_core::{LoraConfig, Quantization};
@@ -25,7 +26,6 @@ use tests::mutate::Format;
 use tests::workspace::{Workspace, copy_folder, tokenizer};
 use tests::{embedded_asset, fixture};
 use train_step::optimizer::AdamW;
-use trainer::merge::survival;
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;

@@ -4,10 +4,10 @@
 use std::fs;
 use std::path::Path;
 
+use export::merge::{MergeOptions, merge};
 use safetensors::Dtype;
 use serde_json::json;
 use tests::allocator::CountingAllocator;
-use trainer::merge::{MergeOptions, merge};
 
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;

@@ -3,10 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use export::merge::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, merge, unmerge};
 use llama_burn::{LlamaConfig, Weights};
 use safetensors::Dtype;
 use tests::fixture;
-use trainer::merge::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, merge, unmerge};
 
 fn options(name: &str, output: PathBuf) -> MergeOptions {
     MergeOptions {

@@ -8,11 +8,9 @@
 //! | [`checkpoint`], [`interrupt`], [`guard`] | what keeps a run's work, whatever happens |
 //! | [`screen`], [`metrics`], [`output`], [`model_card`] | what a run shows and writes |
 //! | [`continued`] | a run that starts from an adapter |
-//! | [`embedded`] | the model and data inside the program |
 
 pub mod checkpoint;
 pub mod continued;
-pub mod embedded;
 pub mod fit;
 pub mod guard;
 pub mod interrupt;

@@ -8,7 +8,6 @@ use llama_burn::{LlamaConfig, LoadOptions};
 use lora_core::{LoraError, Quantization};
 
 use crate::checkpoint::{CheckpointError, Fingerprint, Keeper, Progress, Resume, Resumed};
-use crate::embedded::{self, EmbeddedError};
 use crate::fit::{self, Fit, FitError};
 use crate::guard::DeviceFault;
 use crate::interrupt::Interrupt;
@@ -26,6 +25,7 @@ use device::{
 use hub::{self, HubError, Need};
 use peft::{self, AdapterError};
 use run_config::Schedule;
+use run_config::embedded::{self, EmbeddedError};
 use run_config::{BatchSize, ComputeDtype, Config, Problems};
 use terminal::human;
 use train_step::loss_scale::LossScale;

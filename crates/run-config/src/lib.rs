@@ -15,6 +15,7 @@
 //! ```
 
 mod axolotl;
+pub mod embedded;
 mod error;
 mod files;
 mod preset;

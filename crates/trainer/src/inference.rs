@@ -8,13 +8,13 @@ use clap::Args;
 use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
 use lora_core::{LoraConfig, LoraError, LoraLinear, Quantization};
 
-use crate::merge::{Survival, SurvivalReport};
 use data::{DataError, ModelFiles};
 use device::{Backend, CheckOptions, DeviceError, KernelArgs, Selected};
+use export::merge::{Survival, SurvivalReport};
 use hub::{self, HubError, Need};
-use lora_train::embedded::{self, EmbeddedError};
 use peft::{AdapterConfig, AdapterError, read_adapter};
 use run_config::EMBEDDED;
+use run_config::embedded::{self, EmbeddedError};
 use terminal::Screen;
 
 /// What to load and where to run it.

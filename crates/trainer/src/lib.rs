@@ -4,11 +4,8 @@
 //! | --- | --- |
 //! | [`cli`] | the command line |
 //! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
-//! | [`gguf`] | llama.cpp's files in and out |
 //! | [`tokenize`] | the tokens of texts, for comparisons |
 //! | [`eval`] | base and adapters on a task: answers, scores, significance |
-//! | [`merge`] | adapters into whole models, and out of them |
-//! | [`combine`] | one adapter from several |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
 //! | [`gpu_report`] | what a GPU computes, how right and how fast: for users to run and send |
@@ -16,14 +13,11 @@
 
 pub mod bench;
 pub mod cli;
-pub mod combine;
 pub mod eval;
 pub mod generate;
-pub mod gguf;
 pub mod gpu_report;
 pub mod inference;
 pub mod logits;
 pub mod make_assets;
-pub mod merge;
 pub mod parity;
 pub mod tokenize;

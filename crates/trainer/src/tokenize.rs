@@ -10,8 +10,8 @@ use data::PromptTemplate;
 
 use data::{ModelFiles, RowTokenizer};
 use hub::{self, Need};
-use lora_train::embedded;
 use run_config::EMBEDDED;
+use run_config::embedded;
 
 /// The command's arguments.
 #[derive(Debug, Args)]

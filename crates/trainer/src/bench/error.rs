@@ -5,8 +5,8 @@ use std::path::PathBuf;
 
 use data::DataError;
 use device::DeviceError;
-use lora_train::embedded::EmbeddedError;
 use peft::AdapterError;
+use run_config::embedded::EmbeddedError;
 
 /// Why a benchmark, or one of its contenders, stops.
 #[derive(Debug, thiserror::Error)]

@@ -18,7 +18,7 @@ use lora_train::plan::flops::FlopsModel;
 use terminal::Screen;
 use terminal::human;
 
-use lora_train::embedded;
+use run_config::embedded;
 
 /// Of every contender, as in FinLoRA's configurations.
 const LEARNING_RATE: f64 = 1e-4;

@@ -46,7 +46,7 @@ pub use results::{Absent, Goal, Measured, Results, ScenarioResult};
 pub use terminal::statistics::{Ratio, Spread};
 pub use worker::serve;
 
-use lora_train::embedded;
+use run_config::embedded;
 use terminal::Screen;
 
 /// Where the model and the rows are looked for when the command line does not say.

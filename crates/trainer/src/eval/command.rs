@@ -18,8 +18,8 @@ use data::PromptTemplate;
 use crate::inference::{Inference, ModelArgs};
 use data::{self, Format, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template};
 use device::KernelArgs;
-use lora_train::embedded;
 use run_config::EMBEDDED;
+use run_config::embedded;
 use terminal::Screen;
 use terminal::human;
 

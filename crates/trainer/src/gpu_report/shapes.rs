@@ -2,7 +2,7 @@
 
 use llama_burn::LlamaConfig;
 
-use lora_train::embedded;
+use run_config::embedded;
 
 /// A model's shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -12,8 +12,8 @@ use super::trainee::{Trainee, options};
 use crate::parity;
 use data::PromptTemplate;
 use data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};
-use lora_train::embedded;
 use peft::AdapterTensors;
+use run_config::embedded;
 
 /// Steps of the loss curve, and of a quick one.
 const STEPS: usize = 20;

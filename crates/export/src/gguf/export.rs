@@ -16,8 +16,8 @@ use super::adapter::Adapter;
 use data::ModelFiles;
 use data::gguf::tokenizer_metadata;
 use hub::{self, Need};
-use lora_train::embedded;
 use run_config::EMBEDDED;
+use run_config::embedded;
 use terminal::Screen;
 use terminal::human;
 
