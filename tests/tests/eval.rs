@@ -1,14 +1,14 @@
 //! Scores against scikit-learn's, scipy's and FinLoRA's own, and the eval command as a user runs it.
 
+use inference::eval::suite::{finlora_scores, strict_scores};
+use inference::eval::{
+    Answer, Answers, Scorer, Verdict, correct, items, mcnemar, of_items, score_labels,
+};
 use serde::Deserialize;
 use serde_json::Value;
 use tests::fixture;
 use tests::program::{Outcome, run};
 use tests::workspace::Workspace;
-use trainer::eval::suite::{finlora_scores, strict_scores};
-use trainer::eval::{
-    Answer, Answers, Scorer, Verdict, correct, items, mcnemar, of_items, score_labels,
-};
 
 fn scores_fixture<T: serde::de::DeserializeOwned>(name: &str) -> Vec<T> {
     let path = fixture("scores").join(name);

@@ -3,9 +3,6 @@
 //! | module | what it holds |
 //! | --- | --- |
 //! | [`cli`] | the command line |
-//! | [`inference`], [`generate`], [`logits`] | a model that is used: text from prompts, scores of tokens |
-//! | [`tokenize`] | the tokens of texts, for comparisons |
-//! | [`eval`] | base and adapters on a task: answers, scores, significance |
 //! | [`parity`] | our numbers against others' |
 //! | [`mod@bench`] | speed and memory, ours beside Burn's and PEFT's |
 //! | [`gpu_report`] | what a GPU computes, how right and how fast: for users to run and send |
@@ -13,11 +10,6 @@
 
 pub mod bench;
 pub mod cli;
-pub mod eval;
-pub mod generate;
 pub mod gpu_report;
-pub mod inference;
-pub mod logits;
 pub mod make_assets;
 pub mod parity;
-pub mod tokenize;

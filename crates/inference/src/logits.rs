@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use clap::Args;
 use llama_burn::{PackedError, PackedTokens};
 
-use crate::inference::{Inference, InferenceError, ModelArgs};
+use crate::model::{Inference, InferenceError, ModelArgs};
 use peft::Floats;
 use terminal::Screen;
 

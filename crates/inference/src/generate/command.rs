@@ -9,7 +9,7 @@ use llama_burn::Llama;
 use serde::Serialize;
 
 use super::{Finish, Generator, Limits, Sampling, Timing};
-use crate::inference::{Inference, ModelArgs};
+use crate::model::{Inference, ModelArgs};
 use data::PromptTemplate;
 use data::{ModelFiles, RowTokenizer, TrainingPrompt};
 use device::KernelArgs;

@@ -15,7 +15,7 @@ use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use super::suite::{self, Suite};
 use data::PromptTemplate;
 
-use crate::inference::{Inference, ModelArgs};
+use crate::model::{Inference, ModelArgs};
 use data::{self, Format, ModelFiles, RowTokenizer, Rows, TrainingPrompt, effective_template};
 use device::KernelArgs;
 use run_config::EMBEDDED;

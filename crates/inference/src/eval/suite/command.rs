@@ -13,7 +13,7 @@ use super::folder::Folder;
 use super::questions::{Asked, Sample};
 use super::results::SuiteResults;
 use super::run::Run;
-use crate::inference::{Inference, ModelArgs};
+use crate::model::{Inference, ModelArgs};
 use data::PromptTemplate;
 use data::TrainingPrompt;
 use terminal::Screen;

@@ -14,7 +14,7 @@ use super::questions::Asked;
 use super::results::{Averages, SuiteContender, SuiteResults, TaskScores};
 use super::score::{finlora_scores, strict_scores};
 use super::tasks::Judged;
-use crate::inference::Inference;
+use crate::model::Inference;
 use durable::write_atomically;
 use terminal::Screen;
 
