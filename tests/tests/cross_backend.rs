@@ -1,7 +1,7 @@
 //! The same quantized LoRA model on every pair of backends that this build and this machine have.
 
+use parity::between_devices;
 use tests::devices;
-use trainer::parity::between_devices;
 
 #[test]
 fn every_pair_of_backends_agrees_on_logits_gradients_and_a_loss_curve() {

@@ -6,13 +6,13 @@ use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, RopeScaling};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
+use parity::against_reference;
 use peft::{AdapterTensors, WholeTensor};
 use tests::fixture;
 use train_step::gradients::{
     AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate,
 };
 use train_step::loss::LossSums;
-use trainer::parity::against_reference;
 
 /// Lengths of rows with their last third supervised: 3, 7, 1, 4 and 2 tokens.
 const LENGTHS: [usize; 5] = [9, 21, 5, 14, 6];

@@ -9,11 +9,11 @@ use std::path::Path;
 use burn::tensor::Device;
 use llama_burn::{LlamaConfig, LoadOptions, PackedTokens};
 use lora_core::Quantization;
+use parity::{Report, against_reference};
 use safetensors::SafeTensors;
 use serde_json::json;
 use tests::workspace::{copy_folder, edit_json};
 use tests::{devices, fixture, stories260k};
-use trainer::parity::{Report, against_reference};
 
 /// The learning rate of `make_fixtures.py`.
 const LEARNING_RATE: f64 = 1e-3;

@@ -9,10 +9,10 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
-use crate::bench::BenchOptions;
-use crate::gpu_report::{self, ReportOptions, Section, WorkerOptions};
-use crate::parity::ParityOptions;
-use crate::{bench, make_assets, parity};
+use bench::BenchOptions;
+use gpu_report::{self, ReportOptions, Section, WorkerOptions};
+use parity::ParityOptions;
+
 use device::{Backend, KernelArgs};
 use export::combine::{self, CombineArgs};
 use export::gguf::{self, ExportGgufArgs};

@@ -162,9 +162,9 @@ impl Report {
 #[cfg(test)]
 pub(super) mod tests {
     use super::*;
-    use crate::gpu_report::finding::KindFinding;
+    use crate::finding::KindFinding;
 
-    pub(in crate::gpu_report) fn report() -> Report {
+    pub(crate) fn report() -> Report {
         let mut report = Report::new("gpu-report --quick".into(), true);
         let rate = |group, dtype: &str, tflops, gbs| {
             Finding::Rate(Rate {

@@ -42,9 +42,9 @@ impl Shape {
                 let folder = embedded::materialise()?.model_dir;
                 std::fs::read_to_string(folder.join("config.json"))?
             }
-            Self::Smol => include_str!("../bench/shapes/smollm2-135m.json").into(),
-            Self::Llama1B => include_str!("../bench/shapes/llama-3.2-1b.json").into(),
-            Self::Llama8B => include_str!("../bench/shapes/llama-3.1-8b.json").into(),
+            Self::Smol => include_str!("../../bench/src/shapes/smollm2-135m.json").into(),
+            Self::Llama1B => include_str!("../../bench/src/shapes/llama-3.2-1b.json").into(),
+            Self::Llama8B => include_str!("../../bench/src/shapes/llama-3.1-8b.json").into(),
         })
     }
 

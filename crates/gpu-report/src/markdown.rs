@@ -260,7 +260,7 @@ fn list<'a>(title: &str, items: impl Iterator<Item = (&'a String, &'a String)>) 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu_report::report::tests::report;
+    use crate::report::tests::report;
 
     #[test]
     fn a_rate_is_compared_with_the_peak_of_its_own_type() {

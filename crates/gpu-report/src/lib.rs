@@ -6,7 +6,7 @@
 //! making.rs, clock.rs, lines.rs     runs them within the time there is, and shows what they find
 //! start_up.rs, operations.rs, small_model.rs, compare.rs   against the CPU
 //! speed.rs, timing.rs               products, attention, chains, beside the device's peak
-//! training.rs, trainee.rs, shapes.rs, peft.rs   steps of models with random weights, ours and PEFT's
+//! training.rs, trainee.rs, shapes.rs, peft_bench.rs   steps of models with random weights, ours and PEFT's
 //! counting.rs                       launches, uploads, reads, bytes
 //! report.rs, markdown.rs            report.json, report.md
 //! ```
@@ -23,7 +23,7 @@ mod lines;
 mod making;
 mod markdown;
 mod operations;
-mod peft;
+mod peft_bench;
 mod report;
 mod section;
 mod shapes;

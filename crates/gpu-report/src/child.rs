@@ -111,7 +111,7 @@ fn watch(
 #[cfg(all(test, unix))]
 mod tests {
     use super::*;
-    use crate::gpu_report::finding::LeftOut;
+    use crate::finding::LeftOut;
 
     fn shell(script: &str, limit: f64) -> (Ended, Vec<Finding>, Duration) {
         let mut command = Command::new("sh");

@@ -97,7 +97,7 @@ pub fn batch(examples: usize, tokens: usize, vocab_size: usize) -> Batch {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::gpu_report::shapes::Shape;
+    use crate::shapes::Shape;
 
     #[test]
     fn half_of_each_example_is_supervised_and_steps_lower_the_loss() {

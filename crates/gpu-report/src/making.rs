@@ -8,7 +8,7 @@ use super::child::{self, Ended};
 use super::clock::Clock;
 use super::finding::{Failed, Finding, LeftOut};
 use super::lines::{last_words, line};
-use super::peft::{self, Peft};
+use super::peft_bench::{self, Peft};
 use super::report::{Report, SectionRun};
 use super::section::Section;
 use super::shapes::Shape;
@@ -114,7 +114,7 @@ impl Making<'_> {
                 continue;
             }
             let limit = self.options.limit.mul_f64(0.15).min(self.clock.remaining());
-            let trained = peft.train(shape, workload, peft::long(&dtype), limit);
+            let trained = peft.train(shape, workload, peft_bench::long(&dtype), limit);
             self.take_in(match trained {
                 Ok(training) => Finding::Training(training),
                 Err(error) => Finding::LeftOut(LeftOut {

@@ -9,7 +9,7 @@ use lora_core::{CounterRng, LoraConfig, TargetModules};
 use super::compare::{self, Depth, values};
 use super::finding::{Check, Finding};
 use super::trainee::{Trainee, options};
-use crate::parity;
+
 use data::PromptTemplate;
 use data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};
 use peft::AdapterTensors;
