@@ -34,7 +34,7 @@ fn config(text: &str) -> LlamaConfig {
 
 fn llama_8b() -> LlamaConfig {
     config(include_str!(
-        "../../crates/trainer/src/bench/shapes/llama-3.1-8b.json"
+        "../../crates/bench/src/shapes/llama-3.1-8b.json"
     ))
 }
 
