@@ -235,7 +235,7 @@ struct Memory<'a> {
 
 impl Memory<'_> {
     /// Whether a run of these micro-batches keeps its activations: where the heaviest of them does not take
-    /// too much of the free memory, as [`fit`](lora_train::fit) has it.
+    /// too much of the free memory, as [`fit`] has it.
     fn keeps_activations(&self, micro_batches: Vec<Vec<usize>>) -> Result<bool, BenchError> {
         let rows = dataset(self.spec);
         let workloads = micro_batches

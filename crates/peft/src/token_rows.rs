@@ -132,7 +132,7 @@ impl AdapterTensors {
     ///
     /// # Errors
     ///
-    /// As [`Tokens::of`].
+    /// Tokens outside the vocabulary or named twice, and rows of a table that is not there.
     pub(super) fn rows_on(
         &self,
         model: &LlamaConfig,
@@ -177,7 +177,7 @@ pub fn name_tables(lora: &mut LoraConfig) {
 /// # Errors
 ///
 /// An empty list; a token outside the vocabulary or named twice; a table that the adapter changes otherwise as well.
-/// As [`Tokens::of`].
+/// A name that is not a table's.
 pub fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), AdapterError> {
     let tokens = Tokens::of(lora, model)?;
     let selector = lora.selector()?;
@@ -216,7 +216,7 @@ pub fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), Adapte
 ///
 /// # Errors
 ///
-/// As [`AdapterTensors::check_token_rows`]; a device that does not give a table back.
+/// Rows that do not fit the model; a device that does not return a table.
 pub fn with_fresh_rows(mut model: Llama, lora: &LoraConfig) -> Result<Llama, AdapterError> {
     let config = model.config.clone();
     let mut fresh = AdapterTensors::default();
