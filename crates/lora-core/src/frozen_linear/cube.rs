@@ -3,7 +3,7 @@
 //! Dequantize, then the backend's float product, in both directions: the trait's bodies. The dense
 //! weight lives for the one product only and its buffer is used again for the next. Burn's fused
 //! quantized product reads fewer bytes, but its kernel is chosen for single rows; see
-//! ARCHITECTURE.md for the measurement.
+//! docs/decisions/quantized-weights.md.
 
 use burn_cubecl::CubeBackend;
 

@@ -13,8 +13,8 @@ pub fn has_bf16_products() -> bool {
 
 /// Makes the CPU multiply quantized weights in bf16 from now on, in the whole program, or in f32 again.
 ///
-/// Everything else stays f32: activations between products, sums, adapters. See ARCHITECTURE.md for the
-/// error; whoever compares numbers between machines wants f32.
+/// Everything else stays f32: activations between products, sums, adapters. See docs/decisions/precision.md
+/// for the error; whoever compares numbers between machines wants f32.
 ///
 /// # Errors
 ///
