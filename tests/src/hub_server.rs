@@ -516,17 +516,18 @@ fn file_headers(
     file: &str,
     bytes: &[u8],
 ) -> Vec<(String, String)> {
-    let mut headers: Vec<(String, String)> = match is_large(file) {
-        false => vec![
-            ("ETag".into(), format!("\"{}\"", git_hash(bytes))),
-            ("X-Repo-Commit".into(), COMMIT.into()),
-        ],
-        true => vec![
+    let mut headers: Vec<(String, String)> = if is_large(file) {
+        vec![
             ("ETag".into(), format!("\"{}\"", git_hash(b"pointer"))),
             ("X-Linked-Etag".into(), format!("\"{}\"", sha256(bytes))),
             ("X-Linked-Size".into(), bytes.len().to_string()),
             ("X-Repo-Commit".into(), COMMIT.into()),
-        ],
+        ]
+    } else {
+        vec![
+            ("ETag".into(), format!("\"{}\"", git_hash(bytes))),
+            ("X-Repo-Commit".into(), COMMIT.into()),
+        ]
     };
     for (name, value) in repository.iter().flat_map(|repository| &repository.headers) {
         headers.retain(|(present, _)| !present.eq_ignore_ascii_case(name));
@@ -561,8 +562,9 @@ fn allowed(
     if files && repository.gated.is_some() && repository.gated.as_deref() != sent {
         return Err((if sent.is_some() { 403 } else { 401 }, "GatedRepo"));
     }
-    match ["main", "v1", COMMIT].contains(&revision) {
-        true => Ok(repository.clone()),
-        false => Err((404, "RevisionNotFound")),
+    if ["main", "v1", COMMIT].contains(&revision) {
+        Ok(repository.clone())
+    } else {
+        Err((404, "RevisionNotFound"))
     }
 }

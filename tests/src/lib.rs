@@ -42,12 +42,11 @@ pub fn embedded_asset(name: &str) -> Vec<u8> {
 /// The folder of the stories260k model, which is not part of the repository.
 pub fn stories260k() -> Option<PathBuf> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../shared/models/stories260k");
-    match folder.join("model.safetensors").is_file() {
-        true => Some(folder),
-        false => {
-            println!("skipped: {} is not there", folder.display());
-            None
-        }
+    if folder.join("model.safetensors").is_file() {
+        Some(folder)
+    } else {
+        println!("skipped: {} is not there", folder.display());
+        None
     }
 }
 

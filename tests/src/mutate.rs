@@ -98,9 +98,10 @@ impl Mutator {
         // Blind changes break a format early; every other file has none, so that the rest is reached too.
         let careful = self.one_in(2);
         for _ in 0..1 + self.below(3) {
-            mutated = match !careful && self.one_in(2) {
-                true => self.blind(mutated),
-                false => self.informed(format, mutated),
+            mutated = if !careful && self.one_in(2) {
+                self.blind(mutated)
+            } else {
+                self.informed(format, mutated)
             };
         }
         mutated
@@ -318,9 +319,10 @@ impl Mutator {
             };
             return [&wrong.to_le_bytes(), &file[8..]].concat();
         }
-        let header = match self.one_in(2) {
-            true => self.json(&file[8..end]),
-            false => self.tensor(&file[8..end]),
+        let header = if self.one_in(2) {
+            self.json(&file[8..end])
+        } else {
+            self.tensor(&file[8..end])
         };
         let header = header.unwrap_or_else(|| file[8..end].to_vec());
         [

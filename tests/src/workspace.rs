@@ -26,9 +26,10 @@ pub fn copy_folder(from: &Path, to: &Path) {
     for entry in fs::read_dir(from).expect("the folder is there") {
         let path = entry.expect("the folder can be read").path();
         let target = to.join(path.file_name().expect("an entry has a name"));
-        match path.is_dir() {
-            true => copy_folder(&path, &target),
-            false => drop(fs::copy(&path, &target).expect("the file can be copied")),
+        if path.is_dir() {
+            copy_folder(&path, &target)
+        } else {
+            fs::copy(&path, &target).expect("the file can be copied");
         }
     }
 }

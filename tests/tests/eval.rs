@@ -125,9 +125,10 @@ fn the_finlora_scorer_gives_finloras_numbers() {
                 ..Answer::default()
             };
             let of_row = items(target, case.lists);
-            match case.lists {
-                true => answers.extend(of_items(&answer, of_row.len())),
-                false => answers.push(answer),
+            if case.lists {
+                answers.extend(of_items(&answer, of_row.len()))
+            } else {
+                answers.push(answer)
             }
             targets.extend(of_row);
         }

@@ -79,9 +79,10 @@ impl Place {
         fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
             for entry in fs::read_dir(folder).into_iter().flatten() {
                 let path = entry.expect("the folder can be read").path();
-                match path.is_dir() {
-                    true => walk(&path, found),
-                    false => found.push(path),
+                if path.is_dir() {
+                    walk(&path, found)
+                } else {
+                    found.push(path)
                 }
             }
         }

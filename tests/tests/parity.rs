@@ -239,13 +239,14 @@ fn edit_integers(folder: &Path, name: &str, change: impl Fn(&mut [i64])) {
         .iter()
         .flat_map(|integer| integer.to_le_bytes())
         .collect();
-    let tensors = file.iter().map(|(key, view)| match key == name {
-        true => {
+    let tensors = file.iter().map(|(key, view)| {
+        if key == name {
             let view =
                 safetensors::tensor::TensorView::new(view.dtype(), view.shape().into(), &changed);
             (key, view.expect("the same shape and type"))
+        } else {
+            (key, view)
         }
-        false => (key, view),
     });
     fs::write(
         &path,
@@ -332,12 +333,11 @@ fn a_file_of_the_reference_that_is_missing_or_cut_off_is_an_error_that_names_it(
             let folder = tempfile::tempdir().expect("a temporary folder");
             copy_folder(&fixture("tied"), folder.path());
             let path = folder.path().join(file);
-            match cut {
-                true => {
-                    let bytes = fs::read(&path).expect("the fixture can be read");
-                    fs::write(&path, &bytes[..bytes.len() / 2]).expect("it can be written");
-                }
-                false => fs::remove_file(&path).expect("it can be removed"),
+            if cut {
+                let bytes = fs::read(&path).expect("the fixture can be read");
+                fs::write(&path, &bytes[..bytes.len() / 2]).expect("it can be written");
+            } else {
+                fs::remove_file(&path).expect("it can be removed")
             }
             let devices = [("cpu".to_string(), Device::flex())];
             let error = against_reference(folder.path(), None, LEARNING_RATE, &devices)

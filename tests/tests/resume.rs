@@ -345,10 +345,11 @@ fn two_runs_do_not_share_a_folder() {
     );
     for more in [&["--resume"][..], &["--overwrite"], &[]] {
         let outcome = run(&[&arguments[..], more].concat());
-        match more.is_empty() {
-            // It has taken steps already: a run, whether it goes on or not.
-            true => outcome.failed_saying(&["already holds a run"]),
-            false => outcome.failed_saying(&["is training into", "process"]),
+        if more.is_empty() {
+            // The run has taken steps, whether it can be resumed or not.
+            outcome.failed_saying(&["already holds a run"])
+        } else {
+            outcome.failed_saying(&["is training into", "process"])
         }
     }
     // A killed process holds no lock.

@@ -116,9 +116,10 @@ pub fn bundle(args: &BundleArgs) -> Result<std::result::Result<PathBuf, ExitCode
     if let Some(loader) = vulkan_loader() {
         copy(&loader, &folder.join("lib/libvulkan.so.1"))?;
     }
-    let file = target_of_workspace()?.join(match args.xz {
-        true => "gpu-bundle.tar.xz",
-        false => "gpu-bundle.tar.zst",
+    let file = target_of_workspace()?.join(if args.xz {
+        "gpu-bundle.tar.xz"
+    } else {
+        "gpu-bundle.tar.zst"
     });
     if let Some(failed) = pack(&folder, &file)? {
         return Ok(Err(failed));
@@ -206,16 +207,17 @@ fn pack(folder: &Path, file: &Path) -> Result<Option<ExitCode>> {
 /// What unpacks the file and runs it, with and without zstd.
 fn instructions(file: &Path) -> String {
     let name = file.file_name().unwrap_or_default().display();
-    let unpack = match file.extension().is_some_and(|extension| extension == "zst") {
-        true => format!(
+    let unpack = if file.extension().is_some_and(|extension| extension == "zst") {
+        format!(
             "  tar --zstd -xf {name}\n  \
-             python3 -c 'import tarfile; tarfile.open(\"{name}\").extractall()'     (Python 3.14, where there is no zstd; \
-             or make a .tar.xz with --xz)\n"
-        ),
-        false => format!(
+         python3 -c 'import tarfile; tarfile.open(\"{name}\").extractall()'     (Python 3.14, where there is no zstd; \
+         or make a .tar.xz with --xz)\n"
+        )
+    } else {
+        format!(
             "  tar -xJf {name}\n  \
-             python3 -c 'import tarfile; tarfile.open(\"{name}\").extractall()'     (where there is no xz)\n"
-        ),
+         python3 -c 'import tarfile; tarfile.open(\"{name}\").extractall()'     (where there is no xz)\n"
+        )
     };
     format!(
         "{}\nOn the machine with the GPU, in an empty folder:\n{unpack}  ./run.sh\n",

@@ -173,9 +173,10 @@ fn plan_backend(args: &[OsString]) -> Backend {
         arg.to_str()
             .is_some_and(|arg| arg.split('=').next() == Some("--gpu"))
     };
-    match args.iter().any(on_gpu) {
-        true => Backend::Auto,
-        false => Backend::Cpu,
+    if args.iter().any(on_gpu) {
+        Backend::Auto
+    } else {
+        Backend::Cpu
     }
 }
 

@@ -45,9 +45,10 @@ impl BurnQlora {
             quantize_lm_head: false,
             dtype: DType::F32,
         };
-        let model = match spec.random_weights {
-            true => random_model::random(&config, options, &device),
-            false => llama_burn::load(&spec.model, &config, options, &device, |_| {})?,
+        let model = if spec.random_weights {
+            random_model::random(&config, options, &device)
+        } else {
+            llama_burn::load(&spec.model, &config, options, &device, |_| {})?
         };
         let model = BurnLlama::new(model, &config);
         let model = with_adapters(model, &adapter_config.lora, &adapter, &device)?;

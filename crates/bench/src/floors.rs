@@ -53,9 +53,10 @@ pub(super) fn measure(
         // Burn's own bf16 products on the CPU are slower than its f32 ones: no floor of anything.
         let ours = selected.backend == Backend::Cpu && dtype == FloatDType::BF16;
         for product in products {
-            let gflops = match ours {
-                true => our_product_rates(product.shape, repeats, selected)?,
-                false => product_rates(product.shape, dtype, repeats, device)?,
+            let gflops = if ours {
+                our_product_rates(product.shape, repeats, selected)?
+            } else {
+                product_rates(product.shape, dtype, repeats, device)?
             };
             rates.push(ProductRate {
                 product: product.clone(),

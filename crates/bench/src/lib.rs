@@ -117,9 +117,10 @@ pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchErro
 
 /// The model's folder and the file of rows.
 fn files(options: &BenchOptions) -> Result<(PathBuf, PathBuf), BenchError> {
-    let embedded = match options.quick && (options.model.is_none() || options.data.is_none()) {
-        true => Some(embedded::materialise()?),
-        false => None,
+    let embedded = if options.quick && (options.model.is_none() || options.data.is_none()) {
+        Some(embedded::materialise()?)
+    } else {
+        None
     };
     let or = |given: &Option<PathBuf>, embedded: Option<PathBuf>, usual: &str| {
         given.clone().or(embedded).unwrap_or_else(|| usual.into())

@@ -92,9 +92,10 @@ impl Bench<'_> {
                         adapter: adapter.clone(),
                         learning_rate: LEARNING_RATE,
                         rows: work.rows.clone(),
-                        steps: match entrant.grouped {
-                            true => work.grouped.clone(),
-                            false => work.steps.clone(),
+                        steps: if entrant.grouped {
+                            work.grouped.clone()
+                        } else {
+                            work.steps.clone()
                         },
                     };
                     match self.start(entrant, &spec, &folder, steps) {

@@ -63,9 +63,10 @@ impl Ours {
         let (adapter_config, adapter) = read_adapter(&spec.adapter)?;
         let lora = adapter_config.lora;
         let on_gpu = selected.backend != Backend::Cpu;
-        let prefixes = match settings.share_prefixes {
-            true => Prefixes::Shared,
-            false => Prefixes::Apart,
+        let prefixes = if settings.share_prefixes {
+            Prefixes::Shared
+        } else {
+            Prefixes::Apart
         };
         let dtype = device::compute_dtype(selected, requested(&settings.compute_dtype))?;
         let stored = device::prepare(selected, dtype)?;
@@ -75,9 +76,10 @@ impl Ours {
             dtype: DType::from(stored),
         };
         let device = selected.device.clone().autodiff();
-        let model = match spec.random_weights {
-            true => random_model::random(&config, options, &device),
-            false => llama_burn::load(&spec.model, &config, options, &device, |_| {})?,
+        let model = if spec.random_weights {
+            random_model::random(&config, options, &device)
+        } else {
+            llama_burn::load(&spec.model, &config, options, &device, |_| {})?
         };
         let model = adapter.put_on(model, &lora)?;
         let memory = Memory {
@@ -157,9 +159,10 @@ impl Ours {
         let mut sums = AdapterGradients::default();
         let mut computed_tokens = 0;
         let together = [micro_batches.concat()];
-        let micro_batches = match self.merges {
-            true => &together,
-            false => micro_batches,
+        let micro_batches = if self.merges {
+            &together
+        } else {
+            micro_batches
         };
         for indices in micro_batches {
             let started = Instant::now();
@@ -206,9 +209,10 @@ fn pass(
     on_tape: bool,
     sums: &mut AdapterGradients,
 ) {
-    match on_tape {
-        true => gradients::accumulate_on_tape(model, batch, options.dropout_seed, sums),
-        false => gradients::accumulate(model, batch, options, sums),
+    if on_tape {
+        gradients::accumulate_on_tape(model, batch, options.dropout_seed, sums)
+    } else {
+        gradients::accumulate(model, batch, options, sums)
     }
 }
 

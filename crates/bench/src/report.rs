@@ -134,9 +134,10 @@ pub(super) fn heading(results: &Results) -> String {
     let memory = machine
         .memory
         .map_or_else(String::new, |bytes| format!(", {}", human::bytes(bytes)));
-    let vectors = match machine.vectors.is_empty() {
-        true => String::new(),
-        false => format!(", {}", machine.vectors.join(" ")),
+    let vectors = if machine.vectors.is_empty() {
+        String::new()
+    } else {
+        format!(", {}", machine.vectors.join(" "))
     };
     format!(
         "{}, {}{vectors}{memory}, {}; {}; trainer {}",

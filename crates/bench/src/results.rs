@@ -167,9 +167,10 @@ impl ScenarioResult {
     /// none where the batches differ or there is nothing to compare with.
     pub fn loss_difference(&self, measured: &Measured) -> Option<f64> {
         let reference = self.contender(measured.same_weights_as)?;
-        match measured.grouped || measured.id == reference.id {
-            true => None,
-            false => largest_relative_difference(&measured.losses, &reference.losses),
+        if measured.grouped || measured.id == reference.id {
+            None
+        } else {
+            largest_relative_difference(&measured.losses, &reference.losses)
         }
     }
 }

@@ -120,9 +120,12 @@ fn bar(
     middle: f64,
     bar: &Bar,
 ) {
-    let x = |value: f64| match scale > 0.0 {
-        true => left + (right - left) * value / scale,
-        false => left,
+    let x = |value: f64| {
+        if scale > 0.0 {
+            left + (right - left) * value / scale
+        } else {
+            left
+        }
     };
     let (top, width) = (middle - BAR / 2.0, x(bar.value) - left);
     // Writing to a string does not fail.
@@ -200,9 +203,10 @@ mod tests {
                 }
             }
         }
-        match open.is_empty() {
-            true => Ok(()),
-            false => Err(format!("not closed: {open:?}")),
+        if open.is_empty() {
+            Ok(())
+        } else {
+            Err(format!("not closed: {open:?}"))
         }
     }
 

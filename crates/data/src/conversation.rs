@@ -58,9 +58,10 @@ const NOT_HONOURED: [(&str, &str); 14] = [
 impl Conversation {
     /// From a row with `messages`, or with ShareGPT's `conversations`.
     pub(super) fn from_row(row: &mut Map<String, Value>) -> Result<Self, LineError> {
-        let key = match row.contains_key("messages") {
-            true => "messages",
-            false => "conversations",
+        let key = if row.contains_key("messages") {
+            "messages"
+        } else {
+            "conversations"
         };
         let messages = messages(row, key)?;
         Self::beside(row, messages, 0)
@@ -196,12 +197,13 @@ fn tools(row: &mut Map<String, Value>) -> Result<Option<Value>, LineError> {
             Value::String(text) => parsed(&text)?,
             item => item,
         };
-        match item.is_object() {
-            true => Ok(item),
-            false => Err(wrong(format!(
+        if item.is_object() {
+            Ok(item)
+        } else {
+            Err(wrong(format!(
                 "must hold objects, got {}",
                 json_type(&item)
-            ))),
+            )))
         }
     });
     let items: Vec<Value> = items.collect::<Result<_, LineError>>()?;
@@ -400,9 +402,10 @@ mod tests {
         let Value::Object(mut row) = row else {
             panic!()
         };
-        let conversation = match row.contains_key("prompt") {
-            true => Conversation::from_prompt_and_completion(&mut row),
-            false => Conversation::from_row(&mut row),
+        let conversation = if row.contains_key("prompt") {
+            Conversation::from_prompt_and_completion(&mut row)
+        } else {
+            Conversation::from_row(&mut row)
         };
         conversation.map_err(|error| error.to_string())
     }

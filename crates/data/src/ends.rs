@@ -26,16 +26,17 @@ pub(super) fn warning(
     }
     let names = names(tokenizer.tokenizer(), &stops);
     let end = tokenizer.tokenizer().id_to_token(first).unwrap_or_default();
-    Some(match tokenizer.is_special(first) {
-        true => format!(
+    Some(if tokenizer.is_special(first) {
+        format!(
             "every answer ends with {end:?}, at which generation does not stop: the model's files name {names} as the end. \
-             Set eos_token in tokenizer_config.json and eos_token_id in generation_config.json to it, or the model writes \
-             on after its answers"
-        ),
-        false => format!(
+         Set eos_token in tokenizer_config.json and eos_token_id in generation_config.json to it, or the model writes \
+         on after its answers"
+        )
+    } else {
+        format!(
             "no answer ends with a token that ends a text ({names}): the chat template writes none behind an answer, so that \
-             the adapter never learns to stop. Write the end token into the template behind the assistant's content"
-        ),
+         the adapter never learns to stop. Write the end token into the template behind the assistant's content"
+        )
     })
 }
 

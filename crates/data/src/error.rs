@@ -84,7 +84,7 @@ pub enum LineError {
     /// A conversation without anything to learn.
     #[error(
         "no assistant turn to learn: the messages are of {}; a message to learn has the role \"assistant\"",
-        match roles.is_empty() { true => "no messages".into(), false => roles.join(", ") }
+        if roles.is_empty() { "no messages".into() } else { roles.join(", ") }
     )]
     NoAssistant {
         /// The roles that are there.

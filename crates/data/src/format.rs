@@ -204,9 +204,10 @@ impl Format {
                         Some(_) => Some(text(row, "system")?),
                     },
                     instruction: text(row, "instruction")?,
-                    input: match is_nothing(row.get("input")) {
-                        true => None,
-                        false => Some(text(row, "input")?),
+                    input: if is_nothing(row.get("input")) {
+                        None
+                    } else {
+                        Some(text(row, "input")?)
                     },
                     output: learned(row, "output")?,
                 }
@@ -214,9 +215,10 @@ impl Format {
             Self::Dolly => Example::Instruction {
                 system: None,
                 instruction: text(row, "instruction")?,
-                input: match is_nothing(row.get("context")) {
-                    true => None,
-                    false => Some(text(row, "context")?),
+                input: if is_nothing(row.get("context")) {
+                    None
+                } else {
+                    Some(text(row, "context")?)
                 },
                 output: learned(row, "response")?,
             },
@@ -333,9 +335,10 @@ fn text(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineE
 /// A text that is learned, which an empty one could not be.
 fn learned(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineError> {
     let text = text(row, key)?;
-    match text.trim().is_empty() {
-        true => Err(LineError::Empty { key }),
-        false => Ok(text),
+    if text.trim().is_empty() {
+        Err(LineError::Empty { key })
+    } else {
+        Ok(text)
     }
 }
 

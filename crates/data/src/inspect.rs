@@ -20,9 +20,10 @@ const IDS_PER_LINE: usize = 16;
 pub fn inspect(data: &Data, rows: usize, out: &mut impl Write, colour: bool) -> io::Result<()> {
     writeln!(out, "format      {}", data.formats())?;
     writeln!(out, "training    {}", data.train.statistics())?;
-    match data.validation.is_empty() && data.validation.too_long == 0 {
-        true => writeln!(out, "validation  none")?,
-        false => writeln!(out, "validation  {}", data.validation.statistics())?,
+    if data.validation.is_empty() && data.validation.too_long == 0 {
+        writeln!(out, "validation  none")?
+    } else {
+        writeln!(out, "validation  {}", data.validation.statistics())?
     }
     for warning in &data.warnings {
         writeln!(out, "note        {warning}")?;
@@ -174,13 +175,15 @@ fn visible(tokenizer: &Tokenizer, id: u32) -> String {
         return format!("<unknown id {id}>");
     };
     // A SentencePiece decoder drops the space of a first piece, and a lone piece is always the first.
-    let decoded = match piece.contains('▁') {
-        true => piece.replace('▁', " "),
-        false => decoded(tokenizer, &[id], false),
+    let decoded = if piece.contains('▁') {
+        piece.replace('▁', " ")
+    } else {
+        decoded(tokenizer, &[id], false)
     };
-    let text = match decoded.is_empty() || decoded.contains('\u{fffd}') {
-        true => bytes_of(&piece).unwrap_or(piece),
-        false => decoded,
+    let text = if decoded.is_empty() || decoded.contains('\u{fffd}') {
+        bytes_of(&piece).unwrap_or(piece)
+    } else {
+        decoded
     };
     let mut shown = String::new();
     for character in text.chars() {
@@ -209,9 +212,10 @@ fn bytes_of(piece: &str) -> Option<String> {
             code @ 0..=0xff => Some(code as u8).filter(|byte| itself(*byte)),
             code => others.get(code as usize - 0x100).copied(),
         }?;
-        match byte.is_ascii() {
-            true => text.push(char::from(byte)),
-            false => text += &format!("<0x{byte:02X}>"),
+        if byte.is_ascii() {
+            text.push(char::from(byte))
+        } else {
+            text += &format!("<0x{byte:02X}>")
         }
     }
     (!text.is_empty()).then_some(text)

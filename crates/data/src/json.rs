@@ -37,11 +37,12 @@ pub(super) fn lines(mut file: impl BufRead, rows: &mut Collected) -> Result<(), 
             1 => bytes.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&bytes),
             _ => &bytes,
         };
-        let object = match text.len() > LONGEST_LINE {
-            true => Err(LineError::TooLong {
+        let object = if text.len() > LONGEST_LINE {
+            Err(LineError::TooLong {
                 limit: LONGEST_LINE,
-            }),
-            false => parse_line(text.strip_suffix(b"\n").unwrap_or(text)),
+            })
+        } else {
+            parse_line(text.strip_suffix(b"\n").unwrap_or(text))
         };
         let added = object.and_then(|object| match object {
             Some(object) => rows.add(line, object),
@@ -147,19 +148,21 @@ pub(super) fn array(mut file: impl Read, rows: &mut Collected) -> Result<(), Dat
         goes_on = text.take(b',');
         if !goes_on && !text.take(b']') {
             let line = text.line;
-            return Err(broken(match text.bytes.is_empty() {
-                true => format!("line {line}: the array is cut off"),
-                false => format!("line {line}: expected a comma or the end of the array"),
+            return Err(broken(if text.bytes.is_empty() {
+                format!("line {line}: the array is cut off")
+            } else {
+                format!("line {line}: expected a comma or the end of the array")
             }));
         }
     }
     text.skip_space();
-    match text.bytes.is_empty() {
-        true => Ok(()),
-        false => Err(broken(format!(
+    if text.bytes.is_empty() {
+        Ok(())
+    } else {
+        Err(broken(format!(
             "line {}: something follows the array",
             text.line
-        ))),
+        )))
     }
 }
 

@@ -18,9 +18,10 @@ pub(super) fn as_filters(template: &str) -> String {
         };
         let is_comment = close == "#}";
         let inside = &tag[2..];
-        let length = match is_comment {
-            true => inside.find(close),
-            false => length_of_tag(inside, close),
+        let length = if is_comment {
+            inside.find(close)
+        } else {
+            length_of_tag(inside, close)
         };
         let Some(length) = length else {
             rest = tag;
@@ -29,9 +30,10 @@ pub(super) fn as_filters(template: &str) -> String {
         let behind = &inside[length + 2..];
         let code = &inside[..length];
         result.push_str(&tag[..2]);
-        match is_comment {
-            true => result.push_str(code),
-            false => result.push_str(&rewritten(code, 0)),
+        if is_comment {
+            result.push_str(code)
+        } else {
+            result.push_str(&rewritten(code, 0))
         }
         result.push_str(close);
         rest = behind;

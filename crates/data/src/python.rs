@@ -156,9 +156,10 @@ fn check(depth: usize) -> Result<(), Error> {
 
 /// In single quotes, unless the text holds some and no double ones.
 fn repr_of_text(value: &str, text: &mut String) {
-    let quote = match value.contains('\'') && !value.contains('"') {
-        true => '"',
-        false => '\'',
+    let quote = if value.contains('\'') && !value.contains('"') {
+        '"'
+    } else {
+        '\''
     };
     text.push(quote);
     for character in value.chars() {
@@ -187,9 +188,10 @@ fn is_printable(character: char) -> bool {
 }
 
 fn write_number(value: &Value, text: &mut String) {
-    match value.is_integer() {
-        true => text.push_str(&value.to_string()),
-        false => text.push_str(&float(f64::try_from(value.clone()).unwrap_or(f64::NAN))),
+    if value.is_integer() {
+        text.push_str(&value.to_string())
+    } else {
+        text.push_str(&float(f64::try_from(value.clone()).unwrap_or(f64::NAN)))
     }
 }
 
@@ -353,12 +355,11 @@ impl Json {
         }
         let mut units = [0; 2];
         for character in quoted.chars() {
-            match character.is_ascii() {
-                true => text.push(character),
-                false => {
-                    for unit in character.encode_utf16(&mut units) {
-                        text.push_str(&format!("\\u{unit:04x}"));
-                    }
+            if character.is_ascii() {
+                text.push(character)
+            } else {
+                for unit in character.encode_utf16(&mut units) {
+                    text.push_str(&format!("\\u{unit:04x}"));
                 }
             }
         }

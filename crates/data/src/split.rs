@@ -34,9 +34,10 @@ pub fn split(
     }
     let (mut training, mut validation) = (Vec::new(), Vec::new());
     for (row, validates) in rows.into_iter().zip(validates) {
-        match validates {
-            true => validation.push(row),
-            false => training.push(row),
+        if validates {
+            validation.push(row)
+        } else {
+            training.push(row)
         }
     }
     Ok((training, validation))

@@ -95,9 +95,10 @@ fn position(
 fn swapped(text: &str) -> String {
     let mut result = String::new();
     for character in text.chars() {
-        match character.is_uppercase() {
-            true => result.extend(character.to_lowercase()),
-            false => result.extend(character.to_uppercase()),
+        if character.is_uppercase() {
+            result.extend(character.to_lowercase())
+        } else {
+            result.extend(character.to_uppercase())
         }
     }
     result
@@ -172,13 +173,12 @@ fn split(text: &str, args: &[Value], from_behind: bool) -> Result<Value, Error> 
         Some(separator) => {
             let separator = separator.as_str().filter(|text| !text.is_empty());
             let separator = separator.ok_or_else(|| invalid("empty separator"))?;
-            match from_behind {
-                false => text.splitn(parts, separator).collect(),
-                true => {
-                    let mut parts: Vec<&str> = text.rsplitn(parts, separator).collect();
-                    parts.reverse();
-                    parts
-                }
+            if from_behind {
+                let mut parts: Vec<&str> = text.rsplitn(parts, separator).collect();
+                parts.reverse();
+                parts
+            } else {
+                text.splitn(parts, separator).collect()
             }
         }
     };
@@ -190,9 +190,10 @@ fn words(text: &str, parts: usize, from_behind: bool) -> Vec<&str> {
     let mut words = Vec::new();
     let mut rest = text.trim();
     while !rest.is_empty() && words.len() + 1 < parts {
-        let cut = match from_behind {
-            false => rest.split_once(char::is_whitespace),
-            true => rest.rsplit_once(char::is_whitespace).map(|(a, b)| (b, a)),
+        let cut = if from_behind {
+            rest.rsplit_once(char::is_whitespace).map(|(a, b)| (b, a))
+        } else {
+            rest.split_once(char::is_whitespace)
         };
         let (word, others) = cut.unwrap_or((rest, ""));
         words.push(word);
@@ -201,9 +202,10 @@ fn words(text: &str, parts: usize, from_behind: bool) -> Vec<&str> {
     if !rest.is_empty() {
         // The white space on the side that no cut reached stays.
         let at = rest.as_ptr() as usize - text.as_ptr() as usize;
-        let rest = match from_behind {
-            false => &text[at..],
-            true => &text[..at + rest.len()],
+        let rest = if from_behind {
+            &text[..at + rest.len()]
+        } else {
+            &text[at..]
         };
         words.push(rest);
     }
@@ -233,9 +235,10 @@ fn truncate(
     let kept = length.checked_sub(ends);
     let kept = kept.ok_or_else(|| invalid("truncate: the length is below that of the end"))?;
     let kept: String = text.chars().take(kept).collect();
-    let kept = match kill_words {
-        true => &kept[..],
-        false => kept.rsplit_once(' ').map_or(&kept[..], |(words, _)| words),
+    let kept = if kill_words {
+        &kept[..]
+    } else {
+        kept.rsplit_once(' ').map_or(&kept[..], |(words, _)| words)
     };
     Ok(format!("{kept}{end}"))
 }

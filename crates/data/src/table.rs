@@ -40,9 +40,10 @@ pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Resu
         // The reader stands behind the row; where it stood before, blank lines may have been.
         let inside = record.as_slice().iter().filter(|byte| **byte == b'\n');
         let line = (reader.position().line() as usize).saturating_sub(inside.count());
-        let (line, open) = match ended.get() {
-            true => (line, true),
-            false => (line.saturating_sub(1), false),
+        let (line, open) = if ended.get() {
+            (line, true)
+        } else {
+            (line.saturating_sub(1), false)
         };
         trim_carriage_return(&mut record);
         if record.len() == 1 && record[0].is_empty() {

@@ -108,9 +108,10 @@ impl RowTokenizer {
         tokenizer.with_padding(None);
         add_tokens(tokenizer, files)?;
         let prompt = Prompt::new(template, files)?;
-        let before = match prompt.has_its_own_special_tokens() {
-            true => Vec::new(),
-            false => tokens_before(&guarded).map_err(|error| files.error(NAME, error))?,
+        let before = if prompt.has_its_own_special_tokens() {
+            Vec::new()
+        } else {
+            tokens_before(&guarded).map_err(|error| files.error(NAME, error))?
         };
         let tokenizer = &guarded.tokenizer;
         let end = files.end_token(|token| tokenizer.token_to_id(token))?;
@@ -212,9 +213,10 @@ impl RowTokenizer {
 
     /// `ids` behind the tokens that begin a text, unless the text was written with them already.
     fn begun(&self, ids: Vec<u32>) -> Vec<u32> {
-        match ids.starts_with(&self.before) {
-            true => ids,
-            false => [&self.before[..], &ids].concat(),
+        if ids.starts_with(&self.before) {
+            ids
+        } else {
+            [&self.before[..], &ids].concat()
         }
     }
 
@@ -261,16 +263,17 @@ impl RowTokenizer {
                 return Err(DataError::NoQuestion { path: path.into() });
             }
         };
-        match prompt.is_empty() {
-            true => Err(DataError::EmptyPrompt {
+        if prompt.is_empty() {
+            Err(DataError::EmptyPrompt {
                 path: path.into(),
                 line,
-            }),
-            false => Ok(Question {
+            })
+        } else {
+            Ok(Question {
                 line,
                 prompt,
                 target,
-            }),
+            })
         }
     }
 
@@ -516,13 +519,13 @@ fn tokens_before(tokenizer: &Guarded) -> Result<Vec<u32>, String> {
     let with = tokenizer.encode_fast("a", true)?;
     let without = tokenizer.encode_fast("a", false)?;
     let (with, without) = (with.get_ids(), without.get_ids());
-    let start = match without.is_empty() {
-        // A tokenizer that does not know "a": all that is there is special, and what comes first comes before.
-        true => usize::from(!with.is_empty()),
-        false => with
-            .windows(without.len())
+    let start = if without.is_empty() {
+        // A tokenizer without "a": all tokens are special, and the first one precedes the text.
+        usize::from(!with.is_empty())
+    } else {
+        with.windows(without.len())
             .position(|ids| ids == without)
-            .unwrap_or(0),
+            .unwrap_or(0)
     };
     Ok(with[..start].to_vec())
 }

@@ -130,10 +130,13 @@ pub fn check_layer(
         &packed,
         &inputs,
         dtype,
-        |device, dtype| match lora_core::cpu::is_cpu(device) {
-            true => subject.on(device, dtype),
-            // The weights themselves, where they lie: what training computes with.
-            false => layer.clone(),
+        |device, dtype| {
+            if lora_core::cpu::is_cpu(device) {
+                subject.on(device, dtype)
+            } else {
+                // The layer's own weights: those that training computes with.
+                layer.clone()
+            }
         },
     )
 }
@@ -194,9 +197,10 @@ pub(super) fn refused(selected: &Selected, message: String) -> DeviceError {
 }
 
 fn tokens_at_most(is_software: bool) -> usize {
-    match is_software {
-        true => TOKENS_ON_SOFTWARE,
-        false => TOKENS,
+    if is_software {
+        TOKENS_ON_SOFTWARE
+    } else {
+        TOKENS
     }
 }
 
@@ -292,9 +296,10 @@ fn compare(
 
 /// How far a check is from being right.
 fn excess(check: &Check) -> f64 {
-    match check.difference.is_nan() {
-        true => f64::INFINITY,
-        false => check.difference / check.tolerance,
+    if check.difference.is_nan() {
+        f64::INFINITY
+    } else {
+        check.difference / check.tolerance
     }
 }
 

@@ -185,9 +185,10 @@ pub fn free_memory() -> Option<u64> {
 
 /// NVIDIA's driver.
 fn file() -> &'static str {
-    match cfg!(windows) {
-        true => "nvcuda.dll",
-        false => "libcuda.so.1",
+    if cfg!(windows) {
+        "nvcuda.dll"
+    } else {
+        "libcuda.so.1"
     }
 }
 

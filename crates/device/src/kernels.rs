@@ -44,9 +44,10 @@ impl KernelArgs {
 
 /// Tells Burn what to fuse, which it reads once, when the first device starts.
 pub(super) fn set_fusion() {
-    lora_core::set_fusion(match UNFUSED.load(Ordering::Relaxed) {
-        true => Fusion::Off,
-        false => Fusion::InOrder,
+    lora_core::set_fusion(if UNFUSED.load(Ordering::Relaxed) {
+        Fusion::Off
+    } else {
+        Fusion::InOrder
     });
 }
 

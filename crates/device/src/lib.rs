@@ -112,9 +112,10 @@ fn automatic() -> Selected {
             Err(error) => passed_over.push(error.to_string()),
         }
     }
-    cpu(match passed_over.is_empty() {
-        true => "no GPU backend is in this build".to_owned(),
-        false => passed_over.join(", "),
+    cpu(if passed_over.is_empty() {
+        "no GPU backend is in this build".to_owned()
+    } else {
+        passed_over.join(", ")
     })
 }
 

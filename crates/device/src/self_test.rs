@@ -90,9 +90,10 @@ fn compare(name: &str, got: &[f32], expected: &[f32]) -> Check {
         square += f64::from(got - expected).powi(2);
         norm += f64::from(expected).powi(2);
     }
-    let difference = match got.len() == expected.len() {
-        true => (square / norm).sqrt(),
-        false => f64::NAN,
+    let difference = if got.len() == expected.len() {
+        (square / norm).sqrt()
+    } else {
+        f64::NAN
     };
     Check {
         name: name.into(),

@@ -195,18 +195,20 @@ pub fn after(operation: Operation, path: &Path) {
 /// [`io::ErrorKind::StorageFull`].
 pub fn space() -> io::Result<()> {
     let step = STEP.load(Ordering::Relaxed);
-    match faults().is_some_and(|faults| faults.full.contains(&step)) {
-        true => Err(io::ErrorKind::StorageFull.into()),
-        false => Ok(()),
+    if faults().is_some_and(|faults| faults.full.contains(&step)) {
+        Err(io::ErrorKind::StorageFull.into())
+    } else {
+        Ok(())
     }
 }
 
 /// The loss of a micro-batch, or what a fault makes of it.
 pub fn loss(loss: f64) -> f64 {
     let step = STEP.load(Ordering::Relaxed);
-    match faults().is_some_and(|faults| faults.nan.contains(&step)) {
-        true => f64::NAN,
-        false => loss,
+    if faults().is_some_and(|faults| faults.nan.contains(&step)) {
+        f64::NAN
+    } else {
+        loss
     }
 }
 

@@ -120,9 +120,10 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
 #[cfg(unix)]
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     faults::before(Operation::SyncFolder);
-    let folder = match folder.as_os_str().is_empty() {
-        true => Path::new("."),
-        false => folder,
+    let folder = if folder.as_os_str().is_empty() {
+        Path::new(".")
+    } else {
+        folder
     };
     match File::open(folder)?.sync_all() {
         // Some network and container file systems cannot; the rename is done all the same.

@@ -48,12 +48,13 @@ impl FromStr for Share {
         let wrong = || "must have the form DIR=WEIGHT, as in runs/a/adapter=0.7".to_string();
         let (folder, weight) = text.rsplit_once('=').ok_or_else(wrong)?;
         let weight: f64 = weight.trim().parse().map_err(|_| wrong())?;
-        match weight.is_finite() && !folder.is_empty() {
-            true => Ok(Self {
+        if weight.is_finite() && !folder.is_empty() {
+            Ok(Self {
                 folder: folder.into(),
                 weight,
-            }),
-            false => Err(wrong()),
+            })
+        } else {
+            Err(wrong())
         }
     }
 }

@@ -148,9 +148,10 @@ impl Block {
                     continue;
                 }
                 // Selections read what they return; a tensor that is added to is read and written where it changes.
-                let size = match index == 0 && reads_a_part(operation) {
-                    true => bytes(input).min(written),
-                    false => bytes(input),
+                let size = if index == 0 && reads_a_part(operation) {
+                    bytes(input).min(written)
+                } else {
+                    bytes(input)
                 };
                 let known = read.entry(input.id).or_default();
                 *known = size.max(*known);

@@ -43,18 +43,20 @@ pub fn distance(got: &[f32], expected: &[f32]) -> f64 {
         .map(|(a, b)| square(f64::from(*a) - f64::from(*b)))
         .sum();
     let norm: f64 = expected.iter().map(|x| square(f64::from(*x))).sum();
-    match norm > 0.0 {
-        true => (difference / norm).sqrt(),
-        false => difference.sqrt(),
+    if norm > 0.0 {
+        (difference / norm).sqrt()
+    } else {
+        difference.sqrt()
     }
 }
 
 /// The largest; not a number where one of them is none.
 pub fn largest(distances: impl Iterator<Item = f64>) -> f64 {
     distances.fold(0.0, |largest: f64, next| {
-        match largest.is_nan() || next.is_nan() {
-            true => f64::NAN,
-            false => next.max(largest),
+        if largest.is_nan() || next.is_nan() {
+            f64::NAN
+        } else {
+            next.max(largest)
         }
     })
 }
@@ -99,9 +101,10 @@ pub fn input(
     let mut rng = CounterRng::new(seed);
     let numbers = (0..rows * columns).map(|_| round(rng.normal() as f32, dtype));
     let data = TensorData::new(numbers.collect::<Vec<f32>>(), [rows, columns]);
-    let stored = match device == &Device::flex() {
-        true => FloatDType::F32,
-        false => dtype,
+    let stored = if device == &Device::flex() {
+        FloatDType::F32
+    } else {
+        dtype
     };
     Tensor::from_data(data, (device, DType::from(stored)))
 }

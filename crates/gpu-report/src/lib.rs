@@ -105,9 +105,10 @@ pub fn run(options: &ReportOptions, screen: &Screen) -> anyhow::Result<Report> {
         let share = options.limit.mul_f64(section.share()).max(SHORTEST);
         let limit = share.min(making.clock.remaining());
         if limit < LEAST || without_device >= GIVE_UP_AFTER {
-            let why = match limit < LEAST {
-                true => "no time left",
-                false => "the device was lost, or did not start, twice in a row",
+            let why = if limit < LEAST {
+                "no time left"
+            } else {
+                "the device was lost, or did not start, twice in a row"
             };
             making.take_in(Finding::LeftOut(LeftOut {
                 what: section.to_string(),
@@ -115,9 +116,10 @@ pub fn run(options: &ReportOptions, screen: &Screen) -> anyhow::Result<Report> {
             }))?;
             continue;
         }
-        match making.section(section, limit)? {
-            true => without_device = 0,
-            false => without_device += 1,
+        if making.section(section, limit)? {
+            without_device = 0
+        } else {
+            without_device += 1
         }
         if let (Some(python), Some(shape)) = (&options.peft, section.trains()) {
             making.peft(python, shape)?;
@@ -157,14 +159,16 @@ fn found(quick: bool, log: &Path) -> anyhow::Result<Backend> {
             Finding::Failed(failed) => answer = failed.message,
             _ => {}
         })?;
-        match is_found {
-            true => return Ok(backend),
-            false => passed_over.push(answer),
+        if is_found {
+            return Ok(backend);
+        } else {
+            passed_over.push(answer)
         }
     }
-    let why = match passed_over.is_empty() {
-        true => "this build has no GPU backend".into(),
-        false => passed_over.join("; "),
+    let why = if passed_over.is_empty() {
+        "this build has no GPU backend".into()
+    } else {
+        passed_over.join("; ")
     };
     anyhow::bail!(
         "no GPU was found: {why}. A software driver is reported on with --backend wgpu --quick"

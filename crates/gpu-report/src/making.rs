@@ -32,9 +32,10 @@ pub struct Making<'a> {
 
 impl Making<'_> {
     pub fn sections(&self) -> Vec<Section> {
-        let mut sections = match self.options.only.is_empty() {
-            true => Section::all(self.options.quick),
-            false => self.options.only.clone(),
+        let mut sections = if self.options.only.is_empty() {
+            Section::all(self.options.quick)
+        } else {
+            self.options.only.clone()
         };
         sections.dedup();
         sections

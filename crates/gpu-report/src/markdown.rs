@@ -40,9 +40,10 @@ pub fn markdown(report: &Report) -> String {
             ("features", &device.features),
         ];
         for (name, values) in words {
-            let values = match values.is_empty() {
-                true => "none".into(),
-                false => values.join(", "),
+            let values = if values.is_empty() {
+                "none".into()
+            } else {
+                values.join(", ")
             };
             text += &format!("- {name}: {values}\n");
         }
@@ -69,9 +70,10 @@ fn heading(report: &Report) -> String {
         (all, 0) => format!("All {all} comparisons with the CPU are within their tolerance."),
         (all, failing) => format!("{failing} of {all} comparisons with the CPU FAIL."),
     };
-    let quick = match report.quick {
-        true => " Quick: small sizes, which say whether it works and not how fast.",
-        false => "",
+    let quick = if report.quick {
+        " Quick: small sizes, which say whether it works and not how fast."
+    } else {
+        ""
     };
     format!(
         "{device}\nMachine: {}, {}, {}; trainer {}, `{}`, {:.0} s.{quick}\n\n{verdict}",
@@ -251,9 +253,10 @@ fn list<'a>(title: &str, items: impl Iterator<Item = (&'a String, &'a String)>) 
     let items: Vec<String> = items
         .map(|(what, why)| format!("- {what}: {why}\n"))
         .collect();
-    match items.is_empty() {
-        true => String::new(),
-        false => format!("\n### {title}\n\n{}", items.concat()),
+    if items.is_empty() {
+        String::new()
+    } else {
+        format!("\n### {title}\n\n{}", items.concat())
     }
 }
 

@@ -28,10 +28,11 @@ impl Section {
     /// All, the most important first.
     pub fn all(quick: bool) -> Vec<Self> {
         let first = [Self::Device, Self::Operations, Self::Model];
-        let rest: &[Self] = match quick {
-            true => &[Self::Training(Shape::Embedded), Self::Speed, Self::Counts],
-            // What costs most and tells most comes before what is also known from smaller machines.
-            false => &[
+        let rest: &[Self] = if quick {
+            &[Self::Training(Shape::Embedded), Self::Speed, Self::Counts]
+        } else {
+            &[
+                // The most expensive and most telling first.
                 Self::Training(Shape::Llama8B),
                 Self::Speed,
                 Self::Training(Shape::Llama1B),
@@ -40,7 +41,7 @@ impl Section {
                 Self::Counts,
                 Self::OtherTypes(Shape::Llama1B),
                 Self::OtherTypes(Shape::Smol),
-            ],
+            ]
         };
         first.iter().chain(rest).copied().collect()
     }

@@ -68,9 +68,10 @@ fn compared(dtype: FloatDType, got: &Numbers, expected: &Numbers) -> Vec<Check> 
     let gradients = |numbers: &Numbers| numbers.gradients.values().cloned().collect::<Vec<_>>();
     let (ours, theirs) = (gradients(got), gradients(expected));
     // As one vector: a tensor of small gradients would weigh as much as one of large ones.
-    let off = match got.gradients.keys().eq(expected.gradients.keys()) {
-        true => compare::distance(&ours.concat(), &theirs.concat()),
-        false => f64::INFINITY,
+    let off = if got.gradients.keys().eq(expected.gradients.keys()) {
+        compare::distance(&ours.concat(), &theirs.concat())
+    } else {
+        f64::INFINITY
     };
     let steps = got.curve.iter().zip(&expected.curve);
     let curve = compare::largest(steps.map(|(a, b)| relative(*a, *b)));

@@ -47,9 +47,10 @@ pub fn run(
     let Some(auto) = types.first().copied() else {
         return Ok(());
     };
-    let config = match quick {
-        true => Shape::Embedded.config()?,
-        false => Shape::Llama8B.config()?,
+    let config = if quick {
+        Shape::Embedded.config()?
+    } else {
+        Shape::Llama8B.config()?
     };
     let mut bench = Bench {
         device: &selected.device,

@@ -40,9 +40,10 @@ const LEARNING_RATE: f64 = 1e-4;
 /// The lengths of examples for a shape, and the examples of a step.
 pub fn workloads(config: &LlamaConfig, quick: bool) -> Vec<(usize, usize)> {
     let limit = config.max_position_embeddings;
-    let lengths: Vec<usize> = match quick {
-        true => vec![32],
-        false => LENGTHS.iter().map(|length| *length.min(&limit)).collect(),
+    let lengths: Vec<usize> = if quick {
+        vec![32]
+    } else {
+        LENGTHS.iter().map(|length| *length.min(&limit)).collect()
     };
     let mut workloads: Vec<(usize, usize)> = Vec::new();
     for length in lengths {

@@ -179,12 +179,13 @@ pub(super) fn read_text(path: &Path, limit: u64) -> io::Result<String> {
     File::open(path)?
         .take(limit + 1)
         .read_to_string(&mut text)?;
-    match text.len() as u64 > limit {
-        true => Err(io::Error::new(
+    if text.len() as u64 > limit {
+        Err(io::Error::new(
             io::ErrorKind::FileTooLarge,
             format!("{} is larger than {limit} bytes", path.display()),
-        )),
-        false => Ok(text),
+        ))
+    } else {
+        Ok(text)
     }
 }
 

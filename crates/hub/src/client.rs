@@ -203,9 +203,10 @@ impl<'a> Client<'a> {
             (401 | 403, "GatedRepo") => HubError::Gated {
                 name,
                 endpoint,
-                detail: match has_token {
-                    true => format!("The token that was sent does not open it{said}"),
-                    false => format!("No token was sent{said}"),
+                detail: if has_token {
+                    format!("The token that was sent does not open it{said}")
+                } else {
+                    format!("No token was sent{said}")
                 },
             },
             (404, "RevisionNotFound") => HubError::NoRevision { name },
@@ -220,9 +221,10 @@ impl<'a> Client<'a> {
             (401, "RepoNotFound") | (404, _) => HubError::NotFound {
                 name,
                 endpoint,
-                who: match has_token {
-                    true => "to the token that was sent",
-                    false => "without a token",
+                who: if has_token {
+                    "to the token that was sent"
+                } else {
+                    "without a token"
                 },
             },
             (401, _) if !has_token => HubError::NotFound {
@@ -305,9 +307,10 @@ fn redirected(from: &str, location: &str) -> Result<String, String> {
         _ if location.starts_with('/') => format!("{scheme}://{authority}{location}"),
         _ => return Err("a redirect to no address of the web".into()),
     };
-    match scheme == "https" && !to.starts_with("https://") {
-        true => Err("a redirect from a protected connection to an open one".into()),
-        false => Ok(to),
+    if scheme == "https" && !to.starts_with("https://") {
+        Err("a redirect from a protected connection to an open one".into())
+    } else {
+        Ok(to)
     }
 }
 

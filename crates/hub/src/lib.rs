@@ -161,9 +161,10 @@ impl Hub {
     fn list(&self, name: &HubName, client: &Client, is_cached: bool) -> Result<Listing, HubError> {
         let (retries, pause) = self.settings.retries;
         let patient = Settings {
-            retries: match is_cached {
-                true => (0, Duration::ZERO),
-                false => (retries.min(ATTEMPTS_TO_LIST), pause),
+            retries: if is_cached {
+                (0, Duration::ZERO)
+            } else {
+                (retries.min(ATTEMPTS_TO_LIST), pause)
             },
             ..self.settings.clone()
         };
@@ -192,19 +193,18 @@ impl Download<'_> {
     fn everything(&self, need: Need) -> Result<(), HubError> {
         let files = self.listing.select(self.name, need)?;
         let has_index = files.last().is_some_and(|file| file.name == INDEX);
-        let shards = match has_index {
-            false => Vec::new(),
-            true => {
-                // What the index names decides what else is to come.
-                self.fetch_all(&files[files.len() - 1..])?;
-                let path = self.cache.snapshot(&self.listing.commit).join(INDEX);
-                let index = read_text(&path, LARGEST_TEXT).map_err(|source| HubError::Cache {
-                    action: "read",
-                    path,
-                    source,
-                })?;
-                self.listing.shards(self.name, index.as_bytes())?
-            }
+        let shards = if has_index {
+            // What the index names decides what else is to come.
+            self.fetch_all(&files[files.len() - 1..])?;
+            let path = self.cache.snapshot(&self.listing.commit).join(INDEX);
+            let index = read_text(&path, LARGEST_TEXT).map_err(|source| HubError::Cache {
+                action: "read",
+                path,
+                source,
+            })?;
+            self.listing.shards(self.name, index.as_bytes())?
+        } else {
+            Vec::new()
         };
         self.fetch_all(&[files, shards].concat())
     }

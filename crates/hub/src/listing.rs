@@ -198,9 +198,10 @@ impl Listing {
                 }
             }
         }
-        match shards.is_empty() {
-            true => Err(wrong("its \"weight_map\" is empty".into())),
-            false => Ok(shards),
+        if shards.is_empty() {
+            Err(wrong("its \"weight_map\" is empty".into()))
+        } else {
+            Ok(shards)
         }
     }
 

@@ -35,9 +35,10 @@ impl Progress {
             said: Instant::now(),
             tenth: 0,
         };
-        Self::of_kind(match Term::stderr().is_term() {
-            true => Kind::Terminal,
-            false => Kind::Lines(Mutex::new(lines)),
+        Self::of_kind(if Term::stderr().is_term() {
+            Kind::Terminal
+        } else {
+            Kind::Lines(Mutex::new(lines))
         })
     }
 

@@ -230,9 +230,10 @@ impl Transfer<'_> {
                 *brought_something = true;
                 self.progress.forward(count as u64);
             }
-            match have == expected.size {
-                true => Ok(()),
-                false => Err(Failure::Passing("the connection was cut off".into(), None)),
+            if have == expected.size {
+                Ok(())
+            } else {
+                Err(Failure::Passing("the connection was cut off".into(), None))
             }
         })?;
         Ok(hasher.map(Hasher::finish))

@@ -82,9 +82,10 @@ pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
         None => inference.base.clone(),
         Some(folder) => {
             let (_, adapted) = inference.with_adapter(folder)?;
-            match args.merge {
-                true => inference.merged(adapted)?,
-                false => adapted,
+            if args.merge {
+                inference.merged(adapted)?
+            } else {
+                adapted
             }
         }
     };

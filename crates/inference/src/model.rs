@@ -108,9 +108,10 @@ impl Inference {
     pub fn load(args: &ModelArgs, screen: &Screen) -> Result<Self, InferenceError> {
         let quantization = Quantization::from_bits(args.quant_bits)
             .ok_or(InferenceError::QuantBits(args.quant_bits))?;
-        let folder = match args.model == EMBEDDED {
-            true => embedded::materialise()?.model_dir,
-            false => hub::model_folder(&args.model, Need::Model)?,
+        let folder = if args.model == EMBEDDED {
+            embedded::materialise()?.model_dir
+        } else {
+            hub::model_folder(&args.model, Need::Model)?
         };
         let config = LlamaConfig::from_file(&folder)?;
         let files = ModelFiles::read(&folder)?;

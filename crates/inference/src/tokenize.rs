@@ -33,9 +33,10 @@ pub struct TokenizeArgs {
 ///
 /// What is wrong with the model's tokenizer or the texts.
 pub fn run(args: &TokenizeArgs) -> anyhow::Result<()> {
-    let model = match args.model == EMBEDDED {
-        true => embedded::materialise()?.model_dir,
-        false => hub::model_folder(&args.model, Need::Model)?,
+    let model = if args.model == EMBEDDED {
+        embedded::materialise()?.model_dir
+    } else {
+        hub::model_folder(&args.model, Need::Model)?
     };
     let tokenizer = RowTokenizer::new(&ModelFiles::read(&model)?, &PromptTemplate::Raw)?;
     let about = || format!("cannot read {}", args.texts.display());

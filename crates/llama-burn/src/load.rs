@@ -179,14 +179,13 @@ impl Loader<'_> {
             }
         };
         self.note(&name, &[d_out, d_in], error);
-        let bias = match bias {
-            false => None,
-            true => {
-                let name = format!("{module}.bias");
-                let data = TensorData::new(self.weights.read(&name)?, [d_out]);
-                self.note(&name, &[d_out], None);
-                Some(self.place::<1>(data, Some(self.options.dtype)))
-            }
+        let bias = if bias {
+            let name = format!("{module}.bias");
+            let data = TensorData::new(self.weights.read(&name)?, [d_out]);
+            self.note(&name, &[d_out], None);
+            Some(self.place::<1>(data, Some(self.options.dtype)))
+        } else {
+            None
         };
         Ok(LoraLinear::frozen(Linear { weight, bias }))
     }
@@ -214,9 +213,10 @@ impl Loader<'_> {
         let rows_per_piece = VocabTable::rows_per_piece(hidden, element_bytes, self.device);
         let pieces = stored.into_pieces(hidden, rows_per_piece).into_iter();
         let pieces = pieces.map(|piece| {
-            let dtype = match keeps {
-                true => piece.dtype(),
-                false => self.options.dtype,
+            let dtype = if keeps {
+                piece.dtype()
+            } else {
+                self.options.dtype
             };
             self.place(piece, Some(dtype))
         });

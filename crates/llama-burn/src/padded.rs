@@ -217,9 +217,10 @@ impl PlannedShared {
             for (key, token) in span.tokens().enumerate() {
                 key_places.push(token as i32);
                 let place = (index * keys + key) as i32;
-                match span.own.contains(&token) {
-                    true => own[token] = place,
-                    false => places[token].push(place),
+                if span.own.contains(&token) {
+                    own[token] = place
+                } else {
+                    places[token].push(place)
                 }
             }
             let padded = keys - span.offset - span.own.len();

@@ -69,10 +69,7 @@ pub fn rms_norm_backward(norm: &RmsNorm, x: &Tensor<2>, gradient: Tensor<2>) -> 
 
 /// Queries or keys `[n, heads · d]` turned by their positions' angles, or back.
 pub fn rope(x: Tensor<2>, context: &PackedContext, back: bool) -> Tensor<2> {
-    let turn = match back {
-        false => Turn::Forward,
-        true => Turn::Back,
-    };
+    let turn = if back { Turn::Back } else { Turn::Forward };
     rotate_plain(x, &context.angles, turn, 1.0)
 }
 

@@ -29,12 +29,11 @@ impl Llama {
                 return false;
             }
             let table = table(&values, hidden, dtype, &device);
-            match name == "lm_head.weight" {
-                true => {
-                    self.quantized_lm_head = Vec::new();
-                    self.lm_head = Some(table);
-                }
-                false => self.embed_tokens = table,
+            if name == "lm_head.weight" {
+                self.quantized_lm_head = Vec::new();
+                self.lm_head = Some(table);
+            } else {
+                self.embed_tokens = table
             }
             return true;
         }

@@ -55,9 +55,10 @@ impl TokenRows {
 
     /// In the type of `other`, on the tape if it is on one.
     fn beside(&self, other: &Tensor<2>) -> Tensor<2> {
-        match other.is_autodiff() {
-            true => self.rows.val().cast(other.dtype()),
-            false => self.plain(other.dtype()),
+        if other.is_autodiff() {
+            self.rows.val().cast(other.dtype())
+        } else {
+            self.plain(other.dtype())
         }
     }
 

@@ -115,12 +115,13 @@ impl VocabTable {
     /// - `hidden`: `[m, hidden]`
     /// - output: `[m, vocab]`
     pub fn scores(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let products = self.pieces.iter().map(|piece| match hidden.is_autodiff() {
-            true => {
+        let products = self.pieces.iter().map(|piece| {
+            if hidden.is_autodiff() {
                 let piece = self.widened(value(piece)).autodiff();
                 hidden.clone().matmul(piece.transpose())
+            } else {
+                table_scores(hidden.clone(), value(piece))
             }
-            false => table_scores(hidden.clone(), value(piece)),
         });
         let mut products: Vec<Tensor<2>> = products.collect();
         match products.len() {
@@ -150,9 +151,10 @@ impl VocabTable {
 
     fn widened(&self, x: Tensor<2>) -> Tensor<2> {
         let dtype = self.compute_dtype();
-        match x.dtype() == dtype {
-            true => x,
-            false => x.cast(FloatDType::from(dtype)),
+        if x.dtype() == dtype {
+            x
+        } else {
+            x.cast(FloatDType::from(dtype))
         }
     }
 }
@@ -160,9 +162,10 @@ impl VocabTable {
 /// The piece, off the tape unless it is being trained.
 fn value(piece: &Param<Tensor<2>>) -> Tensor<2> {
     let tensor = piece.val();
-    match tensor.is_require_grad() {
-        true => tensor,
-        false => tensor.without_autodiff(),
+    if tensor.is_require_grad() {
+        tensor
+    } else {
+        tensor.without_autodiff()
     }
 }
 

@@ -172,9 +172,10 @@ impl LoraConfig {
 
 /// α/r, or α/√r.
 pub(crate) fn scale(r: usize, alpha: f64, use_rslora: bool) -> f64 {
-    match use_rslora {
-        true => alpha / (r as f64).sqrt(),
-        false => alpha / r as f64,
+    if use_rslora {
+        alpha / (r as f64).sqrt()
+    } else {
+        alpha / r as f64
     }
 }
 

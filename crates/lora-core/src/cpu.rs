@@ -533,10 +533,7 @@ macro_rules! in_vectors {
 /// `a · b + c`, rounded once where it is `FUSED`. Elsewhere that would be a call.
 #[inline(always)]
 pub(crate) fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
-    match FUSED {
-        true => a.mul_add(b, c),
-        false => a * b + c,
-    }
+    if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
 /// Runs `work` compiled for the widest vectors that the processor has.

@@ -44,9 +44,10 @@ impl Dora {
             Some(magnitude) => magnitude,
             None => {
                 let norms = norms(weight, adapter, &squared_norms);
-                match adapter.b.val().is_autodiff() {
-                    true => norms.autodiff(),
-                    false => norms,
+                if adapter.b.val().is_autodiff() {
+                    norms.autodiff()
+                } else {
+                    norms
                 }
             }
         };

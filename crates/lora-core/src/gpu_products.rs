@@ -161,9 +161,10 @@ pub(crate) fn product_of<B: ProductOps>(
     left: FloatTensor<B>,
     right: FloatTensor<B>,
 ) -> FloatTensor<B> {
-    match is_exact_f32() && left.dtype() == DType::F32 {
-        true => B::exact_product(left, right),
-        false => B::float_matmul(left, right),
+    if is_exact_f32() && left.dtype() == DType::F32 {
+        B::exact_product(left, right)
+    } else {
+        B::float_matmul(left, right)
     }
 }
 
@@ -176,12 +177,13 @@ pub(crate) fn product_of<B: ProductOps>(
 /// - output: `[.., n, m]`
 pub fn product<const D: usize>(left: Tensor<D>, right: Tensor<D>) -> Tensor<D> {
     let exact = is_exact_f32() && left.dtype() == DType::F32;
-    match exact && !cpu::is_cpu(&left.device()) {
-        true => Tensor::from_dispatch(Dispatch::exact_product(
+    if exact && !cpu::is_cpu(&left.device()) {
+        Tensor::from_dispatch(Dispatch::exact_product(
             left.into_dispatch(),
             right.into_dispatch(),
-        )),
-        false => left.matmul(right),
+        ))
+    } else {
+        left.matmul(right)
     }
 }
 

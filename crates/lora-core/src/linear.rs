@@ -74,9 +74,10 @@ impl LoraLinear {
         });
         let mut layer = self.with_adapter(a, b, config.scale())?;
         layer.dropout = AdapterDropout::new(config.lora_dropout);
-        match config.use_dora {
-            true => layer.with_dora(None),
-            false => Ok(layer),
+        if config.use_dora {
+            layer.with_dora(None)
+        } else {
+            Ok(layer)
         }
     }
 
@@ -165,9 +166,10 @@ impl LoraLinear {
     pub fn quantize(mut self, quantization: Quantization) -> Result<Self, LoraError> {
         let adapter = self.adapter().cloned();
         let base = quantize(self.weight.base(), quantization)?;
-        let base = match self.weight.base().is_autodiff() {
-            true => base.autodiff(),
-            false => base,
+        let base = if self.weight.base().is_autodiff() {
+            base.autodiff()
+        } else {
+            base
         };
         let (id, _, mapper) = self.weight.consume();
         let weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
@@ -229,9 +231,12 @@ impl LoraLinear {
         let x = x.reshape([rows, d_in]);
         let base = self.weight.base();
         // Only `unfreeze()` makes the base trainable, and then full fine-tuning is what was asked for.
-        let of_base = |x: Tensor<2>| match base.is_require_grad() {
-            true => product(x, base.clone()),
-            false => frozen_linear(x, base.clone()),
+        let of_base = |x: Tensor<2>| {
+            if base.is_require_grad() {
+                product(x, base.clone())
+            } else {
+                frozen_linear(x, base.clone())
+            }
         };
         let mut y = of_base(x.clone());
         if let Some(adapter) = self.adapter() {
@@ -244,18 +249,18 @@ impl LoraLinear {
                 None => y + low,
                 Some(dora) => {
                     let norms = dora.norms(&base, adapter);
-                    let norms = match x.is_autodiff() {
-                        true => norms.autodiff(),
-                        false => norms,
+                    let norms = if x.is_autodiff() {
+                        norms.autodiff()
+                    } else {
+                        norms
                     };
                     let factor = (dora.magnitude.val() / norms).cast(dtype);
-                    match self.dropout.acts(&x, dropout_seed) {
-                        false => (y + low) * factor,
-                        // PEFT's: the base's own part sees the whole input, DoRA's the dropped one.
-                        true => {
-                            let through = of_base(dropped);
-                            y - through.clone() + (through + low) * factor
-                        }
+                    if self.dropout.acts(&x, dropout_seed) {
+                        // As in PEFT: the base sees the whole input, DoRA's part the dropped one.
+                        let through = of_base(dropped);
+                        y - through.clone() + (through + low) * factor
+                    } else {
+                        (y + low) * factor
                     }
                 }
             };
@@ -273,13 +278,14 @@ fn check_shape(
     tensor: &Tensor<2>,
     expected: [usize; 2],
 ) -> Result<(), LoraError> {
-    match tensor.dims() == expected {
-        true => Ok(()),
-        false => Err(LoraError::Shape {
+    if tensor.dims() == expected {
+        Ok(())
+    } else {
+        Err(LoraError::Shape {
             name,
             expected: expected.to_vec(),
             got: tensor.dims().to_vec(),
-        }),
+        })
     }
 }
 

@@ -174,13 +174,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 collect(&adapter.b, b);
             }
         }
-        let low_gradients = match self.drops() {
-            true => LowGradients::Apart(std::array::from_fn(|i| {
+        let low_gradients = if self.drops() {
+            LowGradients::Apart(std::array::from_fn(|i| {
                 let adapter = self.layers[i].adapter()?;
                 let b = factor(&adapter.b, dtype).transpose();
                 Some(multiply_add(None, adapter.scale, gradients[i].clone(), b))
-            })),
-            false => LowGradients::Together(self.low_gradients(&gradients, dtype)),
+            }))
+        } else {
+            LowGradients::Together(self.low_gradients(&gradients, dtype))
         };
         let mut below = None;
         let mut through_mask: [Option<Tensor<2>>; N] = [const { None }; N];
@@ -230,28 +231,26 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             return (apart, None);
         }
         let scale = self.common_scale();
-        let (low, all) = match turns(x) {
-            false => {
-                let all = self.all_a(x.dtype());
-                (
-                    multiply_add(None, scale.unwrap_or(1.0), x.clone(), all.clone()),
-                    all,
-                )
-            }
-            // Turned, so that each adapter's part is one piece of memory.
-            true => {
-                let all = scaled(self.all_a(x.dtype()), scale);
-                (product(all.clone().transpose(), x.clone().transpose()), all)
-            }
+        let (low, all) = if turns(x) {
+            // Transposed, so that each adapter's part is contiguous.
+            let all = scaled(self.all_a(x.dtype()), scale);
+            (product(all.clone().transpose(), x.clone().transpose()), all)
+        } else {
+            let all = self.all_a(x.dtype());
+            (
+                multiply_add(None, scale.unwrap_or(1.0), x.clone(), all.clone()),
+                all,
+            )
         };
         let mut start = 0;
         let products = std::array::from_fn(|i| {
             let adapter = self.layers[i].adapter()?;
             let r = adapter.a.lazy_shape()[1];
             start += r;
-            let low = match turns(x) {
-                false => low.clone().narrow(1, start - r, r),
-                true => low.clone().narrow(0, start - r, r).transpose(),
+            let low = if turns(x) {
+                low.clone().narrow(0, start - r, r).transpose()
+            } else {
+                low.clone().narrow(1, start - r, r)
             };
             Some(match scale {
                 Some(_) => low,
@@ -273,12 +272,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             .filter_map(|(layer, gradient)| {
                 let adapter = layer.adapter()?;
                 let b = factor(&adapter.b, dtype);
-                Some(match turned {
-                    false => multiply_add(None, adapter.scale, gradient.clone(), b.transpose()),
-                    true => {
-                        let part = product(b, gradient.clone().transpose());
-                        scaled(part, (!common).then_some(adapter.scale))
-                    }
+                Some(if turned {
+                    let part = product(b, gradient.clone().transpose());
+                    scaled(part, (!common).then_some(adapter.scale))
+                } else {
+                    multiply_add(None, adapter.scale, gradient.clone(), b.transpose())
                 })
             });
         let mut parts: Vec<Tensor<2>> = parts.collect();
@@ -319,16 +317,18 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     ) {
         let dtype = x.dtype();
         let turned = turns(&x);
-        let a_gradients = match turned {
-            false => multiply_in_f32(x.transpose(), all.clone()),
-            true => scaled(multiply_in_f32(all.clone(), x), self.common_scale()),
+        let a_gradients = if turned {
+            scaled(multiply_in_f32(all.clone(), x), self.common_scale())
+        } else {
+            multiply_in_f32(x.transpose(), all.clone())
         };
         let mut start = 0;
         for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
             let r = adapter.a.lazy_shape()[1];
-            let gradient = match turned {
-                false => a_gradients.clone().narrow(1, start, r),
-                true => a_gradients.clone().narrow(0, start, r).transpose(),
+            let gradient = if turned {
+                a_gradients.clone().narrow(0, start, r).transpose()
+            } else {
+                a_gradients.clone().narrow(1, start, r)
             };
             collect(&adapter.a, gradient);
             start += r;

@@ -82,9 +82,10 @@ fn scaled(scale: f64, left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
     if scale == 1.0 {
         return product(left, right);
     }
-    match left.shape().num_elements() < right.shape().num_elements() {
-        true => product(left.mul_scalar(scale), right),
-        false => product(left, right.mul_scalar(scale)),
+    if left.shape().num_elements() < right.shape().num_elements() {
+        product(left.mul_scalar(scale), right)
+    } else {
+        product(left, right.mul_scalar(scale))
     }
 }
 
@@ -101,20 +102,19 @@ impl View {
         let layout = tensor.layout();
         let strides = layout.strides();
         // A view that runs backwards is copied; nothing here makes one.
-        match strides.iter().all(|stride| *stride >= 0) {
-            true => Self {
+        if strides.iter().all(|stride| *stride >= 0) {
+            Self {
                 strides: [strides[0] as usize, strides[1] as usize],
                 start: layout.start_offset(),
                 tensor,
-            },
-            false => {
-                let tensor = tensor.to_contiguous();
-                let strides = tensor.layout().strides();
-                Self {
-                    strides: [strides[0] as usize, strides[1] as usize],
-                    start: 0,
-                    tensor,
-                }
+            }
+        } else {
+            let tensor = tensor.to_contiguous();
+            let strides = tensor.layout().strides();
+            Self {
+                strides: [strides[0] as usize, strides[1] as usize],
+                start: 0,
+                tensor,
             }
         }
     }

@@ -118,9 +118,10 @@ pub fn quantize_data(
         [d_in, d_out],
         DType::QFloat(scheme),
     );
-    let relative = match norm > 0.0 {
-        true => (difference / norm).sqrt() as f32,
-        false => 0.0,
+    let relative = if norm > 0.0 {
+        (difference / norm).sqrt() as f32
+    } else {
+        0.0
     };
     Some((data, QuantizationError { max_abs, relative }))
 }

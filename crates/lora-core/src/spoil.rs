@@ -39,17 +39,19 @@ pub fn spoil(operation: Option<&str>) {
 /// the CPU computes stays right: it is what others are compared with.
 #[inline]
 pub fn spoilt<const D: usize>(operation: &str, x: Tensor<D>) -> Tensor<D> {
-    match ACTIVE.load(Ordering::Relaxed) {
-        false => x,
-        true => wrong(operation, x),
+    if ACTIVE.load(Ordering::Relaxed) {
+        wrong(operation, x)
+    } else {
+        x
     }
 }
 
 #[cold]
 fn wrong<const D: usize>(operation: &str, x: Tensor<D>) -> Tensor<D> {
     let spoilt = SPOILT.lock().unwrap_or_else(PoisonError::into_inner);
-    match spoilt.as_deref() == Some(operation) && !cpu::is_cpu(&x.device()) {
-        true => x.mul_scalar(1.1),
-        false => x,
+    if spoilt.as_deref() == Some(operation) && !cpu::is_cpu(&x.device()) {
+        x.mul_scalar(1.1)
+    } else {
+        x
     }
 }

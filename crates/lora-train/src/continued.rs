@@ -53,9 +53,10 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
     let continued = Config {
         lora_r: lora.r,
         lora_alpha: lora.lora_alpha,
-        lora_dropout: match dropout_written {
-            true => config.lora_dropout,
-            false => lora.lora_dropout,
+        lora_dropout: if dropout_written {
+            config.lora_dropout
+        } else {
+            lora.lora_dropout
         },
         peft_use_rslora: lora.use_rslora,
         peft_use_dora: lora.use_dora,
@@ -68,9 +69,10 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
         ..config.clone()
     };
     let conflicts = conflicts(config, &continued, folder);
-    match conflicts.is_empty() {
-        true => Ok(continued),
-        false => Err(Problems(conflicts).into()),
+    if conflicts.is_empty() {
+        Ok(continued)
+    } else {
+        Err(Problems(conflicts).into())
     }
 }
 
@@ -139,13 +141,12 @@ fn trainable(
     }
     let (selector, plain_selector) = (lora.selector()?, plain.selector()?);
     let same = |module: &String| selector.matches(module) == plain_selector.matches(module);
-    match linear_modules(model).iter().all(same) {
-        true => Ok(plain),
-        false => {
-            let got = format!("{:?}", lora.layers_pattern);
-            let why = "only the pattern \"layers\" fits a Llama";
-            Err(refused("layers_pattern", got, why))
-        }
+    if linear_modules(model).iter().all(same) {
+        Ok(plain)
+    } else {
+        let got = format!("{:?}", lora.layers_pattern);
+        let why = "only the pattern \"layers\" fits a Llama";
+        Err(refused("layers_pattern", got, why))
     }
 }
 

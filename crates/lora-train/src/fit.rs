@@ -133,9 +133,10 @@ pub fn refit(
     if !before.share_prefixes {
         fit.prefixes = Prefixes::Apart;
     }
-    match search.binds(&fit) && search.fits(&fit.plan) {
-        true => Ok((fit, false)),
-        false => Ok((search.run()?, true)),
+    if search.binds(&fit) && search.fits(&fit.plan) {
+        Ok((fit, false))
+    } else {
+        Ok((search.run()?, true))
     }
 }
 
@@ -169,9 +170,10 @@ impl Fit {
 
 /// Whether beginnings are shared. Dropout draws a mask for each row: shared, they would have one.
 pub fn prefixes(config: &Config) -> Prefixes {
-    match config.share_prefixes && config.lora_dropout == 0.0 {
-        true => Prefixes::Shared,
-        false => Prefixes::Apart,
+    if config.share_prefixes && config.lora_dropout == 0.0 {
+        Prefixes::Shared
+    } else {
+        Prefixes::Apart
     }
 }
 
@@ -183,9 +185,10 @@ fn merges(config: &Config) -> bool {
 
 /// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
 pub fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
-    let share = match on_gpu {
-        true => COMFORTABLE_ON_GPU,
-        false => COMFORTABLE,
+    let share = if on_gpu {
+        COMFORTABLE_ON_GPU
+    } else {
+        COMFORTABLE
     };
     match available {
         Some(available) => peak as f64 <= share * available as f64,
@@ -248,9 +251,10 @@ impl<'a> Search<'a> {
         for checkpointing in choices {
             for (rows, steps) in self.divisions() {
                 let fit = self.at(rows, steps, *checkpointing)?;
-                let is_good = match auto && !checkpointing {
-                    true => self.is_comfortable(&fit),
-                    false => self.binds(&fit) && self.fits(&fit.plan),
+                let is_good = if auto && !checkpointing {
+                    self.is_comfortable(&fit)
+                } else {
+                    self.binds(&fit) && self.fits(&fit.plan)
                 };
                 if is_good {
                     return Ok(fit);
@@ -300,15 +304,16 @@ impl<'a> Search<'a> {
             return Ok(());
         };
         let needed = (d_in * d_out * self.float_bytes) as u64;
-        match needed <= limit {
-            true => Ok(()),
-            false => Err(FitError::Buffer {
+        if needed <= limit {
+            Ok(())
+        } else {
+            Err(FitError::Buffer {
                 what: format!("the weight of {name}, unpacked for a product,"),
                 needed,
                 limit,
                 advice: "compute_dtype = \"f16\", where the device has it, halves it; --backend cpu, or another GPU, \
-                    has no such limit",
-            }),
+                has no such limit",
+            })
         }
     }
 
@@ -474,11 +479,12 @@ impl<'a> Search<'a> {
                 search.at(rows, steps, true)?.plan,
             );
         }
-        let advice = match advice.is_empty() {
-            true => "No setting that leaves the result as it is would fit: a smaller model, shorter rows \
-                (max_seq_len), fewer target_modules or a smaller lora_r would need less"
-                .to_string(),
-            false => format!("This would fit: {}", advice.join("; ")),
+        let advice = if advice.is_empty() {
+            "No setting that leaves the result as it is would fit: a smaller model, shorter rows \
+        (max_seq_len), fewer target_modules or a smaller lora_r would need less"
+                .to_string()
+        } else {
+            format!("This would fit: {}", advice.join("; "))
         };
         Ok(FitError::TooLarge {
             needed: plan.resident_peak(),

@@ -336,12 +336,11 @@ fn longest_run(text: &str) -> usize {
 /// A word as a shell reads it back.
 fn shell_word(word: &str) -> String {
     let safe = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@+%".contains(c);
-    match !word.is_empty() && word.chars().all(safe) {
-        true => word.into(),
-        false => {
-            let shown: String = word.chars().map(visible).collect();
-            format!("'{}'", shown.replace('\'', "'\\''"))
-        }
+    if !word.is_empty() && word.chars().all(safe) {
+        word.into()
+    } else {
+        let shown: String = word.chars().map(visible).collect();
+        format!("'{}'", shown.replace('\'', "'\\''"))
     }
 }
 

@@ -169,9 +169,10 @@ impl Plan {
             adapters,
             step: peak.step,
             phase: peak.phase,
-            program: match options.on_gpu {
-                true => 0,
-                false => PROGRAM + OF_TOKEN * model.vocab_size as u64,
+            program: if options.on_gpu {
+                0
+            } else {
+                PROGRAM + OF_TOKEN * model.vocab_size as u64
             },
             loading: loading(model),
             saving: Part {
@@ -217,9 +218,10 @@ impl Plan {
         let sum = |parts: &[Part]| parts.iter().map(|part| part.bytes).sum();
         // Never both at a time; a checkpoint is made in the host's memory.
         let activations: u64 = sum(&self.step);
-        let (name, bytes) = match self.saving.bytes > activations && self.program > 0 {
-            true => ("writing a checkpoint", self.saving.bytes),
-            false => ("activations", activations),
+        let (name, bytes) = if self.saving.bytes > activations && self.program > 0 {
+            ("writing a checkpoint", self.saving.bytes)
+        } else {
+            ("activations", activations)
         };
         vec![
             ("base model".into(), self.base_bytes()),
@@ -241,24 +243,27 @@ impl PlanOptions {
 
     /// Bytes of the vocabulary's scores that exist at a time.
     fn score_bytes(&self) -> usize {
-        match self.on_gpu {
-            true => train_step::loss::SCORE_BYTES_GPU,
-            false => train_step::loss::SCORE_BYTES,
+        if self.on_gpu {
+            train_step::loss::SCORE_BYTES_GPU
+        } else {
+            train_step::loss::SCORE_BYTES
         }
     }
 
     /// On the CPU, which computes in f32, embedding and head stay in their file's type.
     fn table_bytes(&self, model: &LlamaConfig) -> usize {
-        match self.on_gpu {
-            true => self.float_bytes,
-            false => self.float_bytes.min(model.weight_bytes),
+        if self.on_gpu {
+            self.float_bytes
+        } else {
+            self.float_bytes.min(model.weight_bytes)
         }
     }
 
     fn adapter_name(&self) -> String {
-        let rows = match self.lora.trainable_token_indices.is_empty() {
-            true => "",
-            false => ", rows of tokens",
+        let rows = if self.lora.trainable_token_indices.is_empty() {
+            ""
+        } else {
+            ", rows of tokens"
         };
         format!(
             "adapters: {}, r {}{rows}, f32",
@@ -293,9 +298,10 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
         (Quantization::Bits8, _) => "8 bits".into(),
         (Quantization::None, _) => format!("{} bits", 8 * options.float_bytes),
     };
-    let embedding = match tied {
-        true => "embedding and, tied to it, output layer",
-        false => "embedding",
+    let embedding = if tied {
+        "embedding and, tied to it, output layer"
+    } else {
+        "embedding"
     };
     let part = |name: String, parameters: u64, bytes: u64| Part {
         name,

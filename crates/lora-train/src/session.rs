@@ -148,16 +148,18 @@ impl<'a> Session<'a> {
             // What the failed pass still has under way fails too, and must not be taken for the next one's.
             let device = &self.selected.device;
             self.guard.settle(|| drop(device.sync()));
-            let what = match smaller.batch_size == self.fit.batch_size {
-                true => "activations are recomputed".into(),
-                false => format!(
+            let what = if smaller.batch_size == self.fit.batch_size {
+                "activations are recomputed".into()
+            } else {
+                format!(
                     "micro-batches have {} rows instead of {}, and {} of them make an update",
                     smaller.batch_size, self.fit.batch_size, smaller.gradient_accumulation_steps
-                ),
+                )
             };
-            let same = match self.config.lora_dropout > 0.0 {
-                true => "the same update but for the dropout's masks",
-                false => "the same update",
+            let same = if self.config.lora_dropout > 0.0 {
+                "the same update but for the dropout's masks"
+            } else {
+                "the same update"
             };
             self.screen.note(&format!(
                 "step {}: {fault}. {}. From here on {what}: {same}",

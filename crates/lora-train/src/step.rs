@@ -128,15 +128,16 @@ fn not_finite(what: &'static str, value: f64, model: &Llama, input: StepInput) -
         }
         all.push(line);
     }
-    let rows = match culprits.is_empty() {
-        true => format!(
+    let rows = if culprits.is_empty() {
+        format!(
             "no row alone does that; together they are lines {}",
             all.join(", ")
-        ),
-        false => format!(
+        )
+    } else {
+        format!(
             "it comes from these lines of the data: {}",
             culprits.join(", ")
-        ),
+        )
     };
     NotFinite {
         what,

@@ -159,9 +159,10 @@ impl RunFiles {
     /// As [`find`](Self::find).
     pub fn find_for(config: &Config, need: Need) -> Result<Self, TrainError> {
         config.check_files()?;
-        let embedded = match config.embedded_model() || config.embedded_data() {
-            true => Some(embedded::materialise()?),
-            false => None,
+        let embedded = if config.embedded_model() || config.embedded_data() {
+            Some(embedded::materialise()?)
+        } else {
+            None
         };
         let embedded = embedded.as_ref();
         let train = match embedded.filter(|_| config.embedded_data()) {
@@ -539,15 +540,17 @@ pub fn train(
         kept: progress.kept.zip(progress.kept_scores),
         stopped: (!is_over).then(|| "interrupted".into()),
         written: written(&session, is_over),
-        next: match is_over {
-            true => next_commands(config, &folder),
-            false => vec![session.how_to_go_on()],
+        next: if is_over {
+            next_commands(config, &folder)
+        } else {
+            vec![session.how_to_go_on()]
         },
     };
     session.screen.finish(&result);
-    Ok(match is_over {
-        true => Ended::Done(folder),
-        false => Ended::Interrupted(folder),
+    Ok(if is_over {
+        Ended::Done(folder)
+    } else {
+        Ended::Interrupted(folder)
     })
 }
 
@@ -593,9 +596,10 @@ fn precision(config: &Config, dtype: FloatDType, gradient_checkpointing: bool) -
         16 => "base not quantized".to_string(),
         bits => format!("{bits}-bit base"),
     };
-    let activations = match gradient_checkpointing {
-        true => "activations recomputed",
-        false => "activations kept",
+    let activations = if gradient_checkpointing {
+        "activations recomputed"
+    } else {
+        "activations kept"
     };
     format!(
         "{base}, {} compute, {activations}",
@@ -604,9 +608,10 @@ fn precision(config: &Config, dtype: FloatDType, gradient_checkpointing: bool) -
 }
 
 fn data_summary(config: &Config, data: &Data) -> DataSummary {
-    let name = match config.embedded_data() {
-        true => "embedded".into(),
-        false => config.dataset_path.display().to_string(),
+    let name = if config.embedded_data() {
+        "embedded".into()
+    } else {
+        config.dataset_path.display().to_string()
     };
     let sum = |dataset: &Dataset| dataset.lengths().map(|length| length as u64).sum();
     DataSummary {

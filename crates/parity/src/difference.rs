@@ -33,9 +33,10 @@ pub(super) fn relative(got: &[f32], expected: &[f32]) -> f64 {
         .map(|value| (*value as f64).powi(2))
         .sum::<f64>()
         .sqrt();
-    match norm > 0.0 {
-        true => difference / norm,
-        false => difference,
+    if norm > 0.0 {
+        difference / norm
+    } else {
+        difference
     }
 }
 

@@ -88,9 +88,10 @@ impl Reference {
         let (config, adapter) = peft::read_adapter(&folder.join("adapter"))?;
         let (_, trained) = peft::read_adapter(&folder.join("trained"))?;
         let first = |values: Vec<f32>| values.first().map_or(f64::NAN, |value| *value as f64);
-        let losses = match numbers.file.names().contains(&"train_losses") {
-            true => Some(numbers.floats("train_losses")?.1),
-            false => None,
+        let losses = if numbers.file.names().contains(&"train_losses") {
+            Some(numbers.floats("train_losses")?.1)
+        } else {
+            None
         };
         let losses = losses.map(|losses| losses.into_iter().map(f64::from).collect());
         Ok(Self {
@@ -225,9 +226,10 @@ impl<'a> Numbers<'a> {
         let lengths = mask.values.chunks_exact(length.max(1)).map(|row| {
             let tokens = row.iter().take_while(|place| **place == 1).count();
             // With padding on the left transformers gives the tokens other positions than packing.
-            match row[tokens..].iter().all(|place| *place == 0) && tokens > 0 {
-                true => Ok(tokens),
-                false => Err(self.bad(NAME, "a row must be ones, then zeros")),
+            if row[tokens..].iter().all(|place| *place == 0) && tokens > 0 {
+                Ok(tokens)
+            } else {
+                Err(self.bad(NAME, "a row must be ones, then zeros"))
             }
         });
         lengths.collect()

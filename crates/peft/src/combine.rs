@@ -228,14 +228,15 @@ fn fits(
             got: widths(pair),
         });
     }
-    match combination == Combination::Linear && before.r != pair.r {
-        true => Err(CombineError::Rank {
+    if combination == Combination::Linear && before.r != pair.r {
+        Err(CombineError::Rank {
             name,
             module,
             expected: before.r,
             got: pair.r,
-        }),
-        false => Ok(()),
+        })
+    } else {
+        Ok(())
     }
 }
 
@@ -287,16 +288,15 @@ fn decomposed(parts: &[Part], rank: usize) -> AdapterPair {
     };
     let shape = [pair.d_in, all, pair.d_out];
     let (a, b) = best_factors(&widen(&pair.a), &widen(&pair.b), shape, rank.min(all));
-    match rank > all {
-        false => AdapterPair::new(pair.d_in, rank, pair.d_out, a, b),
-        true => {
-            let pair = AdapterPair::new(pair.d_in, all, pair.d_out, a, b);
-            let part = Part {
-                pair: &pair,
-                weight: 1.0,
-            };
-            concatenated(&[part], rank)
-        }
+    if rank <= all {
+        AdapterPair::new(pair.d_in, rank, pair.d_out, a, b)
+    } else {
+        let pair = AdapterPair::new(pair.d_in, all, pair.d_out, a, b);
+        let part = Part {
+            pair: &pair,
+            weight: 1.0,
+        };
+        concatenated(&[part], rank)
     }
 }
 

@@ -89,10 +89,7 @@ impl AdapterConfig {
             "layers_pattern": or_null(&lora.layers_pattern),
             "ensure_weight_tying": lora.ensure_weight_tying,
             "modules_to_save": or_null(&lora.modules_to_save),
-            "trainable_token_indices": match lora.trainable_token_indices.is_empty() {
-                true => Value::Null,
-                false => pattern_json(&lora.trainable_token_indices, |tokens| json!(tokens)),
-            },
+            "trainable_token_indices": if lora.trainable_token_indices.is_empty() { Value::Null } else { pattern_json(&lora.trainable_token_indices, |tokens| json!(tokens)) },
             "rank_pattern": pattern_json(&lora.rank_pattern, |r| json!(r)),
             "alpha_pattern": pattern_json(&lora.alpha_pattern, |alpha| number(*alpha)),
             "init_lora_weights": match lora.init {
@@ -220,9 +217,10 @@ impl AdapterConfig {
 
 /// PEFT declares `lora_alpha` as an integer; a fraction is written as it is.
 fn number(value: f64) -> Value {
-    match value.fract() == 0.0 && value.abs() < 1e15 {
-        true => json!(value as i64),
-        false => json!(value),
+    if value.fract() == 0.0 && value.abs() < 1e15 {
+        json!(value as i64)
+    } else {
+        json!(value)
     }
 }
 
@@ -316,9 +314,10 @@ fn as_init(value: &Value) -> Option<Init> {
 }
 
 fn or_null(names: &[String]) -> Value {
-    match names.is_empty() {
-        true => Value::Null,
-        false => json!(names),
+    if names.is_empty() {
+        Value::Null
+    } else {
+        json!(names)
     }
 }
 
@@ -385,9 +384,10 @@ impl Fields {
             None => &missing,
             Some(value) => value,
         };
-        match allowed.contains(value) {
-            true => Ok(()),
-            false => Err(invalid(field, value, &allowed[0].to_string())),
+        if allowed.contains(value) {
+            Ok(())
+        } else {
+            Err(invalid(field, value, &allowed[0].to_string()))
         }
     }
 }

@@ -109,12 +109,11 @@ impl AdapterTensors {
             let factors = pair.factors(&sum, tensor);
             pair.scale(&mut values, tensor, |output| 1.0 / factors[output]);
         }
-        let values = match tensor.ends_with(".weight") {
-            true => {
-                pair.add_delta(&mut values, tensor, -scale)?;
-                values
-            }
-            false => self.moved(lora, tensor, values, Way::Out)?,
+        let values = if tensor.ends_with(".weight") {
+            pair.add_delta(&mut values, tensor, -scale)?;
+            values
+        } else {
+            self.moved(lora, tensor, values, Way::Out)?
         };
         Ok(values)
     }
@@ -172,16 +171,13 @@ impl AdapterPair {
         let a = Matrix::new(&self.a, d_in, r, r);
         let b = Matrix::new(&self.b, r, d_out, d_out);
         let scale = scale as f32;
-        match is_embedding(tensor) {
-            true => {
-                let output = MatrixMut::new(weight, d_in, d_out, d_out);
-                cpu::multiply(output, true, scale, a, b, Threads::All);
-            }
-            false => {
-                let output = MatrixMut::new(weight, d_out, d_in, d_in);
-                let (left, right) = (b.transposed(), a.transposed());
-                cpu::multiply(output, true, scale, left, right, Threads::All);
-            }
+        if is_embedding(tensor) {
+            let output = MatrixMut::new(weight, d_in, d_out, d_out);
+            cpu::multiply(output, true, scale, a, b, Threads::All);
+        } else {
+            let output = MatrixMut::new(weight, d_out, d_in, d_in);
+            let (left, right) = (b.transposed(), a.transposed());
+            cpu::multiply(output, true, scale, left, right, Threads::All);
         }
         Ok(())
     }
@@ -190,18 +186,15 @@ impl AdapterPair {
     fn factors(&self, sum: &[f32], tensor: &str) -> Vec<f32> {
         let (d_in, d_out) = (self.d_in, self.d_out);
         let mut squares = vec![0f64; d_out];
-        match is_embedding(tensor) {
-            true => {
-                for row in sum.chunks_exact(d_out.max(1)) {
-                    for (square, value) in squares.iter_mut().zip(row) {
-                        *square += f64::from(*value).powi(2);
-                    }
+        if is_embedding(tensor) {
+            for row in sum.chunks_exact(d_out.max(1)) {
+                for (square, value) in squares.iter_mut().zip(row) {
+                    *square += f64::from(*value).powi(2);
                 }
             }
-            false => {
-                for (square, row) in squares.iter_mut().zip(sum.chunks_exact(d_in.max(1))) {
-                    *square = row.iter().map(|value| f64::from(*value).powi(2)).sum();
-                }
+        } else {
+            for (square, row) in squares.iter_mut().zip(sum.chunks_exact(d_in.max(1))) {
+                *square = row.iter().map(|value| f64::from(*value).powi(2)).sum();
             }
         }
         let magnitude = self.magnitude.as_deref().unwrap_or_default();
@@ -214,19 +207,16 @@ impl AdapterPair {
 
     /// Multiplies each output's weights.
     fn scale(&self, weight: &mut [f32], tensor: &str, factor: impl Fn(usize) -> f32) {
-        match is_embedding(tensor) {
-            true => {
-                for row in weight.chunks_exact_mut(self.d_out.max(1)) {
-                    let outputs = row.iter_mut().enumerate();
-                    outputs.for_each(|(output, value)| *value *= factor(output));
-                }
+        if is_embedding(tensor) {
+            for row in weight.chunks_exact_mut(self.d_out.max(1)) {
+                let outputs = row.iter_mut().enumerate();
+                outputs.for_each(|(output, value)| *value *= factor(output));
             }
-            false => {
-                let rows = weight.chunks_exact_mut(self.d_in.max(1)).enumerate();
-                for (output, row) in rows {
-                    let factor = factor(output);
-                    row.iter_mut().for_each(|value| *value *= factor);
-                }
+        } else {
+            let rows = weight.chunks_exact_mut(self.d_in.max(1)).enumerate();
+            for (output, row) in rows {
+                let factor = factor(output);
+                row.iter_mut().for_each(|value| *value *= factor);
             }
         }
     }
@@ -243,9 +233,10 @@ fn is_embedding(tensor: &str) -> bool {
 }
 
 fn check_length(tensor: &str, expected: usize, got: usize) -> Result<(), AdapterError> {
-    match expected == got {
-        true => Ok(()),
-        false => Err(AdapterError::shape(tensor.into(), &[expected], &[got])),
+    if expected == got {
+        Ok(())
+    } else {
+        Err(AdapterError::shape(tensor.into(), &[expected], &[got]))
     }
 }
 
@@ -270,9 +261,12 @@ mod tests {
 
     /// W + γ·A·B and a DoRA's scaling, element by element.
     fn expected(pair: &AdapterPair, base: &[f32], scale: f32, embedding: bool) -> Vec<f32> {
-        let at = |input: usize, output: usize| match embedding {
-            true => input * pair.d_out + output,
-            false => output * pair.d_in + input,
+        let at = |input: usize, output: usize| {
+            if embedding {
+                input * pair.d_out + output
+            } else {
+                output * pair.d_in + input
+            }
         };
         let mut sum = base.to_vec();
         for output in 0..pair.d_out {

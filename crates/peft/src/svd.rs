@@ -216,17 +216,16 @@ mod tests {
             let (a, b) = best_factors(&left, &right, shape, rank);
             let (a, b) = (widen(a), widen(b));
             let rest = distance(&product(&a, &b, [d_in, rank, d_out]), &whole);
-            match rank == r {
+            if rank == r {
                 // The factors are rounded to f32.
-                true => assert!(rest < 1e-5, "{rest}"),
-                false => {
-                    // One singular value more is left out: that of the last row of b.
-                    let (_, more) = best_factors(&left, &right, shape, rank + 1);
-                    let last = widen(more[rank * d_out..].to_vec());
-                    let singular = distance(&last, &vec![0.0; d_out]);
-                    let expected = (before * before + singular * singular).sqrt();
-                    assert!((rest - expected).abs() < 1e-4, "{rest} {expected}");
-                }
+                assert!(rest < 1e-5, "{rest}")
+            } else {
+                // One singular value more is left out: that of the last row of b.
+                let (_, more) = best_factors(&left, &right, shape, rank + 1);
+                let last = widen(more[rank * d_out..].to_vec());
+                let singular = distance(&last, &vec![0.0; d_out]);
+                let expected = (before * before + singular * singular).sqrt();
+                assert!((rest - expected).abs() < 1e-4, "{rest} {expected}");
             }
             before = rest;
         }

@@ -337,14 +337,16 @@ fn pair(
     if b_r != r {
         return Err(AdapterError::shape(b_name, &[d_out, r], &[d_out, b_r]));
     }
-    let vector = |asked: bool, values: Option<Values>, name: String| match asked {
-        false => Ok(None),
-        true => {
+    let vector = |asked: bool, values: Option<Values>, name: String| {
+        if asked {
             let values = needed(values, &name)?;
-            match values.shape[..] == [d_out] {
-                true => Ok(Some(values.values)),
-                false => Err(AdapterError::shape(name, &[d_out], &values.shape)),
+            if values.shape[..] == [d_out] {
+                Ok(Some(values.values))
+            } else {
+                Err(AdapterError::shape(name, &[d_out], &values.shape))
             }
+        } else {
+            Ok(None)
         }
     };
     Ok(AdapterPair {

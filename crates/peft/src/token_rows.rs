@@ -165,9 +165,10 @@ pub fn trains_embedding(lora: &LoraConfig, model: &LlamaConfig) -> bool {
 /// Gives the tables of checked settings the names that a configuration has for them.
 pub fn name_tables(lora: &mut LoraConfig) {
     for (name, _) in &mut lora.trainable_token_indices {
-        *name = match EMBEDDING.ends_with(name.as_str()) {
-            true => "embed_tokens".into(),
-            false => HEAD.into(),
+        *name = if EMBEDDING.ends_with(name.as_str()) {
+            "embed_tokens".into()
+        } else {
+            HEAD.into()
         };
     }
 }

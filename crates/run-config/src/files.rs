@@ -114,9 +114,10 @@ impl Config {
                 self.data_problem("val_dataset_path", path),
             );
         }
-        match problems.is_empty() {
-            true => Ok(()),
-            false => Err(Problems(problems)),
+        if problems.is_empty() {
+            Ok(())
+        } else {
+            Err(Problems(problems))
         }
     }
 

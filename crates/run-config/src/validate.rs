@@ -126,13 +126,15 @@ pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config,
         }
     }
 
-    let save_minutes = match r.has("save_minutes") {
-        true => r.optional("save_minutes", positive()),
-        false => Some(5.0),
+    let save_minutes = if r.has("save_minutes") {
+        r.optional("save_minutes", positive())
+    } else {
+        Some(5.0)
     };
-    let save_total_limit = match r.has("save_total_limit") {
-        true => r.optional("save_total_limit", whole(1)),
-        false => Some(2),
+    let save_total_limit = if r.has("save_total_limit") {
+        r.optional("save_total_limit", whole(1))
+    } else {
+        Some(2)
     };
 
     let config = Config {
@@ -348,13 +350,14 @@ fn target_modules(value: &Value) -> Parsed<TargetModules> {
                 .filter(|name| !name.is_empty())
                 .map(|name| format!("{name:?}"))
                 .collect();
-            match names.is_empty() {
-                true => Err(right.into()),
-                false => Err(format!(
+            if names.is_empty() {
+                Err(right.into())
+            } else {
+                Err(format!(
                     "is read as a regular expression for the whole module name and matches none; for names \
-                     write [{}]",
+                 write [{}]",
                     names.join(", ")
-                )),
+                ))
             }
         }
         Value::String(pattern) => {

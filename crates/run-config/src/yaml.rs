@@ -187,9 +187,10 @@ fn plain(text: &str) -> Value {
     if let Some(value) = integer(text).or_else(|| float(text)) {
         return value;
     }
-    match is_date(text) {
-        true => Value::Other(text.into()),
-        false => Value::String(text.into()),
+    if is_date(text) {
+        Value::Other(text.into())
+    } else {
+        Value::String(text.into())
     }
 }
 
@@ -260,9 +261,10 @@ fn float(text: &str) -> Option<Value> {
     };
     let (whole, fraction) = mantissa.split_once('.')?;
     let digits = |text: &str| text.chars().all(|c| c == '_' || c.is_ascii_digit());
-    let starts = match whole.is_empty() {
-        true => rest == text && fraction.starts_with(|c: char| c.is_ascii_digit()),
-        false => whole.starts_with(|c: char| c.is_ascii_digit()),
+    let starts = if whole.is_empty() {
+        rest == text && fraction.starts_with(|c: char| c.is_ascii_digit())
+    } else {
+        whole.starts_with(|c: char| c.is_ascii_digit())
     };
     let exponent_is_right = exponent.is_none_or(|exponent| {
         exponent.starts_with(['+', '-'])

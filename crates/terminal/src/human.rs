@@ -131,9 +131,10 @@ pub fn columns(rows: &[Vec<String>], right: &[usize]) -> Vec<String> {
         for (column, cell) in row.iter().enumerate() {
             let space = " ".repeat(widths[column] - measure_text_width(cell));
             let gap = if column > 0 { "  " } else { "" };
-            match right.contains(&column) {
-                true => line.extend([gap, &space, cell]),
-                false => line.extend([gap, cell, &space]),
+            if right.contains(&column) {
+                line.extend([gap, &space, cell])
+            } else {
+                line.extend([gap, cell, &space])
             }
         }
         line.trim_end().to_string()

@@ -27,9 +27,10 @@ impl ScreenKind {
     /// What standard output is.
     pub fn detect() -> Self {
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        match Term::stdout().is_term() && !dumb {
-            true => Self::Terminal,
-            false => Self::Plain,
+        if Term::stdout().is_term() && !dumb {
+            Self::Terminal
+        } else {
+            Self::Plain
         }
     }
 }

@@ -40,12 +40,13 @@ impl Style {
     }
 
     fn paint(self, text: &str, with: fn(console::Style) -> console::Style) -> String {
-        match self.colour {
-            true => with(console::Style::new())
+        if self.colour {
+            with(console::Style::new())
                 .force_styling(true)
                 .apply_to(text)
-                .to_string(),
-            false => text.to_string(),
+                .to_string()
+        } else {
+            text.to_string()
         }
     }
 }

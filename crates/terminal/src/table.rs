@@ -52,9 +52,12 @@ impl Table {
             format!("| {} |\n", cells.join(" | "))
         };
         let numbers = self.numbers();
-        let rule = (0..self.header.len()).map(|column| match numbers.contains(&column) {
-            true => "---:".to_string(),
-            false => "---".to_string(),
+        let rule = (0..self.header.len()).map(|column| {
+            if numbers.contains(&column) {
+                "---:".to_string()
+            } else {
+                "---".to_string()
+            }
         });
         let mut text = format!("### {}\n\n", self.title);
         text += &line(&self.header);

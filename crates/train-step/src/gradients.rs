@@ -145,9 +145,10 @@ impl AdapterGradients {
         let scale = self.scale.unwrap_or(1.0);
         let divisor = scale * self.totals.tokens.max(1) as f64;
         let norm = squares.sqrt() / divisor;
-        let clip = match max_norm > 0.0 {
-            true => (max_norm / (norm + 1e-6)).min(1.0),
-            false => 1.0,
+        let clip = if max_norm > 0.0 {
+            (max_norm / (norm + 1e-6)).min(1.0)
+        } else {
+            1.0
         };
         MeanGradients {
             gradients: FlatGradients {
@@ -350,9 +351,10 @@ impl<'a> Passes<'a> {
 
     /// The output of the last layer at the supervised tokens.
     fn supervised(&self, hidden: Tensor<2>) -> Tensor<2> {
-        match self.narrows(self.model.layers.len().saturating_sub(1)) {
-            true => hidden,
-            false => hidden.select(0, self.supervised.clone()),
+        if self.narrows(self.model.layers.len().saturating_sub(1)) {
+            hidden
+        } else {
+            hidden.select(0, self.supervised.clone())
         }
     }
 

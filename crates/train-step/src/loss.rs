@@ -26,10 +26,11 @@ pub const SCORE_BYTES_GPU: usize = 256 << 20;
 
 /// Bytes of scores that exist at a time on this device: on a GPU no more than it binds to a kernel as one buffer.
 pub fn score_bytes(device: &Device) -> usize {
-    match cpu::is_cpu(device) {
-        true => SCORE_BYTES,
-        false => lora_core::largest_buffer(device)
-            .map_or(SCORE_BYTES_GPU, |largest| SCORE_BYTES_GPU.min(largest)),
+    if cpu::is_cpu(device) {
+        SCORE_BYTES
+    } else {
+        lora_core::largest_buffer(device)
+            .map_or(SCORE_BYTES_GPU, |largest| SCORE_BYTES_GPU.min(largest))
     }
 }
 
@@ -144,9 +145,10 @@ pub fn loss_and_gradient(
     for piece in pieces(model, batch) {
         let hidden = hidden.clone().narrow(0, piece.start, piece.len());
         let gradient = scores_gradient(model, &hidden, batch, targets, piece, &mut sums);
-        let gradient = match scale == 1.0 {
-            true => gradient,
-            false => gradient.mul_scalar(scale),
+        let gradient = if scale == 1.0 {
+            gradient
+        } else {
+            gradient.mul_scalar(scale)
         };
         gradients.push(model.logits_backward(&hidden, gradient, collect));
     }

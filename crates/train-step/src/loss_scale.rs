@@ -53,15 +53,16 @@ impl LossScale {
 
     /// After a step whose gradients stayed in the range.
     pub fn after_step(self) -> Self {
-        match self.steps + 1 < PATIENCE {
-            true => Self {
+        if self.steps + 1 < PATIENCE {
+            Self {
                 steps: self.steps + 1,
                 ..self
-            },
-            false => Self {
+            }
+        } else {
+            Self {
                 factor: (self.factor * 2.0).min(MOST),
                 steps: 0,
-            },
+            }
         }
     }
 

@@ -378,9 +378,10 @@ fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
             let colour = console::colors_enabled();
             let mut out = std::io::stdout().lock();
             // A reader that went away (`| head`) is no error.
-            let written = match args.json {
-                true => data::inspect_as_json(&rows, args.rows, &mut out),
-                false => data::inspect(&rows, args.rows, &mut out, colour),
+            let written = if args.json {
+                data::inspect_as_json(&rows, args.rows, &mut out)
+            } else {
+                data::inspect(&rows, args.rows, &mut out, colour)
             };
             let _ = written.and_then(|()| out.flush());
         }

@@ -111,9 +111,10 @@ impl PreTokenizer {
         };
         let (last, others) = rules.split_last().expect("every way has a rule");
         let mut steps: Vec<Json> = others.iter().map(Rule::json).collect();
-        match last == &Rule::Cut(GPT2.into()) {
-            true => steps.push(byte_level(true)),
-            false => steps.extend([last.json(), byte_level(false)]),
+        if last == &Rule::Cut(GPT2.into()) {
+            steps.push(byte_level(true))
+        } else {
+            steps.extend([last.json(), byte_level(false)])
         }
         match &mut steps[..] {
             [one] => one.take(),

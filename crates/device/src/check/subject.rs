@@ -201,9 +201,10 @@ impl Subject {
 
 /// The shapes, with the feed-forward block cut where the layer has more weights than a check takes.
 fn bounded(model: &LlamaConfig, is_software: bool) -> LlamaConfig {
-    let most = match is_software {
-        true => WEIGHTS_ON_SOFTWARE,
-        false => WEIGHTS,
+    let most = if is_software {
+        WEIGHTS_ON_SOFTWARE
+    } else {
+        WEIGHTS
     };
     let weights = |model: &LlamaConfig| -> usize {
         let linears = model.layer_linears();

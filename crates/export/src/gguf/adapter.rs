@@ -57,9 +57,10 @@ impl Adapter {
         model: &LlamaConfig,
         name: &str,
     ) -> anyhow::Result<Vec<f32>> {
-        let source = match name == HEAD && model.tie_word_embeddings {
-            true => EMBEDDING,
-            false => name,
+        let source = if name == HEAD && model.tie_word_embeddings {
+            EMBEDDING
+        } else {
+            name
         };
         let values = weights.read(source)?;
         let merged = self.tensors.merged(model, &self.config.lora, name, values);

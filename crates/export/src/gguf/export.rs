@@ -72,9 +72,10 @@ pub fn run(args: &ExportGgufArgs, screen: &Screen) -> anyhow::Result<()> {
             output.display()
         );
     }
-    let path = match args.model == EMBEDDED {
-        true => embedded::materialise()?.model_dir,
-        false => hub::model_folder(&args.model, Need::Model)?,
+    let path = if args.model == EMBEDDED {
+        embedded::materialise()?.model_dir
+    } else {
+        hub::model_folder(&args.model, Need::Model)?
     };
     let same = |a: &Path, b: &Path| {
         a.canonicalize()
@@ -134,15 +135,14 @@ fn write_model(
     metadata.push(("general.file_type".into(), Value::U32(kind.file_type())));
     metadata.push(("general.quantization_version".into(), Value::U32(2)));
     metadata.extend(config_metadata(model).map_err(anyhow::Error::msg)?);
-    metadata.extend(match gguf::is_gguf(path) {
-        // Its own keys, so that nothing of the tokenizer is lost in between.
-        true => {
-            let header = GgufFile::open(path)?.header;
-            let keys = header.metadata.into_iter();
-            keys.filter(|(key, _)| key.starts_with("tokenizer."))
-                .collect()
-        }
-        false => tokenizer_metadata(&ModelFiles::read(path)?, model)?,
+    metadata.extend(if gguf::is_gguf(path) {
+        // The file's own keys keep everything of its tokenizer.
+        let header = GgufFile::open(path)?.header;
+        let keys = header.metadata.into_iter();
+        keys.filter(|(key, _)| key.starts_with("tokenizer."))
+            .collect()
+    } else {
+        tokenizer_metadata(&ModelFiles::read(path)?, model)?
     });
 
     let factors = rope_factors(model);

@@ -137,9 +137,10 @@ impl NewFolder {
         }
         self.finished = true;
         if replaced {
-            let removed = match old.is_dir() {
-                true => fs::remove_dir_all(&old),
-                false => fs::remove_file(&old),
+            let removed = if old.is_dir() {
+                fs::remove_dir_all(&old)
+            } else {
+                fs::remove_file(&old)
             };
             removed.map_err(|error| failed(&old, error))?;
         }

@@ -363,9 +363,10 @@ fn refuse_itself(output: &Path, sources: &[&Path]) -> Result<(), MergeError> {
         return Ok(());
     };
     let same = |source: &&&Path| source.canonicalize().is_ok_and(|source| source == output);
-    match sources.iter().any(|source| same(&source)) {
-        true => Err(MergeError::Itself { folder: output }),
-        false => Ok(()),
+    if sources.iter().any(|source| same(&source)) {
+        Err(MergeError::Itself { folder: output })
+    } else {
+        Ok(())
     }
 }
 

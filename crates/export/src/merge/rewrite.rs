@@ -45,9 +45,10 @@ pub(super) fn rewrite(
     for (file, tensors) in shards.files() {
         let mut output = ShardFile::create(&folder.join(file), tensors)?;
         for tensor in tensors {
-            match change.is_changed(&tensor.name) {
-                true => write_changed(source, tensor, change, &mut output)?,
-                false => copy(source, tensor, &mut output)?,
+            if change.is_changed(&tensor.name) {
+                write_changed(source, tensor, change, &mut output)?
+            } else {
+                copy(source, tensor, &mut output)?
             }
             done += 1;
             progress(done, total);

@@ -169,10 +169,11 @@ fn header(file: &mut File) -> Result<(Metadata, u64), String> {
     let metadata: Metadata =
         serde_json::from_slice(&text).map_err(|error| format!("its header is damaged: {error}"))?;
     let expected = 8 + size + metadata.data_len() as u64;
-    match length == expected {
-        true => Ok((metadata, 8 + size)),
-        false => Err(format!(
+    if length == expected {
+        Ok((metadata, 8 + size))
+    } else {
+        Err(format!(
             "it has {length} bytes, its header calls for {expected}; it may be cut off, download it again"
-        )),
+        ))
     }
 }

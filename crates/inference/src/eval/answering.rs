@@ -135,15 +135,14 @@ impl Task {
             });
             right.push(of_row.collect::<Result<Vec<_>, _>>()?);
         }
-        let answer_ids: Vec<Vec<u32>> = match answers.are_labels && !options.lists {
-            true => {
-                let ids = answers
-                    .all
-                    .iter()
-                    .map(|answer| tokenizer.answer(answer, path, 0));
-                ids.collect::<Result<_, _>>()?
-            }
-            false => Vec::new(),
+        let answer_ids: Vec<Vec<u32>> = if answers.are_labels && !options.lists {
+            let ids = answers
+                .all
+                .iter()
+                .map(|answer| tokenizer.answer(answer, path, 0));
+            ids.collect::<Result<_, _>>()?
+        } else {
+            Vec::new()
         };
         let max_new_tokens = match options.max_new_tokens {
             Some(tokens) => tokens,
@@ -172,22 +171,22 @@ impl Task {
         let longest_answer = task.answer_ids.iter().map(Vec::len).max().unwrap_or(0);
         let answer = max_new_tokens.max(longest_answer);
         for (question, right) in questions.into_iter().zip(right) {
-            match question.prompt.len() + answer > options.positions {
-                true => task.too_long += 1,
-                false => {
-                    task.questions.push(question);
-                    task.right.push(right);
-                }
+            if question.prompt.len() + answer > options.positions {
+                task.too_long += 1
+            } else {
+                task.questions.push(question);
+                task.right.push(right);
             }
         }
-        match task.questions.is_empty() {
-            true => Err(AnsweringError::AllTooLong {
+        if task.questions.is_empty() {
+            Err(AnsweringError::AllTooLong {
                 path: path.into(),
                 rows: task.too_long,
                 positions: options.positions,
                 answer,
-            }),
-            false => Ok(task),
+            })
+        } else {
+            Ok(task)
         }
     }
 
@@ -204,13 +203,12 @@ impl Task {
 
 /// A target, or the items of a list of them: FinLoRA's `process_batched`.
 pub fn items(text: &str, lists: bool) -> Vec<String> {
-    match lists {
-        false => vec![text.trim().to_string()],
-        true => {
-            let items = text.split(',');
-            let stripped = items.map(|item| item.trim_matches(is_python_space));
-            stripped.map(|item| item.replace('\n', "")).collect()
-        }
+    if lists {
+        let items = text.split(',');
+        let stripped = items.map(|item| item.trim_matches(is_python_space));
+        stripped.map(|item| item.replace('\n', "")).collect()
+    } else {
+        vec![text.trim().to_string()]
     }
 }
 
@@ -260,13 +258,15 @@ impl Answering<'_> {
         let mut first = 0;
         for questions in batches {
             let prompts: Vec<&[u32]> = questions.iter().map(|row| &row.prompt[..]).collect();
-            let written = match self.writes {
-                true => self.write(&prompts, first, task.max_new_tokens)?,
-                false => vec![Answer::default(); prompts.len()],
+            let written = if self.writes {
+                self.write(&prompts, first, task.max_new_tokens)?
+            } else {
+                vec![Answer::default(); prompts.len()]
             };
-            let likelihoods = match self.compares {
-                true => log_likelihoods(self.model, &prompts, &task.answer_ids)?,
-                false => vec![Vec::new(); prompts.len()],
+            let likelihoods = if self.compares {
+                log_likelihoods(self.model, &prompts, &task.answer_ids)?
+            } else {
+                vec![Vec::new(); prompts.len()]
             };
             for (index, (answer, likelihoods)) in written.into_iter().zip(likelihoods).enumerate() {
                 let answer = Answer {
@@ -274,9 +274,10 @@ impl Answering<'_> {
                     likelihoods,
                     ..answer
                 };
-                match task.lists {
-                    false => answers.push(answer),
-                    true => answers.extend(of_items(&answer, task.right[first + index].len())),
+                if task.lists {
+                    answers.extend(of_items(&answer, task.right[first + index].len()))
+                } else {
+                    answers.push(answer)
                 }
             }
             first += questions.len();

@@ -265,9 +265,10 @@ pub(super) fn template(
 
 /// A file's rows, or some of them.
 fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
-    let path = match path == Path::new(EMBEDDED) {
-        true => embedded::materialise()?.validation,
-        false => path.to_path_buf(),
+    let path = if path == Path::new(EMBEDDED) {
+        embedded::materialise()?.validation
+    } else {
+        path.to_path_buf()
     };
     let Rows {
         mut rows,

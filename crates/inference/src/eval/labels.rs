@@ -89,9 +89,10 @@ impl Answers {
 /// then the continuation. So it is behind a prompt template (`prompt` is none), which FinLoRA does not ask with: what
 /// the template writes behind the context is no part of an answer.
 pub fn finlora_answer<'a>(whole: &'a str, prompt: Option<&str>, continuation: &'a str) -> &'a str {
-    let text = match prompt.is_some_and(|prompt| prompt.contains(DELIMITER)) {
-        true => whole,
-        false => continuation,
+    let text = if prompt.is_some_and(|prompt| prompt.contains(DELIMITER)) {
+        whole
+    } else {
+        continuation
     };
     let answer = text.rsplit(DELIMITER).next().unwrap_or(text);
     answer.trim_matches(is_python_space)

@@ -138,9 +138,10 @@ fn hidden_at(model: &Llama, packed: &PackedTokens, places: &[u32]) -> Tensor<2> 
         };
         hidden = pass.forward(&hidden).0;
     }
-    match model.layers.is_empty() {
-        true => hidden.select(0, wanted),
-        false => hidden,
+    if model.layers.is_empty() {
+        hidden.select(0, wanted)
+    } else {
+        hidden
     }
 }
 

@@ -62,18 +62,20 @@ pub fn named(arguments: &[PathBuf]) -> Result<Vec<NamedAdapter>, NameError> {
         |name: &String| name != BASE && chosen.iter().filter(|other| *other == name).count() == 1;
     let mut adapters: Vec<NamedAdapter> = Vec::new();
     for ((given, folder), chosen) in parsed.iter().zip(&chosen) {
-        let name = match given.is_some() || is_unique(chosen) {
-            true => chosen.clone(),
-            false => folder.display().to_string(),
+        let name = if given.is_some() || is_unique(chosen) {
+            chosen.clone()
+        } else {
+            folder.display().to_string()
         };
         if let Some(first) = adapters.iter().find(|first| first.name == name) {
-            return Err(match given.is_none() && first.folder == *folder {
-                true => NameError::SameFolder(folder.clone()),
-                false => NameError::Twice {
+            return Err(if given.is_none() && first.folder == *folder {
+                NameError::SameFolder(folder.clone())
+            } else {
+                NameError::Twice {
                     name,
                     first: first.folder.clone(),
                     second: folder.clone(),
-                },
+                }
             });
         }
         adapters.push(NamedAdapter {

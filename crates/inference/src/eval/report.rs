@@ -201,15 +201,14 @@ fn overview_row(
 /// Each label, and what its rows were answered with.
 fn of_labels(title: String, scores: &LabelScores) -> Table {
     let mut header = vec!["label", "precision", "recall", "F1", "rows"];
-    let answered: Vec<String> = match scores.confusion.is_empty() {
-        true => Vec::new(),
-        false => {
-            let labels = scores
-                .each
-                .iter()
-                .map(|label| format!("→ {}", shortened(&label.label)));
-            labels.chain(["→ no label".to_string()]).collect()
-        }
+    let answered: Vec<String> = if scores.confusion.is_empty() {
+        Vec::new()
+    } else {
+        let labels = scores
+            .each
+            .iter()
+            .map(|label| format!("→ {}", shortened(&label.label)));
+        labels.chain(["→ no label".to_string()]).collect()
     };
     header.extend(answered.iter().map(String::as_str));
     let mut table = Table::new(title, &header);

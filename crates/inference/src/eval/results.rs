@@ -143,9 +143,10 @@ impl FileResults {
             rows: task.questions.len(),
             answers: targets.len(),
             too_long: task.too_long,
-            labels: match are_labels {
-                true => task.answers.all.clone(),
-                false => Vec::new(),
+            labels: if are_labels {
+                task.answers.all.clone()
+            } else {
+                Vec::new()
             },
             max_new_tokens: task.max_new_tokens,
             majority: most.map(|(label, accuracy)| Majority { label, accuracy }),
@@ -183,12 +184,13 @@ impl Verdict {
             .map(|(answer, target)| judged(scorer, all, answer, *target))
             .collect();
         let correct = super::metrics::correct(targets, &given);
-        let scores = match all.are_labels {
-            true => score_labels(targets, &given, &all.all),
-            false => Scores {
+        let scores = if all.are_labels {
+            score_labels(targets, &given, &all.all)
+        } else {
+            Scores {
                 no_label: given.iter().filter(|answer| answer.is_none()).count(),
                 ..score_rows(&correct)
-            },
+            }
         };
         let theirs =
             (scorer == Scorer::Finlora).then(|| finlora_f1(all, answers, targets, &correct));
@@ -208,9 +210,10 @@ fn judged(scorer: Scorer, all: &Answers, answer: &Answer, target: usize) -> Opti
         Scorer::Finlora => {
             let found = all.first_found(&answer.finlora)?;
             // FinLoRA compares in lower case.
-            match all.same_in_lower_case(found, target) {
-                true => Some(target),
-                false => Some(found),
+            if all.same_in_lower_case(found, target) {
+                Some(target)
+            } else {
+                Some(found)
             }
         }
     }

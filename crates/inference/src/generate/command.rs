@@ -151,9 +151,10 @@ pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
         None => inference.base.clone(),
         Some(folder) => {
             let (_, model) = inference.with_adapter(folder)?;
-            match args.merge {
-                true => merged(&inference, model, args.force)?,
-                false => model,
+            if args.merge {
+                merged(&inference, model, args.force)?
+            } else {
+                model
             }
         }
     };
@@ -243,9 +244,10 @@ impl Session<'_> {
 
     fn ids(&self, prompt: &str, source: &Path, line: usize) -> anyhow::Result<Vec<u32>> {
         let ids = self.tokenizer.prompt(prompt, source, line)?;
-        match ids.is_empty() {
-            true => bail!("{}, line {line}: the prompt is empty", source.display()),
-            false => Ok(ids),
+        if ids.is_empty() {
+            bail!("{}, line {line}: the prompt is empty", source.display())
+        } else {
+            Ok(ids)
         }
     }
 
@@ -343,9 +345,12 @@ impl Session<'_> {
 }
 
 fn speed(timing: &Timing) -> String {
-    let rate = |tokens: usize, seconds: f64| match seconds > 0.0 {
-        true => format!("{:.1} per second", tokens as f64 / seconds),
-        false => "at once".to_string(),
+    let rate = |tokens: usize, seconds: f64| {
+        if seconds > 0.0 {
+            format!("{:.1} per second", tokens as f64 / seconds)
+        } else {
+            "at once".to_string()
+        }
     };
     let (prefill, decode) = (timing.prefill.as_secs_f64(), timing.decode.as_secs_f64());
     // The first token of each row comes out of reading its prompt.
@@ -368,10 +373,11 @@ fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
     let lines = text.lines().enumerate();
     let lines = lines.filter(|(_, line)| !line.trim().is_empty());
     let prompts: Vec<String> = lines
-        .map(|(number, line)| match json {
-            false => Ok(line.to_string()),
-            true => {
+        .map(|(number, line)| {
+            if json {
                 prompt_of(line).with_context(|| format!("{}, line {}", path.display(), number + 1))
+            } else {
+                Ok(line.to_string())
             }
         })
         .collect::<anyhow::Result<_>>()?;

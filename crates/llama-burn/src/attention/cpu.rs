@@ -251,9 +251,10 @@ fn key_gradients(
                         let rows = rows.zip(through.chunks_exact_mut(count));
                         for (i, (row, through)) in rows.enumerate() {
                             let at = (tokens.start + i) * heads.query + head;
-                            let seen = match itself {
-                                true => (from + i + 1).saturating_sub(first).min(count),
-                                false => count,
+                            let seen = if itself {
+                                (from + i + 1).saturating_sub(first).min(count)
+                            } else {
+                                count
                             };
                             let log_sum = upstream.log_sums[at];
                             weigh_row(row, through, seen, log_sum, Some(deltas[at]));

@@ -101,9 +101,10 @@ impl Attended {
 /// What queries are multiplied by before [`attend`] gets them: 1 for kernels on the CPU, which scale scores
 /// themselves, else 1/√d.
 pub(crate) fn score_scale(q: &Tensor<2>, heads: Heads) -> f64 {
-    match kernels::is_native(q) {
-        true => 1.0,
-        false => 1.0 / (heads.d as f64).sqrt(),
+    if kernels::is_native(q) {
+        1.0
+    } else {
+        1.0 / (heads.d as f64).sqrt()
     }
 }
 

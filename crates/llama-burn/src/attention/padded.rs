@@ -98,9 +98,10 @@ impl Layout<'_> {
     /// Keys or values as [`keys`](Self::keys) makes them, and as they are kept for the backward pass.
     fn keys_and_kept(&self, x: Tensor<2>) -> (Tensor<4>, Kept) {
         let spread = self.keys(x.clone());
-        let kept = match self.padded.is_plain() {
-            true => Kept::Spread(spread.clone()),
-            false => Kept::Packed(x),
+        let kept = if self.padded.is_plain() {
+            Kept::Spread(spread.clone())
+        } else {
+            Kept::Packed(x)
         };
         (spread, kept)
     }
@@ -123,19 +124,20 @@ impl Layout<'_> {
     /// A tile's part of what is stacked.
     fn rows(&self, x: &Tensor<4>, tile: &Tile) -> Tensor<4> {
         let (first, count) = (tile.queries.start, tile.queries.len());
-        match count == self.padded.queries {
-            true => x.clone(),
-            false => x
-                .clone()
-                .narrow(2, first * self.group(), count * self.group()),
+        if count == self.padded.queries {
+            x.clone()
+        } else {
+            x.clone()
+                .narrow(2, first * self.group(), count * self.group())
         }
     }
 
     /// The keys or values that a tile sees.
     fn seen(&self, x: &Tensor<4>, tile: &Tile) -> Tensor<4> {
-        match tile.visible == self.padded.keys {
-            true => x.clone(),
-            false => x.clone().narrow(2, 0, tile.visible),
+        if tile.visible == self.padded.keys {
+            x.clone()
+        } else {
+            x.clone().narrow(2, 0, tile.visible)
         }
     }
 }
@@ -163,9 +165,10 @@ pub(super) fn forward_on_tape(
     let tiles = padded.tiles.iter().map(|tile| {
         let (k, v) = (layout.seen(&k, tile), layout.seen(&v, tile));
         let scores = layout.rows(&q, tile).matmul(k.swap_dims(2, 3));
-        let mask = match on_tape {
-            true => tile.mask(DType::F32).autodiff(),
-            false => tile.mask(DType::F32),
+        let mask = if on_tape {
+            tile.mask(DType::F32).autodiff()
+        } else {
+            tile.mask(DType::F32)
         };
         let weights = softmax(scores.cast(FloatDType::F32) + mask, 3);
         weights.cast(dtype).matmul(v)
@@ -202,9 +205,10 @@ pub(super) fn forward(
         // In the type of the product, which has rounded them already.
         let scores = (product(q, k).cast(DType::F32) + tile.mask(dtype)).cast(dtype);
         let most = scores.clone().max_dim(3).cast(DType::F32);
-        let shift = match head_room > 1.0 {
-            true => most.clone().add_scalar(head_room.ln()),
-            false => most.clone(),
+        let shift = if head_room > 1.0 {
+            most.clone().add_scalar(head_room.ln())
+        } else {
+            most.clone()
         };
         let weights = (scores.cast(DType::F32) - shift).exp().cast(dtype);
         // The weights' sum divides the output, which is smaller than the weights.
@@ -226,9 +230,10 @@ pub(super) fn forward(
                 let log_sum = sum.clone().log() + most;
                 let (sum, log_sum) = (sum.reshape(unflat), log_sum.reshape(unflat));
                 let mixed = mixed.cast(DType::F32);
-                let mixed = match head_room > 1.0 {
-                    true => mixed.mul_scalar(head_room),
-                    false => mixed,
+                let mixed = if head_room > 1.0 {
+                    mixed.mul_scalar(head_room)
+                } else {
+                    mixed
                 };
                 (mixed / sum, log_sum)
             }

@@ -176,10 +176,7 @@ pub(super) fn quantize_q8_0(values: &[f32], out: &mut Vec<u8>) {
     for block in values.chunks_exact(32) {
         let peak = block.iter().fold(0f32, |peak, x| peak.max(x.abs()));
         let scale = peak / 127.0;
-        let inverse = match scale > 0.0 {
-            true => 1.0 / scale,
-            false => 0.0,
-        };
+        let inverse = if scale > 0.0 { 1.0 / scale } else { 0.0 };
         out.extend(f16::from_f32(scale).to_le_bytes());
         out.extend(block.iter().map(|x| (x * inverse).round() as i8 as u8));
     }

@@ -79,12 +79,13 @@ impl Cache {
             });
         };
         let pieces = group * heads.d;
-        match products < PARALLEL_FROM {
-            true => output.chunks_exact_mut(pieces).enumerate().for_each(work),
-            false => output
+        if products < PARALLEL_FROM {
+            output.chunks_exact_mut(pieces).enumerate().for_each(work)
+        } else {
+            output
                 .par_chunks_exact_mut(pieces)
                 .enumerate()
-                .for_each(work),
+                .for_each(work)
         }
         cpu::tensor(output, [self.rows.len(), query_width])
     }

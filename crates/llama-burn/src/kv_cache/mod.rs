@@ -68,9 +68,10 @@ impl KvCache {
 impl LayerCache {
     /// Keeps the prompts' keys and values, `[n, key heads · d]` each.
     fn new([k, v]: [Tensor<2>; 2], prompts: &Prompts, heads: Heads) -> Self {
-        match kernels::is_native(&k) && kernels::is_native(&v) {
-            true => Self::Cpu(Box::new(cpu::Cache::new([k, v], prompts))),
-            false => Self::Padded(Box::new(padded::Cache::new([k, v], prompts, heads))),
+        if kernels::is_native(&k) && kernels::is_native(&v) {
+            Self::Cpu(Box::new(cpu::Cache::new([k, v], prompts)))
+        } else {
+            Self::Padded(Box::new(padded::Cache::new([k, v], prompts, heads)))
         }
     }
 

@@ -43,9 +43,10 @@ impl<const BF16: bool> Sums for Avx512<BF16> {
         }
         // SAFETY: as above.
         unsafe {
-            match BF16 {
-                true => in_bf16(job, tiles, rows, scratch),
-                false => in_f32(job, tiles, rows, scratch),
+            if BF16 {
+                in_bf16(job, tiles, rows, scratch)
+            } else {
+                in_f32(job, tiles, rows, scratch)
             }
         }
     }
@@ -99,16 +100,13 @@ impl<const BF16: bool> Sums for Avx512<BF16> {
         unsafe {
             let x = _mm512_set1_epi32(x as i32);
             let weights = _mm512_loadu_epi32(weights.as_ptr().cast());
-            Self(match BF16 {
-                true => {
-                    let x: __m512bh = std::mem::transmute(x);
-                    let weights: __m512bh = std::mem::transmute(weights);
-                    _mm512_dpbf16_ps(self.0, x, weights)
-                }
-                false => {
-                    let x = _mm512_castsi512_ps(x);
-                    _mm512_fmadd_ps(x, _mm512_castsi512_ps(weights), self.0)
-                }
+            Self(if BF16 {
+                let x: __m512bh = std::mem::transmute(x);
+                let weights: __m512bh = std::mem::transmute(weights);
+                _mm512_dpbf16_ps(self.0, x, weights)
+            } else {
+                let x = _mm512_castsi512_ps(x);
+                _mm512_fmadd_ps(x, _mm512_castsi512_ps(weights), self.0)
             })
         }
     }

@@ -233,9 +233,10 @@ fn product<S: PairSums>(x: &[f32], n: usize, weight: Weight, direction: Directio
 #[inline(always)]
 fn bf16(x: f32) -> u32 {
     let bits = x.to_bits();
-    match x.is_nan() {
-        true => bits >> 16 | 0x40,
-        false => (bits + 0x7fff + (bits >> 16 & 1)) >> 16,
+    if x.is_nan() {
+        bits >> 16 | 0x40
+    } else {
+        (bits + 0x7fff + (bits >> 16 & 1)) >> 16
     }
 }
 
@@ -518,9 +519,10 @@ mod tests {
                 let fresh = case.compute::<S>(direction, None);
                 // What is rounded where is known, so only the order of f32 sums is left.
                 let rounded = case.expected(direction, |x, activation| {
-                    match activation || direction == Direction::Forward {
-                        true => bf16(x),
-                        false => x as f64,
+                    if activation || direction == Direction::Forward {
+                        bf16(x)
+                    } else {
+                        x as f64
                     }
                 });
                 let error = relative(&fresh, &rounded, 0.0);
@@ -548,9 +550,10 @@ mod tests {
 
     #[test]
     fn the_processor_does_what_the_emulation_does() {
-        match is_supported() {
-            true => assert_eq!(self_check(), Ok(())),
-            false => assert!(self_check().is_err()),
+        if is_supported() {
+            assert_eq!(self_check(), Ok(()))
+        } else {
+            assert!(self_check().is_err())
         }
     }
 

@@ -70,13 +70,15 @@ pub trait FrozenLinearOps: ProductOps {
         weight: QuantizedTensor<Self>,
         backward: bool,
     ) -> FloatTensor<Self> {
-        let product = match backward {
-            false => Self::frozen_linear_forward(x, weight),
-            true => Self::frozen_linear_backward(x, weight),
+        let product = if backward {
+            Self::frozen_linear_backward(x, weight)
+        } else {
+            Self::frozen_linear_forward(x, weight)
         };
-        let product = match sum.dtype() == product.dtype() {
-            true => product,
-            false => Self::float_cast(product, sum.dtype().into()),
+        let product = if sum.dtype() == product.dtype() {
+            product
+        } else {
+            Self::float_cast(product, sum.dtype().into())
         };
         Self::float_add(sum, product)
     }
@@ -103,9 +105,10 @@ impl FrozenLinearOps for Flex {
         weight: QuantizedTensor<Self>,
         backward: bool,
     ) -> FloatTensor<Self> {
-        let direction = match backward {
-            false => Direction::Forward,
-            true => Direction::Backward,
+        let direction = if backward {
+            Direction::Backward
+        } else {
+            Direction::Forward
         };
         flex::product(Some(sum), x, weight, direction)
     }

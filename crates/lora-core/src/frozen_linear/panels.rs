@@ -82,9 +82,10 @@ pub(super) fn product<S: Stored>(
     direction: Direction,
 ) -> FlexTensor {
     let (_, width) = direction.inner_and_outer(weight.shape());
-    let multiply = match f32_tiles::is_supported() {
-        true => f32_tiles::product,
-        false => in_panels,
+    let multiply = if f32_tiles::is_supported() {
+        f32_tiles::product
+    } else {
+        in_panels
     };
     Output::of(sum, [n, width], |output| {
         multiply(x, n, weight, direction, output);

@@ -212,9 +212,10 @@ pub(super) fn product<S: Sums>(
         let rows = n * share / shares..n * (share + 1) / shares;
         OF_THREAD.with_borrow_mut(|scratch| S::columns(&job, tiles, rows, scratch));
     };
-    match is_parallel {
-        true => (0..groups * shares).into_par_iter().for_each(work),
-        false => (0..groups * shares).for_each(work),
+    if is_parallel {
+        (0..groups * shares).into_par_iter().for_each(work)
+    } else {
+        (0..groups * shares).for_each(work)
     }
 }
 

@@ -65,19 +65,20 @@ impl Fingerprint {
             let paths = names.iter().map(|name| folder.join(name));
             paths.filter(|path| path.is_file()).collect::<Vec<_>>()
         };
-        let (model, tokenizer) = match files.model.is_dir() {
-            true => {
-                let mut model = named(&files.model, &["config.json"]);
-                let weights =
-                    |name: &str| name.ends_with(".safetensors") || name.ends_with(".gguf");
-                model.extend(in_folder(&files.model, weights)?);
-                (model, named(&files.model, &TOKENIZER))
-            }
-            false => (vec![files.model.clone()], Vec::new()),
+        let (model, tokenizer) = if files.model.is_dir() {
+            let mut model = named(&files.model, &["config.json"]);
+            let weights = |name: &str| name.ends_with(".safetensors") || name.ends_with(".gguf");
+            model.extend(in_folder(&files.model, weights)?);
+            (model, named(&files.model, &TOKENIZER))
+        } else {
+            (vec![files.model.clone()], Vec::new())
         };
-        let rows = |path: &Path| match path.is_dir() {
-            true => in_folder(path, |_| true),
-            false => Ok(vec![path.to_path_buf()]),
+        let rows = |path: &Path| {
+            if path.is_dir() {
+                in_folder(path, |_| true)
+            } else {
+                Ok(vec![path.to_path_buf()])
+            }
         };
         let validation = files.validation.as_deref().map(rows).transpose()?;
         Ok(Self {

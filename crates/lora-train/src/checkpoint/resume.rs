@@ -63,9 +63,10 @@ pub fn run_folder(path: &Path) -> PathBuf {
         Some(parent) if is_checkpoints(parent) => parent.parent().unwrap_or(parent),
         _ => path,
     };
-    match folder.as_os_str().is_empty() {
-        true => ".".into(),
-        false => folder.into(),
+    if folder.as_os_str().is_empty() {
+        ".".into()
+    } else {
+        folder.into()
     }
 }
 

@@ -93,9 +93,10 @@ impl Progress {
 
     /// The step that comes next, counted from 1: the last one again where its validation is owed.
     pub fn next(&self) -> usize {
-        match self.owes_validation {
-            true => self.step,
-            false => self.step + 1,
+        if self.owes_validation {
+            self.step
+        } else {
+            self.step + 1
         }
     }
 }

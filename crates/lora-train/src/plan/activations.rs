@@ -76,9 +76,12 @@ pub(super) fn peak(
 
     // From an earlier micro-batch there is a gradient of every adapter; else they come layer by layer.
     let adapter_bytes = adapter_bytes as f64;
-    let of_layers = |count: f64| match options.accumulates {
-        true => adapter_bytes,
-        false => adapter_bytes * count / layers.max(1.0),
+    let of_layers = |count: f64| {
+        if options.accumulates {
+            adapter_bytes
+        } else {
+            adapter_bytes * count / layers.max(1.0)
+        }
     };
 
     let supervised = options.workload.supervised;
@@ -92,9 +95,10 @@ pub(super) fn peak(
         ..Bytes::default()
     };
     // Where heads are computed one a thread, each has gradients of keys and values of its own.
-    let heads = match options.on_gpu {
-        true => 0.0,
-        false => 2.0 * f64::from(llama_burn::heads_apart(model.num_attention_heads)) * all.query,
+    let heads = if options.on_gpu {
+        0.0
+    } else {
+        2.0 * f64::from(llama_burn::heads_apart(model.num_attention_heads)) * all.query
     };
     // The last layer's feed-forward activations are gone; the gradients of its output by query, key
     // and value are as large as those.
@@ -115,13 +119,15 @@ pub(super) fn peak(
         } else {
             inputs
         },
-        layers: match below > 0.0 {
-            true => kept_layers.max(1.0) * all.layer(),
-            false => last,
+        layers: if below > 0.0 {
+            kept_layers.max(1.0) * all.layer()
+        } else {
+            last
         },
-        gradients: match below > 0.0 {
-            true => all.hidden + output + working * all.feed_forward,
-            false => wanted.hidden + working * wanted.feed_forward,
+        gradients: if below > 0.0 {
+            all.hidden + output + working * all.feed_forward
+        } else {
+            wanted.hidden + working * wanted.feed_forward
         },
         unpacked,
         adapters: of_layers(1.0),
@@ -149,9 +155,10 @@ pub(super) fn peak(
         }
     }
     let (name, bytes) = largest;
-    let layer = match checkpointing {
-        true => "activations of one layer, computed again",
-        false => "activations of all layers",
+    let layer = if checkpointing {
+        "activations of one layer, computed again"
+    } else {
+        "activations of all layers"
     };
     let parts = [
         ("inputs of the layers", bytes.inputs),
@@ -225,9 +232,10 @@ impl Sizes {
             key_value,
             feed_forward,
             log_sums,
-            tile: match options.on_gpu {
-                true => SCORE_COPIES * 4.0 * scores as f64,
-                false => 0.0,
+            tile: if options.on_gpu {
+                SCORE_COPIES * 4.0 * scores as f64
+            } else {
+                0.0
             },
             // On a GPU with what attention mixed, which its backward pass multiplies with its gradient.
             attention: query
@@ -265,11 +273,11 @@ impl Adapted {
         let adapted = |layer: usize, name: &str| selector.matches(&full(layer, name));
         let linears = model.layer_linears();
         let all = 0..model.num_hidden_layers;
-        let lowest = match trains_embedding(&options.lora, model) {
-            true => Some(0),
-            false => all
-                .clone()
-                .find(|layer| linears.iter().any(|(name, ..)| adapted(*layer, name))),
+        let lowest = if trains_embedding(&options.lora, model) {
+            Some(0)
+        } else {
+            all.clone()
+                .find(|layer| linears.iter().any(|(name, ..)| adapted(*layer, name)))
         };
         let modules = linears.iter().filter_map(|(name, _, d_out, _)| {
             let layers = all.clone().filter(|layer| adapted(*layer, name));

@@ -86,10 +86,7 @@ pub fn lines(
     match counted {
         Ok((counts, dtype, device)) => {
             lines.extend(table(&counts, dtype, &device, peaks));
-            lines.push(match options.gradient_checkpointing {
-                true => "with activations computed again in the backward pass, as gradient_checkpointing says".into(),
-                false => "with activations kept".into(),
-            });
+            lines.push(if options.gradient_checkpointing { "with activations computed again in the backward pass, as gradient_checkpointing says".into() } else { "with activations kept".into() });
         }
         Err(why) => {
             let flops = FlopsModel::new(model, &options.lora)?;
@@ -139,11 +136,12 @@ fn counting_device(asked: Backend) -> Result<Selected, String> {
             Err(error) => why.push(error.to_string()),
         }
     }
-    Err(match why.is_empty() {
-        true => "no GPU backend is in this build or was asked for; `cargo xtask plan --gpu --backend wgpu` counts with any Vulkan driver, \
-                 a software one too"
-            .into(),
-        false => why.join("; "),
+    Err(if why.is_empty() {
+        "no GPU backend is in this build or was asked for; `cargo xtask plan --gpu --backend wgpu` counts with any Vulkan driver, \
+         a software one too"
+    .into()
+    } else {
+        why.join("; ")
     })
 }
 

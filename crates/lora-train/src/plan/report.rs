@@ -92,9 +92,10 @@ impl Plan {
             "device_memory = {}, {} of it for a run: this {}",
             human::bytes(device_memory),
             human::bytes(usable),
-            match needed <= usable {
-                true => "fits",
-                false => "does not fit",
+            if needed <= usable {
+                "fits"
+            } else {
+                "does not fit"
             }
         )
     }
@@ -143,9 +144,10 @@ pub fn shape(model: &LlamaConfig) -> String {
         model.num_key_value_heads,
         model.head_dim,
         human::count(model.vocab_size as u64),
-        match model.tie_word_embeddings {
-            true => ", tied",
-            false => "",
+        if model.tie_word_embeddings {
+            ", tied"
+        } else {
+            ""
         },
     )
 }

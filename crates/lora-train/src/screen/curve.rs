@@ -106,9 +106,10 @@ fn resample(losses: &[f64], dots: usize) -> Vec<f64> {
             let left = (position.floor() as usize).min(last);
             let right = (left + 1).min(last);
             let share = position - left as f64;
-            match share > 0.0 {
-                true => losses[left] * (1.0 - share) + losses[right] * share,
-                false => losses[left],
+            if share > 0.0 {
+                losses[left] * (1.0 - share) + losses[right] * share
+            } else {
+                losses[left]
             }
         })
         .collect()

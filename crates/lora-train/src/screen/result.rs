@@ -55,9 +55,10 @@ impl RunResult {
         let mut lines = vec![String::new()];
         lines.extend(curve::draw(losses, validations, width));
         if lines.len() > 1 {
-            let legend = match validations.is_empty() {
-                true => "training loss",
-                false => "training loss, ● validation loss",
+            let legend = if validations.is_empty() {
+                "training loss"
+            } else {
+                "training loss, ● validation loss"
             };
             lines.push(style.dim(&format!("{:10}{legend}, by step", "")));
             lines.push(String::new());
@@ -85,12 +86,13 @@ impl RunResult {
             None => "Done:".into(),
         };
         let seconds = self.elapsed.as_secs_f64();
-        let speed = match seconds > 0.0 {
-            true => format!(
+        let speed = if seconds > 0.0 {
+            format!(
                 " ({} per second)",
                 human::rate(self.tokens as f64 / seconds)
-            ),
-            false => String::new(),
+            )
+        } else {
+            String::new()
         };
         let device = match self.device_memory {
             Some(bytes) => format!(", {} on the device", human::bytes(bytes)),

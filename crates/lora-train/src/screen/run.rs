@@ -152,9 +152,10 @@ impl Run {
             accuracy += &format!(" ({})", result::signed(by, &format!("{:.1}", by.abs())));
         }
         let is_best = line.val_loss < self.best;
-        let best = match is_best && self.last_validation.is_some() {
-            true => format!("  {}", style.good("best")),
-            false => String::new(),
+        let best = if is_best && self.last_validation.is_some() {
+            format!("  {}", style.good("best"))
+        } else {
+            String::new()
         };
         if is_best {
             self.best = line.val_loss;

@@ -148,13 +148,14 @@ impl RunSummary {
             })
             .collect();
         vec![
-            match self.memory_there.is_empty() {
-                true => format!("about {} at the peak", human::bytes(total)),
-                false => format!(
+            if self.memory_there.is_empty() {
+                format!("about {} at the peak", human::bytes(total))
+            } else {
+                format!(
                     "about {} of {} at the peak",
                     human::bytes(total),
                     self.memory_there
-                ),
+                )
             },
             parts.join(", "),
         ]
@@ -163,9 +164,10 @@ impl RunSummary {
 
 impl AdapterSummary {
     fn sentences(&self) -> Vec<String> {
-        let dropout = match self.dropout > 0.0 {
-            true => format!(", dropout {}", self.dropout),
-            false => String::new(),
+        let dropout = if self.dropout > 0.0 {
+            format!(", dropout {}", self.dropout)
+        } else {
+            String::new()
         };
         vec![format!(
             "{} ({}), r {}, alpha {}, scale {}{dropout}",

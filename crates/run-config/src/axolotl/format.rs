@@ -52,9 +52,12 @@ pub(super) fn named(name: &str) -> Option<Rows> {
         ),
     };
     let [before, behind] = system;
-    let whole = |prompt: &str, text: &str| match has_system {
-        true => format!("{before}{prompt}{behind}{text}"),
-        false => text.into(),
+    let whole = |prompt: &str, text: &str| {
+        if has_system {
+            format!("{before}{prompt}{behind}{text}")
+        } else {
+            text.into()
+        }
     };
     let output = match base {
         "gpteacher" => vec![("output", "response".into())],
@@ -196,9 +199,10 @@ fn unescaped(text: &str, names: &[&str]) -> Result<String, String> {
         places.iter().map(|place| text.matches(place).count()).sum()
     };
     let doubled = text.replace("{{", "").replace("}}", "");
-    match written(&result) == written(&doubled) {
-        true => Ok(result),
-        false => Err(wrong("braces around the name of a placeholder")),
+    if written(&result) == written(&doubled) {
+        Ok(result)
+    } else {
+        Err(wrong("braces around the name of a placeholder"))
     }
 }
 

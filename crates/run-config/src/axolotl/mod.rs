@@ -231,9 +231,10 @@ impl Converter {
 
     /// Sets a key of this configuration to what an entry means.
     fn set(&mut self, key: &str, value: Value, entry: &RawEntry) {
-        let location = match entry.key == key {
-            true => entry.location.clone(),
-            false => format!("{} ({})", entry.location, entry.key),
+        let location = if entry.key == key {
+            entry.location.clone()
+        } else {
+            format!("{} ({})", entry.location, entry.key)
         };
         self.ours.push(RawEntry {
             key: key.into(),

@@ -135,12 +135,13 @@ impl BertScoreFiles {
 /// A Python that cannot be started, or has no such package.
 pub fn check(python: &Path) -> Result<(), BertScoreError> {
     let output = start(python, &["-c".into(), "import bert_score".into()])?;
-    match output.status.success() {
-        true => Ok(()),
-        false => Err(BertScoreError::NotInstalled {
+    if output.status.success() {
+        Ok(())
+    } else {
+        Err(BertScoreError::NotInstalled {
             python: python.into(),
             message: ending(&output),
-        }),
+        })
     }
 }
 
@@ -186,9 +187,10 @@ fn one_line(text: &str) -> String {
 /// A word of a command as a shell reads it.
 fn quoted(word: &str) -> Cow<'_, str> {
     let is_plain = |character: char| character.is_alphanumeric() || "/._-+:@=,".contains(character);
-    match !word.is_empty() && word.chars().all(is_plain) {
-        true => word.into(),
-        false => format!("'{}'", word.replace('\'', "'\\''")).into(),
+    if !word.is_empty() && word.chars().all(is_plain) {
+        word.into()
+    } else {
+        format!("'{}'", word.replace('\'', "'\\''")).into()
     }
 }
 

@@ -120,14 +120,15 @@ impl Plan {
             ..args.model.clone()
         };
         let loaded = Inference::load(&model_args, screen);
-        let inference = match self.model == args.model.model {
-            true => loaded?,
-            false => loaded.with_context(|| {
-                format!(
-                    "{:?} is the base model that the adapters name; where it is another folder, give that with --model",
-                    self.model
-                )
-            })?,
+        let inference = if self.model == args.model.model {
+            loaded?
+        } else {
+            loaded.with_context(|| {
+            format!(
+                "{:?} is the base model that the adapters name; where it is another folder, give that with --model",
+                self.model
+            )
+        })?
         };
         for (adapter, folder) in &self.adapters {
             let fits = inference.with_adapter(folder);
@@ -164,9 +165,10 @@ impl Plan {
                 Err(error) => return Err(error.into()),
             }
         }
-        match asked.is_empty() {
-            true => bail!("no task is left to evaluate:\n{}", left_out.join("\n")),
-            false => Ok((asked, left_out)),
+        if asked.is_empty() {
+            bail!("no task is left to evaluate:\n{}", left_out.join("\n"))
+        } else {
+            Ok((asked, left_out))
         }
     }
 }

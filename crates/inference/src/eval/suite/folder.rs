@@ -118,12 +118,13 @@ impl Folder {
                 false => folder.missing.push(task.file),
             }
         }
-        match folder.tasks.is_empty() {
-            true => Err(FolderError::Empty {
+        if folder.tasks.is_empty() {
+            Err(FolderError::Empty {
                 dir: dir.into(),
                 files: folder.missing.join(", "),
-            }),
-            false => Ok(folder),
+            })
+        } else {
+            Ok(folder)
         }
     }
 
@@ -159,9 +160,10 @@ fn wanted(names: &[String]) -> Result<Vec<&'static SuiteTask>, FolderError> {
     }
     let is_named = |task: &&SuiteTask| names.iter().any(|name| name.trim() == task.name);
     let all = TASKS.iter();
-    Ok(match names.is_empty() {
-        true => all.collect(),
-        false => all.filter(is_named).collect(),
+    Ok(if names.is_empty() {
+        all.collect()
+    } else {
+        all.filter(is_named).collect()
     })
 }
 

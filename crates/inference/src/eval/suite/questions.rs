@@ -108,9 +108,12 @@ impl Asked {
         for question in &task.questions {
             let read = column.read(&question.target);
             // FinLoRA takes white space away around items, and around whole targets not.
-            let itemized = |text: &str| match lists {
-                true => items(text, true),
-                false => vec![text.to_string()],
+            let itemized = |text: &str| {
+                if lists {
+                    items(text, true)
+                } else {
+                    vec![text.to_string()]
+                }
             };
             let both = itemized(&question.target).into_iter().zip(itemized(&read));
             targets.extend(both.enumerate().map(|(item, (text, finlora))| Target {

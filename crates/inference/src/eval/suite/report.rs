@@ -22,9 +22,10 @@ impl SuiteResults {
         let is_wide = header
             .iter()
             .any(|line| console::measure_text_width(line) > WIDTH);
-        lines.extend(match is_wide {
-            true => self.turned(table).lines(),
-            false => table.lines(),
+        lines.extend(if is_wide {
+            self.turned(table).lines()
+        } else {
+            table.lines()
         });
         lines
     }

@@ -207,12 +207,11 @@ impl<'a> Run<'a> {
 /// A contender's name as a part of a file's; its number tells apart what would be the same.
 fn file_name(name: &str, number: usize) -> String {
     let is_plain = |character: char| character.is_alphanumeric() || "._-".contains(character);
-    match name.chars().all(is_plain) {
-        true => name.into(),
-        false => {
-            let plain = name.replace(|character| !is_plain(character), "_");
-            format!("{plain}-{number}")
-        }
+    if name.chars().all(is_plain) {
+        name.into()
+    } else {
+        let plain = name.replace(|character| !is_plain(character), "_");
+        format!("{plain}-{number}")
     }
 }
 

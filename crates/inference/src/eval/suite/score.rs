@@ -61,12 +61,13 @@ fn scores(
     assert_eq!(targets.len(), answers.len(), "one answer per target");
     let mut correct = 0;
     let pairs = targets.iter().zip(answers);
-    let responses = pairs.map(|(target, answer)| match is_right(target, answer) {
-        true => {
+    let responses = pairs.map(|(target, answer)| {
+        if is_right(target, answer) {
             correct += 1;
             *target
+        } else {
+            *answer
         }
-        false => *answer,
     });
     let responses: Vec<&str> = responses.collect();
     SuiteScores {

@@ -54,9 +54,10 @@ fn number(text: &str) -> Option<f64> {
     let is_digit = |index: usize| bytes.get(index).is_some_and(u8::is_ascii_digit);
     let between_digits = |index: usize| index > 0 && is_digit(index - 1) && is_digit(index + 1);
     let mut underscores = text.match_indices('_');
-    match underscores.all(|(index, _)| between_digits(index)) {
-        true => text.replace('_', "").parse().ok(),
-        false => None,
+    if underscores.all(|(index, _)| between_digits(index)) {
+        text.replace('_', "").parse().ok()
+    } else {
+        None
     }
 }
 
