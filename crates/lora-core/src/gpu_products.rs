@@ -21,7 +21,7 @@ static EXACT: AtomicBool = AtomicBool::new(false);
 /// Has f32 products on GPUs of this process keep all 24 bits of their factors' mantissas. Without it Burn takes TF32,
 /// which keeps 11, wherever a GPU has it (NVIDIA's since Ampere).
 ///
-/// It concerns the products of this crate, on a tape and outside one, not `Tensor::matmul`.
+/// Applies to the products of this crate, in an autodiff graph and outside one, not to `Tensor::matmul`.
 pub fn use_exact_f32(exact: bool) {
     EXACT.store(exact, Ordering::Relaxed);
 }
@@ -50,7 +50,7 @@ pub trait ProductOps: Backend {
 
 impl ProductOps for Flex {}
 
-/// The tape's entry of [`ProductOps::exact_product`].
+/// The backward pass of [`ProductOps::exact_product`] in an autodiff graph.
 #[derive(Debug)]
 struct ExactProductBackward;
 

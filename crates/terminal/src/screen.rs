@@ -1,6 +1,6 @@
 //! Lines on standard output: on a terminal a progress bar keeps to the bottom, elsewhere there are plain lines only.
 //!
-//! A screen that nobody reads any more (`| head`) is no reason to stop, so errors of writing to it are ignored.
+//! A closed pipe (`| head`) is no reason to stop, so errors of writing are ignored.
 
 use std::fmt;
 use std::io::Write;
