@@ -658,7 +658,7 @@ fn a_precision_that_the_device_lacks_is_refused() {
         .failed_saying(&["compute_dtype", "f16", "f32"]);
     // Some processors have it.
     let bf16 = Workspace::new().train(&["compute_dtype=bf16"]);
-    if lora_core::has_bf16_products() {
+    if kernels::has_bf16_products() {
         assert!(bf16.succeeded().contains("bf16 compute"))
     } else {
         bf16.failed_saying(&["compute_dtype", "bf16", "f32"])

@@ -113,7 +113,7 @@ fn a_step_of_llama_8b_in_16_bits_moves_at_most_250_gb() {
     let _one = COUNTING.lock();
     let Some(selected) = wgpu() else { return };
     // As a card with 8 GB or more: lavapipe binds 128 MiB, and the output layer would be read twice as often.
-    let _large = lora_core::AssumedBuffer::new(2 << 30);
+    let _large = kernels::AssumedBuffer::new(2 << 30);
     if !selected
         .device
         .supports_dtype(burn::tensor::FloatDType::F16)

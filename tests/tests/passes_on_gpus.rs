@@ -179,9 +179,9 @@ fn losses_and_gradients_are_those_of_the_cpu() {
                 assert_eq!(counts(got.0), counts(expected.0));
             }
             // As on a weak GPU: products in pieces of 24 rows and fewer.
-            lora_core::limit_launches(Some(300_000));
+            kernels::limit_launches(Some(300_000));
             let in_pieces = run(&gpu, micro_batches, false);
-            lora_core::limit_launches(None);
+            kernels::limit_launches(None);
             for (factor, expected) in &expected.2 {
                 let distance = distance(&in_pieces.2[factor], expected);
                 assert!(
@@ -266,11 +266,11 @@ fn products_that_avoid_tf32_are_the_same_products() {
     let expected = run(&cpu, &micro_batches, false);
     for (name, device) in devices().iter().skip(1) {
         let gpu = model(device);
-        lora_core::use_exact_f32(true);
+        kernels::use_exact_f32(true);
         let (got, counts) = gpu_counts::count(device, gpu_counts::Mode::Run, || {
             run(&gpu, &micro_batches, false)
         });
-        lora_core::use_exact_f32(false);
+        kernels::use_exact_f32(false);
         let furthest = furthest(&got.2, &expected.2);
         println!("{name}: gradients {:.1e} ({})", furthest.0, furthest.1);
         assert!(furthest.0 < TOLERANCE && (got.1 - expected.1).abs() < TOLERANCE * expected.1);
@@ -294,7 +294,7 @@ fn products_on_a_tape_avoid_tf32_too() {
         // Repeated for each of the three.
         let right = random([1, 8, 6]).require_grad();
         let weights = random([3, 5, 6]);
-        let gradients = (lora_core::product(left.clone(), right.clone()) * weights)
+        let gradients = (kernels::product(left.clone(), right.clone()) * weights)
             .sum()
             .backward();
         let [left, right] = [&left, &right].map(|factor| factor.grad(&gradients).unwrap());
@@ -303,9 +303,9 @@ fn products_on_a_tape_avoid_tf32_too() {
     };
     let expected = on(&Device::flex());
     for (name, device) in devices().iter().skip(1) {
-        lora_core::use_exact_f32(true);
+        kernels::use_exact_f32(true);
         let (got, counts) = gpu_counts::count(device, gpu_counts::Mode::Run, || on(device));
-        lora_core::use_exact_f32(false);
+        kernels::use_exact_f32(false);
         for (got, expected) in got.iter().zip(&expected) {
             let distance = distance(got, expected);
             println!("{name}: {distance:.1e}");

@@ -2,8 +2,8 @@
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
+use kernels::{compact, quantize_data, widens_tables};
 use llama_burn::{DecoderLayer, Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
-use lora_core::{compact, cpu, quantize_data};
 
 /// A model with random weights, quantized as it is made: every decoder layer has memory of its own and the
 /// same numbers, so that only one layer ever exists in f32 and the numbers are drawn once.
@@ -30,7 +30,7 @@ pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device
     // The head of an untied model is drawn with the embedding: one vocabulary table more on the host.
     let drawn = Llama::random(&tables, 2, &host);
     // As `llama_burn::load` has them: on the CPU in the 16 bits of a file.
-    let keeps = cpu::is_cpu(device) && options.dtype == DType::F32 && config.weight_bytes == 2;
+    let keeps = widens_tables(device) && options.dtype == DType::F32 && config.weight_bytes == 2;
     let dtype = if keeps { DType::BF16 } else { options.dtype };
     let table = |drawn: VocabTable| vocab_table(drawn, dtype, device);
     Llama {

@@ -17,7 +17,7 @@ use serde::Serialize;
 use self::pieces::{Inputs, Output};
 use self::subject::Subject;
 use super::self_test::small_product;
-use super::{Backend, DeviceError, Selected, kernels, quiet};
+use super::{Backend, DeviceError, Selected, kernel_cache, quiet};
 
 /// Tokens that a check computes with at most: enough for the tiles of products and attention, and for the kernels
 /// that are tuned for more than a few rows.
@@ -131,7 +131,7 @@ pub fn check_layer(
         &inputs,
         dtype,
         |device, dtype| {
-            if lora_core::cpu::is_cpu(device) {
+            if kernels::cpu::is_cpu(device) {
                 subject.on(device, dtype)
             } else {
                 // The layer's own weights: those that training computes with.
@@ -158,7 +158,7 @@ pub fn verdict(selected: &Selected, checks: &[Check]) -> Result<(), DeviceError>
     let Some(check) = (0..3).find_map(wrong) else {
         return Ok(());
     };
-    let [fuses, tunes] = kernels::fuses_and_tunes();
+    let [fuses, tunes] = kernel_cache::fuses_and_tunes();
     let mut advice = Vec::new();
     if fuses {
         advice.push("--no-fusion");
@@ -309,7 +309,7 @@ fn rounding(backend: Backend, dtype: FloatDType) -> f64 {
     match dtype {
         FloatDType::F16 => 4.9e-4,
         FloatDType::BF16 => 3.9e-3,
-        _ if backend == Backend::Cuda && !lora_core::is_exact_f32() => 4.9e-4,
+        _ if backend == Backend::Cuda && !kernels::is_exact_f32() => 4.9e-4,
         _ => 2.4e-7,
     }
 }

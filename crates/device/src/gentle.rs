@@ -34,7 +34,7 @@ pub fn limit(device: &Device) {
     let started = Instant::now();
     product();
     let flops = 2.0 * (rows * width * width) as f64;
-    lora_core::limit_launches(Some(most(flops / started.elapsed().as_secs_f64())));
+    kernels::limit_launches(Some(most(flops / started.elapsed().as_secs_f64())));
 }
 
 /// Floating-point operations of a launch on a device that does so many per second.

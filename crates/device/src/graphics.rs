@@ -5,7 +5,7 @@ use std::env;
 use burn::tensor::wgpu::{WgpuBackend, wgpu};
 use burn::tensor::{Device, DeviceKind, DeviceType};
 
-use super::{Backend, DeviceError, Selected, gentle, kernels, quiet};
+use super::{Backend, DeviceError, Selected, gentle, kernel_cache, quiet};
 
 /// CubeCL's own variable, which names an adapter.
 const CHOSEN_BY_USER: &str = "CUBECL_WGPU_DEFAULT_DEVICE";
@@ -62,7 +62,7 @@ pub fn is_hardware(backend: Backend) -> Result<bool, DeviceError> {
 /// names.
 pub fn start(backend: Backend) -> Result<Selected, DeviceError> {
     let best = find(backend)?;
-    kernels::keep(best == DeviceKind::Cpu);
+    kernel_cache::keep(best == DeviceKind::Cpu);
     let kind = match (best, env::var_os(CHOSEN_BY_USER)) {
         (best, None) => best,
         (_, Some(_)) => DeviceKind::DefaultDevice,

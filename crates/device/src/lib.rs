@@ -13,7 +13,7 @@ mod gentle;
 #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
 mod graphics;
 mod hardware;
-mod kernels;
+mod kernel_cache;
 mod machine;
 mod memory;
 pub mod process_memory;
@@ -28,7 +28,7 @@ pub use backend::Backend;
 pub use check::{Check, CheckOptions, check_device, check_layer, verdict};
 pub use error::DeviceError;
 pub use hardware::{Hardware, hardware, type_name, types};
-pub use kernels::{KeptKernels, KernelArgs, first_step, kept_kernels, switches};
+pub use kernel_cache::{KeptKernels, KernelArgs, first_step, kept_kernels, switches};
 pub use machine::Machine;
 pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
@@ -76,7 +76,7 @@ impl Selected {
 /// machine, or does not start. A panic inside a driver's Rust bindings is caught and becomes such
 /// an error.
 pub fn select(asked: Backend) -> Result<Selected, DeviceError> {
-    kernels::set_fusion();
+    kernel_cache::set_fusion();
     match asked {
         Backend::Auto => Ok(automatic()),
         Backend::Cpu => Ok(cpu("it was asked for".to_owned())),
@@ -179,7 +179,7 @@ fn started(backend: Backend, reason: &str) -> Result<Selected, DeviceError> {
         Some(selected) => selected.clone(),
         None => {
             let selected = start(backend)?;
-            lora_core::use_exact_f32(lora_core::has_tf32(&selected.device));
+            kernels::use_exact_f32(kernels::has_tf32(&selected.device));
             all.push(selected.clone());
             selected
         }
@@ -198,7 +198,7 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
         // Asked before "is it in this build?": on a machine without NVIDIA's driver no build would
         // help.
         let driver = cuda::driver()?;
-        kernels::keep(false);
+        kernel_cache::keep(false);
         return cuda::start(&driver);
     }
     if backend == Backend::Wgpu {
@@ -244,11 +244,11 @@ pub fn compute_dtype(
 ) -> Result<FloatDType, DeviceError> {
     let offered: &[FloatDType] = match selected.backend {
         Backend::Cuda => &[FloatDType::BF16, FloatDType::F32, FloatDType::F16, TF32],
-        Backend::Vulkan | Backend::Metal if lora_core::has_f16_matrix_units(&selected.device) => {
+        Backend::Vulkan | Backend::Metal if kernels::has_f16_matrix_units(&selected.device) => {
             &[FloatDType::F16, FloatDType::F32]
         }
         Backend::Wgpu | Backend::Vulkan | Backend::Metal => &[FloatDType::F32, FloatDType::F16],
-        Backend::Auto | Backend::Cpu if lora_core::has_bf16_products() => {
+        Backend::Auto | Backend::Cpu if kernels::has_bf16_products() => {
             &[FloatDType::F32, FloatDType::BF16]
         }
         Backend::Auto | Backend::Cpu => &[FloatDType::F32],
@@ -256,7 +256,7 @@ pub fn compute_dtype(
     let cpu = selected.backend == Backend::Cpu;
     let mut has = offered.iter().copied().filter(|&dtype| match dtype {
         FloatDType::F32 => true,
-        TF32 => lora_core::has_tf32(&selected.device),
+        TF32 => kernels::has_tf32(&selected.device),
         _ => cpu || selected.device.supports_dtype(dtype),
     });
     let wanted = match requested {
@@ -286,13 +286,13 @@ pub fn compute_dtype(
 /// If the processor computes them wrong.
 pub fn prepare(selected: &Selected, compute: FloatDType) -> Result<FloatDType, DeviceError> {
     if selected.backend != Backend::Cpu {
-        lora_core::use_exact_f32(compute != TF32 && lora_core::has_tf32(&selected.device));
+        kernels::use_exact_f32(compute != TF32 && kernels::has_tf32(&selected.device));
         return Ok(match compute {
             TF32 => FloatDType::F32,
             compute => compute,
         });
     }
-    lora_core::use_bf16_products(compute == FloatDType::BF16)
+    kernels::use_bf16_products(compute == FloatDType::BF16)
         .map_err(|reason| DeviceError::Bf16Products { reason })?;
     Ok(FloatDType::F32)
 }
@@ -381,7 +381,7 @@ mod tests {
     fn the_cpu_computes_in_f32_unless_it_has_bf16_products_and_is_asked() {
         let selected = select(Backend::Cpu).unwrap();
         assert_eq!(compute_dtype(&selected, None), Ok(FloatDType::F32));
-        if lora_core::has_bf16_products() {
+        if kernels::has_bf16_products() {
             let bf16 = compute_dtype(&selected, Some(FloatDType::BF16));
             return assert_eq!(bf16, Ok(FloatDType::BF16));
         }

@@ -60,7 +60,7 @@ pub fn device_memory(selected: &Selected, stated: Option<u64>) -> Option<DeviceM
 
 /// Bytes of the largest buffer that a device allocates or binds; `None` on the CPU, which has no such limit.
 pub fn largest_buffer(selected: &Selected) -> Option<u64> {
-    let largest = lora_core::largest_buffer(&selected.device)?;
+    let largest = kernels::largest_buffer(&selected.device)?;
     u64::try_from(largest).ok()
 }
 

@@ -104,7 +104,7 @@ fn counted(
             Some(FloatDType::F16).filter(|f16| device::compute_dtype(selected, Some(*f16)).is_ok())
         }
     };
-    let _card = lora_core::AssumedBuffer::new(CARD_BINDS);
+    let _card = kernels::AssumedBuffer::new(CARD_BINDS);
     let traffic = match sixteen {
         Some(sixteen) => step(sixteen)?.map(|counts| (counts, sixteen)),
         None => None,

@@ -2,8 +2,8 @@
 
 use burn::tensor::activation::{log_softmax, sigmoid, silu, softmax};
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
+use kernels::{Quantization, frozen_linear, frozen_linear_backward, product, quantize_data};
 use llama_burn::RmsNorm;
-use lora_core::{Quantization, frozen_linear, frozen_linear_backward, product, quantize_data};
 
 use super::compare::{self, Depth, input, values};
 use super::finding::{Check, Finding};

@@ -2,10 +2,9 @@
 
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
+use kernels::{Quantization, frozen_linear, frozen_linear_backward, product, quantize_on_device};
 use llama_burn::{Activations, LayerPass, Llama, LlamaConfig};
-use lora_core::{
-    LoraConfig, Quantization, frozen_linear, frozen_linear_backward, product, quantize_on_device,
-};
+use lora_core::LoraConfig;
 
 use super::clock::Clock;
 use super::finding::{Finding, Group, LeftOut, Rate};

@@ -1,11 +1,9 @@
 //! One decoder layer.
 
 use burn::module::Module;
-use burn::tensor::Tensor;
 use lora_core::{CounterRng, LoraLinear};
 
-use crate::packed::PackedContext;
-use crate::{Attention, LayerPass, Mlp, RmsNorm};
+use crate::{Attention, Mlp, RmsNorm};
 
 /// A pre-norm decoder layer: attention and feed-forward, each added to its input.
 #[derive(Module, Debug)]
@@ -18,35 +16,6 @@ pub struct DecoderLayer {
 }
 
 impl DecoderLayer {
-    /// Runs the layer: on the tape that `x` is on, or, where it is on none, by the pass written out
-    /// ([`LayerPass`]). With the same `dropout_seed` it drops the same elements again.
-    ///
-    /// # Shapes
-    ///
-    /// - `x`: `[n, hidden]`
-    /// - output: `[n, hidden]`
-    pub fn forward(
-        &self,
-        x: Tensor<2>,
-        context: &PackedContext,
-        dropout_seed: Option<u64>,
-    ) -> Tensor<2> {
-        if !x.is_autodiff() {
-            let pass = LayerPass {
-                layer: self,
-                context,
-                dropout_seed,
-                wanted: None,
-            };
-            return pass.forward(&x).0;
-        }
-        let seeds = DropoutSeeds(dropout_seed);
-        let normalised = self.input_layernorm.forward(x.clone());
-        let x = x + self.self_attn.forward(normalised, context, &seeds);
-        let normalised = self.post_attention_layernorm.forward(x.clone());
-        x + self.mlp.forward(normalised, &seeds)
-    }
-
     /// The linear modules with their names within the layer, in Hugging Face's order.
     pub fn linears(&self) -> [(&'static str, &LoraLinear); 7] {
         let (attention, mlp) = (&self.self_attn, &self.mlp);

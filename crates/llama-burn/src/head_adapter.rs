@@ -2,9 +2,8 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor, TensorData};
-use lora_core::{
-    CounterRng, LoraConfig, LoraError, kaiming_uniform, multiply_add, multiply_in_f32, normal,
-};
+use kernels::{CounterRng, kaiming_uniform, multiply_add, normal};
+use lora_core::{LoraConfig, LoraError};
 
 use crate::Llama;
 
@@ -31,50 +30,6 @@ impl HeadAdapter {
             scale,
         }
     }
-
-    /// Adds the path to `scores`, on the tape that they are on.
-    pub(crate) fn forward(&self, hidden: Tensor<2>, scores: Tensor<2>) -> Tensor<2> {
-        let dtype = hidden.dtype();
-        let low = hidden
-            .matmul(self.a.val().cast(dtype))
-            .mul_scalar(self.scale);
-        let path = low.matmul(self.b.val().cast(dtype));
-        scores.clone() + path.cast(scores.dtype())
-    }
-
-    /// As [`forward`](Self::forward), outside any tape.
-    pub(crate) fn forward_plain(&self, hidden: &Tensor<2>, scores: Tensor<2>) -> Tensor<2> {
-        let low = multiply_add(None, 1.0, hidden.clone(), factor(&self.a, hidden.dtype()));
-        let b = factor(&self.b, hidden.dtype());
-        multiply_add(Some(scores), self.scale, low, b)
-    }
-
-    /// Adds to `below` what comes through the path of the gradient of `hidden`; the factors' gradients go to
-    /// `collect`, in f32.
-    pub(crate) fn backward(
-        &self,
-        hidden: Tensor<2>,
-        gradient: Tensor<2>,
-        below: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
-    ) -> Tensor<2> {
-        let dtype = hidden.dtype();
-        let a = factor(&self.a, dtype);
-        let low = multiply_add(None, 1.0, hidden.clone(), a.clone());
-        let low = low.mul_scalar(self.scale);
-        collect(&self.b, multiply_in_f32(low.transpose(), gradient.clone()));
-        let b = factor(&self.b, dtype).transpose();
-        let through = multiply_add(None, self.scale, gradient, b);
-        collect(
-            &self.a,
-            multiply_in_f32(hidden.transpose(), through.clone()),
-        );
-        multiply_add(Some(below), 1.0, through, a.transpose())
-    }
-}
-
-fn factor(param: &Param<Tensor<2>>, dtype: DType) -> Tensor<2> {
-    param.val().without_autodiff().cast(dtype)
 }
 
 impl Llama {

@@ -5,9 +5,8 @@ use std::path::Path;
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lora_core::{
-    IntegerWeight, LoraLinear, Quantization, QuantizationError, compact, cpu, quantize_data,
-};
+use kernels::{IntegerWeight, Quantization, QuantizationError, compact, cpu, quantize_data};
+use lora_core::LoraLinear;
 
 use crate::gguf::IntegerTensor;
 use crate::model::decoder_layer;
@@ -205,7 +204,7 @@ impl Loader<'_> {
     /// numbers. Elsewhere it has the type that is computed in.
     fn table(&mut self, name: &str, vocab: usize, hidden: usize) -> Result<VocabTable, LoadError> {
         let stored = self.weights.read_as_stored(name)?;
-        let keeps = cpu::is_cpu(self.device) && self.options.dtype == DType::F32;
+        let keeps = kernels::widens_tables(self.device) && self.options.dtype == DType::F32;
         let element_bytes = match (&stored, keeps) {
             (Stored::F16(_) | Stored::Bf16(_), true) => 2,
             _ => self.options.dtype.size(),

@@ -2,18 +2,12 @@
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use lora_core::{
-    CounterRng, LinearGroup, LoraConfig, LoraError, LoraLinear, ParameterCounts,
-    frozen_linear_backward,
-};
+use burn::tensor::{DType, Device, Tensor, TensorData};
+use kernels::{CounterRng, Uploads};
+use lora_core::{LoraConfig, LoraError, LoraLinear, ParameterCounts};
 
-use crate::attention::SCORES_AT_ONCE;
-use crate::packed::Planned;
-use crate::uploads::Uploads;
 use crate::{
-    Attention, DecoderLayer, HeadAdapter, LlamaConfig, Mlp, PackedContext, PackedTokens, RmsNorm,
-    TokenRows, VocabTable,
+    Attention, DecoderLayer, HeadAdapter, LlamaConfig, Mlp, RmsNorm, TokenRows, VocabTable,
 };
 
 /// A Llama (`LlamaForCausalLM`). Made by [`load`](crate::load) or [`Llama::random`].
@@ -38,17 +32,6 @@ pub struct Llama {
     pub config: LlamaConfig,
 }
 
-/// What passes through the layers start from.
-#[derive(Debug, Clone)]
-pub struct PassInputs<const N: usize> {
-    /// What every layer needs to know of the batch.
-    pub context: PackedContext,
-    /// The embeddings, `[n, hidden]`, f32.
-    pub hidden: Tensor<2>,
-    /// The lists that came along.
-    pub indices: [Tensor<1, Int>; N],
-}
-
 impl Llama {
     /// A model with random weights: normal with Hugging Face's `initializer_range`, norms 1, biases 0.
     ///
@@ -60,7 +43,7 @@ impl Llama {
         let mut normal = |rows, cols| {
             tensor += 1;
             let std = config.initializer_range;
-            lora_core::normal([rows, cols], std, &mut root.fork(tensor), device)
+            kernels::normal([rows, cols], std, &mut root.fork(tensor), device)
         };
         let frozen = |tensor| Param::from_tensor(tensor).set_require_grad(false);
         let zeros = |count| {
@@ -206,21 +189,8 @@ impl Llama {
         self.embed_tokens.compute_dtype()
     }
 
-    /// Prepares a packed batch for [`embed`](Self::embed) and the layers.
-    pub fn context(&self, packed: &PackedTokens) -> PackedContext {
-        PackedContext::new(packed, &self.config, self.dtype(), &self.device())
-    }
-
-    /// The embeddings of the tokens, `[n, hidden]`; with trained rows on the model's tape.
-    ///
-    /// # Panics
-    ///
-    /// If a token is outside the vocabulary; [`PackedTokens::check`] tells before.
-    pub fn embed(&self, packed: &PackedTokens) -> Tensor<2> {
-        self.embedded(&packed.ids)
-    }
-
-    fn embedded(&self, ids: &[u32]) -> Tensor<2> {
+    /// The embeddings of these tokens, `[ids.len(), hidden]`; with trained rows in the model's graph.
+    pub(crate) fn embedded(&self, ids: &[u32]) -> Tensor<2> {
         let mut embeddings = self.embed_tokens.rows(ids);
         let Some(rows) = &self.embed_rows else {
             return embeddings;
@@ -232,188 +202,6 @@ impl Llama {
         let planned = rows.planned(ids, &mut uploads);
         let uploaded = uploads.send(&self.device());
         rows.put(embeddings, &planned, &uploaded)
-    }
-
-    /// As [`embed`](Self::embed), for passes outside the tape: f32, as hidden states are there.
-    ///
-    /// # Panics
-    ///
-    /// As [`embed`](Self::embed).
-    pub fn pass_embeddings(&self, ids: &[u32]) -> Tensor<2> {
-        self.embedded(ids).without_autodiff().cast(DType::F32)
-    }
-
-    /// As [`context`](Self::context), for passes outside the tape ([`LayerPass`](crate::LayerPass)).
-    pub fn pass_context(&self, packed: &PackedTokens) -> PackedContext {
-        let device = self.device().without_autodiff();
-        PackedContext::new(packed, &self.config, self.dtype(), &device)
-    }
-
-    /// A packed batch on the device, ready for passes outside the tape: its context, its embeddings, and `lists` of
-    /// positions or tokens that go along. On a GPU all of it takes two copies from the host.
-    ///
-    /// # Panics
-    ///
-    /// As [`embed`](Self::embed).
-    pub fn pass_inputs<const N: usize>(
-        &self,
-        packed: &PackedTokens,
-        lists: [&[u32]; N],
-    ) -> PassInputs<N> {
-        let device = self.device().without_autodiff();
-        let mut uploads = Uploads::default();
-        let (dtype, most) = (self.dtype(), SCORES_AT_ONCE);
-        let context = Planned::new(packed, &self.config, dtype, &device, most, &mut uploads);
-        let rows = self.embed_tokens.planned_rows(&packed.ids, &mut uploads);
-        let trained = self.embed_rows.as_ref();
-        let trained = trained.map(|rows| (rows, rows.planned(&packed.ids, &mut uploads)));
-        let lists = lists.map(|list| uploads.indices(list));
-        let uploaded = uploads.send(&device);
-        let hidden = self.embed_tokens.rows_at(&rows, &uploaded);
-        let hidden = hidden.without_autodiff().cast(DType::F32);
-        PassInputs {
-            context: context.on_device(&uploaded),
-            hidden: match trained {
-                Some((rows, planned)) => rows.put(hidden, &planned, &uploaded),
-                None => hidden,
-            },
-            indices: lists.map(|list| uploaded.ints(&list)),
-        }
-    }
-
-    /// The last layer's output, before the final norm.
-    ///
-    /// # Shapes
-    ///
-    /// - output: `[n, hidden]`
-    pub fn hidden_states(&self, packed: &PackedTokens) -> Tensor<2> {
-        let context = self.context(packed);
-        let mut hidden = self.embed(packed);
-        if self.device().is_autodiff() {
-            hidden = hidden.autodiff();
-        }
-        for layer in &self.layers {
-            hidden = layer.forward(hidden, &context, None);
-        }
-        hidden
-    }
-
-    /// Final norm and head: the score of every token, in f32.
-    ///
-    /// Give it only the positions whose scores are needed: the head is most of a small model.
-    ///
-    /// # Shapes
-    ///
-    /// - `hidden`: `[m, hidden]`
-    /// - output: `[m, vocab]`
-    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
-        let hidden = self.norm.forward(hidden);
-        let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
-            ([], head) => {
-                let table = head.as_ref().unwrap_or(&self.embed_tokens);
-                table.scores(hidden.clone())
-            }
-            (pieces, _) => {
-                let scores = pieces.iter().map(|piece| piece.forward(hidden.clone()));
-                Tensor::cat(scores.collect(), 1)
-            }
-        };
-        let scores = match self.rows_of_head() {
-            Some(rows) => rows.scores(hidden.clone(), scores),
-            None => scores,
-        };
-        let scores = match &self.lm_head_adapter {
-            Some(adapter) => adapter.forward(hidden, scores),
-            None => scores,
-        };
-        scores.cast(DType::F32)
-    }
-
-    /// As [`logits`](Self::logits), outside any tape. `hidden` is f32.
-    pub fn logits_plain(&self, hidden: &Tensor<2>) -> Tensor<2> {
-        let (hidden, _) = self.norm.forward_plain(hidden, self.dtype());
-        let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
-            ([], head) => {
-                let table = head.as_ref().unwrap_or(&self.embed_tokens);
-                table.scores(hidden.clone())
-            }
-            (pieces, _) => {
-                let scores = pieces.iter().map(|piece| {
-                    let ([scores], _) = LinearGroup::new([piece], [None]).forward(&hidden, [None]);
-                    scores
-                });
-                Tensor::cat(scores.collect(), 1)
-            }
-        };
-        let scores = match self.rows_of_head() {
-            Some(rows) => rows.scores(hidden.clone(), scores),
-            None => scores,
-        };
-        let scores = match &self.lm_head_adapter {
-            Some(adapter) => adapter.forward_plain(&hidden, scores),
-            None => scores,
-        };
-        scores.cast(DType::F32)
-    }
-
-    /// The gradient of `hidden` from that of [`logits_plain`](Self::logits_plain)'s output; those of the head's
-    /// adapter go to `collect`, in f32.
-    ///
-    /// # Shapes
-    ///
-    /// - `hidden`, output: `[m, hidden]`, f32
-    /// - `gradient`: `[m, vocab]`, f32
-    pub fn logits_backward(
-        &self,
-        hidden: &Tensor<2>,
-        gradient: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
-    ) -> Tensor<2> {
-        let dtype = self.dtype();
-        let gradient = gradient.cast(dtype);
-        let roots = self.norm.roots(hidden);
-        let normalised = || self.norm.again(hidden, &roots, dtype);
-        // Held only where it is needed: it is as large as the scores.
-        let adapter = self.lm_head_adapter.as_ref();
-        let adapter = adapter.map(|adapter| (adapter, gradient.clone()));
-        let (gradient, of_rows) = match self.rows_of_head() {
-            Some(rows) => {
-                let [others, below] = rows.scores_backward(normalised(), gradient, collect);
-                (others, Some(below))
-            }
-            None => (gradient, None),
-        };
-        let through = match (&self.quantized_lm_head[..], &self.lm_head) {
-            ([], head) => head
-                .as_ref()
-                .unwrap_or(&self.embed_tokens)
-                .scores_backward(gradient.clone()),
-            (pieces, _) => {
-                let mut start = 0;
-                let mut sum: Option<Tensor<2>> = None;
-                for piece in pieces {
-                    let rows = piece.dims()[1];
-                    let gradient = gradient.clone().narrow(1, start, rows);
-                    start += rows;
-                    let part = frozen_linear_backward(gradient, piece.weight.base());
-                    sum = Some(match sum {
-                        Some(sum) => sum + part,
-                        None => part,
-                    });
-                }
-                sum.unwrap_or_else(|| hidden.zeros_like())
-            }
-        };
-        let through = match of_rows {
-            Some(below) => through + below,
-            None => through,
-        };
-        let through = match adapter {
-            Some((adapter, of_all)) => adapter.backward(normalised(), of_all, through, collect),
-            None => through,
-        };
-        let (gain, nothing) = (self.norm.gain(), hidden.zeros_like());
-        self.norm.backward(hidden, roots, gain, through, nothing)
     }
 }
 
@@ -455,7 +243,7 @@ pub fn decoder_layer(
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
-    use crate::RopeScaling;
+    use crate::{PackedTokens, RopeScaling};
     use burn::tensor::Tolerance;
     use lora_core::{Init, TargetModules};
 

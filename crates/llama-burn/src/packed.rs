@@ -1,16 +1,13 @@
 //! Rows packed into one sequence without padding, their common beginnings once.
 
-use std::ops::Range;
-use std::sync::Arc;
-
 use burn::tensor::{DType, Device};
-use lora_core::cpu;
+use kernels::{
+    AttentionLayout, Heads, PlannedAttention, PlannedRotary, RotaryTables, SCORES_AT_ONCE, Segment,
+    Uploaded, Uploads,
+};
 
 use crate::LlamaConfig;
-use crate::attention::SCORES_AT_ONCE;
-use crate::padded::{Padded, PlannedPadded};
-use crate::rope::{Angles, Place, PlannedAngles};
-use crate::uploads::{Uploaded, Uploads};
+use crate::rope::{self, Place};
 
 /// Token rows in one sequence. A row attends only to itself, and its positions start from 0.
 ///
@@ -24,15 +21,6 @@ pub struct PackedTokens {
     pub ids: Vec<u32>,
     /// The segments, in the order of their ids; a parent comes before its children.
     pub segments: Vec<Segment>,
-}
-
-/// Consecutive tokens of one row, or of several that begin alike.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Segment {
-    /// Its tokens.
-    pub length: usize,
-    /// The segment that comes before it in its row or rows.
-    pub parent: Option<usize>,
 }
 
 /// Why tokens cannot be packed for a model.
@@ -154,26 +142,12 @@ impl PackedTokens {
 
     /// Where each segment starts in the sequence.
     pub fn starts(&self) -> Vec<usize> {
-        let mut start = 0;
-        let lengths = self.segments.iter().map(|segment| segment.length);
-        lengths
-            .map(|length| {
-                start += length;
-                start - length
-            })
-            .collect()
+        kernels::starts(&self.segments)
     }
 
     /// The position of each segment's first token in its rows.
     pub fn offsets(&self) -> Vec<usize> {
-        let mut offsets: Vec<usize> = Vec::with_capacity(self.segments.len());
-        for segment in &self.segments {
-            let offset = segment
-                .parent
-                .map_or(0, |parent| offsets[parent] + self.segments[parent].length);
-            offsets.push(offset);
-        }
-        offsets
+        kernels::offsets(&self.segments)
     }
 
     /// Checks lengths, ids and positions against a model.
@@ -327,72 +301,15 @@ impl Sharing<'_> {
     }
 }
 
-/// What every layer needs to know of a packed sequence, put on the device once a batch.
+/// What every layer needs to know of a packed sequence, put on the device once per batch.
 #[derive(Debug, Clone)]
 pub struct PackedContext {
     /// The type that products are computed in.
     pub(crate) dtype: DType,
-    /// Who attends to whom.
-    pub(crate) spans: Arc<Spans>,
-    /// By how much heads are turned.
-    pub(crate) angles: Angles,
-    /// What attention needs where no kernel of ours runs.
-    pub(crate) padded: Option<Padded>,
-}
-
-/// A segment's tokens and those before it in its row, as ranges of the packed sequence.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) struct Span {
-    /// The segment's own tokens.
-    pub(crate) own: Range<usize>,
-    /// What comes before them, adjacent ranges joined.
-    pub(crate) before: Vec<Range<usize>>,
-    /// Tokens in `before`: the position of the first own token.
-    pub(crate) offset: usize,
-    /// The segments whose tokens see this one's, itself first.
-    pub(crate) seen_by: Vec<usize>,
-}
-
-impl Span {
-    /// The indices of the tokens in `before`, then of the segment's own.
-    pub(crate) fn tokens(&self) -> impl Iterator<Item = usize> {
-        let before = self.before.iter().cloned().flatten();
-        before.chain(self.own.clone())
-    }
-}
-
-/// Every segment's span.
-#[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub(crate) struct Spans(pub(crate) Vec<Span>);
-
-impl Spans {
-    pub(crate) fn new(packed: &PackedTokens) -> Self {
-        let mut spans: Vec<Span> = Vec::with_capacity(packed.segments.len());
-        let segments = packed.segments.iter().zip(packed.starts());
-        for (index, ((segment, start), offset)) in segments.zip(packed.offsets()).enumerate() {
-            let mut before = Vec::new();
-            if let Some(parent) = segment.parent {
-                before.clone_from(&spans[parent].before);
-                let own = spans[parent].own.clone();
-                match before.last_mut() {
-                    Some(last) if last.end == own.start => last.end = own.end,
-                    _ => before.push(own),
-                }
-            }
-            spans.push(Span {
-                own: start..start + segment.length,
-                before,
-                offset,
-                seen_by: vec![index],
-            });
-            let mut ancestor = segment.parent;
-            while let Some(parent) = ancestor {
-                spans[parent].seen_by.push(index);
-                ancestor = packed.segments[parent].parent;
-            }
-        }
-        Self(spans)
-    }
+    /// Which tokens attend to which.
+    pub(crate) attention: AttentionLayout,
+    /// The cosines and sines of the tokens' positions.
+    pub(crate) rotary: RotaryTables,
 }
 
 impl PackedContext {
@@ -403,7 +320,7 @@ impl PackedContext {
         planned.on_device(&uploads.send(device))
     }
 
-    /// For tokens at these positions whose attention is a cache's affair.
+    /// For tokens at these positions whose attention a cache computes.
     pub(crate) fn of_positions(
         positions: &[u32],
         config: &LlamaConfig,
@@ -417,12 +334,11 @@ impl PackedContext {
             length: *position as usize + 1,
         });
         let places: Vec<Place> = places.collect();
-        let angles = PlannedAngles::new(&places, config, &mut uploads);
+        let rotary = rope::planned(&places, config, &mut uploads);
         Self {
             dtype,
-            spans: Arc::default(),
-            angles: angles.on_device(&uploads.send(device)),
-            padded: None,
+            attention: AttentionLayout::default(),
+            rotary: rotary.on_device(&uploads.send(device)),
         }
     }
 }
@@ -430,13 +346,12 @@ impl PackedContext {
 /// A context whose indices and tables are about to be copied to the device.
 pub(crate) struct Planned {
     dtype: DType,
-    spans: Arc<Spans>,
-    angles: PlannedAngles,
-    padded: Option<PlannedPadded>,
+    attention: PlannedAttention,
+    rotary: PlannedRotary,
 }
 
 impl Planned {
-    /// As [`PackedContext::new`], with tiles of at most `scores_at_once` scores.
+    /// As [`PackedContext::new`], with at most `scores_at_once` attention scores in memory.
     pub(crate) fn new(
         packed: &PackedTokens,
         config: &LlamaConfig,
@@ -445,36 +360,31 @@ impl Planned {
         scores_at_once: usize,
         uploads: &mut Uploads,
     ) -> Self {
-        let native = dtype == DType::F32 && cpu::is_cpu(device);
-        let spans = Spans::new(packed);
-        let padded = (device.is_autodiff() || !native)
-            .then(|| PlannedPadded::new(&spans, config, scores_at_once, uploads));
+        let heads = Heads {
+            query: config.num_attention_heads,
+            key: config.num_key_value_heads,
+            d: config.head_dim,
+        };
+        let segments = &packed.segments;
         Self {
             dtype,
-            spans: Arc::new(spans),
-            angles: PlannedAngles::new(&packed.places(), config, uploads),
-            padded,
+            attention: PlannedAttention::new(
+                segments,
+                heads,
+                dtype,
+                device,
+                scores_at_once,
+                uploads,
+            ),
+            rotary: rope::planned(&packed.places(), config, uploads),
         }
     }
 
     pub(crate) fn on_device(self, uploaded: &Uploaded) -> PackedContext {
         PackedContext {
             dtype: self.dtype,
-            spans: self.spans,
-            angles: self.angles.on_device(uploaded),
-            padded: self.padded.map(|padded| padded.on_device(uploaded)),
-        }
-    }
-}
-
-impl PackedContext {
-    /// # Panics
-    ///
-    /// Where the context was made for kernels on the CPU.
-    pub(crate) fn padded(&self) -> &Padded {
-        match &self.padded {
-            Some(padded) => padded,
-            None => panic!("a context made for passes outside the tape was used on one"),
+            attention: self.attention.on_device(uploaded),
+            rotary: self.rotary.on_device(uploaded),
         }
     }
 }
@@ -548,19 +458,6 @@ mod tests {
         let (packed, places) = PackedTokens::sharing_prefixes(&rows, 3);
         assert_rows(&packed, &places, &rows);
         assert_eq!(lengths(&packed), [(3, None), (1, Some(0))]);
-    }
-
-    #[test]
-    fn spans_hold_what_a_row_sees() {
-        let rows: [&[u32]; 3] = [&[1, 2, 3, 4], &[1, 2, 5], &[1, 2, 5, 6]];
-        let (packed, _) = PackedTokens::sharing_prefixes(&rows, 1);
-        let spans = Spans::new(&packed).0;
-        // [1 2] [3 4] [5] [6]
-        assert_eq!(spans[1].before, std::slice::from_ref(&(0..2)));
-        assert_eq!(spans[3].before, [0..2, 4..5]);
-        assert_eq!(spans[3].offset, 3);
-        assert_eq!(spans[0].seen_by, [0, 1, 2, 3]);
-        assert_eq!(spans[2].seen_by, [2, 3]);
     }
 
     #[test]

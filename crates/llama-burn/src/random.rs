@@ -3,7 +3,8 @@
 use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Distribution, Tensor};
-use lora_core::{LoraLinear, quantize_on_device};
+use kernels::quantize_on_device;
+use lora_core::LoraLinear;
 
 use crate::model::decoder_layer;
 use crate::{Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};

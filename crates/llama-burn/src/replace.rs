@@ -2,7 +2,8 @@
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use lora_core::{LoraLinear, cpu};
+use kernels::cpu;
+use lora_core::LoraLinear;
 
 use crate::{Llama, VocabTable};
 

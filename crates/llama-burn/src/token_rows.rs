@@ -5,10 +5,9 @@ use std::ops::Range;
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
-use lora_core::{multiply_add, multiply_in_f32};
+use kernels::{Floats, Ints, Uploaded, Uploads, multiply_add, multiply_in_f32};
 
 use crate::Llama;
-use crate::uploads::{Floats, Ints, Uploaded, Uploads};
 
 /// Rows whose gradient from the embeddings is summed at a time, with a factor for each of their positions.
 const ROWS_AT_ONCE: usize = 256;
@@ -246,7 +245,7 @@ mod tests {
     use super::*;
     use crate::PackedTokens;
     use crate::model::tests::config;
-    use lora_core::{CounterRng, normal};
+    use kernels::{CounterRng, normal};
 
     fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
         let norm = |x: Tensor<2>| x.powf_scalar(2.0).sum().sqrt().into_scalar::<f32>();

@@ -2,9 +2,7 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
-use lora_core::{cpu, table_scores, table_scores_backward};
-
-use crate::uploads::{Ints, Uploaded, Uploads};
+use kernels::{Ints, Uploaded, Uploads, table_dtype, table_logits, table_logits_backward};
 
 /// A `[vocab, hidden]` table in pieces of at most [`PIECE_BYTES`], because graphics adapters limit how
 /// large one buffer may be; of more where the device binds more, which saves putting scores together. On the CPU a table may be in 16 bits, as its file is, though the model
@@ -34,7 +32,7 @@ const MOST_BYTES: usize = 2 << 30;
 impl VocabTable {
     /// How many rows of `hidden` elements of `element_bytes` bytes a piece holds on `device`.
     pub fn rows_per_piece(hidden: usize, element_bytes: usize, device: &Device) -> usize {
-        let piece = match lora_core::largest_buffer(device) {
+        let piece = match kernels::largest_buffer(device) {
             Some(largest) => (largest / 16 * 15).clamp(PIECE_BYTES, MOST_BYTES),
             None => PIECE_BYTES,
         };
@@ -43,11 +41,7 @@ impl VocabTable {
 
     /// The type that products with the table are computed in.
     pub fn compute_dtype(&self) -> DType {
-        let piece = self.pieces[0].val().without_autodiff();
-        match piece.dtype() {
-            DType::F16 | DType::BF16 if cpu::is_on_cpu(&piece) => DType::F32,
-            dtype => dtype,
-        }
+        table_dtype(&self.pieces[0].val().without_autodiff())
     }
 
     /// The rows of these tokens, in the type that is computed in.
@@ -108,19 +102,19 @@ impl VocabTable {
         self.widened(rows)
     }
 
-    /// The score of every token for each row of `hidden`.
+    /// The logit of every token for each row of `hidden`, in the autodiff graph of `hidden` if it is in one.
     ///
     /// # Shapes
     ///
     /// - `hidden`: `[m, hidden]`
     /// - output: `[m, vocab]`
-    pub fn scores(&self, hidden: Tensor<2>) -> Tensor<2> {
+    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
         let products = self.pieces.iter().map(|piece| {
             if hidden.is_autodiff() {
                 let piece = self.widened(value(piece)).autodiff();
                 hidden.clone().matmul(piece.transpose())
             } else {
-                table_scores(hidden.clone(), value(piece))
+                table_logits(hidden.clone(), value(piece))
             }
         });
         let mut products: Vec<Tensor<2>> = products.collect();
@@ -130,20 +124,20 @@ impl VocabTable {
         }
     }
 
-    /// The gradient of `hidden` from that of [`scores`](Self::scores), outside any tape.
+    /// The gradient of `hidden` from that of [`logits`](Self::logits), outside any autodiff graph.
     ///
     /// # Shapes
     ///
     /// - `gradient`: `[m, vocab]`
     /// - output: `[m, hidden]`
-    pub fn scores_backward(&self, gradient: Tensor<2>) -> Tensor<2> {
+    pub fn logits_backward(&self, gradient: Tensor<2>) -> Tensor<2> {
         let mut start = 0;
         let mut sum = None;
         for piece in &self.pieces {
             let piece = piece.val().without_autodiff();
             let rows = piece.dims()[0];
             let gradient = gradient.clone().narrow(1, start, rows);
-            sum = Some(table_scores_backward(sum, gradient, piece));
+            sum = Some(table_logits_backward(sum, gradient, piece));
             start += rows;
         }
         sum.unwrap_or_else(|| gradient.narrow(1, 0, 0))
@@ -192,7 +186,7 @@ mod tests {
             .rows(&ids)
             .into_data()
             .assert_eq(&expected.clone().into_data(), true);
-        let scores = table.scores(expected.clone());
+        let scores = table.logits(expected.clone());
         scores.into_data().assert_approx_eq::<f32>(
             &expected.matmul(whole.transpose()).into_data(),
             burn::tensor::Tolerance::absolute(1e-6),

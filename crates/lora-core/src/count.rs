@@ -1,6 +1,8 @@
 //! Parameter counts and bytes from shapes alone, without a weight.
 
-use crate::{LoraConfig, LoraError, Quantization, TargetModules, selector};
+use kernels::Quantization;
+
+use crate::{LoraConfig, LoraError, TargetModules, selector};
 
 /// One module's weight, by its name and shape.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -3,8 +3,7 @@
 use burn::module::{LoraAdapter, Module, Param};
 use burn::tensor::{DType, Tensor};
 
-use crate::frozen_linear::{Direction, frozen_product};
-use crate::product;
+use kernels::{Direction, frozen_product, product};
 
 /// What DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>) adds to an adapter.
 ///
@@ -116,14 +115,15 @@ fn norms(weight: &Tensor<2>, adapter: &LoraAdapter, squared_norms: &Tensor<2>) -
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CounterRng, LoraConfig, LoraError, LoraLinear, Quantization, init};
+    use crate::{LoraConfig, LoraError, LoraLinear};
     use burn::nn::LinearConfig;
     use burn::tensor::Device;
+    use kernels::{CounterRng, Quantization, normal};
 
     const SCALE: f64 = 1.5;
 
     fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
-        init::normal(shape, 0.3, &mut CounterRng::new(seed), device)
+        normal(shape, 0.3, &mut CounterRng::new(seed), device)
     }
 
     /// A layer of 64 inputs and 96 outputs with a bias and a DoRA whose magnitude is not the norm.

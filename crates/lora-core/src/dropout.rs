@@ -5,7 +5,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use burn::module::{Flag, Module, Param};
 use burn::tensor::{Tensor, TensorData};
 
-use crate::CounterRng;
+use kernels::CounterRng;
 
 /// Zeroes elements of the adapter's input in training and scales the rest by `1/(1 - prob)`.
 ///

@@ -1,5 +1,7 @@
 //! What can be wrong with a LoRA configuration or with the tensors it is applied to.
 
+use kernels::AlreadyQuantized;
+
 /// An invalid configuration, or tensors that do not fit it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum LoraError {
@@ -81,6 +83,12 @@ pub enum LoraError {
     /// The layer has no adapter to merge or to read.
     #[error("this layer has no adapter")]
     NoAdapter,
+}
+
+impl From<AlreadyQuantized> for LoraError {
+    fn from(_: AlreadyQuantized) -> Self {
+        Self::Already("has a quantized weight")
+    }
 }
 
 fn did_you_mean(nearest: &Option<Box<str>>) -> String {

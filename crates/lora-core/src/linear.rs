@@ -4,10 +4,11 @@ use burn::module::{LoraAdapter, Module, Param, Reparameterizer};
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 
-use crate::{
-    AdapterDropout, CounterRng, Dora, Init, LoraConfig, LoraError, Quantization, frozen_linear,
-    init, product, quantize,
+use kernels::{
+    CounterRng, Quantization, frozen_linear, kaiming_uniform, normal, product, quantize,
 };
+
+use crate::{AdapterDropout, Dora, Init, LoraConfig, LoraError};
 
 /// A linear layer whose weight is frozen, with or without a LoRA adapter:
 /// `h = x·W₀ + b + γ·(x·A)·B`.
@@ -64,9 +65,9 @@ impl LoraLinear {
         let (a, b) = device.memory_persistent_allocations((), |_| {
             let mut rng = CounterRng::new(seed);
             let a = match config.init {
-                Init::Kaiming => init::kaiming_uniform(d_in, config.r, &mut rng, &device),
+                Init::Kaiming => kaiming_uniform(d_in, config.r, &mut rng, &device),
                 Init::Gaussian => {
-                    init::normal([d_in, config.r], 1.0 / config.r as f64, &mut rng, &device)
+                    normal([d_in, config.r], 1.0 / config.r as f64, &mut rng, &device)
                 }
             };
             let options = (&device, a.dtype());
@@ -317,7 +318,7 @@ mod tests {
     }
 
     fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
-        init::normal(shape, 0.3, &mut CounterRng::new(seed), device)
+        normal(shape, 0.3, &mut CounterRng::new(seed), device)
     }
 
     fn config(r: usize) -> LoraConfig {

@@ -100,22 +100,22 @@ impl LoraLinear {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{CounterRng, Quantization, init};
     use burn::nn::LinearConfig;
     use burn::tensor::{Device, Tolerance};
+    use kernels::{CounterRng, Quantization, normal};
 
     fn adapted(quantization: Quantization, bias: bool) -> (LoraLinear, Tensor<2>) {
         let device = Device::flex();
         let mut rng = CounterRng::new(3);
         let linear = LinearConfig::new(64, 96).with_bias(bias).init(&device);
-        let a = init::normal([64, 4], 0.2, &mut rng, &device);
-        let b = init::normal([4, 96], 0.2, &mut rng, &device);
+        let a = normal([64, 4], 0.2, &mut rng, &device);
+        let b = normal([4, 96], 0.2, &mut rng, &device);
         let layer = LoraLinear::frozen(linear)
             .with_adapter(a, b, 2.5)
             .unwrap()
             .quantize(quantization)
             .unwrap();
-        (layer, init::normal([5, 64], 1.0, &mut rng, &device))
+        (layer, normal([5, 64], 1.0, &mut rng, &device))
     }
 
     #[test]

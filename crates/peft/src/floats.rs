@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 
-use lora_core::cpu;
+use kernels::cpu;
 use safetensors::{Dtype, View};
 
 /// A tensor in somebody's memory. Its bytes are made when they are written.

@@ -1,8 +1,8 @@
 //! What the tensors of a base model become with an adapter merged in, one at a time on the host.
 
+use kernels::cpu::{self, Matrix, MatrixMut, Threads};
 use llama_burn::LlamaConfig;
 use lora_core::LoraConfig;
-use lora_core::cpu::{self, Matrix, MatrixMut, Threads};
 
 use super::check::{EMBEDDING_WEIGHT, HEAD_WEIGHT};
 use super::tensors::{EMBEDDING, saved_whole};

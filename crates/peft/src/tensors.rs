@@ -3,7 +3,8 @@
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
-use lora_core::{Bias, LoraConfig, cpu};
+use kernels::cpu;
+use lora_core::{Bias, LoraConfig};
 use safetensors::{Dtype, SafeTensors};
 
 use super::{AdapterError, not_written};

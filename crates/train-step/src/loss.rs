@@ -8,31 +8,17 @@ use std::ops::Range;
 
 use burn::module::Param;
 use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Device, IndexingUpdateOp, Int, Tensor, TensorData};
+use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use gpu_counts::read_floats;
+use kernels::{CrossEntropy, LossTerms, Targets};
 use llama_burn::Llama;
-use lora_core::{cpu, in_vectors};
-use rayon::prelude::*;
 
 use crate::flat::joined;
 use data::Batch;
 
-/// Bytes of scores at a time on the CPU, where they stay near the processor.
-pub const SCORE_BYTES: usize = 32 << 20;
-
-/// As [`SCORE_BYTES`] on a GPU: 512 positions of a vocabulary of 128,256. Every piece reads the output layer's weights
-/// once forward and once backward.
-pub const SCORE_BYTES_GPU: usize = 256 << 20;
-
-/// Bytes of scores that exist at a time on this device: on a GPU no more than it binds to a kernel as one buffer.
-pub fn score_bytes(device: &Device) -> usize {
-    if cpu::is_cpu(device) {
-        SCORE_BYTES
-    } else {
-        lora_core::largest_buffer(device)
-            .map_or(SCORE_BYTES_GPU, |largest| SCORE_BYTES_GPU.min(largest))
-    }
-}
+pub use kernels::{
+    LOGITS_BYTES as SCORE_BYTES, LOGITS_BYTES_GPU as SCORE_BYTES_GPU, logits_bytes as score_bytes,
+};
 
 /// Positions whose scores take at most this many bytes.
 pub fn positions_at_once(vocab_size: usize, score_bytes: usize) -> usize {
@@ -217,29 +203,24 @@ fn scores_gradient(
     piece: Range<usize>,
     sums: &mut Sums,
 ) -> Tensor<2> {
-    let scores = model.logits_plain(hidden);
-    if cpu::is_native(&scores) {
-        let (loss, gradient) = cross_entropy(scores, &batch.target_ids[piece], &mut sums.hits);
-        sums.loss += loss;
-        return gradient;
+    let (m, logits) = (piece.len(), model.logits_plain(hidden));
+    let targets = Targets {
+        on_device: targets.clone().narrow(0, piece.start, m),
+        ids: &batch.target_ids[piece],
+    };
+    let CrossEntropy { gradient, terms } = kernels::cross_entropy(logits, targets);
+    match terms {
+        LossTerms::OnHost { loss, hits } => {
+            sums.loss += loss;
+            sums.hits.extend(hits);
+        }
+        LossTerms::OnDevice { loss, hits } => {
+            let (losses, all_hits) = sums.on_device.get_or_insert_default();
+            losses.push(loss);
+            all_hits.push(hits);
+        }
     }
-    let m = piece.len();
-    let targets = targets.clone().narrow(0, piece.start, m);
-    let best = scores.clone().argmax(1).reshape([m]);
-    let hits = best.equal(targets.clone()).float().cast(DType::F32);
-    let targets = targets.reshape([m, 1]);
-    let chosen = scores.clone().gather(1, targets.clone());
-    let minus_one = Tensor::<2>::full([m, 1], -1.0, (&hidden.device(), DType::F32));
-    let largest = scores.clone().max_dim(1);
-    let exponentials = (scores - largest.clone()).exp();
-    let sum = exponentials.clone().sum_dim(1);
-    let probabilities = exponentials / sum.clone();
-    let loss = (sum.log() + largest - chosen).sum();
-    let (losses, all_hits) = sums.on_device.get_or_insert_default();
-    losses.push(loss);
-    all_hits.push(hits);
-    let gradient = probabilities.scatter(1, targets, minus_one, IndexingUpdateOp::Add);
-    lora_core::spoil::spoilt("cross_entropy", gradient)
+    gradient
 }
 
 /// Reads losses and hits, with one more number of any meaning, in one go; `None` where there is nothing to read.
@@ -273,39 +254,6 @@ pub fn read(number: Option<Tensor<1>>, losses: Vec<LossOnDevice>) -> Option<(f64
         sums.add(counted(total, &hits, &loss.targets_per_row));
     }
     Some((first, sums))
-}
-
-/// As [`scores_gradient`], on the CPU, in the memory of the scores: softmax(x) − the target's unit vector.
-fn cross_entropy(logits: Tensor<2>, targets: &[u32], hits: &mut Vec<bool>) -> (f64, Tensor<2>) {
-    let vocab = logits.dims()[1];
-    let mut logits = cpu::values(logits);
-    let rows = logits.as_mut_slice().par_chunks_exact_mut(vocab);
-    let rows = rows.zip(targets).map(|(row, target)| {
-        let (row_loss, best) = cross_entropy_row(row, *target as usize);
-        (row_loss, best.unwrap_or(0) as u32 == *target)
-    });
-    let rows: Vec<(f64, bool)> = rows.collect();
-    hits.extend(rows.iter().map(|(_, hit)| *hit));
-    let loss = rows.iter().map(|(loss, _)| loss).sum();
-    (loss, logits.into_tensor())
-}
-
-in_vectors! {
-    /// Turns scores into the gradient of the loss, which it gives, with the first place of the largest score, as
-    /// an argmax would; scores that are not numbers have none.
-    fn cross_entropy_row(scores: &mut [f32], target: usize) -> (f64, Option<usize>) {
-        let largest = cpu::max(scores);
-        let best = scores.iter().position(|score| *score == largest);
-        let chosen = scores[target];
-        let sum = cpu::exp_and_sum(scores, largest);
-        let scale = 1.0 / sum;
-        for probability in scores.iter_mut() {
-            *probability *= scale;
-        }
-        scores[target] -= 1.0;
-        // A score that is not a number is passed over by the maximum, not by the sum.
-        (largest as f64 + (sum as f64).ln() - chosen as f64, best)
-    }
 }
 
 /// Counts what was predicted right, position by position and row by row.

@@ -8,9 +8,7 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::optim::{
-    AdamWConfig, AdamWState, AdaptiveMomentumState, ModuleOptimizer, Optimizer as _,
-};
+use burn::optim::{AdamWConfig, AdaptiveMomentumState, ModuleOptimizer};
 use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::flat::{FlatGradients, joined};
@@ -130,11 +128,10 @@ impl Optimizer {
                 self.put_together(&module, gradients.ids)
             }
         };
-        let state = together.state.take().map(AdamWState::new);
-        let (updated, state) = self
-            .adamw
-            .step(learning_rate, together.values, values, state);
-        together.state = state.map(|state| state.momentum);
+        let state = together.state.take();
+        let (updated, state) =
+            kernels::adamw(&self.adamw, learning_rate, together.values, values, state);
+        together.state = state;
         let module = module.map(&mut Place {
             places: &together.places,
             values: &updated,

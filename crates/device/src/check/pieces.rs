@@ -2,8 +2,9 @@
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use kernels::{frozen_linear_backward, multiply_add, multiply_in_f32};
 use llama_burn::{DecoderLayer, Llama, PackedContext, RmsNorm, VocabTable, pieces};
-use lora_core::{LinearGroup, LoraLinear, frozen_linear_backward, multiply_add, multiply_in_f32};
+use lora_core::{LinearGroup, LoraLinear};
 
 use super::layer_pass;
 use super::subject::{Subject, numbers, rounded};

@@ -4,8 +4,9 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::quantization::QuantStore;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
+use kernels::{CounterRng, compact, quantize_data};
 use llama_burn::{DecoderLayer, LlamaConfig, PackedTokens, RmsNorm, decoder_layer};
-use lora_core::{CounterRng, LoraLinear, compact, quantize_data};
+use lora_core::LoraLinear;
 use rayon::prelude::*;
 
 use super::{CheckOptions, tokens_at_most};

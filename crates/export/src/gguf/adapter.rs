@@ -3,9 +3,9 @@
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
+use kernels::cpu;
 use llama_burn::gguf::{llama_cpp_name, rows_of};
 use llama_burn::{LlamaConfig, Weights};
-use lora_core::cpu;
 
 use peft::{AdapterConfig, AdapterTensors, read_adapter};
 

@@ -1,0 +1,436 @@
+//! Segments side by side, for attention as a batch of matrix products.
+
+use std::ops::Range;
+
+use burn::tensor::{DType, Int, Tensor};
+
+use crate::attention::Heads;
+use crate::ranges::{AttentionRanges, SegmentRanges};
+use crate::uploads::{Floats, Ints, Uploaded, Uploads};
+
+/// A packed batch with its segments padded to the longest: queries `[segments, queries]`, keys
+/// `[segments, keys]`. Only attention's own tensors are padded so, which costs little next to the linear
+/// layers, and saves the scores between different rows.
+#[derive(Debug, Clone)]
+pub struct Padded {
+    pub segments: usize,
+    /// The longest segment.
+    pub queries: usize,
+    /// The longest row.
+    pub keys: usize,
+    /// None where every segment has as many tokens as the longest.
+    padding: Option<Padding>,
+    /// None where no segments share a beginning: keys then lie as queries do.
+    shared: Option<Shared>,
+    /// Pieces of the queries whose scores exist at a time.
+    pub tiles: Vec<Tile>,
+}
+
+/// Queries whose scores exist together.
+#[derive(Debug, Clone)]
+pub struct Tile {
+    /// Their places in every segment.
+    pub queries: Range<usize>,
+    /// How many keys, from the first on, any of them sees.
+    pub visible: usize,
+    /// The last key that each query sees, `[segments or 1, 1, group · queries, 1]`: the query heads that share a
+    /// key head lie side by side.
+    last_seen: Tensor<4>,
+    /// The keys' numbers, `[1, 1, 1, visible]`.
+    numbers: Tensor<4>,
+}
+
+#[derive(Debug, Clone)]
+struct Padding {
+    /// Packed index of each query's place, `[segments · queries]`; padded places repeat a token.
+    places: Tensor<1, Int>,
+    /// And back, `[n]`.
+    back: Tensor<1, Int>,
+    /// 1 where a place is a token, 0 where it is padding, `[segments · queries, 1]`.
+    tokens: Tensor<2>,
+}
+
+/// Where keys lie when a beginning belongs to several segments.
+#[derive(Debug, Clone)]
+struct Shared {
+    /// Packed index of each key's place, `[segments · keys]`.
+    places: Tensor<1, Int>,
+    /// For each token its place among its own segment's keys, `[n]`.
+    own: Tensor<1, Int>,
+    /// For each token that several segments see, its places in the others: `[times · several]`; a token that fewer
+    /// segments see repeats a place.
+    copies: Tensor<1, Int>,
+    /// 1 where that is a place of the token, 0 where it repeats one: `[times, several, 1]`.
+    counts: Tensor<3>,
+    /// For each token its number among those that several segments see, `[n]`; any for the rest.
+    number: Tensor<1, Int>,
+    /// 1 for a token that several segments see, else 0: `[n, 1]`.
+    several: Tensor<2>,
+}
+
+/// A [`Padded`] whose indices and tables are about to be copied to the device.
+#[derive(Debug)]
+pub struct PlannedPadded {
+    segments: usize,
+    queries: usize,
+    keys: usize,
+    tokens: usize,
+    group: usize,
+    padding: Option<(Ints, Ints, Floats)>,
+    shared: Option<PlannedShared>,
+    /// The segments that `last_seen` tells apart: all, or one for all.
+    apart: usize,
+    last_seen: Floats,
+    numbers: Floats,
+    tiles: Vec<(Range<usize>, usize)>,
+}
+
+#[derive(Debug)]
+struct PlannedShared {
+    places: Ints,
+    own: Ints,
+    copies: Ints,
+    counts: Floats,
+    number: Ints,
+    several: Floats,
+    /// The most places that a token has beside its own, and the tokens that have any.
+    shape: [usize; 2],
+}
+
+/// A tile's first query lies where a graphics card can bind a buffer's part without a copy.
+const ALIGNMENT: usize = 64;
+
+impl PlannedPadded {
+    /// Plans tiles of at most `scores_at_once` scores.
+    pub fn new(
+        ranges: &AttentionRanges,
+        heads: Heads,
+        scores_at_once: usize,
+        uploads: &mut Uploads,
+    ) -> Self {
+        let group = heads.query / heads.key;
+        let ranges = &ranges.0;
+        let segments = ranges.len();
+        let queries = ranges.iter().map(|span| span.own.len()).max().unwrap_or(0);
+        let ends = ranges.iter().map(|span| span.offset + span.own.len());
+        let keys = ends.max().unwrap_or(0);
+        let tokens = ranges.iter().map(|span| span.own.len()).sum();
+        let even = tokens == segments * queries;
+        let furthest = ranges.iter().map(|span| span.offset).max().unwrap_or(0);
+
+        let padding = (!even).then(|| {
+            let mut places = Vec::with_capacity(segments * queries);
+            let mut back = Vec::with_capacity(tokens);
+            let mut is_token = Vec::with_capacity(segments * queries);
+            for (index, span) in ranges.iter().enumerate() {
+                // A padded place repeats the first token: any would do.
+                let own = span.own.clone();
+                let padded = queries - own.len();
+                back.extend((0..own.len()).map(|i| (index * queries + i) as i32));
+                is_token.extend((0..queries).map(|i| if i < own.len() { 1.0 } else { 0.0 }));
+                places.extend(own.clone().map(|token| token as i32));
+                places.extend(std::iter::repeat_n(own.start as i32, padded));
+            }
+            (
+                uploads.ints(places),
+                uploads.ints(back),
+                uploads.floats(is_token),
+            )
+        });
+        let shared = (furthest > 0).then(|| PlannedShared::new(ranges, keys, tokens, uploads));
+
+        let apart = if furthest > 0 { segments } else { 1 };
+        let last_seen = ranges[..apart].iter().flat_map(|span| {
+            (0..queries)
+                .flat_map(move |query| std::iter::repeat_n((span.offset + query) as f32, group))
+        });
+        let last_seen = uploads.floats(last_seen);
+        let numbers = uploads.floats((0..keys).map(|key| key as f32));
+
+        let of_query = segments * heads.query * keys;
+        let fitting = (scores_at_once / of_query.max(1)).clamp(1, queries.max(1));
+        let tiles = queries.div_ceil(fitting).max(1);
+        let mut size = queries.div_ceil(tiles);
+        if size.next_multiple_of(ALIGNMENT) <= fitting {
+            size = size.next_multiple_of(ALIGNMENT);
+        }
+        let tiles = (0..queries).step_by(size.max(1)).map(|first| {
+            let end = queries.min(first + size);
+            (first..end, keys.min(furthest + end))
+        });
+        Self {
+            segments,
+            queries,
+            keys,
+            tokens,
+            group,
+            padding,
+            shared,
+            apart,
+            last_seen,
+            numbers,
+            tiles: tiles.collect(),
+        }
+    }
+
+    pub fn on_device(self, uploaded: &Uploaded) -> Padded {
+        let rows = self.queries * self.group;
+        let last_seen = uploaded.floats(&self.last_seen, [self.apart, 1, rows, 1]);
+        let numbers = uploaded.floats(&self.numbers, [1, 1, 1, self.keys]);
+        let tiles = self.tiles.into_iter().map(|(queries, visible)| Tile {
+            last_seen: last_seen.clone().narrow(
+                2,
+                queries.start * self.group,
+                queries.len() * self.group,
+            ),
+            numbers: numbers.clone().narrow(3, 0, visible),
+            queries,
+            visible,
+        });
+        Padded {
+            segments: self.segments,
+            queries: self.queries,
+            keys: self.keys,
+            padding: self.padding.map(|(places, back, tokens)| Padding {
+                places: uploaded.ints(&places),
+                back: uploaded.ints(&back),
+                tokens: uploaded.floats(&tokens, [self.segments * self.queries, 1]),
+            }),
+            shared: self
+                .shared
+                .map(|shared| shared.on_device(self.tokens, uploaded)),
+            tiles: tiles.collect(),
+        }
+    }
+}
+
+impl PlannedShared {
+    fn new(ranges: &[SegmentRanges], keys: usize, tokens: usize, uploads: &mut Uploads) -> Self {
+        let mut key_places = Vec::with_capacity(ranges.len() * keys);
+        // Every place of every token among the keys of all segments.
+        let mut places: Vec<Vec<i32>> = vec![Vec::new(); tokens];
+        let mut own = vec![0; tokens];
+        for (index, span) in ranges.iter().enumerate() {
+            for (key, token) in span.tokens().enumerate() {
+                key_places.push(token as i32);
+                let place = (index * keys + key) as i32;
+                if span.own.contains(&token) {
+                    own[token] = place
+                } else {
+                    places[token].push(place)
+                }
+            }
+            let padded = keys - span.offset - span.own.len();
+            key_places.extend(std::iter::repeat_n(span.own.start as i32, padded));
+        }
+        let times = places.iter().map(Vec::len).max().unwrap_or(0);
+        let several: Vec<usize> = (0..tokens)
+            .filter(|token| !places[*token].is_empty())
+            .collect();
+        let mut number = vec![0; tokens];
+        for (index, token) in several.iter().enumerate() {
+            number[*token] = index as i32;
+        }
+        let copy = |time: usize, token: &usize| places[*token].get(time).copied();
+        let all = || (0..times).flat_map(|time| several.iter().map(move |token| (time, token)));
+        let copies = all().map(|(time, token)| copy(time, token).unwrap_or(own[*token]));
+        let counts = all().map(|(time, token)| copy(time, token).map_or(0.0, |_| 1.0));
+        let is_several = places
+            .iter()
+            .map(|places| if places.is_empty() { 0.0 } else { 1.0 });
+        Self {
+            copies: uploads.ints(copies),
+            counts: uploads.floats(counts),
+            several: uploads.floats(is_several),
+            places: uploads.ints(key_places),
+            own: uploads.ints(own),
+            number: uploads.ints(number),
+            shape: [times, several.len()],
+        }
+    }
+
+    fn on_device(self, tokens: usize, uploaded: &Uploaded) -> Shared {
+        let [times, several] = self.shape;
+        Shared {
+            places: uploaded.ints(&self.places),
+            own: uploaded.ints(&self.own),
+            copies: uploaded.ints(&self.copies),
+            counts: uploaded.floats(&self.counts, [times, several, 1]),
+            number: uploaded.ints(&self.number),
+            several: uploaded.floats(&self.several, [tokens, 1]),
+        }
+    }
+}
+
+impl Padded {
+    /// Whether every token has one place among the queries and one among the keys.
+    pub fn is_plain(&self) -> bool {
+        self.padding.is_none() && self.shared.is_none()
+    }
+
+    /// Queries side by side: `[n, width]` → `[segments · queries, width]`.
+    pub fn spread_queries(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.padding {
+            Some(padding) => x.select(0, padding.places.clone()),
+            None => x,
+        }
+    }
+
+    /// As [`spread_queries`](Self::spread_queries), with zeros at padded places: what a gradient needs, which
+    /// must not count twice.
+    pub fn spread_gradient(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.padding {
+            Some(padding) => {
+                let tokens = padding.tokens.clone().cast(x.dtype());
+                x.select(0, padding.places.clone()) * tokens
+            }
+            None => x,
+        }
+    }
+
+    /// The opposite of [`spread_queries`](Self::spread_queries).
+    pub fn gather_queries(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.padding {
+            Some(padding) => x.select(0, padding.back.clone()),
+            None => x,
+        }
+    }
+
+    /// Keys or values side by side: `[n, width]` → `[segments · keys, width]`.
+    pub fn spread_keys(&self, x: Tensor<2>) -> Tensor<2> {
+        match &self.shared {
+            Some(shared) => x.select(0, shared.places.clone()),
+            None => self.spread_queries(x),
+        }
+    }
+
+    /// Adds up what belongs to each key: `[segments · keys, width]` → `[n, width]` for `n` tokens.
+    pub fn sum_keys(&self, x: Tensor<2>) -> Tensor<2> {
+        let Some(shared) = &self.shared else {
+            return self.gather_queries(x);
+        };
+        let width = x.dims()[1];
+        let [times, several, _] = shared.counts.dims();
+        // Each token's own place, and for those that several segments see the sum over their other places.
+        let copies = x.clone().select(0, shared.copies.clone());
+        let copies = copies.reshape([times, several, width]).cast(DType::F32);
+        let sums = (copies * shared.counts.clone())
+            .sum_dim(0)
+            .reshape([several, width]);
+        let own = x.clone().select(0, shared.own.clone()).cast(DType::F32);
+        let sums = sums.select(0, shared.number.clone()) * shared.several.clone();
+        (own + sums).cast(x.dtype())
+    }
+}
+
+impl Tile {
+    /// Added to the tile's scores: 0 where a query may look, very negative elsewhere, within what `dtype` holds.
+    /// `[segments or 1, 1, group · queries, visible]`, f32.
+    ///
+    /// Written as arithmetic on two small tensors, so that Burn computes it inside the kernels that need it.
+    /// Keys past a row's end lie after every query of that row, so the causal mask hides them; what padded
+    /// queries compute is never read.
+    pub fn mask(&self, dtype: DType) -> Tensor<4> {
+        let masked = match dtype {
+            DType::F16 => MASKED_F16,
+            _ => MASKED,
+        };
+        let difference = self.last_seen.clone() - self.numbers.clone();
+        difference.clamp(-1.0, 0.0).mul_scalar(-masked)
+    }
+}
+
+/// Finite, because shading languages do not promise infinities; e to this power is 0 in f32.
+pub const MASKED: f32 = -1e30;
+
+/// As [`MASKED`] in f16: half of the lowest number, so that a score added to it stays one.
+const MASKED_F16: f32 = -32752.0;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ranges::Segment;
+    use burn::tensor::Device;
+
+    const HEADS: Heads = Heads {
+        query: 4,
+        key: 2,
+        d: 8,
+    };
+
+    fn padded(
+        segments: &[(usize, Option<usize>)],
+        scores_at_once: usize,
+    ) -> (AttentionRanges, Padded) {
+        let segments = segments.iter();
+        let segments = segments.map(|(length, parent)| Segment {
+            length: *length,
+            parent: *parent,
+        });
+        let ranges = AttentionRanges::new(&segments.collect::<Vec<_>>());
+        let mut uploads = Uploads::default();
+        let planned = PlannedPadded::new(&ranges, HEADS, scores_at_once, &mut uploads);
+        (ranges, planned.on_device(&uploads.send(&Device::flex())))
+    }
+
+    #[test]
+    fn what_several_rows_see_is_summed_over_all_of_them() {
+        // The sequences 1 2 3 4 5, 1 2 3 4 6 7 8, 1 2 9 and 11.
+        let segments = [
+            (2, None),
+            (2, Some(0)),
+            (1, Some(1)),
+            (3, Some(1)),
+            (1, Some(0)),
+            (1, None),
+        ];
+        let (ranges, padded) = padded(&segments, 1 << 20);
+        let tokens = 10;
+        let places = padded.segments * padded.keys;
+        let values: Vec<f32> = (0..places * 2).map(|i| (i as f32 * 0.37).sin()).collect();
+        let data = burn::tensor::TensorData::new(values.clone(), [places, 2]);
+        let x = Tensor::<2>::from_data(data, &Device::flex());
+        let mut expected = vec![0f32; tokens * 2];
+        for (segment, span) in ranges.0.iter().enumerate() {
+            for (key, token) in span.tokens().enumerate() {
+                for i in 0..2 {
+                    expected[token * 2 + i] += values[(segment * padded.keys + key) * 2 + i];
+                }
+            }
+        }
+        let expected = burn::tensor::TensorData::new(expected, [tokens, 2]);
+        let tolerance = burn::tensor::Tolerance::absolute(1e-6);
+        let got = padded.sum_keys(x).into_data();
+        got.assert_approx_eq::<f32>(&expected, tolerance);
+    }
+
+    #[test]
+    fn a_tile_sees_keys_up_to_its_last_query_only() {
+        let (_, padded) = padded(&[(300, None)], 64 * HEADS.query * 300);
+        let tiles: Vec<_> = padded
+            .tiles
+            .iter()
+            .map(|tile| (tile.queries.clone(), tile.visible))
+            .collect();
+        assert_eq!(
+            tiles,
+            [
+                (0..64, 64),
+                (64..128, 128),
+                (128..192, 192),
+                (192..256, 256),
+                (256..300, 300)
+            ]
+        );
+        let mask = padded.tiles[1].mask(DType::F32);
+        let group = mask.dims()[2] / 64;
+        let mask = mask.into_data().try_to_vec::<f32>().unwrap();
+        for query in 0..64 {
+            for key in 0..128 {
+                let value = mask[query * group * 128 + key];
+                assert_eq!(value < -1e29, key > 64 + query, "query {query}, key {key}");
+                assert!(value == 0.0 || value < -1e29);
+            }
+        }
+    }
+}

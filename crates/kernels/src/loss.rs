@@ -1,0 +1,130 @@
+//! Cross entropy of logits, with its gradient in the logits' memory where that is possible.
+
+use burn::tensor::{Device, Int, Tensor};
+
+use crate::dispatch::{of, of_device};
+
+/// Bytes of logits that exist at a time on the CPU, where they stay near the processor.
+pub const LOGITS_BYTES: usize = 32 << 20;
+
+/// As [`LOGITS_BYTES`] on a GPU: 523 positions of a vocabulary of 128,256. Every piece reads the output layer's weights
+/// once forward and once backward.
+pub const LOGITS_BYTES_GPU: usize = 256 << 20;
+
+/// Bytes of logits that exist at a time on this device: on a GPU no more than it binds to a kernel as one buffer.
+pub fn logits_bytes(device: &Device) -> usize {
+    of_device(device).logits_bytes(device)
+}
+
+/// The tokens that some positions should predict.
+#[derive(Debug, Clone)]
+pub struct Targets<'a> {
+    /// On the host.
+    pub ids: &'a [u32],
+    /// The same on the device, `[ids.len()]`.
+    pub on_device: Tensor<1, Int>,
+}
+
+/// The gradient of the summed loss with respect to the logits, `softmax(logits) - one_hot(target)`, and the loss.
+#[derive(Debug, Clone)]
+pub struct CrossEntropy {
+    /// `[m, vocab]`, f32.
+    pub gradient: Tensor<2>,
+    /// The summed loss and the hits.
+    pub terms: LossTerms,
+}
+
+/// What a cross entropy sums up to, in nats, and which positions predict their target as the most likely token.
+#[derive(Debug, Clone)]
+#[allow(clippy::large_enum_variant)] // One per piece of a batch.
+pub enum LossTerms {
+    /// Computed on the host.
+    OnHost {
+        /// The cross entropies, added up.
+        loss: f64,
+        /// One per position.
+        hits: Vec<bool>,
+    },
+    /// Still being computed by a device that the host need not wait for.
+    OnDevice {
+        /// `[1]`
+        loss: Tensor<1>,
+        /// 1 for a hit, else 0: `[m]`.
+        hits: Tensor<1>,
+    },
+}
+
+/// Cross entropy of `logits`, `[m, vocab]` in f32.
+///
+/// # Panics
+///
+/// If there is not one target per row.
+pub fn cross_entropy(logits: Tensor<2>, targets: Targets) -> CrossEntropy {
+    assert_eq!(logits.dims()[0], targets.ids.len(), "one target per row");
+    of(&logits).cross_entropy(logits, targets)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{CounterRng, composed, normal};
+    use burn::tensor::activation::log_softmax;
+    use burn::tensor::{Tolerance, Transaction};
+
+    #[test]
+    fn the_kernel_and_the_composition_compute_what_the_autodiff_graph_computes() {
+        let device = Device::flex().autodiff();
+        let logits = normal([7, 90], 3.0, &mut CounterRng::new(4), &device).require_grad();
+        let ids = [3u32, 89, 0, 41, 41, 7, 60];
+        let on_device = Tensor::<1, Int>::from_data(ids.map(|id| id as i32), &Device::flex());
+        let index = on_device.clone().reshape([7, 1]);
+        let loss = log_softmax(logits.clone(), 1).gather(1, index).sum().neg();
+        let graph = loss.backward();
+        let expected = logits.grad(&graph).unwrap().into_data();
+        let expected_loss = loss.into_scalar::<f32>();
+        let logits = logits.inner();
+        let best = logits.clone().argmax(1).into_data().try_to_vec::<i64>();
+        let best = best.unwrap_or_else(|_| {
+            let best = logits.clone().argmax(1).into_data().convert::<i64>();
+            best.try_to_vec::<i64>().unwrap()
+        });
+        let expected_hits: Vec<bool> = best
+            .iter()
+            .zip(ids)
+            .map(|(best, id)| *best == i64::from(id))
+            .collect();
+        let targets = || Targets {
+            ids: &ids,
+            on_device: on_device.clone(),
+        };
+        let native = cross_entropy(logits.clone(), targets());
+        assert!(matches!(native.terms, LossTerms::OnHost { .. }));
+        let composed = composed::loss::cross_entropy(logits, targets());
+        for CrossEntropy { gradient, terms } in [native, composed] {
+            // Probabilities; Burn's exponential and ours differ in the last bits.
+            let tolerance = Tolerance::absolute(1e-6);
+            gradient
+                .into_data()
+                .assert_approx_eq::<f32>(&expected, tolerance);
+            let (loss, hits) = match terms {
+                LossTerms::OnHost { loss, hits } => (loss as f32, hits),
+                LossTerms::OnDevice { loss, hits } => {
+                    let read = Transaction::default()
+                        .register(loss)
+                        .register(hits)
+                        .execute();
+                    let read = read
+                        .into_iter()
+                        .map(|data| data.try_to_vec::<f32>().unwrap());
+                    let read: Vec<Vec<f32>> = read.collect();
+                    (read[0][0], read[1].iter().map(|hit| *hit == 1.0).collect())
+                }
+            };
+            assert!(
+                (loss - expected_loss).abs() < 1e-4,
+                "{loss} {expected_loss}"
+            );
+            assert_eq!(hits, expected_hits);
+        }
+    }
+}

@@ -1,0 +1,119 @@
+//! Which tokens of a packed sequence attend to which: ranges on the host.
+
+use std::ops::Range;
+
+/// Consecutive tokens of one sequence, or of several that share this prefix. Segments form a prefix tree (trie).
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Segment {
+    /// The number of its tokens.
+    pub length: usize,
+    /// The segment that comes before this one in its sequences; a parent has the smaller index.
+    pub parent: Option<usize>,
+}
+
+/// Where each segment starts in the packed sequence.
+pub fn starts(segments: &[Segment]) -> Vec<usize> {
+    let mut start = 0;
+    let lengths = segments.iter().map(|segment| segment.length);
+    lengths
+        .map(|length| {
+            start += length;
+            start - length
+        })
+        .collect()
+}
+
+/// The position of each segment's first token in its sequences.
+pub fn offsets(segments: &[Segment]) -> Vec<usize> {
+    let mut offsets: Vec<usize> = Vec::with_capacity(segments.len());
+    for segment in segments {
+        let offset = segment
+            .parent
+            .map_or(0, |parent| offsets[parent] + segments[parent].length);
+        offsets.push(offset);
+    }
+    offsets
+}
+
+/// One segment's tokens and the tokens before them in their sequence, as ranges of the packed sequence.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SegmentRanges {
+    /// The segment's own tokens.
+    pub own: Range<usize>,
+    /// The tokens before them, adjacent ranges joined.
+    pub prefix: Vec<Range<usize>>,
+    /// The number of tokens in `prefix`, which is the position of the first own token.
+    pub offset: usize,
+    /// The segments whose tokens attend to this segment's tokens, the segment itself first.
+    pub descendants: Vec<usize>,
+}
+
+impl SegmentRanges {
+    /// The indices of the tokens in `prefix`, then of the segment's own.
+    pub fn tokens(&self) -> impl Iterator<Item = usize> {
+        let prefix = self.prefix.iter().cloned().flatten();
+        prefix.chain(self.own.clone())
+    }
+}
+
+/// The ranges of every segment of a packed sequence.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct AttentionRanges(pub Vec<SegmentRanges>);
+
+impl AttentionRanges {
+    /// The ranges of these segments.
+    ///
+    /// # Panics
+    ///
+    /// If a parent does not come before its child.
+    pub fn new(segments: &[Segment]) -> Self {
+        let mut ranges: Vec<SegmentRanges> = Vec::with_capacity(segments.len());
+        let places = starts(segments).into_iter().zip(offsets(segments));
+        for (index, (segment, (start, offset))) in segments.iter().zip(places).enumerate() {
+            let mut prefix = Vec::new();
+            if let Some(parent) = segment.parent {
+                prefix.clone_from(&ranges[parent].prefix);
+                let own = ranges[parent].own.clone();
+                match prefix.last_mut() {
+                    Some(last) if last.end == own.start => last.end = own.end,
+                    _ => prefix.push(own),
+                }
+            }
+            ranges.push(SegmentRanges {
+                own: start..start + segment.length,
+                prefix,
+                offset,
+                descendants: vec![index],
+            });
+            let mut ancestor = segment.parent;
+            while let Some(parent) = ancestor {
+                ranges[parent].descendants.push(index);
+                ancestor = segments[parent].parent;
+            }
+        }
+        Self(ranges)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_hold_the_tokens_that_a_sequence_attends_to() {
+        let segment = |length, parent| Segment { length, parent };
+        // [1 2] [3 4] [5] [6]: the sequences 1 2 3 4, 1 2 5 and 1 2 5 6.
+        let segments = [
+            segment(2, None),
+            segment(2, Some(0)),
+            segment(1, Some(0)),
+            segment(1, Some(2)),
+        ];
+        let ranges = AttentionRanges::new(&segments).0;
+        assert_eq!(ranges[1].prefix, std::slice::from_ref(&(0..2)));
+        assert_eq!(ranges[3].prefix, [0..2, 4..5]);
+        assert_eq!(ranges[3].offset, 3);
+        assert_eq!(ranges[0].descendants, [0, 1, 2, 3]);
+        assert_eq!(ranges[2].descendants, [2, 3]);
+    }
+}

@@ -1,0 +1,28 @@
+//! The attention block's parameters: grouped queries (Ainslie et al., 2023, <https://arxiv.org/abs/2305.13245>).
+
+use burn::module::Module;
+use kernels::Heads;
+use lora_core::LoraLinear;
+
+/// The attention block of a decoder layer (`self_attn`).
+#[derive(Module, Debug)]
+#[allow(missing_docs)] // Hugging Face's names.
+pub struct Attention {
+    pub q_proj: LoraLinear,
+    pub k_proj: LoraLinear,
+    pub v_proj: LoraLinear,
+    pub o_proj: LoraLinear,
+    pub num_attention_heads: usize,
+    pub num_key_value_heads: usize,
+    pub head_dim: usize,
+}
+
+impl Attention {
+    pub(crate) fn heads(&self) -> Heads {
+        Heads {
+            query: self.num_attention_heads,
+            key: self.num_key_value_heads,
+            d: self.head_dim,
+        }
+    }
+}

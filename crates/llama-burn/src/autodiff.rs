@@ -1,0 +1,171 @@
+//! The model in Burn's autodiff graph: the forward pass of every part, in the order of `modeling_llama.py`.
+//!
+//! This is the road for full fine-tuning and for Rust programs that embed the model in a graph of their own, and the
+//! reference that the tests compare the manual passes with. Training an adapter runs [`manual`](crate::LayerPass), which
+//! builds no graph.
+
+use burn::tensor::activation::silu;
+use burn::tensor::{DType, FloatDType, Tensor};
+use kernels::{attention_in_graph, rotate_in_graph};
+
+use crate::decoder_layer::DropoutSeeds;
+use crate::{
+    Attention, DecoderLayer, HeadAdapter, LayerPass, Llama, Mlp, PackedContext, PackedTokens,
+    RmsNorm,
+};
+
+impl RmsNorm {
+    /// Normalizes each row.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n, hidden]`
+    /// - output: `[n, hidden]`, of `x`'s type
+    pub fn forward(&self, x: Tensor<2>) -> Tensor<2> {
+        let dtype = FloatDType::from(x.dtype());
+        let x = x.cast(FloatDType::F32);
+        let mean_of_squares = x.clone().square().mean_dim(1);
+        let inverse_root = mean_of_squares.add_scalar(self.eps).sqrt().recip();
+        let normalized = x * inverse_root * self.weight.val().cast(FloatDType::F32).unsqueeze();
+        normalized.cast(dtype)
+    }
+}
+
+impl Attention {
+    /// Causal self-attention within each packed sequence.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[n, hidden]`
+    fn forward(&self, x: Tensor<2>, context: &PackedContext, seeds: &DropoutSeeds) -> Tensor<2> {
+        let (n, heads) = (x.dims()[0], self.heads());
+        let q = self.q_proj.forward_seeded(x.clone(), seeds.module(0));
+        let k = self.k_proj.forward_seeded(x.clone(), seeds.module(1));
+        let v = self.v_proj.forward_seeded(x, seeds.module(2));
+        let rotate = |x: Tensor<2>, count: usize| {
+            let x = x.reshape([n, count, heads.d]);
+            rotate_in_graph(x, &context.rotary).reshape([n, count * heads.d])
+        };
+        let (q, k) = (rotate(q, heads.query), rotate(k, heads.key));
+        let output = attention_in_graph(q, k, v, &context.attention, heads);
+        self.o_proj.forward_seeded(output, seeds.module(3))
+    }
+}
+
+impl Mlp {
+    /// # Shapes
+    ///
+    /// - `x`, output: `[n, hidden]`
+    fn forward(&self, x: Tensor<2>, seeds: &DropoutSeeds) -> Tensor<2> {
+        let gate = self.gate_proj.forward_seeded(x.clone(), seeds.module(4));
+        let up = self.up_proj.forward_seeded(x, seeds.module(5));
+        self.down_proj
+            .forward_seeded(silu(gate) * up, seeds.module(6))
+    }
+}
+
+impl DecoderLayer {
+    /// Runs the layer in the autodiff graph of `x`. Outside a graph it runs the manual forward pass ([`LayerPass`]).
+    /// The same `dropout_seed` drops the same elements again.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, output: `[n, hidden]`
+    pub fn forward(
+        &self,
+        x: Tensor<2>,
+        context: &PackedContext,
+        dropout_seed: Option<u64>,
+    ) -> Tensor<2> {
+        if !x.is_autodiff() {
+            let pass = LayerPass {
+                layer: self,
+                context,
+                dropout_seed,
+                wanted: None,
+            };
+            return pass.forward(&x).0;
+        }
+        let seeds = DropoutSeeds(dropout_seed);
+        let normalized = self.input_layernorm.forward(x.clone());
+        let x = x + self.self_attn.forward(normalized, context, &seeds);
+        let normalized = self.post_attention_layernorm.forward(x.clone());
+        x + self.mlp.forward(normalized, &seeds)
+    }
+}
+
+impl HeadAdapter {
+    /// Adds the adapter's path to `logits`.
+    fn forward(&self, hidden: Tensor<2>, logits: Tensor<2>) -> Tensor<2> {
+        let dtype = hidden.dtype();
+        let low = hidden
+            .matmul(self.a.val().cast(dtype))
+            .mul_scalar(self.scale);
+        let path = low.matmul(self.b.val().cast(dtype));
+        logits.clone() + path.cast(logits.dtype())
+    }
+}
+
+impl Llama {
+    /// Prepares a packed batch for [`embed`](Self::embed) and the layers.
+    pub fn context(&self, packed: &PackedTokens) -> PackedContext {
+        PackedContext::new(packed, &self.config, self.dtype(), &self.device())
+    }
+
+    /// The embeddings of the tokens, `[n, hidden]`; with trained rows in the model's graph.
+    ///
+    /// # Panics
+    ///
+    /// If a token is outside the vocabulary; [`PackedTokens::check`] tells before.
+    pub fn embed(&self, packed: &PackedTokens) -> Tensor<2> {
+        self.embedded(&packed.ids)
+    }
+
+    /// The last layer's output, before the final norm.
+    ///
+    /// # Shapes
+    ///
+    /// - output: `[n, hidden]`
+    pub fn hidden_states(&self, packed: &PackedTokens) -> Tensor<2> {
+        let context = self.context(packed);
+        let mut hidden = self.embed(packed);
+        if self.device().is_autodiff() {
+            hidden = hidden.autodiff();
+        }
+        for layer in &self.layers {
+            hidden = layer.forward(hidden, &context, None);
+        }
+        hidden
+    }
+
+    /// Final norm and head: the score of every token, in f32.
+    ///
+    /// Give it only the positions whose scores are needed: the head is most of a small model.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[m, hidden]`
+    /// - output: `[m, vocab]`
+    pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
+        let hidden = self.norm.forward(hidden);
+        let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
+            ([], head) => {
+                let table = head.as_ref().unwrap_or(&self.embed_tokens);
+                table.logits(hidden.clone())
+            }
+            (pieces, _) => {
+                let scores = pieces.iter().map(|piece| piece.forward(hidden.clone()));
+                Tensor::cat(scores.collect(), 1)
+            }
+        };
+        let scores = match self.rows_of_head() {
+            Some(rows) => rows.scores(hidden.clone(), scores),
+            None => scores,
+        };
+        let scores = match &self.lm_head_adapter {
+            Some(adapter) => adapter.forward(hidden, scores),
+            None => scores,
+        };
+        scores.cast(DType::F32)
+    }
+}

@@ -1,0 +1,60 @@
+//! The operations of a layer's pass one by one, as [`LayerPass`](crate::LayerPass) runs them: what a check of a
+//! device compares with the CPU, so that a difference has a name.
+
+use burn::tensor::{DType, Tensor};
+use kernels::{Rotation, attention, attention_backward, query_scale, rotate};
+
+use crate::{Attention, PackedContext, RmsNorm};
+
+/// [`RmsNorm`] of each row of `x`, f32, in the type that products are computed in. `[n, hidden]`
+pub fn rms_norm(norm: &RmsNorm, x: &Tensor<2>, dtype: DType) -> Tensor<2> {
+    norm.manual_forward(x, dtype).0
+}
+
+/// The gradient of the norm's input from that of its output, all `[n, hidden]`; of `x`'s type.
+pub fn rms_norm_backward(norm: &RmsNorm, x: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
+    let inverse = norm.inverse_rms(x);
+    let nothing = x.zeros_like();
+    norm.backward(x, inverse, norm.gain(), gradient, nothing)
+}
+
+/// Queries or keys `[n, heads · d]` rotated by their positions' angles, or back.
+pub fn rope(x: Tensor<2>, context: &PackedContext, back: bool) -> Tensor<2> {
+    let rotation = if back {
+        Rotation::Inverse
+    } else {
+        Rotation::Forward
+    };
+    rotate(x, &context.rotary, rotation, 1.0)
+}
+
+/// What attention mixes from rotated queries and keys, and the gradients of the three from that of the output.
+///
+/// # Shapes
+///
+/// - `q`, `gradient`, output: `[n, heads · d]`
+/// - `k`, `v`: `[n, key heads · d]`
+pub fn attend_and_back(
+    layer: &Attention,
+    [q, k, v]: [Tensor<2>; 3],
+    gradient: Tensor<2>,
+    context: &PackedContext,
+) -> (Tensor<2>, [Tensor<2>; 3]) {
+    let heads = layer.heads();
+    let scale = query_scale(&q, heads);
+    let scaled = |x: Tensor<2>| if scale == 1.0 { x } else { x.mul_scalar(scale) };
+    let (output, saved) = attention(scaled(q), k, v, &context.attention, heads);
+    let [d_q, d_k, d_v] = attention_backward(saved, gradient, &context.attention, heads);
+    (output, [scaled(d_q), d_k, d_v])
+}
+
+/// `silu(gate) · up`, `[n, intermediate]` each.
+pub fn swiglu(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
+    kernels::swiglu(gate, up)
+}
+
+/// The gradients of `gate` and `up` from that of [`swiglu`]'s output.
+pub fn swiglu_backward(gate: Tensor<2>, up: Tensor<2>, gradient: Tensor<2>) -> [Tensor<2>; 2] {
+    let (gate, up) = kernels::swiglu_backward(gate, up, gradient);
+    [gate, up]
+}
