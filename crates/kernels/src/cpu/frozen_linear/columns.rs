@@ -5,9 +5,9 @@
 use burn::backend::tensor::QuantizedTensor;
 use burn::backend::{Flex, TensorMetadata};
 use burn::tensor::DType;
-use rayon::prelude::*;
 
 use super::Direction;
+use super::decode::{add_by_columns, with_rows};
 use super::panels::{self, Stored};
 use crate::cpu::{self, FlexTensor, Values};
 
@@ -77,27 +77,15 @@ impl<'a> Weight<'a> {
 
     /// Adds `x · W` for at most [`FEW`] rows of `x`: integers are summed up under a block's common scale.
     fn add_few_rows(self, x: &[f32], n: usize, output: &mut [f32]) {
-        let threads = rayon::current_num_threads();
-        let columns = self.d_out.div_ceil(threads).next_multiple_of(HELD);
-        let starts: Vec<usize> = (0..self.d_out).step_by(columns).collect();
-        let sums = starts.into_par_iter().map(|first| {
-            let count = columns.min(self.d_out - first);
-            let mut sums = vec![0.0; n * count];
+        add_by_columns(output, n, |part, sums| {
             cpu::vectorized(FewColumns {
                 weight: self,
                 x,
                 n,
-                first,
-                sums: &mut sums,
+                first: part.start,
+                sums,
             });
-            (first, count, sums)
         });
-        for (first, count, sums) in sums.collect::<Vec<_>>() {
-            for (row, sums) in sums.chunks_exact(count).enumerate() {
-                let output = &mut output[row * self.d_out + first..][..count];
-                output.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-            }
-        }
     }
 }
 
@@ -115,12 +103,7 @@ impl cpu::Work for FewColumns<'_> {
 
     #[inline(always)]
     fn run<const FUSED: bool>(self) {
-        match self.n {
-            1 => self.rows::<1, FUSED>(),
-            2 => self.rows::<2, FUSED>(),
-            3 => self.rows::<3, FUSED>(),
-            _ => self.rows::<FEW, FUSED>(),
-        }
+        with_rows!(self.n, [1 2 3 | FEW], N => self.rows::<N, FUSED>())
     }
 }
 

@@ -1,12 +1,11 @@
 //! `x · W` for a few rows of `x`, as when a text is written token by token: the weight is read once and
 //! multiplied as it is unpacked, in registers. Its bytes over the memory's bandwidth are the floor.
 
-use std::cell::RefCell;
 use std::ops::Range;
 
 use burn::tensor::Tensor;
-use rayon::prelude::*;
 
+use super::decode::{add_by_columns, with_rows};
 use crate::cpu;
 
 /// Rows up to which this pays: beyond, unpacking once into a panel for the blocked product is faster.
@@ -20,13 +19,6 @@ pub const BLOCK: usize = 32;
 
 /// Rows of W that an output block is held in registers for.
 const DEEP: usize = 8;
-
-/// Columns that a thread takes at least.
-const COLUMNS: usize = 64;
-
-thread_local! {
-    static SUMS: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
-}
 
 /// A weight `[d_in, d_out]` that is read in blocks of [`BLOCK`] along its rows.
 pub trait Blocks: Copy + Sync {
@@ -110,34 +102,14 @@ impl Blocks for Dense<'_> {
 
 /// Adds `x · W` to `output`, `[n, d_out]`, for `x` `[n, d_in]`.
 pub fn add_product(x: &[f32], n: usize, weight: impl Blocks, output: &mut [f32]) {
-    let d_out = weight.d_out();
-    let threads = rayon::current_num_threads();
-    let columns = d_out.div_ceil(threads).max(COLUMNS);
-    let columns = columns.next_multiple_of(BLOCK);
-    let parts: Vec<Range<usize>> = (0..d_out)
-        .step_by(columns)
-        .map(|first| first..(first + columns).min(d_out))
-        .collect();
-    // Each thread adds up its columns of all rows in memory of its own: rows of the output lie apart.
-    let sums = parts.into_par_iter().map(|part| {
-        SUMS.with_borrow_mut(|sums| {
-            sums.clear();
-            sums.resize(n * part.len(), 0.0);
-            cpu::vectorized(Columns {
-                x,
-                weight,
-                part: part.clone(),
-                sums,
-            });
-            (part, sums.clone())
-        })
+    add_by_columns(output, n, |part, sums| {
+        cpu::vectorized(Columns {
+            x,
+            weight,
+            part,
+            sums,
+        });
     });
-    for (part, sums) in sums.collect::<Vec<_>>() {
-        for (row, sums) in sums.chunks_exact(part.len()).enumerate() {
-            let output = &mut output[row * d_out..][part.clone()];
-            output.iter_mut().zip(sums).for_each(|(y, sum)| *y += sum);
-        }
-    }
 }
 
 /// Whether [`of_dense`] can be used.
@@ -193,16 +165,9 @@ impl<W: Blocks> cpu::Work for Columns<'_, W> {
         let rows = x.chunks(ROWS * weight.d_in());
         for (x, sums) in rows.zip(sums.chunks_mut(ROWS * part.len())) {
             let part = part.clone();
-            match sums.len() / part.len() {
-                1 => add_columns::<1, FUSED, _>(x, weight, part, sums),
-                2 => add_columns::<2, FUSED, _>(x, weight, part, sums),
-                3 => add_columns::<3, FUSED, _>(x, weight, part, sums),
-                4 => add_columns::<4, FUSED, _>(x, weight, part, sums),
-                5 => add_columns::<5, FUSED, _>(x, weight, part, sums),
-                6 => add_columns::<6, FUSED, _>(x, weight, part, sums),
-                7 => add_columns::<7, FUSED, _>(x, weight, part, sums),
-                _ => add_columns::<ROWS, FUSED, _>(x, weight, part, sums),
-            }
+            with_rows!(sums.len() / part.len(), [1 2 3 4 5 6 7 | ROWS], N => {
+                add_columns::<N, FUSED, _>(x, weight, part, sums)
+            });
         }
     }
 }

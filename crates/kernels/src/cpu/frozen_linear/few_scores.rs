@@ -4,6 +4,7 @@
 
 use rayon::prelude::*;
 
+use super::decode::with_rows;
 use crate::cpu::{self, LANES};
 
 /// Rows up to which this pays.
@@ -67,16 +68,7 @@ impl<T: Number> cpu::Work for Part<'_, T> {
 
     #[inline(always)]
     fn run<const FUSED: bool>(self) {
-        match self.n {
-            1 => self.scores::<1, FUSED>(),
-            2 => self.scores::<2, FUSED>(),
-            3 => self.scores::<3, FUSED>(),
-            4 => self.scores::<4, FUSED>(),
-            5 => self.scores::<5, FUSED>(),
-            6 => self.scores::<6, FUSED>(),
-            7 => self.scores::<7, FUSED>(),
-            _ => self.scores::<AT_MOST, FUSED>(),
-        }
+        with_rows!(self.n, [1 2 3 4 5 6 7 | AT_MOST], N => self.scores::<N, FUSED>())
     }
 }
 

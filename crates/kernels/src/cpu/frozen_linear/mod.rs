@@ -4,6 +4,7 @@
 mod avx512;
 mod bf16;
 mod columns;
+mod decode;
 pub mod dense;
 mod f32_tiles;
 pub mod few_rows;
