@@ -486,6 +486,16 @@ mod tests {
     }
 
     #[test]
+    fn weights_beyond_the_range_of_f32_make_an_adapter_that_is_not_written() {
+        for combination in [Combination::Cat, Combination::Linear, Combination::Svd] {
+            let adapters = [adapter(1, 2, &[Q], 1e300), adapter(2, 2, &[Q], 1.0)];
+            let written = result(&adapters, combination, None).tensors.to_bytes();
+            let error = written.expect_err("it is not finite");
+            assert!(matches!(error, AdapterError::NotFinite { .. }), "{error}");
+        }
+    }
+
+    #[test]
     fn modules_are_listed_in_full_where_names_alone_would_select_more() {
         let mut regex = adapter(1, 2, &[Q], 1.0);
         regex.config.lora.target_modules = TargetModules::Regex(".*q_proj".into());

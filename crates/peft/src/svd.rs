@@ -90,13 +90,17 @@ impl Matrix {
 /// rank (Eckart and Young), by a singular value decomposition. `b` carries the singular values, as in PEFT.
 ///
 /// `left` is `[d_in, r]`, `right` is `[r, d_out]`, row-major. Both are reduced to triangular matrices first,
-/// so that only an `[r, r]` matrix is decomposed.
+/// so that only an `[r, r]` matrix is decomposed. Factors that are not finite give factors of NaN, which are
+/// never written ([`AdapterError::NotFinite`](crate::AdapterError)).
 pub(super) fn best_factors(
     left: &[f64],
     right: &[f64],
     [d_in, r, d_out]: [usize; 3],
     rank: usize,
 ) -> (Vec<f32>, Vec<f32>) {
+    if !left.iter().chain(right).all(|value| value.is_finite()) {
+        return (vec![f32::NAN; d_in * rank], vec![f32::NAN; rank * d_out]);
+    }
     let left = Matrix {
         rows: d_in,
         columns: r,
