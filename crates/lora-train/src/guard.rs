@@ -14,23 +14,23 @@ use panics::{Panic, Watch};
 pub struct DeviceFault {
     /// What it means for the run.
     pub kind: FaultKind,
-    /// The device's own words, in one line.
+    /// The device's message, in one line.
     pub message: String,
 }
 
 /// What a failure means for the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultKind {
-    /// The device's memory was too small. It works on.
+    /// The device's memory was too small. The device still works.
     OutOfMemory,
-    /// One tensor is larger than the device takes at all, however much memory is free.
+    /// One tensor is larger than the device's limit for a buffer, however much memory is free.
     TooLargeTensor,
     /// The device is gone: reset by its driver, unplugged, poisoned by a kernel.
     Lost,
     /// CubeCL could not compile a kernel. While kernels are tuned this only removes a candidate, so
     /// that the same work succeeds when it is repeated.
     KernelCompilation,
-    /// Something else, perhaps an error in this program.
+    /// Another failure, perhaps an error in this program.
     Other,
 }
 
@@ -50,11 +50,11 @@ impl fmt::Display for DeviceFault {
 impl std::error::Error for DeviceFault {}
 
 impl DeviceFault {
-    /// A fault with these words.
+    /// The fault that a message describes.
     pub fn new(message: &str) -> Self {
-        // Errors come with their backtraces, which say nothing to a user.
+        // Errors come with their backtraces, which do not help a user.
         let message = message.split("Backtrace").next().unwrap_or(message);
-        // A read quotes what failed behind everything that failed because of it.
+        // A read quotes the cause after everything that failed because of it.
         let cause = message.find("can't allocate buffer of size");
         let message = cause.map_or(message, |at| &message[at..]);
         Self {
@@ -64,13 +64,13 @@ impl DeviceFault {
     }
 }
 
-/// The words by which CubeCL's and the drivers' errors are told apart (cubecl-runtime's `IoError`,
-/// `LaunchError` and `DevicePoison`, CUDA's result codes, wgpu's `Error`).
+/// Classifies the messages of CubeCL and of drivers (cubecl-runtime's `IoError`, `LaunchError` and
+/// `DevicePoison`, CUDA's result codes, wgpu's `Error`).
 ///
-/// On WGSL nothing of this is a result: wgpu hands an allocation that fails to its handler of uncaptured errors,
-/// where CubeCL panics on the device's thread ("wgpu error: Out of Memory"). CubeCL's `BufferTooBig` ("can't
-/// allocate buffer of size") and wgpu's validation errors name a limit on one buffer, which smaller micro-batches
-/// need not cure: that is no lack of memory.
+/// On WGSL none of them is a `Result`: wgpu reports a failed allocation to its handler of uncaptured errors, where
+/// CubeCL panics on the device's thread ("wgpu error: Out of Memory"). CubeCL's `BufferTooBig` ("can't allocate
+/// buffer of size") and wgpu's validation errors name a limit on one buffer. That is not a lack of memory, and
+/// smaller micro-batches need not help.
 fn kind(message: &str) -> FaultKind {
     let message = message.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| message.contains(word));

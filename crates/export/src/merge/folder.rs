@@ -86,14 +86,7 @@ impl NewFolder {
     /// Writes a small file.
     pub(super) fn write(&self, name: &str, text: &str) -> Result<(), MergeError> {
         let path = self.temporary.join(name);
-        let write = || {
-            fs::write(&path, text)?;
-            File::open(&path)?.sync_all()
-        };
-        write().map_err(|source| MergeError::Write {
-            path: path.clone(),
-            source,
-        })
+        durable::write(&path, text.as_bytes()).map_err(|source| MergeError::Write { path, source })
     }
 
     /// Copies the files of [`COPIED`] that the base model has.
@@ -125,17 +118,21 @@ impl NewFolder {
         let mut old = self.temporary.clone().into_os_string();
         old.push(".old");
         let old = PathBuf::from(old);
+        // The names of its files are on the disk before the folder has its own.
+        durable::sync_folder(&self.temporary).map_err(|error| failed(&self.temporary, error))?;
         let replaced = self.wanted.symlink_metadata().is_ok();
         if replaced {
             fs::rename(&self.wanted, &old).map_err(|error| failed(&self.wanted, error))?;
         }
-        if let Err(error) = fs::rename(&self.temporary, &self.wanted) {
+        if let Err(error) = durable::rename(&self.temporary, &self.wanted) {
             if replaced {
                 let _ = fs::rename(&old, &self.wanted);
             }
             return Err(failed(&self.wanted, error));
         }
         self.finished = true;
+        let parent = self.wanted.parent().unwrap_or(Path::new("."));
+        durable::sync_folder(parent).map_err(|error| failed(parent, error))?;
         if replaced {
             let removed = if old.is_dir() {
                 fs::remove_dir_all(&old)
