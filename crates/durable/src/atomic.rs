@@ -1,4 +1,4 @@
-//! A file replaced as a whole or not at all.
+//! Replaces a file as a whole or not at all.
 
 use std::fs;
 use std::io;
@@ -6,20 +6,20 @@ use std::path::{Path, PathBuf};
 
 use crate::files;
 
-/// A file cannot be written.
+/// A file could not be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write {}: {source}", path.display())]
 pub struct WriteError {
     /// The file.
     pub path: PathBuf,
-    /// The system's reason: a full disk, missing rights.
+    /// The system's reason, for example a full disk or missing permissions.
     pub source: io::Error,
 }
 
-/// Writes a file so that a reader, and a crash or a full disk on the way, finds the old content or
-/// the new, never a part: into a temporary file in the same folder, to the disk, then renamed.
+/// Replaces a file atomically: after a crash or a full disk it has the old content or the new one,
+/// never a part. The bytes go to a temporary file in the same folder, which is synced and renamed.
 ///
-/// The folder is made if it is missing.
+/// A missing folder is created.
 ///
 /// # Errors
 ///
@@ -28,7 +28,7 @@ pub fn write_atomically(path: &Path, bytes: &[u8]) -> Result<(), WriteError> {
     write_atomically_by(path, |temporary| files::write(temporary, bytes))
 }
 
-/// As [`write_atomically`], the temporary file being written by `write`, which also syncs it.
+/// As [`write_atomically`], but `write` writes and syncs the temporary file, whose path it gets.
 ///
 /// # Errors
 ///
@@ -49,7 +49,7 @@ pub fn write_atomically_by(
         return Err(failed(io::Error::from(io::ErrorKind::InvalidInput)));
     };
     fs::create_dir_all(folder).map_err(failed)?;
-    // The process's number keeps two processes apart; within one, a file has one writer.
+    // The process id keeps two processes apart. Within one process, a file has one writer.
     let mut temporary = std::ffi::OsString::from(".");
     temporary.push(name);
     temporary.push(format!(".{}.tmp", std::process::id()));

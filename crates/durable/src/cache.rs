@@ -1,9 +1,9 @@
-//! Where files go that can be made again.
+//! The folder for files that can be recreated.
 
 use std::path::PathBuf;
 
-/// The user's folder for files that can be made again; relative paths are ignored, as the XDG
-/// specification asks.
+/// The user's cache folder: `XDG_CACHE_HOME`, or the system's default. `None` if neither is an
+/// absolute path; the XDG specification asks to ignore relative ones.
 pub fn cache_folder() -> Option<PathBuf> {
     let folder = |variable: &str| {
         let path = std::env::var_os(variable).map(PathBuf::from);

@@ -1,18 +1,18 @@
-//! Faults on demand: what tests switch on to see that a run survives them. Nothing here acts unless the
-//! environment variable `LORA_TRAINER_FAULT` says so.
+//! Fault injection, for tests that a run survives faults. Nothing here acts unless the environment
+//! variable `LORA_TRAINER_FAULT` is set.
 //!
-//! A comma-separated list of:
+//! Its value is a comma-separated list of:
 //!
-//! | fault | what happens |
+//! | fault | effect |
 //! | --- | --- |
-//! | `delay=MS` | before each write, sync, rename and removal: a wait of up to MS milliseconds |
-//! | `trace=FILE` | each of these operations is appended to FILE, with its path, once it is done |
-//! | `full=STEP..STEP` | while these optimizer steps are under way (the second not included), writing finds the disk full |
-//! | `nan=STEP..STEP` | the losses of these steps are not numbers |
-//! | `oom=STEP>ROWS` | from this step on, a micro-batch of more than ROWS rows finds the device's memory full |
-//! | `lost=STEP` | in this step the device is lost |
-//! | `thread_panic=STEP` | in this step another thread panics, and the work goes on |
-//! | `wrong_kernel=OPERATION[:STEP]` | from the start, or from this step on, a GPU's results of an operation (one of [`Kernels::operations`]) are a tenth too large |
+//! | `delay=MS` | each write, sync, rename and removal is delayed by up to MS milliseconds |
+//! | `trace=FILE` | each of these operations is appended to FILE, with its path, when it is done |
+//! | `full=STEP..STEP` | the disk is full during these optimizer steps (the second not included) |
+//! | `nan=STEP..STEP` | the losses of these steps are NaN |
+//! | `oom=STEP>ROWS` | from this step on, the device runs out of memory on a micro-batch of more than ROWS sequences |
+//! | `lost=STEP` | the device is lost in this step |
+//! | `thread_panic=STEP` | another thread panics in this step, and the calling thread continues |
+//! | `wrong_kernel=OPERATION[:STEP]` | a GPU's results of an operation (one of [`Kernels::operations`]) are 10 % too large, from the start or from this step on |
 
 use std::fmt;
 use std::fs::{File, OpenOptions};
@@ -26,42 +26,42 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 /// The environment variable.
 pub const VARIABLE: &str = "LORA_TRAINER_FAULT";
 
-/// The variable is set to something that is no fault.
+/// The variable holds something that is not a fault.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{VARIABLE}: {part:?} is none of delay=MS, trace=FILE, full=STEP..STEP, nan=STEP..STEP, \
+    "{VARIABLE}: {part:?} is not one of delay=MS, trace=FILE, full=STEP..STEP, nan=STEP..STEP, \
      oom=STEP>ROWS, lost=STEP, thread_panic=STEP, wrong_kernel=OPERATION[:STEP] with one of {}; unset the variable, \
      it is for tests",
     operations.join(", ")
 )]
 pub struct FaultError {
-    /// What was not understood.
+    /// The part of the list that is not a fault.
     part: String,
-    /// Operations that can be made wrong.
+    /// The operations that can be made wrong.
     operations: &'static [&'static str],
 }
 
-/// What makes a GPU's kernels wrong on purpose.
+/// Makes the results of a GPU's kernels wrong on purpose.
 #[derive(Debug, Clone, Copy)]
 pub struct Kernels {
     /// The operations that can be made wrong.
     pub operations: &'static [&'static str],
-    /// Makes this one wrong from now on, or none.
+    /// Makes this operation wrong from now on, or none.
     pub spoil: fn(Option<&str>),
 }
 
-/// Something that is done to files.
+/// An operation on a file or folder.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Operation {
-    /// All bytes of a new file.
+    /// Writes all bytes of a new file.
     Write,
-    /// A file's content onto the disk.
+    /// Waits until a file's content is on the disk.
     Sync,
-    /// Another name, in one step.
+    /// Renames, atomically.
     Rename,
-    /// A folder's entries onto the disk.
+    /// Waits until a folder's entries are on the disk.
     SyncFolder,
-    /// A file or folder goes.
+    /// Removes a file or folder.
     Remove,
 }
 
@@ -90,21 +90,21 @@ struct Faults {
 }
 
 static FAULTS: OnceLock<(Faults, Kernels)> = OnceLock::new();
-/// The optimizer step under way.
+/// The current optimizer step.
 static STEP: AtomicUsize = AtomicUsize::new(0);
 
-/// Reads the variable. Without a call of this nothing ever fails on demand.
+/// Reads the variable. Without this call no fault is injected.
 ///
 /// # Errors
 ///
-/// If it is set to something else than faults.
+/// [`FaultError`] if its value is not a list of faults.
 pub fn init(kernels: Kernels) -> Result<(), FaultError> {
     let Some(text) = std::env::var_os(VARIABLE).filter(|text| !text.is_empty()) else {
         return Ok(());
     };
     let faults = parse(&text.to_string_lossy(), kernels.operations)?;
-    log::warn!("{VARIABLE} is set: this run fails on demand");
-    // A second run of one process has the same environment.
+    log::warn!("{VARIABLE} is set: this run injects faults");
+    // A second run in the same process has the same environment.
     let _ = FAULTS.set((faults, kernels));
     at_step(0);
     Ok(())
@@ -159,7 +159,7 @@ fn faults() -> Option<&'static Faults> {
     FAULTS.get().map(|(faults, _)| faults)
 }
 
-/// Tells which optimizer step is under way, from 1.
+/// Sets the current optimizer step, counted from 1.
 pub fn at_step(step: usize) {
     STEP.store(step, Ordering::Relaxed);
     let Some((faults, kernels)) = FAULTS.get() else {
@@ -170,7 +170,7 @@ pub fn at_step(step: usize) {
     }
 }
 
-/// Before an operation: waits if it is to be slow.
+/// Call before an operation: waits if `delay` is set.
 pub fn before(_operation: Operation) {
     let Some(faults) = faults().filter(|faults| faults.delay_ms > 0) else {
         return;
@@ -180,7 +180,7 @@ pub fn before(_operation: Operation) {
     std::thread::sleep(Duration::from_millis(random % (faults.delay_ms + 1)));
 }
 
-/// After an operation: notes it.
+/// Call after an operation: records it if `trace` is set.
 pub fn after(operation: Operation, path: &Path) {
     if let Some(trace) = faults().and_then(|faults| faults.trace.as_ref()) {
         let mut trace = trace.lock().unwrap_or_else(PoisonError::into_inner);
@@ -188,7 +188,7 @@ pub fn after(operation: Operation, path: &Path) {
     }
 }
 
-/// The error of a full disk, while there is to be one.
+/// Fails while `full` is set for the current step.
 ///
 /// # Errors
 ///
@@ -202,7 +202,7 @@ pub fn space() -> io::Result<()> {
     }
 }
 
-/// The loss of a micro-batch, or what a fault makes of it.
+/// Returns the loss of a micro-batch, or NaN if `nan` is set for the current step.
 pub fn loss(loss: f64) -> f64 {
     let step = STEP.load(Ordering::Relaxed);
     if faults().is_some_and(|faults| faults.nan.contains(&step)) {
@@ -212,11 +212,12 @@ pub fn loss(loss: f64) -> f64 {
     }
 }
 
-/// Fails as a device does: with a panic, in the words of CubeCL's errors.
+/// Fails as a device does: with a panic and the message of one of CubeCL's errors. `rows` is the
+/// number of sequences in the micro-batch.
 ///
 /// # Panics
 ///
-/// If a fault asks for it in this step, for a micro-batch of so many rows.
+/// If `oom` or `lost` is set for the current step.
 pub fn device(rows: usize) {
     let Some(faults) = faults() else {
         return;
@@ -227,7 +228,7 @@ pub fn device(rows: usize) {
     }
     if faults.thread_panic == Some(step) {
         let thread = std::thread::spawn(|| panic!("a task of the device failed (by {VARIABLE})"));
-        // Its panic is what is to be seen, not that it is over.
+        // Only the panic matters, not its result.
         let _ = thread.join();
     }
     if faults

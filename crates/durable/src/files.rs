@@ -1,5 +1,5 @@
-//! Files that are there, whole, after a power cut: what is written is synced before it gets its name, and
-//! its folder after. Everything that a run writes but its metrics goes through here.
+//! Files that are complete after a power cut. A file is synced before it gets its final name, and its
+//! folder is synced afterwards. Everything that a run writes goes through here, except its metrics.
 
 use std::collections::HashMap;
 use std::fs::{self, File};
@@ -11,16 +11,16 @@ use safetensors::{Dtype, View};
 
 use crate::faults::{self, Operation};
 
-/// Writes a new file and waits until the disk has it.
+/// Writes a new file and waits until it is on the disk.
 ///
 /// # Errors
 ///
-/// What the system says. A part of the file may be there then.
+/// The system's error. A part of the file may exist then.
 pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     faults::before(Operation::Write);
     let mut file = File::create(path)?;
     if let Err(full) = faults::space() {
-        // As a disk does: part of it still fits.
+        // As on a real disk, a part of the file still fits.
         file.write_all(&bytes[..bytes.len() / 2])?;
         return Err(full);
     }
@@ -29,12 +29,12 @@ pub fn write(path: &Path, bytes: &[u8]) -> io::Result<()> {
     sync(&file, path)
 }
 
-/// As [`write()`], a safetensors file, a tensor at a time: none of it is held in memory a second time. The bytes are
-/// those of [`safetensors::serialize`].
+/// As [`write()`], for a safetensors file. Tensors are written one at a time, without a second copy of
+/// all of them in memory. The bytes are those of [`safetensors::serialize`].
 ///
 /// # Errors
 ///
-/// As [`write()`]; what the format cannot hold.
+/// As [`write()`], and tensors that the format cannot hold.
 pub fn write_tensors<V: View>(
     path: &Path,
     mut tensors: Vec<(String, V)>,
@@ -50,7 +50,7 @@ pub fn write_tensors<V: View>(
     let mut file = BufWriter::with_capacity(1 << 20, File::create(path)?);
     file.write_all(&header)?;
     if let Err(full) = faults::space() {
-        // As a disk does: part of it still fits.
+        // As on a real disk, a part of the file still fits.
         file.flush()?;
         return Err(full);
     }
@@ -62,12 +62,12 @@ pub fn write_tensors<V: View>(
     sync(&file, path)
 }
 
-/// What a safetensors file begins with, up to the data: for tensors that lie one behind the other, each with name,
-/// type, shape and bytes.
+/// The start of a safetensors file, up to the data, for tensors that lie one behind the other. Each has a
+/// name, a type, a shape and a size in bytes.
 ///
 /// # Errors
 ///
-/// What the format cannot hold.
+/// Tensors that the format cannot hold.
 pub fn tensors_header(
     tensors: impl IntoIterator<Item = (String, Dtype, Vec<usize>, usize)>,
     metadata: HashMap<String, String>,
@@ -86,7 +86,7 @@ pub fn tensors_header(
     });
     let metadata = Metadata::new(Some(metadata), infos.collect()).map_err(io::Error::other)?;
     let mut text = serde_json::to_vec(&metadata)?;
-    // The data begin at a multiple of 8 bytes.
+    // The data starts at a multiple of 8 bytes.
     text.resize(text.len().next_multiple_of(8), b' ');
     let mut header = (text.len() as u64).to_le_bytes().to_vec();
     header.append(&mut text);
@@ -100,11 +100,11 @@ fn sync(file: &File, path: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives a file or folder another name, in one step; a file of that name goes.
+/// Renames a file or folder atomically. An existing file at `to` is replaced.
 ///
 /// # Errors
 ///
-/// What the system says.
+/// The system's error.
 pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     faults::before(Operation::Rename);
     fs::rename(from, to)?;
@@ -112,11 +112,11 @@ pub fn rename(from: &Path, to: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Waits until the disk has a folder's entries: a file's name, or its new name, is on the disk then.
+/// Waits until a folder's entries, such as the new name of a file, are on the disk.
 ///
 /// # Errors
 ///
-/// What the system says; a file system that cannot do it is none.
+/// The system's error. A file system that cannot sync folders is not an error.
 #[cfg(unix)]
 pub fn sync_folder(folder: &Path) -> io::Result<()> {
     faults::before(Operation::SyncFolder);
@@ -126,7 +126,7 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
         folder
     };
     match File::open(folder)?.sync_all() {
-        // Some network and container file systems cannot; the rename is done all the same.
+        // Some network and container file systems cannot. The rename has still happened.
         Err(error) if error.kind() == io::ErrorKind::InvalidInput => {}
         result => result?,
     }
@@ -134,7 +134,7 @@ pub fn sync_folder(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Windows writes a folder's entries with the files.
+/// Does nothing: Windows writes a folder's entries together with its files.
 ///
 /// # Errors
 ///
@@ -144,11 +144,11 @@ pub fn sync_folder(_folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Removes a folder with everything in it; one that is not there is none.
+/// Removes a folder with everything in it. A missing folder is not an error.
 ///
 /// # Errors
 ///
-/// What the system says.
+/// The system's error.
 pub fn remove_folder(folder: &Path) -> io::Result<()> {
     faults::before(Operation::Remove);
     match fs::remove_dir_all(folder) {
@@ -159,7 +159,7 @@ pub fn remove_folder(folder: &Path) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether there was no room: the disk is full, or the user's share of it.
+/// Whether the error means that the disk, or the user's quota, is full.
 pub fn is_full(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -194,7 +194,7 @@ mod tests {
         write_tensors(&path, tensors(), metadata.clone()).unwrap();
         let expected = safetensors::serialize(tensors(), Some(metadata)).unwrap();
         assert_eq!(fs::read(&path).unwrap(), expected);
-        // Nothing stands beside it, and whoever may read other files may read it.
+        // No other file is left, and its permissions are those of other files.
         assert_eq!(fs::read_dir(folder.path()).unwrap().count(), 1);
         let plain = folder.path().join("plain");
         write(&plain, b"").unwrap();

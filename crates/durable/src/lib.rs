@@ -1,11 +1,12 @@
-//! Files that survive a crash or a power cut: synced to the disk before they get their name.
+//! Files that survive a crash or a power cut: they are synced to the disk before they get their final name.
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | files | writing, renaming, removing, with the syncs that make them last |
-//! | atomic | a file replaced as a whole or not at all |
+//! | files | writing, renaming and removing, with the syncs that make the result permanent |
+//! | atomic | replacing a file as a whole or not at all |
+//! | cache | the folder for files that can be recreated |
 //! | lock | one process per folder |
-//! | [`faults`] | faults on demand, for tests |
+//! | [`faults`] | fault injection, for tests |
 
 mod atomic;
 mod cache;

@@ -1,37 +1,37 @@
-//! Keeps two runs out of one output folder.
+//! Prevents two runs from using the same output folder.
 
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{self, Read, Seek, Write};
 use std::path::Path;
 
-/// Name of the file that is locked. It stays when the run is over: a file that is removed could be locked by
-/// two processes, each by another one of that name.
+/// Name of the file that is locked. It is not removed after the run: two processes could otherwise lock
+/// two different files of this name.
 const FILE: &str = ".lock";
 
-/// A folder that is locked, as long as this lives. The system gives the lock back when the process ends,
-/// however it ends.
+/// A locked folder. Dropping it releases the lock. The system releases it when the process ends, also
+/// after a crash.
 #[derive(Debug)]
 pub struct Lock {
     _file: File,
 }
 
-/// Why a folder cannot be locked.
+/// Why a folder could not be locked.
 #[derive(Debug)]
 pub enum LockError {
-    /// By whom it is.
+    /// It is locked already, by this process.
     Held(String),
-    /// What the system says.
+    /// The system's error.
     Io(io::Error),
 }
 
 impl Lock {
     /// Locks a folder, without waiting.
     ///
-    /// A file system that knows no locks (some network ones) gets a warning and no lock.
+    /// On a file system without locks (some network ones) it logs a warning and does not lock.
     ///
     /// # Errors
     ///
-    /// [`LockError::Held`] by another process, and by another lock of this one.
+    /// [`LockError::Held`] if another process, or another lock of this process, holds the folder.
     pub fn acquire(folder: &Path) -> Result<Self, LockError> {
         let path = folder.join(FILE);
         let mut options = OpenOptions::new();
@@ -39,7 +39,7 @@ impl Lock {
         let mut file = options.open(&path).map_err(LockError::Io)?;
         match file.try_lock() {
             Ok(()) => {
-                // For people and for the message of the other run; nothing depends on it.
+                // For people, and for the message of the other run. Nothing else depends on it.
                 let note = format!("process {}\n", std::process::id());
                 let noted = file
                     .set_len(0)
@@ -52,7 +52,7 @@ impl Lock {
             }
             Err(TryLockError::WouldBlock) => {
                 let mut note = String::new();
-                // Windows does not let others read a locked file.
+                // On Windows, other processes cannot read a locked file.
                 let _ = (&mut file).take(100).read_to_string(&mut note);
                 let holder = match note.trim() {
                     "" => "another process".into(),
@@ -62,7 +62,7 @@ impl Lock {
             }
             Err(TryLockError::Error(error)) if error.kind() == io::ErrorKind::Unsupported => {
                 log::warn!(
-                    "{}: this file system has no locks; see to it that no other run writes here",
+                    "{}: this file system has no locks; make sure that no other run writes here",
                     folder.display()
                 );
                 Ok(Self { _file: file })

@@ -1,4 +1,4 @@
-//! `trainer combine`: one adapter from several, with weights.
+//! `trainer combine`: makes one adapter from several, with weights.
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -12,22 +12,22 @@ use peft::{
 };
 use terminal::Screen;
 
-/// Which adapters, and how.
+/// The command's arguments.
 #[derive(Debug, Clone, Args)]
 pub struct CombineArgs {
-    /// A PEFT adapter and how much of it, as in runs/a/adapter=0.7; for each adapter
+    /// A PEFT adapter and its weight, such as runs/a/adapter=0.7; repeat for each adapter
     #[arg(long = "adapter", value_name = "DIR=WEIGHT", required = true)]
     pub adapters: Vec<Share>,
-    /// cat is the exact sum, with all ranks; linear and svd keep fewer, as PEFT's combination types do
+    /// PEFT's combination type: cat is the exact sum, and its rank is the sum of the ranks; linear and svd keep a lower rank
     #[arg(long = "type", value_name = "TYPE", default_value = "cat")]
     pub combination: Combination,
-    /// The rank that svd keeps; the largest of the adapters' without it
+    /// The rank that svd keeps [default: the largest rank of the adapters]
     #[arg(long, value_name = "RANK")]
     pub svd_rank: Option<usize>,
-    /// Where the new adapter goes
+    /// The folder of the new adapter
     #[arg(long, value_name = "DIR")]
     pub output: PathBuf,
-    /// Take the place of an adapter that is in the output folder
+    /// Replace an adapter in the output folder
     #[arg(long)]
     pub overwrite: bool,
 }
@@ -45,7 +45,7 @@ impl FromStr for Share {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        let wrong = || "must have the form DIR=WEIGHT, as in runs/a/adapter=0.7".to_string();
+        let wrong = || "must have the form DIR=WEIGHT, such as runs/a/adapter=0.7".to_string();
         let (folder, weight) = text.rsplit_once('=').ok_or_else(wrong)?;
         let weight: f64 = weight.trim().parse().map_err(|_| wrong())?;
         if weight.is_finite() && !folder.is_empty() {
@@ -59,7 +59,7 @@ impl FromStr for Share {
     }
 }
 
-/// Why there is no combined adapter.
+/// Why adapters cannot be combined.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // Each variant carries the error of the part that failed.
 pub enum CombineCommandError {
@@ -77,10 +77,10 @@ pub enum CombineCommandError {
         folder: PathBuf,
         source: AdapterError,
     },
-    #[error("{} holds an adapter already; --overwrite takes its place", .0.display())]
+    #[error("{} already holds an adapter; --overwrite replaces it", .0.display())]
     Exists(PathBuf),
     #[error(
-        "--svd-rank is for --type svd; cat keeps all ranks and linear those that the adapters have"
+        "--svd-rank is for --type svd; cat adds up the ranks, and linear keeps the adapters' rank"
     )]
     SvdRank,
 }
@@ -89,7 +89,7 @@ pub enum CombineCommandError {
 ///
 /// # Errors
 ///
-/// An adapter that cannot be read or combined, by its folder; an output folder that holds one already.
+/// An adapter that cannot be read or combined, by its folder; an output folder that already holds one.
 pub fn run(args: &CombineArgs, screen: &Screen) -> Result<(), CombineCommandError> {
     if args.svd_rank.is_some() && args.combination != Combination::Svd {
         return Err(CombineCommandError::SvdRank);

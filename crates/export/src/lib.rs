@@ -1,8 +1,8 @@
-//! Other files from adapters and models.
+//! Exports adapters and models.
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`merge`] | adapters merged into whole models, and taken out of them again |
+//! | [`merge`] | merging adapters into models, and taking them out again |
 //! | [`combine`] | one adapter from several |
 //! | [`gguf`] | models and adapters for llama.cpp |
 

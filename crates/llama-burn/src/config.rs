@@ -9,7 +9,7 @@ use crate::gguf::{self, GgufError, GgufFile};
 use crate::limited::{self, LARGEST_SETTINGS};
 use crate::rope_scaling::{self, RopeScaling};
 use crate::unsupported;
-use crate::weights::Weights;
+use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Weights};
 
 /// What is wrong with a `config.json`.
 #[derive(Debug, thiserror::Error)]
@@ -230,7 +230,7 @@ impl LlamaConfig {
     /// Every tensor of the checkpoint, by Hugging Face's name and shape (linear weights `[out, in]`).
     pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let (vocab, hidden) = (self.vocab_size, self.hidden_size);
-        let mut shapes = vec![("model.embed_tokens.weight".to_string(), vec![vocab, hidden])];
+        let mut shapes = vec![(EMBEDDING_WEIGHT.to_string(), vec![vocab, hidden])];
         for layer in 0..self.num_hidden_layers {
             let prefix = format!("model.layers.{layer}");
             for (name, d_in, d_out, bias) in self.layer_linears() {
@@ -245,7 +245,7 @@ impl LlamaConfig {
         }
         shapes.push(("model.norm.weight".into(), vec![hidden]));
         if !self.tie_word_embeddings {
-            shapes.push(("lm_head.weight".into(), vec![vocab, hidden]));
+            shapes.push((HEAD_WEIGHT.into(), vec![vocab, hidden]));
         }
         shapes
     }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `config` | [`LlamaConfig`] from `config.json` |
 //! | `weights`, `load` | safetensors, one tensor at a time, quantized as they come |
+//! | [`floats`] | f32, f16 and bf16 from bytes |
 //! | [`gguf`] | llama.cpp's files: read as they are, and written |
 //! | `packed` | sequences packed into one, each attending within itself |
 //! | `model`, `decoder_layer`, `attention`, `mlp`, `rms_norm`, `vocab_table` | the parts and their parameters, with Hugging Face's names |
@@ -21,6 +22,7 @@ mod attention;
 mod autodiff;
 mod config;
 mod decoder_layer;
+pub mod floats;
 pub mod gguf;
 mod head_adapter;
 mod kv_cache;
@@ -57,4 +59,6 @@ pub use rope::inverse_frequencies;
 pub use rope_scaling::{RopeScaling, Yarn};
 pub use token_rows::TokenRows;
 pub use vocab_table::{PIECE_BYTES, VocabTable};
-pub use weights::{MAPPED_BYTES, Stored, Weights, WeightsError, weight_files};
+pub use weights::{
+    EMBEDDING_WEIGHT, HEAD_WEIGHT, MAPPED_BYTES, Stored, Weights, WeightsError, weight_files,
+};

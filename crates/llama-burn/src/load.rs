@@ -10,7 +10,7 @@ use lora_core::LoraLinear;
 
 use crate::gguf::IntegerTensor;
 use crate::model::decoder_layer;
-use crate::weights::Stored;
+use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Stored};
 use crate::{Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
 
 /// How weights are stored.
@@ -95,7 +95,7 @@ pub fn load(
         total: shapes.len(),
     };
     let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-    let embed_tokens = loader.table("model.embed_tokens.weight", vocab, hidden)?;
+    let embed_tokens = loader.table(EMBEDDING_WEIGHT, vocab, hidden)?;
     let mut layers = Vec::with_capacity(config.num_hidden_layers);
     for index in 0..config.num_hidden_layers {
         let prefix = format!("model.layers.{index}");
@@ -116,10 +116,7 @@ pub fn load(
     let quantize_head = options.quantize_lm_head && options.quantization != Quantization::None;
     let (lm_head, quantized_lm_head) = match (config.tie_word_embeddings, quantize_head) {
         (true, _) => (None, Vec::new()),
-        (false, false) => (
-            Some(loader.table("lm_head.weight", vocab, hidden)?),
-            Vec::new(),
-        ),
+        (false, false) => (Some(loader.table(HEAD_WEIGHT, vocab, hidden)?), Vec::new()),
         (false, true) => (None, loader.quantized_head(vocab, hidden)?),
     };
     Ok(Llama {
@@ -233,7 +230,7 @@ impl Loader<'_> {
         vocab: usize,
         hidden: usize,
     ) -> Result<Vec<LoraLinear>, LoadError> {
-        let name = "lm_head.weight";
+        let name = HEAD_WEIGHT;
         // Whole blocks in every piece but perhaps the last.
         let rows =
             VocabTable::rows_per_piece(hidden, 4, self.device).next_multiple_of(lora_core::BLOCK);

@@ -5,7 +5,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::cpu;
 use lora_core::LoraLinear;
 
-use crate::{Llama, VocabTable};
+use crate::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Llama, VocabTable};
 
 impl Llama {
     /// Gives the output layer a table of its own where it is tied to the embedding. No copy is made until
@@ -25,12 +25,12 @@ impl Llama {
     pub fn set_tensor(&mut self, name: &str, values: Vec<f32>) -> bool {
         let (device, dtype) = (self.device(), self.dtype());
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
-        if name == "model.embed_tokens.weight" || name == "lm_head.weight" {
+        if name == EMBEDDING_WEIGHT || name == HEAD_WEIGHT {
             if values.len() != vocab * hidden {
                 return false;
             }
             let table = table(&values, hidden, dtype, &device);
-            if name == "lm_head.weight" {
+            if name == HEAD_WEIGHT {
                 self.quantized_lm_head = Vec::new();
                 self.lm_head = Some(table);
             } else {

@@ -9,6 +9,7 @@ use burn_store::{ModuleStore, SafetensorsStore};
 use half::{bf16, f16};
 
 use crate::LlamaConfig;
+use crate::floats::{first_not_finite, halves, to_f32};
 use crate::gguf::{self, GgufError, GgufFile, IntegerTensor, Rows, TensorKind};
 use crate::limited::{self, LARGEST_TABLE, clipped};
 
@@ -113,8 +114,10 @@ pub struct Weights {
     gguf: Option<Gguf>,
 }
 
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+/// Hugging Face's name of the embedding's weight.
+pub const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
+/// Hugging Face's name of the output layer's weight.
+pub const HEAD_WEIGHT: &str = "lm_head.weight";
 
 /// An open GGUF file.
 struct Gguf {
@@ -249,14 +252,15 @@ impl Weights {
         let Ok(mut weights) = Self::open(folder) else {
             return false;
         };
-        let [embedding, head] = [EMBEDDING, HEAD].map(|name| weights.tensors.get(name).cloned());
+        let [embedding, head] =
+            [EMBEDDING_WEIGHT, HEAD_WEIGHT].map(|name| weights.tensors.get(name).cloned());
         let (Some((_, embedding)), Some((_, head))) = (embedding, head) else {
             return false;
         };
         if embedding != head || weights.gguf.is_some() {
             return false;
         }
-        match (weights.bytes(EMBEDDING), weights.bytes(HEAD)) {
+        match (weights.bytes(EMBEDDING_WEIGHT), weights.bytes(HEAD_WEIGHT)) {
             (Ok((embedding, a)), Ok((head, b))) => a != b || embedding[..] != head[..],
             _ => false,
         }
@@ -290,9 +294,9 @@ impl Weights {
             }
         }
         let known: BTreeSet<&str> = expected.iter().map(|(name, _)| name.as_str()).collect();
-        let table = self.tensors.get(EMBEDDING).map(|(_, shape)| shape);
+        let table = self.tensors.get(EMBEDDING_WEIGHT).map(|(_, shape)| shape);
         let tolerated = |name: &str, shape: &Vec<usize>| {
-            name.ends_with("rotary_emb.inv_freq") || name == HEAD && Some(shape) == table
+            name.ends_with("rotary_emb.inv_freq") || name == HEAD_WEIGHT && Some(shape) == table
         };
         for (name, (_, shape)) in &self.tensors {
             if !known.contains(name.as_str()) && !tolerated(name, shape) {
@@ -465,7 +469,7 @@ fn wrong_type(name: &str, dtype: &str) -> WeightsError {
 }
 
 fn check_finite(name: &str, values: impl Iterator<Item = f32>) -> Result<(), WeightsError> {
-    match values.enumerate().find(|(_, value)| !value.is_finite()) {
+    match first_not_finite(values) {
         Some((index, value)) => Err(WeightsError::NotFinite {
             name: name.into(),
             index,
@@ -478,23 +482,6 @@ fn check_finite(name: &str, values: impl Iterator<Item = f32>) -> Result<(), Wei
 /// Compared by name: burn-pack's type list is its own.
 fn is(dtype: &str, wanted: DType) -> bool {
     dtype.eq_ignore_ascii_case(&format!("{wanted:?}"))
-}
-
-fn halves<T>(bytes: &[u8], value: fn([u8; 2]) -> T) -> Vec<T> {
-    bytes.as_chunks::<2>().0.iter().map(|b| value(*b)).collect()
-}
-
-fn to_f32(bytes: &[u8], dtype: &str) -> Option<Vec<f32>> {
-    if is(dtype, DType::F32) {
-        let values = bytes.as_chunks::<4>().0.iter();
-        Some(values.map(|b| f32::from_le_bytes(*b)).collect())
-    } else if is(dtype, DType::F16) {
-        Some(halves(bytes, |b| f16::from_le_bytes(b).to_f32()))
-    } else if is(dtype, DType::BF16) {
-        Some(halves(bytes, |b| bf16::from_le_bytes(b).to_f32()))
-    } else {
-        None
-    }
 }
 
 /// The weight files of a model folder: `model.safetensors`, else those that its index names.

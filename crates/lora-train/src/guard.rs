@@ -2,32 +2,35 @@
 
 use std::any::Any;
 use std::backtrace::Backtrace;
-use std::cell::RefCell;
 use std::fmt;
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
+use std::path::{Component, Path};
 use std::sync::{Arc, Mutex, PoisonError};
 
-use data::contained;
+use panics::{Panic, Watch};
 
 /// What went wrong on the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceFault {
     /// What it means for the run.
     pub kind: FaultKind,
-    /// The device's own words, in one line.
+    /// The device's message, in one line.
     pub message: String,
 }
 
 /// What a failure means for the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultKind {
-    /// The device's memory was too small. It works on.
+    /// The device's memory was too small. The device still works.
     OutOfMemory,
-    /// One tensor is larger than the device takes at all, however much memory is free.
+    /// One tensor is larger than the device's limit for a buffer, however much memory is free.
     TooLargeTensor,
     /// The device is gone: reset by its driver, unplugged, poisoned by a kernel.
     Lost,
-    /// Something else, perhaps an error in this program.
+    /// CubeCL could not compile a kernel. While kernels are tuned this only removes a candidate, so
+    /// that the same work succeeds when it is repeated.
+    KernelCompilation,
+    /// Another failure, perhaps an error in this program.
     Other,
 }
 
@@ -37,6 +40,7 @@ impl fmt::Display for DeviceFault {
             FaultKind::OutOfMemory => "the device's memory is too small",
             FaultKind::TooLargeTensor => "a tensor is larger than this device takes",
             FaultKind::Lost => "the device was lost",
+            FaultKind::KernelCompilation => "a kernel could not be compiled",
             FaultKind::Other => "the computation failed",
         };
         write!(f, "{what}: {}", self.message)
@@ -46,11 +50,11 @@ impl fmt::Display for DeviceFault {
 impl std::error::Error for DeviceFault {}
 
 impl DeviceFault {
-    /// A fault with these words.
+    /// The fault that a message describes.
     pub fn new(message: &str) -> Self {
-        // Errors come with their backtraces, which say nothing to a user.
+        // Errors come with their backtraces, which do not help a user.
         let message = message.split("Backtrace").next().unwrap_or(message);
-        // A read quotes what failed behind everything that failed because of it.
+        // A read quotes the cause after everything that failed because of it.
         let cause = message.find("can't allocate buffer of size");
         let message = cause.map_or(message, |at| &message[at..]);
         Self {
@@ -60,13 +64,13 @@ impl DeviceFault {
     }
 }
 
-/// The words by which CubeCL's and the drivers' errors are told apart (cubecl-runtime's `IoError`,
-/// `LaunchError` and `DevicePoison`, CUDA's result codes, wgpu's `Error`).
+/// Classifies the messages of CubeCL and of drivers (cubecl-runtime's `IoError`, `LaunchError` and
+/// `DevicePoison`, CUDA's result codes, wgpu's `Error`).
 ///
-/// On WGSL nothing of this is a result: wgpu hands an allocation that fails to its handler of uncaptured errors,
-/// where CubeCL panics on the device's thread ("wgpu error: Out of Memory"). CubeCL's `BufferTooBig` ("can't
-/// allocate buffer of size") and wgpu's validation errors name a limit on one buffer, which smaller micro-batches
-/// need not cure: that is no lack of memory.
+/// On WGSL none of them is a `Result`: wgpu reports a failed allocation to its handler of uncaptured errors, where
+/// CubeCL panics on the device's thread ("wgpu error: Out of Memory"). CubeCL's `BufferTooBig` ("can't allocate
+/// buffer of size") and wgpu's validation errors name a limit on one buffer. That is not a lack of memory, and
+/// smaller micro-batches need not help.
 fn kind(message: &str) -> FaultKind {
     let message = message.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| message.contains(word));
@@ -103,39 +107,81 @@ fn in_one_line(message: &str) -> String {
     }
 }
 
-/// As long as it lives, panics are kept instead of reported; [`run`](Self::run) gives them back.
-///
-/// Burn's backends work on threads of their own, where CubeCL catches a task's panic and logs it: the work goes on
-/// without what the task should have done. Where something waits for such a task, the caller's panic is only "the
-/// channel is closed", and the first panic seen is the one that says what went wrong.
-///
-/// Two kinds of panics are not counted. Those of other people's parsers are caught on purpose
-/// ([`data::contained`]). Those in the definition of a kernel become an error of its outputs, which the
-/// next read gives (cubecl-runtime, `define_kernel`), or, while kernels are tuned, only strike out a candidate.
-pub struct Guard {
-    seen: Arc<Mutex<Vec<String>>>,
-    reporting: RefCell<Option<Box<Hook>>>,
+impl From<&Panic> for DeviceFault {
+    fn from(panic: &Panic) -> Self {
+        let mut fault = Self::new(&panic.message);
+        let compiler = panic.file.as_deref().is_some_and(is_kernel_compiler);
+        // A device that is lost while a kernel is compiled is lost all the same.
+        if fault.kind == FaultKind::Other && compiler {
+            fault.kind = FaultKind::KernelCompilation;
+        }
+        fault
+    }
 }
 
-type Hook = dyn Fn(&PanicHookInfo<'_>) + Sync + Send + 'static;
+/// The parts of CubeCL that turn a kernel's definition into a program for the device: the name of
+/// the crate without its version, and the folder in it.
+///
+/// Parts that also run tasks on the device are not listed, because their panics may be anything.
+const KERNEL_COMPILER: [(&str, &str); 10] = [
+    ("cubecl-core", "src/codegen"),
+    ("cubecl-core", "src/frontend"),
+    ("cubecl-core", "src/post_processing"),
+    ("cubecl-cpp", "src"),
+    ("cubecl-ir", "src"),
+    ("cubecl-llvm", "src"),
+    ("cubecl-opt", "src"),
+    ("cubecl-spirv", "src"),
+    ("cubecl-wgpu", "src/compiler"),
+    // The framework of CubeCL's intermediate representation.
+    ("pliron", "src"),
+];
+
+/// Whether a source file is part of CubeCL's compiler. The path of a panic survives stripping, the
+/// names in a backtrace do not.
+fn is_kernel_compiler(file: &str) -> bool {
+    // A path of the machine that built the program, which may be another system.
+    let file = file.replace('\\', "/");
+    KERNEL_COMPILER.iter().any(|(name, folder)| {
+        let mut parts = Path::new(&file).components();
+        let in_crate = |part: Component<'_>| {
+            let part = part.as_os_str().to_str().unwrap_or_default();
+            let version = part.strip_prefix(name).and_then(|v| v.strip_prefix('-'));
+            version.is_some_and(|version| version.starts_with(|c: char| c.is_ascii_digit()))
+        };
+        parts.any(in_crate) && parts.as_path().starts_with(folder)
+    })
+}
+
+/// As long as it lives, panics are collected instead of printed; [`run`](Self::run) returns them.
+///
+/// Burn's backends work on threads of their own, where CubeCL catches a task's panic and logs it. The
+/// program then continues without the results of that task. Where something waits for such a task, the
+/// caller's panic is only "the channel is closed": the first panic seen is the cause.
+///
+/// Two kinds of panics are not counted. Those of other crates' parsers are caught on purpose
+/// ([`data::contained`]). Those in the definition of a kernel become an error of its outputs, which the
+/// next read returns (cubecl-runtime, `define_kernel`), or, while kernels are tuned, only remove a candidate.
+pub struct Guard {
+    seen: Arc<Mutex<Vec<Panic>>>,
+    _watch: Watch,
+}
 
 impl Guard {
     /// Takes over the process's panics.
     pub fn install() -> Self {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let seen_by_hook = Arc::clone(&seen);
-        let reporting = panic::take_hook();
-        panic::set_hook(Box::new(move |info: &PanicHookInfo<'_>| {
+        let watch = panics::watch(move |info| {
             log::debug!("{info}");
-            if contained::is_inside() || defines_a_kernel(info) {
-                return;
+            if !defines_a_kernel(info) {
+                let mut seen = seen_by_hook.lock().unwrap_or_else(PoisonError::into_inner);
+                seen.push(Panic::of(info));
             }
-            let mut seen = seen_by_hook.lock().unwrap_or_else(PoisonError::into_inner);
-            seen.push(words(info.payload()).to_string());
-        }));
+        });
         Self {
             seen,
-            reporting: RefCell::new(Some(reporting)),
+            _watch: watch,
         }
     }
 
@@ -143,7 +189,7 @@ impl Guard {
     ///
     /// # Errors
     ///
-    /// If something panicked since the last call, on whatever thread and even if `work` came to its end: a task of
+    /// If something panicked since the last call, on any thread and even if `work` returned: a task of
     /// the device that was not done leaves wrong numbers behind. What `work` was changing is then in an unknown state.
     pub fn run<T>(&self, work: impl FnOnce() -> T) -> Result<T, DeviceFault> {
         let outcome = panic::catch_unwind(AssertUnwindSafe(work));
@@ -151,13 +197,34 @@ impl Guard {
         let first = seen.drain(..).next();
         match (outcome, first) {
             (Ok(value), None) => Ok(value),
-            (_, Some(message)) => Err(DeviceFault::new(&message)),
-            (Err(payload), None) => Err(DeviceFault::new(words(payload.as_ref()))),
+            (_, Some(panic)) => Err(DeviceFault::from(&panic)),
+            (Err(payload), None) => Err(DeviceFault::new(&words(payload))),
         }
     }
 
-    /// Runs `work` and forgets what panicked before and in it: for what is still on its way after a failure that
-    /// was dealt with.
+    /// As [`run`](Self::run), and once more after `wait` if a kernel could not be compiled: the tuning
+    /// that tried it has dropped it by then. `wait` waits for what the device still has to do.
+    ///
+    /// # Errors
+    ///
+    /// As [`run`](Self::run), of the second attempt if there was one.
+    pub fn run_repeatable<T>(
+        &self,
+        work: impl Fn() -> T,
+        wait: impl FnOnce(),
+    ) -> Result<T, DeviceFault> {
+        match self.run(&work) {
+            Err(fault) if fault.kind == FaultKind::KernelCompilation => {
+                log::warn!("{fault}; computing it once more");
+                self.settle(wait);
+                self.run(&work)
+            }
+            outcome => outcome,
+        }
+    }
+
+    /// Runs `work` and forgets what panicked before and in it: for what is still under way after a
+    /// failure that was dealt with.
     pub fn settle(&self, work: impl FnOnce()) {
         if let Err(fault) = self.run(work) {
             log::debug!("after a failure: {fault}");
@@ -165,16 +232,7 @@ impl Guard {
     }
 }
 
-impl Drop for Guard {
-    fn drop(&mut self) {
-        // A thread that panics may not touch the hook.
-        if let Some(reporting) = self.reporting.take().filter(|_| !std::thread::panicking()) {
-            panic::set_hook(reporting);
-        }
-    }
-}
-
-/// Whether a panic comes out of a kernel's definition. Nothing else tells: CubeCL catches it without a mark.
+/// Whether a panic comes from a kernel's definition. CubeCL catches it without a mark, so only its place shows it.
 fn defines_a_kernel(info: &PanicHookInfo<'_>) -> bool {
     let in_kernels = |file: &str| file.contains("/cubek-") || file.contains("\\cubek-");
     if info
@@ -189,12 +247,8 @@ fn defines_a_kernel(info: &PanicHookInfo<'_>) -> bool {
         .any(|name| trace.contains(name))
 }
 
-fn words(payload: &dyn Any) -> &str {
-    payload
-        .downcast_ref::<&str>()
-        .copied()
-        .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
-        .unwrap_or("it panicked without a message")
+fn words(payload: Box<dyn Any + Send>) -> String {
+    panics::message(payload.as_ref())
 }
 
 #[cfg(test)]
@@ -238,5 +292,89 @@ mod tests {
         }
         let long = DeviceFault::new(&"é ".repeat(1000));
         assert_eq!(long.message.chars().count(), 301);
+    }
+
+    fn panic(message: &str, file: &str) -> Panic {
+        Panic {
+            message: message.into(),
+            file: Some(file.into()),
+        }
+    }
+
+    #[test]
+    fn a_panic_of_cubecls_compiler_is_told_by_its_file() {
+        const REGISTRY: &str = "/root/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f";
+        let kind = |file: &str| {
+            let message = "Expected op cube.copy v0 to implement UnrollOp";
+            DeviceFault::from(&panic(message, file)).kind
+        };
+        for file in [
+            "cubecl-core-0.11.3/src/post_processing/unroll.rs",
+            "cubecl-opt-0.11.3/src/passes/mod.rs",
+            "cubecl-wgpu-0.11.3/src/compiler/wgsl/to_wgsl.rs",
+            "pliron-0.19.0/src/op.rs",
+        ] {
+            let path = format!("{REGISTRY}/{file}");
+            assert_eq!(kind(&path), FaultKind::KernelCompilation, "{file}");
+            let windows = format!("C:\\Users\\x\\registry\\{}", file.replace('/', "\\"));
+            assert_eq!(kind(&windows), FaultKind::KernelCompilation, "{windows}");
+        }
+        for file in [
+            "cubecl-core-0.11.3/src/compute/launcher.rs",
+            "cubecl-wgpu-0.11.3/src/compute/server.rs",
+            "cubecl-runtime-0.11.3/src/client.rs",
+            "cubecl-cuda-0.11.3/src/compute/server.rs",
+            "pliron-llvm-0.19.0/src/lib.rs",
+            "my-cubecl-opt-1/src/lib.rs",
+        ] {
+            assert_eq!(
+                kind(&format!("{REGISTRY}/{file}")),
+                FaultKind::Other,
+                "{file}"
+            );
+        }
+        assert_eq!(kind("crates/lora-train/src/step.rs"), FaultKind::Other);
+        // What the message says counts more.
+        let lost = panic(
+            "the device was lost",
+            &format!("{REGISTRY}/cubecl-core-0.11.3/src/codegen/compiler.rs"),
+        );
+        assert_eq!(DeviceFault::from(&lost).kind, FaultKind::Lost);
+    }
+
+    /// A guard that is told of `faults`, one before each attempt, as if the device had panicked.
+    fn attempts(faults: &[&str]) -> (Result<usize, DeviceFault>, usize) {
+        use std::cell::Cell;
+
+        let guard = Guard::install();
+        let (tried, waited) = (Cell::new(0), Cell::new(0));
+        let work = || {
+            let attempt = tried.get();
+            tried.set(attempt + 1);
+            if let Some(file) = faults.get(attempt) {
+                let panic = panic("it failed", file);
+                guard.seen.lock().unwrap().push(panic);
+            }
+            attempt
+        };
+        let outcome = guard.run_repeatable(work, || waited.set(waited.get() + 1));
+        assert_eq!(waited.get() + 1, tried.get(), "it waits between attempts");
+        (outcome, tried.get())
+    }
+
+    #[test]
+    fn work_is_repeated_once_if_a_kernel_could_not_be_compiled() {
+        const COMPILER: &str = "/cubecl-core-0.11.3/src/post_processing/unroll.rs";
+        assert_eq!(attempts(&[]), (Ok(0), 1));
+        assert_eq!(attempts(&[COMPILER]), (Ok(1), 2));
+        let (outcome, tried) = attempts(&[COMPILER, COMPILER, COMPILER]);
+        assert_eq!(outcome.unwrap_err().kind, FaultKind::KernelCompilation);
+        assert_eq!(tried, 2);
+        // Any other failure is final.
+        let (outcome, tried) = attempts(&["crates/lora-train/src/step.rs"]);
+        assert_eq!(outcome.unwrap_err().kind, FaultKind::Other);
+        assert_eq!(tried, 1);
+        let (outcome, _) = attempts(&[COMPILER, "crates/lora-train/src/step.rs"]);
+        assert_eq!(outcome.unwrap_err().kind, FaultKind::Other);
     }
 }

@@ -134,7 +134,8 @@ impl<'a> Session<'a> {
         work: impl Fn(&Self) -> T,
     ) -> Result<T, TrainError> {
         loop {
-            let fault = match self.guard.run(|| work(self)) {
+            let wait = || drop(self.selected.device.sync());
+            let fault = match self.guard.run_repeatable(|| work(self), wait) {
                 Ok(value) => return Ok(value),
                 Err(fault) => fault,
             };
@@ -259,6 +260,10 @@ impl<'a> Session<'a> {
             FaultKind::Lost => "This is the driver's doing, or the machine's: another program, \
                                 overheating, sleep"
                 .to_string(),
+            FaultKind::KernelCompilation => {
+                "Another backend or dtype compiles other kernels; RUST_LOG=debug prints more"
+                    .to_string()
+            }
             FaultKind::Other => {
                 "This is probably an error in the trainer; RUST_LOG=debug tells more".to_string()
             }

@@ -1,8 +1,8 @@
-//! Whether an adapter is one for a model: its tensors against the model's shapes, before anything is made.
+//! Checks an adapter's tensors against a model's shapes, before anything is created.
 
 use std::collections::BTreeMap;
 
-use llama_burn::LlamaConfig;
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig};
 use lora_core::{Bias, LoraConfig, TargetModules};
 
 use super::tensors::{EMBEDDING, bias_name, saved_whole};
@@ -10,12 +10,10 @@ use super::{AdapterError, AdapterTensors, magnitude_name, tensor_names};
 
 /// The output layer's module.
 pub(super) const HEAD: &str = "lm_head";
-pub(super) const HEAD_WEIGHT: &str = "lm_head.weight";
-pub(super) const EMBEDDING_WEIGHT: &str = "model.embed_tokens.weight";
 const PREFIX: &str = "base_model.model.";
 
-/// Every module of `model` that an adapter can be on, with `[d_in, d_out]`: the linear ones, the embedding
-/// and the output layer, which is a module of its own where it is tied as well.
+/// Every module of `model` that can have an adapter, with `[d_in, d_out]`: the linear ones, the embedding
+/// and the output layer. The output layer is a separate module even if it is tied.
 fn widths(model: &LlamaConfig) -> BTreeMap<String, [usize; 2]> {
     let (vocab, hidden) = (model.vocab_size, model.hidden_size);
     let layers = (0..model.num_hidden_layers).flat_map(|layer| {
@@ -32,26 +30,27 @@ fn widths(model: &LlamaConfig) -> BTreeMap<String, [usize; 2]> {
 }
 
 impl AdapterTensors {
-    /// Checks that these are the tensors that `lora` asks for on `model`, and of the right shapes.
+    /// Checks that the tensors are those that `lora` selects on `model`, with the right shapes.
     ///
     /// # Errors
     ///
-    /// A selected module whose tensors are missing, a tensor that no selected module has, or one of
-    /// another shape, by PEFT's name; an invalid `lora`, one that selects nothing, or an entry of it that matches nothing.
+    /// A selected module whose tensors are missing, a tensor that no selected module has, or a tensor of
+    /// another shape, by PEFT's name. A `lora` that is invalid, that selects nothing, or one of whose entries matches
+    /// nothing.
     pub fn check(&self, model: &LlamaConfig, lora: &LoraConfig) -> Result<(), AdapterError> {
         lora.validate()?;
         let selector = lora.selector()?;
         let widths = widths(model);
         let names: Vec<&str> = widths.keys().map(String::as_str).collect();
         selector.check(lora, &names)?;
-        // "all-linear" is about linear modules; the selector knows names only.
+        // "all-linear" excludes the embedding; the selector only knows names.
         let linear_only = lora.target_modules == TargetModules::AllLinear;
         let matched = |module: &str| {
             widths.contains_key(module)
                 && !(linear_only && module == EMBEDDING)
                 && selector.matches(module)
         };
-        // PEFT puts the factors of the one, turned, on the other as well; both are in the file.
+        // PEFT also puts the transposed factors of one table on the other. The file holds both.
         let tied = lora.ensure_weight_tying
             && model.tie_word_embeddings
             && (matched(EMBEDDING) || matched(HEAD));
@@ -61,8 +60,9 @@ impl AdapterTensors {
             return Err(AdapterError::Config {
                 field: "lora_bias".into(),
                 got: "true".into(),
-                expected: "false where the embedding or lm_head is a target: neither has a bias"
-                    .into(),
+                expected:
+                    "false if the embedding or lm_head is a target, because neither has a bias"
+                        .into(),
             });
         }
         if let Some(module) = self.modules.keys().find(|module| !selected(module)) {
@@ -77,7 +77,7 @@ impl AdapterTensors {
             let Some(pair) = self.modules.get(module) else {
                 return Err(AdapterError::Missing { name: a_name });
             };
-            // Named and shaped as in the file, where the matrices are transposed.
+            // The names and shapes are those of the file, where the matrices are transposed.
             let r = selector.r(module);
             if (pair.r, pair.d_in) != (r, *d_in) {
                 let got = [pair.r, pair.d_in];
@@ -104,13 +104,13 @@ impl AdapterTensors {
         let whole = self.check_whole(model, lora)?;
         let tokens = self.check_token_rows(model, lora)?;
         if self.modules.is_empty() && whole == 0 && tokens == 0 {
-            // Counting says what there would be.
+            // The count's error names what could be adapted.
             model.count(lora, lora_core::Quantization::None, 4)?;
         }
         Ok(())
     }
 
-    /// Checks the tensors that take the base model's place; gives how many the settings ask for.
+    /// Checks the tensors that replace the base model's. Returns how many the settings select.
     fn check_whole(&self, model: &LlamaConfig, lora: &LoraConfig) -> Result<usize, AdapterError> {
         let mut shapes: BTreeMap<String, Vec<usize>> = model.tensor_shapes().into_iter().collect();
         let table = vec![model.vocab_size, model.hidden_size];
@@ -153,8 +153,8 @@ impl AdapterTensors {
         Ok(asked)
     }
 
-    /// Whether the output layer is no longer the embedding once this adapter is on `model`, whose two are
-    /// one table: a model with the adapter merged then needs a `lm_head.weight` of its own.
+    /// Whether this adapter makes the output layer of a tied model differ from its embedding. A merged model then
+    /// needs a `lm_head.weight`.
     pub fn unties(&self, model: &LlamaConfig, lora: &LoraConfig) -> bool {
         let embedding = self.modules.contains_key(EMBEDDING)
             || (self.whole.contains_key(EMBEDDING_WEIGHT) && saved_whole(lora, EMBEDDING_WEIGHT));

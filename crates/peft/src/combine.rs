@@ -1,4 +1,4 @@
-//! One adapter from several with weights: PEFT's `add_weighted_adapter`.
+//! Makes one adapter from several, with weights, as PEFT's `add_weighted_adapter`.
 
 use std::collections::BTreeSet;
 
@@ -8,21 +8,21 @@ use lora_core::{Bias, LoraConfig, LoraError, ModuleSelector, TargetModules};
 use super::svd::best_factors;
 use super::{AdapterConfig, AdapterError, AdapterPair, AdapterTensors};
 
-/// How adapters become one; the names are PEFT's `combination_type`s.
+/// How adapters are combined. The names are PEFT's `combination_type`s.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Combination {
-    /// Exactly the weighted sum of what the adapters add; the ranks add up
+    /// Exactly the weighted sum of the adapters' updates; the ranks add up
     Cat,
-    /// Weighted sums of the factors: PEFT's rough approximation, of the adapters' common rank
+    /// Weighted sums of the factors: PEFT's rough approximation, with the adapters' common rank
     Linear,
     /// The best approximation of the weighted sum with a given rank
     Svd,
 }
 
-/// One of the adapters, and how much of it.
+/// An adapter with its weight.
 #[derive(Debug, Clone)]
 pub struct Weighted {
-    /// Where it is from, for messages.
+    /// Its name in messages.
     pub name: String,
     /// Its settings.
     pub config: AdapterConfig,
@@ -34,20 +34,20 @@ pub struct Weighted {
 
 /// Why adapters cannot be combined.
 #[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)] // The messages say it.
+#[allow(missing_docs)] // The messages are the documentation.
 pub enum CombineError {
     #[error("no adapter is named; write --adapter DIR=WEIGHT for each")]
     Nothing,
     #[error("{name}: the weight is {weight}, which is not a finite number")]
     Weight { name: String, weight: f64 },
     #[error(
-        "{name}: {field} is set, and what it adds is no low-rank product that could be weighted; merge this adapter into its base model instead"
+        "{name}: {field} is set, and its update is not a low-rank product that could be weighted; merge this adapter into its base model instead"
     )]
     Field { name: String, field: &'static str },
-    #[error("{name}: it brings its own {tensor}, which cannot be weighted")]
+    #[error("{name}: it replaces {tensor}, which cannot be weighted")]
     Whole { name: String, tensor: String },
     #[error(
-        "{name}: {module} has {got} inputs and outputs, in an adapter before it {expected}: they are for different models"
+        "{name}: {module} has {got} inputs and outputs, but {expected} in an earlier adapter: they are for different models"
     )]
     Widths {
         name: String,
@@ -56,7 +56,7 @@ pub enum CombineError {
         got: String,
     },
     #[error(
-        "{name}: {module} has rank {got}, in an adapter before it {expected}; \"linear\" needs one rank: use \"cat\" or \"svd\""
+        "{name}: {module} has rank {got}, but {expected} in an earlier adapter; \"linear\" needs equal ranks: use \"cat\" or \"svd\""
     )]
     Rank {
         name: String,
@@ -74,21 +74,21 @@ pub enum CombineError {
     Lora { name: String, source: LoraError },
 }
 
-/// A module's factors with what they are to be multiplied by.
+/// A module's factors, and the number to multiply them by.
 struct Part<'a> {
     pair: &'a AdapterPair,
     /// Weight times scale.
     weight: f64,
 }
 
-/// The adapter whose every module adds `Σ weight·γ·A·B` of the given ones, as far as `combination` keeps it.
-/// Its scale is 1.
+/// Returns the adapter whose modules add `Σ weight·γ·A·B` of the given ones, exactly or approximately,
+/// depending on `combination`. Its scale is 1.
 ///
-/// `svd_rank` is for [`Combination::Svd`]; without one, the largest rank.
+/// `svd_rank` is for [`Combination::Svd`]. `None` means the largest rank.
 ///
 /// # Errors
 ///
-/// Adapters that are no plain LoRAs or not for one model; see [`CombineError`].
+/// [`CombineError`] for adapters that are not plain LoRAs, or not for the same model.
 pub fn combine(
     adapters: &[Weighted],
     combination: Combination,
@@ -182,7 +182,7 @@ fn check(adapter: &Weighted) -> Result<ModuleSelector, CombineError> {
             field,
         });
     }
-    // Embeddings that PEFT saved beside an adapter on them are the base model's; others were changed.
+    // An embedding that PEFT saved beside its adapter is the base model's. Any other was trained.
     let changed = |name: &&String| {
         let module = name
             .rsplit_once('.')
@@ -240,7 +240,7 @@ fn fits(
     }
 }
 
-/// Factors side by side, the weights in A; zeros fill up to `rank`, as in PEFT.
+/// The factors side by side, with the weights in A. Zeros fill up to `rank`, as in PEFT.
 fn concatenated(parts: &[Part], rank: usize) -> AdapterPair {
     let (d_in, d_out) = (parts[0].pair.d_in, parts[0].pair.d_out);
     let mut a = vec![0.0; d_in * rank];
@@ -258,7 +258,8 @@ fn concatenated(parts: &[Part], rank: usize) -> AdapterPair {
     AdapterPair::new(d_in, rank, d_out, a, b)
 }
 
-/// Each factor the sum of the adapters', times the weight's root; a negative one's sign goes to A.
+/// Each factor is the sum of the adapters' factors times the root of the weight. The sign of a negative weight
+/// goes to A.
 fn added(parts: &[Part], rank: usize) -> AdapterPair {
     let (d_in, d_out) = (parts[0].pair.d_in, parts[0].pair.d_out);
     let mut a = vec![0.0; d_in * rank];
@@ -300,7 +301,8 @@ fn decomposed(parts: &[Part], rank: usize) -> AdapterPair {
     }
 }
 
-/// The names that the adapters list where that says it all, else every module by its full name.
+/// The union of the names that the adapters list. If one of them selects modules in another way, every module by
+/// its full name.
 fn targets(adapters: &[Weighted], tensors: &AdapterTensors) -> TargetModules {
     let listed: Option<BTreeSet<&String>> = adapters
         .iter()
@@ -481,6 +483,16 @@ mod tests {
             combine(&[], Combination::Cat, None),
             Err(CombineError::Nothing)
         ));
+    }
+
+    #[test]
+    fn weights_beyond_the_range_of_f32_make_an_adapter_that_is_not_written() {
+        for combination in [Combination::Cat, Combination::Linear, Combination::Svd] {
+            let adapters = [adapter(1, 2, &[Q], 1e300), adapter(2, 2, &[Q], 1.0)];
+            let written = result(&adapters, combination, None).tensors.to_bytes();
+            let error = written.expect_err("it is not finite");
+            assert!(matches!(error, AdapterError::NotFinite { .. }), "{error}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! `adapter_config.json`, as PEFT 0.21 writes and reads it.
+//! Reads and writes `adapter_config.json` as PEFT 0.21 does.
 
 use llama_burn::limited::clipped;
 use lora_core::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
@@ -6,16 +6,16 @@ use serde_json::{Map, Value, json};
 
 use super::AdapterError;
 
-/// What `adapter_config.json` holds: the LoRA's settings and where its base model was.
+/// The content of `adapter_config.json`: the LoRA's settings and the name of its base model.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterConfig {
-    /// Rank, scale, targets, ….
+    /// Rank, scale, target modules and so on.
     pub lora: LoraConfig,
-    /// Folder or Hugging Face name of the base model, where the file says it.
+    /// Folder or Hugging Face name of the base model, if the file contains it.
     pub base_model_name_or_path: Option<String>,
 }
 
-/// Fields that do not change what the adapter computes, whatever they hold.
+/// Fields that do not change what the adapter computes, whatever their value.
 const HARMLESS: [&str; 11] = [
     "auto_mapping",
     "revision",
@@ -25,15 +25,15 @@ const HARMLESS: [&str; 11] = [
     "megatron_core",
     "qalora_group_size",
     "base_model_class",
-    // Where factors wait while they are loaded.
+    // Where factors are kept while they are loaded.
     "runtime_config",
-    // How an initialisation was computed that leaves the base weights alone; others are refused.
+    // Settings of initializations that leave the base weights unchanged. Others are rejected.
     "eva_config",
     "corda_config",
     "lora_ga_config",
 ];
 
-/// Fields that are read, or that are refused with a reason of their own.
+/// Fields that are read, or that are rejected with a specific reason.
 const HANDLED: [&str; 22] = [
     "peft_type",
     "task_type",
@@ -60,7 +60,7 @@ const HANDLED: [&str; 22] = [
 ];
 
 impl AdapterConfig {
-    /// The file's content: every field that PEFT needs to load the adapter unchanged.
+    /// Returns the file's content, with every field that PEFT needs to load the adapter unchanged.
     pub fn to_json(&self) -> Value {
         let lora = &self.lora;
         json!({
@@ -106,20 +106,21 @@ impl AdapterConfig {
         })
     }
 
-    /// Reads the file's content.
+    /// Parses the file's content.
     ///
     /// # Errors
     ///
-    /// [`AdapterError::Config`] names the first field that is missing, has the wrong type, or asks
-    /// for something that would change what the adapter computes and that is not supported here
-    /// (base weights changed by the initialisation, activated or block-diagonal LoRA, …). An unknown field is accepted only while it is off: null, false, or empty.
+    /// [`AdapterError::Config`] names the first field that is missing, that has the wrong type, or that
+    /// would change what the adapter computes in a way that is not supported (base weights changed by the
+    /// initialization, activated or block-diagonal LoRA and so on). An unknown field is accepted only if it is off:
+    /// null, false or empty.
     pub fn from_json(text: &str) -> Result<Self, AdapterError> {
         let value: Value = serde_json::from_str(text).map_err(|error| AdapterError::Json {
             reason: error.to_string(),
         })?;
         let Value::Object(fields) = value else {
             return Err(AdapterError::Json {
-                reason: "the file holds no JSON object".into(),
+                reason: "the file is not a JSON object".into(),
             });
         };
         let fields = Fields(fields);
@@ -128,7 +129,7 @@ impl AdapterConfig {
         let fan = fields.optional("fan_in_fan_out", "true or false", Value::as_bool)?;
         if fan == Some(true) {
             log::warn!(
-                "the adapter's fan_in_fan_out is true, which is for another kind of layer; as in PEFT, a linear layer's is false"
+                "the adapter's fan_in_fan_out is true, which is for other layers; as in PEFT, it is false for linear layers"
             );
         }
         for (field, value) in &fields.0 {
@@ -159,7 +160,7 @@ impl AdapterConfig {
                     "a list of module names, a regular expression, or \"all-linear\"",
                     as_targets,
                 )?
-                // PEFT's for a Llama.
+                // PEFT's default for Llama.
                 .unwrap_or_else(|| {
                     TargetModules::Names(["q_proj", "v_proj"].map(String::from).to_vec())
                 }),
@@ -171,7 +172,7 @@ impl AdapterConfig {
             init: fields
                 .optional(
                     "init_lora_weights",
-                    "true, false, \"gaussian\", \"eva\", \"orthogonal\" or \"mica\": other kinds change the base weights; PEFT's save_pretrained with path_initial_model_for_weight_conversion makes such an adapter a plain one",
+                    "true, false, \"gaussian\", \"eva\", \"orthogonal\" or \"mica\": other initializations change the base weights; PEFT's save_pretrained with path_initial_model_for_weight_conversion converts such an adapter to a plain one",
                     as_init,
                 )?
                 .unwrap_or_default(),
@@ -215,7 +216,7 @@ impl AdapterConfig {
     }
 }
 
-/// PEFT declares `lora_alpha` as an integer; a fraction is written as it is.
+/// PEFT declares `lora_alpha` as an integer. A fraction is written as a float.
 fn number(value: f64) -> Value {
     if value.fract() == 0.0 && value.abs() < 1e15 {
         json!(value as i64)
@@ -273,7 +274,7 @@ fn as_exclusion(value: &Value) -> Option<ExcludeModules> {
     }
 }
 
-/// In the file's order: the first expression that matches counts.
+/// In the order of the file: the first expression that matches is used.
 fn as_pattern<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Vec<(String, T)>> {
     let entries = value.as_object()?.iter();
     entries
@@ -281,7 +282,7 @@ fn as_pattern<T>(value: &Value, read: impl Fn(&Value) -> Option<T>) -> Option<Ve
         .collect()
 }
 
-/// A list is about the embedding.
+/// A list without a name is for the embedding.
 fn as_tokens(value: &Value) -> Option<Vec<(String, Vec<usize>)>> {
     let tokens = |value: &Value| value.as_array()?.iter().map(as_index).collect();
     match value {
@@ -302,7 +303,7 @@ fn as_bias(value: &Value) -> Option<Bias> {
 
 fn as_init(value: &Value) -> Option<Init> {
     match value {
-        // How the factors started does not matter once they are in a file, as long as only they did.
+        // The initialization of the factors does not matter for an adapter that is saved already.
         Value::Bool(_) => Some(Init::Kaiming),
         Value::String(kind) => match kind.to_lowercase().as_str() {
             "gaussian" => Some(Init::Gaussian),

@@ -1,17 +1,17 @@
-//! Tensors in f32 on their way into a safetensors file.
+//! Tensors in f32 that are written to a safetensors file.
 
 use std::borrow::Cow;
 
 use kernels::cpu;
 use safetensors::{Dtype, View};
 
-/// A tensor in somebody's memory. Its bytes are made when they are written.
+/// A borrowed tensor. Its bytes are created when they are written.
 #[derive(Debug, Clone)]
 pub struct Floats<'a> {
     shape: Vec<usize>,
     values: &'a [f32],
-    /// The shape of `values`, where the file gets the transpose.
-    turned: Option<[usize; 2]>,
+    /// The shape of `values`, if the file gets the transpose.
+    transposed: Option<[usize; 2]>,
 }
 
 impl<'a> Floats<'a> {
@@ -19,14 +19,14 @@ impl<'a> Floats<'a> {
     ///
     /// # Panics
     ///
-    /// If there are more or fewer values.
+    /// If the number of values does not match the shape.
     pub fn new(values: &'a [f32], shape: Vec<usize>) -> Self {
         let count: usize = shape.iter().product();
         assert_eq!(values.len(), count, "a tensor of {shape:?}");
         Self {
             shape,
             values,
-            turned: None,
+            transposed: None,
         }
     }
 
@@ -37,12 +37,12 @@ impl<'a> Floats<'a> {
     /// As [`new`](Self::new).
     pub fn transposed(values: &'a [f32], [rows, columns]: [usize; 2]) -> Self {
         Self {
-            turned: Some([rows, columns]),
+            transposed: Some([rows, columns]),
             ..Self::new(values, vec![columns, rows])
         }
     }
 
-    /// The values, in the order they have in memory.
+    /// The values in memory order, not transposed.
     pub fn values(&self) -> &'a [f32] {
         self.values
     }
@@ -62,7 +62,7 @@ impl View for Floats<'_> {
             let bytes = values.iter().flat_map(|value| value.to_le_bytes());
             Cow::Owned(bytes.collect())
         };
-        match self.turned {
+        match self.transposed {
             Some(shape) => bytes(&cpu::transposed(self.values, shape)),
             None => bytes(self.values),
         }
@@ -80,11 +80,11 @@ mod tests {
     #[test]
     fn a_transpose_has_the_bytes_of_its_columns() {
         let values = [1.0, 2.0, 3.0, 4.0, 5.0, 6.0];
-        let turned = Floats::transposed(&values, [2, 3]);
+        let transposed = Floats::transposed(&values, [2, 3]);
         let columns = [1.0, 4.0, 2.0, 5.0, 3.0, 6.0];
         let plain = Floats::new(&columns, vec![3, 2]);
-        assert_eq!(turned.shape(), plain.shape());
-        assert_eq!(turned.data(), plain.data());
-        assert_eq!(turned.data().len(), turned.data_len());
+        assert_eq!(transposed.shape(), plain.shape());
+        assert_eq!(transposed.data(), plain.data());
+        assert_eq!(transposed.data().len(), transposed.data_len());
     }
 }

@@ -1,8 +1,8 @@
-//! Reads and writes adapters in PEFT's layout: a folder with `adapter_config.json` and
-//! `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads as it is.
+//! Reads and writes adapters in PEFT's format: a folder with `adapter_config.json` and
+//! `adapter_model.safetensors`, which `PeftModel.from_pretrained` loads unchanged.
 //!
-//! Reading is strict. A field or a tensor that would change what the adapter computes, and that is
-//! not supported here, is an error that names it; nothing is ignored silently.
+//! Reading is strict. An unsupported field or tensor that would change what the adapter computes is an
+//! error that names it. Nothing is ignored silently.
 
 mod check;
 mod combine;
@@ -27,9 +27,9 @@ pub use tensors::read_floats;
 pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
 pub use token_rows::{check_tokens, name_tables, trains_embedding, with_fresh_rows};
 
-/// Name of the settings in an adapter's folder.
+/// Name of the file with an adapter's settings.
 pub const CONFIG_FILE: &str = "adapter_config.json";
-/// Name of the weights in an adapter's folder.
+/// Name of the file with an adapter's weights.
 pub const WEIGHTS_FILE: &str = "adapter_model.safetensors";
 
 /// Why an adapter cannot be read, written or put on a model.
@@ -38,14 +38,14 @@ pub enum AdapterError {
     /// A file cannot be read or written.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The failed action, `read` or `write`.
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// The folder holds an adapter in PyTorch's pickle format only.
+    /// The folder holds an adapter only in PyTorch's pickle format.
     #[error(
         "{} has no {WEIGHTS_FILE}, only adapter_model.bin; load it with PEFT and save it again with save_pretrained, which writes safetensors",
         folder.display()
@@ -54,18 +54,18 @@ pub enum AdapterError {
         /// The adapter's folder.
         folder: PathBuf,
     },
-    /// What is wrong in which of the adapter's files.
+    /// An error, with the file that it is in.
     #[error("{}: {source}", path.display())]
     File {
         /// The file.
         path: PathBuf,
-        /// What is wrong in it.
+        /// The error.
         source: Box<AdapterError>,
     },
     /// `adapter_config.json` is not a JSON object.
     #[error("not a valid adapter configuration: {reason}")]
     Json {
-        /// What the JSON parser says.
+        /// The JSON parser's message.
         reason: String,
     },
     /// A field of `adapter_config.json` is wrong or not supported.
@@ -75,16 +75,16 @@ pub enum AdapterError {
         field: String,
         /// Its value, as JSON.
         got: String,
-        /// What is possible.
+        /// The possible values.
         expected: String,
     },
     /// A setting of the LoRA is invalid.
     #[error(transparent)]
     Lora(#[from] lora_core::LoraError),
-    /// The weights are not a safetensors file, or cut off.
+    /// The weights are not a safetensors file, or are cut off.
     #[error("not a valid safetensors file: {reason}")]
     Safetensors {
-        /// What the parser says.
+        /// The parser's message.
         reason: String,
     },
     /// A tensor that the adapter needs is not in the file.
@@ -93,7 +93,7 @@ pub enum AdapterError {
         /// PEFT's name of the tensor.
         name: String,
     },
-    /// A tensor that no adapted module has.
+    /// A tensor that belongs to no adapted module.
     #[error(
         "tensor {name} is unexpected: the adapter's configuration and the model have no place for it; was it trained on another model?"
     )]
@@ -101,26 +101,26 @@ pub enum AdapterError {
         /// The tensor's name.
         name: String,
     },
-    /// A saved module is in the file twice, with other numbers.
+    /// A saved module is in the file twice, with different values.
     #[error(
-        "the tensor {tensor} is in the adapter's file twice with other numbers, by itself and under modules_to_save; which \
-         one is meant?"
+        "the tensor {tensor} is in the adapter's file twice with different values, by itself and under modules_to_save; \
+         remove one of them"
     )]
     TwoVersions {
         /// The base model's name of the tensor.
         tensor: String,
     },
-    /// A tensor of another shape.
+    /// A tensor of the wrong shape.
     #[error("tensor {name} has shape {got:?}, expected {expected:?}")]
     Shape {
         /// The tensor's name.
         name: String,
-        /// The shape that the model and the rank ask for.
+        /// The shape that the model and the rank require.
         expected: Vec<usize>,
         /// The shape in the file.
         got: Vec<usize>,
     },
-    /// A tensor that is no matrix.
+    /// A tensor that is not a matrix.
     #[error("tensor {name} has shape {got:?}, expected a matrix")]
     Rank {
         /// The tensor's name.
@@ -136,20 +136,20 @@ pub enum AdapterError {
         /// The type in the file.
         got: String,
     },
-    /// A layer does not take its adapter.
+    /// A layer rejects its adapter.
     #[error("{module}: {source}")]
     Module {
         /// The module's full name.
         module: String,
-        /// What the layer says.
+        /// The layer's error.
         source: Box<lora_core::LoraError>,
     },
-    /// A device does not give a tensor back.
+    /// A tensor cannot be read from the device.
     #[error("tensor {name} cannot be read from the device: {reason}")]
     Unreadable {
         /// PEFT's name of the tensor.
         name: String,
-        /// What the device says.
+        /// The device's message.
         reason: String,
     },
     /// NaN or infinity in a tensor.
@@ -175,7 +175,7 @@ impl AdapterError {
         }
     }
 
-    /// This error, with the file that is wrong.
+    /// Adds the file that the error is in.
     pub fn in_file(self, path: &Path) -> Self {
         Self::File {
             path: path.into(),
@@ -184,10 +184,10 @@ impl AdapterError {
     }
 }
 
-/// Writes an adapter into `folder`, which is made if need be.
+/// Writes an adapter into `folder`, which is created if it is missing.
 ///
-/// Each file is replaced as a whole (temporary file, sync, rename), the weights before the
-/// configuration: an interrupted run leaves the adapter that was there, never half of one.
+/// Each file is replaced atomically (temporary file, sync, rename), the weights before the
+/// configuration. An interrupted run never leaves a part of a file.
 ///
 /// # Errors
 ///
@@ -204,12 +204,12 @@ pub fn write_adapter(
 
 /// Reads the adapter in `folder`.
 ///
-/// The tensors are checked against each other and against `r` here, and against a model in
-/// [`AdapterTensors::put_on`].
+/// The tensors are checked against each other and against `r`. [`AdapterTensors::put_on`] checks them
+/// against a model.
 ///
 /// # Errors
 ///
-/// Which file is missing, or wrong, and where; see [`AdapterConfig::from_json`] and
+/// A file that is missing or wrong, by its path; see [`AdapterConfig::from_json`] and
 /// [`AdapterTensors::from_bytes`].
 pub fn read_adapter(folder: &Path) -> Result<(AdapterConfig, AdapterTensors), AdapterError> {
     let config = read_adapter_config(folder)?;
@@ -244,7 +244,7 @@ fn cannot_read(path: &Path, source: io::Error) -> AdapterError {
     }
 }
 
-/// Replaces a file in one step: whoever opens it sees the old content or the new one.
+/// Replaces a file atomically.
 fn replace_file(path: &Path, content: &[u8]) -> Result<(), AdapterError> {
     durable::write_atomically(path, content).map_err(not_written)
 }

@@ -1,31 +1,22 @@
-//! What the tensors of a base model become with an adapter merged in, one at a time on the host.
+//! Merges an adapter into the tensors of a base model, one at a time on the host.
 
 use kernels::cpu::{self, Matrix, MatrixMut, Threads};
-use llama_burn::LlamaConfig;
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig};
 use lora_core::LoraConfig;
 
-use super::check::{EMBEDDING_WEIGHT, HEAD_WEIGHT};
 use super::tensors::{EMBEDDING, saved_whole};
 use super::token_rows::put_rows;
 use super::{AdapterError, AdapterPair, AdapterTensors};
 
-/// Which way an adapter goes into a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Way {
-    In,
-    Out,
-}
-
 impl AdapterTensors {
     /// Whether merging changes the tensor of this Hugging Face name (`model.norm.weight`).
     ///
-    /// `model` tells whether the output layer is the embedding; ask for `lm_head.weight` where
-    /// [`unties`](Self::unties) says that it is no longer.
+    /// In a tied model `lm_head.weight` is a tensor of its own only if [`unties`](Self::unties) is true.
     pub fn changes(&self, model: &LlamaConfig, lora: &LoraConfig, tensor: &str) -> bool {
         self.changes_table(model, lora, tensor) || self.rows_for(model, lora, tensor).is_some()
     }
 
-    /// As [`changes`](Self::changes), but for trained rows.
+    /// As [`changes`](Self::changes), without the trained rows of a vocabulary table.
     pub(super) fn changes_table(
         &self,
         model: &LlamaConfig,
@@ -38,11 +29,11 @@ impl AdapterTensors {
         adapted || self.whole_for(model, lora, tensor).is_some()
     }
 
-    /// The tensor of this Hugging Face name with the adapter merged in, from the base model's `values`, both
-    /// row-major as Hugging Face stores them. Other tensors come back as they are. For `lm_head.weight`
-    /// of a tied model the values are the embedding's.
+    /// Returns the tensor of this Hugging Face name with the adapter merged in. `values` are the base
+    /// model's. Both are row-major as Hugging Face stores them. A tensor without an adapter is returned
+    /// unchanged. For `lm_head.weight` of a tied model, `values` are the embedding's.
     ///
-    /// [`check`](Self::check) must have passed. The sum is in f32 whatever the file's type.
+    /// [`check`](Self::check) must have passed. The sum is computed in f32, whatever the file's type.
     ///
     /// # Errors
     ///
@@ -64,7 +55,7 @@ impl AdapterTensors {
         Ok(values)
     }
 
-    /// As [`merged`](Self::merged), but for trained rows.
+    /// As [`merged`](Self::merged), without the trained rows of a vocabulary table.
     pub(super) fn merged_table(
         &self,
         model: &LlamaConfig,
@@ -72,16 +63,20 @@ impl AdapterTensors {
         tensor: &str,
         values: Vec<f32>,
     ) -> Result<Vec<f32>, AdapterError> {
-        let values = match self.whole_for(model, lora, tensor) {
+        let mut values = match self.whole_for(model, lora, tensor) {
             Some(whole) => whole.to_vec(),
             None => values,
         };
-        self.moved(lora, tensor, values, Way::In)
+        if let Some(pair) = self.modules.get(module_of(tensor)) {
+            let scale = lora.selector()?.scale(module_of(tensor));
+            pair.merge_into(&mut values, tensor, scale)?;
+        }
+        Ok(values)
     }
 
-    /// Takes the adapter out of a tensor that [`merged`](Self::merged) made of `base`. Tensors that the adapter
-    /// replaced come from `base`, because nothing in the merged one tells what was there; a DoRA's norms are
-    /// those of `base`, too. Equal to `base` up to roundings of the sum.
+    /// Takes the adapter out of a tensor that [`merged`](Self::merged) made from `base`. A tensor that the
+    /// adapter replaced is copied from `base`, because the merged one does not contain it. A DoRA's norms
+    /// are computed from `base` as well. The result equals `base` up to rounding of the sum.
     ///
     /// # Errors
     ///
@@ -98,30 +93,18 @@ impl AdapterTensors {
         if replaced || self.rows_for(model, lora, tensor).is_some() {
             return Ok(base.to_vec());
         }
-        let Some(pair) = self.modules.get(module_of(tensor)) else {
-            return Ok(values);
-        };
-        let scale = lora.selector()?.scale(module_of(tensor));
         let mut values = values;
-        if tensor.ends_with(".weight") && pair.magnitude.is_some() {
-            let mut sum = base.to_vec();
-            pair.add_delta(&mut sum, tensor, scale)?;
-            let factors = pair.factors(&sum, tensor);
-            pair.scale(&mut values, tensor, |output| 1.0 / factors[output]);
+        if let Some(pair) = self.modules.get(module_of(tensor)) {
+            let scale = lora.selector()?.scale(module_of(tensor));
+            pair.take_out_of(&mut values, tensor, scale, base)?;
         }
-        let values = if tensor.ends_with(".weight") {
-            pair.add_delta(&mut values, tensor, -scale)?;
-            values
-        } else {
-            self.moved(lora, tensor, values, Way::Out)?
-        };
         Ok(values)
     }
 
-    /// The adapter's own version of a tensor of the base model, if it has one.
+    /// The tensor that the adapter has in place of the base model's, if any.
     fn whole_for(&self, model: &LlamaConfig, lora: &LoraConfig, tensor: &str) -> Option<&[f32]> {
         let own = self.whole.get(tensor);
-        // An embedding that PEFT saved by itself, not as one of `modules_to_save`, is the tied head, too.
+        // An embedding that PEFT saved on its own, not because of `modules_to_save`, is also the tied head.
         let tied = || {
             let shared = model.tie_word_embeddings
                 && tensor == HEAD_WEIGHT
@@ -130,39 +113,55 @@ impl AdapterTensors {
         };
         own.or_else(tied).map(|whole| &whole.values[..])
     }
-
-    fn moved(
-        &self,
-        lora: &LoraConfig,
-        tensor: &str,
-        mut values: Vec<f32>,
-        way: Way,
-    ) -> Result<Vec<f32>, AdapterError> {
-        let module = module_of(tensor);
-        let Some(pair) = self.modules.get(module) else {
-            return Ok(values);
-        };
-        let scale = lora.selector()?.scale(module);
-        let sign = if way == Way::In { 1.0 } else { -1.0 };
-        if tensor.ends_with(".bias") {
-            if let Some(bias) = &pair.bias {
-                check_length(tensor, pair.d_out, values.len())?;
-                for (value, bias) in values.iter_mut().zip(bias) {
-                    *value += (sign * scale) as f32 * bias;
-                }
-            }
-            return Ok(values);
-        }
-        pair.add_delta(&mut values, tensor, sign * scale)?;
-        if pair.magnitude.is_some() {
-            let factors = pair.factors(&values, tensor);
-            pair.scale(&mut values, tensor, |output| factors[output]);
-        }
-        Ok(values)
-    }
 }
 
 impl AdapterPair {
+    /// A weight W becomes W + γ·A·B, and its outputs are scaled if the adapter is a DoRA. A bias b
+    /// becomes b + γ·(the bias of B). `scale` is γ.
+    fn merge_into(&self, values: &mut [f32], tensor: &str, scale: f64) -> Result<(), AdapterError> {
+        if tensor.ends_with(".bias") {
+            return self.add_bias(values, tensor, scale);
+        }
+        self.add_delta(values, tensor, scale)?;
+        if self.magnitude.is_some() {
+            let factors = self.factors(values, tensor);
+            self.scale_outputs(values, tensor, |output| factors[output]);
+        }
+        Ok(())
+    }
+
+    /// The inverse of [`merge_into`](Self::merge_into). A DoRA's factors are those of `base`.
+    fn take_out_of(
+        &self,
+        values: &mut [f32],
+        tensor: &str,
+        scale: f64,
+        base: &[f32],
+    ) -> Result<(), AdapterError> {
+        if tensor.ends_with(".bias") {
+            return self.add_bias(values, tensor, -scale);
+        }
+        if self.magnitude.is_some() {
+            let mut sum = base.to_vec();
+            self.add_delta(&mut sum, tensor, scale)?;
+            let factors = self.factors(&sum, tensor);
+            self.scale_outputs(values, tensor, |output| 1.0 / factors[output]);
+        }
+        self.add_delta(values, tensor, -scale)
+    }
+
+    /// Adds `scale` times what `lora_bias` trained, if it was trained.
+    fn add_bias(&self, values: &mut [f32], tensor: &str, scale: f64) -> Result<(), AdapterError> {
+        let Some(bias) = &self.bias else {
+            return Ok(());
+        };
+        check_length(tensor, self.d_out, values.len())?;
+        for (value, bias) in values.iter_mut().zip(bias) {
+            *value += scale as f32 * bias;
+        }
+        Ok(())
+    }
+
     /// Adds `scale · A·B` to a weight as Hugging Face stores it: `[d_out, d_in]`, an embedding
     /// `[vocab, hidden]`.
     fn add_delta(&self, weight: &mut [f32], tensor: &str, scale: f64) -> Result<(), AdapterError> {
@@ -182,7 +181,7 @@ impl AdapterPair {
         Ok(())
     }
 
-    /// A DoRA's factor m / ‖w‖ of each output of the summed weight.
+    /// DoRA's factor m / ‖w‖ of each output of the summed weight, `[d_out]`.
     fn factors(&self, sum: &[f32], tensor: &str) -> Vec<f32> {
         let (d_in, d_out) = (self.d_in, self.d_out);
         let mut squares = vec![0f64; d_out];
@@ -206,7 +205,7 @@ impl AdapterPair {
     }
 
     /// Multiplies each output's weights.
-    fn scale(&self, weight: &mut [f32], tensor: &str, factor: impl Fn(usize) -> f32) {
+    fn scale_outputs(&self, weight: &mut [f32], tensor: &str, factor: impl Fn(usize) -> f32) {
         if is_embedding(tensor) {
             for row in weight.chunks_exact_mut(self.d_out.max(1)) {
                 let outputs = row.iter_mut().enumerate();
@@ -227,7 +226,7 @@ fn module_of(tensor: &str) -> &str {
     tensor.rsplit_once('.').map_or(tensor, |(module, _)| module)
 }
 
-/// Whether a row of the tensor is an input's and not an output's.
+/// Whether the rows of the tensor are inputs. Those of all other weights are outputs.
 fn is_embedding(tensor: &str) -> bool {
     module_of(tensor) == EMBEDDING
 }

@@ -1,21 +1,21 @@
-//! Between an adapter on the host and one on a model.
+//! Moves an adapter between the host and a model.
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use llama_burn::{HeadAdapter, Llama};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, HeadAdapter, Llama};
 use lora_core::{AdapterDropout, LoraConfig, LoraError, LoraLinear};
 
-use super::check::{EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT};
+use super::check::HEAD;
 use super::tensors::{EMBEDDING, bias_name, token_rows_name};
 use super::{AdapterError, AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
 
 impl AdapterTensors {
-    /// Reads every adapter of `model` to the host, in f32. What [`put_on`](Self::put_on) wrote into the base
-    /// model is not among them.
+    /// Reads every adapter of `model` to the host, in f32, without the parts that [`put_on`](Self::put_on)
+    /// wrote into the base model.
     ///
     /// # Errors
     ///
-    /// [`AdapterError::Unreadable`] where the device does not give a matrix back.
+    /// [`AdapterError::Unreadable`] for a tensor that cannot be read from the device.
     pub fn from_model(model: &Llama) -> Result<Self, AdapterError> {
         let mut adapter = Self::default();
         for (module, linear) in model.linears() {
@@ -51,12 +51,12 @@ impl AdapterTensors {
         Ok(adapter)
     }
 
-    /// Puts this adapter on every module of `model` that `lora` selects, in place of the adapters
-    /// that the model has. The factors and magnitudes are trainable, in f32.
+    /// Puts this adapter on every module of `model` that `lora` selects, in place of the model's current
+    /// adapters. The factors and magnitudes are trainable, in f32.
     ///
-    /// What is no second path is written into the model: tensors that the adapter brings its own version
-    /// of, biases, an adapter of the embedding, and a DoRA of the output layer: these get tables of their
-    /// own with the adapter merged in.
+    /// Parts that are not a low-rank path beside a linear layer are written into the model: replaced tensors,
+    /// biases, an adapter of the embedding, and a DoRA of the output layer. The last two are merged into
+    /// their tables.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl AdapterTensors {
             };
             let scale = selector.scale(&module);
             let adapted = pair.put_on(linear.clone(), scale, &device);
-            *linear = adapted.map_err(|error| name_of(error, &module))?;
+            *linear = adapted.map_err(|error| in_module(error, &module))?;
             linear.dropout = AdapterDropout::new(lora.lora_dropout);
             if let Some(bias) = &pair.bias {
                 let scaled = bias.iter().map(|value| value * scale as f32);
@@ -100,16 +100,16 @@ impl AdapterTensors {
         Ok(model)
     }
 
-    /// The output layer's adapter, if it is one that runs beside the table.
+    /// The output layer's adapter, if it stays beside the table: a plain LoRA.
     fn head_beside(&self) -> Option<&AdapterPair> {
         let pair = self.modules.get(HEAD)?;
         pair.magnitude.is_none().then_some(pair)
     }
 
-    /// Writes into the model what is no second path beside a linear layer.
+    /// Writes into the model everything that is not a low-rank path beside a linear layer.
     fn write_whole(&self, model: &mut Llama, lora: &LoraConfig) -> Result<(), AdapterError> {
         let config = model.config.clone();
-        // The tables before anything changes: that of a tied model is both.
+        // The tables are read before anything changes: a tied model has one for both.
         let mut tables = Vec::new();
         for (name, module) in [(EMBEDDING_WEIGHT, EMBEDDING), (HEAD_WEIGHT, HEAD)] {
             let follows =
@@ -127,7 +127,7 @@ impl AdapterTensors {
                 AdapterError::Unreadable { name, reason }
             })?;
             let merged = match (name, self.head_beside()) {
-                // PEFT saves the table beside its adapter; most often it is the base model's.
+                // PEFT saves the table beside its adapter. Usually it is the base model's.
                 (HEAD_WEIGHT, Some(_)) => match self.whole.get(HEAD_WEIGHT) {
                     Some(own) if own.values != values => own.values.clone(),
                     _ => continue,
@@ -189,8 +189,8 @@ fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
     })
 }
 
-/// An error of a layer, which does not know its name, with the name.
-fn name_of(error: LoraError, module: &str) -> AdapterError {
+/// Adds the module's name to an error of a layer.
+fn in_module(error: LoraError, module: &str) -> AdapterError {
     AdapterError::Module {
         module: module.into(),
         source: Box::new(error),

@@ -1,4 +1,6 @@
-//! The best approximation of a sum of low-rank products by fewer ranks, without building the sum.
+//! The best approximation of a sum of low-rank products by a lower rank, without building the sum.
+
+use burn::tensor::{DType, Device, Tensor, TensorData};
 
 /// A row-major matrix in double precision.
 #[derive(Debug, Clone)]
@@ -53,8 +55,10 @@ impl Matrix {
         transposed
     }
 
-    /// Q with orthonormal columns (zeros where the rank is short) and upper-triangular R, by modified
-    /// Gram-Schmidt, twice for orthogonality.
+    /// Q with orthonormal columns and upper-triangular R. A column that depends on earlier ones is zero
+    /// in Q. Modified Gram-Schmidt, twice for orthogonality.
+    ///
+    /// `burn_linalg::qr` starts from an identity of `[rows, rows]`, which is gigabytes for a large layer.
     fn qr(&self) -> (Self, Self) {
         let mut q = self.clone();
         let mut r = Self::zeros(self.columns, self.columns);
@@ -83,16 +87,20 @@ impl Matrix {
 }
 
 /// Factors `a` `[d_in, rank]` and `b` `[rank, d_out]` of the best approximation of `left · right` with that
-/// rank (Eckart and Young), by a singular value decomposition: `b` carries the singular values, as in PEFT.
+/// rank (Eckart and Young), by a singular value decomposition. `b` carries the singular values, as in PEFT.
 ///
-/// `left` is `[d_in, r]`, `right` is `[r, d_out]`, row-major. Both are brought to triangles first, so only an
-/// `[r, r]` matrix is decomposed (one-sided Jacobi).
+/// `left` is `[d_in, r]`, `right` is `[r, d_out]`, row-major. Both are reduced to triangular matrices first,
+/// so that only an `[r, r]` matrix is decomposed. Factors that are not finite give factors of NaN, which are
+/// never written ([`AdapterError::NotFinite`](crate::AdapterError)).
 pub(super) fn best_factors(
     left: &[f64],
     right: &[f64],
     [d_in, r, d_out]: [usize; 3],
     rank: usize,
 ) -> (Vec<f32>, Vec<f32>) {
+    if !left.iter().chain(right).all(|value| value.is_finite()) {
+        return (vec![f32::NAN; d_in * rank], vec![f32::NAN; rank * d_out]);
+    }
     let left = Matrix {
         rows: d_in,
         columns: r,
@@ -106,70 +114,31 @@ pub(super) fn best_factors(
     let (q_left, r_left) = left.qr();
     let (q_right, r_right) = right.transposed().qr();
     // left·right = Q_left · (R_left · R_rightᵀ) · Q_rightᵀ
-    let (u, singular, v) = jacobi(r_left.times(&r_right.transposed()));
-    let mut order: Vec<usize> = (0..r).collect();
-    order.sort_by(|i, j| singular[*j].total_cmp(&singular[*i]));
-    let (u, v) = (q_left.times(&u), q_right.times(&v));
-    let mut a = vec![0.0; d_in * rank];
-    let mut b = vec![0.0; rank * d_out];
-    for (place, index) in order.into_iter().take(rank).enumerate() {
-        for (row, value) in u.column(index).enumerate() {
-            a[row * rank + place] = value as f32;
-        }
-        for (column, value) in v.column(index).enumerate() {
-            b[place * d_out + column] = (singular[index] * value) as f32;
-        }
-    }
-    (a, b)
+    let [u, b] = decomposed(&r_left.times(&r_right.transposed()), rank);
+    let a = q_left.times(&u);
+    let b = b.times(&q_right.transposed());
+    let narrow = |matrix: Matrix| matrix.values.iter().map(|value| *value as f32).collect();
+    (narrow(a), narrow(b))
 }
 
-/// U, singular values (in no order) and V of a square matrix `M = U·diag(s)·Vᵀ`: columns are rotated in pairs
-/// until all are orthogonal (Hestenes, 1958).
-fn jacobi(mut m: Matrix) -> (Matrix, Vec<f64>, Matrix) {
-    let n = m.columns;
-    let mut v = Matrix::zeros(n, n);
-    for i in 0..n {
-        v.values[i * n + i] = 1.0;
-    }
-    // It converges quadratically: a dozen rounds are enough for any size.
-    for _ in 0..40 {
-        let mut turned = false;
-        for i in 0..n {
-            for j in i + 1..n {
-                let (alpha, beta, gamma) = (m.dot(i, i), m.dot(j, j), m.dot(i, j));
-                if gamma.abs() <= 1e-14 * (alpha * beta).sqrt() || gamma == 0.0 {
-                    continue;
-                }
-                turned = true;
-                let zeta = (beta - alpha) / (2.0 * gamma);
-                let t = zeta.signum() / (zeta.abs() + (1.0 + zeta * zeta).sqrt());
-                let c = 1.0 / (1.0 + t * t).sqrt();
-                let s = c * t;
-                for matrix in [&mut m, &mut v] {
-                    for row in 0..n {
-                        let (x, y) = (matrix.at(row, i), matrix.at(row, j));
-                        matrix.values[row * n + i] = c * x - s * y;
-                        matrix.values[row * n + j] = s * x + c * y;
-                    }
-                }
-            }
+/// U `[r, rank]` and diag(s)·Vᵀ `[rank, r]` of a square matrix, for its largest singular values.
+fn decomposed(matrix: &Matrix, rank: usize) -> [Matrix; 2] {
+    /// Sweeps per singular value, of which LAPACK's algorithm needs two or three. It panics beyond.
+    const SWEEPS: usize = 100;
+    let shape = [matrix.rows, matrix.columns];
+    let data = TensorData::new(matrix.values.clone(), shape);
+    let tensor = Tensor::<2>::from_data(data, (&Device::flex(), DType::F64));
+    let (u, singular, vt) = burn_linalg::svd::<2, 1>(tensor, SWEEPS);
+    let vt = vt * singular.unsqueeze_dim(1);
+    [u.narrow(1, 0, rank), vt.narrow(0, 0, rank)].map(|tensor| {
+        let [rows, columns] = tensor.dims();
+        let values = tensor.into_data().try_to_vec();
+        Matrix {
+            rows,
+            columns,
+            values: values.expect("the CPU returns its f64 values"),
         }
-        if !turned {
-            break;
-        }
-    }
-    let singular: Vec<f64> = (0..n).map(|column| m.dot(column, column).sqrt()).collect();
-    for (column, singular) in singular.iter().enumerate() {
-        for row in 0..n {
-            let value = &mut m.values[row * n + column];
-            *value = if *singular > 0.0 {
-                *value / singular
-            } else {
-                0.0
-            };
-        }
-    }
-    (m, singular, v)
+    })
 }
 
 #[cfg(test)]

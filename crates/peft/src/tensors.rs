@@ -4,6 +4,8 @@ use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
 
 use kernels::cpu;
+use llama_burn::floats::first_not_finite;
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, floats};
 use lora_core::{Bias, LoraConfig};
 use safetensors::{Dtype, SafeTensors};
 
@@ -17,23 +19,23 @@ const EMBEDDING_A: &str = ".lora_embedding_A";
 const EMBEDDING_B: &str = ".lora_embedding_B";
 const B_BIAS: &str = ".lora_B.bias";
 const MAGNITUDE: &str = ".lora_magnitude_vector";
-/// What a module that PEFT wraps is called inside the wrapper.
+/// The name of a module inside PEFT's wrapper.
 const WRAPPED: &str = ".base_layer";
-/// Where PEFT keeps the base model's own tensors of a saved module. It writes them beside the module's where it saves an
-/// embedding by itself, and does not read them.
+/// The base model's tensors of a saved module. PEFT writes them when it saves an embedding by itself, and does not
+/// read them.
 const ORIGINAL: &str = ".original_module.";
-/// Where PEFT keeps a saved module's tensors; it writes them under this name too in that case.
+/// The tensors of a saved module. PEFT also writes them under this name when it saves an embedding by itself.
 const COPY: &str = ".modules_to_save.";
 
-/// Where PEFT keeps what it trains of a vocabulary table.
+/// PEFT's wrapper of a vocabulary table with trained rows.
 pub(super) const TOKENS: &str = ".token_adapter";
-/// The trained rows: they take the place of the table's, whatever their name says.
+/// The trained rows. They replace those of the table; despite the name they are not a difference.
 const TOKEN_ROWS: &str = ".token_adapter.trainable_tokens_delta";
 
-/// The tensors of one adapted module, on the host, row-major, as `lora_core` lays them out:
+/// The tensors of one adapted module, on the host, row-major, in the layout of `lora_core`:
 /// `a` is `[d_in, r]` and `b` is `[r, d_out]` (PEFT's file holds both transposed).
 ///
-/// An embedding counts as a module from tokens to hidden states: d_in is the vocabulary.
+/// An embedding is a module from tokens to hidden states: d_in is the size of the vocabulary.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterPair {
     /// Width of the module's input.
@@ -46,9 +48,9 @@ pub struct AdapterPair {
     pub a: Vec<f32>,
     /// `[r, d_out]`.
     pub b: Vec<f32>,
-    /// A DoRA's length of each output's weights, `[d_out]`.
+    /// DoRA's magnitude of each output, `[d_out]`.
     pub magnitude: Option<Vec<f32>>,
-    /// What `lora_bias` adds to the output, before the scale, `[d_out]`.
+    /// The bias of B that `lora_bias` trains, before the scale, `[d_out]`.
     pub bias: Option<Vec<f32>>,
 }
 
@@ -73,7 +75,7 @@ impl AdapterPair {
     }
 }
 
-/// A tensor of the base model that the adapter brings its own version of, row-major as Hugging Face stores it.
+/// A tensor that replaces one of the base model, row-major as Hugging Face stores it.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WholeTensor {
     /// Its shape.
@@ -85,19 +87,18 @@ pub struct WholeTensor {
 /// An adapter's tensors.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct AdapterTensors {
-    /// Those of the adapted modules by Hugging Face module name (`model.layers.0.self_attn.q_proj`); the
-    /// order of the names is the order in the file.
+    /// The tensors of the adapted modules, by Hugging Face module name (`model.layers.0.self_attn.q_proj`).
+    /// The file has them in the order of the names.
     pub modules: BTreeMap<String, AdapterPair>,
-    /// Those that take the place of the base model's: trained biases, modules that were saved as a whole,
-    /// and embeddings that PEFT saves beside their adapter; by Hugging Face's name
-    /// (`model.norm.weight`).
+    /// Tensors that replace the base model's, by Hugging Face's name (`model.norm.weight`): trained biases,
+    /// modules that were saved as a whole, and embeddings that PEFT saves beside their adapter.
     pub whole: BTreeMap<String, WholeTensor>,
-    /// Rows that take the place of a vocabulary table's, `[tokens, hidden]`, by the table's module
-    /// (`model.embed_tokens`); `trainable_token_indices` holds their tokens.
+    /// Rows that replace rows of a vocabulary table, `[tokens, hidden]`, by the table's module
+    /// (`model.embed_tokens`). `trainable_token_indices` holds their tokens.
     pub token_rows: BTreeMap<String, WholeTensor>,
 }
 
-/// The module whose rows are looked up and not multiplied with.
+/// The embedding's module.
 pub(super) const EMBEDDING: &str = "model.embed_tokens";
 
 /// PEFT's names of a module's two factors.
@@ -117,7 +118,7 @@ pub fn magnitude_name(module: &str) -> String {
     format!("{PREFIX}{module}{MAGNITUDE}")
 }
 
-/// PEFT's name of what `lora_bias` adds to a module.
+/// PEFT's name of the bias of B that `lora_bias` trains.
 pub(super) fn bias_name(module: &str) -> String {
     format!("{PREFIX}{module}{B_BIAS}")
 }
@@ -127,7 +128,7 @@ pub(super) fn token_rows_name(module: &str) -> String {
     format!("{PREFIX}{module}{TOKEN_ROWS}")
 }
 
-/// What a tensor of the file belongs to.
+/// Which part of a module's adapter a tensor is.
 enum Place {
     A,
     B,
@@ -135,7 +136,7 @@ enum Place {
     Magnitude,
 }
 
-/// The module and what of it a tensor is; `None` for a tensor that stands for itself.
+/// The module that a tensor belongs to, and which part of its adapter it is. `None` for other tensors.
 fn place(name: &str) -> Option<(&str, Place)> {
     let ends = [
         (A, Place::A),
@@ -144,15 +145,15 @@ fn place(name: &str) -> Option<(&str, Place)> {
         (EMBEDDING_B, Place::B),
         (B_BIAS, Place::Bias),
         (MAGNITUDE, Place::Magnitude),
-        // PEFT renames it on saving; a state dict that was written by hand has it.
+        // PEFT renames it when it saves. A state dict that was saved without PEFT has this name.
         (".lora_magnitude_vector.weight", Place::Magnitude),
     ];
     ends.into_iter()
         .find_map(|(end, place)| Some((name.strip_suffix(end)?, place)))
 }
 
-/// Whether PEFT saves this tensor of the base model as a part of the module names in `modules_to_save`:
-/// those that the tensor's module or one around it ends with.
+/// Whether `modules_to_save` contains this tensor of the base model: the name of its module, or of a module around
+/// it, ends with one of the entries.
 pub(super) fn saved_whole(lora: &LoraConfig, tensor: &str) -> bool {
     let dots = tensor.match_indices('.').map(|(dot, _)| &tensor[..dot]);
     let mut modules = dots;
@@ -162,14 +163,14 @@ pub(super) fn saved_whole(lora: &LoraConfig, tensor: &str) -> bool {
     })
 }
 
-/// Whether a tensor of the base model may be in the file at all.
+/// Whether the settings allow a tensor of the base model in the file.
 fn explained(lora: &LoraConfig, tensor: &str) -> bool {
-    let embedding = ["model.embed_tokens.weight", "lm_head.weight"].contains(&tensor);
+    let embedding = [EMBEDDING_WEIGHT, HEAD_WEIGHT].contains(&tensor);
     let bias = lora.bias != Bias::None && tensor.ends_with(".bias");
     embedding || bias || saved_whole(lora, tensor)
 }
 
-/// A module's tensors while a file is read.
+/// A module's tensors, as far as they have been read.
 #[derive(Default)]
 struct Parts {
     a: Option<Values>,
@@ -179,12 +180,12 @@ struct Parts {
 }
 
 impl AdapterTensors {
-    /// The bytes of `adapter_model.safetensors`, in f32.
+    /// Returns the bytes of `adapter_model.safetensors`, in f32.
     ///
     /// # Errors
     ///
-    /// [`AdapterError::NotFinite`] for a matrix that holds NaN or infinity: such an adapter is
-    /// never written; [`AdapterError::Safetensors`] where the format cannot hold the tensors.
+    /// [`AdapterError::NotFinite`] for a tensor with NaN or infinity, which is never written;
+    /// [`AdapterError::Safetensors`] for tensors that the format cannot hold.
     pub fn to_bytes(&self) -> Result<Vec<u8>, AdapterError> {
         let written = safetensors::serialize(self.entries()?, Some(metadata()));
         written.map_err(|error| AdapterError::Safetensors {
@@ -192,11 +193,11 @@ impl AdapterTensors {
         })
     }
 
-    /// Writes [`to_bytes`](Self::to_bytes) to a file, atomically, a tensor at a time.
+    /// Writes the bytes of [`to_bytes`](Self::to_bytes) to a file, atomically, one tensor at a time.
     ///
     /// # Errors
     ///
-    /// [`AdapterError::NotFinite`] as there; [`AdapterError::Io`].
+    /// [`AdapterError::NotFinite`] as in [`to_bytes`](Self::to_bytes); [`AdapterError::Io`].
     pub fn write(&self, path: &Path) -> Result<(), AdapterError> {
         let entries = self.entries()?;
         let write = |path: &Path| durable::write_tensors(path, entries, metadata());
@@ -242,9 +243,9 @@ impl AdapterTensors {
     ///
     /// # Errors
     ///
-    /// A tensor that the settings do not explain, that lacks its partner, whose rank is not the
-    /// module's, whose type is not a float, or that holds NaN or infinity, by its name; a file that is cut
-    /// off or is no safetensors file.
+    /// By its name, a tensor that the settings do not explain, that lacks its partner, that has another rank than
+    /// the module, whose type is not f32, f16 or bf16, or that holds NaN or infinity. A file that is cut off or that
+    /// is not a safetensors file.
     pub fn from_bytes(bytes: &[u8], lora: &LoraConfig) -> Result<Self, AdapterError> {
         let file = SafeTensors::deserialize(bytes).map_err(|error| AdapterError::Safetensors {
             reason: error.to_string(),
@@ -280,7 +281,7 @@ impl AdapterTensors {
                 token_rows.insert(module.into(), WholeTensor { shape, values });
                 continue;
             }
-            // The whole table is there where PEFT saves embeddings.
+            // If PEFT saves embeddings, the whole table is in the file too.
             let tensor = rest.replace(TOKENS, "").replace(WRAPPED, "");
             let is_original = tensor.contains(ORIGINAL);
             let is_copy = tensor.contains(COPY);
@@ -318,7 +319,7 @@ impl AdapterTensors {
     }
 }
 
-/// Puts a module's tensors together.
+/// Combines a module's tensors.
 fn pair(
     module: &str,
     parts: Parts,
@@ -362,17 +363,17 @@ fn pair(
 }
 
 fn check_finite(name: &str, values: &[f32]) -> Result<(), AdapterError> {
-    match values.iter().position(|value| !value.is_finite()) {
+    match first_not_finite(values.iter().copied()) {
         None => Ok(()),
-        Some(index) => Err(AdapterError::NotFinite {
+        Some((index, value)) => Err(AdapterError::NotFinite {
             name: name.into(),
             index,
-            value: values[index],
+            value,
         }),
     }
 }
 
-/// Row-major f32 elements as a safetensors file holds them.
+/// The row-major elements of a tensor, widened to f32.
 struct Values {
     shape: Vec<usize>,
     values: Vec<f32>,
@@ -410,22 +411,9 @@ impl Values {
     }
 }
 
-/// Little-endian floats of a safetensors file as f32, or `None` where the type is no float.
+/// Little-endian floats of a safetensors file as f32, or `None` if the type is not f32, f16 or bf16.
 pub fn read_floats(dtype: Dtype, data: &[u8]) -> Option<Vec<f32>> {
-    let half = |convert: fn([u8; 2]) -> f32| {
-        let pairs = data.chunks_exact(2);
-        pairs.map(|pair| convert([pair[0], pair[1]])).collect()
-    };
-    match dtype {
-        Dtype::F32 => Some(
-            data.chunks_exact(4)
-                .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]))
-                .collect(),
-        ),
-        Dtype::F16 => Some(half(|bytes| half::f16::from_le_bytes(bytes).to_f32())),
-        Dtype::BF16 => Some(half(|bytes| half::bf16::from_le_bytes(bytes).to_f32())),
-        _ => None,
-    }
+    floats::to_f32(data, &format!("{dtype:?}"))
 }
 
 fn metadata() -> HashMap<String, String> {
@@ -520,7 +508,7 @@ pub(super) mod tests {
             ("model.layers.0.self_attn.q_proj.bias", vec![4]),
             ("model.layers.0.input_layernorm.weight", vec![6]),
             ("model.norm.weight", vec![6]),
-            ("model.embed_tokens.weight", vec![5, 2]),
+            (EMBEDDING_WEIGHT, vec![5, 2]),
         ] {
             let values = vec![0.25; shape.iter().product()];
             tensors
@@ -557,7 +545,7 @@ pub(super) mod tests {
         assert_eq!(AdapterTensors::from_bytes(&bytes, &dora).unwrap(), tensors);
         let file = SafeTensors::deserialize(&bytes).unwrap();
         assert_eq!(file.tensor(&magnitude_name(Q)).unwrap().shape(), [4]);
-        // Of the two files neither is the other's: a tensor too much, a tensor too few.
+        // Neither file fits the other settings: one has an extra tensor, the other lacks it.
         let error = AdapterTensors::from_bytes(&bytes, &super::tests::lora()).unwrap_err();
         assert!(
             error.to_string().contains("lora_magnitude_vector"),
@@ -588,15 +576,6 @@ pub(super) mod tests {
                 .len(),
             1
         );
-    }
-
-    #[test]
-    fn half_precision_is_widened() {
-        let one = half::bf16::from_f32(1.5).to_le_bytes();
-        assert_eq!(read_floats(Dtype::BF16, &one), Some(vec![1.5]));
-        let one = half::f16::from_f32(-2.0).to_le_bytes();
-        assert_eq!(read_floats(Dtype::F16, &one), Some(vec![-2.0]));
-        assert_eq!(read_floats(Dtype::I64, &[0; 8]), None);
     }
 
     #[test]

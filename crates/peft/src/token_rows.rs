@@ -1,31 +1,31 @@
-//! PEFT's trainable tokens: rows of a vocabulary table that belong to an adapter.
+//! PEFT's trainable tokens: an adapter that replaces rows of a vocabulary table.
 
 use burn::tensor::Device;
-use llama_burn::{Llama, LlamaConfig, TokenRows};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Llama, LlamaConfig, TokenRows};
 use lora_core::{LoraConfig, TargetModules};
 
-use super::check::{EMBEDDING_WEIGHT, HEAD, HEAD_WEIGHT};
+use super::check::HEAD;
 use super::tensors::{EMBEDDING, saved_whole, token_rows_name};
 use super::{AdapterError, AdapterTensors, WholeTensor};
 
 const FIELD: &str = "trainable_token_indices";
 
-/// The tokens of each table whose rows an adapter brings.
+/// The tokens whose rows an adapter replaces, for each table.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Tokens<'a> {
     pub(super) embedding: Option<&'a [usize]>,
     pub(super) head: Option<&'a [usize]>,
-    /// The output layer has the embedding's rows.
+    /// The output layer shares the embedding's rows.
     tied: bool,
 }
 
 impl<'a> Tokens<'a> {
-    /// Finds the tables that the settings mean, as PEFT does: by the end of their names. In a tied model the output
-    /// layer has the embedding's rows unless it is named with other tokens.
+    /// Finds the tables that the settings name. As in PEFT, a name is the end of a module's name. In a tied model
+    /// the output layer shares the embedding's rows, unless the settings list other tokens for it.
     ///
     /// # Errors
     ///
-    /// A name that is no table's or means one that another name means; other tokens for a tied output layer under
+    /// A name of no table; two names of one table; other tokens for a tied output layer with
     /// `ensure_weight_tying`.
     pub(super) fn of(lora: &'a LoraConfig, model: &LlamaConfig) -> Result<Self, AdapterError> {
         let (mut embedding, mut head) = (None, None);
@@ -59,7 +59,7 @@ impl<'a> Tokens<'a> {
         })
     }
 
-    /// Each table that has rows of its own.
+    /// The tables with replaced rows.
     fn tables(self) -> impl Iterator<Item = (&'static str, &'a [usize])> {
         let both = [(EMBEDDING, self.embedding), (HEAD, self.head)].into_iter();
         both.filter_map(|(module, tokens)| Some((module, tokens?)))
@@ -75,12 +75,12 @@ fn wrong(got: String, expected: impl Into<String>) -> AdapterError {
 }
 
 impl AdapterTensors {
-    /// Checks the rows against the settings and the model; returns how many tables have some.
+    /// Checks the rows against the settings and the model. Returns the number of tables with replaced rows.
     ///
     /// # Errors
     ///
-    /// A token outside the vocabulary or named twice, a table that the adapter changes otherwise as well, and rows that
-    /// are missing, unexpected or of another shape.
+    /// A token outside the vocabulary or listed twice; a table that the adapter also changes in another way; rows
+    /// that are missing, unexpected or of another shape.
     pub(super) fn check_token_rows(
         &self,
         model: &LlamaConfig,
@@ -100,7 +100,7 @@ impl AdapterTensors {
         }
         for (module, rows) in &self.token_rows {
             let asked = tokens.tables().any(|(table, _)| table == module);
-            // Where PEFT saves embeddings, a tied output layer's rows are there as well.
+            // If PEFT saves embeddings, the file also holds the rows of a tied output layer.
             let copy =
                 tokens.tied && module == HEAD && self.token_rows.get(EMBEDDING) == Some(rows);
             if !asked && !copy {
@@ -111,7 +111,7 @@ impl AdapterTensors {
         Ok(tokens.tables().count())
     }
 
-    /// The tokens and rows that take the place of those of a table, by its Hugging Face name.
+    /// The replaced tokens and their rows, for a table by its Hugging Face name.
     pub(super) fn rows_for<'a>(
         &'a self,
         model: &LlamaConfig,
@@ -128,11 +128,11 @@ impl AdapterTensors {
         Some((list?, self.token_rows.get(module)?))
     }
 
-    /// The rows of the embedding and of the output layer on a device, trainable.
+    /// The trainable rows of the embedding and of the output layer, on a device.
     ///
     /// # Errors
     ///
-    /// Tokens outside the vocabulary or named twice, and rows of a table that is not there.
+    /// As the checks of the settings: a name of no table, or two names of one table.
     pub(super) fn rows_on(
         &self,
         model: &LlamaConfig,
@@ -151,7 +151,7 @@ impl AdapterTensors {
         Ok((on(EMBEDDING, tokens.embedding), on(HEAD, tokens.head)))
     }
 
-    /// Whether the output layer of a tied model has rows that the embedding has not.
+    /// Whether the output layer of a tied model gets rows that the embedding does not get.
     pub(super) fn rows_untie(model: &LlamaConfig, lora: &LoraConfig) -> bool {
         Tokens::of(lora, model).is_ok_and(|tokens| tokens.head.is_some())
     }
@@ -162,7 +162,8 @@ pub fn trains_embedding(lora: &LoraConfig, model: &LlamaConfig) -> bool {
     Tokens::of(lora, model).is_ok_and(|tokens| tokens.embedding.is_some())
 }
 
-/// Gives the tables of checked settings the names that a configuration has for them.
+/// Replaces the names of the tables by those of a configuration: `embed_tokens` and `lm_head`. The settings must
+/// have been checked.
 pub fn name_tables(lora: &mut LoraConfig) {
     for (name, _) in &mut lora.trainable_token_indices {
         *name = if EMBEDDING.ends_with(name.as_str()) {
@@ -177,14 +178,14 @@ pub fn name_tables(lora: &mut LoraConfig) {
 ///
 /// # Errors
 ///
-/// An empty list; a token outside the vocabulary or named twice; a table that the adapter changes otherwise as well.
-/// A name that is not a table's.
+/// An empty list; a token outside the vocabulary or listed twice; a table that the adapter also changes in another
+/// way; a name of no table.
 pub fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), AdapterError> {
     let tokens = Tokens::of(lora, model)?;
     let selector = lora.selector()?;
     for (module, list) in tokens.tables() {
         if list.is_empty() {
-            let expected = "at least one token; a table without any is left out";
+            let expected = "at least one token; omit a table without tokens";
             return Err(wrong(format!("an empty list for {module}"), expected));
         }
         let mut sorted = list.to_vec();
@@ -197,7 +198,7 @@ pub fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), Adapte
             let expected = format!("tokens below {}, the model's vocabulary", model.vocab_size);
             return Err(wrong(format!("a list with the token {token}"), expected));
         }
-        // PEFT refuses saved modules, and fails on a LoRA, in the first forward pass.
+        // PEFT rejects saved modules, and fails in the first forward pass with a LoRA.
         let tables = [module, if tokens.tied { HEAD } else { module }];
         let all_linear = lora.target_modules == TargetModules::AllLinear;
         let changed = |module: &&str| {
@@ -205,7 +206,7 @@ pub fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), Adapte
             is_target || saved_whole(lora, &format!("{module}.weight"))
         };
         if let Some(module) = tables.iter().find(|module| changed(module)) {
-            let got = format!("a list for {module}, which the adapter changes otherwise as well");
+            let got = format!("a list for {module}, which the adapter also changes in another way");
             let expected = "tables that are neither among target_modules nor among modules_to_save";
             return Err(wrong(got, expected));
         }
@@ -213,11 +214,11 @@ pub fn check_tokens(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), Adapte
     Ok(())
 }
 
-/// The model with trainable rows that start as those of its tables.
+/// Returns the model with trainable rows, initialized from its tables.
 ///
 /// # Errors
 ///
-/// Rows that do not fit the model; a device that does not return a table.
+/// Settings that do not fit the model; a table that cannot be read from the device.
 pub fn with_fresh_rows(mut model: Llama, lora: &LoraConfig) -> Result<Llama, AdapterError> {
     let config = model.config.clone();
     let mut fresh = AdapterTensors::default();
@@ -244,7 +245,7 @@ pub fn with_fresh_rows(mut model: Llama, lora: &LoraConfig) -> Result<Llama, Ada
     Ok(model)
 }
 
-/// Puts the rows of `tokens` into a table `[vocab, hidden]`.
+/// Writes the rows of `tokens` into a table `[vocab, hidden]`.
 pub(super) fn put_rows(table: &mut [f32], tokens: &[usize], rows: &WholeTensor) {
     let hidden = rows.shape.last().copied().unwrap_or(0);
     for (token, row) in tokens.iter().zip(rows.values.chunks_exact(hidden.max(1))) {

@@ -1,4 +1,4 @@
-//! Numbers as people read them.
+//! Numbers, sizes and durations as text.
 
 use std::time::Duration;
 
@@ -33,7 +33,7 @@ pub fn bytes(bytes: u64) -> String {
     }
     let mut value = bytes as f64 / 1024.0;
     let mut unit = 0;
-    // 999.5 would be shown as 1000.
+    // 999.5 would be printed as 1000.
     while value >= 999.5 && unit + 1 < UNITS.len() {
         value /= 1024.0;
         unit += 1;
@@ -46,7 +46,7 @@ pub fn bytes(bytes: u64) -> String {
     format!("{value:.decimals$} {}", UNITS[unit])
 }
 
-/// Bytes in MiB, as `metrics.jsonl` has them.
+/// Bytes in MiB, the unit of `metrics.jsonl`.
 pub fn mib(bytes: u64) -> f64 {
     bytes as f64 / (1024.0 * 1024.0)
 }
@@ -66,7 +66,7 @@ pub fn duration(duration: Duration) -> String {
     }
 }
 
-/// A duration as [`duration`] writes it, without parts of a second.
+/// As [`duration`], rounded to whole seconds.
 pub fn clock(time: Duration) -> String {
     match time.as_secs_f64().round() {
         seconds if seconds < 60.0 => format!("{seconds}s"),
@@ -74,7 +74,8 @@ pub fn clock(time: Duration) -> String {
     }
 }
 
-/// A loss, a norm or a rate with about four significant digits; tiny ones in scientific notation.
+/// A loss, a norm or a rate with about four significant digits. Very small and very large values are in
+/// scientific notation.
 pub fn number(value: f64) -> String {
     let size = value.abs();
     match size {
@@ -82,7 +83,7 @@ pub fn number(value: f64) -> String {
         0.0 => "0".into(),
         _ if size < 1e-3 => {
             let text = format!("{value:.2e}");
-            // 2.00e-4 reads better as 2e-4.
+            // 2.00e-4 becomes 2e-4.
             match text.split_once('e') {
                 Some((digits, exponent)) => {
                     let digits = digits.trim_end_matches('0').trim_end_matches('.');
@@ -101,7 +102,7 @@ pub fn number(value: f64) -> String {
     }
 }
 
-/// So many per second: `1,204`, `12.3`.
+/// A number per second: `1,204`, `12.3`.
 pub fn rate(value: f64) -> String {
     match value {
         value if value >= 99.95 => count(value.round() as u64),
@@ -109,13 +110,13 @@ pub fn rate(value: f64) -> String {
     }
 }
 
-/// A share of 1 in percent: `84.3 %`.
+/// A fraction in percent: 0.843 is `84.3 %`.
 pub fn percent(share: f64) -> String {
     format!("{:.1} %", share * 100.0)
 }
 
-/// The cells of `rows` in columns as wide as their widest cell, two spaces apart, the columns that
-/// `right` names flushed right. Colours do not count as width. Lines have no trailing spaces.
+/// Aligns the cells of `rows` in columns, two spaces apart. The columns whose indices are in `right` are
+/// aligned to the right. Color codes have no width. Lines have no trailing spaces.
 pub fn columns(rows: &[Vec<String>], right: &[usize]) -> Vec<String> {
     let widest = rows.iter().map(Vec::len).max().unwrap_or(0);
     let width = |column: usize| {

@@ -1,10 +1,11 @@
-//! What people see: lines, progress bars, tables, numbers.
+//! Output for people: lines, progress bars, tables, readable numbers.
 //!
 //! | module | what it holds |
 //! | --- | --- |
-//! | [`human`] | numbers, sizes and times as people write them |
-//! | screen | lines on standard output, a progress bar below them |
+//! | [`human`] | numbers, sizes and durations as text |
+//! | screen | lines on standard output, with a progress bar below them |
 //! | [`statistics`] | medians, spreads and ratios of measurements |
+//! | style | colors |
 //! | table | tables for the screen and for Markdown |
 
 pub mod human;

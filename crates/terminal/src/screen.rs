@@ -1,6 +1,7 @@
-//! Lines on standard output: on a terminal a progress bar keeps to the bottom, elsewhere there are plain lines only.
+//! Lines on standard output. On a terminal, a progress bar stays below the lines; elsewhere only plain
+//! lines are written.
 //!
-//! A closed pipe (`| head`) is no reason to stop, so errors of writing are ignored.
+//! Write errors are ignored: a closed pipe (`| head`) must not stop a run.
 
 use std::fmt;
 use std::io::Write;
@@ -14,17 +15,17 @@ use indicatif_log_bridge::LogWrapper;
 use crate::human;
 use crate::style::Style;
 
-/// Where the screen is.
+/// What standard output is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum ScreenKind {
-    /// A terminal: progress bar, colours unless `NO_COLOR` is set.
+    /// A terminal: progress bar, and colors unless `NO_COLOR` is set.
     Terminal,
-    /// A file, a pipe, a dumb terminal: lines.
+    /// A file, a pipe or a terminal without cursor control: plain lines.
     Plain,
 }
 
 impl ScreenKind {
-    /// What standard output is.
+    /// Detects what standard output is.
     pub fn detect() -> Self {
         let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
         if Term::stdout().is_term() && !dumb {
@@ -35,17 +36,17 @@ impl ScreenKind {
     }
 }
 
-/// Lines without a terminal are this wide.
+/// Width of lines without a terminal.
 const PLAIN_WIDTH: usize = 100;
 
 type Lines = Arc<Mutex<Box<dyn Write + Send>>>;
 
-/// Shows lines and progress.
+/// Prints lines and shows progress.
 pub struct Screen {
     style: Style,
-    /// Draws nothing where there is no terminal.
+    /// Draws nothing without a terminal.
     bars: MultiProgress,
-    /// Where lines go where there is no terminal.
+    /// The destination of lines without a terminal.
     plain: Option<Printer>,
 }
 
@@ -62,7 +63,7 @@ impl Screen {
         }
     }
 
-    /// A screen of plain lines that go to `writer`.
+    /// A screen that writes plain lines to `writer`.
     pub fn writing_to(writer: Box<dyn Write + Send>) -> Self {
         Self {
             style: Style::plain(),
@@ -71,31 +72,31 @@ impl Screen {
         }
     }
 
-    /// Makes `logger` the program's, its lines above the progress bar rather than through it.
+    /// Installs the program's logger. Its lines are printed above the progress bar.
     ///
     /// # Errors
     ///
-    /// If the program has a logger already.
+    /// If a logger is already installed.
     pub fn install_logger(&self, logger: env_logger::Logger) -> Result<(), log::SetLoggerError> {
         let level = logger.filter();
         LogWrapper::new(self.bars.clone(), logger).try_init()?;
-        // The bridge asks the logger for the level of an empty target only.
+        // The bridge only asks the logger for the level of an empty target.
         log::set_max_level(level);
         Ok(())
     }
 
-    /// Prints a line, above the progress bar if there is one.
+    /// Prints a line, above the progress bar if one is shown.
     pub fn line(&self, text: &str) {
         match &self.plain {
             Some(printer) => printer.line(text),
-            // Not `MultiProgress::println`, which cuts lines at the terminal's width.
+            // `MultiProgress::println` would cut lines at the terminal's width.
             None => self.bars.suspend(|| {
                 let _ = writeln!(std::io::stdout(), "{text}");
             }),
         }
     }
 
-    /// Prints something that the user should know, after "note".
+    /// Prints something that the user should know, with the prefix "note".
     pub fn note(&self, text: &str) {
         let wrapped = wrap(text, self.width().saturating_sub(6));
         for (index, line) in wrapped.iter().enumerate() {
@@ -104,7 +105,7 @@ impl Screen {
         }
     }
 
-    /// Shows the progress of something of known length that comes before the run, such as loading weights.
+    /// Shows the progress of work of known length before the run, such as loading weights.
     pub fn task(&self, name: &str, length: usize) -> Task<'_> {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         bar.set_length(length as u64);
@@ -122,22 +123,22 @@ impl Screen {
         }
     }
 
-    /// Adds a progress bar below the lines; the bar draws nothing where there is no terminal.
+    /// Adds a progress bar below the lines. Without a terminal it draws nothing.
     pub fn add(&self, bar: ProgressBar) -> ProgressBar {
         self.bars.add(bar)
     }
 
-    /// Where lines go where there is no terminal.
+    /// The destination of lines without a terminal; `None` on a terminal.
     pub fn printer(&self) -> Option<Printer> {
         self.plain.clone()
     }
 
-    /// The colours of this screen.
+    /// The colors of this screen.
     pub fn style(&self) -> Style {
         self.style
     }
 
-    /// Columns of this screen.
+    /// The width of this screen in columns.
     pub fn width(&self) -> usize {
         match self.plain {
             Some(_) => PLAIN_WIDTH,
@@ -146,22 +147,22 @@ impl Screen {
     }
 }
 
-/// Writes plain lines, from any thread.
+/// Writes plain lines. Any thread may call it.
 #[derive(Clone)]
 pub struct Printer(Lines);
 
 impl Printer {
-    /// Writes a line. Errors are ignored.
+    /// Writes a line and ignores errors.
     pub fn line(&self, text: &str) {
         let mut writer = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let _ = writeln!(writer, "{text}").and_then(|()| writer.flush());
     }
 }
 
-/// A space at which [`wrap`] does not break a line.
+/// Printed as a space; [`wrap`] does not break a line here.
 pub const KEPT_SPACE: &str = "\u{a0}";
 
-/// Breaks at spaces; a word longer than `width` gets a line of its own.
+/// Breaks text into lines at spaces. A word longer than `width` gets a line of its own.
 pub fn wrap(text: &str, width: usize) -> Vec<String> {
     let mut lines = vec![String::new()];
     let mut used = 0;
@@ -184,7 +185,7 @@ pub fn wrap(text: &str, width: usize) -> Vec<String> {
     spaced.collect()
 }
 
-/// Something with a known length that is under way; dropping it takes its bar away.
+/// Work of known length in progress. Dropping it removes its progress bar.
 pub struct Task<'a> {
     screen: &'a Screen,
     bar: ProgressBar,
@@ -193,12 +194,12 @@ pub struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// So much of it is done.
+    /// Sets how much of it is done.
     pub fn at(&self, done: usize) {
         self.bar.set_position(done as u64);
     }
 
-    /// It is done: `text` says with what.
+    /// Ends it and prints a line with `text`, its result, and the time it took.
     pub fn done(self, text: &str) {
         self.bar.finish_and_clear();
         let took = human::duration(self.started.elapsed());
@@ -212,15 +213,15 @@ impl Drop for Task<'_> {
     }
 }
 
-/// Writes a value into a bar's template.
+/// Writes a value into the template of a progress bar.
 pub type Key = fn(&ProgressState, &mut dyn fmt::Write);
 
 fn elapsed(state: &ProgressState, out: &mut dyn fmt::Write) {
     let _ = out.write_str(&human::clock(state.elapsed()));
 }
 
-/// A style with these keys. The templates are constants of this file; if one were wrong, the bar
-/// would have indicatif's look.
+/// The style of a progress bar with this template and these keys. A template is a constant; if it is
+/// invalid, the bar has indicatif's default style.
 pub fn bar_style(template: &str, keys: &[(&'static str, Key)]) -> ProgressStyle {
     let style = ProgressStyle::with_template(template)
         .unwrap_or_else(|_| ProgressStyle::default_bar())
@@ -233,7 +234,7 @@ pub fn bar_style(template: &str, keys: &[(&'static str, Key)]) -> ProgressStyle 
 mod tests {
     use super::*;
 
-    /// What a plain screen has printed.
+    /// Collects what a plain screen prints.
     #[derive(Clone, Default)]
     struct Printed(Arc<Mutex<Vec<u8>>>);
 

@@ -1,11 +1,11 @@
-//! Medians, spreads and ratios of measurements.
+//! Medians, ranges and ratios of measurements.
 
 use serde::Serialize;
 
-/// Measurements in three numbers.
+/// Median and range of measurements.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Spread {
-    /// The middle one, or the mean of the two in the middle.
+    /// The middle value, or the mean of the two middle values.
     pub median: f64,
     /// The smallest.
     pub min: f64,
@@ -14,7 +14,7 @@ pub struct Spread {
 }
 
 impl Spread {
-    /// Of some measurements; none of no measurement, or where one is not a number.
+    /// Of `values`. `None` if there are none, or if one of them is NaN.
     pub fn of(values: &[f64]) -> Option<Self> {
         let mut sorted = values.to_vec();
         if values.iter().any(|value| value.is_nan()) {
@@ -31,23 +31,24 @@ impl Spread {
     }
 }
 
-/// The median; none of no measurement.
+/// The median. `None` if there are no values, or if one of them is NaN.
 pub fn median(values: &[f64]) -> Option<f64> {
     Spread::of(values).map(|spread| spread.median)
 }
 
-/// Two ways to say how many times one series is another. They differ where the machine's speed
+/// The ratio of two series of measurements, computed in two ways. They differ if the machine's speed
 /// changed between rounds.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Ratio {
-    /// Of the medians.
+    /// The ratio of the medians.
     pub of_medians: f64,
-    /// The median of each round's ratio.
+    /// The median of the ratios of each round.
     pub median_of_rounds: f64,
 }
 
 impl Ratio {
-    /// `numerator` over `denominator`, measured in the same rounds; none where one is empty or 0.
+    /// `numerator` over `denominator`, measured in the same rounds. `None` if one of them is empty, or if a
+    /// ratio is not finite.
     pub fn of(numerator: &[f64], denominator: &[f64]) -> Option<Self> {
         let rounds = numerator.iter().zip(denominator);
         let rounds: Vec<f64> = rounds.map(|(a, b)| a / b).collect();
@@ -59,7 +60,7 @@ impl Ratio {
     }
 }
 
-/// The largest `|a − b| / |b|` of pairs; none without a pair. Not a number counts as infinite.
+/// The largest `|a − b| / |b|` of pairs. `None` without a pair. NaN counts as infinite.
 pub fn largest_relative_difference(values: &[f64], reference: &[f64]) -> Option<f64> {
     let pairs = values.iter().zip(reference);
     let differences = pairs.map(|(a, b)| match (a - b).abs() / b.abs() {

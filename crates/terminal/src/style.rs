@@ -1,21 +1,21 @@
-//! Colours, where they are wanted.
+//! Colors, for terminals that support them.
 
-/// Paints words, or leaves them as they are.
+/// Colors text, or leaves it unchanged.
 #[derive(Debug, Clone, Copy)]
 pub struct Style {
-    colour: bool,
+    color: bool,
 }
 
 impl Style {
-    /// No colours: files, pipes, `NO_COLOR`.
+    /// No colors: for files, for pipes, and if `NO_COLOR` is set.
     pub fn plain() -> Self {
-        Self { colour: false }
+        Self { color: false }
     }
 
-    /// What the terminal wants; `console` asks `NO_COLOR`, `CLICOLOR` and `TERM`.
+    /// Colors if the terminal supports them. `console` reads `NO_COLOR`, `CLICOLOR` and `TERM`.
     pub fn of_terminal() -> Self {
         Self {
-            colour: console::colors_enabled(),
+            color: console::colors_enabled(),
         }
     }
 
@@ -40,7 +40,7 @@ impl Style {
     }
 
     fn paint(self, text: &str, with: fn(console::Style) -> console::Style) -> String {
-        if self.colour {
+        if self.color {
             with(console::Style::new())
                 .force_styling(true)
                 .apply_to(text)
@@ -58,6 +58,6 @@ mod tests {
     #[test]
     fn plain_words_have_no_escapes() {
         assert_eq!(Style::plain().bold("x"), "x");
-        assert!(Style { colour: true }.bold("x").contains("\u{1b}["));
+        assert!(Style { color: true }.bold("x").contains("\u{1b}["));
     }
 }

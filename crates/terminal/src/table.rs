@@ -7,17 +7,18 @@ use crate::human;
 pub struct Table {
     /// The heading.
     pub title: String,
-    /// The first column is words, the others are numbers and flushed right, but for those in `words`.
+    /// The header. The first column is text. The others are numbers, aligned to the right, except those in
+    /// `words`.
     pub header: Vec<String>,
-    /// The cells, row by row, as many as the header has.
+    /// The cells, row by row. Each row has as many cells as the header.
     pub rows: Vec<Vec<String>>,
-    /// Further columns of words.
+    /// Indices of further columns of text.
     pub words: Vec<usize>,
     /// Sentences below the table.
     pub notes: Vec<String>,
 }
 
-/// Screens are at least this wide.
+/// Width of a line.
 const WIDTH: usize = 100;
 
 impl Table {
@@ -30,7 +31,7 @@ impl Table {
         }
     }
 
-    /// For the screen.
+    /// Lines for the screen.
     pub fn lines(&self) -> Vec<String> {
         let mut lines = wrapped(&self.title, "");
         let mut rows = vec![self.header.clone()];
@@ -45,7 +46,7 @@ impl Table {
         lines
     }
 
-    /// For a Markdown file.
+    /// Text for a Markdown file.
     pub fn markdown(&self) -> String {
         let line = |cells: &[String]| {
             let cells: Vec<String> = cells.iter().map(|cell| cell.replace('|', "\\|")).collect();
@@ -79,7 +80,7 @@ impl Table {
     }
 }
 
-/// A sentence in lines of at most 100 columns, each behind `indent`.
+/// Breaks a text into lines of at most 100 columns that start with `indent`.
 pub fn wrapped(text: &str, indent: &str) -> Vec<String> {
     let mut lines = vec![indent.to_string()];
     for word in text.split_whitespace() {

@@ -1,16 +1,13 @@
-//! An adapter as llama.cpp sees it, and as a part of the weights.
+//! An adapter in llama.cpp's layout, and as a part of the weights.
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
 use kernels::cpu;
 use llama_burn::gguf::{llama_cpp_name, rows_of};
-use llama_burn::{LlamaConfig, Weights};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig, Weights};
 
-use peft::{AdapterConfig, AdapterTensors, read_adapter};
-
-const EMBEDDING: &str = "model.embed_tokens.weight";
-const HEAD: &str = "lm_head.weight";
+use super::ExportGgufError;
+use peft::{AdapterConfig, AdapterError, AdapterTensors, read_adapter};
 
 /// An adapter that fits a model.
 pub(super) struct Adapter {
@@ -29,11 +26,14 @@ pub(super) struct LoraTensor {
 }
 
 impl Adapter {
-    /// Reads an adapter and holds its tensors against the model's.
-    pub fn read(folder: &Path, model: &LlamaConfig) -> anyhow::Result<Self> {
-        let about = || format!("the adapter in {}", folder.display());
-        let (config, tensors) = read_adapter(folder).with_context(about)?;
-        tensors.check(model, &config.lora).with_context(about)?;
+    /// Reads an adapter and checks its tensors against the model's.
+    pub fn read(folder: &Path, model: &LlamaConfig) -> Result<Self, ExportGgufError> {
+        let failed = |source| ExportGgufError::Adapter {
+            folder: folder.into(),
+            source,
+        };
+        let (config, tensors) = read_adapter(folder).map_err(failed)?;
+        tensors.check(model, &config.lora).map_err(failed)?;
         Ok(Self {
             folder: folder.into(),
             config,
@@ -43,51 +43,56 @@ impl Adapter {
         })
     }
 
-    /// A head that is no longer the embedding once the adapter is in is a tensor of its own.
+    /// Adds `lm_head.weight` to the tensors of a tied model if the adapter makes it differ from the embedding.
     pub fn add_untied_head(&self, model: &LlamaConfig, shapes: &mut Vec<(String, Vec<usize>)>) {
         if self.tensors.unties(model, &self.config.lora) {
-            shapes.push((HEAD.into(), vec![model.vocab_size, model.hidden_size]));
+            shapes.push((
+                HEAD_WEIGHT.into(),
+                vec![model.vocab_size, model.hidden_size],
+            ));
         }
     }
 
-    /// A tensor of the model with the adapter in it.
+    /// A tensor of the model with the adapter merged in.
     pub fn merged(
         &self,
         weights: &mut Weights,
         model: &LlamaConfig,
         name: &str,
-    ) -> anyhow::Result<Vec<f32>> {
-        let source = if name == HEAD && model.tie_word_embeddings {
-            EMBEDDING
+    ) -> Result<Vec<f32>, ExportGgufError> {
+        let source = if name == HEAD_WEIGHT && model.tie_word_embeddings {
+            EMBEDDING_WEIGHT
         } else {
             name
         };
         let values = weights.read(source)?;
         let merged = self.tensors.merged(model, &self.config.lora, name, values);
-        merged.with_context(|| format!("the adapter in {}", self.folder.display()))
+        merged.map_err(|source: AdapterError| ExportGgufError::Adapter {
+            folder: self.folder.clone(),
+            source,
+        })
     }
 
-    /// llama.cpp's α and matrices. It scales by α over each matrix's rank; where the adapter's own scale of
-    /// a module is another (patterns, α/√r), the difference goes into B.
-    pub fn lora_tensors(&self) -> anyhow::Result<(f32, Vec<LoraTensor>)> {
+    /// llama.cpp's α and matrices. llama.cpp scales by α over each matrix's rank. If the adapter's scale of
+    /// a module differs (patterns, α/√r), B is multiplied by the ratio.
+    pub fn lora_tensors(&self) -> Result<(f32, Vec<LoraTensor>), ExportGgufError> {
         let alpha = self.config.lora.lora_alpha;
         let selector = self.config.lora.selector()?;
         if let Some(what) = self.beyond_lora() {
-            bail!(
-                "the adapter in {} has {what}, which llama.cpp's LoRA file has no place for; leave --lora out to \
-                 write the model with the adapter in its weights",
-                self.folder.display()
-            );
+            return Err(ExportGgufError::NotLora {
+                folder: self.folder.clone(),
+                what,
+            });
         }
         let mut tensors = Vec::new();
         for (module, pair) in &self.tensors.modules {
             let (d_in, d_out, r) = (pair.d_in, pair.d_out, pair.r);
             let name = format!("{module}.weight");
             let Some(theirs) = llama_cpp_name(&name) else {
-                bail!(
-                    "the adapter in {}: llama.cpp has no name for {module}",
-                    self.folder.display()
-                );
+                return Err(ExportGgufError::Module {
+                    folder: self.folder.clone(),
+                    module: module.clone(),
+                });
             };
             let factor = (selector.scale(module) * r as f64 / alpha) as f32;
             let mut b = cpu::transposed(&pair.b, [r, d_out]);
@@ -109,7 +114,7 @@ impl Adapter {
         Ok((alpha as f32, tensors))
     }
 
-    /// What of the adapter is no pair of matrices beside a linear module.
+    /// The part of the adapter that is not a pair of matrices of a linear module, if any.
     fn beyond_lora(&self) -> Option<String> {
         if let Some(name) = self.tensors.whole.keys().next() {
             return Some(format!("a copy of {name} of its own"));
@@ -123,7 +128,7 @@ impl Adapter {
                 Some("DoRA's magnitudes".to_string())
             } else if pair.bias.is_some() {
                 Some(format!("a bias of {module}'s B"))
-            } else if name == EMBEDDING || (name == HEAD && self.tied) {
+            } else if name == EMBEDDING_WEIGHT || (name == HEAD_WEIGHT && self.tied) {
                 Some(format!("matrices for {module}, which is the embedding"))
             } else {
                 None

@@ -1,10 +1,9 @@
-//! `trainer export-gguf`: a model, with an adapter in its weights or without, or the adapter alone, for llama.cpp.
+//! `trainer export-gguf`: writes a model, optionally with an adapter merged in, or an adapter alone, for llama.cpp.
 
 use std::fs::File;
 use std::io::{self, BufWriter};
 use std::path::{Path, PathBuf};
 
-use anyhow::bail;
 use clap::Args;
 use llama_burn::gguf::{
     self, GgufFile, GgufWriter, TensorKind, TensorPlan, Value, config_metadata, llama_cpp_name,
@@ -12,6 +11,7 @@ use llama_burn::gguf::{
 };
 use llama_burn::{LlamaConfig, Weights};
 
+use super::ExportGgufError;
 use super::adapter::Adapter;
 use data::ModelFiles;
 use data::gguf::tokenizer_metadata;
@@ -27,19 +27,19 @@ pub struct ExportGgufArgs {
     /// The base model: a Hugging Face folder, a GGUF file, or `embedded`
     #[arg(long, value_name = "PATH", default_value = EMBEDDED)]
     model: String,
-    /// An adapter in PEFT's format, which goes into the weights
+    /// An adapter in PEFT's format to merge into the weights
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
     /// Write the adapter alone, for llama.cpp's --lora
     #[arg(long, requires = "adapter")]
     lora: bool,
-    /// The file to make
+    /// The file to write
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
-    /// f32, f16 or q8_0, for the matrices [default: f16; f32 for an adapter alone]
+    /// Type of the matrices: f32, f16 or q8_0 [default: f16; f32 for an adapter alone]
     #[arg(long = "type", value_name = "TYPE", value_parser = tensor_kind)]
     kind: Option<TensorKind>,
-    /// Replace a file that is there
+    /// Replace an existing file
     #[arg(long)]
     overwrite: bool,
 }
@@ -57,20 +57,14 @@ fn tensor_kind(word: &str) -> Result<TensorKind, String> {
 ///
 /// # Errors
 ///
-/// What is wrong with the model, the adapter or the output. Nothing is left in the output's place.
-pub fn run(args: &ExportGgufArgs, screen: &Screen) -> anyhow::Result<()> {
+/// [`ExportGgufError`] for a model, an adapter or an output that cannot be used. An existing output is unchanged then.
+pub fn run(args: &ExportGgufArgs, screen: &Screen) -> Result<(), ExportGgufError> {
     let output = &args.output;
     if output.is_dir() {
-        bail!(
-            "--output is the folder {}; name a file in it",
-            output.display()
-        );
+        return Err(ExportGgufError::OutputIsFolder(output.clone()));
     }
     if output.exists() && !args.overwrite {
-        bail!(
-            "{} is there already; choose another --output, or replace it with --overwrite",
-            output.display()
-        );
+        return Err(ExportGgufError::Exists(output.clone()));
     }
     let path = if args.model == EMBEDDED {
         embedded::materialise()?.model_dir
@@ -82,10 +76,7 @@ pub fn run(args: &ExportGgufArgs, screen: &Screen) -> anyhow::Result<()> {
             .is_ok_and(|a| b.canonicalize().is_ok_and(|b| a == b))
     };
     if same(output, &path) {
-        bail!(
-            "--output is {}, which is read from as well; choose another file",
-            output.display()
-        );
+        return Err(ExportGgufError::OutputIsInput(output.clone()));
     }
     let model = LlamaConfig::from_file(&path)?;
     let adapter = match &args.adapter {
@@ -110,7 +101,7 @@ fn text(key: &str, value: &str) -> (String, Value) {
     (key.into(), Value::Text(value.into()))
 }
 
-/// Writes a whole model, a tensor at a time. Gives the file's size.
+/// Writes a whole model, one tensor at a time. Returns the file's size in bytes.
 fn write_model(
     output: &Path,
     path: &Path,
@@ -118,7 +109,7 @@ fn write_model(
     adapter: Option<&Adapter>,
     kind: TensorKind,
     screen: &Screen,
-) -> anyhow::Result<u64> {
+) -> Result<u64, ExportGgufError> {
     let mut weights = Weights::open(path)?;
     let mut shapes = model.tensor_shapes();
     weights.check(&shapes)?;
@@ -134,9 +125,9 @@ fn write_model(
     }
     metadata.push(("general.file_type".into(), Value::U32(kind.file_type())));
     metadata.push(("general.quantization_version".into(), Value::U32(2)));
-    metadata.extend(config_metadata(model).map_err(anyhow::Error::msg)?);
+    metadata.extend(config_metadata(model).map_err(ExportGgufError::Metadata)?);
     metadata.extend(if gguf::is_gguf(path) {
-        // The file's own keys keep everything of its tokenizer.
+        // The keys of the GGUF file describe its tokenizer completely.
         let header = GgufFile::open(path)?.header;
         let keys = header.metadata.into_iter();
         keys.filter(|(key, _)| key.starts_with("tokenizer."))
@@ -157,7 +148,7 @@ fn write_model(
     let mut unpacked = 0;
     for (name, shape) in &shapes {
         let Some(theirs) = llama_cpp_name(name) else {
-            bail!("llama.cpp has no name for the tensor {name}");
+            return Err(ExportGgufError::Tensor(name.clone()));
         };
         // Vectors stay floats, as in llama.cpp's own files.
         let kind = match shape[..] {
@@ -176,7 +167,7 @@ fn write_model(
     }
     if unpacked > 0 {
         screen.line(&format!(
-            "{unpacked} matrices have rows that blocks of {} do not divide; they are written in F16",
+            "{unpacked} matrices have rows that are not a multiple of {} values; they are written in F16",
             kind.block()
         ));
     }
@@ -205,10 +196,14 @@ fn write_model(
     Ok(bytes)
 }
 
-/// Writes llama.cpp's LoRA file. Gives its size.
-fn write_adapter(output: &Path, adapter: &Adapter, kind: TensorKind) -> anyhow::Result<u64> {
+/// Writes llama.cpp's LoRA file. Returns its size in bytes.
+fn write_adapter(
+    output: &Path,
+    adapter: &Adapter,
+    kind: TensorKind,
+) -> Result<u64, ExportGgufError> {
     if kind == TensorKind::Q8_0 {
-        bail!("an adapter alone is written in f32 or f16; its ranks are too small for blocks");
+        return Err(ExportGgufError::QuantizedAdapter);
     }
     let (alpha, tensors) = adapter.lora_tensors()?;
     let metadata = [
@@ -234,17 +229,17 @@ fn write_adapter(output: &Path, adapter: &Adapter, kind: TensorKind) -> anyhow::
     })
 }
 
-/// Writes the whole file or leaves the old one; returns its size.
+/// Writes the whole file or leaves the old one unchanged. Returns the file's size in bytes.
 fn write_atomically(
     path: &Path,
-    write: impl FnOnce(&mut BufWriter<File>) -> anyhow::Result<()>,
-) -> anyhow::Result<u64> {
+    write: impl FnOnce(&mut BufWriter<File>) -> Result<(), ExportGgufError>,
+) -> Result<u64, ExportGgufError> {
     let mut failure = None;
     let mut bytes = 0;
     let written = durable::write_atomically_by(path, |temporary| {
         let mut out = BufWriter::with_capacity(1 << 20, File::create(temporary)?);
         if let Err(error) = write(&mut out) {
-            let text = format!("{error:#}");
+            let text = error.to_string();
             failure = Some(error);
             return Err(io::Error::other(text));
         }
@@ -254,7 +249,10 @@ fn write_atomically(
         Ok(())
     });
     match (failure, written) {
-        (Some(error), _) => Err(error.context(format!("cannot write {}", path.display()))),
+        (Some(error), _) => Err(ExportGgufError::File {
+            path: path.into(),
+            source: Box::new(error),
+        }),
         (None, Err(error)) => Err(error.into()),
         (None, Ok(())) => Ok(bytes),
     }

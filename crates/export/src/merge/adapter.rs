@@ -1,4 +1,4 @@
-//! The adapter that goes into a model's tensors, or out of them.
+//! An adapter that is merged into a model's tensors, or taken out of them.
 
 use std::path::{Path, PathBuf};
 
@@ -7,10 +7,6 @@ use lora_core::LoraConfig;
 
 use super::MergeError;
 use peft::{self, AdapterError, AdapterTensors};
-
-/// The embedding's tensor, and that of the output layer.
-pub(super) const EMBEDDING: &str = "model.embed_tokens.weight";
-pub(super) const HEAD: &str = "lm_head.weight";
 
 /// An adapter that fits a model.
 pub(super) struct Adapter<'a> {
@@ -21,11 +17,11 @@ pub(super) struct Adapter<'a> {
 }
 
 impl<'a> Adapter<'a> {
-    /// Reads the adapter of a folder and holds it against the model.
+    /// Reads the adapter of a folder and checks it against the model.
     ///
     /// # Errors
     ///
-    /// What is wrong with it, or does not fit the model, by PEFT's names.
+    /// An adapter that cannot be read or that does not fit the model, by PEFT's names.
     pub(super) fn read(folder: &Path, model: &'a LlamaConfig) -> Result<Self, MergeError> {
         let failed = |source| MergeError::Adapter {
             folder: folder.into(),
@@ -39,14 +35,14 @@ impl<'a> Adapter<'a> {
             tensors,
             model,
         };
-        match adapter.bias_without_place() {
+        match adapter.bias_without_tensor() {
             Some(module) => Err(MergeError::NoBias { module }),
             None => Ok(adapter),
         }
     }
 
-    /// A module whose adapter adds a bias although the model's has none.
-    fn bias_without_place(&self) -> Option<String> {
+    /// A module whose adapter adds a bias although the model's module has none.
+    fn bias_without_tensor(&self) -> Option<String> {
         let shapes = self.model.tensor_shapes();
         let biased = self
             .tensors
@@ -61,7 +57,7 @@ impl<'a> Adapter<'a> {
         modules.find(|module| !has_bias(module)).cloned()
     }
 
-    /// Modules with matrices, and tensors that the adapter brings its own version of.
+    /// Counts the adapted modules, and the tensors that the adapter replaces.
     pub(super) fn counts(&self) -> [usize; 2] {
         let tables = self.tensors.token_rows.len();
         [
@@ -70,7 +66,7 @@ impl<'a> Adapter<'a> {
         ]
     }
 
-    /// The most terms of a sum that changes an element: the rank and the element itself.
+    /// The most terms of a sum that changes an element: the rank, and one for the element itself.
     pub(super) fn terms(&self) -> usize {
         let ranks = self.tensors.modules.values().map(|pair| pair.r);
         ranks.max().unwrap_or(0) + 1
@@ -81,45 +77,47 @@ impl<'a> Adapter<'a> {
         self.tensors.modules.keys()
     }
 
-    /// Whether the model's output layer is no longer its embedding.
+    /// Whether the merged model needs an output layer apart from its embedding.
     pub(super) fn unties(&self) -> bool {
         self.tensors.unties(self.model, &self.lora)
     }
 
-    /// Whether this tensor of the merged model is another than the base's.
+    /// Whether this tensor of the merged model differs from the base's.
     pub(super) fn changes(&self, tensor: &str) -> bool {
         self.tensors.changes(self.model, &self.lora, tensor)
     }
 
-    /// The tensor with the adapter in it.
+    /// The tensor with the adapter merged in.
     pub(super) fn merged(&self, tensor: &str, values: Vec<f32>) -> Result<Vec<f32>, MergeError> {
         let merged = self.tensors.merged(self.model, &self.lora, tensor, values);
         merged.map_err(|source| self.failed(source))
     }
 
-    /// Why the base cannot be computed from the merged model, if it cannot.
-    pub(super) fn no_way_back(&self) -> Option<&'static str> {
+    /// The reason why the base cannot be computed from the merged model, if there is one.
+    pub(super) fn not_invertible(&self) -> Option<&'static str> {
         let mut pairs = self.tensors.modules.values();
         if !self.tensors.token_rows.is_empty() {
             Some(
-                "it takes the place of rows of the embedding, and nothing in the merged model tells what they were",
+                "it replaced rows of the embedding, and the merged model does not contain the original rows",
             )
         } else if !self.tensors.whole.is_empty() {
             Some(
-                "it takes the place of whole tensors, and nothing in the merged model tells what they were",
+                "it replaced whole tensors, and the merged model does not contain the original ones",
             )
         } else if pairs.any(|pair| pair.magnitude.is_some()) {
             Some(
-                "a DoRA scales each output by a length of the base's weight, which the merged model does not tell",
+                "a DoRA scales each output by a norm of the base's weight, which the merged model does not contain",
             )
         } else if self.unties() {
-            Some("it gave the model an output layer of its own, which the base does not have")
+            Some(
+                "it gave the model an output layer apart from the embedding, which the base does not have",
+            )
         } else {
             None
         }
     }
 
-    /// The tensor without the adapter; there must be a [way back](Self::no_way_back).
+    /// The tensor without the adapter. The adapter must be [invertible](Self::not_invertible).
     pub(super) fn unmerged(&self, tensor: &str, values: Vec<f32>) -> Result<Vec<f32>, MergeError> {
         let (model, lora) = (self.model, &self.lora);
         let unmerged = self.tensors.unmerged(model, lora, tensor, values, &[]);

@@ -20,19 +20,19 @@ pub struct MergeArgs {
     /// The adapter, in PEFT's format
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// The folder to make; without it only --check-bits can be done
+    /// The folder to write; may be omitted with --check-bits
     #[arg(long, value_name = "DIR", required_unless_present = "check_bits")]
     output: Option<PathBuf>,
     #[command(flatten)]
     form: Form,
-    /// Measure first how much of the adapter is left when the merged weights are quantized to 8 or 4 bits, and
-    /// refuse if it is too little
+    /// First measure how much of the adapter's update survives when the merged weights are quantized to 8 or 4
+    /// bits, and stop if it is too little
     #[arg(long, value_name = "BITS")]
     check_bits: Option<u8>,
-    /// Merge although --check-bits found too little of the adapter left
+    /// Merge even if --check-bits finds that too little of the update survives
     #[arg(long, requires = "check_bits")]
     force: bool,
-    /// Merge although the model has no tokenizer
+    /// Merge even if the model has no tokenizer
     #[arg(long)]
     without_tokenizer: bool,
 }
@@ -46,12 +46,12 @@ pub struct UnmergeArgs {
     /// The adapter that was merged into it
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
-    /// The folder to make
+    /// The folder to write
     #[arg(long, value_name = "DIR")]
     output: PathBuf,
     #[command(flatten)]
     form: Form,
-    /// Go on although the folder does not say that this adapter was merged into it
+    /// Continue even if the folder does not record that this adapter was merged into it
     #[arg(long)]
     force: bool,
 }
@@ -59,13 +59,13 @@ pub struct UnmergeArgs {
 /// How a model is written.
 #[derive(Debug, Args)]
 struct Form {
-    /// f32, f16 or bf16 [default: what each tensor has]
+    /// Type of the weights: f32, f16 or bf16 [default: the type of each tensor]
     #[arg(long, value_name = "TYPE", value_parser = float_type)]
     dtype: Option<Dtype>,
-    /// Size of a weight file at most, such as 500MB or 5GB
+    /// Largest size of a weight file, such as 500MB or 5GB
     #[arg(long, value_name = "SIZE", value_parser = size, default_value = "5GB")]
     max_shard_size: u64,
-    /// Take the place of what is in the output folder
+    /// Replace what is in the output folder
     #[arg(long)]
     overwrite: bool,
 }
@@ -79,7 +79,7 @@ fn float_type(word: &str) -> Result<Dtype, String> {
     }
 }
 
-/// Bytes; as in Hugging Face, GB are powers of ten and GiB powers of two.
+/// Parses a size in bytes. As in Hugging Face, GB is a power of ten and GiB a power of two.
 fn size(word: &str) -> Result<u64, String> {
     let digits = word.trim_end_matches(|c: char| c.is_ascii_alphabetic());
     let unit = match word[digits.len()..].to_ascii_lowercase().as_str() {
@@ -104,8 +104,8 @@ fn size(word: &str) -> Result<u64, String> {
 ///
 /// # Errors
 ///
-/// What is wrong with the model, the adapter or the output folder.
-pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
+/// As [`merge`]; a model or an adapter that the Hub does not have; [`MergeError::LostToQuantization`].
+pub fn run_merge(args: MergeArgs, screen: &Screen) -> Result<(), MergeError> {
     let args = MergeArgs {
         model: match args.model.to_str() {
             Some(name) => hub::model_folder(name, Need::Model)?,
@@ -118,7 +118,7 @@ pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
         let quantization = match bits {
             8 => Quantization::Bits8,
             4 => Quantization::Bits4,
-            _ => anyhow::bail!("--check-bits is {bits}; expected 8 or 4"),
+            bits => return Err(MergeError::CheckBits { bits }),
         };
         let report = {
             let mut task = None;
@@ -138,7 +138,7 @@ pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
             screen.line(&line);
         }
         match report.refusal() {
-            Some(reason) if !args.force => return Err(MergeError::Lost { reason }.into()),
+            Some(reason) if !args.force => return Err(MergeError::LostToQuantization { reason }),
             Some(reason) => log::warn!("{reason}"),
             None => {}
         }
@@ -164,7 +164,7 @@ pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
     };
     let replaced = match report.replaced {
         0 => String::new(),
-        count => format!(" and {} of its own", human::counted(count as u64, "tensor")),
+        count => format!(" and {}", human::counted(count as u64, "replaced tensor")),
     };
     screen.line(&format!(
         "merged {}{replaced} into {}: {}, {}, {}",
@@ -182,7 +182,7 @@ pub fn run_merge(args: MergeArgs, screen: &Screen) -> anyhow::Result<()> {
 /// # Errors
 ///
 /// As [`unmerge`].
-pub fn run_unmerge(args: UnmergeArgs, screen: &Screen) -> anyhow::Result<()> {
+pub fn run_unmerge(args: UnmergeArgs, screen: &Screen) -> Result<(), MergeError> {
     let options = UnmergeOptions {
         model: args.model,
         adapter: args.adapter,
@@ -204,12 +204,12 @@ pub fn run_unmerge(args: UnmergeArgs, screen: &Screen) -> anyhow::Result<()> {
             "all of them the base's, number for number".to_string()
         }
         Some(exact) => format!(
-            "{exact} of them the base's, number for number; the others are within {:.1e} of it, which is what {} \
-             kept of the merged weights (a model merged with --dtype f32 comes apart without loss)",
+            "{exact} of them the base's, number for number; the others are within {:.1e} of it, because the merged \
+             weights were rounded to {} (a model merged with --dtype f32 can be restored without loss)",
             report.rounding, report.merged_dtype
         ),
         None => format!(
-            "within {:.1e} of the base if this adapter is what was merged, which the folder does not say",
+            "within {:.1e} of the base if this adapter was merged into it, which the folder does not record",
             report.rounding
         ),
     };

@@ -1,4 +1,4 @@
-//! The folder of a model that is being made: under a name of its own until everything is in it.
+//! The folder of a new model. It has a temporary name until it is complete.
 
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
@@ -8,8 +8,7 @@ use serde_json::Value;
 
 use super::MergeError;
 
-/// Files of the base model that a merged one has as well: everything that turns text into tokens and back,
-/// how it is to be sampled, and what its licence wants kept with it.
+/// Files that are copied from the base model: its tokenizer, its sampling settings and its license.
 const COPIED: [&str; 16] = [
     "generation_config.json",
     "tokenizer.json",
@@ -29,7 +28,8 @@ const COPIED: [&str; 16] = [
     "USE_POLICY",
 ];
 
-/// A folder beside the one that is wanted. Dropped unfinished, it is removed with all that is in it.
+/// A temporary folder beside the final one. If it is dropped before [`finish`](Self::finish), it is
+/// removed with everything in it.
 pub(super) struct NewFolder {
     wanted: PathBuf,
     temporary: PathBuf,
@@ -37,11 +37,11 @@ pub(super) struct NewFolder {
 }
 
 impl NewFolder {
-    /// Makes the folder, after a look at what is in the place of the one that is wanted.
+    /// Creates the temporary folder.
     ///
     /// # Errors
     ///
-    /// [`MergeError::Exists`] where something is and `overwrite` is not set; [`MergeError::Write`].
+    /// [`MergeError::Exists`] if something is at `wanted` and `overwrite` is not set; [`MergeError::Write`].
     pub(super) fn create(wanted: &Path, overwrite: bool) -> Result<Self, MergeError> {
         let failed = |path: &Path, source| MergeError::Write {
             path: path.into(),
@@ -68,7 +68,7 @@ impl NewFolder {
         temporary.push(name);
         temporary.push(format!(".{}.incomplete", std::process::id()));
         let temporary = parent.join(temporary);
-        // Left by a run that was killed, under a number that was given out again.
+        // Left by a killed process that had the same id.
         let _ = fs::remove_dir_all(&temporary);
         fs::create_dir(&temporary).map_err(|error| failed(&temporary, error))?;
         Ok(Self {
@@ -78,7 +78,7 @@ impl NewFolder {
         })
     }
 
-    /// Where files go for now.
+    /// The temporary folder.
     pub(super) fn path(&self) -> &Path {
         &self.temporary
     }
@@ -86,17 +86,10 @@ impl NewFolder {
     /// Writes a small file.
     pub(super) fn write(&self, name: &str, text: &str) -> Result<(), MergeError> {
         let path = self.temporary.join(name);
-        let write = || {
-            fs::write(&path, text)?;
-            File::open(&path)?.sync_all()
-        };
-        write().map_err(|source| MergeError::Write {
-            path: path.clone(),
-            source,
-        })
+        durable::write(&path, text.as_bytes()).map_err(|source| MergeError::Write { path, source })
     }
 
-    /// Copies the files that belong to the model beside its weights.
+    /// Copies the files of [`COPIED`] that the base model has.
     pub(super) fn copy_from(&self, base: &Path) -> Result<(), MergeError> {
         for name in COPIED {
             let from = base.join(name);
@@ -116,7 +109,7 @@ impl NewFolder {
         Ok(())
     }
 
-    /// Gives the folder its name. What was there under it goes.
+    /// Renames the folder to its final name. What was there before is removed.
     pub(super) fn finish(mut self) -> Result<(), MergeError> {
         let failed = |path: &Path, source| MergeError::Write {
             path: path.into(),
@@ -125,17 +118,21 @@ impl NewFolder {
         let mut old = self.temporary.clone().into_os_string();
         old.push(".old");
         let old = PathBuf::from(old);
+        // The names of its files are on the disk before the folder has its own.
+        durable::sync_folder(&self.temporary).map_err(|error| failed(&self.temporary, error))?;
         let replaced = self.wanted.symlink_metadata().is_ok();
         if replaced {
             fs::rename(&self.wanted, &old).map_err(|error| failed(&self.wanted, error))?;
         }
-        if let Err(error) = fs::rename(&self.temporary, &self.wanted) {
+        if let Err(error) = durable::rename(&self.temporary, &self.wanted) {
             if replaced {
                 let _ = fs::rename(&old, &self.wanted);
             }
             return Err(failed(&self.wanted, error));
         }
         self.finished = true;
+        let parent = self.wanted.parent().unwrap_or(Path::new("."));
+        durable::sync_folder(parent).map_err(|error| failed(parent, error))?;
         if replaced {
             let removed = if old.is_dir() {
                 fs::remove_dir_all(&old)
@@ -156,15 +153,15 @@ impl Drop for NewFolder {
     }
 }
 
-/// Whether the folder has a tokenizer in one of the forms that transformers loads.
+/// Whether the folder has a tokenizer that transformers can load.
 pub(super) fn has_tokenizer(folder: &Path) -> bool {
     let is_there = |name: &&str| folder.join(name).is_file();
     let parts = ["vocab.json", "merges.txt"];
     ["tokenizer.json", "tokenizer.model"].iter().any(is_there) || parts.iter().all(is_there)
 }
 
-/// `config.json` with the type of the weights put right: `dtype` as transformers 5 calls it, `torch_dtype`
-/// as 4 does; both where both are there, and both where none is, since either reads its own.
+/// Sets the type of the weights in `config.json`: `dtype` for transformers 5, `torch_dtype` for
+/// transformers 4. Only keys that exist are set, or both if neither exists.
 pub(super) fn set_dtype(config: &mut serde_json::Map<String, Value>, dtype: Dtype) {
     let name = match dtype {
         Dtype::F16 => "float16",
@@ -214,7 +211,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let wanted = root.path().join("merged");
         fs::create_dir(&wanted).unwrap();
-        NewFolder::create(&wanted, false).unwrap(); // An empty folder is nobody's.
+        NewFolder::create(&wanted, false).unwrap(); // An empty folder may be replaced.
         fs::write(wanted.join("old"), "old").unwrap();
         let error = NewFolder::create(&wanted, false).err().unwrap();
         assert!(error.to_string().contains("--overwrite"), "{error}");

@@ -1,9 +1,8 @@
-//! An adapter into a model's weights for good, and out of them again: folder to folder, on the host.
+//! Merges an adapter into a model's weights, and takes it out again: from folder to folder, on the host.
 //!
-//! No model is loaded. Tensors go from file to file some rows at a time, those that the adapter changes one at a
-//! time, so that the memory this takes is the adapter's, the largest changed tensor's in f32, and a few MiB. The
-//! new folder gets its name when it is complete: a full disk or an interrupted run leaves nothing that looks like
-//! a model.
+//! No model is loaded. Unchanged tensors are copied some rows at a time, changed ones one at a time. The memory
+//! needed is that of the adapter, of the largest changed tensor in f32, and a few MiB. The new folder gets its
+//! name when it is complete: a full disk or an interrupted run leaves nothing that looks like a model.
 
 mod adapter;
 mod command;
@@ -18,8 +17,9 @@ mod write;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
+use hub::HubError;
 use llama_burn::limited::{self, LARGEST_SETTINGS};
-use llama_burn::{ConfigError, LlamaConfig, Weights, WeightsError};
+use llama_burn::{ConfigError, EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig, Weights, WeightsError};
 use lora_core::Quantization;
 use safetensors::Dtype;
 use serde_json::{Map, Value};
@@ -30,26 +30,35 @@ pub use command::{MergeArgs, UnmergeArgs, run_merge, run_unmerge};
 pub use survival::{Survival, SurvivalReport};
 pub use unmerge::{UnmergeOptions, UnmergeReport, unmerge};
 
-use adapter::{Adapter, EMBEDDING, HEAD};
+use adapter::Adapter;
 use folder::NewFolder;
 use record::{Changed, RECORD_FILE, Record, Sum};
 use rewrite::{Change, rewrite};
 use tensors::ModelTensors;
 use write::{Planned, Shards};
 
-/// Bytes of a weight file at most, unless asked otherwise.
+/// Default of the largest size of a weight file, in bytes.
 pub const LARGEST_SHARD: u64 = 5_000_000_000;
 
-/// Why a model cannot be merged or taken apart.
+/// Why an adapter cannot be merged into a model or taken out of it.
 #[derive(Debug, thiserror::Error)]
 pub enum MergeError {
+    /// A model or an adapter that cannot be found on the Hub.
+    #[error(transparent)]
+    Hub(#[from] HubError),
+    /// An unknown number of bits.
+    #[error("--check-bits is {bits}; expected 8 or 4")]
+    CheckBits {
+        /// The number.
+        bits: u8,
+    },
     /// The model's `config.json`.
     #[error(transparent)]
     Config(#[from] ConfigError),
     /// The model's weights.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The adapter, or what it does not share with the model.
+    /// The adapter cannot be read, or does not fit the model.
     #[error("the adapter in {}: {source}", folder.display())]
     Adapter {
         /// Its folder.
@@ -70,24 +79,24 @@ pub enum MergeError {
     Write {
         /// The file.
         path: PathBuf,
-        /// What the system says: a full disk, missing rights.
+        /// The system's error, for example a full disk.
         source: std::io::Error,
     },
-    /// There is something in the output folder's place.
-    #[error("{} is there already; choose another --output, or replace it with --overwrite", folder.display())]
+    /// The output folder exists and is not empty.
+    #[error("{} already exists; choose another --output, or replace it with --overwrite", folder.display())]
     Exists {
         /// The folder.
         folder: PathBuf,
     },
-    /// The output would replace what it is made from.
-    #[error("--output is {}, which is read from as well; choose another folder", folder.display())]
-    Itself {
+    /// The output would replace the model or the adapter that it is made from.
+    #[error("--output is {}, which is also read from; choose another folder", folder.display())]
+    OutputIsInput {
         /// The folder.
         folder: PathBuf,
     },
     /// The base model has no tokenizer.
     #[error(
-        "{} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt), so the merged model would have none; copy it there first, or merge the weights alone with --without-tokenizer",
+        "{} has no tokenizer (tokenizer.json, tokenizer.model, or vocab.json with merges.txt), so the merged model would have none; copy it there first, or merge only the weights with --without-tokenizer",
         folder.display()
     )]
     NoTokenizer {
@@ -96,7 +105,7 @@ pub enum MergeError {
     },
     /// A tensor whose elements are not floats.
     #[error(
-        "the tensor {name} is of type {got}; only F32, F16 and BF16 can be merged into: take the model before it was quantized"
+        "the tensor {name} is of type {got}; only F32, F16 and BF16 can be merged into: use the model from before it was quantized"
     )]
     NotFloat {
         /// Its name.
@@ -113,11 +122,11 @@ pub enum MergeError {
         /// The file.
         file: PathBuf,
     },
-    /// A number that the output's type has no room for.
+    /// A number outside the range of the output's type.
     #[error(
-        "{name} becomes {value} at element {index}, for which {dtype} has no room; choose --dtype {remedy}"
+        "{name} becomes {value} at element {index}, which is outside the range of {dtype}; choose --dtype {remedy}"
     )]
-    NoRoom {
+    OutOfRange {
         /// The tensor.
         name: String,
         /// Which element, counted row by row.
@@ -126,12 +135,12 @@ pub enum MergeError {
         value: f32,
         /// The output's type.
         dtype: String,
-        /// A type that would do.
+        /// A type with a sufficient range.
         remedy: &'static str,
     },
     /// The adapter adds a bias to a module without one.
     #[error(
-        "the adapter adds a bias to {module} (lora_bias), which has none in the model, so there is no tensor to merge it into; keep the adapter as a second path"
+        "the adapter adds a bias to {module} (lora_bias), which has none in the model, so there is no tensor to merge it into; keep the adapter separate"
     )]
     NoBias {
         /// The module.
@@ -139,26 +148,26 @@ pub enum MergeError {
     },
     /// The base cannot be computed from the merged model.
     #[error("the adapter in {} cannot be taken out: {reason}; use the base model itself{base}", folder.display())]
-    NoWayBack {
+    NotInvertible {
         /// The adapter's folder.
         folder: PathBuf,
         /// Why.
         reason: &'static str,
-        /// Where the base model was.
+        /// The base model's folder at the time of the merge, after a comma; or empty.
         base: String,
     },
-    /// The adapter does not survive quantization.
+    /// Too little of the adapter's update survives quantization.
     #[error(
-        "{reason}; merge without --check-bits and use the result in 16 bits, keep the adapter as a second path, or use --force"
+        "{reason}; merge without --check-bits and use the result in 16 bits, keep the adapter separate, or use --force"
     )]
-    Lost {
-        /// By how much.
+    LostToQuantization {
+        /// What was measured, and what is expected.
         reason: String,
     },
-    /// The merged folder does not fit the adapter, or nobody knows.
-    #[error("{reason}; --force takes the adapter out all the same")]
-    NotThis {
-        /// What does not fit.
+    /// The merged folder was not made with this adapter, or has no record of it.
+    #[error("{reason}; --force takes the adapter out anyway")]
+    OtherAdapter {
+        /// What differs.
         reason: String,
     },
 }
@@ -170,15 +179,15 @@ pub struct MergeOptions {
     pub model: PathBuf,
     /// The adapter, in PEFT's format.
     pub adapter: PathBuf,
-    /// The folder to make.
+    /// The folder to write.
     pub output: PathBuf,
-    /// The type of every tensor; each its own without it.
+    /// The type of all tensors. `None` keeps the type of each.
     pub dtype: Option<Dtype>,
-    /// Bytes of a weight file at most.
+    /// Largest size of a weight file, in bytes.
     pub largest_shard: u64,
-    /// Take the place of what is in the output folder.
+    /// Replace what is in the output folder.
     pub overwrite: bool,
-    /// Merge although the model has no tokenizer.
+    /// Merge even if the model has no tokenizer.
     pub without_tokenizer: bool,
 }
 
@@ -187,23 +196,24 @@ pub struct MergeOptions {
 pub struct MergeReport {
     /// Modules that the adapter changed.
     pub modules: usize,
-    /// Tensors that the adapter brought its own version of.
+    /// Tensors that the adapter replaced.
     pub replaced: usize,
     /// Weight files.
     pub files: usize,
-    /// Their bytes, without headers.
+    /// Their size in bytes, without headers.
     pub bytes: u64,
-    /// The type of most of the tensors.
+    /// The type that most bytes have.
     pub dtype: String,
 }
 
-/// Merges an adapter into a model and writes a whole Hugging Face folder. `progress` hears of tensors done, of all.
+/// Merges an adapter into a model and writes a complete Hugging Face folder. `progress` is called with the number
+/// of tensors done and the number of all tensors.
 ///
-/// The sum is computed in f32, as PEFT does on a model loaded in f32, and then rounded to the output's type.
+/// The sum is computed in f32, as by PEFT on a model loaded in f32, and then rounded to the output's type.
 ///
 /// # Errors
 ///
-/// What is wrong with the model, the adapter or the output folder. Nothing is left in the output's place.
+/// [`MergeError`] for a model, an adapter or an output folder that cannot be used. Nothing is written to `output` then.
 pub fn merge(
     options: &MergeOptions,
     progress: &mut dyn FnMut(usize, usize),
@@ -215,7 +225,7 @@ pub fn merge(
         });
     }
     let adapter = Adapter::read(&options.adapter, &base.config)?;
-    refuse_itself(&options.output, &[&options.model, &options.adapter])?;
+    refuse_input_as_output(&options.output, &[&options.model, &options.adapter])?;
     let adapter_sha256 = record::file_sum(&options.adapter.join(peft::WEIGHTS_FILE))?;
 
     let mut source = ModelTensors::open(&options.model)?;
@@ -227,10 +237,12 @@ pub fn merge(
     let base_dtypes = base_dtypes.collect();
     let mut config = base.object;
     if adapter.unties() {
-        // The output layer begins as the embedding that it was.
-        let embedding = planned.iter().find(|tensor| tensor.name == EMBEDDING);
+        // Before the merge, the output layer equals the embedding.
+        let embedding = planned
+            .iter()
+            .find(|tensor| tensor.name == EMBEDDING_WEIGHT);
         let head = embedding.cloned().map(|tensor| Planned {
-            name: HEAD.into(),
+            name: HEAD_WEIGHT.into(),
             ..tensor
         });
         planned.extend(head);
@@ -273,12 +285,12 @@ pub fn merge(
     })
 }
 
-/// Measures how much of an adapter would be left of a merge into a base that is quantized to `bits`, without
-/// writing anything.
+/// Measures how much of an adapter's update would survive if the merged weights were quantized to `bits`. Nothing
+/// is written.
 ///
 /// # Errors
 ///
-/// What is wrong with the model or the adapter.
+/// [`MergeError`] for a model or an adapter that cannot be used.
 pub fn survival(
     model: &Path,
     adapter: &Path,
@@ -289,7 +301,7 @@ pub fn survival(
     let base = Base::read(model)?;
     let adapter = Adapter::read(adapter, &base.config)?;
     let mut source = ModelTensors::open(model)?;
-    // What is quantized: the decoder's linear modules.
+    // Only the linear modules of decoder layers are quantized.
     let linears = adapter.modules().filter(|m| m.starts_with("model.layers."));
     let linears: Vec<&String> = linears.collect();
     let mut modules = BTreeMap::new();
@@ -298,7 +310,7 @@ pub fn survival(
         let mut sums = Survival::default();
         if let Some(place) = source.place(&name) {
             let (d_out, d_in) = (place.rows, place.columns);
-            // A weight whose width cannot be packed stays as it is: all of the update survives.
+            // A weight whose width cannot be packed is not quantized: all of the update survives.
             if let Some(block) = quantization.block(d_out) {
                 let mut base = source.values(&name)?;
                 survival::round(&mut base, d_in, quantization, block);
@@ -319,7 +331,7 @@ struct Base {
 }
 
 impl Base {
-    /// Reads `config.json` and holds the weights' names and shapes against it.
+    /// Reads `config.json` and checks the weights' names and shapes against it.
     fn read(folder: &Path) -> Result<Self, MergeError> {
         if llama_burn::gguf::is_gguf(folder) {
             return Err(MergeError::GgufBase {
@@ -340,8 +352,8 @@ impl Base {
         Ok(Self { config, object })
     }
 
-    /// The tensors of the new model, in the model's order. What transformers would not look for (the copy of a
-    /// tied head, tables of angles) is left out.
+    /// The tensors of the new model, in the model's order, without those that transformers does not read (the
+    /// copy of a tied head, tables of rotary angles).
     fn planned(&self, source: &ModelTensors, dtype: impl Fn(&str, Dtype) -> Dtype) -> Vec<Planned> {
         let shapes = self.config.tensor_shapes().into_iter();
         let planned = shapes.filter_map(|(name, shape)| {
@@ -358,19 +370,19 @@ impl Base {
     }
 }
 
-fn refuse_itself(output: &Path, sources: &[&Path]) -> Result<(), MergeError> {
+fn refuse_input_as_output(output: &Path, sources: &[&Path]) -> Result<(), MergeError> {
     let Ok(output) = output.canonicalize() else {
         return Ok(());
     };
     let same = |source: &&&Path| source.canonicalize().is_ok_and(|source| source == output);
     if sources.iter().any(|source| same(&source)) {
-        Err(MergeError::Itself { folder: output })
+        Err(MergeError::OutputIsInput { folder: output })
     } else {
         Ok(())
     }
 }
 
-/// The type that most elements have.
+/// The type that most bytes have.
 fn largest_dtype(tensors: &[Planned]) -> Dtype {
     let mut bytes: BTreeMap<Dtype, u64> = BTreeMap::new();
     for tensor in tensors {
@@ -380,8 +392,7 @@ fn largest_dtype(tensors: &[Planned]) -> Dtype {
     most.map_or(Dtype::F32, |(dtype, _)| dtype)
 }
 
-/// What a folder needs beside its weights. `config.json` comes last: without it nothing takes the folder for a
-/// model.
+/// Writes the files beside the weights. `config.json` comes last: without it the folder is not taken for a model.
 fn finish(
     folder: NewFolder,
     mut config: Map<String, Value>,
@@ -399,7 +410,7 @@ fn finish(
     folder.finish()
 }
 
-/// Puts the adapter in, and sums the bytes of what it changes before and after.
+/// Merges the adapter, and hashes the tensors that it changes before and after.
 struct Merging<'a> {
     adapter: &'a Adapter<'a>,
     sums: BTreeMap<String, [Sum; 2]>,

@@ -1,4 +1,4 @@
-//! `lora_merge.json`: what was merged into what, so that it can be taken out again and checked.
+//! `lora_merge.json`: records what was merged into what, so that an adapter can be taken out again and checked.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -15,10 +15,10 @@ use super::MergeError;
 /// The file's name in a merged folder.
 pub(super) const RECORD_FILE: &str = "lora_merge.json";
 
-/// What is known of a merge.
+/// The record of a merge.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub(super) struct Record {
-    /// Of this file's layout.
+    /// Version of this file's layout.
     pub(super) version: u32,
     /// The base model's folder.
     pub(super) base_model: String,
@@ -40,11 +40,11 @@ pub(super) struct Changed {
 }
 
 impl Record {
-    /// Reads the record of a merged folder; none where there is no such file.
+    /// Reads the record of a merged folder. `None` if the file does not exist.
     ///
     /// # Errors
     ///
-    /// A file that cannot be read or that is no record.
+    /// A file that cannot be read or that is not a record.
     pub(super) fn read(folder: &Path) -> Result<Option<Self>, MergeError> {
         let path = folder.join(RECORD_FILE);
         let unreadable = |reason: String| MergeError::Unreadable {
@@ -61,12 +61,12 @@ impl Record {
         match record.version {
             1 => Ok(Some(record)),
             version => Err(unreadable(format!(
-                "its version is {version}; this program knows version 1"
+                "its version is {version}; this program reads version 1"
             ))),
         }
     }
 
-    /// The base's type of a tensor, where the record knows it.
+    /// The base's type of a tensor, if it is recorded.
     pub(super) fn base_dtype(&self, name: &str) -> Option<Dtype> {
         match self.base_dtypes.get(name).map(String::as_str) {
             Some("F32") => Some(Dtype::F32),
@@ -77,7 +77,7 @@ impl Record {
     }
 }
 
-/// A sum over bytes that come in pieces.
+/// A SHA-256 of bytes that come in chunks.
 #[derive(Clone, Default)]
 pub(super) struct Sum(Sha256);
 
@@ -86,7 +86,7 @@ impl Sum {
         self.0.update(bytes);
     }
 
-    /// Adds little-endian floats of `width` bytes, -0 as 0: taking an update out again cannot tell them apart.
+    /// Adds little-endian floats of `width` bytes, and -0 as 0: taking an update out cannot restore the sign.
     pub(super) fn add_numbers(&mut self, bytes: &[u8], width: usize) {
         let mut bytes = bytes.to_vec();
         for number in bytes.chunks_exact_mut(width.max(1)) {

@@ -1,4 +1,4 @@
-//! A model's tensors from its files into new ones, some of them changed on the way.
+//! Copies a model's tensors into new files and changes some of them.
 
 use safetensors::Dtype;
 use std::path::Path;
@@ -7,28 +7,28 @@ use super::MergeError;
 use super::tensors::ModelTensors;
 use super::write::{Planned, ShardFile, Shards, to_bytes};
 
-/// Elements that go from file to file at a time: 4 MiB of f32.
+/// Elements that are copied at a time: 4 MiB of f32.
 const AT_ONCE: usize = 1 << 20;
 
-/// Rows of so many columns that go from file to file at a time.
+/// The number of rows of `columns` elements that are copied at a time.
 pub(super) fn rows_at_once(columns: usize) -> usize {
     (AT_ONCE / columns.max(1)).max(1)
 }
 
-/// What happens to tensors between files.
+/// A change of some tensors.
 pub(super) trait Change {
-    /// Whether this tensor's numbers change.
+    /// Whether this tensor changes.
     fn is_changed(&self, name: &str) -> bool;
-    /// A changed tensor's new numbers from its old ones.
+    /// Returns a changed tensor's new values.
     fn changed(&mut self, name: &str, values: Vec<f32>) -> Result<Vec<f32>, MergeError>;
-    /// Bytes of a changed tensor as they were read.
+    /// Called with the bytes of a changed tensor that were read.
     fn read(&mut self, name: &str, bytes: &[u8], dtype: Dtype);
-    /// Bytes of a changed tensor as they were written.
+    /// Called with the bytes of a changed tensor that were written.
     fn wrote(&mut self, name: &str, bytes: &[u8], dtype: Dtype);
 }
 
-/// Writes the planned files into `folder`. What neither changes nor gets another type is copied byte for byte.
-/// A changed tensor is in memory as a whole, in f32; of the others no more than a run of rows.
+/// Writes the planned files into `folder`. A tensor that keeps its values and its type is copied byte for byte.
+/// A changed tensor is in memory as a whole, in f32; the others a few rows at a time.
 pub(super) fn rewrite(
     source: &mut ModelTensors,
     shards: &Shards,
@@ -71,7 +71,7 @@ fn copy(
         }
         let values = values();
         let bytes = to_bytes(&values, tensor.dtype);
-        let bytes = bytes.map_err(|(index, value)| no_room(tensor, at + index, value))?;
+        let bytes = bytes.map_err(|(index, value)| out_of_range(tensor, at + index, value))?;
         at += values.len();
         output.write(&bytes)
     })
@@ -93,16 +93,16 @@ fn write_changed(
     let all = change.changed(&tensor.name, all)?;
     for (run, values) in all.chunks(AT_ONCE).enumerate() {
         let bytes = to_bytes(values, tensor.dtype)
-            .map_err(|(index, value)| no_room(tensor, run * AT_ONCE + index, value))?;
+            .map_err(|(index, value)| out_of_range(tensor, run * AT_ONCE + index, value))?;
         output.write(&bytes)?;
         change.wrote(&tensor.name, &bytes, tensor.dtype);
     }
     Ok(())
 }
 
-fn no_room(tensor: &Planned, index: usize, value: f32) -> MergeError {
+fn out_of_range(tensor: &Planned, index: usize, value: f32) -> MergeError {
     let widest = value.is_finite() && value.abs() > f32::from(half::bf16::MAX);
-    MergeError::NoRoom {
+    MergeError::OutOfRange {
         name: tensor.name.clone(),
         index,
         value,

@@ -1,8 +1,8 @@
-//! How much of an adapter is left when the merged weight is quantized again.
+//! Measures how much of a LoRA update survives when the merged weight is quantized again.
 //!
-//! A step of 8 bits is about a hundredth of a weight's usual size. An update that is smaller than that is
-//! rounded away, or comes out as noise of the step's size. The cosine between the difference that was meant and
-//! the one that is in the quantized weight tells: 1 if all survived, 0 if nothing did.
+//! An 8-bit step is about a hundredth of a typical weight. A smaller update is rounded away, or becomes
+//! noise of the size of a step. The measure is the cosine between the intended change and the change in
+//! the quantized weight: 1 if the whole update survived, 0 if nothing did.
 
 use std::collections::BTreeMap;
 
@@ -10,9 +10,9 @@ use lora_core::Quantization;
 
 use terminal::human;
 
-/// Below this cosine over all modules together the merged model is refused: more than 40 % noise.
+/// The merged model is refused below this cosine over all modules together: more than 40 % noise.
 pub const LEAST_OVERALL: f64 = 0.9;
-/// Below this cosine in a single module it is refused.
+/// The merged model is refused below this cosine in a single module.
 pub const LEAST_OF_A_MODULE: f64 = 0.5;
 
 /// Sums over the elements of intended and actual differences.
@@ -27,7 +27,7 @@ pub struct Survival {
 }
 
 impl Survival {
-    /// Of these differences.
+    /// The sums over these differences.
     pub fn of(intended: &[f32], actual: &[f32]) -> Self {
         let mut sums = Self::default();
         for (intended, actual) in intended.iter().zip(actual) {
@@ -46,18 +46,20 @@ impl Survival {
         self.actual += other.actual;
     }
 
-    /// The cosine between both; 1 where nothing was intended, for nothing was lost.
+    /// The cosine between both. 1 if no change was intended, because nothing was lost.
     pub fn cosine(&self) -> f64 {
-        match self.intended > 0.0 {
-            false => 1.0,
-            true if self.actual > 0.0 => self.product / (self.intended * self.actual).sqrt(),
-            true => 0.0,
+        if self.intended <= 0.0 {
+            1.0
+        } else if self.actual > 0.0 {
+            self.product / (self.intended * self.actual).sqrt()
+        } else {
+            0.0
         }
     }
 }
 
-/// What of the change from `base`, which is rounded, to `merged`, which is not yet, is left in the quantized
-/// merged weight; both `[d_out, d_in]`.
+/// How much of the change from `base`, which is rounded, to `merged`, which is not, survives in the quantized
+/// merged weight. Both are `[d_out, d_in]`.
 pub(super) fn of_merged(
     base: &[f32],
     mut merged: Vec<f32>,
@@ -73,8 +75,8 @@ pub(super) fn of_merged(
     Survival::of(&intended, &merged)
 }
 
-/// Rounds a weight `[d_out, d_in]` to what its quantized form holds: blocks lie along d_out, as
-/// `lora_core::quantize_data` makes them in the turned weight.
+/// Rounds a weight `[d_out, d_in]` to the values of its quantized form. Blocks lie along d_out, as
+/// `lora_core::quantize_data` makes them in the transposed weight.
 pub(super) fn round(values: &mut [f32], d_in: usize, quantization: Quantization, block: usize) {
     let largest = match quantization {
         Quantization::Bits8 => 127.0,
@@ -101,30 +103,30 @@ pub(super) fn round(values: &mut [f32], d_in: usize, quantization: Quantization,
     }
 }
 
-/// What became of each module of an adapter.
+/// How much of each module's update survives.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SurvivalReport {
     /// Bits of the quantized weights.
     pub bits: u8,
-    /// By module name, `model.layers.0.self_attn.q_proj` and so on.
+    /// By module name, such as `model.layers.0.self_attn.q_proj`.
     pub modules: BTreeMap<String, Survival>,
 }
 
 impl SurvivalReport {
-    /// Over all modules together.
+    /// The cosine over all modules together.
     pub fn overall(&self) -> f64 {
         let mut all = Survival::default();
         self.modules.values().for_each(|module| all.add(*module));
         all.cosine()
     }
 
-    /// The module that kept least.
+    /// The module with the smallest cosine.
     pub fn worst(&self) -> Option<(&str, f64)> {
         let cosines = self.modules.iter().map(|(name, s)| (&name[..], s.cosine()));
         cosines.min_by(|a, b| a.1.total_cmp(&b.1))
     }
 
-    /// Why the merged model should not be used, if it should not.
+    /// The reason not to use the merged model, if there is one.
     pub fn refusal(&self) -> Option<String> {
         let overall = self.overall();
         let (name, worst) = self.worst()?;
@@ -140,12 +142,12 @@ impl SurvivalReport {
             return None;
         };
         Some(format!(
-            "too little of the adapter is left in {} bits: {what}",
+            "too little of the adapter's update survives in {} bits: {what}",
             self.bits
         ))
     }
 
-    /// A table: a line a layer, a column a module.
+    /// A table with one line per layer and one column per module.
     pub fn lines(&self) -> Vec<String> {
         let mut kinds: Vec<&str> = Vec::new();
         let mut layers: BTreeMap<usize, BTreeMap<&str, f64>> = BTreeMap::new();
@@ -179,7 +181,7 @@ impl SurvivalReport {
         }
         let right: Vec<usize> = (0..=kinds.len()).collect();
         let mut lines = vec![format!(
-            "cosine of the change that was meant and the one that is in {} bits",
+            "cosine of the intended change and the change in {} bits",
             self.bits
         )];
         lines.extend(human::columns(&rows, &right));

@@ -1,4 +1,4 @@
-//! A model folder's tensors, read in runs of rows: no more of the model is in memory than one run.
+//! Reads a model folder's tensors a few rows at a time.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -14,7 +14,7 @@ use super::rewrite::rows_at_once;
 use super::write::Planned;
 use peft::read_floats;
 
-/// What the header of a safetensors file may take; the format's own limit.
+/// Largest header of a safetensors file, in bytes: the format's own limit.
 const LONGEST_HEADER: u64 = 100_000_000;
 
 /// The open weight files of a model folder.
@@ -23,7 +23,7 @@ pub(super) struct ModelTensors {
     tensors: BTreeMap<String, Place>,
 }
 
-/// Where a tensor lies, and what it is.
+/// Where a tensor is, its type and its shape.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Place {
     file: usize,
@@ -37,7 +37,7 @@ pub(super) struct Place {
 }
 
 impl Place {
-    /// Bytes of a row.
+    /// Size of a row in bytes.
     fn row_bytes(&self) -> usize {
         self.columns * self.dtype.bitsize() / 8
     }
@@ -48,7 +48,7 @@ impl ModelTensors {
     ///
     /// # Errors
     ///
-    /// If there are none, one cannot be read or is cut off, or a tensor is no vector or matrix of floats.
+    /// If there are none, if one cannot be read or is cut off, or if a tensor is not a vector or matrix of floats.
     pub(super) fn open(folder: &Path) -> Result<Self, MergeError> {
         let mut model = Self {
             files: Vec::new(),
@@ -65,7 +65,7 @@ impl ModelTensors {
                 let (rows, columns) = match info.shape[..] {
                     [columns] => (1, columns),
                     [rows, columns] => (rows, columns),
-                    _ => return Err(unreadable(format!("{name} is no vector or matrix"))),
+                    _ => return Err(unreadable(format!("{name} is not a vector or a matrix"))),
                 };
                 if !matches!(info.dtype, Dtype::F32 | Dtype::F16 | Dtype::BF16) {
                     return Err(MergeError::NotFloat {
@@ -87,22 +87,22 @@ impl ModelTensors {
         Ok(model)
     }
 
-    /// What the folder knows of a tensor.
+    /// The place of a tensor, if the folder has it.
     pub(super) fn place(&self, name: &str) -> Option<&Place> {
         self.tensors.get(name)
     }
 
-    /// Where a planned tensor's numbers come from.
+    /// The place of a planned tensor's source.
     ///
     /// # Panics
     ///
-    /// If there is no such tensor; only what is there is planned.
+    /// If the folder has no such tensor.
     pub(super) fn planned(&self, tensor: &Planned) -> Place {
         let place = self.tensors.get(&tensor.source).cloned();
         place.expect("only tensors that the source has are planned")
     }
 
-    /// Calls `work(bytes, numbers)` for a tensor's rows, some at a time; `numbers()` are those of the bytes.
+    /// Calls `work(bytes, numbers)` for a few rows of a tensor at a time. `numbers()` returns their values.
     pub(super) fn for_each_run(
         &mut self,
         name: &str,
@@ -117,7 +117,7 @@ impl ModelTensors {
         Ok(())
     }
 
-    /// All of a tensor's numbers.
+    /// All values of a tensor.
     pub(super) fn values(&mut self, name: &str) -> Result<Vec<f32>, MergeError> {
         let place = &self.tensors[name];
         let mut all = Vec::with_capacity(place.rows * place.columns);
@@ -128,7 +128,7 @@ impl ModelTensors {
         Ok(all)
     }
 
-    /// Some rows as the file holds them.
+    /// The bytes of some rows.
     fn bytes(&mut self, name: &str, rows: Range<usize>) -> Result<Vec<u8>, MergeError> {
         let place = &self.tensors[name];
         let width = place.row_bytes();
@@ -148,20 +148,23 @@ impl ModelTensors {
     }
 }
 
-/// Bytes of a file as numbers. The type is one of those that [`ModelTensors::open`] lets pass.
+/// Bytes of a file as f32. The type is one that [`ModelTensors::open`] accepts.
 pub(super) fn to_floats(bytes: &[u8], dtype: Dtype) -> Vec<f32> {
     read_floats(dtype, bytes).unwrap_or_default()
 }
 
-/// A file's header, checked against the file's length, and where the data begin.
+/// A file's header, checked against the file's length, and the offset of its data.
+///
+/// `SafeTensors::read_metadata` needs the whole file in memory, or mapped into it. [`Metadata`] checks the
+/// header itself while it is deserialized.
 fn header(file: &mut File) -> Result<(Metadata, u64), String> {
     let length = file.metadata().map_err(|error| error.to_string())?.len();
     let mut size = [0u8; 8];
     file.read_exact(&mut size)
-        .map_err(|_| "it is no safetensors file".to_string())?;
+        .map_err(|_| "it is not a safetensors file".to_string())?;
     let size = u64::from_le_bytes(size);
     if size > LONGEST_HEADER || size + 8 > length {
-        return Err("it is no safetensors file, or cut off in its header".into());
+        return Err("it is not a safetensors file, or is cut off in its header".into());
     }
     let mut text = vec![0; size as usize];
     file.read_exact(&mut text)

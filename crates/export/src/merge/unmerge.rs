@@ -1,4 +1,4 @@
-//! An adapter out of a merged model again.
+//! Takes an adapter out of a merged model.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,24 +11,24 @@ use super::record::{self, Record, Sum};
 use super::rewrite::{Change, rewrite};
 use super::tensors::ModelTensors;
 use super::write::Shards;
-use super::{Base, MergeError, finish, largest_dtype, refuse_itself};
+use super::{Base, MergeError, finish, largest_dtype, refuse_input_as_output};
 
-/// What to take apart.
+/// What to restore.
 #[derive(Debug, Clone)]
 pub struct UnmergeOptions {
     /// The merged model, a Hugging Face folder.
     pub model: PathBuf,
     /// The adapter that was merged into it.
     pub adapter: PathBuf,
-    /// The folder to make.
+    /// The folder to write.
     pub output: PathBuf,
-    /// The type of every tensor; without it what the base had, or the merged tensor's own where nobody knows.
+    /// The type of all tensors. `None` restores the base's types, or keeps the merged ones without a record.
     pub dtype: Option<Dtype>,
-    /// Bytes of a weight file at most.
+    /// Largest size of a weight file, in bytes.
     pub largest_shard: u64,
-    /// Take the place of what is in the output folder.
+    /// Replace what is in the output folder.
     pub overwrite: bool,
-    /// Go on although the folder does not say that it is this adapter's.
+    /// Continue even if the folder does not record that this adapter was merged into it.
     pub force: bool,
 }
 
@@ -37,46 +37,47 @@ pub struct UnmergeOptions {
 pub struct UnmergeReport {
     /// Tensors that the adapter was taken out of.
     pub changed: usize,
-    /// Those that are the base's number for number; none where the merged folder has no record of the base.
+    /// How many of them equal the base's exactly. `None` if the merged folder has no record.
     pub exact: Option<usize>,
-    /// How far an element of the others can be from the base's: half a step of the merged type at the largest
-    /// merged weight, half a step of the output's, and one of f32 for each term of the sums in and out.
+    /// Largest possible difference of the other elements from the base's: half a step of the merged type at the
+    /// largest merged weight, half a step of the output's type, and half a step of f32 per term of both sums.
     pub rounding: f32,
     /// The type of the merged tensors.
     pub merged_dtype: String,
-    /// The type of most of the tensors written.
+    /// The type that most of the written bytes have.
     pub dtype: String,
 }
 
-/// Takes an adapter out of a merged model and writes a whole Hugging Face folder. A DoRA, or an adapter that
-/// replaces tensors, has no way back.
+/// Takes an adapter out of a merged model and writes a complete Hugging Face folder. A DoRA, or an adapter that
+/// replaces tensors, cannot be taken out.
 ///
-/// The merged weight was rounded to its type, and that rounding stays: from a model that was merged in f32 a
-/// 16-bit base comes back as it was, from one in f16 or bf16 up to a step. A record that
-/// [`merge`](super::merge) leaves in the folder tells which.
+/// The merged weight was rounded to its type, and that rounding stays. A model merged in f32 restores a 16-bit
+/// base exactly, one merged in f16 or bf16 up to a step. The record that [`merge`](super::merge) leaves in the
+/// folder shows which case it is.
 ///
 /// # Errors
 ///
-/// What is wrong with the model, the adapter or the output folder; [`MergeError::NotThis`] where the record
-/// names another adapter, where a merged tensor was changed since, or where there is no record, unless forced.
+/// [`MergeError`] for a model, an adapter or an output folder that cannot be used. [`MergeError::OtherAdapter`] if
+/// the record names another adapter, if a merged tensor was changed since, or if there is no record. `force` skips
+/// these checks.
 pub fn unmerge(
     options: &UnmergeOptions,
     progress: &mut dyn FnMut(usize, usize),
 ) -> Result<UnmergeReport, MergeError> {
     let merged = Base::read(&options.model)?;
     let adapter = Adapter::read(&options.adapter, &merged.config)?;
-    refuse_itself(&options.output, &[&options.model, &options.adapter])?;
+    refuse_input_as_output(&options.output, &[&options.model, &options.adapter])?;
     let record = Record::read(&options.model)?;
-    if let Some(reason) = adapter.no_way_back() {
+    if let Some(reason) = adapter.not_invertible() {
         let base = record.as_ref().map(|record| &record.base_model);
-        return Err(MergeError::NoWayBack {
+        return Err(MergeError::NotInvertible {
             folder: options.adapter.clone(),
             reason,
             base: base.map_or_else(String::new, |base| format!(", {base}")),
         });
     }
     if let (Some(reason), false) = (objection(options, &record)?, options.force) {
-        return Err(MergeError::NotThis { reason });
+        return Err(MergeError::OtherAdapter { reason });
     }
     let mut source = ModelTensors::open(&options.model)?;
     let base_dtype = |name: &str| record.as_ref().and_then(|record| record.base_dtype(name));
@@ -114,9 +115,9 @@ pub fn unmerge(
             continue;
         };
         if before.finish() != known.merged_sha256 && !options.force {
-            return Err(MergeError::NotThis {
+            return Err(MergeError::OtherAdapter {
                 reason: format!(
-                    "{name} in {} is not what the merge wrote: it was trained or edited since",
+                    "{name} in {} is not what the merge wrote: it was trained or edited afterwards",
                     options.model.display()
                 ),
             });
@@ -137,7 +138,7 @@ pub fn unmerge(
     })
 }
 
-/// Why the adapter may not be what was merged.
+/// The reason to doubt that this adapter was merged, if there is one.
 fn objection(
     options: &UnmergeOptions,
     record: &Option<Record>,
@@ -145,7 +146,7 @@ fn objection(
     let folder = options.model.display();
     let Some(record) = record else {
         return Ok(Some(format!(
-            "{folder} has no {}, so nobody knows what was merged into it",
+            "{folder} has no {}, so it is unknown what was merged into it",
             record::RECORD_FILE
         )));
     };
@@ -160,7 +161,7 @@ fn objection(
     Ok(None)
 }
 
-/// Half the distance between neighbouring numbers of a type at this magnitude.
+/// Half the distance between neighboring numbers of a type at this magnitude.
 fn half_step(dtype: Dtype, magnitude: f32) -> f32 {
     let bits = match dtype {
         Dtype::F16 => 11,
@@ -210,7 +211,7 @@ mod tests {
 
     #[test]
     fn half_a_step_is_what_rounding_can_cost() {
-        // Neighbours of 1.5 in f16 are 2⁻¹⁰ apart, in bf16 2⁻⁷, in f32 2⁻²³.
+        // Neighbors of 1.5 in f16 are 2⁻¹⁰ apart, in bf16 2⁻⁷, in f32 2⁻²³.
         assert_eq!(half_step(Dtype::F16, 1.5), 0.5f32.powi(11));
         assert_eq!(half_step(Dtype::BF16, -1.5), 0.5f32.powi(8));
         assert_eq!(half_step(Dtype::F32, 1.0), 0.5f32.powi(24));

@@ -1,4 +1,4 @@
-//! Weight files of a model, written as they are computed: headers first, since all shapes are known.
+//! Writes weight files tensor by tensor. Headers come first, because all shapes are known.
 
 use std::collections::HashMap;
 use std::fs::File;
@@ -15,7 +15,7 @@ use super::MergeError;
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Planned {
     pub(super) name: String,
-    /// The tensor of the source that its numbers come from.
+    /// The name of the source's tensor that its values come from.
     pub(super) source: String,
     pub(super) dtype: Dtype,
     pub(super) shape: Vec<usize>,
@@ -28,7 +28,7 @@ impl Planned {
     }
 }
 
-/// Which tensors go into which file, in the order in which they are written.
+/// The files to write, with their tensors in order.
 #[derive(Debug, PartialEq)]
 pub(super) struct Shards {
     /// File name and tensors.
@@ -36,7 +36,7 @@ pub(super) struct Shards {
 }
 
 impl Shards {
-    /// Fills files up to `largest` bytes of data each; a tensor that is larger gets a file of its own.
+    /// Fills files up to `largest` bytes of data each. A larger tensor gets a file of its own.
     pub(super) fn plan(tensors: Vec<Planned>, largest: u64) -> Self {
         let mut groups: Vec<Vec<Planned>> = Vec::new();
         let mut filled = u64::MAX;
@@ -67,13 +67,13 @@ impl Shards {
         &self.files
     }
 
-    /// Bytes of all tensors.
+    /// Size of all tensors in bytes.
     pub(super) fn bytes(&self) -> u64 {
         let tensors = self.files.iter().flat_map(|(_, tensors)| tensors);
         tensors.map(Planned::bytes).sum()
     }
 
-    /// `model.safetensors.index.json`, where there are several files.
+    /// The content of `model.safetensors.index.json`, if there are several files.
     pub(super) fn index(&self) -> Option<serde_json::Value> {
         if self.files.len() == 1 {
             return None;
@@ -90,16 +90,16 @@ impl Shards {
     }
 }
 
-/// One weight file that is being written.
+/// A weight file that is being written.
 pub(super) struct ShardFile {
     path: PathBuf,
     file: BufWriter<File>,
-    /// Bytes of data that the header promises, less those that were written.
+    /// Bytes of data that are still to be written.
     left: u64,
 }
 
 impl ShardFile {
-    /// Makes the file and writes its header.
+    /// Creates the file and writes its header.
     pub(super) fn create(path: &Path, tensors: &[Planned]) -> Result<Self, MergeError> {
         let failed = |source| MergeError::Write {
             path: path.into(),
@@ -140,7 +140,7 @@ impl ShardFile {
             })
     }
 
-    /// Waits until the file is on the disk: only then is it known that it had room.
+    /// Waits until the file is on the disk: only then it is certain that the disk was large enough.
     pub(super) fn finish(mut self) -> Result<(), MergeError> {
         assert_eq!(self.left, 0, "every tensor of the header is written");
         self.file
@@ -153,11 +153,11 @@ impl ShardFile {
     }
 }
 
-/// Numbers as a file holds them, rounded to nearest, ties to even.
+/// The bytes of `values` in a type, rounded to nearest, ties to even.
 ///
 /// # Errors
 ///
-/// The first number that is none or that the type has no room for, with its index.
+/// The first value that is NaN or outside the range of the type, with its index.
 pub(super) fn to_bytes(values: &[f32], dtype: Dtype) -> Result<Vec<u8>, (usize, f32)> {
     let bytes: Vec<u8> = match dtype {
         Dtype::F16 => {
