@@ -7,9 +7,8 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use anyhow::Context;
-
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::Finding;
 use super::worker::WorkerOptions;
 
@@ -24,6 +23,9 @@ pub enum Ended {
     Died(String),
 }
 
+/// What a section's process is called in errors.
+const SECTION: &str = "the section";
+
 /// Between the end of the time that a section plans with and the end of its process.
 const GRACE: Duration = Duration::from_secs(3);
 
@@ -36,9 +38,12 @@ pub fn run(
     options: &WorkerOptions,
     log: &Path,
     found: &mut dyn FnMut(Finding),
-) -> anyhow::Result<Ended> {
-    let program = std::env::current_exe().context("cannot tell where this program is")?;
-    let errors = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+) -> Result<Ended, ReportError> {
+    let program = std::env::current_exe().map_err(ReportError::OwnProgram)?;
+    let errors = File::create(log).map_err(|source| ReportError::WriteFile {
+        path: log.into(),
+        source,
+    })?;
     let mut command = Command::new(program);
     command
         .args([
@@ -65,12 +70,15 @@ fn watch(
     mut command: Command,
     limit: Duration,
     found: &mut dyn FnMut(Finding),
-) -> anyhow::Result<Ended> {
+) -> Result<Ended, ReportError> {
     let clock = Clock::new(limit);
-    let mut process = command.spawn().context("cannot start the section")?;
+    let mut process = command.spawn().map_err(|source| ReportError::Start {
+        program: SECTION.into(),
+        source,
+    })?;
     // Held open: the process ends when this one does.
     let input = process.stdin.take();
-    let output = process.stdout.take().context("a process without output")?;
+    let output = process.stdout.take().ok_or(ReportError::NoOutput)?;
     let (send, lines) = channel();
     let reader = std::thread::spawn(move || {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
@@ -99,7 +107,10 @@ fn watch(
         // One that is done may still hang in a driver's clean-up.
         let _ = process.kill();
     }
-    let status = process.wait().context("cannot wait for the section")?;
+    let status = process.wait().map_err(|source| ReportError::Wait {
+        program: SECTION.into(),
+        source,
+    })?;
     drop(input);
     let _ = reader.join();
     Ok(match ended {

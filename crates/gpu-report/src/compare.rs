@@ -3,6 +3,7 @@
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use lora_core::CounterRng;
 
+use super::error::ReportError;
 use super::finding::Check;
 
 /// What may differ.
@@ -84,11 +85,11 @@ pub fn check(
 /// # Errors
 ///
 /// The device's words, where it does not give them back.
-pub fn values<const D: usize>(tensor: Tensor<D>) -> anyhow::Result<Vec<f32>> {
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, ReportError> {
     let data = tensor.try_into_data();
-    let data = data.map_err(|error| anyhow::anyhow!("{error}"))?;
+    let data = data.map_err(|error| ReportError::Device(error.to_string()))?;
     let values = data.convert::<f32>().try_to_vec::<f32>();
-    values.map_err(|error| anyhow::anyhow!("{error:?}"))
+    values.map_err(|error| ReportError::Device(format!("{error:?}")))
 }
 
 /// Normal numbers from a seed, rounded to `dtype`, so that a device starts from the very numbers that the CPU has.

@@ -5,6 +5,7 @@ use gpu_counts::Mode;
 use llama_burn::LoadOptions;
 use lora_core::LoraConfig;
 
+use super::error::ReportError;
 use super::finding::{Failed, Finding, KindFinding, LeftOut, StepFinding};
 use super::shapes::Shape;
 use device::{Backend, Selected};
@@ -29,7 +30,7 @@ pub fn run(
     selected: &Selected,
     guard: &Guard,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let left_out = |why: &str| {
         Finding::LeftOut(LeftOut {
             what: "counts of a step".into(),
@@ -76,8 +77,8 @@ fn counted(
     selected: &Selected,
     dtype: FloatDType,
     tokens: usize,
-) -> anyhow::Result<Option<StepFinding>> {
-    let step = |dtype: FloatDType| -> anyhow::Result<Option<StepCounts>> {
+) -> Result<Option<StepFinding>, ReportError> {
+    let step = |dtype: FloatDType| -> Result<Option<StepCounts>, ReportError> {
         let model = Shape::Llama8B.config()?;
         let shape = StepShape {
             options: LoadOptions {

@@ -18,6 +18,7 @@ mod child;
 mod clock;
 mod compare;
 mod counting;
+mod error;
 mod finding;
 mod lines;
 mod making;
@@ -38,8 +39,7 @@ mod worker;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context;
-
+pub use error::ReportError;
 pub use finding::{Check, Finding};
 pub use report::Report;
 pub use section::Section;
@@ -83,10 +83,13 @@ const SHORTEST: Duration = Duration::from_secs(30);
 /// # Errors
 ///
 /// If there is no GPU, or the files cannot be written. What goes wrong on the device is in the report.
-pub fn run(options: &ReportOptions, screen: &Screen) -> anyhow::Result<Report> {
+pub fn run(options: &ReportOptions, screen: &Screen) -> Result<Report, ReportError> {
     let clock = Clock::new(options.limit);
     let logs = options.output.join("logs");
-    std::fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+    std::fs::create_dir_all(&logs).map_err(|source| ReportError::MakeFolder {
+        path: logs.clone(),
+        source,
+    })?;
     let backend = match options.backend {
         Backend::Auto => found(options.quick, &logs.join("device.log"))?,
         named => named,
@@ -134,7 +137,7 @@ pub fn run(options: &ReportOptions, screen: &Screen) -> anyhow::Result<Report> {
 /// # Errors
 ///
 /// If there is none, with what was found in its place.
-fn found(quick: bool, log: &Path) -> anyhow::Result<Backend> {
+fn found(quick: bool, log: &Path) -> Result<Backend, ReportError> {
     let candidates = [
         Backend::Cuda,
         Backend::Metal,
@@ -170,7 +173,5 @@ fn found(quick: bool, log: &Path) -> anyhow::Result<Backend> {
     } else {
         passed_over.join("; ")
     };
-    anyhow::bail!(
-        "no GPU was found: {why}. A software driver is reported on with --backend wgpu --quick"
-    )
+    Err(ReportError::NoGpu(why))
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::ReportOptions;
 use super::child::{self, Ended};
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Failed, Finding, LeftOut};
 use super::lines::{last_words, line};
 use super::peft_bench::{self, Peft};
@@ -42,7 +43,7 @@ impl Making<'_> {
     }
 
     /// Runs a section; false where it found no device or lost it.
-    pub fn section(&mut self, section: Section, limit: Duration) -> anyhow::Result<bool> {
+    pub fn section(&mut self, section: Section, limit: Duration) -> Result<bool, ReportError> {
         self.screen.line(&format!("{section}"));
         let clock = Clock::new(limit);
         let log = self.logs.join(format!("{section}.log").replace(':', "-"));
@@ -92,7 +93,7 @@ impl Making<'_> {
 
     /// PEFT on the workloads of a shape, with a dense base: random weights made on the device are not quantized by
     /// bitsandbytes.
-    pub fn peft(&mut self, python: &Path, shape: Shape) -> anyhow::Result<()> {
+    pub fn peft(&mut self, python: &Path, shape: Shape) -> Result<(), ReportError> {
         let config = shape.config()?;
         let device = match (&self.options.peft_device, self.backend) {
             (Some(device), _) => device.as_str(),
@@ -120,7 +121,7 @@ impl Making<'_> {
                 Ok(training) => Finding::Training(training),
                 Err(error) => Finding::LeftOut(LeftOut {
                     what,
-                    why: format!("{error:#}"),
+                    why: error.to_string(),
                 }),
             })?;
         }
@@ -141,7 +142,7 @@ impl Making<'_> {
     }
 
     /// Takes in a finding, shows it, and writes the files.
-    pub fn take_in(&mut self, finding: Finding) -> anyhow::Result<()> {
+    pub fn take_in(&mut self, finding: Finding) -> Result<(), ReportError> {
         if let Some(line) = line(&finding) {
             self.screen.line(&format!("  {line}"));
         }
@@ -151,7 +152,7 @@ impl Making<'_> {
         Ok(())
     }
 
-    pub fn end(mut self) -> anyhow::Result<Report> {
+    pub fn end(mut self) -> Result<Report, ReportError> {
         self.report.seconds = self.clock.elapsed().as_secs_f64();
         let written = self.report.write(&self.options.output)?;
         for path in written {

@@ -6,6 +6,7 @@ use llama_burn::RmsNorm;
 use lora_core::{Quantization, frozen_linear, frozen_linear_backward, product, quantize_data};
 
 use super::compare::{self, Depth, input, values};
+use super::error::ReportError;
 use super::finding::{Check, Finding};
 
 /// An operation on two inputs, `[ROWS, INNER]` and `[INNER, COLUMNS]`.
@@ -33,10 +34,10 @@ struct Inputs {
 }
 
 impl Inputs {
-    fn new(dtype: FloatDType, device: &Device) -> anyhow::Result<Self> {
+    fn new(dtype: FloatDType, device: &Device) -> Result<Self, ReportError> {
         let weight = input([INNER, COLUMNS], 5, FloatDType::F32, &Device::flex());
         let weight = quantize_data(&values(weight)?, [INNER, COLUMNS], Quantization::Bits8);
-        let (weight, _) = weight.ok_or_else(|| anyhow::anyhow!("the weight has no blocks"))?;
+        let (weight, _) = weight.ok_or(ReportError::Blocks([INNER, COLUMNS]))?;
         let places: Vec<i32> = (0..ROWS).map(|row| (row * 31 % ROWS) as i32).collect();
         Ok(Self {
             a: input([ROWS, INNER], 1, dtype, device),
@@ -117,7 +118,7 @@ pub fn run(
     types: &[FloatDType],
     device: &Device,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     for dtype in types {
         let expected = Inputs::new(*dtype, &Device::flex())?;
         let inputs = Inputs::new(*dtype, device)?;
@@ -136,10 +137,10 @@ fn compared(
     dtype: FloatDType,
     inputs: &Inputs,
     expected: &Inputs,
-) -> anyhow::Result<Check> {
+) -> Result<Check, ReportError> {
     let read = |outputs: Vec<Tensor<2>>| {
         let outputs = outputs.into_iter().map(values);
-        outputs.collect::<anyhow::Result<Vec<_>>>()
+        outputs.collect::<Result<Vec<_>, _>>()
     };
     let (got, expected) = (read(operation(inputs))?, read(operation(expected))?);
     Ok(compare::check(

@@ -5,10 +5,10 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use serde::Deserialize;
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::Training;
 use super::shapes::Shape;
 
@@ -51,14 +51,17 @@ impl Peft<'_> {
         (tokens, examples): (usize, usize),
         dtype: &str,
         limit: Duration,
-    ) -> anyhow::Result<Training> {
+    ) -> Result<Training, ReportError> {
         let config = self.folder.join(format!("{}.json", shape.name()));
         durable::write_atomically(&config, shape.json()?.as_bytes())?;
         let log = self
             .folder
             .join(format!("peft-{}-{tokens}.log", shape.name()));
         let write = |path: &Path| {
-            File::create(path).with_context(|| format!("cannot write {}", path.display()))
+            File::create(path).map_err(|source| ReportError::WriteFile {
+                path: path.into(),
+                source,
+            })
         };
         let answer = log.with_extension("out");
         let mut process = Command::new(self.python)
@@ -76,25 +79,36 @@ impl Peft<'_> {
             .stdout(write(&answer)?)
             .stderr(write(&log)?)
             .spawn()
-            .with_context(|| format!("cannot start {}", self.python.display()))?;
+            .map_err(|source| ReportError::Start {
+                program: self.python.display().to_string(),
+                source,
+            })?;
         let clock = Clock::new(limit);
+        let waiting = |source| ReportError::Wait {
+            program: self.python.display().to_string(),
+            source,
+        };
         let status = loop {
-            match process.try_wait().context("cannot wait for Python")? {
+            match process.try_wait().map_err(waiting)? {
                 Some(status) => break status,
                 None if clock.has(0.001) => std::thread::sleep(Duration::from_millis(100)),
                 None => {
                     let _ = process.kill();
                     let _ = process.wait();
-                    bail!("its time was over after {:.0} s", limit.as_secs_f64());
+                    return Err(ReportError::PeftTimeOut(limit.as_secs_f64()));
                 }
             }
         };
         let said = std::fs::read_to_string(&log).unwrap_or_default();
         if !status.success() {
             let last = said.lines().rfind(|line| !line.trim().is_empty());
-            bail!("{}", last.unwrap_or("it failed and said nothing"));
+            let message = last.unwrap_or("it failed and printed nothing");
+            return Err(ReportError::PeftFailed(message.into()));
         }
-        let text = std::fs::read_to_string(&answer).context("cannot read its answer")?;
+        let text = std::fs::read_to_string(&answer).map_err(|source| ReportError::ReadFile {
+            path: answer.clone(),
+            source,
+        })?;
         training(&text, shape, (tokens, examples), dtype)
     }
 }
@@ -104,10 +118,10 @@ fn training(
     shape: Shape,
     (tokens, examples): (usize, usize),
     dtype: &str,
-) -> anyhow::Result<Training> {
+) -> Result<Training, ReportError> {
     let line = text.lines().rfind(|line| line.starts_with('{'));
-    let line: Line = serde_json::from_str(line.unwrap_or_default())
-        .context("its last line is no line of results")?;
+    let line: Line =
+        serde_json::from_str(line.unwrap_or_default()).map_err(ReportError::PeftLine)?;
     let ends = [line.losses.first(), line.losses.last()];
     Ok(Training {
         program: format!("PEFT {dtype}"),

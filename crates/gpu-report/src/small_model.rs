@@ -7,6 +7,7 @@ use llama_burn::{LlamaConfig, load};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
 
 use super::compare::{self, Depth, values};
+use super::error::ReportError;
 use super::finding::{Check, Finding};
 use super::trainee::{Trainee, options};
 
@@ -42,7 +43,7 @@ pub fn run(
     device: &Device,
     quick: bool,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let steps = if quick { FEW_STEPS } else { STEPS };
     let devices = [("CPU", Device::flex()), ("device", device.clone())];
     let report = parity::between_devices(&devices.map(|(name, device)| (name.into(), device)))?;
@@ -106,7 +107,7 @@ fn compared(dtype: FloatDType, got: &Numbers, expected: &Numbers) -> Vec<Check> 
     ]
 }
 
-fn measure(dtype: FloatDType, device: &Device, steps: usize) -> anyhow::Result<Numbers> {
+fn measure(dtype: FloatDType, device: &Device, steps: usize) -> Result<Numbers, ReportError> {
     let paths = embedded::materialise()?;
     let config = LlamaConfig::from_file(&paths.model_dir)?;
     let batch = batch(&paths, &config)?;
@@ -134,7 +135,7 @@ fn measure(dtype: FloatDType, device: &Device, steps: usize) -> anyhow::Result<N
     for (module, params) in trainee.model.trainable() {
         for (index, param) in params.into_iter().enumerate() {
             let sum: Option<Tensor<2>> = sums.get(param.id);
-            let sum = sum.ok_or_else(|| anyhow::anyhow!("{module} has no gradient"))?;
+            let sum = sum.ok_or_else(|| ReportError::NoGradient(module.to_string()))?;
             gradients.insert(format!("{module} {index}"), values(sum)?);
         }
     }
@@ -153,7 +154,7 @@ fn measure(dtype: FloatDType, device: &Device, steps: usize) -> anyhow::Result<N
 }
 
 /// The first rows of the embedded data, beginnings shared.
-fn batch(paths: &embedded::EmbeddedPaths, config: &LlamaConfig) -> anyhow::Result<Batch> {
+fn batch(paths: &embedded::EmbeddedPaths, config: &LlamaConfig) -> Result<Batch, ReportError> {
     let tokenizer = RowTokenizer::new(&ModelFiles::read(&paths.model_dir)?, &PromptTemplate::Raw)?;
     let limit = config.max_position_embeddings;
     let rows = data::load(&paths.train, &tokenizer, limit, config.vocab_size)?;

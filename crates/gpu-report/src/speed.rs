@@ -8,6 +8,7 @@ use lora_core::{
 };
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Finding, Group, LeftOut, Rate};
 use super::shapes::Shape;
 use super::timing::seconds;
@@ -42,7 +43,7 @@ pub fn run(
     clock: Clock,
     quick: bool,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let types = device::types(selected);
     let Some(auto) = types.first().copied() else {
         return Ok(());
@@ -117,7 +118,7 @@ impl Bench<'_> {
     }
 
     /// A tensor of f32 read, and another one written.
-    fn copy(&mut self) -> anyhow::Result<()> {
+    fn copy(&mut self) -> Result<(), ReportError> {
         let elements: usize = if self.quick { 1 << 20 } else { 1 << 27 };
         let tensor = Tensor::<1>::ones([elements], (self.device, DType::F32));
         let spread = seconds(self.device, || tensor.clone().add_scalar(1.0))?;
@@ -128,7 +129,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn peak(&mut self, dtype: FloatDType) -> anyhow::Result<()> {
+    fn peak(&mut self, dtype: FloatDType) -> Result<(), ReportError> {
         let sizes: &[usize] = if self.quick {
             &[256]
         } else {
@@ -159,7 +160,7 @@ impl Bench<'_> {
     }
 
     /// The layer's products: dense, and with an 8-bit weight in both directions.
-    fn products(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    fn products(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let tokens = self.tokens();
         let mut shapes: Vec<(String, [usize; 2])> = Vec::new();
         for (name, d_in, d_out, _) in config.layer_linears() {
@@ -199,7 +200,7 @@ impl Bench<'_> {
     }
 
     /// A layer whose width is cut to 64, so that attention is nearly all that it does.
-    fn attention(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    fn attention(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let narrow = LlamaConfig {
             hidden_size: 64,
             intermediate_size: 64,
@@ -219,7 +220,7 @@ impl Bench<'_> {
     }
 
     /// A whole layer with the default adapters.
-    fn layer(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    fn layer(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let tokens = self.tokens() as f64;
         let linears = config.layer_linears();
         let weights: usize = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).sum();
@@ -238,7 +239,7 @@ impl Bench<'_> {
         config: &LlamaConfig,
         dtype: FloatDType,
         [forward_flops, backward_flops]: [f64; 2],
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), ReportError> {
         if !self.has_time(what) {
             return Ok(());
         }
@@ -288,7 +289,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn element_wise(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    fn element_wise(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         if !self.has_time("element-wise chains") {
             return Ok(());
         }

@@ -2,6 +2,7 @@
 
 use lora_core::{LoraConfig, Quantization};
 
+use super::error::ReportError;
 use super::finding::{Check, Finding};
 use super::shapes::Shape;
 use device::{CheckOptions, Selected};
@@ -16,7 +17,11 @@ const TOKENS: usize = 256;
 /// # Errors
 ///
 /// If the shape is not readable.
-pub fn run(selected: &Selected, shape: Shape, tell: &mut dyn FnMut(Finding)) -> anyhow::Result<()> {
+pub fn run(
+    selected: &Selected,
+    shape: Shape,
+    tell: &mut dyn FnMut(Finding),
+) -> Result<(), ReportError> {
     let model = shape.config()?;
     let lora = LoraConfig::default();
     for dtype in device::types(selected) {

@@ -2,10 +2,11 @@
 
 use std::time::Instant;
 
-use anyhow::Context;
 use burn::tensor::Device;
 
 use terminal::statistics::Spread;
+
+use super::error::ReportError;
 
 /// Measurements of each thing.
 const REPEATS: usize = 5;
@@ -14,11 +15,9 @@ const REPEATS: usize = 5;
 const AT_LEAST: f64 = 0.02;
 
 /// Waits for the device.
-pub fn sync(device: &Device) -> anyhow::Result<()> {
+pub fn sync(device: &Device) -> Result<(), ReportError> {
     let synced = device.sync();
-    synced
-        .map_err(|error| anyhow::anyhow!("{error:?}"))
-        .context("the device failed")
+    synced.map_err(|error| ReportError::Device(format!("{error:?}")))
 }
 
 /// The seconds that `work` takes. The first two runs, which compile kernels and choose the fastest, do not count.
@@ -28,14 +27,14 @@ pub fn sync(device: &Device) -> anyhow::Result<()> {
 /// # Errors
 ///
 /// If the device fails.
-pub fn seconds<T>(device: &Device, mut work: impl FnMut() -> T) -> anyhow::Result<Spread> {
-    let mut time = |runs: usize| -> anyhow::Result<f64> {
+pub fn seconds<T>(device: &Device, mut work: impl FnMut() -> T) -> Result<Spread, ReportError> {
+    let mut time = |runs: usize| -> Result<f64, ReportError> {
         let started = Instant::now();
         for _ in 0..runs {
             let kept = work();
             let flushed = device.flush();
             drop(kept);
-            flushed.map_err(|error| anyhow::anyhow!("{error:?}"))?;
+            flushed.map_err(|error| ReportError::Device(format!("{error:?}")))?;
         }
         sync(device)?;
         Ok(started.elapsed().as_secs_f64() / runs as f64)
@@ -46,10 +45,8 @@ pub fn seconds<T>(device: &Device, mut work: impl FnMut() -> T) -> anyhow::Resul
     let runs = (AT_LEAST / once).ceil().clamp(1.0, 1000.0) as usize;
     // A device that takes a second for it is not measured better by five of them.
     let repeats = if once > 1.0 { 1 } else { REPEATS };
-    let measured: Vec<f64> = (0..repeats)
-        .map(|_| time(runs))
-        .collect::<anyhow::Result<_>>()?;
-    Spread::of(&measured).context("a time is not a number")
+    let measured: Vec<f64> = (0..repeats).map(|_| time(runs)).collect::<Result<_, _>>()?;
+    Spread::of(&measured).ok_or(ReportError::NoTime)
 }
 
 #[cfg(test)]

@@ -4,6 +4,7 @@ use burn::tensor::{DType, Device, FloatDType};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{LoraConfig, Quantization};
 
+use super::error::ReportError;
 use data::{Batch, BatchRow, Prefixes};
 use train_step::gradients::{self, AdapterGradients, PassOptions};
 use train_step::loss_scale::LossScale;
@@ -45,7 +46,7 @@ impl Trainee {
         dtype: FloatDType,
         gradient_checkpointing: bool,
         device: &Device,
-    ) -> anyhow::Result<Self> {
+    ) -> Result<Self, ReportError> {
         let device = device.clone().autodiff();
         let model = Llama::random_on_device(config, options(dtype), &device);
         let model = model.with_lora(&LoraConfig::default(), SEED)?;

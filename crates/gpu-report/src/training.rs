@@ -7,6 +7,7 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraConfig, Quantization};
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Check, Failed, Finding, LeftOut, Training};
 use super::shapes::Shape;
 use super::timing::sync;
@@ -71,7 +72,7 @@ pub fn run(
     (clock, quick): (Clock, bool),
     guard: &Guard,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let config = shape.config()?;
     for dtype in types {
         for (tokens, examples) in workloads(&config, quick) {
@@ -157,7 +158,7 @@ fn fitting(
     dtype: FloatDType,
     (tokens, examples): (usize, usize),
     selected: &Selected,
-) -> anyhow::Result<Fitting> {
+) -> Result<Fitting, ReportError> {
     let there = match selected.backend {
         Backend::Cpu => memory::available(),
         // A software driver's memory is the machine's.
@@ -205,7 +206,7 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn run(&self, selected: &Selected, clock: Clock) -> anyhow::Result<Training> {
+    fn run(&self, selected: &Selected, clock: Clock) -> Result<Training, ReportError> {
         let device = &selected.device;
         // What an earlier length left is not this one's.
         device.memory_cleanup();
@@ -237,7 +238,7 @@ impl Work<'_> {
             seconds.push(started.elapsed().as_secs_f64());
             losses.push(loss);
         }
-        let spread = Spread::of(&seconds).ok_or_else(|| anyhow::anyhow!("no step was timed"))?;
+        let spread = Spread::of(&seconds).ok_or(ReportError::NoTime)?;
         let peak = match device::memory_reserved(device) {
             Some(reserved) => Some(reserved),
             None => memory::resident().map(|memory| memory.peak),

@@ -4,6 +4,7 @@ use std::io::{Read, Write};
 use std::time::Duration;
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Failed, Finding};
 use super::section::Section;
 use super::shapes::Shape;
@@ -40,7 +41,7 @@ pub fn serve(options: &WorkerOptions) {
         Err(error) => failed(error.to_string(), false),
         Ok(selected) => match guard.run(|| section(options, &selected, clock, &guard)) {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => failed(format!("{error:#}"), false),
+            Ok(Err(error)) => failed(error.to_string(), false),
             Err(fault) => failed(fault.to_string(), fault.kind == FaultKind::Lost),
         },
     }
@@ -52,7 +53,7 @@ fn section(
     selected: &Selected,
     clock: Clock,
     guard: &Guard,
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let types = device::types(selected);
     let auto = &types[..types.len().min(1)];
     let (device, quick) = (&selected.device, options.quick);

@@ -26,7 +26,7 @@ pub enum StartError {
     Tokens(AdapterError),
     /// What a selector matches and training does not cover.
     #[error(
-        "target_modules selects {0}; adapters of the embedding can be loaded and merged but not trained: narrow target_modules, or name it in exclude_modules"
+        "target_modules selects {0}; adapters of the embedding can be loaded and merged but not trained: narrow target_modules, or list the embedding in exclude_modules"
     )]
     Embedding(&'static str),
 }

@@ -50,7 +50,7 @@ impl Interrupt {
                     std::thread::sleep(NOTICE);
                 }
                 log::warn!(
-                    "stopping: this step is finished and saved first; Ctrl-C again leaves at once"
+                    "stopping after this step is finished and saved; Ctrl-C again exits immediately"
                 );
             })?;
         Ok(interrupt)

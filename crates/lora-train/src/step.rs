@@ -130,7 +130,7 @@ fn not_finite(what: &'static str, value: f64, model: &Llama, input: StepInput) -
     }
     let rows = if culprits.is_empty() {
         format!(
-            "no row alone does that; together they are lines {}",
+            "no single example causes it; the lines of this step are {}",
             all.join(", ")
         )
     } else {

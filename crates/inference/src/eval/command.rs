@@ -1,15 +1,14 @@
 //! `trainer eval`: base and adapters on the same rows.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
 use clap::Args;
 use llama_burn::Llama;
 
 use super::answering::{Answer, Answering, Task, TaskOptions};
+use super::error::EvalError;
 use super::named::{BASE, NamedAdapter, named};
 use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use super::suite::{self, Suite};
@@ -112,14 +111,14 @@ struct Sample {
 /// # Errors
 ///
 /// What is wrong with the arguments, the files, the model or an adapter.
-pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
+pub fn run(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     match args.suite {
         Some(Suite::Finlora) => suite::run(args, screen),
         None => run_on_files(args, screen),
     }
 }
 
-fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
+fn run_on_files(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     check(args)?;
     // Before the weights are loaded, so that a mistake costs nothing.
     let adapters = named(&args.adapter)?;
@@ -129,7 +128,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     let prompts = training_prompts(&folders.collect::<Result<Vec<_>, _>>()?)?;
     let template = template(args, &prompts)?;
     let samples = args.data.iter().map(|path| sample(args, path));
-    let samples: Vec<Sample> = samples.collect::<anyhow::Result<_>>()?;
+    let samples: Vec<Sample> = samples.collect::<Result<_, _>>()?;
 
     let inference = Inference::load(&args.model, screen)?;
     let tasks = tasks(args, &samples, &inference, &template, &prompts)?;
@@ -144,7 +143,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
             .map(|(task, _)| FileResults::new(task))
             .collect(),
     };
-    let mut written = Vec::new();
+    let mut written = String::new();
     let contenders = adapters.iter();
     let contenders = contenders.map(|NamedAdapter { name, folder }| (name.as_str(), Some(folder)));
     let base = (!args.no_base).then_some((BASE, None));
@@ -157,7 +156,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
             let (mut contender, answers) =
                 answer(args, &inference, &model, name, (task, tokenizer), screen)?;
             contender.adapter = adapter.cloned();
-            write_answers(&mut written, task, name, &answers)?;
+            write_answers(&mut written, task, name, &answers);
             file.add(contender);
         }
     }
@@ -168,7 +167,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     let json = serde_json::to_string_pretty(&results)?;
     durable::write_atomically(&path("results.json"), format!("{json}\n").as_bytes())?;
     durable::write_atomically(&path("results.md"), results.markdown().as_bytes())?;
-    durable::write_atomically(&path("answers.jsonl"), &written)?;
+    durable::write_atomically(&path("answers.jsonl"), written.as_bytes())?;
     screen.line("");
     screen.line(&format!(
         "written: {}, results.md, answers.jsonl",
@@ -177,31 +176,27 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn check(args: &EvalArgs) -> anyhow::Result<()> {
+pub(super) fn check(args: &EvalArgs) -> Result<(), EvalError> {
     for (name, number) in [
         ("--batch-size", Some(args.batch_size)),
         ("--rows", args.rows),
         ("--max-new-tokens", args.max_new_tokens),
     ] {
         if number == Some(0) {
-            bail!("{name} is 0; expected at least 1");
+            return Err(EvalError::Zero(name));
         }
     }
     if let Some(size) = args.held_out {
         let fits = (size > 0.0 && size < 1.0) || (size >= 1.0 && size.fract() == 0.0);
         if !fits || !size.is_finite() {
-            bail!(
-                "--held-out is {size}; expected a share of the rows below 1, or a whole number of rows"
-            );
+            return Err(EvalError::HeldOut(size));
         }
     }
     if args.labels.iter().any(|label| label.trim().is_empty()) {
-        bail!("--labels holds an empty label; write them as in --labels negative,neutral,positive");
+        return Err(EvalError::EmptyLabel);
     }
     if args.lists && args.scorer == [Scorer::Likelihood] {
-        bail!(
-            "--lists has no likelihoods: a list is no label; leave out --scorer, or write finlora,strict"
-        );
+        return Err(EvalError::ListsHaveNoLikelihood);
     }
     Ok(())
 }
@@ -209,10 +204,10 @@ pub(super) fn check(args: &EvalArgs) -> anyhow::Result<()> {
 /// What each adapter's folder says of its training's prompts.
 pub(super) fn training_prompts(
     adapters: &[PathBuf],
-) -> anyhow::Result<Vec<(PathBuf, Option<TrainingPrompt>)>> {
+) -> Result<Vec<(PathBuf, Option<TrainingPrompt>)>, EvalError> {
     let prompts = adapters.iter().map(|folder| {
         if !folder.is_dir() {
-            bail!("there is no adapter folder {}", folder.display());
+            return Err(EvalError::NoAdapterFolder(folder.clone()));
         }
         Ok((folder.clone(), TrainingPrompt::read(folder)?))
     });
@@ -223,7 +218,7 @@ pub(super) fn training_prompts(
 pub(super) fn template(
     args: &EvalArgs,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
-) -> anyhow::Result<PromptTemplate> {
+) -> Result<PromptTemplate, EvalError> {
     let known = prompts
         .iter()
         .filter_map(|(folder, prompt)| Some((folder, prompt.as_ref()?)));
@@ -231,22 +226,20 @@ pub(super) fn template(
         (Some(template), _) => template.clone(),
         (None, Some((folder, prompt))) => {
             let template = prompt.template();
-            template
-                .map_err(anyhow::Error::msg)
-                .with_context(|| folder.display().to_string())?
+            template.map_err(|reason| EvalError::TrainingTemplate {
+                folder: folder.clone(),
+                reason,
+            })?
         }
         (None, None) => PromptTemplate::Raw,
     };
     for (folder, prompt) in known {
         if prompt.prompt_template != template.to_string() && !args.force {
-            bail!(
-                "the adapter in {} was trained with the prompt template {:?}, and {:?} is to be evaluated: the numbers \
-                 would tell about the template, not about the adapter. Evaluate it by itself without --template, or add \
-                 --force",
-                folder.display(),
-                prompt.prompt_template,
-                template.to_string(),
-            );
+            return Err(EvalError::OtherTemplate {
+                folder: folder.clone(),
+                trained: prompt.prompt_template.clone(),
+                evaluated: template.to_string(),
+            });
         }
     }
     for (folder, _) in prompts.iter().filter(|(_, prompt)| prompt.is_none()) {
@@ -264,7 +257,7 @@ pub(super) fn template(
 }
 
 /// A file's rows, or some of them.
-fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
+fn sample(args: &EvalArgs, path: &Path) -> Result<Sample, EvalError> {
     let path = if path == Path::new(EMBEDDED) {
         embedded::materialise()?.validation
     } else {
@@ -279,7 +272,11 @@ fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
     let targets = targets.map(String::from).collect();
     if let Some(size) = args.held_out {
         rows = data::split(rows, size, args.seed)
-            .with_context(|| format!("--held-out {size} of {}", path.display()))?
+            .map_err(|source| EvalError::Split {
+                size,
+                path: path.clone(),
+                source: Box::new(source),
+            })?
             .1;
     }
     if let Some(count) = args.rows {
@@ -328,7 +325,7 @@ pub(super) fn row_tokenizer(
     template: &PromptTemplate,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
     (path, format): (&Path, Format),
-) -> anyhow::Result<RowTokenizer> {
+) -> Result<RowTokenizer, EvalError> {
     let mut tokenizer = RowTokenizer::new(files, template)?;
     tokenizer.prepare(files, template, format, path)?;
     let effective = effective_template(template, format);
@@ -336,11 +333,11 @@ pub(super) fn row_tokenizer(
     for (folder, prompt) in prompts {
         let difference = prompt.as_ref().and_then(|prompt| prompt.difference(&now));
         if let Some(difference) = difference.filter(|_| !args.force) {
-            bail!(
-                "{}: the adapter in {} was {difference}; --force evaluates all the same",
-                path.display(),
-                folder.display()
-            );
+            return Err(EvalError::OtherPrompts {
+                path: path.into(),
+                folder: folder.clone(),
+                difference,
+            });
         }
     }
     Ok(tokenizer)
@@ -353,7 +350,7 @@ fn tasks(
     inference: &Inference,
     template: &PromptTemplate,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
-) -> anyhow::Result<Vec<(Task, RowTokenizer)>> {
+) -> Result<Vec<(Task, RowTokenizer)>, EvalError> {
     let files = &dated(&inference.files, prompts);
     let options = TaskOptions {
         labels: &args.labels,
@@ -373,11 +370,7 @@ fn tasks(
         let tokenizer = row_tokenizer(args, files, template, prompts, (path, format))?;
         let task = Task::new(path, rows.source, &rows.rows, targets, &tokenizer, options)?;
         if !task.has_likelihoods() && args.scorer == [Scorer::Likelihood] {
-            bail!(
-                "{}: the likelihood scorer needs labels, and the targets are free text; name them with --labels, or use \
-                 another scorer",
-                path.display()
-            );
+            return Err(EvalError::NoLabels(path.clone()));
         }
         tasks.push((task, tokenizer));
     }
@@ -402,7 +395,7 @@ pub(super) fn answers_of(
     writer: &Writer,
     (task, tokenizer): (&Task, &RowTokenizer),
     screen: &Screen,
-) -> anyhow::Result<(Vec<Answer>, f64)> {
+) -> Result<(Vec<Answer>, f64), EvalError> {
     let end_tokens = inference.end_tokens(tokenizer.end_token())?;
     let answering = Answering {
         model: writer.model,
@@ -434,7 +427,7 @@ fn answer(
     name: &str,
     (task, tokenizer): (&Task, &RowTokenizer),
     screen: &Screen,
-) -> anyhow::Result<(Contender, Vec<Answer>)> {
+) -> Result<(Contender, Vec<Answer>), EvalError> {
     let asked = |scorer: Scorer| args.scorer.is_empty() || args.scorer.contains(&scorer);
     let compares = asked(Scorer::Likelihood) && task.has_likelihoods();
     let writer = Writer {
@@ -461,13 +454,8 @@ fn answer(
     Ok((contender, answers))
 }
 
-/// Every answer as a line of JSON.
-fn write_answers(
-    out: &mut Vec<u8>,
-    task: &Task,
-    contender: &str,
-    answers: &[Answer],
-) -> anyhow::Result<()> {
+/// Appends every answer as a line of JSON.
+fn write_answers(out: &mut String, task: &Task, contender: &str, answers: &[Answer]) {
     let rows = task.questions.iter().zip(&task.right);
     let asked =
         rows.flat_map(|(question, right)| right.iter().map(|right| (question.line, *right)));
@@ -484,9 +472,8 @@ fn write_answers(
             "written": answer.written, "finlora": task.answers.first_found(&answer.finlora).map(label),
             "likeliest": answer.likeliest.map(label), "log_likelihoods": likelihoods,
         });
-        writeln!(out, "{line}")?;
+        *out += &format!("{line}\n");
     }
-    Ok(())
 }
 
 #[cfg(test)]

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! command.rs     the command: arguments, templates, files, models
+//! error.rs       why it fails
 //! answering.rs   rows to answers: what a model writes, and which label it finds most likely
 //! likelihood.rs  labels' log-probabilities, the prompt computed once
 //! labels.rs      what may be answered; FinLoRA's rule and the strict one
@@ -15,6 +16,7 @@
 
 mod answering;
 mod command;
+mod error;
 mod labels;
 mod likelihood;
 mod metrics;
@@ -26,6 +28,7 @@ pub mod suite;
 
 pub use answering::{Answer, Answering, AnsweringError, Task, TaskOptions, items, of_items};
 pub use command::{EvalArgs, run};
+pub use error::EvalError;
 pub use labels::{Answers, finlora_answer};
 pub use likelihood::{LikelihoodError, log_likelihoods, most_likely};
 pub use metrics::{LabelScore, LabelScores, Scores, correct, majority, score_labels, score_rows};

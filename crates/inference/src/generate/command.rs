@@ -3,11 +3,11 @@
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
 use clap::Args;
 use llama_burn::Llama;
 use serde::Serialize;
 
+use super::error::GenerateCommandError;
 use super::{Finish, Generator, Limits, Sampling, Timing};
 use crate::model::{Inference, ModelArgs};
 use data::PromptTemplate;
@@ -99,22 +99,18 @@ struct Writing {
 }
 
 impl Writing {
-    fn sampling(&self) -> anyhow::Result<Sampling> {
+    fn sampling(&self) -> Result<Sampling, GenerateCommandError> {
         let finite = |x: f64| x.is_finite() && x >= 0.0;
         if !finite(self.temperature) {
-            bail!("--temperature is {}; expected 0 or more", self.temperature);
+            return Err(GenerateCommandError::Temperature(self.temperature));
         }
         if !(0.0..=1.0).contains(&self.top_p) {
-            bail!(
-                "--top-p is {}; expected a probability from 0 to 1",
-                self.top_p
-            );
+            return Err(GenerateCommandError::TopP(self.top_p));
         }
         if !finite(self.repetition_penalty) || self.repetition_penalty == 0.0 {
-            bail!(
-                "--repetition-penalty is {}; expected more than 0, usually from 1 to 1.3",
-                self.repetition_penalty
-            );
+            return Err(GenerateCommandError::RepetitionPenalty(
+                self.repetition_penalty,
+            ));
         }
         if self.temperature == 0.0 && (self.top_k > 0 || self.top_p < 1.0) {
             log::warn!(
@@ -136,13 +132,13 @@ impl Writing {
 /// # Errors
 ///
 /// What is wrong with the arguments, the model, the adapter or the prompts.
-pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
+pub fn run(args: &GenerateArgs, screen: &Screen) -> Result<(), GenerateCommandError> {
     let sampling = args.writing.sampling()?;
     if args.batch_size == 0 {
-        bail!("--batch-size is 0; expected at least 1");
+        return Err(GenerateCommandError::BatchSize);
     }
     if args.writing.stop.iter().any(String::is_empty) {
-        bail!("--stop is empty: every text would end at once");
+        return Err(GenerateCommandError::EmptyStop);
     }
     // Before the weights are loaded, so that a mistake costs nothing.
     let prompts = args.prompts.as_deref().map(read_prompts).transpose()?;
@@ -195,7 +191,11 @@ pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
 }
 
 /// The model with its adapter merged, if enough of it survives quantization.
-fn merged(inference: &Inference, adapted: Llama, force: bool) -> anyhow::Result<Llama> {
+fn merged(
+    inference: &Inference,
+    adapted: Llama,
+    force: bool,
+) -> Result<Llama, GenerateCommandError> {
     let merged = inference.merged(adapted.clone())?;
     if let Some(report) = inference.survival(&adapted, &merged)? {
         log::info!(
@@ -203,12 +203,7 @@ fn merged(inference: &Inference, adapted: Llama, force: bool) -> anyhow::Result<
             report.overall()
         );
         match report.refusal() {
-            Some(reason) if !force => {
-                bail!(
-                    "{reason}; leave --merge out (the adapter then is a second path), merge with --quant-bits 16, or \
-                     use --force"
-                )
-            }
+            Some(reason) if !force => return Err(GenerateCommandError::LostInMerge(reason)),
             Some(reason) => log::warn!("{reason}"),
             None => {}
         }
@@ -242,17 +237,25 @@ impl Session<'_> {
         }
     }
 
-    fn ids(&self, prompt: &str, source: &Path, line: usize) -> anyhow::Result<Vec<u32>> {
+    fn ids(
+        &self,
+        prompt: &str,
+        source: &Path,
+        line: usize,
+    ) -> Result<Vec<u32>, GenerateCommandError> {
         let ids = self.tokenizer.prompt(prompt, source, line)?;
         if ids.is_empty() {
-            bail!("{}, line {line}: the prompt is empty", source.display())
+            Err(GenerateCommandError::EmptyPrompt {
+                source_file: source.into(),
+                line,
+            })
         } else {
             Ok(ids)
         }
     }
 
     /// Writes the answer to standard output as it comes.
-    fn one(&self, prompt: &str, number: usize) -> anyhow::Result<()> {
+    fn one(&self, prompt: &str, number: usize) -> Result<(), GenerateCommandError> {
         let ids = self.ids(prompt, Path::new("--prompt"), 1)?;
         let mut out = std::io::stdout();
         // A reader that went away is no error.
@@ -273,13 +276,13 @@ impl Session<'_> {
         prompts: &[String],
         output: Option<&Path>,
         screen: &Screen,
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), GenerateCommandError> {
         let source = Path::new("--prompts");
         let ids = prompts
             .iter()
             .enumerate()
             .map(|(index, prompt)| self.ids(prompt, source, index + 1))
-            .collect::<anyhow::Result<Vec<_>>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
         let mut lines = String::new();
         let mut all = Timing::default();
         let task = screen.task("answering", prompts.len());
@@ -318,7 +321,7 @@ impl Session<'_> {
     }
 
     /// A prompt a line until the input ends.
-    fn interactive(&self, template: &PromptTemplate) -> anyhow::Result<()> {
+    fn interactive(&self, template: &PromptTemplate) -> Result<(), GenerateCommandError> {
         let input = std::io::stdin();
         let asks = input.is_terminal();
         if asks {
@@ -332,7 +335,7 @@ impl Session<'_> {
             }
             line.clear();
             let read = input.lock().read_line(&mut line);
-            if read.context("cannot read standard input")? == 0 {
+            if read.map_err(GenerateCommandError::Input)? == 0 {
                 return Ok(());
             }
             let prompt = line.trim();
@@ -364,37 +367,47 @@ fn speed(timing: &Timing) -> String {
     )
 }
 
-fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+fn read_prompts(path: &Path) -> Result<Vec<String>, GenerateCommandError> {
+    let text = std::fs::read_to_string(path).map_err(|source| GenerateCommandError::Read {
+        path: path.into(),
+        source,
+    })?;
     let json = path
         .extension()
         .is_some_and(|extension| extension == "jsonl");
     let lines = text.lines().enumerate();
     let lines = lines.filter(|(_, line)| !line.trim().is_empty());
     let prompts: Vec<String> = lines
-        .map(|(number, line)| {
+        .map(|(index, line)| {
             if json {
-                prompt_of(line).with_context(|| format!("{}, line {}", path.display(), number + 1))
+                prompt_of(line, path, index + 1)
             } else {
                 Ok(line.to_string())
             }
         })
-        .collect::<anyhow::Result<_>>()?;
+        .collect::<Result<_, _>>()?;
     if prompts.is_empty() {
-        bail!("{} holds no prompt", path.display());
+        return Err(GenerateCommandError::NoPrompts(path.into()));
     }
     Ok(prompts)
 }
 
-fn prompt_of(line: &str) -> anyhow::Result<String> {
-    let value: serde_json::Value = serde_json::from_str(line).context("not valid JSON")?;
+fn prompt_of(text: &str, path: &Path, line: usize) -> Result<String, GenerateCommandError> {
+    let value: serde_json::Value =
+        serde_json::from_str(text).map_err(|source| GenerateCommandError::NotJson {
+            path: path.into(),
+            line,
+            source,
+        })?;
     let prompt = ["prompt", "context"]
         .iter()
         .find_map(|key| value.get(key)?.as_str());
     match prompt {
         Some(prompt) => Ok(prompt.to_string()),
-        None => bail!("expected an object with \"prompt\" or \"context\", a text"),
+        None => Err(GenerateCommandError::NoPromptKey {
+            path: path.into(),
+            line,
+        }),
     }
 }
 
@@ -422,7 +435,9 @@ mod tests {
             ("{\"prompt\": \"a\"}\n{\n", "line 2"),
             ("\n", "holds no prompt"),
         ] {
-            let error = format!("{:#}", read_prompts(&file("b.jsonl", text)).unwrap_err());
+            let error = read_prompts(&file("b.jsonl", text))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(part), "{error}");
         }
     }

@@ -5,6 +5,7 @@
 //! a draw depends on the seed, the row and the step, not on the batch.
 
 mod command;
+mod error;
 mod sampling;
 mod text;
 
@@ -16,6 +17,7 @@ use serde::Serialize;
 use tokenizers::Tokenizer;
 
 pub use command::{GenerateArgs, run};
+pub use error::GenerateCommandError;
 pub use sampling::Sampling;
 
 use text::GrowingText;

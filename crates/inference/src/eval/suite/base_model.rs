@@ -2,8 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
-
+use crate::eval::EvalError;
 use crate::eval::named::NamedAdapter;
 use peft::read_adapter_config;
 use run_config::EMBEDDED;
@@ -16,10 +15,13 @@ use run_config::EMBEDDED;
 pub fn stated(
     adapters: &[NamedAdapter],
     folders: &[PathBuf],
-) -> anyhow::Result<Vec<Option<String>>> {
+) -> Result<Vec<Option<String>>, EvalError> {
     let stated = adapters.iter().zip(folders).map(|(adapter, folder)| {
-        let config = read_adapter_config(folder)
-            .with_context(|| format!("the adapter {}: {}", adapter.name, folder.display()))?;
+        let config = read_adapter_config(folder).map_err(|source| EvalError::AdapterConfig {
+            name: adapter.name.clone(),
+            folder: folder.clone(),
+            source: Box::new(source),
+        })?;
         Ok(config.base_model_name_or_path)
     });
     stated.collect()
@@ -35,7 +37,7 @@ pub fn choose(
     asked: &str,
     adapters: &[NamedAdapter],
     stated: &[Option<String>],
-) -> anyhow::Result<String> {
+) -> Result<String, EvalError> {
     if asked != EMBEDDED {
         return Ok(asked.into());
     }
@@ -47,12 +49,10 @@ pub fn choose(
         return Ok(asked.into());
     };
     match named.find(|(_, other)| !is_same(base, other)) {
-        Some((second, other)) => bail!(
-            "the adapter {} was trained on {base:?} and {} on {other:?}: one table has one base model. Give it with --model, \
-             or evaluate them apart",
-            first.name,
-            second.name,
-        ),
+        Some((second, other)) => Err(EvalError::TwoBaseModels {
+            first: (first.name.clone(), base.into()),
+            second: (second.name.clone(), other.into()),
+        }),
         None => Ok(base.into()),
     }
 }

@@ -27,7 +27,9 @@ mod score;
 mod targets;
 mod tasks;
 
+pub use bert_score::BertScoreError;
 pub use command::run;
+pub use folder::FolderError;
 pub use score::{SuiteScores, finlora_scores, strict_scores};
 
 /// Whose benchmark.

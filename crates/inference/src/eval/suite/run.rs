@@ -1,14 +1,13 @@
 //! Every model answers every task; scores, files, the table.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use llama_burn::Llama;
 
 use super::super::answering::Answer;
 use super::super::command::{EvalArgs, Writer, answers_of};
+use super::super::error::EvalError;
 use super::bert_score::BertScoreFiles;
 use super::questions::Asked;
 use super::results::{Averages, SuiteContender, SuiteResults, TaskScores};
@@ -26,7 +25,7 @@ pub struct Run<'a> {
     asked: &'a [Asked],
     results: SuiteResults,
     /// Each task's answers, as lines of JSON.
-    written: BTreeMap<&'static str, Vec<u8>>,
+    written: BTreeMap<&'static str, String>,
     /// Files for BERTScore, with the places of contender and task in the results.
     bert_scores: Vec<(usize, usize, BertScoreFiles)>,
 }
@@ -62,7 +61,7 @@ impl<'a> Run<'a> {
         name: &str,
         adapter: Option<PathBuf>,
         model: &Llama,
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), EvalError> {
         let asked = self.asked;
         let mut tasks = Vec::with_capacity(asked.len());
         for asked in asked {
@@ -99,7 +98,7 @@ impl<'a> Run<'a> {
         answers: &[Answer],
         seconds: f64,
         task: usize,
-    ) -> anyhow::Result<TaskScores> {
+    ) -> Result<TaskScores, EvalError> {
         let targets: Vec<&str> = asked.targets.iter().map(|it| it.finlora.as_str()).collect();
         let texts: Vec<&str> = asked.targets.iter().map(|it| it.text.as_str()).collect();
         let finlora: Vec<&str> = answers.iter().map(|it| it.finlora.as_str()).collect();
@@ -127,7 +126,7 @@ impl<'a> Run<'a> {
         Ok(scores)
     }
 
-    fn keep(&mut self, asked: &Asked, name: &str, answers: &[Answer]) -> anyhow::Result<()> {
+    fn keep(&mut self, asked: &Asked, name: &str, answers: &[Answer]) -> Result<(), EvalError> {
         let out = self.written.entry(asked.suite.name).or_default();
         for (target, answer) in asked.targets.iter().zip(answers) {
             let line = serde_json::json!({
@@ -135,10 +134,13 @@ impl<'a> Run<'a> {
                 "target": target.text, "finlora_target": target.finlora,
                 "written": answer.written, "answer": answer.finlora,
             });
-            writeln!(out, "{line}")?;
+            *out += &format!("{line}\n");
         }
         let file = format!("answers/{}.jsonl", asked.suite.name);
-        Ok(write_atomically(&self.args.output.join(file), out)?)
+        Ok(write_atomically(
+            &self.args.output.join(file),
+            out.as_bytes(),
+        )?)
     }
 
     /// Runs the program for BERTScore, where that was asked for, writes everything and shows the table.
@@ -146,14 +148,14 @@ impl<'a> Run<'a> {
     /// # Errors
     ///
     /// A file that cannot be written; a program for BERTScore that fails, once everything else is written.
-    pub fn finish(mut self) -> anyhow::Result<()> {
+    pub fn finish(mut self) -> Result<(), EvalError> {
         let scored = self.bert_scores();
         self.write()?;
         self.show();
         scored
     }
 
-    fn bert_scores(&mut self) -> anyhow::Result<()> {
+    fn bert_scores(&mut self) -> Result<(), EvalError> {
         let Some(python) = &self.args.bertscore else {
             return Ok(());
         };
@@ -162,11 +164,9 @@ impl<'a> Run<'a> {
             let task = &mut contender.tasks[*task];
             let progress = self.screen.task(&contender.name, 1);
             let score = files.run(python);
-            let score = score.with_context(|| {
-                let output = self.args.output.display();
-                format!(
-                    "the answers and all other scores are in {output}; BERTScore was not computed"
-                )
+            let score = score.map_err(|source| EvalError::NoBertScore {
+                output: self.args.output.clone(),
+                source,
             })?;
             progress.done(&format!("BERTScore of {}: F1 {:.3}", task.task, score.f1));
             task.bert_score = Some(score);
@@ -175,7 +175,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn write(&self) -> anyhow::Result<()> {
+    fn write(&self) -> Result<(), EvalError> {
         let path = |name: &str| self.args.output.join(name);
         let json = serde_json::to_string_pretty(&self.results)?;
         write_atomically(&path("results.json"), format!("{json}\n").as_bytes())?;
