@@ -386,7 +386,7 @@ fn a_suite_puts_base_and_adapters_into_one_table() {
     let text = run(&[&suite[..], &fixed, &more].concat()).succeeded();
     for part in [
         "--template raw --force",
-        "ner is left out",
+        "ner is skipped",
         "fiqa_test.jsonl",
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");

@@ -1,4 +1,4 @@
-//! `trainer tokenize`: the tokens of given texts, for programs that compare them with another tokenizer's.
+//! `trainer tokenize`: the token ids of given texts, to compare with another tokenizer.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -17,10 +17,10 @@ pub struct TokenizeArgs {
     /// A Hugging Face model folder, a GGUF file, or `embedded`
     #[arg(long, value_name = "PATH", default_value = EMBEDDED)]
     model: String,
-    /// JSON: a list of texts
+    /// A JSON file: a list of strings
     #[arg(long, value_name = "FILE")]
     texts: PathBuf,
-    /// JSON: a list of token ids for each, special tokens of the tokenizer's own included
+    /// The JSON file to write: a list of token ids per string, with the tokenizer's special tokens
     #[arg(long, value_name = "FILE")]
     output: PathBuf,
 }
@@ -55,7 +55,7 @@ pub enum TokenizeError {
 ///
 /// # Errors
 ///
-/// What is wrong with the model's tokenizer or the texts.
+/// An error of the model's tokenizer or the texts.
 pub fn run(args: &TokenizeArgs) -> Result<(), TokenizeError> {
     let model = if args.model == EMBEDDED {
         embedded::materialise()?.model_dir

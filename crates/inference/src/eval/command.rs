@@ -1,4 +1,4 @@
-//! `trainer eval`: base and adapters on the same rows.
+//! `trainer eval`: base model and adapters on the same examples.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -27,11 +27,11 @@ use terminal::human;
 pub struct EvalArgs {
     #[command(flatten)]
     pub(super) model: ModelArgs,
-    /// Adapters in PEFT's format, as training writes them; each is compared with the base model
+    /// Adapters in PEFT's format; each is compared with the base model
     #[arg(long, value_name = "[NAME=]DIR", num_args = 1..)]
     pub(super) adapter: Vec<PathBuf>,
-    /// A benchmark in place of --data: its files in --data-dir, its answer lengths and scores. For finlora the base
-    /// model is the one that the adapters name, where --model does not say
+    /// A benchmark instead of --data: its files in --data-dir, its answer lengths and scores. For finlora the default
+    /// of --model is the base model that the adapters name
     #[arg(
         long,
         value_enum,
@@ -43,50 +43,50 @@ pub struct EvalArgs {
     /// With --suite: the folder of its test files
     #[arg(long, value_name = "DIR", requires = "suite")]
     pub(super) data_dir: Option<PathBuf>,
-    /// With --suite: only these tasks, separated by commas, as in fpb,xbrl_finer
+    /// With --suite: only these tasks, separated by commas, such as fpb,xbrl_finer
     #[arg(long, value_name = "TASK", value_delimiter = ',', requires = "suite")]
     pub(super) tasks: Vec<String>,
-    /// With --suite: compute BERTScore with the package bert-score of this Python
+    /// With --suite: compute BERTScore with this Python, which needs the package bert-score
     #[arg(long, value_name = "PYTHON", requires = "suite")]
     pub(super) bertscore: Option<PathBuf>,
-    /// Rows to answer: JSON lines, JSON, CSV or Parquet with context and target, messages and so on; or
+    /// Examples to answer: JSON lines, JSON, CSV or Parquet with context and target, messages and so on; or
     /// `embedded`
     #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "suite")]
     data: Vec<PathBuf>,
     /// Scorers, separated by commas [default: all]
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
     scorer: Vec<Scorer>,
-    /// The labels, separated by commas; told from the targets without it
+    /// The labels, separated by commas [default: detected from the targets]
     #[arg(long, value_name = "LABEL", value_delimiter = ',')]
     labels: Vec<String>,
-    /// Targets are lists with commas, each item of which counts (FinLoRA's FiNER and FNXL)
+    /// Targets are comma-separated lists whose items are scored one by one (FinLoRA's FiNER and FNXL)
     #[arg(long)]
     lists: bool,
     /// The prompt template [default: the one that the adapters were trained with, else raw]
     #[arg(long, value_name = "NAME")]
     template: Option<PromptTemplate>,
-    /// Evaluate with another prompt template than the adapters were trained with
+    /// Evaluate although the prompt template differs from the adapters' training
     #[arg(long)]
     force: bool,
-    /// Only the adapters
+    /// Leave out the base model
     #[arg(long, requires = "adapter")]
     pub(super) no_base: bool,
-    /// Only the rows that training with this val_set_size and --seed kept aside
+    /// Only the examples that training with this val_set_size and --seed held out
     #[arg(long, value_name = "SIZE")]
     held_out: Option<f64>,
-    /// Only so many rows of each file, drawn by --seed
+    /// Only this many examples of each file, drawn by --seed
     #[arg(long, value_name = "N")]
     pub(super) rows: Option<usize>,
-    /// Decides which rows
+    /// The seed that --held-out and --rows draw examples with
     #[arg(long, value_name = "N", default_value_t = 42)]
     pub(super) seed: u64,
-    /// Tokens to write for an answer at most [default: the longest target's, at least FinLoRA's 10]
+    /// The maximum number of tokens per answer [default: that of the longest target, at least FinLoRA's 10]
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
-    /// Rows that are answered together
+    /// Examples per batch
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch_size: usize,
-    /// Where results.json, results.md and answers.jsonl go (with --suite answers/ and bertscore/)
+    /// The folder for results.json, results.md and answers.jsonl (with --suite also answers/ and bertscore/)
     #[arg(long, value_name = "DIR", default_value = "target/eval")]
     pub(super) output: PathBuf,
 }
@@ -98,11 +98,11 @@ impl EvalArgs {
     }
 }
 
-/// A file's rows before they are tokenized.
+/// A file's examples before they are tokenized.
 struct Sample {
     path: PathBuf,
     rows: Rows,
-    /// The targets of all its rows, of those too that were not drawn.
+    /// The targets of all its examples, including those that were not drawn.
     targets: Vec<String>,
 }
 
@@ -110,7 +110,7 @@ struct Sample {
 ///
 /// # Errors
 ///
-/// What is wrong with the arguments, the files, the model or an adapter.
+/// An error of the arguments, the files, the model or an adapter.
 pub fn run(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     match args.suite {
         Some(Suite::Finlora) => suite::run(args, screen),
@@ -201,7 +201,7 @@ pub(super) fn check(args: &EvalArgs) -> Result<(), EvalError> {
     Ok(())
 }
 
-/// What each adapter's folder says of its training's prompts.
+/// The training prompt of each adapter, from its folder.
 pub(super) fn training_prompts(
     adapters: &[PathBuf],
 ) -> Result<Vec<(PathBuf, Option<TrainingPrompt>)>, EvalError> {
@@ -214,7 +214,7 @@ pub(super) fn training_prompts(
     prompts.collect()
 }
 
-/// The template to evaluate with: the one asked for, else the adapters' own, which must be one.
+/// The template to evaluate with: `--template`, else the adapters' own, which must be the same.
 pub(super) fn template(
     args: &EvalArgs,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
@@ -246,8 +246,8 @@ pub(super) fn template(
         let file = data::PROMPT_FILE;
         match &args.template {
             None => log::warn!(
-                "{} has no {file}, which tells the prompt template of its training; {template} is used. If it was another, \
-                 give it with --template",
+                "{} has no {file} with the prompt template of its training; {template} is used. If it was another, \
+                 set it with --template",
                 folder.display()
             ),
             Some(_) => log::info!("{} has no {file}", folder.display()),
@@ -256,7 +256,7 @@ pub(super) fn template(
     Ok(template)
 }
 
-/// A file's rows, or some of them.
+/// A file's examples, or a sample of them.
 fn sample(args: &EvalArgs, path: &Path) -> Result<Sample, EvalError> {
     let path = if path == Path::new(EMBEDDED) {
         embedded::materialise()?.validation
@@ -293,7 +293,7 @@ fn sample(args: &EvalArgs, path: &Path) -> Result<Sample, EvalError> {
     })
 }
 
-/// The model's files with the date that the adapters' prompts had in training.
+/// The model's files with the date of the adapters' training prompts.
 pub(super) fn dated(
     files: &ModelFiles,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
@@ -307,7 +307,7 @@ pub(super) fn dated(
         if Some(time) != first {
             log::warn!(
                 "the chat template writes the date, and the adapter in {} was trained with another date than the first; \
-                 that of the first is written",
+                 the date of the first is used",
                 folder.display()
             );
         }
@@ -318,7 +318,7 @@ pub(super) fn dated(
     }
 }
 
-/// The tokenizer for a file's rows, whose prompts must be those of the adapters' training.
+/// The tokenizer for a file's examples, whose prompts must be those of the adapters' training.
 pub(super) fn row_tokenizer(
     args: &EvalArgs,
     files: &ModelFiles,
@@ -343,7 +343,7 @@ pub(super) fn row_tokenizer(
     Ok(tokenizer)
 }
 
-/// Tokenizes the files' rows, each with the tokenizer that its format needs.
+/// Tokenizes the files' examples, each with the tokenizer that its format needs.
 fn tasks(
     args: &EvalArgs,
     samples: &[Sample],
@@ -377,18 +377,19 @@ fn tasks(
     Ok(tasks)
 }
 
-/// A model that is asked.
+/// A model to evaluate.
 pub(super) struct Writer<'a> {
     pub model: &'a Llama,
-    /// The contender's name.
+    /// Its name in the results.
     pub name: &'a str,
-    /// Whether it writes answers.
+    /// Whether it generates answers.
     pub writes: bool,
-    /// Whether it compares labels.
+    /// Whether it compares the likelihood of labels.
     pub compares: bool,
 }
 
-/// Has a model answer a task, with its progress on the screen; the answers and the seconds they took.
+/// Answers a task with a model and shows the progress; returns the answers and the seconds they
+/// took.
 pub(super) fn answers_of(
     args: &EvalArgs,
     inference: &Inference,
@@ -412,14 +413,14 @@ pub(super) fn answers_of(
     let rows = task.questions.len();
     progress.done(&format!(
         "{} of {}, {} per second",
-        human::counted(rows as u64, "row"),
+        human::counted(rows as u64, "example"),
         task.path.display(),
         human::rate(rows as f64 / seconds)
     ));
     Ok((answers, seconds))
 }
 
-/// Has a model answer a task, and judges it.
+/// Answers a task with a model, and scores the answers.
 fn answer(
     args: &EvalArgs,
     inference: &Inference,

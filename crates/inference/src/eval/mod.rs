@@ -1,17 +1,18 @@
-//! Is an adapter better than its base model on a task? Both answer the same rows, three scorers judge.
+//! Evaluation: the base model and adapters answer the same examples, and three scorers judge the
+//! answers.
 //!
 //! ```text
 //! command.rs     the command: arguments, templates, files, models
 //! error.rs       why it fails
-//! answering.rs   rows to answers: what a model writes, and which label it finds most likely
+//! answering.rs   examples to answers: generated text, and the most likely label
 //! likelihood.rs  labels' log-probabilities, the prompt computed once
-//! labels.rs      what may be answered; FinLoRA's rule and the strict one
-//! metrics.rs     accuracy, F1, confusion
-//! statistics.rs  intervals, and whether two differ by more than chance
-//! results.rs     everything that was found, as it is written to results.json
+//! labels.rs      possible answers; FinLoRA's rule and the strict rule
+//! metrics.rs     accuracy, F1, confusion matrix
+//! statistics.rs  confidence intervals and McNemar's test
+//! results.rs     all results, as in results.json
 //! report.rs      the tables
 //! named.rs       adapters by name: NAME=DIR
-//! suite/         FinLoRA's benchmark: its tasks and its scores in one table
+//! suite/         FinLoRA's benchmark: its tasks and scores in one table
 //! ```
 
 mod answering;

@@ -7,11 +7,12 @@ use crate::eval::named::NamedAdapter;
 use peft::read_adapter_config;
 use run_config::EMBEDDED;
 
-/// Reads `base_model_name_or_path` of each adapter's folder (`adapters` beside `folders`).
+/// Reads `base_model_name_or_path` of each adapter's folder (`folders`, in the order of
+/// `adapters`).
 ///
 /// # Errors
 ///
-/// An adapter whose settings cannot be read, by its folder.
+/// An adapter whose configuration cannot be read, with its folder.
 pub fn stated(
     adapters: &[NamedAdapter],
     folders: &[PathBuf],
@@ -27,12 +28,12 @@ pub fn stated(
     stated.collect()
 }
 
-/// The model to load: `asked`, unless that is the embedded one (what `--model` is by itself) and the adapters name
-/// another.
+/// The model to load: `asked`, unless that is the embedded model (the default of `--model`) and the
+/// adapters name another one.
 ///
 /// # Errors
 ///
-/// Adapters that name several.
+/// Adapters that name different models.
 pub fn choose(
     asked: &str,
     adapters: &[NamedAdapter],
@@ -57,7 +58,7 @@ pub fn choose(
     }
 }
 
-/// What the user should know of adapters that name another base model than `model`.
+/// Notes to the user about adapters that name another base model than `model`.
 pub fn notes(model: &str, adapters: &[NamedAdapter], stated: &[Option<String>]) -> Vec<String> {
     let all = adapters.iter().zip(stated);
     let other = all.filter_map(|(adapter, base)| {
@@ -70,8 +71,8 @@ pub fn notes(model: &str, adapters: &[NamedAdapter], stated: &[Option<String>]) 
     other.collect()
 }
 
-/// Whether two names are of one model: the same text, the same folder, or the same last part, since a model has
-/// another path on another machine.
+/// Whether two names mean one model: the same text, the same folder, or the same last part, because
+/// a model has another path on another machine.
 fn is_same(a: &str, b: &str) -> bool {
     let last = |text: &str| {
         let name = Path::new(text).file_name();

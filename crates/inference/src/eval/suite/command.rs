@@ -21,8 +21,8 @@ use terminal::Screen;
 ///
 /// # Errors
 ///
-/// What is wrong with the arguments, the files, the model or an adapter; a program for BERTScore that fails, once
-/// everything else is written.
+/// An error of the arguments, the files, the model or an adapter; a program for BERTScore that
+/// fails, after everything else is written.
 pub fn run(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     let plan = Plan::new(args, screen)?;
     let inference = plan.load(args, screen)?;
@@ -60,7 +60,7 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     run.finish()
 }
 
-/// What is known before the weights are loaded, so that a mistake costs nothing.
+/// Everything that is known before the weights are loaded, so that a mistake costs no time.
 struct Plan {
     data_dir: PathBuf,
     folder: Folder,
@@ -112,7 +112,8 @@ impl Plan {
         })
     }
 
-    /// Loads the base model. Each adapter is put on it once: one that does not fit must not be found out hours later.
+    /// Loads the base model and applies each adapter once, so that an adapter that does not fit is
+    /// found now and not hours later.
     fn load(&self, args: &EvalArgs, screen: &Screen) -> Result<Inference, EvalError> {
         let model_args = ModelArgs {
             model: self.model.clone(),
@@ -158,7 +159,7 @@ impl Plan {
                 Ok(questions) => asked.push(questions),
                 // A table of the other tasks is worth more than none.
                 Err(error @ AnsweringError::AllTooLong { .. }) if self.samples.len() > 1 => {
-                    let note = format!("{} is left out: {error}", sample.suite.name);
+                    let note = format!("{} is skipped: {error}", sample.suite.name);
                     screen.note(&note);
                     left_out.push(note);
                 }

@@ -17,21 +17,21 @@ use crate::model::Inference;
 use durable::write_atomically;
 use terminal::Screen;
 
-/// A run under way.
+/// A running evaluation.
 pub struct Run<'a> {
     args: &'a EvalArgs,
     screen: &'a Screen,
     inference: &'a Inference,
     asked: &'a [Asked],
     results: SuiteResults,
-    /// Each task's answers, as lines of JSON.
+    /// Each task's answers, as JSON lines.
     written: BTreeMap<&'static str, String>,
-    /// Files for BERTScore, with the places of contender and task in the results.
+    /// Files for BERTScore, with the indices of contender and task in the results.
     bert_scores: Vec<(usize, usize, BertScoreFiles)>,
 }
 
 impl<'a> Run<'a> {
-    /// A run without answers; `results` says what is asked.
+    /// A run without answers; `results` describes the tasks.
     pub fn new(
         args: &'a EvalArgs,
         screen: &'a Screen,
@@ -50,8 +50,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Has a model answer every task. Answers are written after each task and scores after each model, so that a run
-    /// that is cut off leaves what it had.
+    /// Answers every task with a model. Answers are written after each task and scores after each
+    /// model, so that an interrupted run leaves its results so far.
     ///
     /// # Errors
     ///
@@ -143,11 +143,12 @@ impl<'a> Run<'a> {
         )?)
     }
 
-    /// Runs the program for BERTScore, where that was asked for, writes everything and shows the table.
+    /// Runs the program for BERTScore if it was requested, writes all files and shows the table.
     ///
     /// # Errors
     ///
-    /// A file that cannot be written; a program for BERTScore that fails, once everything else is written.
+    /// A file that cannot be written; a program for BERTScore that fails, after everything else is
+    /// written.
     pub fn finish(mut self) -> Result<(), EvalError> {
         let scored = self.bert_scores();
         self.write()?;
@@ -204,7 +205,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A contender's name as a part of a file's; its number tells apart what would be the same.
+/// A contender's name as a part of a file name; its number keeps the names distinct.
 fn file_name(name: &str, number: usize) -> String {
     let is_plain = |character: char| character.is_alphanumeric() || "._-".contains(character);
     if name.chars().all(is_plain) {
