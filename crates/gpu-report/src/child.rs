@@ -1,4 +1,4 @@
-//! Runs a section in a process of its own, for so long and no longer.
+//! Runs a section in a process of its own, with a time limit.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -15,21 +15,21 @@ use super::worker::WorkerOptions;
 /// How a section's process ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Ended {
-    /// It was through.
+    /// It finished.
     Done,
-    /// Its time was over.
+    /// Its time limit was reached.
     Stopped,
-    /// Something else ended it: a crash inside a driver, the system for want of memory.
+    /// Something else ended it: a crash inside a driver, or the system when memory was short.
     Died(String),
 }
 
-/// What a section's process is called in errors.
+/// The name of a section's process in errors.
 const SECTION: &str = "the section";
 
-/// Between the end of the time that a section plans with and the end of its process.
+/// The time between the limit that a section plans with and the end of its process.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Runs a section; its findings go to `found` as they come, what it says on standard error to `log`.
+/// Runs a section; its findings go to `found` as they arrive, its standard error to `log`.
 ///
 /// # Errors
 ///
@@ -65,7 +65,7 @@ pub fn run(
     watch(command, options.limit, found)
 }
 
-/// Starts `command` and reads findings until it ends or `limit` is over.
+/// Starts `command` and reads findings until it ends or `limit` is reached.
 fn watch(
     mut command: Command,
     limit: Duration,
@@ -90,7 +90,7 @@ fn watch(
     let mut done = false;
     let ended = loop {
         match lines.recv_timeout(clock.remaining()) {
-            // Anything else is a driver's talk.
+            // Other lines are printed by a driver.
             Ok(line) => match serde_json::from_str(&line) {
                 Ok(Finding::Done) => {
                     done = true;
@@ -104,7 +104,7 @@ fn watch(
         }
     };
     if ended == Ended::Stopped || done {
-        // One that is done may still hang in a driver's clean-up.
+        // A process that is done may still hang in a driver's clean-up.
         let _ = process.kill();
     }
     let status = process.wait().map_err(|source| ReportError::Wait {

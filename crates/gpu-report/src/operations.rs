@@ -1,4 +1,4 @@
-//! Every operation that a step is made of, against the CPU.
+//! Every operation of a training step, compared with the CPU.
 
 use burn::tensor::activation::{log_softmax, sigmoid, silu, softmax};
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
@@ -12,7 +12,7 @@ use super::finding::{Check, Finding};
 /// An operation on two inputs, `[ROWS, INNER]` and `[INNER, COLUMNS]`.
 type Operation = fn(&Inputs) -> Vec<Tensor<2>>;
 
-// No multiple of a tile, so that the edges of kernels are compared as well.
+// Not multiples of a tile, so that the edges of kernels are compared as well.
 const ROWS: usize = 77;
 const INNER: usize = 160;
 const COLUMNS: usize = 96;
@@ -29,7 +29,7 @@ struct Inputs {
     d: Tensor<2>,
     /// `[INNER, COLUMNS]`, 8 bits
     quantized: Tensor<2>,
-    /// `[ROWS]`, below ROWS
+    /// `[ROWS]`, each below ROWS
     places: Tensor<1, Int>,
 }
 
@@ -52,13 +52,13 @@ impl Inputs {
 
 const OPERATIONS: [(&str, Operation); 15] = [
     ("product", |x| vec![product(x.a.clone(), x.b.clone())]),
-    ("product, turned", |x| {
+    ("product, transposed", |x| {
         vec![product(x.c.clone(), x.b.clone().transpose())]
     }),
-    ("product of a few columns", |x| {
+    ("product with few columns", |x| {
         vec![product(x.a.clone(), x.b.clone().narrow(1, 0, 8))]
     }),
-    ("product with a sum behind it", |x| {
+    ("product with a sum fused", |x| {
         vec![product(x.a.clone(), x.b.clone()).mul_scalar(2.0) + x.c.clone()]
     }),
     ("quantized product", |x| {
@@ -76,9 +76,7 @@ const OPERATIONS: [(&str, Operation); 15] = [
         vec![norm.forward(x.c.clone())]
     }),
     ("softmax", |x| vec![softmax(x.c.clone(), 1)]),
-    ("logarithm of softmax", |x| {
-        vec![log_softmax(x.c.clone(), 1)]
-    }),
+    ("log softmax", |x| vec![log_softmax(x.c.clone(), 1)]),
     ("SwiGLU", |x| vec![silu(x.c.clone()) * x.d.clone()]),
     ("SwiGLU, backward", |x| {
         let (gate, gradient) = (x.c.clone(), x.d.clone());
@@ -86,7 +84,7 @@ const OPERATIONS: [(&str, Operation); 15] = [
         let slope = s.clone() * (gate.clone() * s.clone().neg().add_scalar(1.0)).add_scalar(1.0);
         vec![gradient.clone() * gate * s, gradient * slope]
     }),
-    ("halves exchanged, as rotations do", |x| {
+    ("rotation of halves (RoPE)", |x| {
         let half = COLUMNS / 2;
         let (left, right) = (
             x.c.clone().narrow(1, 0, half),
@@ -97,10 +95,10 @@ const OPERATIONS: [(&str, Operation); 15] = [
     ("sums of rows and of columns", |x| {
         vec![x.c.clone().square().sum_dim(1), x.c.clone().sum_dim(0)]
     }),
-    ("rows by index", |x| {
+    ("select rows", |x| {
         vec![x.c.clone().select(0, x.places.clone())]
     }),
-    ("rows added by index", |x| {
+    ("select and add rows", |x| {
         let (places, rows) = (x.places.clone(), x.d.clone());
         let sum =
             x.c.clone()

@@ -1,4 +1,4 @@
-//! PEFT on the same shapes, in turn with ours: `peft_bench.py`, given by the user.
+//! PEFT on the same shapes, measured in turn with this trainer: `peft_bench.py`, given by the user.
 
 use std::fs::File;
 use std::path::Path;
@@ -12,16 +12,16 @@ use super::error::ReportError;
 use super::finding::Training;
 use super::shapes::Shape;
 
-/// What runs PEFT.
+/// How PEFT is run.
 #[derive(Debug, Clone, Copy)]
 pub struct Peft<'a> {
     /// A Python with torch, transformers and peft.
     pub python: &'a Path,
     /// `peft_bench.py`.
     pub script: &'a Path,
-    /// PyTorch's word for the device: `cuda`, `mps`, `cpu`.
+    /// PyTorch's name for the device: `cuda`, `mps`, `cpu`.
     pub device: &'a str,
-    /// For its configuration and its log.
+    /// The folder for its configuration and its log.
     pub folder: &'a Path,
 }
 
@@ -35,7 +35,7 @@ struct Line {
     losses: Vec<f64>,
 }
 
-/// Steps of a run, the first of them not timed.
+/// Steps per run; the first ones are not timed.
 const STEPS: usize = 7;
 const WARM_UP: usize = 2;
 
@@ -44,7 +44,7 @@ impl Peft<'_> {
     ///
     /// # Errors
     ///
-    /// What the script says, or that its time was over.
+    /// The script's message, or that it exceeded its time limit.
     pub fn train(
         &self,
         shape: Shape,
@@ -143,7 +143,7 @@ fn training(
     })
 }
 
-/// PyTorch's name of one of our types.
+/// PyTorch's name of a type.
 pub fn long(dtype: &str) -> &'static str {
     match dtype {
         "bf16" => "bfloat16",

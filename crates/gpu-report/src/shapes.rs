@@ -8,7 +8,7 @@ use run_config::embedded;
 /// A model's shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
-    /// The model inside the program.
+    /// The model that is embedded in the program.
     Embedded,
     /// SmolLM2-135M.
     Smol,
@@ -22,7 +22,7 @@ impl Shape {
     /// From the smallest to the largest.
     pub const ALL: [Self; 4] = [Self::Embedded, Self::Smol, Self::Llama1B, Self::Llama8B];
 
-    /// For the report and for `--shape`.
+    /// Its name in the report and for `--shape`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Embedded => "embedded",

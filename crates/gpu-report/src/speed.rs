@@ -1,4 +1,4 @@
-//! How fast a layer's parts are, beside the fastest that the device does.
+//! The speed of a layer's parts, relative to the device's peak.
 
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
@@ -22,10 +22,10 @@ const TOKENS: usize = 2048;
 /// The peak is that of the largest square product that takes less than this.
 const LONGEST_PRODUCT: f64 = 0.25;
 
-/// Seconds without which nothing is begun: a new shape has its kernels chosen first.
+/// Nothing is started with fewer seconds left, because kernels are first tuned for a new shape.
 const LEAST: f64 = 3.0;
 
-/// What is measured on.
+/// The state of the measurements.
 struct Bench<'a> {
     device: &'a Device,
     clock: Clock,
@@ -33,7 +33,7 @@ struct Bench<'a> {
     tell: &'a mut dyn FnMut(Finding),
 }
 
-/// Measures peaks, products, attention, a layer and element-wise chains, until the time is over.
+/// Measures peaks, products, attention, a layer and element-wise chains, until the time limit.
 ///
 /// # Errors
 ///
@@ -76,7 +76,7 @@ impl Bench<'_> {
         if self.quick { 64 } else { TOKENS }
     }
 
-    /// Whether there is time for another measurement; says what is left out where there is none.
+    /// Whether there is time for another measurement; reports what is skipped otherwise.
     fn has_time(&mut self, what: &str) -> bool {
         let has = self.clock.has(LEAST);
         if !has {
@@ -89,12 +89,12 @@ impl Bench<'_> {
     }
 
     fn random(&self, shape: [usize; 2], dtype: FloatDType) -> Tensor<2> {
-        // Constants would let a GPU clock higher than real data does.
+        // With constants a GPU would reach higher clocks than with real data.
         let uniform = Distribution::Uniform(-0.5, 0.5);
         Tensor::random(shape, uniform, (self.device, DType::from(dtype)))
     }
 
-    /// Tells a rate of `flops` operations, or of `bytes` bytes.
+    /// Reports a speed for `flops` operations, or for `bytes` bytes.
     fn rate(
         &mut self,
         what: &str,
@@ -117,13 +117,13 @@ impl Bench<'_> {
         }));
     }
 
-    /// A tensor of f32 read, and another one written.
+    /// Reads one f32 tensor and writes another.
     fn copy(&mut self) -> Result<(), ReportError> {
         let elements: usize = if self.quick { 1 << 20 } else { 1 << 27 };
         let tensor = Tensor::<1>::ones([elements], (self.device, DType::F32));
         let spread = seconds(self.device, || tensor.clone().add_scalar(1.0))?;
         let bytes = 8.0 * elements as f64;
-        let size = format!("{} MiB read, as many written", elements >> 18);
+        let size = format!("{} MiB read and written", elements >> 18);
         let f32 = FloatDType::F32;
         self.rate("copy", Group::PeakCopy, f32, size, (0.0, bytes), spread);
         Ok(())
@@ -199,7 +199,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// A layer whose width is cut to 64, so that attention is nearly all that it does.
+    /// A layer whose width is cut to 64, so that attention is nearly all of its work.
     fn attention(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let narrow = LlamaConfig {
             hidden_size: 64,
@@ -208,7 +208,8 @@ impl Bench<'_> {
         };
         let pairs = self.tokens() as f64 * (self.tokens() + 1) as f64 / 2.0;
         let width = (config.num_attention_heads * config.head_dim) as f64;
-        // Two products over the keys that each query sees; twice as many in the backward pass.
+        // Two products over the keys that each query attends to; twice as many in the backward
+        // pass.
         let forward = 2.0 * 2.0 * pairs * width;
         self.passes(
             "attention",
@@ -231,7 +232,7 @@ impl Bench<'_> {
         self.passes("decoder layer", Group::Layer, config, dtype, flops)
     }
 
-    /// The forward and the backward pass of one layer, which take this many operations.
+    /// The forward and the backward pass of one layer, with these numbers of operations.
     fn passes(
         &mut self,
         what: &str,

@@ -1,4 +1,4 @@
-//! The start-up check of a run, as the report has it.
+//! The start-up check of a run, as a part of the report.
 
 use lora_core::{LoraConfig, Quantization};
 
@@ -7,16 +7,17 @@ use super::finding::{Check, Finding};
 use super::shapes::Shape;
 use device::{CheckOptions, Selected};
 
-/// Tokens that the checked layer sees at most; the check itself takes fewer.
+/// The most tokens for the checked layer; the check itself uses fewer.
 const TOKENS: usize = 256;
 
-/// The comparisons that a run makes before its first step, for a model of this shape in each type that the device has.
+/// The comparisons that a run makes before its first step, for a model of this shape in each of the
+/// device's types.
 ///
-/// The only place that knows what they are.
+/// No other section uses them.
 ///
 /// # Errors
 ///
-/// If the shape is not readable.
+/// If the shape's configuration cannot be read.
 pub fn run(
     selected: &Selected,
     shape: Shape,
