@@ -43,7 +43,7 @@ impl Sampling {
     /// - `scores`: the logits, one per token of the vocabulary; changed by the function
     /// - `seen`: the sequence's tokens so far, for the repetition penalty
     /// - `row`, `step`: with the seed, they determine the random number; the rest of the batch does
-    /// not
+    ///   not
     pub fn next(&self, scores: &mut [f32], seen: &[u32], row: usize, step: usize) -> u32 {
         self.penalise(scores, seen);
         if self.is_greedy() {

@@ -20,13 +20,13 @@ pub struct Peak {
 /// - A100 80GB: NVIDIA A100 data sheet, SXM.
 /// - RTX 4090: NVIDIA Ada GPU Architecture white paper, appendix A, "FP16 Tensor TFLOPS with FP32 Accumulate".
 /// - RTX 3060: NVIDIA's page of the 12 GB card (3,584 cores, 1.78 GHz, 360 GB/s); 112 tensor cores
-/// of 128 products per clock, and half of that with 32-bit sums, as in the Ampere GA102 white paper
-/// for GeForce cards.
+///   of 128 products per clock, and half of that with 32-bit sums, as in the Ampere GA102 white paper
+///   for GeForce cards.
 /// - M3 Max: Apple states 400 GB/s for the one with 40 GPU cores; 128 lanes per core at 1.38 GHz
-/// are from measurements by others (Philip Turner, metal-benchmarks). 16-bit products run at the
-/// same rate.
+///   are from measurements by others (Philip Turner, metal-benchmarks). 16-bit products run at the
+///   same rate.
 /// - iGPU: Intel Iris Xe with 96 execution units at 1.3 GHz (Intel ARK, Core i7-1165G7; 16 f32
-/// operations per clock and unit, twice that in 16 bits) with LPDDR4X-4266 in two channels.
+///   operations per clock and unit, twice that in 16 bits) with LPDDR4X-4266 in two channels.
 const CARDS: [(&str, f64, f64, f64); 6] = [
     ("H100 SXM", 989.4, 66.9, 3350.0),
     ("A100 80GB", 312.0, 19.5, 2039.0),

@@ -4,7 +4,7 @@
 //!
 //! - the decoder's linear weights, forward and once backward (for the input; frozen weights have no gradient);
 //! - attention's two products, each query with the keys up to its own position, forward and twice
-//! backward;
+//!   backward;
 //! - the adapters' two products, forward and twice backward (input and factors);
 //! - the head at positions in the loss, forward and once backward.
 //!
