@@ -194,9 +194,9 @@ impl AdapterSummary {
 impl DataSummary {
     fn sentences(&self) -> Vec<String> {
         let mut examples = format!(
-            "{}: {} to train on, {} for validation",
+            "{}: {} training and {} validation examples",
             self.name,
-            human::counted(self.train_rows as u64, "example"),
+            human::count(self.train_rows as u64),
             human::count(self.validation_rows as u64),
         );
         if self.too_long_rows > 0 {
@@ -327,7 +327,7 @@ pub(super) mod tests {
             "460,800 trainable, 134,515,008 frozen (1 : 291.9)",
             "about 222 MiB",
             "embedding 108 MiB, weights 114 MiB",
-            "2,800 examples to train on, 300 for validation, 2 skipped",
+            "2,800 training and 300 validation examples, 2 skipped",
             "57.0 tokens per example on average (max 143), 2.4 of them in the loss",
             "175 steps of 16 examples (2 x 8), 1 epoch",
             "learning rate 2e-4, cosine",
