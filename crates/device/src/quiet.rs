@@ -1,16 +1,18 @@
-//! Panics of other libraries, turned into messages.
+//! Panics of other people's code, turned into messages.
 
 use std::any::Any;
 use std::panic::{self, AssertUnwindSafe, PanicHookInfo};
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Runs `work`; a panic inside it, on any thread, becomes a message and is not printed.
+/// Runs `work`; a panic inside it, on whatever thread, becomes a message instead of a report on the
+/// screen.
 ///
-/// Burn's backends unwrap the results of their drivers, partly on threads of their own: the
-/// caller's panic is then only "the channel is closed", and the first panic has the actual cause.
+/// Burn's backends unwrap what their drivers return, partly on threads of their own: the caller's
+/// panic is then only "the channel is closed", and the first panic seen is the one that says what
+/// went wrong.
 ///
-/// The hook is process-wide: a panic of an unrelated thread is printed only after `work`. This
-/// function is therefore for short work at the start of a program.
+/// The hook is the process's: a panic of an unrelated thread is reported only after `work`. It is
+/// therefore for short work at the start of a program.
 pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     // One at a time, or two callers would restore each other's hook.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
@@ -30,7 +32,7 @@ pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let mut seen = seen.lock().unwrap_or_else(PoisonError::into_inner);
     match outcome {
         Ok(value) => {
-            // A panic of another thread: printed late rather than never.
+            // Nothing of ours: reported late rather than never.
             for (_, report) in seen.drain(..) {
                 eprintln!("{report}");
             }
@@ -43,7 +45,7 @@ pub fn catch<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     }
 }
 
-/// A panic's message, in one line.
+/// A panic's words, in one line.
 fn message(payload: &dyn Any) -> String {
     let text = payload
         .downcast_ref::<&str>()

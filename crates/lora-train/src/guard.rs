@@ -1,4 +1,4 @@
-//! Failures of a device. Burn reports them as panics, which are caught here and become errors.
+//! Failures of a device. Burn reports them as panics, which end here and become errors.
 
 use std::any::Any;
 use std::backtrace::Backtrace;
@@ -9,25 +9,25 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use data::contained;
 
-/// A failure of the device.
+/// What went wrong on the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceFault {
-    /// Its consequence for the run.
+    /// What it means for the run.
     pub kind: FaultKind,
-    /// The device's message, in one line.
+    /// The device's own words, in one line.
     pub message: String,
 }
 
-/// The consequence of a failure for the run.
+/// What a failure means for the run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum FaultKind {
-    /// The device's memory was too small. The device still works.
+    /// The device's memory was too small. It works on.
     OutOfMemory,
-    /// One tensor is larger than the device supports, however much memory is free.
+    /// One tensor is larger than the device takes at all, however much memory is free.
     TooLargeTensor,
-    /// The device is lost: reset by its driver, unplugged, or poisoned by a kernel.
+    /// The device is gone: reset by its driver, unplugged, poisoned by a kernel.
     Lost,
-    /// Another failure, perhaps an error in this program.
+    /// Something else, perhaps an error in this program.
     Other,
 }
 
@@ -46,12 +46,11 @@ impl fmt::Display for DeviceFault {
 impl std::error::Error for DeviceFault {}
 
 impl DeviceFault {
-    /// A fault with this message.
+    /// A fault with these words.
     pub fn new(message: &str) -> Self {
-        // Errors come with backtraces, which do not help a user.
+        // Errors come with their backtraces, which say nothing to a user.
         let message = message.split("Backtrace").next().unwrap_or(message);
-        // The error of a read quotes the failure that caused it and everything that failed because
-        // of it.
+        // A read quotes what failed behind everything that failed because of it.
         let cause = message.find("can't allocate buffer of size");
         let message = cause.map_or(message, |at| &message[at..]);
         Self {
@@ -61,13 +60,13 @@ impl DeviceFault {
     }
 }
 
-/// Classifies errors of CubeCL and the drivers by their text (cubecl-runtime's `IoError`,
+/// The words by which CubeCL's and the drivers' errors are told apart (cubecl-runtime's `IoError`,
 /// `LaunchError` and `DevicePoison`, CUDA's result codes, wgpu's `Error`).
 ///
-/// On WGSL none of these is a result: wgpu passes a failed allocation to its handler of uncaptured
-/// errors, where CubeCL panics on the device's thread ("wgpu error: Out of Memory"). CubeCL's
-/// `BufferTooBig` ("can't allocate buffer of size") and wgpu's validation errors name a limit on
-/// one buffer, which smaller micro-batches need not satisfy, so these are not a lack of memory.
+/// On WGSL nothing of this is a result: wgpu hands an allocation that fails to its handler of uncaptured errors,
+/// where CubeCL panics on the device's thread ("wgpu error: Out of Memory"). CubeCL's `BufferTooBig` ("can't
+/// allocate buffer of size") and wgpu's validation errors name a limit on one buffer, which smaller micro-batches
+/// need not cure: that is no lack of memory.
 fn kind(message: &str) -> FaultKind {
     let message = message.to_lowercase();
     let has = |words: &[&str]| words.iter().any(|word| message.contains(word));
@@ -104,16 +103,15 @@ fn in_one_line(message: &str) -> String {
     }
 }
 
-/// As long as it exists, panics are collected instead of printed; [`run`](Self::run) returns them.
+/// As long as it lives, panics are kept instead of reported; [`run`](Self::run) gives them back.
 ///
-/// Burn's backends use threads of their own, where CubeCL catches a task's panic and logs it: the
-/// work continues without the task's result. If something waits for such a task, the caller's panic
-/// is only "the channel is closed", and the first panic has the cause.
+/// Burn's backends work on threads of their own, where CubeCL catches a task's panic and logs it: the work goes on
+/// without what the task should have done. Where something waits for such a task, the caller's panic is only "the
+/// channel is closed", and the first panic seen is the one that says what went wrong.
 ///
-/// Two kinds of panics are not counted. Those of third-party parsers are caught on purpose
-/// ([`data::contained`]). Those in the definition of a kernel become an error of its outputs, which
-/// the next read returns (cubecl-runtime, `define_kernel`), or, while kernels are tuned, only
-/// exclude a candidate.
+/// Two kinds of panics are not counted. Those of other people's parsers are caught on purpose
+/// ([`data::contained`]). Those in the definition of a kernel become an error of its outputs, which the
+/// next read gives (cubecl-runtime, `define_kernel`), or, while kernels are tuned, only strike out a candidate.
 pub struct Guard {
     seen: Arc<Mutex<Vec<String>>>,
     reporting: RefCell<Option<Box<Hook>>>,
@@ -122,7 +120,7 @@ pub struct Guard {
 type Hook = dyn Fn(&PanicHookInfo<'_>) + Sync + Send + 'static;
 
 impl Guard {
-    /// Installs the process-wide panic hook.
+    /// Takes over the process's panics.
     pub fn install() -> Self {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let seen_by_hook = Arc::clone(&seen);
@@ -145,9 +143,8 @@ impl Guard {
     ///
     /// # Errors
     ///
-    /// If something panicked since the last call, on any thread and even if `work` finished: a task
-    /// of the device that was not done leaves wrong numbers. The state that `work` was changing is
-    /// then unknown.
+    /// If something panicked since the last call, on whatever thread and even if `work` came to its end: a task of
+    /// the device that was not done leaves wrong numbers behind. What `work` was changing is then in an unknown state.
     pub fn run<T>(&self, work: impl FnOnce() -> T) -> Result<T, DeviceFault> {
         let outcome = panic::catch_unwind(AssertUnwindSafe(work));
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -159,8 +156,8 @@ impl Guard {
         }
     }
 
-    /// Runs `work` and forgets panics before and in it: for work that is still pending after a
-    /// handled failure.
+    /// Runs `work` and forgets what panicked before and in it: for what is still on its way after a failure that
+    /// was dealt with.
     pub fn settle(&self, work: impl FnOnce()) {
         if let Err(fault) = self.run(work) {
             log::debug!("after a failure: {fault}");
@@ -170,15 +167,14 @@ impl Guard {
 
 impl Drop for Guard {
     fn drop(&mut self) {
-        // A panicking thread must not touch the hook.
+        // A thread that panics may not touch the hook.
         if let Some(reporting) = self.reporting.take().filter(|_| !std::thread::panicking()) {
             panic::set_hook(reporting);
         }
     }
 }
 
-/// Whether a panic comes from a kernel's definition. CubeCL catches it without marking it, so only
-/// its place and its backtrace show it.
+/// Whether a panic comes out of a kernel's definition. Nothing else tells: CubeCL catches it without a mark.
 fn defines_a_kernel(info: &PanicHookInfo<'_>) -> bool {
     let in_kernels = |file: &str| file.contains("/cubek-") || file.contains("\\cubek-");
     if info
