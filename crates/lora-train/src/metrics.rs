@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 pub struct MetricsError {
     /// The file.
     pub path: PathBuf,
-    /// What the system says: a full disk, missing rights.
+    /// The system's error: a full disk, missing permissions.
     pub source: io::Error,
 }
 

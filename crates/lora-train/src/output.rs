@@ -25,7 +25,7 @@ pub enum OutputError {
     NotWritable {
         /// The folder.
         folder: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
     /// There is a run in the folder.

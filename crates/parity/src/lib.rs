@@ -59,7 +59,7 @@ pub enum ParityError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The reference is not a safetensors file, or is truncated.
@@ -67,7 +67,7 @@ pub enum ParityError {
     Safetensors {
         /// The file.
         path: PathBuf,
-        /// What the parser says.
+        /// The parser's error.
         reason: String,
     },
     /// A tensor of the reference is missing or not as expected.

@@ -14,7 +14,7 @@ pub enum CheckpointError {
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
     /// A checkpoint that is incomplete or damaged.

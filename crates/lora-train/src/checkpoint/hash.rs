@@ -24,7 +24,7 @@ pub fn of_bytes(bytes: &[u8]) -> String {
 ///
 /// # Errors
 ///
-/// What the system says.
+/// The system's error.
 pub fn of_file(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let mut hash = Sha256::new();
@@ -46,7 +46,7 @@ pub fn of_file(path: &Path) -> io::Result<String> {
 ///
 /// # Errors
 ///
-/// What the system says.
+/// The system's error.
 pub fn of_large_file(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
