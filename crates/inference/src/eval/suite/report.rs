@@ -267,7 +267,7 @@ mod tests {
         let text = results(&["base", "a|b"]).markdown();
         for line in [
             "|  | scorer | fpb | tfns | xbrl_term | average |",
-            "| rows |  | 2 | 2 | 2 |  |",
+            "| examples |  | 2 | 2 | 2 |  |",
             "| base | finlora | 50.00 / 0.500 | 100.00 / 1.000 | - / 0.600 | 70.00 / 0.750 |",
             "| a\\|b | strict | 0.00 / 0.000 | 100.00 / 1.000 | - / - | 50.00 / 0.500 |",
         ] {
@@ -305,7 +305,7 @@ mod tests {
     #[test]
     fn a_screen_that_is_too_narrow_gets_a_line_for_each_task() {
         let narrow = results(&["base"]).lines().join("\n");
-        assert!(narrow.contains("base  finlora"), "{narrow}");
+        assert!(narrow.contains("base      finlora"), "{narrow}");
         let names = ["base", "a_long_name_of_an_adapter", "another"];
         let mut wide = results(&names);
         for name in ["x", "y", "z"] {
