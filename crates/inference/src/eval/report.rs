@@ -200,7 +200,7 @@ fn overview_row(
 
 /// Each label, and the answers to its examples.
 fn of_labels(title: String, scores: &LabelScores) -> Table {
-    let mut header = vec!["label", "precision", "recall", "F1", "rows"];
+    let mut header = vec!["label", "precision", "recall", "F1", "support"];
     let answered: Vec<String> = if scores.confusion.is_empty() {
         Vec::new()
     } else {
