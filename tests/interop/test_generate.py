@@ -299,7 +299,7 @@ def test_tokens_a_second_beside_transformers(trainer, smollm2, tmp_path, batch):
             environment={"RAYON_NUM_THREADS": "2"},
         )
         summary = run.stderr.strip().splitlines()[-1]
-        # "136 tokens read (…), 768 tokens written in 4.56 s (168.4 per second)"
+        # "prompt: 136 tokens (…), generated: 768 tokens in 4.56 s (168.4 per second)"
         best["ours"] = max(best["ours"], float(summary.split("(")[-1].split()[0].replace(",", "")))
         with torch.no_grad():
             start = time.perf_counter()

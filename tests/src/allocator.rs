@@ -1,4 +1,4 @@
-//! An allocator that counts the bytes in use, to measure what a forward pass leaves behind.
+//! An allocator that counts the bytes in use, to measure what a forward pass saves.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -7,12 +7,12 @@ static IN_USE: AtomicUsize = AtomicUsize::new(0);
 static PEAK: AtomicUsize = AtomicUsize::new(0);
 static LIMIT: AtomicUsize = AtomicUsize::new(usize::MAX);
 
-/// The system's allocator, with a counter. Install it with `#[global_allocator]` in a test that has
-/// a process of its own: every thread counts.
+/// The system's allocator with a counter. Install it with `#[global_allocator]` in a test that has
+/// its own process: the allocations of all threads count.
 pub struct CountingAllocator;
 
 impl CountingAllocator {
-    /// Bytes that are allocated at this moment.
+    /// Bytes that are allocated now.
     pub fn bytes_in_use() -> usize {
         IN_USE.load(Ordering::SeqCst)
     }
@@ -22,8 +22,8 @@ impl CountingAllocator {
         PEAK.load(Ordering::SeqCst)
     }
 
-    /// Ends the process, with a line that says what was being read, when more than this is in use: a program
-    /// that takes all memory of the machine would tell nothing.
+    /// Ends the process when more than this is in use, with a line that names the file being read.
+    /// Without this limit, a program that takes all memory of the machine would report nothing.
     pub fn refuse_beyond(bytes: usize) {
         LIMIT.store(bytes, Ordering::SeqCst);
     }
@@ -38,7 +38,7 @@ fn grow(bytes: usize) {
     let now = IN_USE.fetch_add(bytes, Ordering::SeqCst) + bytes;
     PEAK.fetch_max(now, Ordering::SeqCst);
     if now > LIMIT.load(Ordering::Relaxed) {
-        // What is said allocates too.
+        // Printing allocates too.
         LIMIT.store(usize::MAX, Ordering::SeqCst);
         let reading = crate::hostile::reading().unwrap_or_default();
         eprintln!("an allocation of {bytes} bytes, {now} in use, while reading {reading}");

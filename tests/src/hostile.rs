@@ -1,6 +1,8 @@
-//! Reads thousands of mutated files with one parser and watches it: panics, memory, time, length of messages.
+//! Reads thousands of mutated files with a parser and checks panics, memory, time and the length of
+//! messages.
 //!
-//! A process that uses this installs [`CountingAllocator`] as its allocator and has nothing else to do meanwhile.
+//! A process that uses this installs [`CountingAllocator`] as its allocator and does nothing else
+//! in the meantime.
 
 use std::cell::RefCell;
 use std::panic::{self, AssertUnwindSafe};
@@ -12,29 +14,30 @@ use std::time::{Duration, Instant};
 use crate::allocator::CountingAllocator;
 use crate::mutate::{Format, Mutator};
 
-/// Files a parser; `HOSTILE_FILES` sets another number for a longer search.
+/// Files per parser; `HOSTILE_FILES` sets another number for a longer search.
 const FILES: usize = 2000;
-/// No file may take longer to be read or refused. A machine that does three things at once reaches tenths of it.
+/// No file may take longer to be read or refused. On a busy machine, files take up to tenths of
+/// this.
 const LONGEST: Duration = Duration::from_secs(10);
-/// An error may quote from the file, but not without end.
+/// An error may quote from the file, but not without limit.
 const LONGEST_MESSAGE: usize = 16 << 10;
 
-/// Reads a file; an error is what a user would see.
+/// Reads a file; an error is the text that a user would see.
 pub type Read<'a> = dyn FnMut(&[u8]) -> Result<(), String> + 'a;
 
 /// A parser under test.
 pub struct Parser<'a> {
-    /// What the table calls it.
+    /// Its name in the table.
     pub name: &'static str,
-    /// Right files, which mutated ones are made from.
+    /// Valid files, from which mutated files are made.
     pub seeds: Vec<(Format, Vec<u8>)>,
-    /// The most bytes that it may have allocated at one time, beside 32 times the file's size.
+    /// The most bytes that it may allocate at one time, in addition to 32 times the file's size.
     pub memory: usize,
-    /// Reads a file: a correct load, or an error's message.
+    /// Reads a file: returns a correct load, or an error's message.
     pub read: Box<Read<'a>>,
 }
 
-/// What came of a parser's files.
+/// The results of a parser's files.
 #[derive(Debug, Default)]
 pub struct Summary {
     /// The parser.
@@ -51,11 +54,11 @@ pub struct Summary {
     pub slowest: Duration,
     /// The longest message, in bytes.
     pub longest_message: usize,
-    /// What must not be: the file's number and what happened.
+    /// Failures: the file's number and what happened.
     pub failures: Vec<String>,
 }
 
-/// What is being read, for the watchdog and the allocator's last words.
+/// The file being read, for the watchdog and for the allocator's last message.
 static READING: Mutex<Option<(String, Instant)>> = Mutex::new(None);
 static WATCHING: AtomicU64 = AtomicU64::new(0);
 
@@ -63,7 +66,7 @@ thread_local! {
     static PANIC: RefCell<Option<String>> = const { RefCell::new(None) };
 }
 
-/// The number of files that a run reads with each parser.
+/// The number of files per parser.
 pub fn files() -> usize {
     let asked = std::env::var("HOSTILE_FILES")
         .ok()
@@ -73,7 +76,8 @@ pub fn files() -> usize {
 
 /// Reads the unchanged seeds, which must load, and [`files`] mutated ones.
 ///
-/// Every mutated file is kept in `folder` while it is read, so that one that ends the process can be looked at.
+/// Every mutated file is kept in `folder` while it is read, so that a file that ends the process
+/// can be inspected.
 pub fn read_all(mut parser: Parser, folder: &Path) -> Summary {
     watch();
     let mut summary = Summary {
@@ -84,14 +88,14 @@ pub fn read_all(mut parser: Parser, folder: &Path) -> Summary {
         if let Err(error) = (parser.read)(seed) {
             summary
                 .failures
-                .push(format!("seed {index} is right and refused: {error}"));
+                .push(format!("seed {index} is valid and was refused: {error}"));
         }
     }
     let reporting = panic::take_hook();
     panic::set_hook(Box::new(|info| {
         PANIC.with(|panic| *panic.borrow_mut() = Some(info.to_string()));
     }));
-    // Names are stable, so that one parser's files do not depend on the others.
+    // Names are stable, so that one parser's files do not depend on the other parsers.
     let seed = parser.name.bytes().fold(7u64, |hash, byte| {
         (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01b3)
     });
@@ -159,7 +163,7 @@ fn set_reading(what: Option<(String, Instant)>) {
     *READING.lock().unwrap_or_else(PoisonError::into_inner) = what;
 }
 
-/// Ends the process if a file is read for far too long: a hang would otherwise say nothing.
+/// Ends the process if a file is read for far too long; otherwise a hang would report nothing.
 fn watch() {
     if WATCHING.swap(1, Ordering::SeqCst) == 1 {
         return;
@@ -181,7 +185,8 @@ fn watch() {
     });
 }
 
-/// What is being read at this moment. For the last words of a process that wanted too much memory.
+/// The file being read at this moment, for the last message of a process that wanted too much
+/// memory.
 pub fn reading() -> Option<String> {
     let reading = READING.try_lock().ok()?;
     reading.as_ref().map(|(what, _)| what.clone())

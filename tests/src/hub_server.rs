@@ -1,7 +1,8 @@
-//! A server on this machine that speaks the Hugging Face Hub's protocol, and breaks it where a test asks.
+//! A server on this machine that implements the Hugging Face Hub's protocol, and breaks it if a
+//! test requests that.
 //!
-//! Two ports: the Hub, and the place for large files that it redirects to, so that the two are different
-//! origins as they are on the web.
+//! Two ports: the Hub, and the storage for large files that it redirects to. They are different
+//! origins, as on the web.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::io::{BufRead, BufReader, Read, Write};
@@ -18,45 +19,45 @@ use sha2::{Digest, Sha256};
 /// The commit that `main` and `v1` of every repository are at.
 pub const COMMIT: &str = "0123456789abcdef0123456789abcdef01234567";
 
-/// A repository and what is unusual about it.
+/// A repository and its unusual properties.
 #[derive(Debug, Clone, Default)]
 pub struct Repository {
     /// Names and bytes. Safetensors are in large-file storage.
     pub files: BTreeMap<String, Vec<u8>>,
-    /// Only who has this token may have the files.
+    /// Only requests with this token may read the files.
     pub gated: Option<String>,
-    /// Only who has this token may know that it exists.
+    /// Only requests with this token may know that it exists.
     pub private: Option<String>,
-    /// The list of files says neither sizes nor hashes, as some mirrors' do.
+    /// The list of files has neither sizes nor hashes, as with some mirrors.
     pub without_sizes: bool,
     /// Small files are behind a relative redirect, as on the Hub.
     pub small_files_redirect: bool,
-    /// What the list of files is instead.
+    /// The list of files is replaced by this.
     pub listing: Option<String>,
-    /// What is laid over the headers of a file: an empty value removes one.
+    /// Headers of a file that are overridden; an empty value removes one.
     pub headers: Vec<(&'static str, String)>,
-    /// Sizes that the listing states instead of the right ones.
+    /// Sizes in the listing that replace the right ones.
     pub stated_sizes: BTreeMap<String, u64>,
 }
 
-/// What happens to one answer with a file's bytes.
+/// A fault of one answer with a file's bytes.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fault {
     /// This status, with this `Retry-After` in seconds.
     Status(u16, Option<u64>),
-    /// The connection ends after so many bytes of the body.
+    /// The connection ends after this many bytes of the body.
     CutAfter(usize),
     /// The body has other bytes of the same length.
     WrongBytes,
-    /// The whole file, whatever range was asked for.
+    /// The whole file, whatever range was requested.
     WholeFile,
-    /// A range that begins elsewhere.
+    /// A range with another beginning.
     WrongRange,
     /// Nothing more is sent, and the connection stays open.
     Silence,
     /// A redirect to this address.
     Redirect(String),
-    /// As many bytes as the client takes, without a length.
+    /// As many bytes as the client accepts, without a length.
     Endless,
     /// Headers without an end.
     EndlessHeaders,
@@ -64,7 +65,7 @@ pub enum Fault {
     Garbage,
 }
 
-/// A request as it came.
+/// A received request.
 #[derive(Debug, Clone)]
 pub struct Request {
     /// Path and query.
@@ -73,17 +74,17 @@ pub struct Request {
     pub range: Option<String>,
     /// The `Authorization` header.
     pub authorization: Option<String>,
-    /// Whether it came to the place for large files.
+    /// Whether it was sent to the storage for large files.
     pub to_storage: bool,
 }
 
 #[derive(Default)]
 struct State {
     repositories: BTreeMap<String, Repository>,
-    /// Faults of a file, used up one an answer.
+    /// Faults of a file; each answer uses up one.
     faults: BTreeMap<String, VecDeque<Fault>>,
     requests: Vec<Request>,
-    /// The pause before a body, to have downloads overlap.
+    /// The pause before a body, so that downloads overlap.
     delay: Duration,
 }
 
@@ -182,7 +183,7 @@ impl HubServer {
     ///
     /// # Panics
     ///
-    /// If this machine lets nobody listen on a loopback port.
+    /// If no loopback port is available.
     pub fn start() -> Self {
         let bind = || TcpListener::bind("127.0.0.1:0").expect("a loopback port");
         let (hub, storage) = (bind(), bind());
@@ -201,7 +202,7 @@ impl HubServer {
                     let Ok(stream) = stream else { continue };
                     let (state, stop) = (Arc::clone(&state), Arc::clone(&stop));
                     std::thread::spawn(move || {
-                        // A client that went away is its own affair.
+                        // A client that disconnected is not an error.
                         let _ = answer(stream, &state, &stop, to_storage, storage_address);
                     });
                 }
@@ -229,7 +230,7 @@ impl HubServer {
             .insert(name.into(), repository);
     }
 
-    /// What goes wrong with the next answers that carry this file.
+    /// The faults of the next answers with this file.
     pub fn break_file(&self, file: &str, faults: &[Fault]) {
         let faults = faults.iter().cloned().collect();
         lock(&self.state).faults.insert(file.into(), faults);
@@ -240,7 +241,7 @@ impl HubServer {
         lock(&self.state).delay = pause;
     }
 
-    /// The requests so far; they are forgotten.
+    /// Returns the requests so far and forgets them.
     pub fn requests(&self) -> Vec<Request> {
         std::mem::take(&mut lock(&self.state).requests)
     }
@@ -415,7 +416,7 @@ fn answer(
     }
 }
 
-/// Whether the other side still listens.
+/// Whether the other side still reads.
 fn is_open(stream: &TcpStream) -> bool {
     let _ = stream.set_nonblocking(true);
     match stream.peek(&mut [0]) {
@@ -553,7 +554,7 @@ fn allowed(
         .as_deref()
         .and_then(|value| value.strip_prefix("Bearer "));
     let Some(repository) = repository else {
-        // Without a token the Hub does not say which repositories are private.
+        // Without a token the Hub does not reveal which repositories are private.
         return Err((if sent.is_some() { 404 } else { 401 }, "RepoNotFound"));
     };
     if repository.private.is_some() && repository.private.as_deref() != sent {

@@ -1,4 +1,4 @@
-//! What the workspace's tests share: where fixtures are, which devices to test, the program itself.
+//! Helpers of the workspace's tests: paths of fixtures, the devices to test, the program.
 
 pub mod allocator;
 pub mod hostile;
@@ -18,7 +18,7 @@ use device::Backend;
 ///
 /// # Panics
 ///
-/// If it is not there.
+/// If it does not exist.
 pub fn fixture(name: &str) -> PathBuf {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR"))
         .join("fixtures")
@@ -53,11 +53,11 @@ pub fn stories260k() -> Option<PathBuf> {
 /// Every device of this build that starts on this machine, the CPU first, with its name.
 ///
 /// A backend that does not start gets a printed line. With `LORA_REQUIRE_WGPU=1` in the
-/// environment, as in CI, a `wgpu` that is missing fails the test instead.
+/// environment, as in CI, a missing `wgpu` fails the test instead.
 ///
 /// # Panics
 ///
-/// If a backend computes wrong numbers, or `wgpu` is required and not there.
+/// If a backend computes wrong numbers, or `wgpu` is required and missing.
 pub fn devices() -> Vec<(String, Device)> {
     let backends = [
         Backend::Cpu,

@@ -1,18 +1,18 @@
-//! Files made wrong on purpose: the same ones for the same seed.
+//! Files with deliberate errors: the same ones for the same seed.
 //!
-//! Some changes are blind (cut off, flipped bits, moved and repeated pieces, bytes that are no text); most know the
-//! format, so that what is wrong lies deep inside something that is otherwise right: a count of
-//! 2⁶⁴−1, a path that leads out of the folder, ten thousand brackets, a key that stands twice.
+//! Some changes are blind (truncation, flipped bits, moved and repeated pieces, bytes that are not
+//! text). Most know the format, so that the error is deep inside an otherwise valid file: a count
+//! of 2⁶⁴−1, a path that leads out of the folder, ten thousand brackets, a duplicate key.
 
 use lora_core::CounterRng;
 use serde_json::Value;
 
-/// What a mutator knows about a file.
+/// A mutator's knowledge of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// One JSON value.
     Json,
-    /// One a line.
+    /// One JSON value per line.
     JsonLines,
     /// TOML, or other text of lines.
     Lines,
@@ -92,10 +92,11 @@ impl Mutator {
         self.below(chances) == 0
     }
 
-    /// A file like `file` with one to three things wrong.
+    /// A file like `file` with one to three errors.
     pub fn mutate(&mut self, format: Format, file: &[u8]) -> Vec<u8> {
         let mut mutated = file.to_vec();
-        // Blind changes break a format early; every other file has none, so that the rest is reached too.
+        // Blind changes break a format early; every other file has none, so that later stages are
+        // reached too.
         let careful = self.one_in(2);
         for _ in 0..1 + self.below(3) {
             mutated = if !careful && self.one_in(2) {
@@ -201,7 +202,7 @@ impl Mutator {
         }
     }
 
-    /// Changes of text that has lines, numbers and brackets.
+    /// Changes of text with lines, numbers and brackets.
     fn text(&mut self, file: Vec<u8>) -> Vec<u8> {
         let text = String::from_utf8_lossy(&file).into_owned();
         let mut lines: Vec<String> = text.split('\n').map(String::from).collect();
@@ -246,7 +247,7 @@ impl Mutator {
         format!("{}1{closed}", open.repeat(depth))
     }
 
-    /// A value of the tree is replaced, removed, doubled or moved, or a key stands twice.
+    /// A value of the tree is replaced, removed, duplicated or moved, or a key occurs twice.
     fn json(&mut self, file: &[u8]) -> Option<Vec<u8>> {
         let mut value: Value = serde_json::from_slice(file).ok()?;
         let nodes = count(&value);
@@ -273,7 +274,8 @@ impl Mutator {
                 }
                 Value::Array(list) => {
                     let again = list.first().cloned().unwrap_or(Value::Null);
-                    // Long, but three such changes one upon another must stay a file of some size.
+                    // Long, but three such changes one after another must still give a file of
+                    // moderate size.
                     let small = count(&again) < 4 && list.len() < 1000;
                     list.resize(list.len() + self.below(if small { 2000 } else { 3 }), again);
                 }
@@ -333,7 +335,7 @@ impl Mutator {
         .concat()
     }
 
-    /// Changes of one tensor's place, shape or type.
+    /// Changes of one tensor's offset, shape or type.
     fn tensor(&mut self, header: &[u8]) -> Option<Vec<u8>> {
         let mut value: Value = serde_json::from_slice(header).ok()?;
         let object = value.as_object_mut()?;
@@ -366,7 +368,7 @@ impl Mutator {
                 *shape.get_mut(at)? = number.into();
             }
             3 => {
-                // The same number of elements, or a product past 64 bits.
+                // The same number of elements, or a product beyond 64 bits.
                 let shape = tensor.get_mut("shape")?.as_array_mut()?;
                 let huge = Value::from(1u64 << 33);
                 match self.below(3) {
@@ -387,7 +389,7 @@ impl Mutator {
     }
 }
 
-/// Where a text that is no JSON takes the place of a value.
+/// A text that is not JSON replaces a value at this place.
 const HERE: &str = "a value that no file has: 7b1f";
 
 fn count(value: &Value) -> usize {
@@ -414,7 +416,7 @@ fn nth(value: &mut Value, at: usize) -> Option<&mut Value> {
     find(value, &mut { at })
 }
 
-/// JSON of a tree in which the entry number `twice` stands two times.
+/// JSON of a tree in which entry number `twice` occurs two times.
 fn write(value: &Value, twice: Option<usize>, entry: &mut usize, out: &mut String) {
     match value {
         Value::Array(list) => {

@@ -1,4 +1,4 @@
-//! The trainer's program, run as a user runs it.
+//! The trainer's program, started as a user starts it.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
@@ -7,7 +7,7 @@ use std::process::{Command, Output};
 ///
 /// # Panics
 ///
-/// If there is none; the message says how to build it.
+/// If it does not exist; the message describes how to build it.
 pub fn binary() -> PathBuf {
     let beside = || {
         let executable = std::env::current_exe().ok()?;
@@ -24,16 +24,17 @@ pub fn binary() -> PathBuf {
     path
 }
 
-/// What a run of the program printed and how it ended.
+/// The output and the exit of a run of the program.
 #[derive(Debug)]
 pub struct Outcome {
-    /// The exit code; none where a signal ended it.
+    /// The exit code; `None` if a signal ended it.
     pub code: Option<i32>,
-    /// Standard output and standard error, one after the other.
+    /// Standard output, then standard error.
     pub text: String,
 }
 
-/// Runs the program with these arguments, without a terminal, on the CPU unless told otherwise.
+/// Runs the program with these arguments, without a terminal, on the CPU unless an argument selects
+/// another backend.
 ///
 /// # Panics
 ///
@@ -81,18 +82,18 @@ impl Outcome {
     ///
     /// # Panics
     ///
-    /// With what the program printed.
+    /// With the program's output.
     pub fn succeeded(self) -> String {
         assert_eq!(self.code, Some(0), "the program failed:\n{}", self.text);
         self.text
     }
 
-    /// Asserts that the run failed as it should: with an exit code that is not zero, no panic, and a
-    /// message that holds all of `words`.
+    /// Asserts that the run failed with an exit code that is not zero, without a panic, and with a
+    /// message that contains all of `words`.
     ///
     /// # Panics
     ///
-    /// With what the program printed.
+    /// With the program's output.
     pub fn failed_saying(self, words: &[&str]) {
         let Self { code, text } = self;
         assert!(

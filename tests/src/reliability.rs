@@ -1,6 +1,6 @@
-//! The table of faults, which tests fill in: `RELIABILITY.md`.
+//! The table of faults in `RELIABILITY.md`, filled in by tests.
 //!
-//! Every test of a fault calls [`record`]. Its words have to be those of the committed table; times are
+//! Every test of a fault calls [`record`]. Its text must be that of the committed table; times are
 //! measured anew. `LORA_UPDATE_RELIABILITY=1 cargo xtask test` writes the committed file again.
 
 use std::fmt::Write as _;
@@ -8,30 +8,31 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-/// A fault, and what came of it.
+/// A fault and its consequences.
 #[derive(Debug, Clone)]
 pub struct Row<'a> {
-    /// Its place in the table.
+    /// Its position in the table.
     pub place: usize,
-    /// What went wrong.
+    /// The fault.
     pub fault: &'a str,
-    /// What the run did.
+    /// The behaviour of the run.
     pub happened: &'a str,
     /// What was lost.
     pub lost: &'a str,
-    /// How long it took from starting again to being where the run was; none where nothing had to be started.
+    /// The time from the restart to the step that the run had reached; `None` if nothing had to be
+    /// started.
     pub recovery: Option<Duration>,
 }
 
 const HEAD: &str = "\
-# What can go wrong, and what comes of it
+# Faults and their consequences
 
-Written by the tests, which cause each of these faults and look at what is left (`tests/tests/crash.rs`, `resume.rs`,
-`faults.rs`). `LORA_UPDATE_RELIABILITY=1 cargo xtask test` writes this file again; a test fails where its words differ
-from what happens. Times are those of a tiny model on two cores, start of the program included. \"Nothing\" means: the
-adapter at the end is that of an undisturbed run, byte for byte.
+Written by the tests, which cause each of these faults and check the result (`tests/tests/crash.rs`, `resume.rs`,
+`faults.rs`). `LORA_UPDATE_RELIABILITY=1 cargo xtask test` writes this file again; a test fails if its text differs
+from the table. Times are those of a tiny model on two cores, including the start of the program. \"Nothing\" is lost if
+the final adapter equals that of an undisturbed run, byte for byte.
 
-| fault | what happens | lost | back where it was after |
+| fault | what happens | lost | time to recover |
 | --- | --- | --- | --- |
 ";
 
@@ -39,19 +40,19 @@ fn committed() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../RELIABILITY.md")
 }
 
-/// Where the rows of this machine are gathered.
+/// The folder for the rows measured on this machine.
 fn gathered() -> PathBuf {
     let executable = std::env::current_exe().expect("a test has a path");
     let target = executable.parent().and_then(Path::parent);
     target.expect("a target folder").join("reliability")
 }
 
-/// Puts a row into the table of this machine (`reliability/RELIABILITY.md` beside the program), and compares
-/// it with the committed one.
+/// Adds a row to the table of this machine (`reliability/RELIABILITY.md` in the target folder), and
+/// compares it with the committed table.
 ///
 /// # Panics
 ///
-/// If the committed table says something else, or a file cannot be written.
+/// If the committed table differs, or a file cannot be written.
 pub fn record(row: &Row) {
     let words = format!("| {} | {} | {} |", row.fault, row.happened, row.lost);
     let recovery = row
@@ -61,7 +62,7 @@ pub fn record(row: &Row) {
     let folder = gathered();
     fs::create_dir_all(&folder).expect("the target folder is writable");
     let part = folder.join(format!("{:03}.row", row.place));
-    // Tests run at the same time: each row is a file, replaced in one step.
+    // Tests run in parallel: each row is a file, replaced atomically.
     let temporary = folder.join(format!(".{:03}.{}", row.place, std::process::id()));
     fs::write(&temporary, format!("{words} {recovery} |\n"))
         .expect("the target folder is writable");
@@ -76,7 +77,7 @@ pub fn record(row: &Row) {
     let committed = fs::read_to_string(committed()).unwrap_or_default();
     assert!(
         committed.lines().any(|line| line.starts_with(&words)),
-        "RELIABILITY.md does not say\n  {words}\nLORA_UPDATE_RELIABILITY=1 cargo xtask test writes it again"
+        "RELIABILITY.md lacks the row\n  {words}\nLORA_UPDATE_RELIABILITY=1 cargo xtask test writes it again"
     );
 }
 

@@ -1,4 +1,4 @@
-//! Runs that are stopped and gone on with, and what they leave.
+//! Runs that are stopped and resumed, and their files.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,17 +9,17 @@ use serde_json::Value;
 
 use crate::program::binary;
 
-/// The adapter of a run as it lies on disk.
+/// The files of a run's adapter.
 ///
 /// # Panics
 ///
-/// If there is none.
+/// If there is no adapter.
 pub fn adapter_bytes(run: &Path) -> Vec<u8> {
     let path = run.join("adapter/adapter_model.safetensors");
     fs::read(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()))
 }
 
-/// A run's lines that are whole.
+/// The complete lines of a run's metrics.
 pub fn lines(run: &Path) -> Vec<Value> {
     let text = fs::read_to_string(run.join("metrics.jsonl")).unwrap_or_default();
     let whole = text.rfind('\n').map_or("", |end| &text[..end]);
@@ -29,7 +29,8 @@ pub fn lines(run: &Path) -> Vec<Value> {
         .collect()
 }
 
-/// What a run computed, without times and memory: each line's step with its numbers, as they are in the file.
+/// The results of a run, without times and memory: the step and the numbers of each line, as in the
+/// file.
 pub fn numbers(run: &Path) -> Vec<String> {
     const KEYS: [&str; 9] = [
         "step",
@@ -60,7 +61,7 @@ pub fn losses(run: &Path) -> Vec<f64> {
         .collect()
 }
 
-/// The last step that a run has recorded.
+/// The last step that a run recorded.
 pub fn last_step(run: &Path) -> usize {
     let lines = lines(run);
     let steps = lines.iter().filter_map(|line| line["step"].as_u64());
@@ -80,14 +81,15 @@ pub fn checkpoints(run: &Path) -> Vec<String> {
     names
 }
 
-/// A run of the program that goes on while the test does something.
+/// A run of the program in the background of a test.
 pub struct Running {
     child: Child,
     log: PathBuf,
 }
 
 impl Running {
-    /// Starts the program with these arguments and environment variables; what it prints goes into `log`.
+    /// Starts the program with these arguments and environment variables; its output goes into
+    /// `log`.
     ///
     /// # Panics
     ///
@@ -111,17 +113,17 @@ impl Running {
         }
     }
 
-    /// What it has printed so far.
+    /// The output so far.
     pub fn text(&self) -> String {
         let bytes = fs::read(&self.log).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
 
-    /// Waits until `happened`, or the program ends, and says which.
+    /// Waits until `happened` is true or the program ends, and returns which.
     ///
     /// # Panics
     ///
-    /// If neither comes within two minutes.
+    /// If neither happens within two minutes.
     pub fn wait_until(&mut self, happened: impl Fn() -> bool) -> bool {
         let started = Instant::now();
         loop {
@@ -149,7 +151,7 @@ impl Running {
     ///
     /// # Panics
     ///
-    /// If that is not possible.
+    /// If the signal cannot be sent.
     #[cfg(unix)]
     pub fn signal(&self, name: &str) {
         let pid = self.child.id().to_string();
@@ -159,24 +161,24 @@ impl Running {
         assert!(sent.expect("kill is there").success(), "kill -{name}");
     }
 
-    /// Ends it as a power cut would, and says whether it was still running.
+    /// Kills it as a power failure would, and returns whether it was still running.
     ///
     /// # Panics
     ///
-    /// If the system does not let it be ended.
+    /// If it cannot be killed.
     pub fn kill(mut self) -> bool {
         let running = self
             .child
             .try_wait()
             .expect("a child can be waited for")
             .is_none();
-        // SIGKILL on Unix. An error is a process that has just ended.
+        // SIGKILL on Unix. An error means that the process has just ended.
         let _ = self.child.kill();
         self.child.wait().expect("a child can be waited for");
         running
     }
 
-    /// Waits for its end: the exit code, and what it printed.
+    /// Waits for its end and returns the exit code and the output.
     ///
     /// # Panics
     ///

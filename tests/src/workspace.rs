@@ -11,7 +11,7 @@ use crate::fixture;
 /// Tokens of the fixture `tied`, whose model the workspace uses.
 const VOCABULARY: usize = 64;
 
-/// What a training run needs, in a temporary folder that is removed with this value.
+/// The inputs of a training run, in a temporary folder that is removed with this value.
 pub struct Workspace {
     folder: TempDir,
 }
@@ -38,7 +38,7 @@ pub fn copy_folder(from: &Path, to: &Path) {
 ///
 /// # Panics
 ///
-/// If the file is not there or not JSON.
+/// If the file does not exist or is not JSON.
 pub fn edit_json(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
     let text = fs::read_to_string(path).expect("the file can be read");
     let mut value = serde_json::from_str(&text).expect("the file is JSON");
@@ -47,8 +47,8 @@ pub fn edit_json(path: &Path, change: impl FnOnce(&mut serde_json::Value)) {
 }
 
 impl Workspace {
-    /// A model of the fixture `tied` with a tokenizer of whole words, rows whose target follows from
-    /// the context, and `config.toml` for a run of a few steps on the CPU.
+    /// A model of the fixture `tied` with a tokenizer of whole words, examples whose target depends
+    /// on the context, and `config.toml` for a run of a few steps on the CPU.
     ///
     /// # Panics
     ///
@@ -88,7 +88,8 @@ impl Workspace {
         fs::write(self.path(name), content).expect("a temporary folder is writable");
     }
 
-    /// The arguments of `trainer train` on the CPU with this workspace's configuration, and these settings.
+    /// The arguments of `trainer train` on the CPU with this workspace's configuration, and these
+    /// settings.
     pub fn train_arguments(&self, settings: &[&str]) -> Vec<String> {
         let config = self.path("config.toml").display().to_string();
         let mut arguments = ["train", "--backend", "cpu", "--config", &config]
@@ -100,7 +101,7 @@ impl Workspace {
         arguments
     }
 
-    /// Runs `trainer train` on the CPU with these settings in place of the configuration's.
+    /// Runs `trainer train` on the CPU with these settings overriding the configuration.
     ///
     /// # Panics
     ///
@@ -118,7 +119,7 @@ impl Default for Workspace {
     }
 }
 
-/// A tokenizer that knows `size` tokens: three special ones and the words w3, w4, ….
+/// A tokenizer with `size` tokens: three special ones and the words w3, w4, ….
 pub fn tokenizer(size: usize) -> serde_json::Value {
     let special = ["<unk>", "<s>", "</s>"];
     let words = (0..size).map(|id| match special.get(id) {
@@ -139,7 +140,7 @@ pub fn tokenizer(size: usize) -> serde_json::Value {
     })
 }
 
-/// Rows in FinLoRA's format whose target is decided by the first word of the context.
+/// Examples in FinLoRA's format whose target is determined by the first word of the context.
 fn rows(count: usize) -> String {
     let row = |index: usize| {
         let kind = index % 2;

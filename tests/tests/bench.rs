@@ -1,4 +1,5 @@
-//! The benchmark as a user runs it, on the embedded model. Nothing here depends on how fast the machine is.
+//! The benchmark as a user runs it, on the embedded model. No assertion depends on the speed of the
+//! machine.
 
 use serde_json::Value;
 use tests::program::run;
@@ -46,7 +47,7 @@ fn the_contenders_train_the_same_and_every_result_is_written() {
             );
         }
     }
-    // Another base, quantized in ours: near, and not the same.
+    // Another base, quantized in ours: close, but not the same.
     let dense = losses("ours-dense");
     assert!(
         (dense[0] - ours[0]).abs() < 0.05 * ours[0],

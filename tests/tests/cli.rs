@@ -1,4 +1,4 @@
-//! The program as a user runs it: what a run writes, and what is said when something is wrong.
+//! The program as a user runs it: the files of a run, and the messages for errors.
 
 use std::fs;
 use std::path::Path;
@@ -31,10 +31,10 @@ fn lines(path: &Path) -> Vec<Value> {
 fn number(line: &Value, key: &str) -> f64 {
     line[key]
         .as_f64()
-        .unwrap_or_else(|| panic!("{key} is no number in {line}"))
+        .unwrap_or_else(|| panic!("{key} is not a number in {line}"))
 }
 
-// What a run writes.
+// The files of a run.
 
 #[test]
 fn a_run_writes_adapter_configuration_and_metrics_and_its_loss_falls() {
@@ -59,7 +59,7 @@ fn a_run_writes_adapter_configuration_and_metrics_and_its_loss_falls() {
         .iter()
         .filter(|line| !line["val_loss"].is_null())
         .collect();
-    // 24 rows, 4 of them for validation, 4 a step: 5 steps an epoch, 4 epochs.
+    // 24 examples, 4 of them for validation, 4 per step: 5 steps per epoch, 4 epochs.
     assert_eq!(training.len(), 20, "{text}");
     for (index, line) in training.iter().enumerate() {
         assert_eq!(number(line, "step"), (index + 1) as f64);
@@ -108,7 +108,7 @@ fn a_run_writes_adapter_configuration_and_metrics_and_its_loss_falls() {
     );
 }
 
-/// How far apart two runs' adapters are: relative Frobenius distance over all matrices.
+/// The difference of two runs' adapters: relative Frobenius distance over all matrices.
 fn adapter_distance(workspace: &Workspace, first: &str, second: &str) -> f64 {
     let values = |folder: &str| -> Vec<f64> {
         let adapter = workspace.path(folder).join("adapter");
@@ -124,7 +124,7 @@ fn adapter_distance(workspace: &Workspace, first: &str, second: &str) -> f64 {
     (difference / second.iter().map(|b| b.powi(2)).sum::<f64>()).sqrt()
 }
 
-/// A run's adapter as it lies on disk.
+/// The files of a run's adapter.
 fn adapter_bytes(workspace: &Workspace, folder: &str) -> Vec<u8> {
     let path = workspace
         .path(folder)
@@ -293,7 +293,7 @@ fn rows_that_are_too_long_are_counted_and_left_out() {
     let said = text
         .lines()
         .any(|line| line.contains('2') && line.contains("long"));
-    assert!(said, "nothing tells of the two long rows:\n{text}");
+    assert!(said, "the two long examples are not reported:\n{text}");
 }
 
 #[test]
@@ -332,7 +332,7 @@ fn finloras_file_of_named_runs_works_as_it_is() {
     assert_eq!(config.lora.r, 4);
 }
 
-// What is shown without training.
+// Commands that show something without training.
 
 #[test]
 fn the_plan_of_llama_3_1_70b_needs_no_weights_and_counts_right() {
@@ -405,7 +405,7 @@ fn parity_says_which_backends_are_not_on_this_machine() {
     assert!(!outcome.text.contains("panicked"), "{}", outcome.text);
 }
 
-// What goes wrong: a clear message, an exit code that is not zero, no panic.
+// Errors: a clear message, an exit code that is not zero, no panic.
 
 #[test]
 fn a_missing_configuration_is_named() {
@@ -430,7 +430,7 @@ fn safetensors_that_are_cut_off_are_named() {
     let workspace = Workspace::new();
     let path = workspace.path("model/model.safetensors");
     let whole = fs::read(&path).expect("the model is there");
-    // In the header, in the weights, and before anything.
+    // Truncated in the header, in the weights, and before anything.
     for length in [100, whole.len() - 1000, 4, 0] {
         fs::write(&path, &whole[..length]).expect("the file can be written");
         workspace
@@ -484,7 +484,7 @@ fn a_model_that_is_no_llama_is_refused() {
 #[test]
 fn a_run_that_cannot_fit_is_refused_before_loading_with_what_would_fit() {
     let workspace = Workspace::new();
-    // Layers that no machine holds; their weights are never looked at.
+    // Layers that no machine can hold; their weights are never read.
     edit_json(&workspace.path("model/config.json"), |config| {
         config["intermediate_size"] = json!(1_000_000);
         config["num_hidden_layers"] = json!(2_048);
@@ -566,7 +566,7 @@ fn a_malformed_line_is_named_by_file_and_number() {
         ("[1, 2]", ""),
     ] {
         workspace.write("rows.jsonl", &format!("{rows}{line}\n{rows}"));
-        // 24 rows come first.
+        // The first 24 examples come before it.
         workspace.train(&[]).failed_saying(&["rows.jsonl:25", word]);
     }
 }
@@ -597,7 +597,7 @@ fn an_output_folder_that_cannot_be_written_is_refused_before_training() {
         let arguments = ["--backend", "cpu", "--output-dir", &folder];
         with_config("train", &workspace, &arguments).failed_saying(&["output folder", &folder]);
     }
-    // Rights do not stop root; the kernel's own file system does.
+    // Permissions do not stop root; the kernel's own file system does.
     #[cfg(target_os = "linux")]
     with_config(
         "train",
@@ -618,7 +618,7 @@ fn a_backend_without_its_gpu_is_one_clear_line() {
     let workspace = Workspace::new();
     let config = workspace.path("config.toml").display().to_string();
     let train = |backend: &str| {
-        // No Vulkan or OpenGL driver is found there, and CUDA shows no device.
+        // No Vulkan or OpenGL driver is found there, and CUDA reports no device.
         let nothing = "/nonexistent";
         let environment = [
             ("VK_DRIVER_FILES", nothing),
@@ -635,7 +635,7 @@ fn a_backend_without_its_gpu_is_one_clear_line() {
     if cfg!(not(target_vendor = "apple")) {
         backends.push("metal");
     }
-    // Where wgpu has more than Vulkan (Direct3D, Metal), taking Vulkan's drivers away leaves a GPU.
+    // If wgpu also has Direct3D or Metal, a GPU remains without Vulkan's drivers.
     if cfg!(target_os = "linux") {
         backends.extend(["wgpu", "vulkan"]);
     }
@@ -656,7 +656,7 @@ fn a_precision_that_the_device_lacks_is_refused() {
     Workspace::new()
         .train(&["compute_dtype=f16"])
         .failed_saying(&["compute_dtype", "f16", "f32"]);
-    // Some processors have it.
+    // Some processors have bf16 instructions.
     let bf16 = Workspace::new().train(&["compute_dtype=bf16"]);
     if kernels::has_bf16_products() {
         assert!(bf16.succeeded().contains("bf16 compute"))

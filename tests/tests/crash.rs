@@ -1,5 +1,5 @@
-//! The trainer is killed (SIGKILL) at random moments, gone on with each time, and its adapter compared byte for byte with
-//! an undisturbed run's.
+//! The trainer is killed (SIGKILL) at random moments and resumed each time; then its adapter is
+//! compared byte for byte with that of an undisturbed run.
 //!
 //! Ten kills as a part of the tests. The long form is one command:
 //!
@@ -17,8 +17,8 @@ use tests::runs::{Running, adapter_bytes, checkpoints, last_step, numbers};
 /// Optimizer steps of the run.
 const STEPS: usize = 150;
 
-/// The embedded model with dropout, a checkpoint every third step, and every write, sync and rename of it slow, so
-/// that a good part of the kills is in the middle of one.
+/// The embedded model with dropout and a checkpoint every third step. Every write, sync and rename
+/// of a checkpoint is slow, so that many kills hit one.
 fn arguments(output: &str) -> Vec<String> {
     let settings = [
         "max_steps=150",
@@ -44,7 +44,7 @@ fn arguments(output: &str) -> Vec<String> {
     arguments
 }
 
-/// What the kills hit.
+/// The moment of a kill.
 #[derive(Debug, Default)]
 struct Hits {
     /// Before the first step of a session.
@@ -77,15 +77,15 @@ fn a_run_killed_at_random_moments_gives_the_undisturbed_adapter() {
     let mut random = CounterRng::new(seed);
     let mut hits = Hits::default();
     let mut recoveries: Vec<Duration> = Vec::new();
-    // Of a session: from its start to its first step. Measured as it goes.
+    // The time of a session from its start to its first step, measured during the test.
     let mut start_s = 1.0;
     let mut killed = 0;
     while killed < kills {
         let before = last_step(&out);
         let started = Instant::now();
         let mut running = Running::start(&disturbed, &slow, &path("log"));
-        // One kill in eight hits the start. The others come after some steps of this kill's share, and then at any
-        // moment of a step and of what follows it.
+        // One kill in eight hits the start. The others come after some of this kill's share of
+        // steps, at any moment of a step and of the work after it.
         if random.uniform() < 0.125 {
             std::thread::sleep(Duration::from_secs_f64(start_s * random.uniform()));
         } else {
@@ -96,7 +96,7 @@ fn a_run_killed_at_random_moments_gives_the_undisturbed_adapter() {
             wait_for((before + 1).min(STEPS));
             start_s = started.elapsed().as_secs_f64();
             recoveries.push(started.elapsed());
-            // Steps since the last checkpoint are taken again, so the mean may be above the share.
+            // Steps since the last checkpoint are repeated, so the mean may be above the share.
             let share = (STEPS - before) as f64 / (kills - killed + 1) as f64;
             let steps = (2.0 * share * random.uniform()) as usize;
             let last = (before + steps).clamp(before, (STEPS - 10).max(before));
@@ -152,10 +152,10 @@ fn a_run_killed_at_random_moments_gives_the_undisturbed_adapter() {
     );
     record(&Row {
         place: 10,
-        fault: "The process is killed, or the power goes (SIGKILL at random moments, also while a checkpoint is \
+        fault: "The process is killed, or the power fails (SIGKILL at random moments, also while a checkpoint is \
                 written)",
-        happened: "`--resume` goes on from the newest whole checkpoint; what was half written is removed",
-        lost: "nothing; the steps since that checkpoint are taken again",
+        happened: "`--resume` resumes from the newest intact checkpoint; a partly written one is removed",
+        lost: "nothing; the steps since that checkpoint are repeated",
         recovery: median,
     });
 }

@@ -1,4 +1,4 @@
-//! The same quantized LoRA model on every pair of backends that this build and this machine have.
+//! The same quantized LoRA model on every pair of backends of this build and this machine.
 
 use parity::between_devices;
 use tests::devices;
@@ -10,7 +10,7 @@ fn every_pair_of_backends_agrees_on_logits_gradients_and_a_loss_curve() {
     println!("{report}");
     if devices.len() < 2 {
         println!(
-            "skipped: {} alone has nothing to be compared with",
+            "skipped: {} has no other device to be compared with",
             devices[0].0
         );
         return;
@@ -24,6 +24,6 @@ fn every_pair_of_backends_agrees_on_logits_gradients_and_a_loss_curve() {
             .all(|section| section.checks.len() >= 4),
         "{report}"
     );
-    // The tolerances stand in the report, with their reasons in `trainer::parity`.
+    // The tolerances are in the report, with their reasons in the crate `parity`.
     assert!(report.passed(), "{report}");
 }

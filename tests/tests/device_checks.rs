@@ -1,6 +1,7 @@
-//! What notices that a device computes something wrong, fails on a thread of its own, or has no memory left.
+//! The checks that notice wrong results of a device, a failure on one of its threads, or too little
+//! memory.
 //!
-//! Guards and wrong kernels are the process's: the tests take turns.
+//! Guards and wrong kernels are process-wide, so the tests take turns.
 
 use std::process::Command;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -26,7 +27,8 @@ fn turn() -> MutexGuard<'static, ()> {
     TURN.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// wgpu, where this build and this machine have it; its absence is a failure where CI demands it.
+/// wgpu, if this build and this machine have it; if it is missing and CI requires it, the test
+/// fails.
 fn wgpu() -> Option<Selected> {
     match device::select(Backend::Wgpu) {
         Ok(selected) => Some(selected),
@@ -111,7 +113,7 @@ fn an_operation_that_is_wrong_is_named_with_its_device_and_what_to_try() {
             !text.contains("--no-autotune"),
             "nothing is tuned here: {text}"
         );
-        // What is wrong is off by a tenth, not by a little more than is allowed.
+        // A wrong operation is off by a tenth, far above the tolerance.
         let check = checks.iter().find(|check| check.name == operation);
         let off = check.map_or(0.0, |check| check.difference);
         assert!(off > 1e-2, "{operation} {off:e}");
@@ -127,7 +129,7 @@ fn train_on_wgpu(
     let mut arguments = workspace.train_arguments(settings);
     let out = workspace.path("out").display().to_string();
     arguments.extend(["--backend=wgpu".into(), "--output-dir".into(), out]);
-    // The workspace's own argument names the CPU.
+    // The workspace's own argument selects the CPU.
     arguments.retain(|argument| argument != "--backend" && argument != "cpu");
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
     run_with(&arguments, &[("LORA_TRAINER_FAULT", faults)])
@@ -142,7 +144,7 @@ fn a_run_does_not_start_on_a_device_that_computes_wrong() {
     let workspace = Workspace::new();
     let outcome = train_on_wgpu(&workspace, &[], "wrong_kernel=swiglu_backward");
     outcome.failed_saying(&["computes wrong numbers", "swiglu_backward", "--no-fusion"]);
-    assert!(!workspace.path("out").exists(), "nothing was begun");
+    assert!(!workspace.path("out").exists(), "nothing was started");
 }
 
 #[test]
@@ -173,9 +175,9 @@ fn a_device_that_begins_to_compute_wrong_is_noticed_by_check_every() {
     record(&Row {
         place: 75,
         fault: "A GPU computes an operation wrong: from the start, or from some step on (`check_every`)",
-        happened: "the comparison of a decoder layer with the CPU names the operation, the driver and the switches to \
-                   try; the run does not start, or stops with the checkpoint of before",
-        lost: "the steps since the last comparison that went well are in doubt, and the message says which",
+        happened: "the comparison of a decoder layer with the CPU names the operation, the driver and the switches \
+                   to try; the run does not start, or stops and keeps the earlier checkpoint",
+        lost: "the steps since the last successful comparison may be wrong, and the message names them",
         recovery: None,
     });
 }
@@ -213,18 +215,18 @@ fn a_panic_on_another_thread_fails_the_work_that_went_on() {
     }));
     assert_eq!(fault.kind, FaultKind::OutOfMemory);
     assert_eq!(fault.message, "wgpu error: Out of Memory");
-    // Once told, it is over.
+    // A fault is reported once.
     assert_eq!(guard.run(|| 7), Ok(7));
-    // Between two pieces of work: the device lags behind.
+    // Between two calls: the device is asynchronous.
     elsewhere("a kernel failed");
     assert_eq!(failed(guard.run(|| 7)).message, "a kernel failed");
-    // The first panic says what went wrong, the caller's only that somebody is gone.
+    // The first panic has the cause; the caller's panic is only a consequence.
     let fault = failed(guard.run(|| {
         elsewhere("the device was lost");
         panic!("the channel is closed")
     }));
     assert_eq!(fault.kind, FaultKind::Lost);
-    // After a failure that was dealt with, what follows from it is forgotten.
+    // Panics that follow from a handled failure are forgotten.
     elsewhere("an echo");
     guard.settle(|| elsewhere("another"));
     assert_eq!(guard.run(|| 7), Ok(7));
@@ -246,7 +248,8 @@ fn a_panic_that_is_caught_on_purpose_fails_nothing() {
     assert_eq!(inside, Ok((bad("a bad file"), bad("a bad tokenizer"))));
 }
 
-/// Named as CubeCL's own, whose panics CubeCL makes an error of the kernel's outputs, or of a candidate that is tuned.
+/// Named as CubeCL's own function, whose panics CubeCL turns into an error of the kernel's outputs,
+/// or of a candidate in tuning.
 trait CubeKernel {
     fn define(&self);
 }
@@ -271,7 +274,7 @@ fn a_panic_in_a_kernel_s_definition_is_left_to_cubecl() {
     assert_eq!(outcome, Ok(true));
 }
 
-/// CubeCL logs the panic of a task that nobody waits for, and the work goes on.
+/// CubeCL logs the panic of a task that is not waited for, and the work continues.
 #[test]
 fn a_task_that_panics_on_the_device_s_own_thread_fails_the_work() {
     let _turn = turn();
@@ -286,7 +289,8 @@ fn a_task_that_panics_on_the_device_s_own_thread_fails_the_work() {
         x.sum().into_scalar::<f32>()
     });
     assert_eq!(outcome, Ok(1024.0));
-    // Larger than any buffer: not a lack of memory, and smaller micro-batches need not help.
+    // Larger than any buffer: this is not a lack of memory, and smaller micro-batches need not
+    // help.
     let elements = limit as usize / 4 + 1024;
     let fault = guard
         .run(|| {
@@ -296,7 +300,7 @@ fn a_task_that_panics_on_the_device_s_own_thread_fails_the_work() {
         .expect_err("no buffer is that large");
     println!("beyond {limit} bytes: {fault}");
     assert_eq!(fault.kind, FaultKind::TooLargeTensor, "{fault}");
-    // The device works on.
+    // The device still works.
     guard.settle(|| drop(device.sync()));
     let outcome = guard.run(|| {
         let x = Tensor::<1>::ones([1024], device);
@@ -307,10 +311,10 @@ fn a_task_that_panics_on_the_device_s_own_thread_fails_the_work() {
 
 // Memory.
 
-/// Set in the process that has little of it.
+/// Set in the process whose memory is limited.
 const CHILD: &str = "LORA_TEST_LITTLE_MEMORY";
 
-/// Run by the test below with the process's memory limited: takes more and more until there is none.
+/// Run by the test below with limited memory: allocates until there is none left.
 #[test]
 fn takes_memory_until_there_is_none_if_it_is_asked_to() {
     if std::env::var_os(CHILD).is_none() {
@@ -366,7 +370,7 @@ fn an_allocation_that_fails_on_wgsl_is_the_device_s_memory_being_too_small() {
     assert!(text.contains("then: Ok(1024.0)"), "{text}");
 }
 
-/// However weights are stored and whatever the adapters are, a layer that is pulled to the host is the same there.
+/// For all types of weights and adapters, a layer that is copied to the host is the same there.
 #[test]
 fn a_layer_of_a_model_is_compared_as_it_is() {
     let _turn = turn();
@@ -390,7 +394,7 @@ fn a_layer_of_a_model_is_compared_as_it_is() {
         let model = llama_burn::load(&folder, &config, options, &device, |_| {});
         let mut model = model.unwrap_or_else(|error| panic!("{error}"));
         if from_gguf {
-            // Blocks along the input, as llama.cpp makes them.
+            // Blocks along the input dimension, as llama.cpp makes them.
             let gate = &mut model.layers[1].mlp.gate_proj;
             let [d_in, d_out] = gate.dims();
             let integers = (0..d_in * d_out).map(|i| (i * 37 % 256) as u8 as i8);
@@ -423,7 +427,7 @@ fn a_stated_memory_decides_what_fits_a_gpu_before_anything_is_loaded() {
     let large = ["max_steps=1", "lora_r=8192", "device_memory=4MiB"];
     train_on_wgpu(&workspace, &large, "")
         .failed_saying(&["this run needs about", "of device_memory may be used"]);
-    assert!(!workspace.path("out").exists(), "nothing was begun");
+    assert!(!workspace.path("out").exists(), "nothing was started");
     let text = train_on_wgpu(&workspace, &["max_steps=1", "device_memory=8GiB"], "").succeeded();
     assert!(text.contains("of 8.00 GiB at the peak"), "{text}");
     assert!(!text.contains("does not tell how much memory"), "{text}");
@@ -442,7 +446,7 @@ fn operations_are_not_fused_where_it_is_not_wanted_and_the_screen_says_so() {
     if wgpu().is_none() {
         return;
     }
-    // What the driver is given to compile, by CubeCL's own account.
+    // The kernels that the driver compiles, from CubeCL's own log.
     let fused = |switch: &[&str]| {
         let workspace = Workspace::new();
         let log = workspace.path("kernels");

@@ -1,4 +1,5 @@
-//! Scores against scikit-learn's, scipy's and FinLoRA's own, and the eval command as a user runs it.
+//! Scores compared with those of scikit-learn, scipy and FinLoRA, and the eval command as a user
+//! runs it.
 
 use inference::eval::suite::{finlora_scores, strict_scores};
 use inference::eval::{
@@ -66,7 +67,7 @@ fn scores_are_scikit_learns() {
         ] {
             let scores = score_labels(&case.targets, answers, &case.labels);
             assert_close("accuracy", scores.accuracy, expected.accuracy);
-            // scipy gives its interval in about 15 digits.
+            // scipy prints its interval with about 15 digits.
             for (ours, theirs) in scores.interval.iter().zip(&expected.interval) {
                 assert_close("interval", *ours, *theirs);
             }
@@ -98,7 +99,7 @@ fn the_significance_of_a_difference_is_scipys() {
             (test.only_first, test.only_second),
             (expected.only_first, expected.only_second)
         );
-        // Relative: 1,530 terms of logarithms that are good to 16 digits.
+        // Relative: 1,530 terms of logarithms that are accurate to 16 digits.
         let error = (test.p_value - expected.p_value).abs() / expected.p_value;
         assert!(error < 1e-10, "{} {}", test.p_value, expected.p_value);
     }
@@ -143,7 +144,8 @@ fn the_finlora_scorer_gives_finloras_numbers() {
             .finlora_weighted_f1
             .expect("FinLoRA's scorer has it");
         assert_close("weighted F1", f1, case.weighted_f1);
-        // The strict rule is another: a label in a sentence is none. Lists are split into plain items.
+        // The strict rule differs: a label within a sentence does not count. Lists are split into
+        // plain items.
         let strict = Verdict::new(Scorer::Strict, &all, &right, &answers);
         let same = strict.scores.accuracy == verdict.scores.accuracy;
         assert!(strict.scores.accuracy <= verdict.scores.accuracy && same == case.lists);
@@ -199,7 +201,7 @@ fn results(workspace: &Workspace) -> Value {
 fn trained(template: &str) -> Workspace {
     let workspace = Workspace::new();
     let template = format!("prompt_template={template}");
-    // Enough for a random model to learn its twenty rows by heart.
+    // Enough for a random model to memorize its twenty examples.
     let settings = [
         "num_epochs=40",
         "learning_rate=3e-2",
@@ -239,7 +241,8 @@ fn base_and_adapter_stand_side_by_side_with_every_scorer() {
     );
     for scorer in ["finlora", "strict", "likelihood"] {
         let accuracy = |contender: &Value| contender["scores"][scorer]["accuracy"].as_f64();
-        // The rows were trained on: the adapter knows them, the random base does not.
+        // The examples are the training data: the adapter has learned them, the random base has
+        // not.
         assert!(accuracy(adapter) > Some(0.9), "{scorer}\n{text}");
         assert!(accuracy(base) < Some(0.7), "{scorer}\n{text}");
     }
@@ -276,7 +279,7 @@ fn an_adapter_is_evaluated_with_its_own_template_and_another_needs_force() {
     let other = [&adapter[..], &["--template", "raw"]].concat();
     eval(&workspace, &other).failed_saying(&["\"inst\"", "\"raw\"", "--force"]);
     eval(&workspace, &[&other[..], &["--force"]].concat()).succeeded();
-    // What PEFT wrote says nothing of prompts.
+    // An adapter saved by PEFT has no record of its prompts.
     let file = workspace.path("out/adapter/training_prompt.json");
     std::fs::remove_file(file).expect("the file is there");
     let text = eval(&workspace, &adapter).succeeded();
@@ -310,7 +313,7 @@ fn held_out_rows_are_those_that_training_kept_aside() {
     let trained_on = lines(run(&inspect).succeeded());
     assert_eq!((held_out.len(), trained_on.len()), (4, 20));
     assert!(held_out.iter().all(|line| !trained_on.contains(line)));
-    // Another draw, of all rows.
+    // Another sample, of all examples.
     eval(&workspace, &["--rows", "7", "--scorer", "strict"]).succeeded();
     assert_eq!(results(&workspace)["files"][0]["rows"], 7);
 }
@@ -386,7 +389,7 @@ fn a_suite_puts_base_and_adapters_into_one_table() {
     let text = run(&[&suite[..], &fixed, &more].concat()).succeeded();
     for part in [
         "--template raw --force",
-        "ner is left out",
+        "ner is skipped",
         "fiqa_test.jsonl",
     ] {
         assert!(text.contains(part), "{part:?} in\n{text}");

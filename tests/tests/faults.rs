@@ -1,4 +1,4 @@
-//! Faults while a run is under way, and what they leave.
+//! Faults during a run, and their consequences.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use tests::reliability::{Row, record};
 use tests::runs::{Running, adapter_bytes, checkpoints, last_step, lines, losses, numbers};
 use tests::workspace::Workspace;
 
-/// `trainer train` into a folder of the workspace: 20 steps of 4 rows in 4 epochs.
+/// `trainer train` into a folder of the workspace: 20 steps of 4 examples in 4 epochs.
 fn train(workspace: &Workspace, folder: &str, settings: &[&str], faults: &str) -> Outcome {
     train_into(workspace, &workspace.path(folder), settings, faults)
 }
@@ -26,12 +26,12 @@ fn resume(from: &Path, more: &[&str]) -> Outcome {
     run(&[&["train", "--backend", "cpu", "--resume", &from], more].concat())
 }
 
-/// Text that was wrapped, as one line.
+/// Wrapped text as one line.
 fn unwrapped(text: &str) -> String {
     text.split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// How far apart two runs' adapters are: relative Frobenius distance over all matrices.
+/// The difference of two runs' adapters: relative Frobenius distance over all matrices.
 fn adapter_distance(first: &Path, second: &Path) -> f64 {
     let values = |run: &Path| -> Vec<f64> {
         let read = peft::read_adapter(&run.join("adapter"));
@@ -93,7 +93,8 @@ fn a_checkpoint_is_on_the_disk_before_it_gets_its_name() {
         );
         assert!(written < synced && synced < renamed, "{name}:\n{trace}");
     }
-    // The adapter's files get their names in the folder that is being written, synced before.
+    // The adapter's files get their names in the folder that is being written, and are synced
+    // before.
     let adapter = writing.join("adapter");
     for name in ["adapter_config.json", "adapter_model.safetensors"] {
         let named = done("rename", &adapter.join(name));
@@ -107,7 +108,7 @@ fn a_checkpoint_is_on_the_disk_before_it_gets_its_name() {
     }
     assert!(done("sync-folder", &adapter) < renamed, "{trace}");
     assert!(done("sync-folder", &writing) < renamed, "{trace}");
-    // The new name itself, and the folder of checkpoints in the run's.
+    // The new name itself, and the folder of checkpoints in the run's folder.
     let after = &operations[renamed..];
     let named = after
         .iter()
@@ -117,7 +118,7 @@ fn a_checkpoint_is_on_the_disk_before_it_gets_its_name() {
         done("sync-folder", &workspace.path("out")) < renamed,
         "{trace}"
     );
-    // Nothing is removed before the new one has its name and the disk knows it.
+    // Nothing is removed before the new checkpoint has its name and is synced.
     let removed = operations.iter().position(|(o, p)| {
         *o == "remove"
             && p.starts_with(&folder)
@@ -125,7 +126,7 @@ fn a_checkpoint_is_on_the_disk_before_it_gets_its_name() {
             && !p.to_string_lossy().contains("replaced")
     });
     assert!(removed.is_none_or(|removed| removed > renamed), "{trace}");
-    // The adapter that is handed over: after the checkpoint that knows of it.
+    // The exported adapter comes after the checkpoint that contains it.
     let handed = done(
         "rename",
         &workspace.path("out/adapter/adapter_model.safetensors"),
@@ -138,24 +139,24 @@ fn a_full_disk_stops_neither_the_run_nor_harms_what_is_there() {
     let workspace = Workspace::new();
     let settings = ["save_steps=2", "eval_steps=4"];
     train(&workspace, "whole", &settings, "").succeeded();
-    // Full from step 7 to step 12, with a validation that is the best so far in between.
+    // Full from step 7 to step 12, with a validation in between that is the best so far.
     let text = train(&workspace, "out", &settings, "full=7..13").succeeded();
     let said = unwrapped(&text);
     for words in [
-        "no checkpoint, the newest is that of step 6",
-        "The run goes on and tries again",
+        "the checkpoint could not be written, the newest one is of step 6",
+        "The run continues and tries again",
         "checkpoints are written again",
         "metrics.jsonl",
     ] {
         assert!(said.contains(words), "{words:?} in\n{text}");
     }
     let (out, whole) = (workspace.path("out"), workspace.path("whole"));
-    // Not even a line of the metrics is lost.
+    // Not a single line of the metrics is lost.
     assert_eq!(numbers(&out), numbers(&whole));
     assert!(adapter_bytes(&out) == adapter_bytes(&whole));
     assert!(checkpoints(&out).iter().all(|name| !name.starts_with('.')));
 
-    // Full, and then killed: the adapter and the checkpoint from before are whole.
+    // Full, and then killed: the adapter and the earlier checkpoint are intact.
     let outcome = train(&workspace, "dead", &settings, "full=7..13,lost=12");
     assert_eq!(outcome.code, Some(75), "{}", outcome.text);
     let dead = workspace.path("dead");
@@ -169,9 +170,9 @@ fn a_full_disk_stops_neither_the_run_nor_harms_what_is_there() {
     record(&Row {
         place: 50,
         fault: "The disk is full for some steps",
-        happened: "older checkpoints give up their place; if that is not enough, the user is told and the run goes on, \
-                   its metrics wait in memory; adapter and newest checkpoint stay whole",
-        lost: "nothing; if it dies meanwhile, the steps since the last checkpoint are taken again",
+        happened: "older checkpoints are removed; if that is not enough, the run prints a note and continues, with \
+                   its metrics in memory; the adapter and the newest checkpoint stay intact",
+        lost: "nothing; if the run is killed in the meantime, the steps since the last checkpoint are repeated",
         recovery: Some(recovery),
     });
 }
@@ -191,7 +192,7 @@ fn a_small_file_system_that_fills_up() {
     let small = place.display();
     if !shell(&format!("mount -t tmpfs -o size=1m tmpfs {small} 2>&1")) {
         println!(
-            "SKIPPED: no file system can be mounted here; the disk that is full on demand is tested all the same"
+            "SKIPPED: no file system can be mounted here; the simulated full disk is tested nevertheless"
         );
         return;
     }
@@ -212,7 +213,7 @@ fn a_small_file_system_that_fills_up() {
     let _unmount = Unmount(place.clone());
     let settings = ["save_steps=1", "eval_steps=4", "save_total_limit=none"];
     train(&workspace, "whole", &settings, "").succeeded();
-    // More checkpoints than the file system holds: the old ones give up their place.
+    // More checkpoints than fit the file system: the old ones are removed.
     fs::write(place.join("other"), vec![0; 700 << 10]).expect("there is room");
     let text = train_into(&workspace, &place.join("run"), &settings, "").succeeded();
     let steps = checkpoints(&place.join("run"));
@@ -226,7 +227,7 @@ fn a_small_file_system_that_fills_up() {
     );
     assert!(adapter_bytes(&place.join("run")) == adapter_bytes(&workspace.path("whole")));
 
-    // Full from the start: room comes only when the run is over and waits with its adapter.
+    // Full from the start: room is made only when the run is over and waits to write its adapter.
     fs::remove_dir_all(place.join("run")).expect("it is there");
     let mut arguments = workspace.train_arguments(&settings);
     let late = place.join("late");
@@ -267,7 +268,8 @@ fn a_folder_that_can_no_longer_be_written_to_does_not_stop_the_run() {
         "{}",
         running.text()
     );
-    // Rights do not stop root, which tests often are. A file where the folder should be stops everyone.
+    // Permissions do not stop root, and tests often run as root. A file in place of the folder
+    // does.
     let (folder, aside) = (out.join("checkpoints"), out.join("aside"));
     let swapped = || {
         let moved = fs::rename(&folder, &aside);
@@ -278,7 +280,7 @@ fn a_folder_that_can_no_longer_be_written_to_does_not_stop_the_run() {
     assert!(swapped() || swapped(), "the folder can be moved");
     let complained = || {
         let text = fs::read_to_string(workspace.path("log")).unwrap_or_default();
-        unwrapped(&text).contains("no checkpoint, the newest is that of step")
+        unwrapped(&text).contains("the checkpoint could not be written, the newest one is of step")
     };
     assert!(running.wait_until(complained), "{}", running.text());
     fs::remove_file(&folder).expect("it is there");
@@ -290,9 +292,9 @@ fn a_folder_that_can_no_longer_be_written_to_does_not_stop_the_run() {
     record(&Row {
         place: 55,
         fault: "The output folder can no longer be written to",
-        happened: "the user is told and the run goes on; it writes again as soon as it can. A folder that cannot be \
-                   written to from the start is refused before any work",
-        lost: "nothing; if it dies meanwhile, the steps since the last checkpoint are taken again",
+        happened: "the run prints a note and continues; it writes again as soon as that is possible. A folder that \
+                   cannot be written to from the start is refused before any work",
+        lost: "nothing; if the run is killed in the meantime, the steps since the last checkpoint are repeated",
         recovery: None,
     });
 }
@@ -326,14 +328,14 @@ fn a_data_file_that_changes_under_the_run_is_told_and_refused_when_resuming() {
         1,
         "{said}"
     );
-    // It has read its rows once, and trains on those.
+    // It has read its data once, and trains on that.
     assert_eq!(numbers(&out), numbers(&workspace.path("whole")));
     resume(&out, &[]).failed_saying(&["the training data: rows.jsonl has changed"]);
     record(&Row {
         place: 90,
-        fault: "A data file changes while the run is under way",
-        happened: "it is told at the next checkpoint; the run goes on with the rows that it read, and resuming asks \
-                   for the file as it was",
+        fault: "A data file changes during the run",
+        happened: "the run reports it at the next checkpoint and continues with the data that it has read; resuming \
+                   requires the original file",
         lost: "nothing",
         recovery: None,
     });
@@ -362,7 +364,7 @@ fn a_loss_that_is_not_a_number_stops_the_run_with_the_step_before_saved() {
     record(&Row {
         place: 60,
         fault: "A loss or gradient is not a number (`on_non_finite = \"stop\"`)",
-        happened: "the run stops and names the rows; the step before is saved",
+        happened: "the run stops and names the examples; the step before is saved",
         lost: "nothing",
         recovery: Some(recovery),
     });
@@ -400,7 +402,7 @@ fn steps_that_are_not_numbers_are_skipped_within_the_budget() {
         .collect();
     assert_eq!((rates[0], rates[1], rates[2]), (1e-2, 1e-2, 0.25e-2));
 
-    // The rate stays down when the run goes on.
+    // The learning rate stays reduced after resuming.
     train(&workspace, "parts", &settings, "nan=3..5,lost=9").failed_saying(&["Step 8 is saved"]);
     resume(&workspace.path("parts"), &[]).succeeded();
     assert_eq!(
@@ -417,8 +419,8 @@ fn steps_that_are_not_numbers_are_skipped_within_the_budget() {
     record(&Row {
         place: 65,
         fault: "A loss or gradient is not a number (`on_non_finite = \"skip\"`)",
-        happened: "the step is left out, its rows are named, and the learning rate is halved; after \
-                   `max_skipped_steps` of them the run stops as above",
+        happened: "the step is skipped, its examples are named, and the learning rate is halved; after \
+                   `max_skipped_steps` skipped steps the run stops as above",
         lost: "the update of that step",
         recovery: None,
     });
@@ -449,12 +451,12 @@ fn too_little_memory_halves_the_micro_batches_and_the_result_stays() {
     let (whole, out) = (workspace.path("whole"), workspace.path("out"));
     assert_eq!(losses(&whole).len(), losses(&out).len());
     assert_eq!(losses(&whole)[..3], losses(&out)[..3]);
-    // f32 sums in another order, after AdamW's steps: 1e-6 without the fault's own.
+    // f32 sums in another order, after AdamW's steps: 1e-6 without the fault's own effect.
     let distance = adapter_distance(&out, &whole);
     assert!(distance < 1e-4, "{distance:e}");
     println!("adapters within {distance:.1e}");
 
-    // The smaller division is a part of the checkpoint: what goes on divides the same way.
+    // The smaller division is part of the checkpoint: a resumed run divides the same way.
     train(&workspace, "parts", &settings, "oom=4>2,lost=9").failed_saying(&["Step 8 is saved"]);
     let started = Instant::now();
     resume(&workspace.path("parts"), &[]).succeeded();
@@ -473,8 +475,8 @@ fn too_little_memory_halves_the_micro_batches_and_the_result_stays() {
     record(&Row {
         place: 80,
         fault: "The device's memory is too small for a micro-batch",
-        happened: "it says what was needed, halves the micro-batches and accumulates more of them: the same updates up \
-                   to rounding",
+        happened: "the run reports the memory that was needed, halves the micro-batches and accumulates more of \
+                   them: the same updates up to rounding",
         lost: "nothing",
         recovery: Some(recovery),
     });
@@ -505,8 +507,9 @@ fn a_panic_on_another_thread_fails_the_step_and_the_run_goes_on_from_there() {
     assert!(adapter_bytes(&out) == adapter_bytes(&whole));
     record(&Row {
         place: 78,
-        fault: "A task panics on a thread of the device, and the step comes to its end without it",
-        happened: "the step fails with the panic's words: its numbers cannot be trusted; the step before is saved",
+        fault: "A task panics on a thread of the device, and the step finishes without it",
+        happened: "the step fails with the panic's message, because its numbers may be wrong; the step before is \
+                   saved",
         lost: "nothing",
         recovery: Some(recovery),
     });

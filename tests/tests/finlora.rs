@@ -1,4 +1,4 @@
-//! FinLoRA's own file of runs: each resolves to what FinLoRA trains.
+//! FinLoRA's own file of runs: each resolves to FinLoRA's training.
 
 use std::path::Path;
 
@@ -7,7 +7,8 @@ use lora_core::TargetModules;
 use run_config::Config;
 use serde_json::Value;
 
-/// FinLoRA's `finetune_configs.json`, where it lies beside the repository; it is not ours to keep here.
+/// FinLoRA's `finetune_configs.json`, if it is beside the repository, which holds no
+/// copy of it.
 fn file() -> Option<std::path::PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent()?;
     let path = match std::env::var_os("FINLORA_CONFIGS") {
@@ -29,7 +30,7 @@ fn every_run_of_finloras_file_resolves_to_finloras_values() {
     for (name, run) in &runs {
         let config =
             Config::load(Some(&path), Some(name), &sets).unwrap_or_else(|e| panic!("{name}: {e}"));
-        // As finetune.py reads a run: its key, or what its template for axolotl has.
+        // As finetune.py reads a run: its key, or the default of its template for axolotl.
         let number = |key: &str, default: f64| {
             run.get(key)
                 .map_or(default, |it| it.as_f64().expect("a number"))

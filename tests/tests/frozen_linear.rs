@@ -1,4 +1,4 @@
-//! `frozen_linear` on every backend of this build against the dense product on the CPU.
+//! `frozen_linear` on every backend of this build, compared with the dense product on the CPU.
 
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use lora_core::{
@@ -6,11 +6,12 @@ use lora_core::{
 };
 use tests::devices;
 
-/// Rows, inputs, outputs: one row, many rows, and widths that 32 does not divide (blocks of 4 and 8).
+/// Rows, inputs, outputs: one row, many rows, and widths that are not multiples of 32 (blocks of 4
+/// and 8).
 const SHAPES: [[usize; 3]; 4] = [[1, 64, 32], [7, 100, 172], [33, 96, 200], [70, 320, 256]];
 
-/// f32 sums of up to 320 products in another order: 1e-7 to 1e-6. A scale from the wrong block gives 1e-1,
-/// half precision 1e-3.
+/// f32 sums of up to 320 products in another order: 1e-7 to 1e-6. A scale from the wrong block
+/// gives 1e-1, half precision 1e-3.
 const TOLERANCE: f64 = 1e-5;
 
 fn normal(count: usize, seed: u64) -> Vec<f32> {
@@ -29,7 +30,7 @@ fn values(tensor: Tensor<2>) -> Vec<f32> {
         .expect("the device gives its tensors back, in f32")
 }
 
-/// `x · w` for row-major matrices, in f64 so that its own rounding does not count.
+/// `x · w` for row-major matrices, in f64 so that its own rounding is negligible.
 fn product(x: &[f32], w: &[f32], [n, d_in, d_out]: [usize; 3]) -> Vec<f32> {
     let element = |row: usize, column: usize| {
         let terms =
@@ -58,7 +59,7 @@ fn distance(got: &[f32], expected: &[f32]) -> f64 {
     (difference / norm).sqrt()
 }
 
-/// The quantized weight on a device, and its dense form as the CPU unpacks it.
+/// The quantized weight on a device, and its dense form as dequantized on the CPU.
 fn weights(
     d_in: usize,
     d_out: usize,
@@ -123,13 +124,14 @@ fn every_backend_unpacks_the_same_weight() {
         for quantization in [Quantization::Bits8, Quantization::Bits4] {
             let (packed, expected) = weights(64, 96, quantization).expect("96 is a multiple of 8");
             let got = values(Tensor::<2>::from_data(packed, &device).dequantize());
-            // One product of the same two numbers an element: nothing to round differently.
+            // One product of the same two numbers per element: no difference in rounding.
             assert_eq!(got, expected, "{name} {quantization:?}");
         }
     }
 }
 
-/// As llama.cpp's files hold them: blocks along the input. One row, few rows, many; blocks of 16 and of 32.
+/// As in llama.cpp's files: blocks along the input dimension. One row, few rows, many; blocks of 16
+/// and of 32.
 #[test]
 fn integers_of_another_program_multiply_as_they_are_on_every_backend() {
     for (name, device) in devices() {
@@ -146,7 +148,7 @@ fn integers_of_another_program_multiply_as_they_are_on_every_backend() {
             }
             let weight = IntegerWeight::new(integers, scales, block, [d_in, d_out]).on(&device);
             let (x, gradient) = (normal(n * d_in, 2), normal(n * d_out, 3));
-            // One product of the same two numbers an element.
+            // One product of the same two numbers per element.
             assert_eq!(values(weight.clone().dequantize()), dense, "{name}");
             let forward = frozen_linear(tensor(&x, [n, d_in], &device), weight.clone());
             let backward = frozen_linear_backward(tensor(&gradient, [n, d_out], &device), weight);

@@ -1,4 +1,5 @@
-//! GGUF: values against ggml's reference, models there and back, and thousands of damaged files.
+//! GGUF: values compared with ggml's reference, models converted in both directions, and thousands
+//! of damaged files.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -33,14 +34,14 @@ fn every_kind_of_block_gives_the_values_of_ggmls_reference() {
         let values = file.floats(name).unwrap();
         assert_eq!(values.len(), 3 * 512);
         for (i, (value, expected)) in values.iter().zip(&expected).enumerate() {
-            // The reference rounds in another order where a block has an offset.
+            // The reference rounds in another order if a block has an offset.
             let tolerance = 1e-6 * expected.abs().max(0.1);
             assert!(
                 (value - expected).abs() <= tolerance,
                 "{name} {i}: {value} {expected}"
             );
         }
-        // What is integers times scales is exactly that.
+        // Integers times scales are exact.
         if let Some(tensor) = file.integers(name).unwrap() {
             for (i, (integer, value)) in tensor.integers.iter().zip(&values).enumerate() {
                 assert_eq!(
@@ -280,7 +281,7 @@ fn a_lora_file_has_llama_cpps_names_and_its_scale() {
         }
     }
     assert_eq!(header.tensors.len(), 2 * tensors.modules.len());
-    // The file is an adapter, and whoever takes it for a model hears so.
+    // The file is an adapter, and loading it as a model reports that.
     let error = LlamaConfig::from_file(&file).unwrap_err().to_string();
     assert!(
         error.contains("general.type") && error.contains("adapter"),
@@ -325,7 +326,7 @@ fn what_cannot_be_exported_is_said_and_leaves_no_file() {
     assert_eq!(fs::read(&file).unwrap(), b"something");
 }
 
-/// Writes a whole small model in Q8_0 with a SentencePiece tokenizer.
+/// Writes a complete small model in Q8_0 with a SentencePiece tokenizer.
 fn sentence_piece_model(path: &Path) {
     let tokens = [
         "<unk>", "<s>", "</s>", "<0x41>", "▁", "t", "h", "e", "▁t", "▁th", "▁the", "he",
@@ -438,10 +439,10 @@ fn sentencepiece_merges_by_score() {
     let files = ModelFiles::read(&path).unwrap();
     let tokenizer = RowTokenizer::new(&files, &PromptTemplate::Raw).unwrap();
     let ids = |text: &str| tokenizer.prompt(text, Path::new("prompt"), 1).unwrap();
-    // `▁t` has a better score than `he`, so it is made first: ▁t, ▁th, ▁the.
+    // `▁t` has a better score than `he`, so it is merged first: ▁t, ▁th, ▁the.
     assert_eq!(ids("the"), [1, 10]);
     assert_eq!(ids("hehe"), [1, 4, 11, 11]);
-    // A byte that has a token, a letter that has none.
+    // A byte that has a token, and a letter that has none.
     assert_eq!(ids("A"), [1, 4, 3]);
     assert_eq!(tokenizer.end_token(), 2);
 }
@@ -499,7 +500,7 @@ fn a_gguf_file_is_trained_planned_and_generated_with_as_a_folder_is() {
     ])
     .failed_saying(&["is a GGUF file", "export-gguf"]);
     assert!(!merged.exists());
-    // What was trained beside the file's integers goes into the file.
+    // What was trained beside the file's integers is written to the new file.
     let merged = folder.path().join("merged.gguf");
     export(&[
         "--model",
@@ -546,7 +547,7 @@ fn use_file(path: &Path) -> Result<(), String> {
 fn mutated(whole: &[u8], header: usize, rng: &mut CounterRng) -> Vec<u8> {
     let mut below = |end: usize| (rng.next_u64() % end.max(1) as u64) as usize;
     let mut bytes = whole.to_vec();
-    // Most damage goes where it is understood as something.
+    // Most damage goes where it is interpreted.
     match below(8) {
         0 => bytes.truncate(below(whole.len())),
         1 => bytes.truncate(below(header)),
@@ -616,13 +617,13 @@ fn no_damaged_file_brings_the_program_down_or_takes_its_memory() {
                     bad += 1;
                 }
             }
-            // A file of some 100 KiB: its tensors as floats, a tokenizer, buffers; other tests of this program
-            // count as well.
+            // A file of some 100 KiB: its tensors as floats, a tokenizer, buffers. Other tests of
+            // this program count as well.
             let peak = CountingAllocator::peak() - before;
             assert!(peak < 256 << 20, "{} MiB for a small file", peak >> 20);
         }
     }
-    // Damage in a weight is no damage that can be seen; most other is.
+    // Damage in a weight cannot be noticed; most other damage can.
     assert!(bad > 1_200 && good > 50, "{bad} bad, {good} good");
 }
 

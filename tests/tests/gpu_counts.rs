@@ -1,5 +1,5 @@
-//! What a training step asks of a GPU, counted and held to budgets. Any adapter will do, a software one included: the
-//! counts do not depend on its speed.
+//! The work of a training step on a GPU, counted and checked against budgets. Any GPU or software
+//! driver is sufficient, because the counts do not depend on its speed.
 #![cfg(feature = "wgpu")]
 
 use burn::tensor::DType;
@@ -9,7 +9,7 @@ use llama_burn::{LlamaConfig, LoadOptions};
 use lora_core::LoraConfig;
 use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 
-/// One at a time: counting is process-wide.
+/// One test at a time: counting is process-wide.
 static COUNTING: std::sync::Mutex<()> = std::sync::Mutex::new(());
 
 fn wgpu() -> Option<Selected> {
@@ -38,7 +38,8 @@ fn llama_8b() -> LlamaConfig {
     ))
 }
 
-/// One example of 2,048 tokens, the loss on all of them, 8-bit weights, adapters of rank 8 on queries, keys and values.
+/// One example of 2,048 tokens, all of them in the loss, 8-bit weights, adapters of rank 8 on
+/// queries, keys and values.
 fn step_of_8b(dtype: DType) -> StepShape {
     let model = llama_8b();
     StepShape {
@@ -102,7 +103,7 @@ fn a_layer_and_a_step_of_llama_8b_stay_within_their_budgets() {
     assert_eq!((counts.layer.uploads, counts.layer.reads), (0, 0));
     assert!(counts.step.uploads <= 12, "{}", counts.step.uploads);
     assert_eq!(counts.step.reads, 1);
-    // 61 TFLOP of products with frozen weights, attention over what is visible, the output layer.
+    // 61 TFLOP of products with frozen weights, attention over the visible keys, the output layer.
     let flops = counts.step.total().flops as f64 / 1e12;
     assert!(flops > 57.0 && flops < 70.0, "{flops}");
 }
@@ -112,13 +113,14 @@ fn a_layer_and_a_step_of_llama_8b_stay_within_their_budgets() {
 fn a_step_of_llama_8b_in_16_bits_moves_at_most_250_gb() {
     let _one = COUNTING.lock();
     let Some(selected) = wgpu() else { return };
-    // As a card with 8 GB or more: lavapipe binds 128 MiB, and the output layer would be read twice as often.
+    // As on a card with 8 GB or more: lavapipe binds 128 MiB, and the output layer would be read
+    // twice as often.
     let _large = kernels::AssumedBuffer::new(2 << 30);
     if !selected
         .device
         .supports_dtype(burn::tensor::FloatDType::F16)
     {
-        eprintln!("not tested: this adapter has no f16");
+        eprintln!("not tested: this device has no f16");
         return;
     }
     let counts = counted(&step_of_8b(DType::F16), &selected);
@@ -132,7 +134,8 @@ fn a_step_of_llama_8b_in_16_bits_moves_at_most_250_gb() {
     assert_eq!((counts.layer.uploads, counts.layer.reads), (0, 0));
 }
 
-/// A small model that is computed: several micro-batches, examples that begin alike, recomputation.
+/// A small model that is computed: several micro-batches, examples with a shared prefix,
+/// recomputation.
 #[test]
 fn micro_batches_shared_beginnings_and_recomputation_add_no_upload_per_layer_and_no_read() {
     let _one = COUNTING.lock();
@@ -166,7 +169,7 @@ fn micro_batches_shared_beginnings_and_recomputation_add_no_upload_per_layer_and
     assert_eq!(counts.step.reads, 1);
 }
 
-/// That the counts count: known work on tensors of known sizes.
+/// Checks the counts: known work on tensors of known sizes.
 #[test]
 fn launches_bytes_and_operations_of_known_work_are_counted() {
     use burn::tensor::{Tensor, TensorData};

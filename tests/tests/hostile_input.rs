@@ -1,8 +1,9 @@
-//! Every parser with thousands of files that are wrong: each gives an error or a correct load, no panic, within
-//! bounded memory and time.
+//! Every parser with thousands of invalid files: each gives an error or a correct load, without a
+//! panic, within bounded memory and time.
 //!
-//! A program of its own rather than a set of tests: the allocator counts the whole process. Arguments that are no
-//! options choose parsers by a part of their name; `HOSTILE_FILES` says how many files each gets (2,000 without it).
+//! A program of its own rather than a set of tests, because the allocator counts the whole process.
+//! Arguments that are not options select parsers by a part of their name; `HOSTILE_FILES` is the
+//! number of files per parser (2,000 without it).
 
 use std::fmt::Display;
 use std::path::Path;
@@ -127,7 +128,7 @@ fn main() {
     }
 }
 
-/// A model folder with one changed file in it, loaded whole.
+/// A model folder with one changed file, loaded completely.
 fn load_model(folder: &Path) -> Result<(), String> {
     let config = LlamaConfig::from_file(folder).map_err(said)?;
     let device = Device::flex();
@@ -192,7 +193,7 @@ fn model_config(folder: &Path) -> Parser<'_> {
             };
             let plan = Plan::new(&config, &options).map_err(said)?;
             plan.lines(&config, &options);
-            // A plan of anything; a model of what the weights are.
+            // A plan for any configuration; a model only if it matches the weights.
             match load_model(&model) {
                 Ok(()) => Ok(()),
                 Err(message) if message.is_empty() => Err("an empty message".into()),
@@ -202,7 +203,7 @@ fn model_config(folder: &Path) -> Parser<'_> {
     }
 }
 
-/// A tokenizer's file, and a text that goes through it.
+/// A tokenizer's file, and a text that is tokenized with it.
 fn tokenizer_file() -> Parser<'static> {
     let words = tokenizer(64);
     let mut many_parts = words.clone();
@@ -321,7 +322,7 @@ fn generation_config() -> Parser<'static> {
     }
 }
 
-/// Rows of every kind, each from a file of its own, up to their tokens.
+/// Examples of every format, each from a file of its own, up to their tokens.
 fn rows<'a>(
     name: &'static str,
     file: &'static str,
@@ -337,8 +338,8 @@ fn rows<'a>(
     Parser {
         name,
         seeds,
-        // A page of Parquet announces its size in 31 bits, and the crate reserves that much address space before
-        // it reads.
+        // A page of Parquet states its size in 31 bits, and the crate reserves that much address
+        // space before it reads.
         memory: if file.ends_with(".parquet") {
             4096 * MIB
         } else {
@@ -403,7 +404,7 @@ fn parquet(folder: &Path) -> Parser<'_> {
     rows("rows, Parquet", "rows.parquet", files.to_vec(), folder)
 }
 
-/// How an adapter's prompts were made.
+/// The record of an adapter's training prompts.
 fn prompt_file(folder: &Path) -> Parser<'_> {
     let prompt = json!({"prompt_template": "chat", "dataset_format": "messages", "chat_template_sha256": "0".repeat(64)});
     Parser {
@@ -417,8 +418,8 @@ fn prompt_file(folder: &Path) -> Parser<'_> {
     }
 }
 
-/// A checkpoint of a run of two steps. Its manifest is made anew where another file is changed, so that hashes do
-/// not refuse what the parser behind them should.
+/// A checkpoint of a run of two steps. Its manifest is made anew if another file is changed, so
+/// that hashes do not refuse files before the parser reads them.
 fn checkpoint<'a>(
     folder: &'a Path,
     name: &'static str,
@@ -464,7 +465,7 @@ fn checkpoint<'a>(
     }
 }
 
-/// What merging reads of a base model, which it does without loading it.
+/// The parts of a base model that merging reads without loading it.
 fn merge_base(folder: &Path) -> Parser<'_> {
     let model = folder.join("merge");
     copy_folder(&fixture("tied").join("model"), &model);
@@ -483,7 +484,7 @@ fn merge_base(folder: &Path) -> Parser<'_> {
     }
 }
 
-/// An adapter's folder, put on the model that it is for.
+/// An adapter's folder, applied to its model.
 fn adapter<'a>(
     folder: &'a Path,
     name: &'static str,
@@ -534,14 +535,14 @@ fn adapter_weights(folder: &Path) -> Parser<'_> {
     )
 }
 
-/// A configuration that is accepted is written and read back as the same.
+/// An accepted configuration is written and read back as the same.
 fn configuration(file: &[u8], name: &str) -> Result<(), String> {
     let text = std::str::from_utf8(file).map_err(said)?;
     let config = Config::parse(text, Some(Path::new(name)), None, &[]).map_err(said)?;
     let written = config.to_toml();
     let again = Config::parse(&written, Some(Path::new("again.toml")), None, &[]);
     let again =
-        again.unwrap_or_else(|error| panic!("what was written is refused: {error}\n{written}"));
+        again.unwrap_or_else(|error| panic!("the written file is refused: {error}\n{written}"));
     let source = config.source.clone();
     assert!(Config { source, ..again } == config, "{written}");
     Ok(())
@@ -562,7 +563,7 @@ fn config_toml() -> Parser<'static> {
     Parser {
         name: "configuration, TOML",
         seeds,
-        // The parser holds a token for every bracket.
+        // The parser holds a token per bracket.
         memory: 64 * MIB,
         read: Box::new(|file| configuration(file, "run.toml")),
     }

@@ -1,4 +1,5 @@
-//! Models by their names: downloads from a server on this machine that speaks the Hub's protocol, well and badly.
+//! Models by name: downloads from a server on this machine that implements the Hub's protocol,
+//! correctly or with faults.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,14 +11,14 @@ use tests::hub_server::{COMMIT, Fault, HubServer, Repository, Request, git_hash,
 
 const NAME: &str = "owner/model";
 
-/// Bytes that no two files share.
+/// Bytes that differ in every file.
 fn noise(length: usize) -> Vec<u8> {
     (0..length as u64)
         .map(|i| (i * i * 31 + i / 251) as u8)
         .collect()
 }
 
-/// A repository as they are: more than what is wanted.
+/// A typical repository, with more files than are needed.
 fn model() -> Repository {
     Repository::of(&[
         (".gitattributes", b"*"),
@@ -74,7 +75,7 @@ impl Place {
         self.folder.path().join("hub/models--owner--model/blobs")
     }
 
-    /// Every file of the cache, by its path there.
+    /// Every file of the cache, by its path.
     fn files(&self) -> Vec<String> {
         fn walk(folder: &Path, found: &mut Vec<PathBuf>) {
             for entry in fs::read_dir(folder).into_iter().flatten() {
@@ -119,7 +120,7 @@ fn is_whole(folder: &Path, repository: &Repository, file: &str) {
     assert!(got == repository.files[file], "{file} has other bytes");
 }
 
-// What is fetched, and where it lies.
+// The files that are fetched, and their places.
 
 #[test]
 fn a_model_comes_into_the_standard_cache_without_code_and_pickles() {
@@ -188,7 +189,7 @@ fn what_is_there_is_not_fetched_again() {
             .path
             .starts_with("/api/models/owner/model/revision/main")
     );
-    // A commit never changes: nothing is asked at all.
+    // A commit never changes: no request is sent.
     let pinned = format!("{NAME}@{COMMIT}");
     assert_eq!(place.get(&pinned, Need::Model).unwrap(), folder);
     assert!(place.server.requests().is_empty());
@@ -318,7 +319,7 @@ fn an_adapter_comes_with_its_json() {
     assert_eq!(fs::read_dir(folder).unwrap().count(), 3);
 }
 
-// What goes wrong on the way.
+// Faults during a transfer.
 
 #[test]
 fn a_download_goes_on_where_the_connection_was_cut_off() {
@@ -491,7 +492,7 @@ fn two_runs_at_once_fetch_a_file_once() {
     );
 }
 
-// Who may have it.
+// Access rights.
 
 #[test]
 fn a_gated_model_says_the_steps_and_comes_with_the_right_token() {
@@ -526,7 +527,7 @@ fn a_gated_model_says_the_steps_and_comes_with_the_right_token() {
     }
     let folder = with(Some("hf_accepted")).unwrap();
     is_whole(&folder, &model(), "model.safetensors");
-    // The place for large files is somebody else's machine.
+    // The storage of large files is another party's machine.
     let to_storage: Vec<_> = place
         .server
         .requests()
@@ -586,7 +587,7 @@ fn without_a_connection_the_cache_serves_and_what_is_missing_says_what_to_do() {
     assert_eq!(place.offline(NAME, Need::Model).unwrap(), folder);
     assert!(place.server.requests().is_empty(), "offline means offline");
     let nobody = Settings {
-        // Port 9 discards; on a machine where something listens there, it does not speak HTTP.
+        // Port 9 discards data; a service on it would not speak HTTP.
         endpoint: "http://127.0.0.1:9".into(),
         ..place.settings()
     };
@@ -618,9 +619,9 @@ fn a_disk_that_is_too_small_is_noticed_before_anything_is_fetched() {
     assert!(of_file(&place.server.requests(), "model.safetensors").is_empty());
 }
 
-// Servers that nobody should trust.
+// Servers that must not be trusted.
 
-/// An error in good time, and nothing outside the cache's own folders.
+/// An error in good time, and no file outside the cache's own folders.
 fn refuses(place: &Place, what: &str) -> HubError {
     let started = Instant::now();
     let error = match place.get(NAME, Need::Model) {
@@ -680,7 +681,7 @@ fn headers_lead_nowhere_else() {
             headers: vec![(name, value), ("ETag", "\"x/../../y\"".into())],
             ..model()
         });
-        // An etag that is no hash names no file and proves nothing; the sizes are still checked.
+        // An etag that is not a hash names no file and proves nothing; the sizes are still checked.
         let folder = place.get(NAME, Need::Model).unwrap();
         is_whole(&folder, &model(), "model.safetensors");
         for file in place.files() {
@@ -694,7 +695,8 @@ fn headers_lead_nowhere_else() {
             ..model()
         });
         let result = place.get(NAME, Need::Model);
-        // What is no number counts for nothing; a wrong one is not believed against the bytes.
+        // A value that is not a number is ignored; a wrong number is not believed against the
+        // bytes.
         assert_eq!(result.is_err(), size == "4", "{size}: {result:?}");
     }
 }

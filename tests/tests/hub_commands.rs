@@ -1,4 +1,4 @@
-//! The program with names of the Hub in place of folders, as a user types them.
+//! The program with names on the Hub instead of folders, as a user types them.
 
 use std::fs;
 
@@ -118,7 +118,7 @@ fn a_model_on_the_hub_is_planned_inspected_trained_and_used() {
         "2",
     ];
     hub.run(&generate, &[]).succeeded();
-    // All of it is in the cache now.
+    // Everything is in the cache now.
     let offline = [
         ("HF_HUB_OFFLINE", "1"),
         ("HF_ENDPOINT", "http://127.0.0.1:9"),
@@ -197,6 +197,6 @@ fn a_token_in_the_environment_opens_a_private_model_and_is_never_shown() {
         )
         .succeeded();
     assert!(!text.contains("hf_secret"), "{text}");
-    // Only now that it is in the cache.
+    // Only when it is in the cache.
     hub.run(&generate, &[("HF_HUB_OFFLINE", "1")]).succeeded();
 }

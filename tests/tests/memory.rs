@@ -1,6 +1,7 @@
-//! What a deep quantized stack holds between its forward and its backward pass, counted byte by byte.
+//! The memory that a deep quantized stack holds between its forward and its backward pass, counted
+//! byte by byte.
 //!
-//! One test only: the counting allocator sees every thread of the process.
+//! Only one test: the counting allocator counts every thread of the process.
 
 use burn::module::{Lora, Module, QLora, Quantizer};
 use burn::nn::{Linear, LinearConfig};
@@ -26,14 +27,15 @@ fn linears(device: &Device) -> Vec<Linear> {
 fn input(device: &Device) -> Tensor<2> {
     let mut rng = CounterRng::new(1);
     let values: Vec<f32> = (0..ROWS * WIDTH).map(|_| rng.normal() as f32).collect();
-    // As in the middle of a deeper model: without a gradient to pass on, no path keeps its first weight.
+    // As in the middle of a deeper model: without a gradient to pass on, no path saves its first
+    // weight.
     Tensor::from_data(TensorData::new(values, [ROWS, WIDTH]), device).require_grad()
 }
 
-/// What is in use after a forward pass that was not before it, while only its loss is kept; and by
-/// how much the backward pass exceeds that at its worst moment.
+/// The bytes in use after a forward pass that were not in use before it, with only its loss kept;
+/// and how much the peak of the backward pass exceeds that.
 fn held(forward: impl Fn() -> Tensor<2>) -> (usize, usize) {
-    // Once before measuring: thread pools and their buffers stay for good.
+    // Once before measuring: thread pools and their buffers stay allocated.
     drop(forward().sum().backward());
     let before = CountingAllocator::bytes_in_use();
     let loss = forward().sum();

@@ -1,5 +1,5 @@
-//! Merging from folder to folder: what is in memory meanwhile. The allocator counts all threads, so this test has
-//! a program of its own.
+//! The memory of merging from folder to folder. The allocator counts all threads, so this test is a
+//! program of its own.
 
 use std::fs;
 use std::path::Path;
@@ -44,13 +44,14 @@ fn a_merge_holds_one_changed_tensor_and_none_of_the_model() {
     println!("held at most {} KiB", held >> 10);
     let changed = WIDE * HIDDEN * size_of::<f32>();
     assert_eq!(changed, 24 << 20);
-    // The changed tensor in f32, beside it a run of rows as read and as numbers (2 + 4 MiB), the file's buffer
-    // (1 MiB), the adapter's file and matrices (4 · 25,000 floats, 0.4 MiB each), and headers. The embedding alone
-    // would be 64 MiB in f32, the model 114 MiB as it is.
+    // The changed tensor in f32, beside it a run of rows as read and as numbers (2 + 4 MiB), the
+    // file's buffer (1 MiB), the adapter's file and matrices (4 · 25,000 floats, 0.4 MiB each), and
+    // headers. The embedding alone would be 64 MiB in f32, the model 114 MiB in its own type.
     assert!(held < changed + (10 << 20), "held {held} bytes");
 }
 
-/// A model with a 32 MiB embedding and 12 MiB matrices, all zeros; the size of its largest tensor.
+/// A model with a 32 MiB embedding and 12 MiB matrices, all zeros; returns the size of its largest
+/// tensor.
 fn write_model(folder: &Path) -> usize {
     let config = json!({
         "model_type": "llama", "vocab_size": VOCABULARY, "hidden_size": HIDDEN, "intermediate_size": WIDE,

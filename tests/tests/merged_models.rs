@@ -1,4 +1,5 @@
-//! Model folders that we merge, against those that PEFT's `merge_and_unload` made of the same adapters.
+//! Model folders that `merge` writes, compared with those that PEFT's `merge_and_unload` made of
+//! the same adapters.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -20,7 +21,7 @@ fn options(name: &str, output: PathBuf) -> MergeOptions {
     }
 }
 
-/// The tensors of a folder, as its own configuration names them.
+/// The tensors of a folder, named as in its own configuration.
 fn tensors(folder: &Path) -> Vec<(String, Vec<f32>)> {
     let config = LlamaConfig::from_file(folder).unwrap();
     let shapes = config.tensor_shapes();

@@ -1,4 +1,5 @@
-//! Rows packed back to back against padded rows, rows alone, and micro-batches of other sizes.
+//! Packed sequences compared with padded ones, with single ones, and with micro-batches of other
+//! sizes.
 
 use std::collections::BTreeMap;
 
@@ -14,10 +15,11 @@ use train_step::gradients::{
 };
 use train_step::loss::LossSums;
 
-/// Lengths of rows with their last third supervised: 3, 7, 1, 4 and 2 tokens.
+/// Lengths of sequences with their last third in the loss: 3, 7, 1, 4 and 2 tokens.
 const LENGTHS: [usize; 5] = [9, 21, 5, 14, 6];
 
-/// A small Llama with adapters on every linear module, B ≠ 0 and γ = 4, and rows of a third of its tokens.
+/// A small Llama with adapters on every linear module, B ≠ 0 and γ = 4, and adapted embedding rows
+/// of a third of its tokens.
 fn model(lora_dropout: f64) -> Llama {
     let config = LlamaConfig {
         vocab_size: 96,
@@ -62,12 +64,12 @@ fn model(lora_dropout: f64) -> Llama {
         .expect("the adapter fits its own model")
 }
 
-/// Rows with these indices into [`LENGTHS`], packed.
+/// Sequences with these indices into [`LENGTHS`], packed.
 fn batch(rows: &[usize]) -> Batch {
     pack(rows, 0, Prefixes::Apart)
 }
 
-/// Rows of random tokens, of which the first `alike` are the same in all of them.
+/// Sequences of random tokens, of which the first `alike` are the same in all of them.
 fn pack(rows: &[usize], alike: usize, prefixes: Prefixes) -> Batch {
     let tokens = |row: usize, count: usize| -> Vec<u32> {
         let mut rng = CounterRng::new(7).fork(row as u64);
@@ -91,7 +93,7 @@ fn pack(rows: &[usize], alike: usize, prefixes: Prefixes) -> Batch {
     Batch::new(&rows, prefixes)
 }
 
-/// The gradients of the mean loss, by module and parameter, after these micro-batches.
+/// The gradients of the mean loss over these micro-batches, by module and parameter.
 type Named = BTreeMap<String, Vec<f32>>;
 
 fn gradients(
@@ -144,8 +146,8 @@ fn distance(got: &Named, expected: &Named) -> f64 {
     got.keys().map(relative).fold(0.0, f64::max)
 }
 
-// f32 sums in another order: 1e-7 to 1e-6. A row that sees its neighbour, a position that does not
-// restart, or a mean over micro-batches instead of tokens gives 1e-2 and more.
+// f32 sums in another order: 1e-7 to 1e-6. A sequence that attends to its neighbour, a position
+// that does not restart, or a mean over micro-batches instead of tokens gives 1e-2 and more.
 const TOLERANCE: f64 = 1e-5;
 
 #[track_caller]
@@ -199,7 +201,7 @@ fn the_order_of_packed_rows_does_not_matter() {
 fn accumulated_micro_batches_of_unequal_token_counts_equal_one_big_batch() {
     let model = model(0.0);
     let big = gradients(&model, &[batch(&[0, 1, 2, 3, 4])], false);
-    // 7, 4 and 6 supervised tokens.
+    // 7, 4 and 6 tokens in the loss.
     let micro_batches = [batch(&[1]), batch(&[0, 2]), batch(&[3, 4])];
     let supervised = micro_batches.each_ref().map(|batch| batch.target_ids.len());
     assert!(supervised[0] != supervised[1] && supervised[1] != supervised[2]);
@@ -237,7 +239,7 @@ fn shared_beginnings_have_the_loss_and_the_gradients_of_rows_apart() {
     let rows = [0, 1, 2, 3, 4, 1];
     let apart = pack(&rows, 12, Prefixes::Apart);
     let shared = pack(&rows, 12, Prefixes::Shared);
-    // Twelve tokens once instead of six times, and of two equal rows one.
+    // Twelve tokens once instead of six times, and one of two equal sequences.
     let saved = apart.tokens.ids.len() - shared.tokens.ids.len();
     assert_eq!(saved, 5 * 12 + LENGTHS[1]);
     for checkpointing in [false, true] {

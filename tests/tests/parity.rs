@@ -1,7 +1,8 @@
-//! The trainer's numbers against those of transformers and PEFT, on every device of this build.
+//! The trainer's numbers compared with those of transformers and PEFT, on every device of this
+//! build.
 //!
-//! The second half shows that the comparison would notice: each mistake that is easy to make in a
-//! trainer is made in a copy of a fixture, and must be found.
+//! The second half tests the comparison: each mistake that is easy to make in a trainer is made in
+//! a copy of a fixture, and must be found.
 
 use std::fs;
 use std::path::Path;
@@ -113,7 +114,7 @@ fn a_magnitude_a_rank_s_scale_a_bias_and_a_norm_that_are_left_out_are_noticed() 
     });
 }
 
-/// Doubles the elements of every f32 tensor whose name ends so.
+/// Doubles the elements of every f32 tensor whose name ends with `end`.
 fn double(path: &Path, end: &str) {
     let bytes = fs::read(path).expect("the fixture can be read");
     let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
@@ -290,7 +291,7 @@ fn another_token_in_the_middle_is_noticed() {
 fn a_token_of_padding_that_is_taken_for_a_row_s_end_is_an_error_or_noticed() {
     let folder = tempfile::tempdir().expect("a temporary folder");
     copy_folder(&fixture("padded_rows"), folder.path());
-    // One token too few: the last supervised position of each row is gone.
+    // One token too few: the last position in the loss of each sequence is missing.
     edit_integers(folder.path(), "attention_mask", |row| {
         let last = row.iter().rposition(|place| *place == 1).expect("a token");
         row[last] = 0;
@@ -377,7 +378,7 @@ fn an_adapter_of_peft_is_written_again_tensor_by_tensor_as_it_was() {
                 (ours.dtype(), ours.shape(), ours.data())
             );
         }
-        // Every field that both files have holds the same.
+        // Every field that both files have is equal.
         let json = |folder: &Path| -> serde_json::Value {
             let text = fs::read_to_string(folder.join(peft::CONFIG_FILE)).expect("a configuration");
             serde_json::from_str(&text).expect("JSON")
@@ -421,7 +422,8 @@ fn packed_rows_give_the_logits_of_each_row_alone_on_every_device() {
                 .map(|(a, b)| (a - b).abs())
                 .fold(0.0, f32::max);
             println!("{name}, {quantization:?}: {difference:.1e}");
-            // f32 sums in another order; a row that saw its neighbour would differ by 0.1 and more.
+            // f32 sums in another order; a sequence that attends to its neighbour would differ by
+            // 0.1 and more.
             assert!(
                 packed.len() == alone.len() && difference < 1e-4,
                 "{name}: {difference}"

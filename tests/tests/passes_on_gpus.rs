@@ -1,5 +1,6 @@
-//! Training passes on every GPU backend of this build against the CPU: losses, hits and gradients, with beginnings that
-//! examples share, examples longer than a tile of attention scores, several micro-batches, recomputation.
+//! Training passes on every GPU backend of this build compared with the CPU: losses, correct
+//! predictions and gradients, with shared prefixes, examples longer than a tile of attention
+//! scores, several micro-batches, recomputation.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -14,12 +15,13 @@ use tests::devices;
 use train_step::gradients::{AdapterGradients, PassOptions, accumulate, evaluate};
 use train_step::loss::LossSums;
 
-/// Relative Frobenius distance of a gradient from the CPU's. Sums in f32 over up to 2,100 tokens in another order give
-/// 1e-6 to 5e-6; a key that is seen and should not be, or a token that counts twice, gives 1e-3 and more.
+/// Relative Frobenius distance of a gradient from the CPU's. Sums in f32 over up to 2,100 tokens in
+/// another order give 1e-6 to 5e-6; a key that is wrongly visible, or a token that counts twice,
+/// gives 1e-3 and more.
 const TOLERANCE: f64 = 2e-5;
 
-/// A small Llama in 8 bits with adapters on every linear module, B ≠ 0 and γ = 2. Eight heads make attention's tiles
-/// end within 2,100 tokens.
+/// A small Llama in 8 bits with adapters on every linear module, B ≠ 0 and γ = 2. With eight heads,
+/// attention has several tiles within 2,100 tokens.
 fn model(device: &Device) -> Llama {
     let json = serde_json::json!({
         "model_type": "llama", "vocab_size": 96, "hidden_size": 64, "intermediate_size": 96,
@@ -50,7 +52,8 @@ fn model(device: &Device) -> Llama {
         .expect("the adapter fits its own model")
 }
 
-/// Examples of these lengths, of which the first `alike` tokens are the same; the loss is on the last third.
+/// Examples of these lengths, of which the first `alike` tokens are the same; the last third is in
+/// the loss.
 fn batch(lengths: &[usize], alike: usize) -> Batch {
     let tokens = |example: usize, count: usize| -> Vec<u32> {
         let mut rng = CounterRng::new(7).fork(example as u64);
@@ -75,7 +78,8 @@ fn batch(lengths: &[usize], alike: usize) -> Batch {
     Batch::new(&rows, Prefixes::Shared)
 }
 
-/// The model with its tables in f16, which makes it compute products in f16; on the CPU in f32, with the same numbers.
+/// The model with its embedding and head in f16, so that it computes products in f16; on the CPU in
+/// f32, with the same numbers.
 fn in_f16(mut model: Llama) -> Llama {
     for table in std::iter::once(&mut model.embed_tokens).chain(&mut model.lm_head) {
         for piece in &mut table.pieces {
@@ -198,13 +202,13 @@ fn losses_and_gradients_are_those_of_the_cpu() {
     }
 }
 
-/// Relative distances of a loss, of the gradients' norm and of a factor's gradient in f16 from the CPU's in f32. A rounding
-/// to f16 is off by up to 4.9e-4, and some sixteen follow each other in a layer and back, whose independent parts add up
-/// as a root: 2e-3. Gradients of queries and keys are differences of numbers that were rounded, which costs digits more:
-/// measured 5e-3.
+/// Relative distances of a loss, of the gradients' norm and of a factor's gradient in f16 from the
+/// CPU's in f32. A rounding to f16 is off by up to 4.9e-4, and some sixteen follow each other in a
+/// layer and back. Their independent parts add up as a root: 2e-3. Gradients of queries and keys
+/// are differences of rounded numbers, which lose more digits: measured 5e-3.
 const TOLERANCES_F16: [f64; 3] = [5e-4, 2e-3, 1.2e-2];
 
-/// Tests here switch things on for the whole process, and count what the whole process launches.
+/// These tests set process-wide switches, and count launches of the whole process.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
 fn alone() -> MutexGuard<'static, ()> {
@@ -245,7 +249,7 @@ fn in_f16_hidden_states_and_gradients_stay_near_those_in_f32_whatever_the_loss_s
             let mut all = [loss, norm, furthest.0].into_iter().zip(TOLERANCES_F16);
             assert!(all.all(|(distance, tolerance)| distance < tolerance));
         }
-        // Out of the range: it must show, so that the scale can be halved.
+        // Out of range: this must be detected, so that the scale can be halved.
         let (sums, norm, _) = scaled(2f64.powi(30), false);
         assert!(sums.loss.is_finite() && !norm.is_finite(), "{norm}");
         let options = PassOptions::default();

@@ -1,6 +1,6 @@
-//! The planner's peak of a step against every byte that real passes allocate.
+//! The planner's peak of a step compared with every byte that real passes allocate.
 //!
-//! One test only: the counting allocator sees every thread of the process.
+//! Only one test: the counting allocator counts every thread of the process.
 
 use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
@@ -13,10 +13,10 @@ use train_step::gradients::{AdapterGradients, PassOptions, accumulate};
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-/// Buffers of the matrix product that stay for good; on the plan they are in the program's part.
+/// Buffers of the matrix product that stay allocated; in the plan they belong to the program.
 const PRODUCT_BUFFERS: f64 = 1.5e6;
 
-/// A tenth, which leaves room for what is counted in no formula: lists, indices, the thread pool's queue.
+/// A tenth, for allocations that no formula includes: lists, indices, the thread pool's queue.
 const TOLERANCE: f64 = 0.1;
 
 /// A model, a micro-batch, adapters.
@@ -145,7 +145,7 @@ fn measured(case: Case, batch: &Batch) -> f64 {
         dropout_seed: 1,
         ..PassOptions::default()
     };
-    // Once before measuring: thread pools and their buffers stay for good.
+    // Once before measuring: thread pools and their buffers stay allocated.
     accumulate(&model, batch, options, &mut AdapterGradients::default());
     let before = CountingAllocator::bytes_in_use();
     CountingAllocator::reset_peak();
@@ -177,7 +177,7 @@ fn the_predicted_peak_of_a_step_is_within_a_tenth_of_what_is_allocated() {
     let mut wrong = Vec::new();
     for case in cases() {
         for prefixes in [Prefixes::Apart, Prefixes::Shared] {
-            // The first third of every row is the same.
+            // The first third of every sequence is the same.
             let rows: Vec<Vec<u32>> = (0..case.rows)
                 .map(|row| {
                     let token = |i| if i < case.length / 3 { i } else { i + row };

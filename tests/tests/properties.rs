@@ -1,4 +1,4 @@
-//! What holds for every configuration and every batch of rows, tried on random ones.
+//! Properties of every configuration and every batch of sequences, tested on random ones.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use run_config::Config;
 use serde_json::{Value, json};
 use train_step::gradients::evaluate;
 
-/// Keys with some of the values that are right for them, whatever the other keys are.
+/// Keys with some of their valid values, independent of the other keys.
 fn right_values() -> Vec<(&'static str, Vec<Value>)> {
     let numbers = |values: &[f64]| values.iter().map(|value| json!(value)).collect();
     vec![
@@ -91,7 +91,7 @@ fn least() -> serde_json::Map<String, Value> {
     least.as_object().cloned().unwrap_or_default()
 }
 
-/// What is written is read back as the same.
+/// A written value is read back as the same.
 fn round_trip(config: &Config) {
     let written = config.to_toml();
     let again = Config::parse(&written, Some(Path::new("again.toml")), None, &[]);
@@ -100,7 +100,7 @@ fn round_trip(config: &Config) {
     assert!(Config { source, ..again } == *config, "{written}");
 }
 
-/// Values that no key expects, and some that one or another does.
+/// Values that no key accepts, and some that one or another accepts.
 fn any_value() -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
@@ -168,7 +168,7 @@ proptest! {
     }
 }
 
-/// Rows over few tokens, so that many begin alike.
+/// Sequences over few tokens, so that many share a prefix.
 fn rows() -> impl Strategy<Value = Vec<Vec<u32>>> {
     let beginnings = prop::collection::vec(prop::collection::vec(0u32..3, 1..24), 1..4);
     let own = prop::collection::vec(
@@ -183,7 +183,7 @@ fn rows() -> impl Strategy<Value = Vec<Vec<u32>>> {
     })
 }
 
-/// Every second token of the latter half of a row is learned, and its last.
+/// Every second token of the latter half of a sequence is in the loss, and its last token.
 fn packed(rows: &[Vec<u32>], prefixes: Prefixes) -> Batch {
     let rows: Vec<BatchRow> = rows
         .iter()
@@ -200,7 +200,7 @@ fn packed(rows: &[Vec<u32>], prefixes: Prefixes) -> Batch {
     Batch::new(&rows, prefixes)
 }
 
-/// The tokens that the position `at` of a packed sequence sees, itself the last.
+/// The tokens that the position `at` of a packed sequence attends to, with itself the last.
 fn seen(tokens: &PackedTokens, at: usize) -> Vec<u32> {
     let starts = tokens.starts();
     let segment = starts.partition_point(|start| *start <= at) - 1;
@@ -215,7 +215,7 @@ fn seen(tokens: &PackedTokens, at: usize) -> Vec<u32> {
     assert_eq!(
         tokens.offsets()[segment] + at - starts[segment] + 1,
         seen.len(),
-        "a position counts what it sees"
+        "a position counts the tokens that it attends to"
     );
     seen
 }
@@ -283,8 +283,8 @@ proptest! {
         let (_, model) = tiny();
         let [shared, apart] = [Prefixes::Shared, Prefixes::Apart].map(|prefixes| evaluate(&model, &packed(&rows, prefixes)));
         prop_assert_eq!((shared.tokens, shared.rows), (apart.tokens, apart.rows));
-        // Sums of up to 100 losses of about 2, each in f32 in another order of additions: 1e-5 of the sum is
-        // a hundred times what was seen.
+        // Sums of up to 100 losses of about 2, each in f32 in another order of additions: 1e-5 of
+        // the sum is a hundred times the measured difference.
         let tolerance = 1e-5 * apart.loss.abs().max(1.0);
         prop_assert!((shared.loss - apart.loss).abs() <= tolerance, "{} and {}", shared.loss, apart.loss);
     }

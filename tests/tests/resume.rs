@@ -1,4 +1,4 @@
-//! A run that stops and goes on is the run that never stopped.
+//! A resumed run equals a run without interruption.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use tests::reliability::{Row, record};
 use tests::runs::{Running, adapter_bytes, checkpoints, last_step, lines, losses, numbers};
 use tests::workspace::{Workspace, edit_json};
 
-/// A run of 20 steps in 4 epochs with everything that has a state: moments, an order of rows, dropout,
+/// A run of 20 steps in 4 epochs with every kind of state: moments, an order of examples, dropout,
 /// several micro-batches, a validation in the middle of an epoch.
 const SETTINGS: [&str; 6] = [
     "lora_dropout=0.1",
@@ -72,7 +72,7 @@ fn a_run_that_stopped_three_times_is_the_undisturbed_one_bit_for_bit() {
     record(&Row {
         place: 70,
         fault: "The device is lost in the middle of an epoch, three times",
-        happened: "the step before is saved, and the command that goes on is on the screen; exit code 75",
+        happened: "the step before is saved, and the resume command is printed; exit code 75",
         lost: "nothing",
         recovery: Some(recovery),
     });
@@ -122,16 +122,16 @@ fn auto_starts_where_there_is_nothing_and_says_so_where_nothing_is_left_to_do() 
     let text = train(&workspace, "out", &once, "").succeeded();
     assert!(text.contains("all 4 steps of this run are done"), "{text}");
     assert!(adapter_bytes(&workspace.path("out")) == before);
-    // An adapter that somebody deleted is put back.
+    // A deleted adapter is written again.
     fs::remove_dir_all(workspace.path("out/adapter")).expect("it is there");
     resume(&workspace.path("out"), &[]).succeeded();
     assert!(adapter_bytes(&workspace.path("out")) == before);
     let card = workspace.path("out/adapter/README.md");
-    assert!(card.exists(), "{} is not there", card.display());
+    assert!(card.exists(), "{} is missing", card.display());
     record(&Row {
         place: 130,
         fault: "A finished run is resumed",
-        happened: "it says that all steps are done; exit code 0",
+        happened: "the run reports that all steps are done; exit code 0",
         lost: "nothing",
         recovery: None,
     });
@@ -153,12 +153,13 @@ fn a_folder_without_a_checkpoint_is_refused_with_what_to_do() {
     .succeeded();
     assert!(checkpoints(&workspace.path("off")).is_empty());
     resume(&workspace.path("off"), &[]).failed_saying(&["holds no checkpoint", "--resume"]);
-    // Not even auto takes the place of an adapter.
+    // Not even auto replaces an adapter.
     train(&workspace, "off", &["--resume"], "").failed_saying(&["no checkpoint", "--overwrite"]);
     record(&Row {
         place: 120,
         fault: "`--resume` with a wrong folder",
-        happened: "it is refused by name, with what would be right, before anything is loaded or written",
+        happened: "it is refused before anything is loaded or written; the message names the folder and the valid \
+                   choices",
         lost: "nothing",
         recovery: None,
     });
@@ -204,7 +205,7 @@ fn the_last_checkpoints_and_the_best_stay_and_hold_nothing_that_runs_code() {
             assert!(length < 200_000, "{}: {length}", path.display());
         }
     }
-    // A checkpoint's adapter is one.
+    // A checkpoint contains an adapter.
     peft::read_adapter(&out.join("checkpoints/step-000019/adapter"))
         .unwrap_or_else(|error| panic!("{error}"));
 }
@@ -219,12 +220,12 @@ fn a_damaged_checkpoint_gives_way_to_the_one_before() {
     let middle = bytes.len() / 2;
     bytes[middle] ^= 1;
     fs::write(&tensors, &bytes).expect("it is writable");
-    // Asked for by name, it is not silently another one.
+    // A checkpoint that was named is not silently replaced by another.
     resume(&newest, &[]).failed_saying(&["step-000007 is damaged", "training.safetensors"]);
     let started = Instant::now();
     let text = resume(&out, &[]).succeeded();
     let recovery = started.elapsed();
-    for words in ["step-000007 is damaged", "going on from step 6"] {
+    for words in ["step-000007 is damaged", "resuming from step 6"] {
         assert!(
             text.replace("\n              ", " ").contains(words),
             "{words}\n{text}"
@@ -234,9 +235,9 @@ fn a_damaged_checkpoint_gives_way_to_the_one_before() {
     assert!(adapter_bytes(&out) == adapter_bytes(&workspace.path("whole")));
     record(&Row {
         place: 40,
-        fault: "The newest checkpoint is damaged (a bit of it is flipped)",
-        happened: "its hash tells; the run says so and goes on from the one before",
-        lost: "nothing; the steps between the two are taken again",
+        fault: "The newest checkpoint is damaged (one bit is flipped)",
+        happened: "its hash does not match; the run reports it and resumes from the checkpoint before",
+        lost: "nothing; the steps between the two checkpoints are repeated",
         recovery: Some(recovery),
     });
 }
@@ -266,7 +267,7 @@ fn where_no_checkpoint_is_whole_the_run_says_what_is_wrong_with_each() {
 #[test]
 fn what_has_changed_since_is_named_and_refused_unless_forced() {
     let (workspace, out) = stopped();
-    // What a run may change on the way.
+    // Settings that may change when a run is resumed.
     let free = [
         "logging_steps=5",
         "save_steps=3",
@@ -320,8 +321,8 @@ fn what_has_changed_since_is_named_and_refused_unless_forced() {
     assert_eq!(last_step(&out), 25);
     record(&Row {
         place: 110,
-        fault: "Settings, data, tokenizer or base model are not those that the run began with",
-        happened: "everything that differs is named and the run is not resumed; `--force-resume` does it all the same",
+        fault: "Settings, data, tokenizer or base model have changed since the run started",
+        happened: "every difference is named and the run is not resumed; `--force-resume` resumes it nevertheless",
         lost: "nothing",
         recovery: None,
     });
@@ -334,7 +335,7 @@ fn two_runs_do_not_share_a_folder() {
     let mut arguments = workspace.train_arguments(&SETTINGS);
     arguments.extend(["--output-dir".into(), output]);
     let arguments: Vec<&str> = arguments.iter().map(String::as_str).collect();
-    // Slow writing keeps the first one busy.
+    // Slow writing keeps the first run busy.
     let slow = [("LORA_TRAINER_FAULT", "delay=100")];
     let mut first = Running::start(&arguments, &slow, &workspace.path("log"));
     let out = workspace.path("out");
@@ -349,7 +350,7 @@ fn two_runs_do_not_share_a_folder() {
             // The run has taken steps, whether it can be resumed or not.
             outcome.failed_saying(&["already holds a run"])
         } else {
-            outcome.failed_saying(&["is training into", "process"])
+            outcome.failed_saying(&["is writing to", "process"])
         }
     }
     // A killed process holds no lock.
@@ -358,7 +359,8 @@ fn two_runs_do_not_share_a_folder() {
     record(&Row {
         place: 100,
         fault: "A second run is started in the same output folder",
-        happened: "it is refused, with the process that holds the folder; a killed one holds nothing",
+        happened: "it is refused, and the message names the process that has locked the folder; a killed process \
+                   leaves no lock",
         lost: "nothing",
         recovery: None,
     });
@@ -401,7 +403,7 @@ fn ctrl_c_saves_and_exits_with_a_command_that_goes_on_and_a_second_one_leaves_at
         ] {
             assert!(outcome.text.contains(words), "{}", outcome.text);
         }
-        // The step under way was the last, and is saved.
+        // The interrupted step was the last, and is saved.
         let newest = format!("step-{:06}", last_step(&out));
         assert!(
             checkpoints(&out).contains(&newest),
@@ -415,7 +417,7 @@ fn ctrl_c_saves_and_exits_with_a_command_that_goes_on_and_a_second_one_leaves_at
     running.signal("INT");
     let signalled = Instant::now();
     let outcome = running.end();
-    // Saving takes longer than this with these delays, unless it was over already.
+    // Saving takes longer than this with these delays, unless it was already over.
     assert!(signalled.elapsed() < Duration::from_millis(500));
     assert!(matches!(outcome.code, Some(130 | 75)), "{:?}", outcome.code);
     let started = Instant::now();
@@ -426,20 +428,21 @@ fn ctrl_c_saves_and_exits_with_a_command_that_goes_on_and_a_second_one_leaves_at
     record(&Row {
         place: 20,
         fault: "Ctrl-C (SIGINT), or SIGTERM",
-        happened: "the step is finished and saved, and the command that goes on is on the screen; exit code 75",
+        happened: "the step is finished and saved, and the resume command is printed; exit code 75",
         lost: "nothing",
         recovery: Some(recovery),
     });
     record(&Row {
         place: 30,
         fault: "Ctrl-C twice",
-        happened: "the process ends at once, files whole; exit code 130",
-        lost: "nothing; the steps since the last checkpoint are taken again",
+        happened: "the process exits immediately with all files intact; exit code 130",
+        lost: "nothing; the steps since the last checkpoint are repeated",
         recovery: Some(recovery),
     });
 }
 
-/// wgpu, where this build and this machine have it; its absence is a failure where CI demands it.
+/// wgpu, if this build and this machine have it; if it is missing and CI requires it, the test
+/// fails.
 fn wgpu() -> Option<device::Selected> {
     let required = std::env::var("LORA_REQUIRE_WGPU").is_ok_and(|value| value == "1");
     match device::select(device::Backend::Wgpu) {
@@ -468,7 +471,7 @@ fn in_f16_the_loss_scale_is_part_of_a_checkpoint_and_one_that_is_too_large_is_ha
     ];
     let whole = workspace.path("whole");
     let mut arguments = workspace.train_arguments(&[&SETTINGS[..], &more].concat());
-    // The workspace's own argument names the CPU.
+    // The workspace's own argument selects the CPU.
     arguments.retain(|argument| argument != "--backend" && argument != "cpu");
     let output = whole.display().to_string();
     arguments.extend(["--backend=wgpu".into(), "--output-dir".into(), output]);
@@ -505,10 +508,10 @@ fn in_f16_the_loss_scale_is_part_of_a_checkpoint_and_one_that_is_too_large_is_ha
         run(&resume).succeeded();
         workspace.path(folder)
     };
-    // The scale is a power of two, and what it multiplies is exact: the same bits.
+    // The scale is a power of two, and the scaled values are exact: the same bits.
     let parts = go_on("parts", None);
     assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
-    // 2³⁰ takes the gradient of every score out of the range.
+    // 2³⁰ takes the gradient of every logit out of the range.
     let halved = go_on("halved", Some(2f64.powi(30)));
     let found = scales(&halved);
     println!("loss scales after 2^30: {found:?}");
@@ -517,7 +520,7 @@ fn in_f16_the_loss_scale_is_part_of_a_checkpoint_and_one_that_is_too_large_is_ha
         "{found:?}"
     );
     let (whole, halved) = (losses(&whole), losses(&halved));
-    // The third step starts from the same adapter, the fourth from one that rounding moved.
+    // The third step starts from the same adapter, the fourth from one with rounding differences.
     assert_eq!(whole[..3], halved[..3]);
     assert!(
         (whole[3] - halved[3]).abs() < 1e-3 * whole[3],
@@ -548,8 +551,8 @@ fn a_run_goes_on_on_another_backend_and_back() {
     resume(&out, &[]).succeeded();
     let (whole, out) = (losses(&workspace.path("whole")), losses(&out));
     assert_eq!(whole.len(), 20);
-    // f32 sums in another order, over six steps of AdamW; the dropout's masks are the same, others would
-    // change the losses by some percent.
+    // f32 sums in another order, over six steps of AdamW; the dropout masks are the same, others
+    // would change the losses by some percent.
     let pairs = whole.iter().zip(&out);
     let worst = pairs.map(|(a, b)| (a - b).abs() / b).fold(0.0, f64::max);
     assert!(
@@ -560,8 +563,8 @@ fn a_run_goes_on_on_another_backend_and_back() {
     println!("CPU, wgpu, CPU: losses within {worst:.1e}");
     record(&Row {
         place: 140,
-        fault: "The run goes on on another backend (CPU, then wgpu, then CPU)",
-        happened: "it says so; the losses agree to 1e-4 relative (f32 sums in another order)",
+        fault: "The run is resumed on another backend (CPU, then wgpu, then CPU)",
+        happened: "a note is printed; the losses agree to 1e-4 relative (f32 sums in another order)",
         lost: "nothing",
         recovery: Some(recovery),
     });

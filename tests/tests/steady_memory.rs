@@ -1,6 +1,6 @@
-//! What a run holds does not grow with its steps.
+//! The memory of a run does not grow with its steps.
 //!
-//! One test only: the counting allocator sees every thread of the process.
+//! Only one test: the counting allocator counts every thread of the process.
 
 use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
@@ -13,7 +13,8 @@ use train_step::optimizer::AdamW;
 #[global_allocator]
 static ALLOCATOR: CountingAllocator = CountingAllocator;
 
-/// Lists that have grown once stay as large; a tensor that is never let go would be a thousand bytes per step.
+/// Lists that have grown once stay large; a tensor that is never freed would be a thousand bytes
+/// per step.
 const TOLERANCE: usize = 20_000;
 
 #[test]
@@ -63,7 +64,7 @@ fn what_is_in_use_after_many_steps_is_what_was_in_use_after_some() {
         }
         model
     };
-    // A multiple of the steps between two sweeps of the tape.
+    // A multiple of the steps between two clean-ups of the autodiff graph.
     model = steps(64, model);
     let before = CountingAllocator::bytes_in_use();
     model = steps(320, model);

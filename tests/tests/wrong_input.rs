@@ -1,4 +1,4 @@
-//! Models and adapters that are not what they should be: what the screen says.
+//! Invalid models and adapters: the messages on the screen.
 
 use std::fs;
 use std::path::Path;
@@ -8,7 +8,7 @@ use tests::fixture;
 use tests::program::{Outcome, run};
 use tests::workspace::{Workspace, copy_folder, edit_json};
 
-/// A workspace with an adapter that is for its model.
+/// A workspace with an adapter for its model.
 fn place() -> Workspace {
     let workspace = Workspace::new();
     copy_folder(&fixture("tied").join("trained"), &workspace.path("adapter"));

@@ -1,7 +1,7 @@
-//! `cargo xtask gpu-bundle`: the trainer for machines with a GPU and nothing else.
+//! `cargo xtask gpu-bundle`: the trainer for machines that have a GPU but no build tools.
 //!
-//! One compressed file with a build for CUDA, one for SPIR-V on Vulkan, one for WGSL, and `run.sh`, which reports with
-//! each of them that starts where it is unpacked.
+//! One compressed file with a build for CUDA, one for SPIR-V on Vulkan, one for WGSL, and `run.sh`,
+//! which makes a report with each build that starts on the machine.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,7 +14,7 @@ use clap::Args;
 use crate::backend::Backend;
 use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place, trainer_binary};
 
-/// Larger ones do not pass where they are sent.
+/// A larger file cannot be sent.
 const LARGEST: u64 = 60 << 20;
 
 /// The cargo profile of the builds.
@@ -29,7 +29,7 @@ const BACKENDS: [Backend; 3] = [Backend::Cuda, Backend::Vulkan, Backend::Wgpu];
 /// A program of the bundle.
 #[derive(Debug, PartialEq)]
 struct Build {
-    /// What it runs on; it lies in the folder that the first is the name of.
+    /// The libraries that it needs; the program is in the folder named by the first entry.
     backends: Vec<Backend>,
 }
 
@@ -44,7 +44,7 @@ impl Build {
     }
 }
 
-/// What goes into a bundle.
+/// The contents of a bundle.
 #[derive(Args, Debug, Default)]
 pub struct BundleArgs {
     /// Only these of cuda, vulkan and wgpu
@@ -61,7 +61,7 @@ pub struct BundleArgs {
     libdevice: Option<PathBuf>,
 }
 
-/// Builds, gathers and packs; the file's path.
+/// Builds, gathers and packs; returns the file's path.
 pub fn run(args: &BundleArgs) -> Result<ExitCode> {
     match bundle(args)? {
         Ok(file) => {
@@ -72,7 +72,7 @@ pub fn run(args: &BundleArgs) -> Result<ExitCode> {
     }
 }
 
-/// The packed file, or the exit code of what failed.
+/// The packed file, or the exit code of the step that failed.
 pub fn bundle(args: &BundleArgs) -> Result<std::result::Result<PathBuf, ExitCode>> {
     if !cfg!(all(target_os = "linux", target_arch = "x86_64")) {
         bail!("gpu-bundle is for Linux on x86-64; elsewhere run `cargo xtask gpu-report`");
@@ -140,8 +140,8 @@ pub fn bundle(args: &BundleArgs) -> Result<std::result::Result<PathBuf, ExitCode
     Ok(Ok(file))
 }
 
-/// The builds for the backends asked for. CUDA and WGSL share one, which is smaller than two; SPIR-V and WGSL cannot:
-/// CubeCL compiles for one of them.
+/// The builds for the selected backends. CUDA and WGSL share one, which is smaller than two; SPIR-V
+/// and WGSL cannot share one, because CubeCL compiles for only one of them.
 fn builds(only: &[Backend]) -> Result<Vec<Build>> {
     for backend in only {
         if !BACKENDS.contains(backend) {
@@ -159,7 +159,7 @@ fn builds(only: &[Backend]) -> Result<Vec<Build>> {
         .collect())
 }
 
-/// `cargo build` with these backends and no other; cargo's exit code if it failed.
+/// `cargo build` with exactly these backends; returns cargo's exit code if it failed.
 fn compile(for_these: &Build) -> Result<Option<ExitCode>> {
     eprintln!(
         "xtask: building the trainer for {}, optimised as a whole: a quarter of an hour and more on 2 cores",
@@ -190,7 +190,7 @@ fn compile(for_these: &Build) -> Result<Option<ExitCode>> {
     Ok(Some(ExitCode::from(exit_code(status).max(1))))
 }
 
-/// Packs `folder` with the program that does nothing else: xtask itself does without a C compiler.
+/// Packs `folder` with a separate program, so that xtask itself needs no C compiler.
 fn pack(folder: &Path, file: &Path) -> Result<Option<ExitCode>> {
     eprintln!("xtask: packing: about a minute for each build");
     if let Some(parent) = file.parent() {
@@ -204,7 +204,7 @@ fn pack(folder: &Path, file: &Path) -> Result<Option<ExitCode>> {
     Ok((!status.success()).then(|| ExitCode::from(exit_code(status).max(1))))
 }
 
-/// What unpacks the file and runs it, with and without zstd.
+/// The commands that unpack and run the file, with and without zstd.
 fn instructions(file: &Path) -> String {
     let name = file.file_name().unwrap_or_default().display();
     let unpack = if file.extension().is_some_and(|extension| extension == "zst") {
@@ -232,7 +232,8 @@ fn libraries(binary: &Path) -> Result<Vec<PathBuf>> {
     Ok(beyond_the_c_library(&String::from_utf8_lossy(&ldd.stdout)))
 }
 
-/// The paths in `ldd`'s output, but for those of the C library itself, which must be the machine's own.
+/// The paths in `ldd`'s output, except those of the C library itself, which must be the machine's
+/// own.
 fn beyond_the_c_library(ldd: &str) -> Vec<PathBuf> {
     let own = [
         "libc.",
@@ -254,14 +255,14 @@ fn beyond_the_c_library(ldd: &str) -> Vec<PathBuf> {
         .collect()
 }
 
-/// Vulkan's loader on this machine, for those that have a driver and no loader.
+/// Vulkan's loader of this machine, for machines that have a driver but no loader.
 fn vulkan_loader() -> Option<PathBuf> {
     let folders = ["/usr/lib/x86_64-linux-gnu", "/usr/lib64", "/usr/lib"];
     let paths = folders.map(|folder| Path::new(folder).join("libvulkan.so.1"));
     paths.into_iter().find(|path| path.is_file())
 }
 
-/// Cargo's target folder: xtask lies in its `release`.
+/// Cargo's target folder: xtask is in its `release`.
 fn target_folder() -> Result<PathBuf> {
     let binary = trainer_binary()?;
     let target = binary.parent().and_then(Path::parent);
@@ -270,7 +271,8 @@ fn target_folder() -> Result<PathBuf> {
         .to_owned())
 }
 
-/// `target` of this workspace, whatever `CARGO_TARGET_DIR` says: where people look for the file.
+/// `target` of this workspace, whatever `CARGO_TARGET_DIR` is: the place where users look for the
+/// file.
 pub fn target_of_workspace() -> Result<PathBuf> {
     let root = cargo::workspace_root().context("start it with `cargo xtask`")?;
     Ok(root.join("target"))

@@ -1,4 +1,4 @@
-//! The trainer's report in continuous integration: on the software driver, with small sizes.
+//! The trainer's GPU report in continuous integration: on the software driver, with small sizes.
 
 use std::fs;
 use std::path::Path;
@@ -12,10 +12,10 @@ use crate::cargo::{exit_code, quiet_display_server, trainer_binary};
 /// Seconds that the report may take here; it needs about one.
 const SECONDS: &str = "300";
 
-/// Seconds for the bundle's script. Its build times kernels before it takes one, which a software driver is slow at.
+/// Seconds for the bundle's script. Its build tunes kernels, which is slow on a software driver.
 const SECONDS_OF_BUNDLE: &str = "900";
 
-/// What others read of `report.json`, each with a value.
+/// The keys of `report.json` that other programs read; each must have a value.
 const KEYS: [&str; 9] = [
     "device",
     "checks",
@@ -28,10 +28,10 @@ const KEYS: [&str; 9] = [
     "peak_gbs",
 ];
 
-/// Those of them that every report has, however soon it ends.
+/// Those keys that every report has, however soon it ends.
 const KEYS_OF_EVERY_REPORT: [&str; 2] = ["device", "checks"];
 
-/// Runs the quick report with the trainer that the tests built, and looks for what others read of it.
+/// Runs the quick report with the trainer that the tests built, and checks these keys.
 pub fn quick() -> Result<u8> {
     let folder = target_of_workspace()?.join("gpu-report-ci");
     let mut report = Command::new(trainer_binary()?);
@@ -82,8 +82,8 @@ pub fn bundle(file: &Path) -> Result<u8> {
     if !status.success() {
         return Ok(exit_code(status).max(1));
     }
-    // Its build times kernels, so that a software driver does not finish the sections that count and measure; the report
-    // of the other build, made before, has their keys.
+    // Its build tunes kernels, so a software driver does not finish the sections that count and
+    // measure. The earlier report of the other build has their keys.
     complete(&output.join("wgpu/report.json"), &KEYS_OF_EVERY_REPORT)?;
     Ok(0)
 }
@@ -99,7 +99,8 @@ fn complete(path: &Path, keys: &[&'static str]) -> Result<()> {
     Ok(())
 }
 
-/// Those of the keys that have no value. The file is our own and written a key a line, so that no parser is needed.
+/// The keys without a value. The file is written by the trainer with one key per line, so no parser
+/// is needed.
 fn missing(json: &str, keys: &[&'static str]) -> Vec<&'static str> {
     let has = |key: &&str| {
         let start = format!("\"{key}\": ");

@@ -1,4 +1,5 @@
-//! `cargo xtask interop`: what we write in transformers, PEFT and llama.cpp, and what they write in ours.
+//! `cargo xtask interop`: transformers, PEFT and llama.cpp load this trainer's files, and the
+//! trainer loads theirs.
 
 use std::env;
 use std::ffi::OsString;
@@ -11,7 +12,7 @@ use crate::cargo::{self, exit_code, trainer_binary, workspace_root};
 use crate::detect::Machine;
 use crate::test::{self, Totals};
 
-/// Makes the Python environment, builds the trainer and runs pytest; `arguments` go to pytest.
+/// Creates the Python environment, builds the trainer and runs pytest; `arguments` go to pytest.
 pub fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
     let mut totals = Totals::default();
     let code = run_and_count(&arguments, &mut totals)?;
@@ -19,14 +20,14 @@ pub fn run(arguments: Vec<OsString>) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-/// As [`run`], with the tests' numbers added to `totals` and without a closing line.
+/// As [`run`], adding the tests' numbers to `totals` and without a closing line.
 pub fn run_and_count(arguments: &[OsString], totals: &mut Totals) -> Result<u8> {
     let folder = workspace_root()
         .context("cannot tell where the workspace is; run it as `cargo xtask interop`")?
         .join("tests/interop");
     let python = set_up(&folder.join("setup"))?;
 
-    // The tests' packages and features, so that Burn is not compiled for this alone.
+    // The tests' packages and features, so that Burn is not compiled again.
     let mut build = cargo::cargo("build");
     build
         .args(["--release", "--bin", "trainer"])

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: every test there is, on every backend that this machine can run them on.
+//! `cargo xtask test`: every test, on every backend that can run on this machine.
 
 use std::env;
 use std::ffi::OsString;
@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use crate::cargo::{self, exit_code, trainer_binary};
 use crate::detect::Machine;
 
-/// Whether a missing piece is a failure here rather than a skip.
+/// Whether a missing requirement is a failure rather than a skip.
 pub fn in_ci() -> bool {
     env::var("CI").is_ok_and(|ci| ci == "true" || ci == "1")
 }
@@ -23,7 +23,7 @@ pub fn run(filter: Vec<OsString>) -> Result<ExitCode> {
     Ok(ExitCode::from(code))
 }
 
-/// As [`run`], with the tests' numbers added to `totals` and without a closing line.
+/// As [`run`], adding the tests' numbers to `totals` and without a closing line.
 ///
 /// `cargo build --all-targets` and `cargo test` name the same profile, packages and features, so
 /// the libraries, the tests and the trainer's binary that the end-to-end tests start come from one
@@ -57,7 +57,8 @@ pub fn run_all(filter: &[OsString], totals: &mut Totals) -> Result<u8> {
         return Ok(exit_code(status));
     }
 
-    // xtask's own tests are apart: a build of the whole workspace would replace the running xtask.
+    // xtask's own tests run separately: a build of the whole workspace would replace the running
+    // xtask.
     let mut own = cargo::cargo("test");
     own.args(["--release", "--package", "xtask"]);
     let mut tests = cargo::cargo("test");
@@ -82,7 +83,7 @@ pub fn run_all(filter: &[OsString], totals: &mut Totals) -> Result<u8> {
     Ok(worst)
 }
 
-/// Which packages and features every cargo command of the tests names.
+/// The packages and features of every cargo command of the tests.
 pub fn packages(wgpu: bool) -> Vec<OsString> {
     let mut args: Vec<OsString> = ["--workspace", "--exclude", "xtask"]
         .map(Into::into)
@@ -111,7 +112,7 @@ pub struct Totals {
 }
 
 impl Totals {
-    /// The last line of a log, in a form that programs read too.
+    /// The last line of a log, in a form that programs can read.
     pub fn print(&self) {
         println!(
             "\n{} passed, {} failed, {} skipped",
@@ -119,7 +120,8 @@ impl Totals {
         );
     }
 
-    /// Adds `test result: ok. 12 passed; 0 failed; 1 ignored; …`; any other line counts nothing.
+    /// Adds a line such as `test result: ok. 12 passed; 0 failed; 1 ignored; …`; other lines are
+    /// ignored.
     fn add(&mut self, line: &str) {
         let Some((_, counts)) = line.split_once("test result: ") else {
             return;
@@ -141,7 +143,7 @@ impl Totals {
     }
 }
 
-/// Runs a test command, shows its output as it comes, and returns its exit code.
+/// Runs a test command, shows its output while it runs, and returns its exit code.
 pub fn run_and_count(command: &mut Command, totals: &mut Totals) -> Result<u8> {
     let mut child = command
         .stdout(Stdio::piped())

@@ -8,8 +8,8 @@ use lora_core::{CounterRng, LoraConfig};
 use super::error::BenchError;
 use peft::{AdapterConfig, AdapterPair, AdapterTensors, write_adapter};
 
-/// Writes a fresh adapter for a model of this shape into `folder`, in PEFT's layout: `A` uniform in ±1/√d_in
-/// as PEFT starts it, `B` zero. It depends on `seed` only.
+/// Writes a fresh adapter for a model of this shape into `folder`, in PEFT's layout: `A` uniform in
+/// ±1/√d_in as in PEFT, `B` zero. It depends on `seed` only.
 ///
 /// # Errors
 ///

@@ -1,5 +1,5 @@
-//! A Llama of Burn's own modules, as someone writes it who follows Burn's book: `Linear`, `Embedding` and
-//! `RmsNorm`, padded batches, scores at every position, one tape over everything.
+//! A Llama of Burn's own modules, written as in Burn's book: `Linear`, `Embedding` and `RmsNorm`,
+//! padded batches, logits at every position, one autodiff graph over everything.
 
 use burn::module::{Module, Param};
 use burn::nn::{Embedding, Linear, RmsNorm};
@@ -14,7 +14,7 @@ pub(super) struct BurnLlama {
     embed_tokens: Embedding,
     pub layers: Vec<Layer>,
     norm: RmsNorm,
-    /// None where the head is tied to the embedding.
+    /// `None` if the head is tied to the embedding.
     lm_head: Option<Embedding>,
     #[module(skip)]
     inverse_frequencies: Vec<f32>,
@@ -45,17 +45,17 @@ struct Mlp {
     down_proj: Linear,
 }
 
-/// What every layer needs to know of a padded batch.
+/// The inputs of every layer for a padded batch.
 struct Context {
-    /// `[1, 1, length, half a head]`.
+    /// `[1, 1, length, head_dim / 2]`.
     cos: Tensor<4>,
     sin: Tensor<4>,
-    /// True where a key follows its query, `[1, 1, length, length]`.
+    /// True if a key comes after its query, `[1, 1, length, length]`.
     hidden: Tensor<4, Bool>,
 }
 
 impl BurnLlama {
-    /// Takes the weights of a model that is not quantized.
+    /// Copies the weights of a model that is not quantized.
     pub fn new(model: Llama, config: &LlamaConfig) -> Self {
         let norm = |norm: llama_burn::RmsNorm| RmsNorm {
             gamma: norm.weight,
@@ -87,7 +87,7 @@ impl BurnLlama {
         }
     }
 
-    /// The scores of every token at every position.
+    /// The logits of every token at every position.
     ///
     /// # Shapes
     ///
@@ -173,7 +173,7 @@ impl Attention {
             .forward(mixed.reshape([rows, length, count * width]))
     }
 
-    /// Every key head once for each query head that uses it.
+    /// Repeats every key head for each query head that uses it.
     fn repeated(&self, x: Tensor<4>) -> Tensor<4> {
         let [rows, kv, length, width] = x.dims();
         let group = self.heads / self.key_value_heads;
@@ -190,7 +190,7 @@ impl Mlp {
     }
 }
 
-/// Halves of each head, as Hugging Face's Llama has them.
+/// The halves of each head, as in Hugging Face's Llama.
 fn rotate(x: Tensor<4>, context: &Context) -> Tensor<4> {
     let half = x.dims()[3] / 2;
     let (first, second) = (x.clone().narrow(3, 0, half), x.narrow(3, half, half));
@@ -207,7 +207,7 @@ fn linear(layer: LoraLinear) -> Linear {
 }
 
 fn table(table: VocabTable) -> Embedding {
-    // Burn's embedding has the type that it computes in; ours may be in its file's 16 bits.
+    // Burn's embedding is in the compute type; this model's may be in the 16 bits of its file.
     let dtype = FloatDType::from(table.compute_dtype());
     let pieces = table.pieces.into_iter().map(Param::into_value);
     let mut pieces: Vec<Tensor<2>> = pieces.map(|piece| piece.cast(dtype)).collect();

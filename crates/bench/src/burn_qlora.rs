@@ -1,4 +1,5 @@
-//! The same work as a Burn user does it: [`BurnLlama`] with Burn's `apply_qlora`, trained through one tape.
+//! The same training as a Burn user writes it: [`BurnLlama`] with Burn's `apply_qlora`, trained
+//! through one autodiff graph.
 
 use std::collections::HashMap;
 use std::time::Instant;
@@ -20,7 +21,7 @@ use device::Selected;
 use peft::{AdapterTensors, read_adapter};
 use train_step::optimizer::AdamW;
 
-/// A model in training, as Burn's documentation has it.
+/// A model in training, as in Burn's documentation.
 pub(super) struct BurnQlora {
     model: BurnLlama,
     optimizer: ModuleOptimizer,
@@ -30,11 +31,11 @@ pub(super) struct BurnQlora {
 }
 
 impl BurnQlora {
-    /// Loads the model, quantizes it with Burn's quantizer and puts the initial adapter on it.
+    /// Loads the model, quantizes it with Burn's quantizer and applies the initial adapter.
     ///
     /// # Errors
     ///
-    /// What is wrong with the model's files or the adapter.
+    /// An error of the model's files or the adapter.
     pub fn load(spec: &WorkerSpec, selected: &Selected) -> Result<(Self, Loaded), BenchError> {
         let started = Instant::now();
         let config = LlamaConfig::from_file(&spec.model)?;
@@ -61,7 +62,9 @@ impl BurnQlora {
         };
         sync(&burn.device)?;
         let loaded = Loaded {
-            description: "8-bit base in blocks of 32, f32, one tape, scores everywhere".into(),
+            description:
+                "8-bit base in blocks of 32, f32, one autodiff graph, logits at every position"
+                    .into(),
             seconds: started.elapsed().as_secs_f64(),
             memory: burn.memory(),
         };
@@ -168,7 +171,7 @@ fn with_adapters(
     Ok(model.map(&mut Replace(factors)))
 }
 
-/// Puts other values into parameters.
+/// Sets parameters to other values.
 struct Replace(HashMap<ParamId, Tensor<2>>);
 
 impl ModuleMapper for Replace {
@@ -180,13 +183,13 @@ impl ModuleMapper for Replace {
     }
 }
 
-/// Rows side by side, as long as the longest, with what is to be predicted.
+/// Padded examples with their labels.
 struct Padded {
     /// `[rows, length]`.
     ids: Tensor<2, Int>,
     /// The next token at each position, `[rows · length, 1]`.
     targets: Tensor<2, Int>,
-    /// 1 where it is supervised, else 0.
+    /// 1 for positions in the loss, else 0.
     mask: Tensor<2>,
 }
 
@@ -215,7 +218,7 @@ impl Padded {
         }
     }
 
-    /// The cross entropies of the supervised positions, added up.
+    /// The sum of the cross entropies of the positions in the loss.
     fn loss_sum(&self, logits: Tensor<3>) -> Tensor<1> {
         let [rows, length, vocabulary] = logits.dims();
         let log_probabilities = log_softmax(logits.reshape([rows * length, vocabulary]), 1);

@@ -1,4 +1,4 @@
-//! A contender's process, seen from the benchmark.
+//! A contender's process, as seen from the benchmark.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
@@ -8,7 +8,7 @@ use std::process::{self, ChildStdin, ChildStdout, Stdio};
 use super::error::BenchError;
 use super::protocol::{Answer, Command, Contender, WorkerSpec};
 
-/// What PEFT's side runs.
+/// The script that runs PEFT.
 const PEFT_WORKER: &str = include_str!("peft_worker.py");
 
 /// A running contender; dropping it ends the process.
@@ -21,7 +21,7 @@ pub(super) struct Child {
 }
 
 impl Child {
-    /// Starts a contender. Its specification and what it says on standard error go to `folder`, under `id`.
+    /// Starts a contender. Its specification and its standard error go to `folder`, under `id`.
     ///
     /// # Errors
     ///
@@ -82,11 +82,11 @@ impl Child {
     ///
     /// # Errors
     ///
-    /// What the contender says went wrong; that it ended; that it does not keep to the protocol.
+    /// The contender's error; that it ended; that its answer is not part of the protocol.
     pub fn ask(&mut self, command: &Command) -> Result<Answer, BenchError> {
         let line = serde_json::to_string(command).map_err(|error| self.unreadable("", &error))?;
         let mut answer = String::new();
-        // A process that has ended closes both pipes; why is in its log, and in how it ended.
+        // A process that has ended closes both pipes. The reason is in its log and its exit status.
         let sent = writeln!(self.input, "{line}").and_then(|()| self.input.flush());
         let read = self.answers.read_line(&mut answer);
         if answer.is_empty() {
@@ -103,7 +103,7 @@ impl Child {
         }
     }
 
-    /// An answer of another kind than was asked for.
+    /// An answer of another kind than expected.
     pub fn unexpected(&self, answer: &Answer) -> BenchError {
         BenchError::Protocol {
             name: self.name.clone(),
@@ -138,7 +138,7 @@ impl Child {
 
 impl Drop for Child {
     fn drop(&mut self) {
-        // One that has ended already is no error, and neither is one that does not listen.
+        // A process that has ended already is not an error, and neither is one that does not read.
         let quit = serde_json::to_string(&Command::Quit).unwrap_or_default();
         let _ = writeln!(self.input, "{quit}").and_then(|()| self.input.flush());
         let _ = self.process.kill();

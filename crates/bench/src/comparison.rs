@@ -20,7 +20,7 @@ pub(super) fn speed(result: &ScenarioResult) -> Table {
             "min–max",
             "s/step",
             "computed",
-            "utilised",
+            "utilization",
             "peak memory",
             "loaded",
         ],
@@ -47,9 +47,9 @@ pub(super) fn speed(result: &ScenarioResult) -> Table {
         ]);
     }
     table.notes.push(format!(
-        "tokens/s: useful tokens, the rows' own, each counted in full; median of the rounds. computed: tokens that \
-         went through the layers by useful ones. utilised: {} per useful token, by the square product's rate in the \
-         same type; past 100 % where work is shared. loaded: the peak until the model was loaded.",
+        "tokens/s: useful tokens, those of the examples without padding, each counted in full; median of the rounds. computed: tokens that \
+         went through the layers per useful token. utilization: {} per useful token, relative to the square product's rate in the \
+         same type; above 100 % if prefixes are shared. loaded: the peak until the model was loaded.",
         flop(result.flops_per_token)
     ));
     for absent in &result.absent {
@@ -64,7 +64,7 @@ pub(super) fn speed(result: &ScenarioResult) -> Table {
 
 pub(super) fn phases(result: &ScenarioResult) -> Table {
     let mut table = Table::new(
-        "Where a step's time goes, in milliseconds (mean over the rounds)",
+        "Time of a step by part, in milliseconds (mean over the rounds)",
         &[
             "",
             "data",
@@ -96,8 +96,8 @@ pub(super) fn phases(result: &ScenarioResult) -> Table {
         ]);
     }
     table.notes.push(
-        "loss: final norm, head, cross entropy and, with ours, their backward pass; PEFT's and Burn's heads run \
-         within forward."
+        "loss: final norm, head, cross entropy and, for this trainer, their backward pass; the heads of PEFT and Burn run \
+         in forward."
             .into(),
     );
     table
@@ -105,7 +105,7 @@ pub(super) fn phases(result: &ScenarioResult) -> Table {
 
 pub(super) fn losses(result: &ScenarioResult) -> Table {
     let mut table = Table::new(
-        "Losses, to see that it is the same training",
+        "Losses, to check that the training is the same",
         &[
             "",
             "first step",
@@ -136,7 +136,7 @@ pub(super) fn losses(result: &ScenarioResult) -> Table {
         ]);
     }
     table.notes.push(
-        "Relative, over all steps, from ours with the same weights: quantized, or not. Same rows, batches, initial \
+        "Relative, over all steps, from this trainer with the same weights: quantized, or not. Same examples, batches, initial \
          adapter and learning rate; AdamW without decay, clipping or warm-up."
             .into(),
     );
@@ -170,7 +170,7 @@ pub(super) fn ratios(result: &ScenarioResult) -> Table {
     table
 }
 
-/// `0.53 GFLOP`.
+/// For example `0.53 GFLOP`.
 pub(super) fn flop(operations: f64) -> String {
     match operations {
         operations if operations >= 1e9 => format!("{:.2} GFLOP", operations / 1e9),
@@ -186,7 +186,7 @@ pub(super) fn by_speed(result: &ScenarioResult) -> Vec<&Measured> {
     all
 }
 
-/// Where a number could not be measured.
+/// The text for a number that could not be measured.
 pub(super) fn none() -> String {
     "–".into()
 }

@@ -1,4 +1,4 @@
-//! Who can take part, and why some cannot here.
+//! The contenders, and why some cannot run.
 
 use super::options::BenchOptions;
 use super::protocol::{Contender, DeviceDescription, OursSettings, PeftSettings};
@@ -7,21 +7,22 @@ use device::Machine;
 /// A contender with its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct Entrant {
-    /// What `--contenders` takes and the results hold.
+    /// Its name for `--contenders` and in the results.
     pub id: &'static str,
-    /// For people.
+    /// Its name for the user.
     pub name: &'static str,
     /// What runs.
     pub contender: Contender,
-    /// Whether its batches are of rows of similar length, and so are other batches than the others'.
+    /// Whether its batches group examples by length, and so differ from the other contenders'
+    /// batches.
     pub grouped: bool,
-    /// The type it computes in, for the floor that its utilisation is measured with.
+    /// Its compute type, for the roofline that its utilization is measured against.
     pub dtype: &'static str,
-    /// Which of ours has the same weights, so that losses must agree.
+    /// The contender of this trainer with the same weights, whose losses must agree.
     pub same_weights_as: &'static str,
 }
 
-/// Everyone, in the order of the tables.
+/// All contenders, in the order of the tables.
 pub(super) fn all() -> Vec<Entrant> {
     vec![
         ours("ours", "ours f32", |_| {}),
@@ -70,7 +71,7 @@ pub(super) fn all() -> Vec<Entrant> {
     ]
 }
 
-/// The default settings of ours but for what `change` changes.
+/// This trainer's default settings, except those that `change` changes.
 fn ours(id: &'static str, name: &'static str, change: impl Fn(&mut OursSettings)) -> Entrant {
     let mut settings = OursSettings {
         quant_bits: 8,
@@ -144,7 +145,10 @@ impl Entrant {
                     && !options.bf16
                     && !machine.multiplies_bf16() =>
             {
-                Some("this processor has no bf16 products; --bf16 measures it nevertheless".into())
+                Some(
+                    "this processor has no bf16 instructions; --bf16 measures it nevertheless"
+                        .into(),
+                )
             }
             Contender::Peft(_) => None,
         }

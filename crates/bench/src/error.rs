@@ -1,4 +1,4 @@
-//! Why a benchmark, or one of its contenders, stops.
+//! Why a benchmark, or one of its contenders, fails.
 
 use std::io;
 use std::path::PathBuf;
@@ -8,7 +8,7 @@ use device::DeviceError;
 use peft::AdapterError;
 use run_config::embedded::EmbeddedError;
 
-/// Why a benchmark, or one of its contenders, stops.
+/// Why a benchmark, or one of its contenders, fails.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // Variants without fields of their own carry the error of the part that failed.
 pub enum BenchError {
@@ -28,29 +28,29 @@ pub enum BenchError {
     Embedded(#[from] EmbeddedError),
     #[error(transparent)]
     Output(#[from] durable::WriteError),
-    /// No model was named, or it is not there.
+    /// No model was named, or it is missing.
     #[error(
         "{} holds no config.json. The benchmark compares on SmolLM2-135M-Instruct: `hf download \
          HuggingFaceTB/SmolLM2-135M-Instruct --local-dir models/SmolLM2-135M-Instruct`, then --model \
-         models/SmolLM2-135M-Instruct; any other Llama folder will do, and --quick measures the embedded \
+         models/SmolLM2-135M-Instruct; any other Llama folder works too, and --quick measures the embedded \
          model",
         folder.display()
     )]
     NoModel {
-        /// Where it was looked for.
+        /// The path.
         folder: PathBuf,
     },
-    /// The rows are not there.
+    /// The file of examples is missing.
     #[error(
-        "{} is not there. The benchmark trains on FinLoRA's fpb_train.jsonl, or any file of lines \
-         {{\"context\": \"…\", \"target\": \"…\"}}: name one with --data FILE",
+        "{} does not exist. The benchmark trains on FinLoRA's fpb_train.jsonl, or any file of lines \
+         {{\"context\": \"…\", \"target\": \"…\"}}: set it with --data FILE",
         path.display()
     )]
     NoData {
-        /// Where they were looked for.
+        /// The path.
         path: PathBuf,
     },
-    /// A number of rounds or steps that measures nothing.
+    /// A number of rounds or steps that is 0.
     #[error("--{flag} is 0; it must be at least 1")]
     Zero {
         /// The flag.
@@ -63,20 +63,20 @@ pub enum BenchError {
         flag: &'static str,
         /// Scenario or contender.
         what: &'static str,
-        /// What was given.
+        /// The given name.
         word: String,
-        /// What would be right.
+        /// The known names.
         known: Vec<String>,
     },
-    /// The scenario's rows do not fit the model.
+    /// The scenario's examples do not fit the model.
     #[error(
-        "the rows of {scenario} have {tokens} tokens, but this model's positions end at {limit}; --model names \
+        "the examples of {scenario} have {tokens} tokens, but this model has {limit} positions; --model names \
          another"
     )]
     RowsTooLong {
         /// The scenario.
         scenario: String,
-        /// The longest row.
+        /// The longest example.
         tokens: usize,
         /// The model's `max_position_embeddings`.
         limit: usize,
@@ -84,75 +84,75 @@ pub enum BenchError {
     /// A file or a process.
     #[error("cannot {action} {}: {source}", path.display())]
     Io {
-        /// What was tried.
+        /// The action.
         action: &'static str,
         /// The file or program.
         path: PathBuf,
-        /// What the system says.
+        /// The system's message.
         source: io::Error,
     },
     /// A contender reported an error.
     #[error("{name}: {message}")]
     Contender {
-        /// Which.
+        /// The contender.
         name: String,
-        /// Its words.
+        /// Its message.
         message: String,
     },
-    /// A contender's process ended when an answer was due.
+    /// A contender's process ended before it answered.
     #[error(
-        "{name} ended without an answer ({how}); the whole of its messages is in {}{tail}",
+        "{name} ended without an answer ({how}); its messages are in {}{tail}",
         log.display()
     )]
     Ended {
-        /// Which.
+        /// The contender.
         name: String,
         /// Exit code or signal.
         how: String,
-        /// Where its standard error went.
+        /// The file with its standard error.
         log: PathBuf,
         /// A colon and the last line of it.
         tail: String,
     },
     /// A line that is not part of the protocol.
     #[error(
-        "{name} answered {line:?} where an answer of the benchmark's protocol was due: {reason}"
+        "{name} answered {line:?}, which is not an answer of the benchmark's protocol: {reason}"
     )]
     Protocol {
-        /// Which.
+        /// The contender.
         name: String,
-        /// The line, cut.
+        /// The line, shortened.
         line: String,
-        /// What the parser says.
+        /// The parser's message.
         reason: String,
     },
-    /// Burn's own adapters are not where they were asked for.
-    #[error("Burn put no adapter on {module}")]
+    /// Burn applied no adapter to a module.
+    #[error("Burn applied no adapter to {module}")]
     NoAdapter {
         /// The module's full name.
         module: String,
     },
     /// A step before the model was loaded.
-    #[error("a round was asked for before the model was loaded")]
+    #[error("a round was requested before the model was loaded")]
     NotLoaded,
     /// A step that the specification does not have.
-    #[error("step {step} was asked for; the specification has {steps}")]
+    #[error("step {step} was requested; the specification has {steps} steps")]
     NoSuchStep {
-        /// Asked for.
+        /// The requested step.
         step: usize,
-        /// There are.
+        /// The number of steps.
         steps: usize,
     },
     /// A device did not finish.
     #[error("the device failed: {0}")]
     Execution(String),
-    /// The contender is another program's.
+    /// The contender is run by another program.
     #[error("this worker does not run {0}")]
     NotHere(&'static str),
 }
 
 impl BenchError {
-    /// An error of the system about a file or program.
+    /// The system's error about a file or program.
     pub(super) fn io(
         action: &'static str,
         path: impl Into<PathBuf>,

@@ -1,4 +1,4 @@
-//! What the device can do at most: its matrix products and its memory.
+//! The device's roofline: the peak rates of its matrix products and its memory.
 
 use std::hint::black_box;
 use std::time::{Duration, Instant};
@@ -11,10 +11,10 @@ use super::ours::sync;
 use super::protocol::{Bandwidth, DeviceDescription, Floors, Product, ProductRate};
 use device::{Backend, Selected};
 
-/// A measurement repeats what it measures until it has taken this long: short ones are noise.
+/// A measurement repeats the work until it has taken this long, because short times are noisy.
 const AT_LEAST: Duration = Duration::from_millis(20);
 
-/// What the device is and what it computes in.
+/// The device and its types.
 pub(super) fn describe(selected: &Selected) -> DeviceDescription {
     let has = |dtype| device::compute_dtype(selected, Some(dtype)).is_ok();
     let default = device::compute_dtype(selected, None).unwrap_or(FloatDType::F32);
@@ -33,7 +33,7 @@ pub(super) fn describe(selected: &Selected) -> DeviceDescription {
     }
 }
 
-/// Measures products in f32, and in bf16 where the device computes in it, and memory.
+/// Measures products in f32, and in bf16 if the device supports it, and memory.
 ///
 /// # Errors
 ///
@@ -50,7 +50,8 @@ pub(super) fn measure(
         if device::compute_dtype(selected, Some(dtype)).is_err() {
             continue;
         }
-        // Burn's own bf16 products on the CPU are slower than its f32 ones: no floor of anything.
+        // Burn's own bf16 products on the CPU are slower than its f32 products, so they are not a
+        // peak.
         let ours = selected.backend == Backend::Cpu && dtype == FloatDType::BF16;
         for product in products {
             let gflops = if ours {
@@ -75,7 +76,7 @@ pub(super) fn measure(
     })
 }
 
-/// 10⁹ operations per second of `[m, k] × [k, n]`, each measurement.
+/// 10⁹ operations per second of `[m, k] × [k, n]`, for each measurement.
 fn product_rates(
     [m, k, n]: [usize; 3],
     dtype: FloatDType,
@@ -87,7 +88,7 @@ fn product_rates(
     let (a, b) = (matrix(m, k, 1), matrix(k, n, 2));
     let operations = 2.0 * m as f64 * k as f64 * n as f64;
     let product = || {
-        // Handed over one by one and alive until then: fusion writes no result that nobody has.
+        // Submitted one by one and kept until then: fusion computes no result that is dropped.
         let _product = a.clone().matmul(b.clone());
         let flushed = device.flush();
         flushed.map_err(|error| BenchError::Execution(format!("{error:?}")))
@@ -97,7 +98,7 @@ fn product_rates(
     Ok(rates.collect())
 }
 
-/// As [`product_rates`], of our product with an 8-bit weight in bf16.
+/// As [`product_rates`], for this trainer's bf16 product with an 8-bit weight.
 fn our_product_rates(
     [m, k, n]: [usize; 3],
     repeats: usize,
@@ -122,23 +123,23 @@ fn our_product_rates(
         .collect())
 }
 
-/// Cheap numbers around zero: constants would let a GPU clock higher than real data does.
+/// Cheap numbers around zero: with constants a GPU would reach higher clocks than with real data.
 fn noise(rows: usize, columns: usize, seed: u64) -> TensorData {
     let mut rng = CounterRng::new(seed);
     let values = (0..rows * columns).map(|_| rng.uniform() as f32 - 0.5);
     TensorData::new(values.collect::<Vec<f32>>(), [rows, columns])
 }
 
-/// Reading and copying with every thread.
+/// Reading and copying with all threads.
 fn on_the_host(bytes: usize, repeats: usize) -> Vec<Bandwidth> {
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    // Written once, so that the pages exist; half is copied into the other half.
+    // Written once, so that the pages exist; one half is copied into the other.
     let mut buffer: Vec<u64> = (0..(bytes / 8) as u64).collect();
     let half = buffer.len() / 2;
     let part = half.div_ceil(threads).max(1);
     let mut read = Vec::new();
     let mut copy = Vec::new();
-    // The first of each warms up.
+    // The first run of each is a warm-up.
     for _ in 0..=repeats {
         let started = Instant::now();
         std::thread::scope(|scope| {
@@ -170,7 +171,7 @@ fn on_the_device(bytes: usize, repeats: usize, device: &Device) -> Result<Bandwi
     let elements = bytes / 8;
     let tensor = Tensor::<1>::ones([elements], (device, DType::F32));
     let copy = || {
-        // Alive until the device is done: fusion writes no result that nobody has.
+        // Kept until the device is done: fusion computes no result that is dropped.
         let _copy = tensor.clone().add_scalar(1.0);
         sync(device)
     };
@@ -186,7 +187,8 @@ fn on_the_device(bytes: usize, repeats: usize, device: &Device) -> Result<Bandwi
     })
 }
 
-/// The seconds that `work` takes, `repeats` times, each the mean over as many runs as fill [`AT_LEAST`].
+/// The seconds that `work` takes, `repeats` times, each the mean over as many runs as fill
+/// [`AT_LEAST`].
 fn repeated(
     repeats: usize,
     work: impl Fn() -> Result<(), BenchError>,
@@ -200,7 +202,7 @@ fn repeated(
         sync(device)?;
         Ok(started.elapsed().as_secs_f64() / f64::from(runs))
     };
-    // The first run compiles kernels and starts threads; the second says how long one takes.
+    // The first run compiles kernels and starts threads; the second measures how long one takes.
     time(1)?;
     let once = time(1)?;
     let runs = (AT_LEAST.as_secs_f64() / once).ceil().clamp(1.0, 1000.0) as u32;

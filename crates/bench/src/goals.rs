@@ -1,14 +1,14 @@
-//! What the project wants to reach: "at least" lines, with what was measured.
+//! The goals of the project, compared with the measurements.
 
 use super::results::{Goal, Measured, ScenarioResult};
 use super::scenario;
 use terminal::human;
 use terminal::statistics::Ratio;
 
-/// At least so many times the speed, at most such a share of the memory, against whom.
+/// The least ratio of speed and the largest ratio of memory, relative to other contenders.
 struct Comparison {
     ours: &'static str,
-    /// Of several the fastest counts.
+    /// Of several contenders the fastest counts.
     others: &'static [&'static str],
     what: &'static str,
     speed: f64,
@@ -46,16 +46,16 @@ const COMPARISONS: [Comparison; 4] = [
     },
 ];
 
-/// Harder settings keep at least so many times PEFT's speed.
+/// Harder settings must reach at least this ratio to PEFT's speed.
 const HARDER: f64 = 1.5;
 
-/// A random-weight model of 10⁹ parameters trains within this.
+/// A model of 10⁹ parameters with random weights trains within this.
 const BYTES_OF_1B: u64 = 4_000_000_000;
 
-/// And one of 8 · 10⁹, with rows of 2,048 tokens on a GPU, within this.
+/// A model of 8 · 10⁹ parameters, with examples of 2,048 tokens on a GPU, trains within this.
 const BYTES_OF_8B: u64 = 12 << 30;
 
-/// The goals that these scenarios can tell of.
+/// The goals that these scenarios can decide.
 pub(super) fn goals(scenarios: &[ScenarioResult]) -> Vec<Goal> {
     let mut goals = Vec::new();
     for result in scenarios {
@@ -95,7 +95,7 @@ impl Comparison {
         [speed, memory]
     }
 
-    /// Ours and the fastest of the others, where both were measured.
+    /// The contender of this trainer and the fastest of the others, if both were measured.
     fn pair<'a>(&self, result: &'a ScenarioResult) -> Option<(&'a Measured, &'a Measured)> {
         let ours = result.contender(self.ours)?;
         let others = self.others.iter().filter_map(|id| result.contender(id));

@@ -1,16 +1,16 @@
-//! `cargo xtask bench`: how fast, how large, and whether it is the same training.
+//! `cargo xtask bench`: speed, memory, and whether the training is the same.
 //!
 //! ```text
-//! options.rs, scenario.rs, contenders.rs   what is compared
-//! rows.rs, adapter.rs, shapes/             rows, order and start, the same for every contender
-//! measure.rs, running.rs, probe.rs         loads the contenders, measures in turn; asks the device
-//! child.rs, protocol.rs, worker.rs         each in a process of its own; a line of JSON a command
-//! ours.rs                                  ours: every call into the trainer's hot path
+//! options.rs, scenario.rs, contenders.rs   the subjects of the comparison
+//! rows.rs, adapter.rs, shapes/             examples, their order and the initial adapter, the same for every contender
+//! measure.rs, running.rs, probe.rs         loads the contenders, measures in turn; probes the device
+//! child.rs, protocol.rs, worker.rs         a process per contender; a line of JSON per command
+//! ours.rs                                  this trainer: every call into its hot path
 //! burn_qlora.rs, burn_llama.rs             Burn's apply_qlora, as a Burn user writes it
 //! peft_worker.py                           PEFT
 //! random_model.rs                          shapes without weights
-//! floors.rs                                what the machine does at most
-//! statistics.rs, results.rs, goals.rs      medians and ratios; results.json; what has to hold
+//! floors.rs                                the machine's roofline
+//! statistics.rs, results.rs, goals.rs      medians and ratios; results.json; goals
 //! table.rs, report.rs, comparison.rs, svg.rs   the screen, results.md, speed.svg
 //! ```
 
@@ -49,7 +49,7 @@ pub use worker::serve;
 use run_config::embedded;
 use terminal::Screen;
 
-/// Where the model and the rows are looked for when the command line does not say.
+/// The default paths of the model and the examples.
 const MODEL: &str = "models/SmolLM2-135M-Instruct";
 const DATA: &str = "data/fpb_train.jsonl";
 
@@ -57,8 +57,8 @@ const DATA: &str = "data/fpb_train.jsonl";
 ///
 /// # Errors
 ///
-/// What is wrong with the options, the model or the rows, before anything is measured; a contender of ours
-/// that fails. Others that fail are left out, with the reason in the tables.
+/// An error of the options, the model or the examples, before anything is measured; a contender of
+/// this trainer that fails. Other contenders that fail are left out, with the reason in the tables.
 pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchError> {
     for (flag, value) in [("rounds", options.rounds()), ("steps", options.steps())] {
         if value == 0 {
@@ -70,7 +70,7 @@ pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchErro
     let folder = options.output.join("work");
     std::fs::create_dir_all(&folder).map_err(BenchError::io("make", &folder))?;
     let machine = Machine::this();
-    screen.line("measuring the floors");
+    screen.line("measuring the roofline");
     let (device, floors) = probe::device_and_floors(options, &model, &folder)?;
     let mut results = Results {
         version: env!("CARGO_PKG_VERSION"),
@@ -94,18 +94,18 @@ pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchErro
         };
         match bench.scenario(scenario, index) {
             Ok(result) => results.scenarios.push(result),
-            // The others may fit.
+            // The other scenarios may fit.
             Err(error @ BenchError::RowsTooLong { .. }) => {
-                screen.line(&format!("left out: {error}"));
+                screen.line(&format!("skipped: {error}"));
                 continue;
             }
             Err(error) => return Err(error),
         }
-        // What has to hold is about a model of a real size.
+        // The goals are about a model of a real size.
         if !options.quick {
             results.goals = goals::goals(&results.scenarios);
         }
-        // After each scenario, so that a run that is stopped leaves what it has.
+        // After each scenario, so that a run that is stopped leaves its results so far.
         write(&results, &options.output)?;
     }
     let written = write(&results, &options.output)?;
@@ -115,7 +115,7 @@ pub fn run(options: &BenchOptions, screen: &Screen) -> Result<Results, BenchErro
     Ok(results)
 }
 
-/// The model's folder and the file of rows.
+/// The model's folder and the file of examples.
 fn files(options: &BenchOptions) -> Result<(PathBuf, PathBuf), BenchError> {
     let embedded = if options.quick && (options.model.is_none() || options.data.is_none()) {
         Some(embedded::materialise()?)
@@ -139,7 +139,7 @@ fn files(options: &BenchOptions) -> Result<(PathBuf, PathBuf), BenchError> {
     }
 }
 
-/// Writes the results' files and says where they are.
+/// Writes the results' files and prints their paths.
 fn write(results: &Results, folder: &Path) -> Result<Vec<PathBuf>, BenchError> {
     let (json, markdown) = (folder.join("results.json"), folder.join("results.md"));
     let text = serde_json::to_string_pretty(results)
@@ -153,7 +153,7 @@ fn write(results: &Results, folder: &Path) -> Result<Vec<PathBuf>, BenchError> {
             durable::write_atomically(&picture, plot.as_bytes())?;
             written.push(picture);
         }
-        // One of an earlier run would look like this one's; there may be none.
+        // A picture of an earlier run would be mistaken for this run's; there may be none.
         None => drop(std::fs::remove_file(picture)),
     }
     Ok(written)

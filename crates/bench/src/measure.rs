@@ -23,7 +23,7 @@ use run_config::embedded;
 /// Of every contender, as in FinLoRA's configurations.
 const LEARNING_RATE: f64 = 1e-4;
 
-/// What all scenarios share.
+/// The inputs that all scenarios share.
 pub(super) struct Bench<'a> {
     pub options: &'a BenchOptions,
     pub machine: &'a Machine,
@@ -41,11 +41,11 @@ pub(super) struct Bench<'a> {
 impl Bench<'_> {
     /// Loads every contender of a scenario, warms each up with a round, and measures in turn.
     ///
-    /// A contender that fails is left out with its reason.
+    /// A contender that fails is left out, with its reason.
     ///
     /// # Errors
     ///
-    /// If the rows cannot be made, or one of ours fails.
+    /// If the examples cannot be made, or a contender of this trainer fails.
     pub fn scenario(
         &self,
         scenario: &Scenario,
@@ -201,7 +201,7 @@ impl Bench<'_> {
 }
 
 impl Entrant {
-    /// The reason to leave this one out; an error of ours stays an error.
+    /// The reason to leave this contender out; an error of this trainer stays an error.
     fn excused(&self, error: BenchError) -> Result<String, BenchError> {
         match self.contender {
             Contender::Ours(_) => Err(error),

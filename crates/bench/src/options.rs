@@ -1,13 +1,13 @@
-//! What can be asked of the benchmark.
+//! The options of the benchmark.
 
 use std::path::PathBuf;
 
 use device::Backend;
 
-/// What can be asked of the benchmark.
+/// The options of the benchmark.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct BenchOptions {
-    /// Where ours and Burn's compute.
+    /// The device of this trainer and of Burn's contender.
     pub device: Backend,
     /// A Python with torch, transformers and peft.
     pub peft: Option<PathBuf>,
@@ -15,21 +15,21 @@ pub struct BenchOptions {
     pub model: Option<PathBuf>,
     /// Lines of `{"context", "target"}`.
     pub data: Option<PathBuf>,
-    /// Measured rounds of each scenario.
+    /// Measured rounds per scenario.
     pub rounds: Option<usize>,
-    /// Optimizer steps of a round.
+    /// Optimizer steps per round.
     pub steps: Option<usize>,
-    /// Scenarios; `main` where empty.
+    /// Scenarios; `main` if empty.
     pub only: Vec<String>,
-    /// All scenarios but those that need a data-centre GPU.
+    /// All scenarios except those that need a data-centre GPU.
     pub all: bool,
-    /// Contenders; all where empty.
+    /// Contenders; all if empty.
     pub contenders: Vec<String>,
-    /// PEFT in bfloat16 where the processor has no instructions for it.
+    /// Measure PEFT in bfloat16 even if the processor has no instructions for it.
     pub bf16: bool,
-    /// The embedded model, two rounds of two steps, small floors: whether it works, not how fast.
+    /// A quick check: the embedded model, two rounds of two steps, small roofline measurements.
     pub quick: bool,
-    /// Where the results go.
+    /// The folder for the results.
     pub output: PathBuf,
 }
 
@@ -39,7 +39,7 @@ impl BenchOptions {
         self.rounds.unwrap_or(if self.quick { 2 } else { 5 })
     }
 
-    /// Steps of a round, where the scenario does not say otherwise.
+    /// Steps per round, if the scenario does not set another number.
     pub(super) fn steps(&self) -> usize {
         self.steps.unwrap_or(if self.quick { 2 } else { 5 })
     }

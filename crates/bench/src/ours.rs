@@ -1,4 +1,4 @@
-//! Ours: every call of the benchmark into the trainer's hot path is in this file.
+//! This trainer: every call of the benchmark into its hot path is in this file.
 //!
 //! A step is that of [`train`](lora_train::train), without validation, clipping and the screen.
 
@@ -21,14 +21,14 @@ use train_step::gradients::{self, AdapterGradients, PassOptions};
 use train_step::loss_scale::LossScale;
 use train_step::optimizer::{AdamW, Optimizer};
 
-/// What one optimizer step did.
+/// The measurements of an optimizer step.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct StepReport {
-    /// The mean loss a supervised token, before the update.
+    /// The mean loss per token in the loss, before the update.
     pub loss: f64,
     /// Tokens that went through the layers.
     pub computed_tokens: u64,
-    /// Where its seconds went.
+    /// The seconds by part.
     pub phases: Phases,
 }
 
@@ -48,11 +48,11 @@ pub(super) struct Ours {
 }
 
 impl Ours {
-    /// Loads the model, puts the initial adapter on it, and says what was loaded.
+    /// Loads the model, applies the initial adapter, and describes what was loaded.
     ///
     /// # Errors
     ///
-    /// What is wrong with the device, the model's files or the adapter.
+    /// An error of the device, the model's files or the adapter.
     pub fn load(
         spec: &WorkerSpec,
         settings: &OursSettings,
@@ -109,9 +109,9 @@ impl Ours {
             },
             format!("{dtype:?}").to_lowercase(),
             match (settings.on_tape, checkpointing) {
-                (true, _) => "Burn's tape over the whole model",
-                (false, true) => "activations recomputed",
-                (false, false) => "activations kept",
+                (true, _) => "Burn's autodiff graph over the whole model",
+                (false, true) => "gradient checkpointing on",
+                (false, false) => "gradient checkpointing off",
             },
             if settings.share_prefixes {
                 "shared"
@@ -175,7 +175,7 @@ impl Ours {
         }
         parts(&sums, self.on_gpu, &mut phases);
         let started = Instant::now();
-        // Not clipped: 0 turns it off.
+        // Clipping is off with 0.
         let mean = sums.into_mean(0.0);
         let loss = mean.totals.mean();
         self.model = self
@@ -216,7 +216,8 @@ fn pass(
     }
 }
 
-/// The pass by part; on a GPU, which works on while the program goes ahead, only the whole means something.
+/// The pass by part. On a GPU, which works on while the program continues, only the total is
+/// meaningful.
 fn parts(sums: &AdapterGradients, on_gpu: bool, phases: &mut Phases) {
     let times = sums.times;
     if !on_gpu && times.forward_s > 0.0 {
@@ -226,7 +227,7 @@ fn parts(sums: &AdapterGradients, on_gpu: bool, phases: &mut Phases) {
     }
 }
 
-/// What a plan needs to know of a contender.
+/// The options of a plan for a contender.
 struct Memory<'a> {
     spec: &'a WorkerSpec,
     prefixes: Prefixes,
@@ -238,8 +239,8 @@ struct Memory<'a> {
 }
 
 impl Memory<'_> {
-    /// Whether a run of these micro-batches keeps its activations: where the heaviest of them does not take
-    /// too much of the free memory, as [`fit`] has it.
+    /// Whether a run of these micro-batches needs no gradient checkpointing: if the largest of them
+    /// does not take too much of the free memory, as [`fit`] decides.
     fn keeps_activations(&self, micro_batches: Vec<Vec<usize>>) -> Result<bool, BenchError> {
         let rows = dataset(self.spec);
         let workloads = micro_batches
@@ -262,7 +263,7 @@ impl Memory<'_> {
     }
 }
 
-/// The configuration's word for a type; `None` for auto.
+/// The configuration's name for a type; `None` for auto.
 fn requested(word: &str) -> Option<FloatDType> {
     match word {
         "f32" => Some(FloatDType::F32),

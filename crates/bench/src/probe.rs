@@ -1,4 +1,4 @@
-//! Asks a process of its own what the device is and what it can do.
+//! Determines the device and its roofline in a process of its own.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::protocol::{
     Answer, Command, Contender, DeviceDescription, Floors, OursSettings, Product, WorkerSpec,
 };
 
-/// What the device is, and what it can do at most with this model.
+/// The device, and its roofline with this model's products.
 ///
 /// # Errors
 ///
@@ -54,7 +54,7 @@ pub(super) fn device_and_floors(
     }
 }
 
-/// A large square, and the model's products with as many rows as a batch has tokens.
+/// A large square product, and the model's products with as many rows as a batch has tokens.
 fn products(config: &LlamaConfig, quick: bool, on_gpu: bool) -> Vec<Product> {
     const TOKENS: usize = 512;
     let square = match (quick, on_gpu) {

@@ -1,19 +1,20 @@
-//! What a contender is told and what it answers.
+//! The commands to a contender and its answers.
 //!
-//! Every contender is a process of its own, so that its peak memory is its own. It is started with the
-//! path of a [`WorkerSpec`] in JSON, reads one [`Command`] a line on standard input and answers each with
-//! one [`Answer`] a line on standard output. `peft_worker.py` speaks the same.
+//! Every contender is a process of its own, so that its peak memory is its own. It is started with
+//! the path of a [`WorkerSpec`] in JSON, reads one [`Command`] per line on standard input and
+//! answers each with one [`Answer`] per line on standard output. `peft_worker.py` uses the same
+//! protocol.
 
 use std::path::PathBuf;
 
 use serde::{Deserialize, Serialize};
 
-/// Everything that a contender needs to know before its first command.
+/// The specification of a contender, known before its first command.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct WorkerSpec {
     /// How it trains.
     pub contender: Contender,
-    /// The device, as `--device` names it; never `auto`.
+    /// The device, as in `--device`; never `auto`.
     pub device: String,
     /// A folder with `config.json`, and with weights unless they are random.
     pub model: PathBuf,
@@ -21,27 +22,27 @@ pub struct WorkerSpec {
     pub random_weights: bool,
     /// The adapter to start from, in PEFT's layout.
     pub adapter: PathBuf,
-    /// Of AdamW, without weight decay, warm-up or clipping.
+    /// The learning rate of AdamW, without weight decay, warm-up or clipping.
     pub learning_rate: f64,
-    /// The rows that the steps use.
+    /// The examples that the steps use.
     pub rows: Vec<Row>,
-    /// The rows' indices of every micro-batch of every optimizer step.
+    /// The indices of the examples of every micro-batch of every optimizer step.
     pub steps: Vec<Step>,
 }
 
-/// The row indices of each micro-batch of an optimizer step.
+/// The indices of the examples of each micro-batch of an optimizer step.
 pub type Step = Vec<Vec<usize>>;
 
-/// A tokenized row.
+/// A tokenized example.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
     /// Prompt, target and end token.
     pub ids: Vec<u32>,
-    /// How many of them are the prompt, at least 1; the loss is on the others.
+    /// The length of the prompt, at least 1; the other tokens are in the loss.
     pub prompt_tokens: usize,
 }
 
-/// Who trains, and how.
+/// The program that trains, with its settings.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "kind", rename_all = "snake_case")]
 pub enum Contender {
@@ -53,22 +54,23 @@ pub enum Contender {
     Peft(PeftSettings),
 }
 
-/// What can be set of ours.
+/// The settings of this trainer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct OursSettings {
     /// 4, 8, or 16 for a base that is not quantized.
     pub quant_bits: u8,
     /// `auto`, `f32`, `bf16` or `f16`.
     pub compute_dtype: String,
-    /// Whether layers run again in the backward pass; `None` decides as a training run does.
+    /// Whether gradient checkpointing is on; `None` decides as a training run does.
     pub gradient_checkpointing: Option<bool>,
-    /// Whether a beginning that rows of a micro-batch share is computed once.
+    /// Whether a prefix that examples of a micro-batch share is computed once.
     pub share_prefixes: bool,
-    /// The plain way: the whole model on Burn's tape, which knows no checkpointing.
+    /// Whether to train through Burn's autodiff graph over the whole model, which has no gradient
+    /// checkpointing.
     pub on_tape: bool,
 }
 
-/// What can be set of PEFT.
+/// The settings of PEFT.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PeftSettings {
     /// PyTorch's name of the type that weights are stored and computed in.
@@ -77,13 +79,13 @@ pub struct PeftSettings {
     pub bits: u8,
 }
 
-/// One line to a contender.
+/// A command to a contender.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "command", rename_all = "snake_case")]
 pub enum Command {
-    /// Say what the device is.
+    /// Describe the device.
     Describe,
-    /// Measure what the device can do at most.
+    /// Measure the device's roofline.
     Floors {
         /// Products `[m, k] × [k, n]` to measure.
         products: Vec<Product>,
@@ -98,7 +100,7 @@ pub enum Command {
     Round {
         /// The first of them.
         first_step: usize,
-        /// How many.
+        /// Their number.
         steps: usize,
     },
     /// End.
@@ -108,27 +110,27 @@ pub enum Command {
 /// A matrix product to measure.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Product {
-    /// What it is in the model.
+    /// Its name in the model.
     pub name: String,
     /// `[m, k, n]`.
     pub shape: [usize; 3],
 }
 
-/// One line from a contender.
+/// A contender's answer.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "answer", rename_all = "snake_case")]
 pub enum Answer {
-    /// To [`Command::Describe`].
+    /// The answer to [`Command::Describe`].
     Device(DeviceDescription),
-    /// To [`Command::Floors`].
+    /// The answer to [`Command::Floors`].
     Floors(Floors),
-    /// To [`Command::Load`].
+    /// The answer to [`Command::Load`].
     Loaded(Loaded),
-    /// To [`Command::Round`].
+    /// The answer to [`Command::Round`].
     Round(Round),
-    /// To any; the process then ends.
+    /// An error, in answer to any command; the process then ends.
     Error {
-        /// What went wrong, for people.
+        /// The message for the user.
         message: String,
     },
 }
@@ -136,19 +138,19 @@ pub enum Answer {
 /// A device.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DeviceDescription {
-    /// The backend's word; never `auto`.
+    /// The backend's name; never `auto`.
     pub backend: String,
-    /// As the screen shows it.
+    /// Its name on the screen.
     pub name: String,
-    /// Whether its memory is not the process's.
+    /// Whether its memory is separate from the process's.
     pub on_gpu: bool,
     /// The types that a training run can compute in, the default first.
     pub compute_dtypes: Vec<String>,
-    /// Why there is no bf16 where there is none.
+    /// Why bf16 is not available, if so.
     pub no_bf16: Option<String>,
 }
 
-/// What the device can do at most.
+/// The device's roofline.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Floors {
     /// Products, in each type that the device computes in.
@@ -157,33 +159,33 @@ pub struct Floors {
     pub bandwidths: Vec<Bandwidth>,
 }
 
-/// How fast a product was.
+/// The measured rate of a product.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct ProductRate {
-    /// Which.
+    /// The product.
     #[serde(flatten)]
     pub product: Product,
     /// `f32` or `bf16`.
     pub dtype: String,
-    /// 10⁹ multiplications and additions per second, each measurement.
+    /// 10⁹ multiplications and additions per second, for each measurement.
     pub gflops: Vec<f64>,
 }
 
-/// How fast memory was.
+/// The measured bandwidth.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Bandwidth {
     /// `read` or `copy`.
     pub name: String,
     /// Bytes of the buffer.
     pub bytes: usize,
-    /// 10⁹ bytes moved per second, each measurement; a copy counts what is read and what is written.
+    /// 10⁹ bytes per second, for each measurement; a copy counts reads and writes.
     pub gb_per_s: Vec<f64>,
 }
 
-/// A model is ready.
+/// A model is loaded.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Loaded {
-    /// What was loaded, for people: precision, checkpointing, versions.
+    /// A description for the user: precision, checkpointing, versions.
     pub description: String,
     /// Seconds it took.
     pub seconds: f64,
@@ -191,27 +193,27 @@ pub struct Loaded {
     pub memory: PeakMemory,
 }
 
-/// What training on some steps took.
+/// The measurements of some steps.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Round {
     /// Seconds.
     pub seconds: f64,
-    /// Tokens of the rows, each counted in full whatever is shared.
+    /// Tokens of the examples, each counted in full even if prefixes are shared.
     pub useful_tokens: u64,
-    /// Tokens that went through the layers: with padding, without what was shared.
+    /// Tokens that went through the layers: with padding, shared prefixes once.
     pub computed_tokens: u64,
-    /// The mean loss a supervised token of each step, before its update.
+    /// The mean loss per token in the loss of each step, before its update.
     pub losses: Vec<f64>,
-    /// Where the seconds went.
+    /// The seconds by part.
     pub phases: Phases,
     /// Memory so far.
     pub memory: PeakMemory,
 }
 
-/// Seconds by part of a step. A part that cannot be told apart is none.
+/// Seconds by part of a step; `None` for a part that cannot be measured on its own.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Phases {
-    /// Putting rows together.
+    /// Making batches of examples.
     pub data: f64,
     /// Forward, loss and backward together.
     pub pass: f64,
@@ -242,7 +244,7 @@ impl Phases {
     }
 }
 
-/// The most memory that the process has had, in bytes; none where the system does not tell.
+/// Peak memory in bytes; `None` if the system does not report it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct PeakMemory {
     /// Resident: Linux's `VmHWM`.

@@ -5,10 +5,11 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::{compact, quantize_data, widens_tables};
 use llama_burn::{DecoderLayer, Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
 
-/// A model with random weights, quantized as it is made: every decoder layer has memory of its own and the
-/// same numbers, so that only one layer ever exists in f32 and the numbers are drawn once.
+/// A model with random weights, quantized while it is made: every decoder layer has memory of its
+/// own and the same numbers, so that only one layer ever exists in f32 and the numbers are drawn
+/// once.
 ///
-/// It says nothing about losses.
+/// Its losses are meaningless.
 pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Llama {
     let host = Device::flex();
     let one_layer = LlamaConfig {
@@ -27,9 +28,10 @@ pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device
         num_hidden_layers: 0,
         ..config.clone()
     };
-    // The head of an untied model is drawn with the embedding: one vocabulary table more on the host.
+    // The head of an untied model is drawn with the embedding, so that one more vocabulary table is
+    // on the host.
     let drawn = Llama::random(&tables, 2, &host);
-    // As `llama_burn::load` has them: on the CPU in the 16 bits of a file.
+    // As in `llama_burn::load`: on the CPU in the 16 bits of a file.
     let keeps = widens_tables(device) && options.dtype == DType::F32 && config.weight_bytes == 2;
     let dtype = if keeps { DType::BF16 } else { options.dtype };
     let table = |drawn: VocabTable| vocab_table(drawn, dtype, device);
@@ -57,7 +59,7 @@ fn packed_weights(layer: &DecoderLayer, options: LoadOptions) -> Vec<TensorData>
                 Some((packed, _)) => packed,
                 None => data,
             },
-            // The host's backend gives back what it was given: f32.
+            // The host's backend returns the given type: f32.
             Err(_) => data,
         }
     });
@@ -99,7 +101,7 @@ fn norm(drawn: &RmsNorm, device: &Device) -> RmsNorm {
     }
 }
 
-/// The table in pieces of the size they were drawn with, one piece at a time.
+/// The table in shards of the size they were drawn with, one shard at a time.
 fn vocab_table(drawn: VocabTable, dtype: DType, device: &Device) -> VocabTable {
     let rows_per_piece = drawn.rows_per_piece;
     let pieces = drawn.pieces.into_iter();

@@ -1,4 +1,4 @@
-//! What was measured, as tables.
+//! The measurements as tables.
 
 use super::comparison::{flop, losses, none, phases, ratios, speed};
 use super::protocol::Floors;
@@ -7,7 +7,7 @@ use terminal::Table;
 use terminal::human;
 use terminal::statistics::Spread;
 
-/// Every table, in the order in which they are read.
+/// All tables, in the order of reading.
 pub(super) fn tables(results: &Results) -> Vec<Table> {
     let mut tables = vec![floors(&results.floors, &results.device.name)];
     let (scaling, others): (Vec<_>, Vec<_>) = results
@@ -34,7 +34,7 @@ pub(super) fn tables(results: &Results) -> Vec<Table> {
 
 fn floors(floors: &Floors, device: &str) -> Table {
     let mut table = Table::new(
-        format!("Floors: what {device} does at most (median, smallest, largest)"),
+        format!("Roofline of {device} (median, smallest, largest)"),
         &["", "size", "median", "min", "max", "unit"],
     );
     table.words = vec![1, 5];
@@ -71,17 +71,17 @@ fn floor(name: String, size: String, spread: Option<Spread>, unit: &str) -> Vec<
     ]
 }
 
-/// Cost over row lengths and over models, with what makes it more or less than linear.
+/// Cost by example length and by model, with the causes of growth that is not linear.
 fn scaling(results: &[&ScenarioResult]) -> Table {
     let mut table = Table::new(
-        "scaling: cost of a token as rows and models grow, ours f32",
+        "scaling: cost per token by example length and by model, ours f32",
         &[
             "",
             "tokens/s",
             "ms/token",
             "per token",
             "ms/GFLOP",
-            "utilised",
+            "utilization",
             "peak memory",
         ],
     );
@@ -101,7 +101,7 @@ fn scaling(results: &[&ScenarioResult]) -> Table {
         ]);
     }
     table.notes.push(
-        "per token: operations, which grow with a row's length by attention's share alone and with a model by its \
+        "per token: operations, which grow with the length of an example by attention's share alone and with a model by its \
          weights. What ms/GFLOP then still changes is not arithmetic: few rows a product and fixed costs a step \
          where it falls towards longer rows and larger models, memory traffic of scores where it rises."
             .into(),
@@ -110,7 +110,7 @@ fn scaling(results: &[&ScenarioResult]) -> Table {
 }
 
 fn goals(results: &Results) -> Table {
-    let mut table = Table::new("What has to hold", &["", "asked for", "measured", ""]);
+    let mut table = Table::new("Goals", &["", "goal", "measured", "reached"]);
     table.words = vec![3];
     for goal in &results.goals {
         let holds = match goal.holds {
@@ -149,7 +149,7 @@ pub(super) fn heading(results: &Results) -> String {
     )
 }
 
-/// Everything, to be pasted into BENCHMARKS.md.
+/// All results, to be copied into BENCHMARKS.md.
 pub(super) fn markdown(results: &Results) -> String {
     let mut text = format!("## Measured\n\nMachine: {}.\n", heading(results));
     for table in tables(results) {

@@ -1,4 +1,4 @@
-//! What was measured, as `results.json` holds it.
+//! The measurements, as in `results.json`.
 
 use serde::Serialize;
 
@@ -6,7 +6,7 @@ use super::protocol::{DeviceDescription, Floors, PeakMemory, Phases, Round};
 use device::Machine;
 use terminal::statistics::{Spread, largest_relative_difference, median};
 
-/// Everything that one run of the benchmark measured.
+/// The measurements of one run of the benchmark.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Results {
     /// The trainer's version.
@@ -15,74 +15,75 @@ pub struct Results {
     pub machine: Machine,
     /// The device.
     pub device: DeviceDescription,
-    /// What it can do at most.
+    /// Its roofline.
     pub floors: Floors,
-    /// What operations are counted.
+    /// Which operations are counted.
     pub flops_counted: &'static str,
     /// The comparisons.
     pub scenarios: Vec<ScenarioResult>,
-    /// What has to hold.
+    /// The goals.
     pub goals: Vec<Goal>,
 }
 
 /// One comparison.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct ScenarioResult {
-    /// What `--only` takes.
+    /// Its name for `--only`.
     pub name: &'static str,
-    /// What distinguishes it from others of that name.
+    /// Its title, which distinguishes it from others of that name.
     pub title: String,
     /// The model's folder, or that its weights are random.
     pub model: String,
     /// Measured rounds.
     pub rounds: usize,
-    /// Steps of a round.
+    /// Steps per round.
     pub steps_per_round: usize,
-    /// Tokens of the longest row.
+    /// Tokens of the longest example.
     pub longest_row: usize,
-    /// Operations that a useful token takes, see `flops_counted`.
+    /// Operations per useful token, see `flops_counted`.
     pub flops_per_token: f64,
-    /// Those that were measured.
+    /// The contenders that were measured.
     pub contenders: Vec<Measured>,
-    /// Those that were not.
+    /// The contenders that were not measured.
     pub absent: Vec<Absent>,
 }
 
 /// A contender that was not measured.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Absent {
-    /// What `--contenders` takes.
+    /// Its name for `--contenders`.
     pub id: &'static str,
-    /// For people.
+    /// Its name for the user.
     pub name: &'static str,
-    /// Why.
+    /// The reason.
     pub reason: String,
 }
 
 /// A contender's measurements.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Measured {
-    /// What `--contenders` takes.
+    /// Its name for `--contenders`.
     pub id: &'static str,
-    /// For people.
+    /// Its name for the user.
     pub name: &'static str,
-    /// What it says of itself.
+    /// Its own description.
     pub description: String,
-    /// The type it computes in.
+    /// Its compute type.
     pub dtype: &'static str,
-    /// Whether its batches are others than those of the rest.
+    /// Whether its batches differ from those of the other contenders.
     pub grouped: bool,
-    /// Which of ours has the same weights.
+    /// The contender of this trainer with the same weights.
     pub same_weights_as: &'static str,
     /// Seconds to load.
     pub load_seconds: f64,
-    /// The most memory until then.
+    /// Peak memory until then.
     pub loaded_memory: PeakMemory,
     /// Useful tokens per second over the measured rounds.
     pub useful_tokens_per_s: Option<Spread>,
-    /// The most memory in all.
+    /// Peak memory in total.
     pub peak_memory: PeakMemory,
-    /// Useful operations per second by the device's matrix rate in the same type; none without one.
+    /// Useful operations per second relative to the device's product rate in the same type; `None`
+    /// if that was not measured.
     pub utilisation: Option<f64>,
     /// The loss of every step, warm-up included.
     pub losses: Vec<f64>,
@@ -90,23 +91,23 @@ pub struct Measured {
     pub rounds: Vec<Round>,
 }
 
-/// Something that has to hold.
+/// A goal.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Goal {
-    /// What is compared.
+    /// The comparison.
     pub what: String,
-    /// What is asked for: `at least 2.00 times`.
+    /// The goal: `at least 2.00 times`.
     pub asked: String,
-    /// What was measured; none where it could not be.
+    /// The measured value; `None` if it could not be measured.
     pub measured: Option<f64>,
-    /// In words, with its unit.
+    /// The measured value with its unit.
     pub shown: String,
-    /// Whether it holds; none where it was not measured.
+    /// Whether the goal is reached; `None` if it was not measured.
     pub holds: Option<bool>,
 }
 
 impl Measured {
-    /// Useful tokens per second, each round.
+    /// Useful tokens per second of each round.
     pub fn speeds(&self) -> Vec<f64> {
         let rounds = self.rounds.iter();
         rounds
@@ -119,25 +120,25 @@ impl Measured {
         self.useful_tokens_per_s.map(|spread| spread.median)
     }
 
-    /// Bytes of the memory that decides whether it fits: the device's, on a GPU, else the resident.
+    /// Bytes of the memory that is the limit: the device's on a GPU, else resident memory.
     pub fn memory(&self) -> Option<u64> {
         self.peak_memory.device.or(self.peak_memory.resident)
     }
 
-    /// Seconds a step.
+    /// Seconds per step.
     pub fn seconds_per_step(&self) -> Option<f64> {
         let rounds = self.rounds.iter();
         let seconds = rounds.map(|round| round.seconds / round.losses.len() as f64);
         median(&seconds.collect::<Vec<f64>>())
     }
 
-    /// Computed by useful tokens: above 1 padding, below 1 sharing.
+    /// Computed tokens per useful token: above 1 with padding, below 1 with shared prefixes.
     pub fn computed_share(&self) -> f64 {
         let sum = |tokens: fn(&Round) -> u64| self.rounds.iter().map(tokens).sum::<u64>() as f64;
         sum(|round| round.computed_tokens) / sum(|round| round.useful_tokens)
     }
 
-    /// Seconds a step by part, over all rounds.
+    /// Seconds per step by part, over all rounds.
     pub fn phases(&self) -> Phases {
         let mut sum = Phases::default();
         let mut steps = 0;
@@ -158,13 +159,13 @@ impl Measured {
 }
 
 impl ScenarioResult {
-    /// A contender by its id, where it was measured.
+    /// A contender by its id, if it was measured.
     pub fn contender(&self, id: &str) -> Option<&Measured> {
         self.contenders.iter().find(|measured| measured.id == id)
     }
 
-    /// The largest relative difference of a contender's losses from those of ours with the same weights;
-    /// none where the batches differ or there is nothing to compare with.
+    /// The largest relative difference of a contender's losses from those of this trainer with the
+    /// same weights; `None` if the batches differ or nothing was measured to compare with.
     pub fn loss_difference(&self, measured: &Measured) -> Option<f64> {
         let reference = self.contender(measured.same_weights_as)?;
         if measured.grouped || measured.id == reference.id {

@@ -1,4 +1,4 @@
-//! The rows of a scenario and their order, the same for every contender.
+//! The examples of a scenario and their order, the same for every contender.
 
 use std::path::Path;
 
@@ -9,26 +9,26 @@ use super::protocol::{Row, Step};
 use data::PromptTemplate;
 use data::{self, Dataset, ModelFiles, Order, RowTokenizer, TokenizedRow};
 
-/// Decides the order of rows and everything else that is drawn.
+/// The seed of the order of examples and of all other random numbers.
 pub(super) const SEED: u64 = 42;
 
-/// What a scenario trains on.
+/// The training data of a scenario.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) struct Work {
-    /// The rows that the steps use.
+    /// The examples that the steps use.
     pub rows: Vec<Row>,
-    /// The row indices of every micro-batch of every step.
+    /// The indices of the examples of every micro-batch of every step.
     pub steps: Vec<Step>,
-    /// The same rows with those of similar length together, as `group_by_length` does.
+    /// The same examples grouped by length, as with `group_by_length`.
     pub grouped: Vec<Step>,
 }
 
 impl Work {
-    /// So many steps over `rows` in the trainer's own order.
+    /// A number of steps over `rows` in the trainer's own order.
     ///
     /// # Panics
     ///
-    /// If there are no rows, or a size is 0.
+    /// If there are no examples, or a size is 0.
     pub fn new(rows: Vec<Row>, batch_size: usize, accumulation: usize, steps: usize) -> Self {
         let tokenized = rows
             .iter()
@@ -48,14 +48,14 @@ impl Work {
         }
     }
 
-    /// The tokens of the longest row.
+    /// The tokens of the longest example.
     pub fn longest(&self) -> usize {
         let lengths = self.rows.iter().map(|row| row.ids.len());
         lengths.max().unwrap_or(0)
     }
 }
 
-/// Leaves out rows that no step uses, so that they take nobody's memory.
+/// Removes examples that no step uses, so that they take no memory.
 fn only_used(rows: Vec<Row>, steps: Vec<Step>) -> (Vec<Row>, Vec<Step>) {
     let mut place = vec![None; rows.len()];
     let mut used = Vec::new();
@@ -75,7 +75,7 @@ fn only_used(rows: Vec<Row>, steps: Vec<Step>) -> (Vec<Row>, Vec<Step>) {
     (used, steps)
 }
 
-/// All rows of the run sorted by length, cut into batches, and these in a random order.
+/// All examples of the run sorted by length, cut into batches, and the batches in a random order.
 fn grouped(rows: &[Row], steps: &[Step], batch_size: usize) -> Vec<Step> {
     let mut all: Vec<usize> = steps.iter().flatten().flatten().copied().collect();
     all.sort_by_key(|index| rows[*index].ids.len());
@@ -90,11 +90,11 @@ fn grouped(rows: &[Row], steps: &[Step], batch_size: usize) -> Vec<Step> {
     steps.iter().map(step).collect()
 }
 
-/// The rows of a data file.
+/// The examples of a data file.
 ///
 /// # Errors
 ///
-/// What is wrong with the model's tokenizer or the file.
+/// An error of the model's tokenizer or the file.
 pub(super) fn from_file(
     model: &Path,
     data: &Path,
@@ -110,8 +110,8 @@ pub(super) fn from_file(
     Ok(rows.collect())
 }
 
-/// Long documents with a short answer, as in FinLoRA's XBRL tasks: rows back to back until there are `tokens`
-/// of them, of which the last row's target is supervised.
+/// Long documents with a short answer, as in FinLoRA's XBRL tasks: examples concatenated to
+/// `tokens` tokens, with the target of the last one in the loss.
 pub(super) fn concatenated(rows: &[Row], tokens: usize, count: usize) -> Vec<Row> {
     let mut source = rows.iter().cycle();
     let mut document = || {
@@ -122,7 +122,7 @@ pub(super) fn concatenated(rows: &[Row], tokens: usize, count: usize) -> Vec<Row
             ids.extend_from_slice(&row.ids);
             supervised = row.ids.len() - row.prompt_tokens;
         }
-        // The beginning is cut, so that the answer keeps its question.
+        // The beginning is cut off, so that the answer keeps its question.
         let ids = ids.split_off(ids.len().saturating_sub(tokens));
         Row {
             prompt_tokens: ids.len().saturating_sub(supervised).max(1),
@@ -132,7 +132,8 @@ pub(super) fn concatenated(rows: &[Row], tokens: usize, count: usize) -> Vec<Row
     (0..count).map(|_| document()).collect()
 }
 
-/// Rows of random tokens with two supervised ones each, for models without a tokenizer. No two begin alike.
+/// Examples of random tokens with two tokens in the loss each, for models without a tokenizer. No
+/// two share a prefix.
 pub(super) fn random(tokens: usize, count: usize, vocab_size: usize) -> Vec<Row> {
     let root = CounterRng::new(SEED);
     let row = |index| {

@@ -1,4 +1,4 @@
-//! A contender that is loaded and takes its turns.
+//! A loaded contender that is measured in turn with others.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use super::results::Measured;
 use terminal::human;
 use terminal::statistics::Spread;
 
-/// A contender that is loaded, and what it has measured so far.
+/// A loaded contender, and its measurements so far.
 pub(super) struct Running {
     pub entrant: Entrant,
     child: Child,
@@ -24,7 +24,7 @@ impl Running {
     ///
     /// # Errors
     ///
-    /// If it cannot be started, or says what is wrong.
+    /// If it cannot be started, or reports an error.
     pub fn start(
         entrant: &Entrant,
         spec: &WorkerSpec,
@@ -44,7 +44,8 @@ impl Running {
         }
     }
 
-    /// Trains on steps that do not count: threads start, kernels are compiled, memory is taken.
+    /// Trains on steps that are not measured: threads start, kernels are compiled, memory is
+    /// allocated.
     ///
     /// # Errors
     ///
@@ -54,11 +55,11 @@ impl Running {
         Ok(())
     }
 
-    /// Trains on steps that count.
+    /// Trains on steps that are measured.
     ///
     /// # Errors
     ///
-    /// If the contender ended, or says what is wrong.
+    /// If the contender ended, or reports an error.
     pub fn round(&mut self, first_step: usize, steps: usize) -> Result<(), BenchError> {
         let round = self.train(first_step, steps)?;
         self.rounds.push(round);
@@ -72,7 +73,7 @@ impl Running {
         }
     }
 
-    /// Ends it and gives what it measured.
+    /// Ends it and returns its measurements.
     pub fn measured(self, flops_per_token: f64, floors: &Floors) -> Measured {
         let losses = self.rounds.iter().flat_map(|round| &round.losses);
         let losses = self.warm_up.iter().chain(losses).copied().collect();

@@ -1,4 +1,4 @@
-//! What is trained: model, rows, adapters, batch.
+//! The scenarios: model, examples, adapters, batch.
 
 use std::path::{Path, PathBuf};
 
@@ -8,7 +8,7 @@ use super::contenders::{self, Entrant};
 use super::error::BenchError;
 use super::options::BenchOptions;
 
-/// Names that `--only` takes.
+/// The names that `--only` accepts.
 pub(super) const NAMES: [&str; 8] = [
     "floors",
     "main",
@@ -20,21 +20,21 @@ pub(super) const NAMES: [&str; 8] = [
     "8b",
 ];
 
-/// Row lengths of the scaling scenario.
+/// Example lengths of the scaling scenario.
 const LENGTHS: [usize; 7] = [64, 128, 256, 512, 1024, 2048, 4096];
 
-/// Tokens of a row where models are compared with each other, and such rows per step.
+/// Tokens per example when models are compared with each other, and examples per step.
 const MODEL_ROWS: (usize, usize) = (128, 4);
 
-/// What the 1B shape of the scaling scenario is called.
+/// The title of the 1B shape in the scaling scenario.
 pub(super) const ONE_BILLION: &str = "Llama 3.2 1B's shape, random weights";
 
-/// Where a model comes from.
+/// The source of a model.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Model {
     /// `--model`, or the embedded one with `--quick`.
     Given,
-    /// The one inside the program.
+    /// The embedded model.
     Embedded,
     /// A folder.
     Folder(PathBuf),
@@ -42,19 +42,19 @@ pub(super) enum Model {
     Random(&'static str),
 }
 
-/// Where rows come from.
+/// The source of the examples.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum Rows {
     /// `--data`.
     Data,
-    /// Rows of `--data` back to back.
+    /// Examples of `--data`, concatenated.
     Long {
-        /// Tokens of each.
+        /// Tokens per example.
         tokens: usize,
     },
     /// Random tokens.
     Random {
-        /// Tokens of each.
+        /// Tokens per example.
         tokens: usize,
     },
 }
@@ -64,7 +64,7 @@ pub(super) enum Rows {
 pub(super) struct Scenario {
     /// One of [`NAMES`].
     pub name: &'static str,
-    /// What distinguishes it from others of the name; for people.
+    /// Its title, which distinguishes it from others of the name.
     pub title: String,
     pub model: Model,
     pub rows: Rows,
@@ -72,15 +72,15 @@ pub(super) struct Scenario {
     pub batch_size: usize,
     pub accumulation: usize,
     pub entrants: Vec<Entrant>,
-    /// Steps of a round, where they are not the options'.
+    /// Steps per round, if they differ from the options.
     pub steps: Option<usize>,
 }
 
-/// The scenarios that `options` ask for.
+/// The scenarios that `options` select.
 ///
 /// # Errors
 ///
-/// A name that does not exist, with those that do.
+/// An unknown name, with the known ones.
 pub(super) fn asked_for(options: &BenchOptions) -> Result<Vec<Scenario>, BenchError> {
     let known = |flag, what, words: &[String], names: &[&str]| match words
         .iter()
@@ -117,7 +117,7 @@ pub(super) fn asked_for(options: &BenchOptions) -> Result<Vec<Scenario>, BenchEr
 fn everything() -> Vec<Scenario> {
     let main = Scenario {
         name: "main",
-        title: "r 8, q, k and v, 8 rows per step".into(),
+        title: "r 8, q, k and v, 8 examples per step".into(),
         model: Model::Given,
         rows: Rows::Data,
         lora: LoraConfig::default(),
@@ -136,7 +136,7 @@ fn everything() -> Vec<Scenario> {
     let mut all = vec![
         Scenario {
             name: "all-linear",
-            title: "r 8, all linear modules, 8 rows per step".into(),
+            title: "r 8, all linear modules, 8 examples per step".into(),
             lora: LoraConfig {
                 target_modules: TargetModules::AllLinear,
                 ..LoraConfig::default()
@@ -146,7 +146,7 @@ fn everything() -> Vec<Scenario> {
         },
         Scenario {
             name: "r64",
-            title: "r 64, q, k and v, 8 rows per step".into(),
+            title: "r 64, q, k and v, 8 examples per step".into(),
             lora: LoraConfig {
                 r: 64,
                 lora_alpha: 128.0,
@@ -157,17 +157,17 @@ fn everything() -> Vec<Scenario> {
         },
         Scenario {
             name: "long",
-            title: "rows of 2,048 tokens, 1 a step".into(),
+            title: "examples of 2,048 tokens, 1 per step".into(),
             rows: Rows::Long { tokens: 2048 },
             batch_size: 1,
-            // One row a batch: there is nothing to group.
+            // One example per batch cannot be grouped.
             entrants: against_peft(&[]),
             steps: Some(1),
             ..main.clone()
         },
         Scenario {
             name: "accumulation",
-            title: "4 micro-batches of 2 rows per step".into(),
+            title: "4 micro-batches of 2 examples per step".into(),
             batch_size: 2,
             accumulation: 4,
             entrants: against_peft(&grouped),
@@ -177,7 +177,7 @@ fn everything() -> Vec<Scenario> {
     all.extend(scaling(&main));
     all.extend([512, 2048].map(|tokens| Scenario {
         name: "8b",
-        title: format!("Llama 3.1 8B's shape, random weights, {tokens} tokens, 1 row a step"),
+        title: format!("Llama 3.1 8B's shape, random weights, {tokens} tokens, 1 example per step"),
         model: Model::Random(include_str!("shapes/llama-3.1-8b.json")),
         rows: Rows::Random { tokens },
         batch_size: 1,
@@ -188,7 +188,7 @@ fn everything() -> Vec<Scenario> {
     all
 }
 
-/// Ours alone over row lengths, then over models.
+/// This trainer alone over example lengths, then over models.
 fn scaling(main: &Scenario) -> Vec<Scenario> {
     let alone = Scenario {
         name: "scaling",
@@ -229,7 +229,7 @@ fn entrants(filter: impl Fn(&Entrant) -> bool) -> Vec<Entrant> {
     contenders::all().into_iter().filter(filter).collect()
 }
 
-/// The folder of the stories260k model, where one of the usual places has it.
+/// The folder of the stories260k model, if it is in one of the usual places.
 fn stories260k() -> Option<PathBuf> {
     let places = ["models", "shared/models", "../shared/models"];
     let mut folders = places

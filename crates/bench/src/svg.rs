@@ -7,7 +7,7 @@ use super::results::{Measured, Results, ScenarioResult};
 use terminal::human;
 
 const WIDTH: f64 = 960.0;
-/// Where bars of the two panels begin and end.
+/// The left edges of the bars of the two panels.
 const SPEED: (f64, f64) = (250.0, 560.0);
 const MEMORY: (f64, f64) = (690.0, 870.0);
 const ROW: f64 = 26.0;
@@ -20,7 +20,7 @@ struct Bar {
     label: String,
 }
 
-/// A picture of every scenario with several contenders; none where there is no such.
+/// A picture of every scenario with several contenders; `None` without such a scenario.
 pub(super) fn plot(results: &Results) -> Option<String> {
     let comparisons = results.scenarios.iter();
     let comparisons: Vec<_> = comparisons.filter(|it| it.contenders.len() > 1).collect();
@@ -36,7 +36,7 @@ pub(super) fn plot(results: &Results) -> Option<String> {
 }
 
 fn document(body: &str, height: f64) -> String {
-    // Colours of the page's own where it is embedded; both have enough contrast on white and on black.
+    // Colours of the page's own if it is embedded; both have enough contrast on white and on black.
     format!(
         r##"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" height="{height}" font-family="system-ui, sans-serif" font-size="13">
 <style>
@@ -53,7 +53,7 @@ fn document(body: &str, height: f64) -> String {
     )
 }
 
-/// Draws a scenario from `y` down, and gives where the next begins.
+/// Draws a scenario from `y` down, and returns where the next one begins.
 fn scenario(body: &mut String, result: &ScenarioResult, y: f64) -> f64 {
     let contenders = by_speed(result);
     let largest = |of: fn(&Measured) -> Option<f64>| {
@@ -174,7 +174,7 @@ mod tests {
     use super::super::tests::results;
     use super::*;
 
-    /// Whether every tag is closed in order and no text holds what has to be escaped.
+    /// Whether every tag is closed in order and no text contains unescaped characters.
     fn well_formed(svg: &str) -> Result<(), String> {
         let mut open: Vec<&str> = Vec::new();
         let mut rest = svg;

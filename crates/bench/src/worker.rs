@@ -11,7 +11,8 @@ use super::ours::{Ours, StepReport};
 use super::protocol::{Answer, Command, Contender, Loaded, PeakMemory, Phases, Round, WorkerSpec};
 use device::Selected;
 
-/// Serves the commands on standard input until `quit` or its end. What goes wrong is an answer, not an error.
+/// Serves the commands on standard input until `quit` or its end. A failure is an answer, not an
+/// error.
 ///
 /// # Errors
 ///
@@ -32,7 +33,7 @@ pub fn serve(spec: &Path) -> std::io::Result<()> {
                 Err(error) => (error_answer(&error), true),
             },
             Err(error) => {
-                let message = format!("{line:?} is no command: {error}");
+                let message = format!("{line:?} is not a command: {error}");
                 (Answer::Error { message }, true)
             }
         };
@@ -56,7 +57,7 @@ fn error_answer(error: &BenchError) -> Answer {
     }
 }
 
-/// Whoever trains in this process.
+/// The program that trains in this process.
 enum Trainee {
     Ours(Box<Ours>),
     Burn(Box<BurnQlora>),
@@ -101,7 +102,7 @@ impl Trainee {
 struct Worker {
     spec: WorkerSpec,
     selected: Selected,
-    /// None before `load`, and while a step runs.
+    /// `None` before `load`, and while a step runs.
     trainee: Option<Trainee>,
 }
 
@@ -120,7 +121,7 @@ impl Worker {
         })
     }
 
-    /// None to `quit`.
+    /// `None` to `quit`.
     fn answer(&mut self, command: Command) -> Result<Option<Answer>, BenchError> {
         Ok(Some(match command {
             Command::Describe => Answer::Device(floors::describe(&self.selected)),

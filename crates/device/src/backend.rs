@@ -1,14 +1,15 @@
-//! The words that `--backend` takes.
+//! The names that `--backend` accepts.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::DeviceError;
 
-/// A backend as `--backend` names it.
+/// A backend, as named by `--backend`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default)]
 pub enum Backend {
-    /// The best that this build and this machine have: CUDA, Metal, Vulkan, wgpu, CPU.
+    /// The best backend that this build includes and this machine supports: CUDA, Metal, Vulkan,
+    /// wgpu, CPU.
     #[default]
     Auto,
     /// Burn's Flex on the CPU; in every build.
@@ -24,7 +25,7 @@ pub enum Backend {
 }
 
 impl Backend {
-    /// Every backend, in the order in which they are listed to the user.
+    /// Every backend, in the order of lists for the user.
     pub const ALL: [Backend; 6] = [
         Backend::Auto,
         Backend::Cpu,
@@ -34,7 +35,7 @@ impl Backend {
         Backend::Metal,
     ];
 
-    /// The word that `--backend` takes.
+    /// The name that `--backend` accepts.
     pub fn name(self) -> &'static str {
         match self {
             Backend::Auto => "auto",
@@ -57,13 +58,13 @@ impl Backend {
         }
     }
 
-    /// Why no build for this platform has the backend, if none has.
+    /// Why the backend is not supported on this platform; `None` if it is.
     pub(super) fn missing_on_this_platform(self) -> Option<&'static str> {
         let apple = cfg!(target_vendor = "apple");
         match self {
-            Backend::Metal if !apple => Some("Metal exists on Apple machines only"),
-            Backend::Cuda if apple => Some("NVIDIA publishes no CUDA for Apple machines"),
-            Backend::Vulkan if apple => Some("Apple machines have Metal in Vulkan's place"),
+            Backend::Metal if !apple => Some("Metal is available on Apple machines only"),
+            Backend::Cuda if apple => Some("CUDA is not available on Apple machines"),
+            Backend::Vulkan if apple => Some("Apple machines use Metal instead of Vulkan"),
             _ => None,
         }
     }

@@ -1,5 +1,5 @@
-//! A device against the CPU: the operations of a decoder layer one by one, and the layer as a whole, forward and
-//! backward, in the type, with the fusion and with the kernels that the run will use.
+//! Comparison of a device with the CPU: the operations of a decoder layer one by one and the layer
+//! as a whole, forward and backward, with the types, the fusion and the kernels that the run uses.
 //!
 //! ```text
 //! check/subject.rs   the layer: made from a seed in a model's shapes, or one of a model as it is
@@ -19,11 +19,11 @@ use self::subject::Subject;
 use super::self_test::small_product;
 use super::{Backend, DeviceError, Selected, kernel_cache, quiet};
 
-/// Tokens that a check computes with at most: enough for the tiles of products and attention, and for the kernels
+/// The most tokens of a check: enough for the tiles of products and attention, and for the kernels
 /// that are tuned for more than a few rows.
 const TOKENS: usize = 256;
 
-/// As [`TOKENS`] where a driver imitates a GPU on the CPU.
+/// As [`TOKENS`] for a driver that emulates a GPU on the CPU.
 const TOKENS_ON_SOFTWARE: usize = 24;
 
 /// One comparison with the CPU.
@@ -31,42 +31,43 @@ const TOKENS_ON_SOFTWARE: usize = 24;
 pub struct Check {
     /// What was compared: an operation, or a pass through the layer.
     pub name: String,
-    /// How far the device is from the CPU: of the rows of its results, the largest relative distance. Not a number
-    /// where the device gave none.
+    /// The difference from the CPU: the largest relative distance of a row of the results. Not a
+    /// number if the device returned one.
     pub difference: f64,
-    /// How far rounding can take it.
+    /// The difference that rounding can explain.
     pub tolerance: f64,
     /// Whether the difference is within the tolerance.
     pub ok: bool,
 }
 
-/// What to check a device for.
+/// The subject of a check.
 #[derive(Debug, Clone, Copy)]
 pub struct CheckOptions<'a> {
     /// The model whose shapes are used.
     pub model: &'a LlamaConfig,
     /// How its linear weights are stored.
     pub quantization: Quantization,
-    /// The type that is computed in.
+    /// The compute type.
     pub dtype: FloatDType,
-    /// Rank and scale of the adapters, and which modules have one.
+    /// Rank and scale of the adapters, and the adapted modules.
     pub lora: &'a LoraConfig,
-    /// Tokens of the longest row of the run. The check takes as many, up to 256.
+    /// Tokens of the run's longest sequence. The check uses as many, up to 256.
     pub longest_row: usize,
 }
 
-/// Compares a device with the CPU on a decoder layer of a model's shapes, with weights from a seed that are the same
-/// integers on both, an adapter whose B is not zero, and rows that share a beginning.
+/// Compares a device with the CPU on a decoder layer of a model's shapes. The weights come from a
+/// seed and are the same integers on both, the adapter has a B that is not zero, and two sequences
+/// share a prefix.
 ///
-/// The first check is a small product; where that is wrong, nothing else is tried. Where a layer has more than 256
-/// million weights (on a driver that computes on the CPU, 2 million), its feed-forward block is halved until it has
-/// not, or is no wider than twice the hidden states.
-/// On the CPU itself there is nothing to compare, and no check.
+/// The first check is a small product; if it fails, nothing else is tried. If a layer has more than
+/// 256 million weights (on a driver that computes on the CPU, 2 million), its feed-forward block is
+/// halved until it has fewer, or is no wider than twice the hidden size.
+/// On the CPU itself there is nothing to compare, and no checks are returned.
 ///
 /// # Errors
 ///
-/// [`DeviceError::Unchecked`] if the device refuses a kernel or gives nothing back. Numbers that are wrong are no
-/// error here: see [`verdict`].
+/// [`DeviceError::Unchecked`] if the device refuses a kernel or returns nothing. Wrong numbers are
+/// not an error here: see [`verdict`].
 pub fn check_device(
     selected: &Selected,
     options: &CheckOptions,
@@ -94,8 +95,9 @@ pub fn check_device(
     Ok(checks)
 }
 
-/// Compares a device with the CPU on decoder layer `index` of a model that is on it, with the weights and adapters of
-/// now, on the hidden states that these rows have there (of the first 256 tokens; on a software driver, 24).
+/// Compares a device with the CPU on decoder layer `index` of a model on the device, with its
+/// current weights and adapters, on the hidden states of these sequences at that layer (of the
+/// first 256 tokens; on a software driver, 24).
 ///
 /// # Errors
 ///
@@ -103,7 +105,7 @@ pub fn check_device(
 ///
 /// # Panics
 ///
-/// As the device does, and if the model has no such layer.
+/// If the device panics, and if the model has no such layer.
 pub fn check_layer(
     selected: &Selected,
     model: &Llama,
@@ -134,21 +136,22 @@ pub fn check_layer(
             if kernels::cpu::is_cpu(device) {
                 subject.on(device, dtype)
             } else {
-                // The layer's own weights: those that training computes with.
+                // The layer's own weights, which training computes with.
                 layer.clone()
             }
         },
     )
 }
 
-/// The error that a run ends with if a check is not right: it names the operation that differs most, the device and
+/// The error of a run if a check fails: it names the operation that differs most, the device and
 /// its driver, and the switches that may help.
 ///
 /// # Errors
 ///
 /// [`DeviceError::WrongNumbers`].
 pub fn verdict(selected: &Selected, checks: &[Check]) -> Result<(), DeviceError> {
-    // What an operation is part of is wrong wherever the operation is; the operation tells more.
+    // A wrong operation makes everything that contains it wrong too; the operation is more
+    // specific.
     let wrong = |parts: usize| {
         let wrong = checks.iter().filter(|check| !check.ok);
         wrong
@@ -176,7 +179,8 @@ pub fn verdict(selected: &Selected, checks: &[Check]) -> Result<(), DeviceError>
     })
 }
 
-/// How much a check is made of others: 0 an operation alone, 1 what has a norm and a product in it, 2 a whole layer.
+/// How composite a check is: 0 for a single operation, 1 for one with a norm and a product, 2 for a
+/// whole layer.
 fn parts_of(name: &str) -> usize {
     match name {
         "cross_entropy" => 1,
@@ -204,7 +208,7 @@ fn tokens_at_most(is_software: bool) -> usize {
     }
 }
 
-/// Whole segments from the beginning while they fit; of the first, what fits.
+/// Whole segments from the beginning as long as they fit; of the first, what fits.
 fn cut(rows: &PackedTokens, most: usize) -> PackedTokens {
     let mut cut = PackedTokens::default();
     for segment in &rows.segments {
@@ -281,10 +285,10 @@ fn compare(
             name: got.name.into(),
             difference,
             tolerance,
-            // Not a number is not right.
+            // A value that is not a number is not right.
             ok: difference <= tolerance,
         };
-        // Several outputs of one operation: the worst counts.
+        // Of several outputs of one operation, the worst counts.
         match checks.iter_mut().find(|check| check.name == got.name) {
             Some(before) if excess(before) < excess(&check) => *before = check,
             Some(_) => {}
@@ -294,7 +298,7 @@ fn compare(
     Ok(checks)
 }
 
-/// How far a check is from being right.
+/// The difference in units of the tolerance.
 fn excess(check: &Check) -> f64 {
     if check.difference.is_nan() {
         f64::INFINITY
@@ -303,8 +307,8 @@ fn excess(check: &Check) -> f64 {
     }
 }
 
-/// How far one rounding takes a number: of f16, which keeps 11 bits, and bf16, which keeps 8, and of f32, in the last
-/// bits of an exponential. TF32 keeps 11 bits of each factor.
+/// The relative error of one rounding: of f16, which keeps 11 bits, of bf16, which keeps 8, and of
+/// f32, in the last bits of an exponential. TF32 keeps 11 bits of each factor.
 fn rounding(backend: Backend, dtype: FloatDType) -> f64 {
     match dtype {
         FloatDType::F16 => 4.9e-4,
@@ -314,30 +318,32 @@ fn rounding(backend: Backend, dtype: FloatDType) -> f64 {
     }
 }
 
-/// How far rounding takes a result, relative to the length of its row.
+/// The relative error that rounding explains, relative to the length of the result's row.
 ///
-/// An operation starts from the same numbers on both sides. In f32 it differs by the order of its sums, of up to some
-/// ten thousand products, and by the last bits of exponentials: some 1e-7 (measured on lavapipe) to 1e-6; 2e-5 is
-/// allowed. In 16 bits inputs of products, weights among them, and the result are rounded; sums are f32. Attention's
-/// gradient has the longest chain, of four roundings; six are allowed.
+/// Both sides of an operation start from the same numbers. In f32 the result differs by the order
+/// of its sums, of up to some ten thousand products, and by the last bits of exponentials: some
+/// 1e-7 (measured on lavapipe) to 1e-6; 2e-5 is allowed. In 16 bits the inputs of products, weights
+/// among them, and the result are rounded; sums are f32. Attention's gradient has the longest
+/// chain, of four roundings; six are allowed.
 ///
-/// In a pass through the whole layer some sixteen roundings follow each other, and what comes after may enlarge them,
-/// above all a softmax with one large score. How much, the CPU tells: `moved` is how far its own result moves when every
-/// input is changed by one rounding at random. Independent roundings add up as the root of their number.
+/// In a pass through the whole layer some sixteen roundings follow each other, and later operations
+/// may amplify them, above all a softmax with one large score. The amplification is measured on the
+/// CPU: `moved` is the change of its own result when every input is changed by one rounding at
+/// random. Independent roundings add up as the square root of their number.
 fn tolerance(backend: Backend, dtype: FloatDType, moved: Option<f64>) -> f64 {
     const ROUNDINGS: f64 = 16.0;
     let rounding = rounding(backend, dtype);
     let operation = (6.0 * rounding).max(2e-5);
     match moved {
         None => operation,
-        // Twice, because the two are drawn at random.
+        // Twice, because both are drawn at random.
         Some(moved) => operation.max(2.0 * ROUNDINGS.sqrt() * moved),
     }
 }
 
-/// The largest distance of a row from the CPU's, relative to that row's length or, where the row is short, to the
-/// usual one: a single wrong tile of a large result is seen, and a row that is nearly zero is not held against a
-/// device.
+/// The largest distance of a row from the CPU's. It is relative to the length of that row or, if
+/// the row is short, to the usual length: one wrong tile of a large result is noticed, and a row
+/// that is nearly zero does not fail a device.
 fn distance(got: &Output, expected: &Output) -> f64 {
     if got.values.len() != expected.values.len() || expected.values.is_empty() {
         return f64::NAN;

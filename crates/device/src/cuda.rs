@@ -1,8 +1,8 @@
-//! CUDA: what has to be on the machine before Burn's backend may be touched.
+//! CUDA: what the machine needs before Burn's backend may be used.
 //!
-//! cubecl-cuda panics where the driver is missing, and fails in the middle of a run where the
-//! toolkit's math library is: its kernels are compiled by LLVM, which links `exp`, `sin` and their
-//! like from `libdevice.10.bc` (cubecl-llvm 0.11.3, `nvptx/libdevice.rs`). NVRTC is not used.
+//! cubecl-cuda panics if the driver is missing, and fails in the middle of a run if the toolkit's
+//! math library is missing: its kernels are compiled by LLVM, which links `exp`, `sin` and similar
+//! functions from `libdevice.10.bc` (cubecl-llvm 0.11.3, `nvptx/libdevice.rs`). NVRTC is not used.
 
 use std::env;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
@@ -10,14 +10,14 @@ use std::path::{Path, PathBuf};
 
 use super::{Backend, DeviceError, Selected};
 
-/// What NVIDIA's driver says of its first device.
+/// NVIDIA's driver's description of its first device.
 pub struct Driver {
-    /// The card's name; where there are several, how to pick another.
+    /// The card's name; with several cards, also how to pick another one.
     pub name: String,
-    /// The newest CUDA that the driver knows, 1000 · major + 10 · minor.
+    /// The newest CUDA version that the driver supports, 1000 · major + 10 · minor.
     #[cfg_attr(
         not(feature = "cuda"),
-        expect(dead_code, reason = "told where CUDA starts")
+        expect(dead_code, reason = "used by builds with CUDA")
     )]
     pub version: i32,
 }
@@ -42,7 +42,7 @@ pub fn driver() -> Result<Driver, DeviceError> {
     if libdevice().is_none() {
         return Err(missing(
             format!(
-                "{} is there, but the CUDA toolkit's nvvm/libdevice/libdevice.10.bc is not",
+                "{} was found, but the CUDA toolkit's nvvm/libdevice/libdevice.10.bc was not",
                 driver.name
             ),
             "install the CUDA toolkit, or set CUDA_PATH to its folder, or use --backend wgpu or \
@@ -52,7 +52,7 @@ pub fn driver() -> Result<Driver, DeviceError> {
     Ok(driver)
 }
 
-/// `libdevice.10.bc`, where cubecl-llvm looks for it.
+/// `libdevice.10.bc`, at the places where cubecl-llvm looks for it.
 fn libdevice() -> Option<PathBuf> {
     let roots = match env::var_os("CUDA_PATH") {
         Some(root) => vec![PathBuf::from(root)],
@@ -66,7 +66,7 @@ fn libdevice() -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// Loads the driver and counts its devices; what is missing, in words.
+/// Loads the driver and counts its devices; an error is a sentence that names what is missing.
 fn ask() -> Result<Driver, String> {
     type Version = unsafe extern "system" fn(*mut c_int) -> c_int;
     type Init = unsafe extern "system" fn(c_uint) -> c_int;
@@ -81,8 +81,8 @@ fn ask() -> Result<Driver, String> {
     // that uses CUDA.
     unsafe {
         let library = libloading::Library::new(file)
-            .map_err(|_| format!("NVIDIA's driver ({file}) is not on this machine"))?;
-        let get = |name: &str| format!("NVIDIA's driver ({file}) has no {name}");
+            .map_err(|_| format!("NVIDIA's driver ({file}) is not installed"))?;
+        let get = |name: &str| format!("NVIDIA's driver ({file}) lacks {name}");
         let init = library
             .get::<Init>(b"cuInit\0")
             .map_err(|_| get("cuInit"))?;
@@ -130,8 +130,8 @@ fn ask() -> Result<Driver, String> {
     }
 }
 
-/// Bytes that are free on the first device, or all that it has where the driver tells no more; `None` without a
-/// driver.
+/// Free bytes on the first device, or its total if the driver does not report more; `None` without
+/// a driver.
 pub fn free_memory() -> Option<u64> {
     type Init = unsafe extern "system" fn(c_uint) -> c_int;
     type Get = unsafe extern "system" fn(*mut c_int, c_int) -> c_int;
@@ -154,7 +154,7 @@ pub fn free_memory() -> Option<u64> {
             return None;
         }
         let free = || {
-            // What is free is asked of the context that is current.
+            // The driver reports the free memory of the current context.
             let retain = library.get::<Retain>(b"cuDevicePrimaryCtxRetain\0").ok()?;
             let release = library
                 .get::<Release>(b"cuDevicePrimaryCtxRelease_v2\0")

@@ -1,4 +1,4 @@
-//! What can keep a device from being used, in words for the user.
+//! Why a device cannot be used, in messages for the user.
 
 use thiserror::Error;
 
@@ -6,63 +6,63 @@ use super::Backend;
 #[cfg(doc)]
 use super::{check_device, self_test};
 
-/// Why there is no such device. Each message is one line that also says what to do.
+/// Why a device cannot be used. Each message is one line that also names a remedy.
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum DeviceError {
-    /// `--backend` with a word that names none.
+    /// `--backend` with an unknown name.
     #[error(
         "there is no backend {word:?}; the known ones are {}",
         Backend::ALL.map(Backend::name).join(", ")
     )]
     Unknown {
-        /// What was given.
+        /// The given name.
         word: String,
     },
-    /// No build for this operating system has it.
+    /// The backend is not supported on this operating system.
     #[error("backend {backend}: {why}; use --backend auto or --backend cpu")]
     WrongPlatform {
-        /// What was asked for.
+        /// The selected backend.
         backend: Backend,
         /// The reason.
         why: &'static str,
     },
-    /// This binary was built without it.
+    /// This build does not include the backend.
     #[error(
         "backend {backend} is not in this build; `cargo xtask train --backend {backend}` builds \
          it in (cargo feature `{backend}` of the package `trainer`)"
     )]
     NotCompiled {
-        /// What was asked for.
+        /// The selected backend.
         backend: Backend,
     },
-    /// WGSL was asked of a build whose native shader compiler takes over its devices.
+    /// wgpu was selected in a build whose native shader compiler takes over its devices.
     #[error(
         "backend wgpu is not in a build with `{native}`, which compiles every shader natively; \
          use --backend {native}, or build without it: `cargo xtask train --backend wgpu`"
     )]
     NativeShaders {
-        /// The backend that is in the build.
+        /// The backend that this build includes.
         native: Backend,
     },
     /// No driver, or a driver without a device.
     #[error("backend {backend}: {missing}; {advice}")]
     NoHardware {
-        /// What was asked for.
+        /// The selected backend.
         backend: Backend,
-        /// What is not there.
+        /// What is missing.
         missing: String,
         /// What to install, or to use instead.
         advice: String,
     },
-    /// The device is there and did not start.
+    /// The device exists and did not start.
     #[error("{name} did not start: {message}; use --backend cpu, or update its driver")]
     Initialization {
         /// The backend or the device.
         name: String,
-        /// The driver's words.
+        /// The driver's message.
         message: String,
     },
-    /// [`self_test`] or [`check_device`] found numbers that are not the CPU's.
+    /// [`self_test`] or [`check_device`] found results that differ from the CPU's.
     #[error(
         "{name} computes wrong numbers: {operation} differs from the CPU's result by {difference:.1e} relative, and \
          rounding explains at most {tolerance:.0e}. Results of this device cannot be trusted: {advice}"
@@ -72,43 +72,43 @@ pub enum DeviceError {
         name: String,
         /// The operation that differs most.
         operation: String,
-        /// The largest relative distance; not a number where the device gave none.
+        /// The largest relative distance; not a number if the device returned one.
         difference: f64,
-        /// What rounding explains.
+        /// The difference that rounding explains.
         tolerance: f64,
-        /// Switches that may help, or a driver.
+        /// Switches that may help, or another driver.
         advice: String,
     },
-    /// A comparison with the CPU that the device did not come to the end of.
+    /// The device failed during the comparison with the CPU.
     #[error(
-        "{name} failed in the comparison with the CPU: {message}; update its driver, or use --backend cpu"
+        "{name} failed during the comparison with the CPU: {message}; update its driver, or use --backend cpu"
     )]
     Unchecked {
         /// The device, its driver included.
         name: String,
-        /// The driver's words.
+        /// The driver's message.
         message: String,
     },
-    /// `--no-autotune` in a build that has no other way.
+    /// `--no-autotune` in a build that can only tune.
     #[error(
-        "--no-autotune: this build times its kernels and has no switch for it; `cargo xtask train --no-autotune` \
+        "--no-autotune: this build always times its kernels; `cargo xtask train --no-autotune` \
          builds the trainer without"
     )]
     Tunes,
-    /// Products in bf16 that come out wrong.
+    /// Products in bf16 that are wrong.
     #[error("{reason}; compute_dtype = \"f32\" works")]
     Bf16Products {
-        /// What was found.
+        /// The wrong result.
         reason: String,
     },
-    /// A `compute_dtype` that the device does not have.
+    /// A `compute_dtype` that the device does not support.
     #[error("compute_dtype {requested}: {name} has no {requested} arithmetic; use {allowed}")]
     Precision {
-        /// What was asked for.
+        /// The requested type.
         requested: &'static str,
         /// The device.
         name: String,
-        /// What it has.
+        /// The supported types.
         allowed: String,
     },
 }

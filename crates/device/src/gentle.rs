@@ -1,25 +1,25 @@
-//! Integrated GPUs, which draw the screen as well: no work handed to them keeps them busy for long, or Windows and macOS
-//! reset them.
+//! Integrated GPUs also draw the screen. Work is submitted to them in small portions, because
+//! Windows and macOS reset a GPU that is busy for long.
 
 use std::time::Instant;
 
 use burn::tensor::{DType, Device, Tensor};
 
-/// Kernels that are handed over together.
+/// Kernels that are submitted together.
 pub const LAUNCHES: usize = 4;
 
-/// What one kernel may take, in seconds: with [`LAUNCHES`] of them about half a second, a quarter of the time after which
-/// Windows resets a GPU.
+/// The time that one kernel may take, in seconds: [`LAUNCHES`] of them take about half a second, a
+/// quarter of the time after which Windows resets a GPU.
 const SECONDS: f64 = 0.12;
 
-/// Rows and width of the product that is timed: 4.3 GFLOP, some hundredths of a second.
+/// Rows and width of the timed product: 4.3 GFLOP, some hundredths of a second.
 const SIZE: [usize; 2] = [512, 2048];
 
 /// Measures how fast the device multiplies and limits its launches accordingly.
 ///
 /// # Panics
 ///
-/// As the device does.
+/// If the device panics.
 pub fn limit(device: &Device) {
     let [rows, width] = SIZE;
     let ones = |shape: [usize; 2]| Tensor::<2>::ones(shape, (device, DType::F32));
@@ -29,7 +29,7 @@ pub fn limit(device: &Device) {
         // Read, so that it has been computed.
         product.narrow(0, 0, 1).into_data()
     };
-    // The first compiles, and chooses, the kernel.
+    // The first product compiles and chooses the kernel.
     product();
     let started = Instant::now();
     product();
@@ -37,9 +37,9 @@ pub fn limit(device: &Device) {
     kernels::limit_launches(Some(most(flops / started.elapsed().as_secs_f64())));
 }
 
-/// Floating-point operations of a launch on a device that does so many per second.
+/// Floating-point operations per launch, for a device with so many per second.
 fn most(flops_per_s: f64) -> u64 {
-    // A measurement that went wrong limits nothing unduly: an integrated GPU does 50 GFLOP/s at least.
+    // A wrong measurement must not limit too much: an integrated GPU reaches 50 GFLOP/s at least.
     (flops_per_s.max(5e10) * SECONDS) as u64
 }
 

@@ -1,4 +1,4 @@
-//! Vulkan, Metal and Direct3D through wgpu: which adapter, and whether it is real.
+//! Vulkan, Metal and Direct3D through wgpu: which GPU, and whether it is real.
 
 use std::env;
 
@@ -7,14 +7,14 @@ use burn::tensor::{Device, DeviceKind, DeviceType};
 
 use super::{Backend, DeviceError, Selected, gentle, kernel_cache, quiet};
 
-/// CubeCL's own variable, which names an adapter.
+/// CubeCL's own variable, which names a GPU.
 const CHOSEN_BY_USER: &str = "CUBECL_WGPU_DEFAULT_DEVICE";
 
-/// The best adapter that `backend` reaches: discrete, integrated, virtual, software, in this order.
+/// The best GPU that `backend` finds: discrete, integrated, virtual, software, in this order.
 ///
 /// # Errors
 ///
-/// [`DeviceError::NoHardware`] if there is none, or only a software one that cannot run the
+/// [`DeviceError::NoHardware`] if there is none, or only a software driver that cannot run the
 /// backend's shaders.
 fn find(backend: Backend) -> Result<DeviceKind, DeviceError> {
     let missing = |missing: &str, advice: &str| DeviceError::NoHardware {
@@ -33,23 +33,23 @@ fn find(backend: Backend) -> Result<DeviceKind, DeviceError> {
     .into_iter()
     .find(|kind| found.contains(&device(backend, kind.clone())));
     match kind {
-        // lavapipe crashes inside its SPIR-V compiler, which no program survives; SwiftShader gives
+        // lavapipe crashes inside its SPIR-V compiler, which ends the program; SwiftShader computes
         // wrong numbers.
         Some(DeviceKind::Cpu) if backend == Backend::Vulkan => Err(missing(
-            "the only adapter is a software one, and such drivers fail on SPIR-V kernels",
-            "install your GPU's driver, or use --backend wgpu (slow there, but right) or \
+            "the only device is a software driver, and such drivers fail on SPIR-V kernels",
+            "install your GPU's driver, or use --backend wgpu (slow, but correct) or \
              --backend cpu",
         )),
         Some(kind) => Ok(kind),
         None => Err(missing(
-            "no graphics adapter answers",
+            "no GPU was found",
             "install your GPU's Vulkan driver (Debian, Ubuntu: mesa-vulkan-drivers, which also \
              brings a slow software one), or use --backend cpu",
         )),
     }
 }
 
-/// Whether the best adapter of `backend` is a GPU.
+/// Whether the best device of `backend` is a real GPU.
 ///
 /// # Errors
 ///
@@ -58,8 +58,7 @@ pub fn is_hardware(backend: Backend) -> Result<bool, DeviceError> {
     Ok(find(backend)? != DeviceKind::Cpu)
 }
 
-/// Starts Burn's backend on the best adapter, or on the one that `CUBECL_WGPU_DEFAULT_DEVICE`
-/// names.
+/// Starts Burn's backend on the best GPU, or on the one that `CUBECL_WGPU_DEFAULT_DEVICE` names.
 pub fn start(backend: Backend) -> Result<Selected, DeviceError> {
     let best = find(backend)?;
     kernel_cache::keep(best == DeviceKind::Cpu);
@@ -126,8 +125,8 @@ fn graphics_api(backend: Backend) -> WgpuBackend {
     }
 }
 
-/// What Burn calls all devices of `backend`. [`super::start`] has refused what is not in this
-/// build.
+/// Burn's name for all devices of `backend`. [`super::start`] has refused backends that this build
+/// does not include.
 fn device_type(backend: Backend) -> DeviceType {
     match backend {
         #[cfg(feature = "vulkan")]

@@ -1,4 +1,5 @@
-//! What a device says of itself: types, memory, limits, features. For reports; nothing is decided by it.
+//! Properties of a device: types, memory, limits, features. For reports only; no decision depends
+//! on them.
 
 use std::collections::BTreeMap;
 
@@ -7,10 +8,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{Backend, Selected, compute_dtype, dtype_name};
 
-/// A device in its own words.
+/// Properties of a device as its driver reports them.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Hardware {
-    /// The word that `--backend` takes.
+    /// The name that `--backend` accepts.
     pub backend: String,
     /// As [`Selected::name`].
     pub name: String,
@@ -18,21 +19,21 @@ pub struct Hardware {
     pub driver: String,
     /// Whether it is a graphics driver that computes on the CPU.
     pub is_software: bool,
-    /// What kernels are compiled for, in CubeCL's words; empty on the CPU.
+    /// The target that kernels are compiled for, in CubeCL's words; empty on the CPU.
     pub target: String,
-    /// The types that it trains in, the one that `auto` takes first.
+    /// The types that it can train in; the first one is the choice of `auto`.
     pub types: Vec<String>,
-    /// Bytes of memory that may be asked for in all; none where the driver does not tell.
+    /// Bytes of memory that may be allocated in total; `None` if the driver does not report it.
     pub memory_bytes: Option<u64>,
     /// The shapes and types of its matrix units, as `cmma f16·f16→f32 16×16×16`.
     pub matrix_units: Vec<String>,
     /// Names of limits with their values, in bytes or counts.
     pub limits: BTreeMap<String, u64>,
-    /// What it has beyond the least that is needed.
+    /// Optional features of the device.
     pub features: Vec<String>,
 }
 
-/// Asks the device and its driver.
+/// Queries the device and its driver.
 pub fn hardware(selected: &Selected) -> Hardware {
     let mut hardware = Hardware {
         backend: selected.backend.name().into(),
@@ -62,7 +63,7 @@ pub fn hardware(selected: &Selected) -> Hardware {
     hardware
 }
 
-/// The types that the device trains in, the one that `auto` takes first.
+/// The types that the device can train in; the first one is the choice of `auto`.
 pub fn types(selected: &Selected) -> Vec<FloatDType> {
     let has = |dtype: &FloatDType| compute_dtype(selected, Some(*dtype)).is_ok();
     let mut types: Vec<FloatDType> = compute_dtype(selected, None).into_iter().collect();
@@ -74,7 +75,7 @@ pub fn types(selected: &Selected) -> Vec<FloatDType> {
     types
 }
 
-/// A type's name as a configuration spells it.
+/// A type's name as in a configuration.
 pub fn type_name(dtype: FloatDType) -> String {
     dtype_name(dtype).into()
 }
@@ -164,7 +165,7 @@ mod adapter {
     use super::{Hardware, Selected};
     use crate::quiet;
 
-    /// The limits and features of the adapter of that name, as wgpu tells them.
+    /// The limits and features of the GPU of that name, as wgpu reports them.
     pub fn describe(selected: &Selected, hardware: &mut Hardware) {
         let Ok(Some(adapters)) = quiet::catch(enumerate) else {
             return;
@@ -246,7 +247,7 @@ mod tests {
     #[cfg(all(feature = "wgpu", not(feature = "vulkan"), not(feature = "metal")))]
     #[test]
     fn an_adapter_says_its_limits() {
-        // Its absence fails other tests where CI demands it.
+        // If it is missing, other tests fail in CI.
         let Ok(selected) = select(Backend::Wgpu) else {
             return;
         };

@@ -1,4 +1,4 @@
-//! Switches for those whose driver or compiler does not bear what Burn does with kernels.
+//! Switches for drivers and compilers that cannot handle Burn's fused or tuned kernels.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -14,18 +14,18 @@ static UNTUNED: AtomicBool = AtomicBool::new(false);
 /// The switches as arguments.
 #[derive(Debug, Clone, Copy, Default, clap::Args)]
 pub struct KernelArgs {
-    /// Launch every operation as a kernel of its own, instead of fusing neighbours into one. Slower; for GPUs
-    /// whose driver gets fused kernels wrong
+    /// Launch every operation as its own kernel instead of fusing neighbouring operations. Slower; for GPUs
+    /// whose driver computes fused kernels wrong
     #[arg(long)]
     pub no_fusion: bool,
-    /// Take the first kernel that fits instead of timing several. It is decided when the program is built:
+    /// Use the first kernel that fits instead of timing several. This is fixed when the program is built:
     /// `cargo xtask` builds accordingly
     #[arg(long)]
     pub no_autotune: bool,
 }
 
 impl KernelArgs {
-    /// Makes the switches count.
+    /// Applies the switches.
     ///
     /// Call it before the first device starts.
     ///
@@ -42,7 +42,7 @@ impl KernelArgs {
     }
 }
 
-/// Tells Burn what to fuse, which it reads once, when the first device starts.
+/// Configures Burn's fusion. Burn reads the setting once, when the first device starts.
 pub(super) fn set_fusion() {
     kernels::set_fusion(if UNFUSED.load(Ordering::Relaxed) {
         Fusion::Off
@@ -51,17 +51,17 @@ pub(super) fn set_fusion() {
     });
 }
 
-/// Kernels that CubeCL keeps on disk.
+/// Kernels that CubeCL caches on disk.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct KeptKernels {
-    /// Operations whose fastest kernel is known, each for sizes of a kind.
+    /// Operations whose fastest kernel is known, each for a range of sizes.
     pub tuned: u64,
-    /// Kernels in the driver's or the device's own form. WGSL has none: the driver compiles, and keeps what it likes.
+    /// Compiled kernels. WGSL has none: the driver compiles, and keeps its own cache.
     pub compiled: u64,
 }
 
 impl KeptKernels {
-    /// Those of `self` that are not of `before`.
+    /// The kernels in `self` that are not in `before`.
     pub fn since(self, before: Self) -> Self {
         Self {
             tuned: self.tuned.saturating_sub(before.tuned),
@@ -70,11 +70,11 @@ impl KeptKernels {
     }
 }
 
-/// Has CubeCL keep tuned and compiled kernels in the user's cache folder, for the next start of any process. Without one,
-/// CubeCL takes a folder of its own choice.
+/// Lets CubeCL cache tuned and compiled kernels in the user's cache folder, for the next start of
+/// any process. Without a cache folder, CubeCL chooses one.
 ///
-/// Call it before the first device starts. On a software driver every kernel takes long and none is fast: the fewest
-/// candidates are timed there, once each.
+/// Call it before the first device starts. On a software driver all kernels are slow, so the fewest
+/// candidates are timed, once each.
 #[cfg(feature = "autotune")]
 pub(super) fn keep(for_software: bool) {
     use burn_cubecl::cubecl::config::autotune::AutotuneLevel;
@@ -92,9 +92,9 @@ pub(super) fn keep(for_software: bool) {
         }
         let mut config = config.override_from_env();
         config.compilation.cache = true;
-        // Not set where another part of the program has set it already.
+        // Unless another part of the program has already set it.
         CubeClRuntimeConfig::try_set(config);
-        // An account of every start, which nothing here reads.
+        // A log of every start, which nothing here reads.
         records::configure(records::RecordsConfig {
             level: records::RecordLevel::Off,
             keep_sessions: None,
@@ -134,7 +134,8 @@ pub fn kept_kernels() -> Option<KeptKernels> {
     None
 }
 
-/// What the first step of a run does besides, on a GPU where these kernels were on disk when the program started.
+/// What the first step of a run also does, on a GPU whose cache held these kernels when the program
+/// started.
 pub fn first_step(kept: Option<KeptKernels>) -> String {
     match kept {
         None => "the first step compiles kernels; later steps do not".into(),
@@ -151,14 +152,14 @@ pub fn first_step(kept: Option<KeptKernels>) -> String {
     }
 }
 
-/// The switches that are on, as they are written.
+/// The switches that are on, as on the command line.
 pub fn switches() -> Vec<&'static str> {
     let all = [(&UNFUSED, "--no-fusion"), (&UNTUNED, "--no-autotune")];
     let on = all.into_iter().filter(|(on, _)| on.load(Ordering::Relaxed));
     on.map(|(_, name)| name).collect()
 }
 
-/// Whether operations are fused and kernels tuned here, so that switching it off could help.
+/// Whether operations are fused and kernels tuned, so that switching it off could help.
 pub(super) fn fuses_and_tunes() -> [bool; 2] {
     [!UNFUSED.load(Ordering::Relaxed), cfg!(feature = "autotune")]
 }

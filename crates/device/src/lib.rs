@@ -1,8 +1,8 @@
 //! The device that a run computes on. Nothing outside this crate names a backend.
 //!
-//! [`select`] turns the word after `--backend` into a Burn [`Device`] that is known to start, or
-//! into one sentence that says what is missing and what to do. [`self_test`] and
-//! [`check_device`] then compare it with the CPU.
+//! [`select`] turns the value of `--backend` into a Burn [`Device`] that has started, or into a
+//! sentence that names what is missing and a remedy. [`self_test`] and [`check_device`] then
+//! compare the device with the CPU.
 
 mod backend;
 mod check;
@@ -38,25 +38,25 @@ pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 pub struct Selected {
     /// Burn's device, without autodiff.
     pub device: Device,
-    /// What it is reached through; never [`Backend::Auto`].
+    /// Its backend; never [`Backend::Auto`].
     pub backend: Backend,
     /// For the screen: `CPU (Flex, 2 threads, AVX2)`, `WGSL on Vulkan: llvmpipe, software`.
     pub name: String,
-    /// The driver and its version in its own words; empty on the CPU.
+    /// The driver and its version as the driver reports them; empty on the CPU.
     pub driver: String,
-    /// Why this one, in words that continue "… because".
+    /// The reason for the selection, as shown after the device's name.
     pub reason: String,
-    /// A graphics driver that computes on the CPU. Right, but many times slower than the CPU
-    /// itself.
+    /// A graphics driver that computes on the CPU: correct, but many times slower than the CPU
+    /// backend.
     pub is_software: bool,
 }
 
 impl Selected {
-    /// What to warn of before the run starts.
+    /// A warning for the user before the run starts.
     pub fn warning(&self) -> Option<String> {
         self.is_software.then(|| {
             format!(
-                "{} imitates a GPU on the CPU and is very slow; --backend cpu is many times faster",
+                "{} emulates a GPU on the CPU and is very slow; --backend cpu is many times faster",
                 self.name
             )
         })
@@ -65,22 +65,21 @@ impl Selected {
 
 /// Selects and starts a device.
 ///
-/// `Auto` takes the first of CUDA, Metal, Vulkan and wgpu that is in this build and has real
-/// hardware, else the CPU; never a software adapter, and it never fails. An adapter of a certain
-/// kind can be forced with CubeCL's `CUBECL_WGPU_DEFAULT_DEVICE` (say `IntegratedGpu(0)`), a CUDA
-/// device with `CUDA_VISIBLE_DEVICES`.
+/// `Auto` takes the first of CUDA, Metal, Vulkan and wgpu that this build includes and that has
+/// real hardware, else the CPU. It never takes a software driver, and it never fails. A GPU of a
+/// certain kind can be forced with CubeCL's `CUBECL_WGPU_DEFAULT_DEVICE` (such as
+/// `IntegratedGpu(0)`), a CUDA device with `CUDA_VISIBLE_DEVICES`.
 ///
 /// # Errors
 ///
-/// [`DeviceError`], where a backend asked for by its name is not in this build or not on this
-/// machine, or does not start. A panic inside a driver's Rust bindings is caught and becomes such
-/// an error.
+/// [`DeviceError`] if a named backend is not in this build, is not supported on this machine, or
+/// does not start. A panic inside a driver's Rust bindings is caught and becomes such an error.
 pub fn select(asked: Backend) -> Result<Selected, DeviceError> {
     kernel_cache::set_fusion();
     match asked {
         Backend::Auto => Ok(automatic()),
-        Backend::Cpu => Ok(cpu("it was asked for".to_owned())),
-        gpu => started(gpu, "it was asked for"),
+        Backend::Cpu => Ok(cpu("selected with --backend".to_owned())),
+        gpu => started(gpu, "selected with --backend"),
     }
 }
 
@@ -96,16 +95,16 @@ fn automatic() -> Selected {
             continue;
         }
         let found = match is_hardware(backend) {
-            Ok(true) => started(backend, "it is the fastest this build finds here"),
+            Ok(true) => started(backend, "the fastest that this build finds on this machine"),
             Ok(false) => {
-                passed_over.push(format!("{backend} has only a software adapter"));
+                passed_over.push(format!("{backend} has only a software driver"));
                 continue;
             }
             Err(error) => Err(error),
         };
         match found {
             Ok(selected) => return selected,
-            // What to install belongs to the answer to `--backend X`, not to a reason.
+            // The installation advice belongs to an explicit `--backend X`, not to this reason.
             Err(DeviceError::NoHardware { missing, .. }) => {
                 passed_over.push(format!("{backend}: {missing}"));
             }
@@ -113,13 +112,13 @@ fn automatic() -> Selected {
         }
     }
     cpu(if passed_over.is_empty() {
-        "no GPU backend is in this build".to_owned()
+        "this build has no GPU backend".to_owned()
     } else {
         passed_over.join(", ")
     })
 }
 
-/// The CPU, which is always there.
+/// The CPU, which is always available.
 fn cpu(reason: String) -> Selected {
     let threads = std::env::var("RAYON_NUM_THREADS")
         .ok()
@@ -138,7 +137,7 @@ fn cpu(reason: String) -> Selected {
     }
 }
 
-/// The widest vectors that the matrix products use here.
+/// The widest vectors that the matrix products use on this processor.
 fn simd() -> &'static str {
     #[cfg(target_arch = "x86_64")]
     {
@@ -155,7 +154,7 @@ fn simd() -> &'static str {
     ""
 }
 
-/// Whether `backend` has a device that is no imitation, without starting it.
+/// Whether `backend` has a real device, without starting it.
 fn is_hardware(backend: Backend) -> Result<bool, DeviceError> {
     match backend {
         Backend::Auto | Backend::Cpu => Ok(false),
@@ -169,7 +168,7 @@ fn is_hardware(backend: Backend) -> Result<bool, DeviceError> {
     }
 }
 
-/// A GPU's device, started once in a process: drivers do not like to be started from several
+/// A GPU's device, started once per process: drivers may fail if they are started from several
 /// threads.
 fn started(backend: Backend, reason: &str) -> Result<Selected, DeviceError> {
     static STARTED: Mutex<Vec<Selected>> = Mutex::new(Vec::new());
@@ -195,8 +194,8 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
         return Err(DeviceError::WrongPlatform { backend, why });
     }
     if backend == Backend::Cuda {
-        // Asked before "is it in this build?": on a machine without NVIDIA's driver no build would
-        // help.
+        // Checked before whether this build includes the backend: on a machine without NVIDIA's
+        // driver no build would help.
         let driver = cuda::driver()?;
         kernel_cache::keep(false);
         return cuda::start(&driver);
@@ -219,8 +218,8 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
     Err(DeviceError::NotCompiled { backend })
 }
 
-/// What this program means by Burn's `Flex32`: f32 tensors whose products NVIDIA's matrix units compute in TF32, with 11
-/// bits of each factor.
+/// The meaning of Burn's `Flex32` in this program: f32 tensors whose products NVIDIA's matrix units
+/// compute in TF32, with 11 bits of each factor.
 pub const TF32: FloatDType = FloatDType::Flex32;
 
 /// The type that products are computed in.
@@ -232,12 +231,12 @@ pub const TF32: FloatDType = FloatDType::Flex32;
 /// | Vulkan, Metal | f16 where the adapter has matrix units for it, else f32 | f32, f16 |
 /// | wgpu (WGSL) | f32 | f16 where the adapter has it |
 ///
-/// Sums of products, hidden states, norms, softmax, loss, adapters, their gradients and the optimizer's state are f32
-/// everywhere.
+/// Sums of products, hidden states, norms, softmax, loss, adapters, their gradients and the
+/// optimizer's state are f32 everywhere.
 ///
 /// # Errors
 ///
-/// [`DeviceError::Precision`], with what the device has.
+/// [`DeviceError::Precision`], with the types that the device supports.
 pub fn compute_dtype(
     selected: &Selected,
     requested: Option<FloatDType>,
@@ -278,12 +277,13 @@ pub fn compute_dtype(
     })
 }
 
-/// Sets the device up to compute in this type, and returns the type that its tensors have: on the CPU tensors are f32
-/// and only products with quantized weights are in bf16; under [`TF32`] they are f32 too.
+/// Sets the device up to compute in this type, and returns the type of its tensors: on the CPU
+/// tensors are f32 and only products with quantized weights are in bf16; under [`TF32`] tensors are
+/// f32 too.
 ///
 /// # Errors
 ///
-/// If the processor computes them wrong.
+/// If the processor's bf16 products are wrong.
 pub fn prepare(selected: &Selected, compute: FloatDType) -> Result<FloatDType, DeviceError> {
     if selected.backend != Backend::Cpu {
         kernels::use_exact_f32(compute != TF32 && kernels::has_tf32(&selected.device));
@@ -297,7 +297,7 @@ pub fn prepare(selected: &Selected, compute: FloatDType) -> Result<FloatDType, D
     Ok(FloatDType::F32)
 }
 
-/// A type's name as a config spells it.
+/// A type's name as in a configuration.
 fn dtype_name(dtype: FloatDType) -> &'static str {
     match dtype {
         FloatDType::F64 => "f64",
@@ -308,14 +308,14 @@ fn dtype_name(dtype: FloatDType) -> &'static str {
     }
 }
 
-/// Bytes that live tensors take on the device; `None` where the backend does not count them (the
-/// CPU: there the process's resident memory says it).
+/// Bytes of live tensors on the device; `None` if the backend does not count them (on the CPU, the
+/// process's resident memory is the measure).
 pub fn memory_in_use(device: &Device) -> Option<u64> {
     device.memory_pool_usage().map(|usage| usage.bytes_in_use)
 }
 
-/// Bytes that Burn holds on the device, pages kept for reuse included; what other programs cannot
-/// have.
+/// Bytes that Burn has allocated on the device, including pages kept for reuse, which other
+/// programs cannot use.
 pub fn memory_reserved(device: &Device) -> Option<u64> {
     device.memory_pool_usage().map(|usage| usage.bytes_reserved)
 }
@@ -393,8 +393,8 @@ mod tests {
         );
     }
 
-    /// wgpu, where this build and this machine have it; its absence is a failure where CI demands
-    /// it.
+    /// wgpu, if this build and this machine have it. If it is missing and CI requires it, the test
+    /// fails.
     #[cfg(all(feature = "wgpu", not(feature = "vulkan"), not(feature = "metal")))]
     fn wgpu() -> Option<Selected> {
         match select(Backend::Wgpu) {

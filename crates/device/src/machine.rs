@@ -1,24 +1,24 @@
-//! The machine that was measured on.
+//! The machine that a measurement was made on.
 
 use serde::Serialize;
 
-/// What decides how fast it is.
+/// The properties that determine its speed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Machine {
-    /// The processor's name; the architecture where the system does not tell.
+    /// The processor's name; the architecture if the system does not report it.
     pub processor: String,
     /// Threads that this process may use.
     pub threads: usize,
-    /// Bytes of main memory; none where the system does not tell.
+    /// Bytes of main memory; `None` if the system does not report it.
     pub memory: Option<u64>,
-    /// The vector instructions that matter here.
+    /// The relevant vector instructions.
     pub vectors: Vec<&'static str>,
     /// Operating system and architecture.
     pub system: String,
 }
 
 impl Machine {
-    /// This one.
+    /// The machine of this process.
     pub fn this() -> Self {
         let read = |path| std::fs::read_to_string(path).unwrap_or_default();
         let (cpu, memory) = (read("/proc/cpuinfo"), read("/proc/meminfo"));
@@ -36,14 +36,14 @@ impl Machine {
         }
     }
 
-    /// Whether the processor multiplies bf16 numbers itself; PyTorch then gains from them.
+    /// Whether the processor has bf16 multiplication; PyTorch is then faster in bf16.
     pub fn multiplies_bf16(&self) -> bool {
         let fast = ["avx512_bf16", "amx_bf16"];
         self.vectors.iter().any(|vector| fast.contains(vector))
     }
 }
 
-/// The value of `name : value` in the first line that has it.
+/// The value of `name : value` in the first such line.
 fn field<'a>(text: &'a str, name: &str) -> Option<&'a str> {
     text.lines().find_map(|line| {
         let (key, value) = line.split_once(':')?;

@@ -1,32 +1,35 @@
-//! How much memory a device has: asked for where a driver tells, stated by `device_memory` where none does.
+//! The memory of a device: queried from a driver that reports it, configured with `device_memory`
+//! otherwise.
 
 use super::{Backend, Selected};
 use crate::process_memory as memory;
 
-/// Of a device's whole memory, what a run may plan with. The rest is taken by the driver and its kernels, by the
-/// screen and by other programs, and lies idle in pages that Burn's pools hold half filled.
+/// The share of a device's total memory that a run may plan with. The rest is used by the driver
+/// and its kernels, by the screen and other programs, and by pages that Burn's pools hold half
+/// filled.
 const OF_TOTAL: f64 = 0.85;
 
-/// As [`OF_TOTAL`] where others' share is already subtracted: the pools' idle pages remain.
+/// As [`OF_TOTAL`] if other programs' memory is already subtracted: only the pools' idle pages
+/// remain.
 const OF_FREE: f64 = 0.92;
 
-/// The memory of a device, and how that is known.
+/// The memory of a device, and where the number comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct DeviceMemory {
     /// Bytes.
     pub bytes: u64,
-    /// Whose word this is.
+    /// Where the number comes from.
     pub known: Known,
 }
 
-/// How a device's memory is known.
+/// Where the size of a device's memory comes from.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Known {
-    /// The setting `device_memory` says so.
+    /// From the setting `device_memory`.
     Stated,
-    /// The driver tells what the device has.
+    /// The driver reports the total.
     Total,
-    /// The driver, or on the CPU the system, tells what is free.
+    /// The driver, or on the CPU the system, reports the free memory.
     Free,
 }
 
@@ -34,7 +37,7 @@ impl DeviceMemory {
     /// Bytes that a run may plan with.
     pub fn usable(self, backend: Backend) -> u64 {
         let share = match (backend, self.known) {
-            // The system's own figure, of which the plan leaves a part anyway.
+            // The system's own figure. The plan leaves a part of it free anyway.
             (Backend::Cpu, _) => 1.0,
             (_, Known::Free) => OF_FREE,
             (_, Known::Stated | Known::Total) => OF_TOTAL,
@@ -43,8 +46,9 @@ impl DeviceMemory {
     }
 }
 
-/// The memory of a device: `stated` if the user says, else what is free (CUDA, the CPU), else what there is (Vulkan
-/// and Metal with native shaders). `None` where nobody tells: WebGPU has no such question.
+/// The memory of a device: `stated` if the user sets it, else the free memory (CUDA, the CPU), else
+/// the total (Vulkan and Metal with native shaders). `None` if it is unknown: WebGPU cannot report
+/// it.
 pub fn device_memory(selected: &Selected, stated: Option<u64>) -> Option<DeviceMemory> {
     let of = |known| move |bytes| DeviceMemory { bytes, known };
     let total = || total(selected).map(of(Known::Total));
@@ -58,13 +62,14 @@ pub fn device_memory(selected: &Selected, stated: Option<u64>) -> Option<DeviceM
     stated.map(of(Known::Stated)).or_else(found)
 }
 
-/// Bytes of the largest buffer that a device allocates or binds; `None` on the CPU, which has no such limit.
+/// Bytes of the largest buffer that a device can allocate and bind; `None` on the CPU, which has no
+/// such limit.
 pub fn largest_buffer(selected: &Selected) -> Option<u64> {
     let largest = kernels::largest_buffer(&selected.device)?;
     u64::try_from(largest).ok()
 }
 
-/// The whole memory, as CubeCL knows it.
+/// The total memory as CubeCL reports it.
 #[cfg(any(
     feature = "wgpu",
     feature = "vulkan",

@@ -1,17 +1,17 @@
-//! The memory that this process has in physical pages: what decides whether a run fits a machine.
+//! The memory of this process in physical pages, which determines whether a run fits a machine.
 //!
-//! GPU memory is not in it; `device.rs` reports that.
+//! GPU memory is not included; see [`crate::memory_reserved`].
 
 /// Resident memory of this process, in bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ResidentMemory {
     /// Now.
     pub current: u64,
-    /// The most it has been since the process began.
+    /// The peak since the process started.
     pub peak: u64,
 }
 
-/// What the operating system says of this process; `None` where it does not tell.
+/// The operating system's figures for this process; `None` if it does not report them.
 ///
 /// A peak below the current size, which some systems report between two updates, is raised to it.
 pub fn resident() -> Option<ResidentMemory> {
@@ -25,8 +25,8 @@ pub fn peak() -> u64 {
     resident().map_or(0, |memory| memory.peak)
 }
 
-/// Bytes that this process can have: what the system has free, within the limit of the container that
-/// it may be in, and what it has already. `None` where nobody tells.
+/// Bytes that this process can use: the system's free memory, within the limit of the process's
+/// container, plus what the process already has. `None` if it is unknown.
 pub fn available() -> Option<u64> {
     platform::free().map(|free| free + resident().map_or(0, |memory| memory.current))
 }
@@ -39,7 +39,7 @@ mod platform {
         parse(&std::fs::read_to_string("/proc/self/status").ok()?)
     }
 
-    /// `MemAvailable` (proc_meminfo(5)), and what is left of the control group's `memory.max`.
+    /// `MemAvailable` (proc_meminfo(5)), and the rest of the control group's `memory.max`.
     pub fn free() -> Option<u64> {
         let read = |path: &str| std::fs::read_to_string(path).ok();
         let system = available(&read("/proc/meminfo")?)?;
@@ -151,7 +151,7 @@ mod tests {
             return;
         };
         assert!(before.current > 0 && before.peak >= before.current);
-        // Larger than what other tests of this process free meanwhile.
+        // Larger than what other tests of this process free in the meantime.
         let size = 256 << 20;
         let block = vec![1u8; size];
         let during = resident().unwrap();

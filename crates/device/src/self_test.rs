@@ -1,4 +1,4 @@
-//! The start-up test: one small quantized product against the CPU's.
+//! The start-up test: a small quantized product compared with the CPU's.
 
 use burn::tensor::{Device, Tensor, TensorData};
 use lora_core::{CounterRng, Quantization, frozen_linear, quantize_data};
@@ -6,31 +6,31 @@ use lora_core::{CounterRng, Quantization, frozen_linear, quantize_data};
 use super::check::{Check, refused, verdict};
 use super::{Backend, DeviceError, Selected, quiet};
 
-/// Largest relative Frobenius distance from the CPU's numbers that counts as right.
+/// Largest relative Frobenius distance from the CPU's result that is accepted.
 ///
-/// The device computes in f32 here, so 1e-6 is usual; TF32 tensor cores keep 10 bits of each
-/// factor, which gives up to 1e-3. A driver that is wrong is off by the order of 1 (measured:
-/// SwiftShader's SPIR-V).
+/// The device computes in f32 here, so 1e-6 is usual. TF32 tensor cores keep 10 bits of each
+/// factor, which gives up to 1e-3. A wrong driver is off by the order of 1 (measured: SwiftShader's
+/// SPIR-V).
 pub const SELF_TEST_TOLERANCE: f64 = 5e-3;
 
 const N: usize = 64;
 const D_IN: usize = 96;
 const D_OUT: usize = 64;
 
-/// What the product of a device gave, row-major.
+/// A device's results, row-major.
 struct Product {
     /// `x · W`, `[N, D_OUT]`
     result: Vec<f32>,
-    /// Gradient of `sum(x · W ∘ c)` by `x`, `[N, D_IN]`
+    /// Gradient of `sum(x · W ∘ c)` with respect to `x`, `[N, D_IN]`
     gradient: Vec<f32>,
 }
 
-/// Compares `frozen_linear` over an 8-bit weight on a tape, forward and backward, with the CPU's: the first that a
-/// device has to do right.
+/// Compares `frozen_linear` over an 8-bit weight with the CPU's, forward and backward through the
+/// autodiff graph: the first requirement of a device.
 ///
-/// It takes some hundredths of a second on a GPU, a few seconds on a software adapter. It also
-/// fixes the device's default types, as the first tensor of a device does: types other than f32 are
-/// to be asked for by name after it.
+/// It takes some hundredths of a second on a GPU, a few seconds on a software driver. It also fixes
+/// the device's default types, as the first tensor of a device does; later tensors of other types
+/// than f32 must name their type.
 ///
 /// # Errors
 ///
@@ -40,7 +40,7 @@ pub fn self_test(selected: &Selected) -> Result<(), DeviceError> {
     verdict(selected, &small_product(selected)?)
 }
 
-/// As [`self_test`], as checks; none on the CPU.
+/// As [`self_test`], as checks; empty on the CPU.
 pub(super) fn small_product(selected: &Selected) -> Result<Vec<Check>, DeviceError> {
     if selected.backend == Backend::Cpu {
         return Ok(Vec::new());
@@ -56,7 +56,7 @@ pub(super) fn small_product(selected: &Selected) -> Result<Vec<Check>, DeviceErr
     ])
 }
 
-/// The same numbers on every device: they come from a seed and are quantized on the host.
+/// The same numbers on every device: from a seed, quantized on the host.
 fn product(device: &Device) -> Result<Product, String> {
     let mut rng = CounterRng::new(7);
     let mut normal = |len| -> Vec<f32> { (0..len).map(|_| rng.normal() as f32).collect() };
@@ -99,7 +99,7 @@ fn compare(name: &str, got: &[f32], expected: &[f32]) -> Check {
         name: name.into(),
         difference,
         tolerance: SELF_TEST_TOLERANCE,
-        // Not a number is not right.
+        // A value that is not a number is not right.
         ok: difference <= SELF_TEST_TOLERANCE,
     }
 }

@@ -1,5 +1,5 @@
-//! Counts what a piece of work asks of a GPU: kernel launches, uploads, blocking reads, bytes of memory traffic and
-//! floating-point operations, by kind of operation.
+//! Counts the work of a computation on a GPU: kernel launches, uploads, blocking reads, bytes of
+//! memory traffic and floating-point operations, by kind of operation.
 //!
 //! [`count`] runs the work and watches two layers below it: CubeCL reports every kernel launch, and Burn's fusion
 //! reports which operations, with which shapes, a launch carries out. The numbers do not depend on how fast the
@@ -8,12 +8,13 @@
 //!
 //! # What a byte count means
 //!
-//! A launch reads each of its input tensors once and writes each of its outputs once. That is what the memory bus
-//! carries at least; a matrix product that reads an operand again for each tile of its output moves more, unless a
-//! cache serves it. A selection of rows reads the rows, not the table, and what is written into a part of a tensor counts as
-//! that part. Operations that Burn fused into one launch read
-//! what comes from outside and write what is used later. Where Burn needs more launches than one for such a group, each
-//! further launch counts one write and one read of the group's largest intermediate tensor.
+//! A launch reads each of its input tensors once and writes each of its outputs once. That is the
+//! least that the memory bus carries; a matrix product that reads an operand again for each tile of
+//! its output moves more, unless a cache serves it. A selection of rows reads the rows, not the
+//! table, and a write into a part of a tensor counts as that part. Operations that Burn fused into
+//! one launch read the inputs from outside the group and write the outputs that are used later. If
+//! Burn needs more than one launch for such a group, each further launch counts one write and one
+//! read of the group's largest intermediate tensor.
 
 #[cfg(feature = "cube")]
 mod observers;
@@ -36,15 +37,15 @@ pub enum Mode {
     DryRun,
 }
 
-/// What a launch mainly does.
+/// The main work of a launch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Kind {
-    /// Matrix products, with what is fused behind them.
+    /// Matrix products, with operations fused after them.
     Product,
     /// From packed integers to floats.
     Dequantize,
-    /// Sums, means and maxima, with what is fused around them; softmax.
+    /// Sums, means and maxima, with operations fused around them; softmax.
     Reduction,
     /// Chains of element-wise operations.
     ElementWise,
@@ -76,14 +77,14 @@ pub struct KindCounts {
     pub bytes_read: u64,
     /// Bytes written to the device's memory.
     pub bytes_written: u64,
-    /// Of both, what is written and read in between only because Burn did not fuse a group into one launch, as where
-    /// autotuning is off.
+    /// Of both, the bytes that are written and read in between only because Burn did not fuse a
+    /// group into one launch, as in builds without autotuning.
     pub unfused_bytes: u64,
-    /// Floating-point operations of matrix products, a multiplication and an addition counted as two.
+    /// Floating-point operations of matrix products; a multiplication and an addition count as two.
     pub flops: u64,
 }
 
-/// What was counted.
+/// The counts.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Counts {
     /// By kind of launch.
@@ -92,12 +93,12 @@ pub struct Counts {
     pub uploads: u64,
     /// Bytes of these tensors.
     pub upload_bytes: u64,
-    /// Times that the host waited for numbers from the device: calls of [`read_floats`].
+    /// How often the host waited for numbers from the device: calls of [`read_floats`].
     pub reads: u64,
-    /// Bytes that the device's memory pools held at the end, free pages included: since pools do not shrink by
-    /// themselves, their peak.
+    /// Bytes held by the device's memory pools at the end, including free pages: the peak, because
+    /// pools do not shrink by themselves.
     pub reserved_bytes: u64,
-    /// Launches by what they carry out, for whoever looks for waste: the operations of a launch, and how often.
+    /// Launches by the operations that they carry out, with their numbers, to find waste.
     #[serde(skip)]
     pub details: BTreeMap<String, u64>,
 }
@@ -127,12 +128,13 @@ impl Counts {
         total.bytes_read + total.bytes_written
     }
 
-    /// Bytes read and written where every group that Burn fuses is one launch, as with autotuning.
+    /// Bytes read and written if every group that Burn fuses were one launch, as with autotuning.
     pub fn fused_bytes(&self) -> u64 {
         self.bytes() - self.total().unfused_bytes
     }
 
-    /// `self + times · (more - less)`: what a model of more layers would be counted as, from two of few layers.
+    /// `self + times · (more - less)`: the counts of a model with more layers, from two models with
+    /// few layers.
     pub fn extrapolated(&self, more: &Self, less: &Self, times: u64) -> Self {
         let line = |at: u64, more: u64, less: u64| at + times * more.saturating_sub(less);
         let of = |counts: &Self, kind: Kind| counts.kinds.get(&kind).copied().unwrap_or_default();
@@ -165,14 +167,14 @@ impl Counts {
     }
 }
 
-/// Runs `work` and counts what it asks of `device`. The second value is `None` where nothing can be counted: on the
-/// CPU backend, and in builds without a GPU backend.
+/// Runs `work` and counts its work on `device`. The second value is `None` if nothing can be
+/// counted: on the CPU backend, and in builds without a GPU backend.
 ///
 /// Counting is process-wide: other work on a GPU at the same time is counted too.
 ///
 /// # Panics
 ///
-/// As `work` does, or if the device fails.
+/// If `work` panics, or the device fails.
 pub fn count<T>(device: &Device, mode: Mode, work: impl FnOnce() -> T) -> (T, Option<Counts>) {
     let device = device.clone().without_autodiff();
     #[cfg(feature = "cube")]

@@ -1,4 +1,4 @@
-//! Listens to Burn's fusion and to CubeCL, and pairs launches with operations.
+//! Observes Burn's fusion and CubeCL, and pairs launches with operations.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -16,7 +16,7 @@ use crate::{Counts, Kind, Mode, reads};
 
 /// As [`crate::count`], on a CubeCL device.
 pub fn count<T>(device: &Device, mode: Mode, work: impl FnOnce() -> T) -> (T, Counts) {
-    // What was asked for before is not counted, and all of what `work` asks for is.
+    // Earlier work is not counted; all of `work` is.
     sync(device);
     let before = reads();
     let watch = Arc::new(Watch::default());
@@ -51,13 +51,13 @@ struct State {
     block: Option<Block>,
 }
 
-/// A group of operations that is being launched.
+/// A group of operations that is launched.
 struct Block {
     kind: Kind,
     bytes_read: u64,
     bytes_written: u64,
     flops: u64,
-    /// Written and read once more by every launch beyond the first.
+    /// Written and read again by every launch beyond the first.
     largest_between: u64,
     launches: u64,
     operations: String,
@@ -99,7 +99,7 @@ impl FusionObserver for Watch {
     fn block_ran(&self) {
         let mut state = self.lock();
         let Some(block) = state.block.take().filter(|block| block.launches > 0) else {
-            // A change of shape or strides, or a tensor that is dropped: no memory is touched.
+            // A change of shape or strides, or a dropped tensor: no memory traffic.
             return;
         };
         let further = (block.launches - 1) * block.largest_between;
@@ -147,7 +147,8 @@ impl Block {
                     }
                     continue;
                 }
-                // Selections read what they return; a tensor that is added to is read and written where it changes.
+                // Selections read what they return; a tensor that is added to is read and written
+                // where it changes.
                 let size = if index == 0 && reads_a_part(operation) {
                     bytes(input).min(written)
                 } else {
@@ -203,7 +204,7 @@ fn reads_a_part(operation: &OperationIr) -> bool {
     )
 }
 
-/// What an operation writes into a tensor that it changes in place.
+/// The bytes that an operation writes into a tensor that it changes in place.
 fn changes_a_part(operation: &OperationIr) -> Option<&TensorIr> {
     use BaseOperationIr as Base;
     let (OperationIr::BaseFloat(base) | OperationIr::BaseInt(base) | OperationIr::BaseBool(base)) =
@@ -233,13 +234,14 @@ fn product_flops(operation: &OperationIr) -> u64 {
     }
 }
 
-/// Whether an operation of a backend extension is a product of two tensors, as those of lora-core are: their names say.
+/// Whether an operation of a backend extension is a product of two tensors, like those of
+/// lora-core; detected from its name.
 fn is_product(custom: &CustomOpIr) -> bool {
     let is_pair = (custom.inputs.len(), custom.outputs.len()) == (2, 1);
     is_pair && custom.id.contains("product")
 }
 
-/// The strongest of what a group of operations does.
+/// The heaviest kind in a group of operations.
 fn kind(operations: &[&OperationIr]) -> Kind {
     let kinds = operations.iter().filter_map(|operation| kind_of(operation));
     kinds.min().unwrap_or(Kind::Copy)
@@ -304,7 +306,7 @@ fn kind_of(operation: &OperationIr) -> Option<Kind> {
     })
 }
 
-/// The operations in the order they run, with the shape of the last output.
+/// The operations in their order, with the shape of the last output.
 fn names(operations: &[&OperationIr]) -> String {
     let mut names: Vec<String> = Vec::new();
     let mut runs: BTreeMap<usize, usize> = BTreeMap::new();

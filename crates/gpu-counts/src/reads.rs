@@ -1,4 +1,4 @@
-//! The one way by which training's numbers come back to the host, so that it can be counted.
+//! The only function that reads training's numbers back to the host, so that reads can be counted.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -10,7 +10,7 @@ static READS: AtomicU64 = AtomicU64::new(0);
 ///
 /// # Errors
 ///
-/// The device's words, where it does not return them.
+/// The device's message if it does not return them.
 pub fn read_floats<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, String> {
     READS.fetch_add(1, Ordering::Relaxed);
     let data = tensor.try_into_data().map_err(|error| error.to_string())?;
@@ -19,7 +19,7 @@ pub fn read_floats<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, String
         .map_err(|error| format!("{error:?}"))
 }
 
-/// Calls of [`read_floats`] in this process so far.
+/// The number of calls of [`read_floats`] in this process so far.
 pub fn reads() -> u64 {
     READS.load(Ordering::Relaxed)
 }

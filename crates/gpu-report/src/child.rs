@@ -1,4 +1,4 @@
-//! Runs a section in a process of its own, for so long and no longer.
+//! Runs a section in a process of its own, with a time limit.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader};
@@ -7,27 +7,29 @@ use std::process::{Command, Stdio};
 use std::sync::mpsc::{RecvTimeoutError, channel};
 use std::time::Duration;
 
-use anyhow::Context;
-
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::Finding;
 use super::worker::WorkerOptions;
 
 /// How a section's process ended.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Ended {
-    /// It was through.
+    /// It finished.
     Done,
-    /// Its time was over.
+    /// Its time limit was reached.
     Stopped,
-    /// Something else ended it: a crash inside a driver, the system for want of memory.
+    /// Something else ended it: a crash inside a driver, or the system when memory was short.
     Died(String),
 }
 
-/// Between the end of the time that a section plans with and the end of its process.
+/// The name of a section's process in errors.
+const SECTION: &str = "the section";
+
+/// The time between the limit that a section plans with and the end of its process.
 const GRACE: Duration = Duration::from_secs(3);
 
-/// Runs a section; its findings go to `found` as they come, what it says on standard error to `log`.
+/// Runs a section; its findings go to `found` as they arrive, its standard error to `log`.
 ///
 /// # Errors
 ///
@@ -36,9 +38,12 @@ pub fn run(
     options: &WorkerOptions,
     log: &Path,
     found: &mut dyn FnMut(Finding),
-) -> anyhow::Result<Ended> {
-    let program = std::env::current_exe().context("cannot tell where this program is")?;
-    let errors = File::create(log).with_context(|| format!("cannot write {}", log.display()))?;
+) -> Result<Ended, ReportError> {
+    let program = std::env::current_exe().map_err(ReportError::OwnProgram)?;
+    let errors = File::create(log).map_err(|source| ReportError::WriteFile {
+        path: log.into(),
+        source,
+    })?;
     let mut command = Command::new(program);
     command
         .args([
@@ -60,17 +65,20 @@ pub fn run(
     watch(command, options.limit, found)
 }
 
-/// Starts `command` and reads findings until it ends or `limit` is over.
+/// Starts `command` and reads findings until it ends or `limit` is reached.
 fn watch(
     mut command: Command,
     limit: Duration,
     found: &mut dyn FnMut(Finding),
-) -> anyhow::Result<Ended> {
+) -> Result<Ended, ReportError> {
     let clock = Clock::new(limit);
-    let mut process = command.spawn().context("cannot start the section")?;
+    let mut process = command.spawn().map_err(|source| ReportError::Start {
+        program: SECTION.into(),
+        source,
+    })?;
     // Held open: the process ends when this one does.
     let input = process.stdin.take();
-    let output = process.stdout.take().context("a process without output")?;
+    let output = process.stdout.take().ok_or(ReportError::NoOutput)?;
     let (send, lines) = channel();
     let reader = std::thread::spawn(move || {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
@@ -82,7 +90,7 @@ fn watch(
     let mut done = false;
     let ended = loop {
         match lines.recv_timeout(clock.remaining()) {
-            // Anything else is a driver's talk.
+            // Other lines are printed by a driver.
             Ok(line) => match serde_json::from_str(&line) {
                 Ok(Finding::Done) => {
                     done = true;
@@ -96,10 +104,13 @@ fn watch(
         }
     };
     if ended == Ended::Stopped || done {
-        // One that is done may still hang in a driver's clean-up.
+        // A process that is done may still hang in a driver's clean-up.
         let _ = process.kill();
     }
-    let status = process.wait().context("cannot wait for the section")?;
+    let status = process.wait().map_err(|source| ReportError::Wait {
+        program: SECTION.into(),
+        source,
+    })?;
     drop(input);
     let _ = reader.join();
     Ok(match ended {

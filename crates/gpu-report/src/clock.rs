@@ -1,8 +1,8 @@
-//! How much time is left.
+//! A time limit.
 
 use std::time::{Duration, Instant};
 
-/// A time limit that has begun.
+/// A time limit that has started.
 #[derive(Debug, Clone, Copy)]
 pub struct Clock {
     started: Instant,
@@ -10,7 +10,7 @@ pub struct Clock {
 }
 
 impl Clock {
-    /// Begins now.
+    /// Starts now.
     pub fn new(limit: Duration) -> Self {
         Self {
             started: Instant::now(),
@@ -18,17 +18,17 @@ impl Clock {
         }
     }
 
-    /// What is left; zero when it is over.
+    /// The remaining time; zero after the limit.
     pub fn remaining(&self) -> Duration {
         self.limit.saturating_sub(self.started.elapsed())
     }
 
-    /// Whether at least so much is left.
+    /// Whether at least this much time remains.
     pub fn has(&self, seconds: f64) -> bool {
         self.remaining().as_secs_f64() >= seconds
     }
 
-    /// Since the beginning.
+    /// The time since the start.
     pub fn elapsed(&self) -> Duration {
         self.started.elapsed()
     }

@@ -1,24 +1,26 @@
-//! How far a device's numbers may be from the CPU's, and how far they are.
+//! Tolerances for a device's difference from the CPU, and the measure of the difference.
 
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use lora_core::CounterRng;
 
+use super::error::ReportError;
 use super::finding::Check;
 
-/// What may differ.
+/// How composite the compared computation is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Depth {
-    /// One operation or a short chain: its output is rounded, and something between.
+    /// One operation or a short chain: its output is rounded, and perhaps an intermediate result.
     Operation,
-    /// A layer or a model: roundings follow one another.
+    /// A layer or a model, with many roundings in sequence.
     Model,
 }
 
 /// The largest relative Frobenius distance that passes.
 ///
-/// In f32 the order of sums and the last bits of exponentials differ: 1e-7 to 1e-5. TF32, which keeps 10 bits of a
-/// mantissa, is meant to fail. In 16 bits it is the type's unit roundoff (2⁻¹¹ in f16, 2⁻⁸ in bf16) times what one
-/// operation, or a layer of some twenty, may gather; sums over a wrong block or a wrong row are off by the order of 1.
+/// In f32 the order of sums and the last bits of exponentials differ: 1e-7 to 1e-5. TF32, which
+/// keeps 10 bits of a mantissa, is meant to fail. In 16 bits it is the type's unit roundoff (2⁻¹¹
+/// in f16, 2⁻⁸ in bf16) times the number of roundings that one operation, or a layer of some
+/// twenty, may accumulate. Sums over a wrong block or a wrong row are off by the order of 1.
 pub fn tolerance(dtype: FloatDType, depth: Depth) -> f64 {
     let (roundoff, operation, model) = match dtype {
         FloatDType::F16 => (f64::from(2f32.powi(-11)), 8.0, 32.0),
@@ -31,8 +33,8 @@ pub fn tolerance(dtype: FloatDType, depth: Depth) -> f64 {
     }
 }
 
-/// The Frobenius norm of the difference over that of the reference; not a number where one of `got` is none, and
-/// infinite where the lengths differ.
+/// The Frobenius norm of the difference over that of the reference; not a number if a value of
+/// `got` is not a number, infinite if the lengths differ.
 pub fn distance(got: &[f32], expected: &[f32]) -> f64 {
     if got.len() != expected.len() {
         return f64::INFINITY;
@@ -50,7 +52,7 @@ pub fn distance(got: &[f32], expected: &[f32]) -> f64 {
     }
 }
 
-/// The largest; not a number where one of them is none.
+/// The largest value; not a number if one of them is not.
 pub fn largest(distances: impl Iterator<Item = f64>) -> f64 {
     distances.fold(0.0, |largest: f64, next| {
         if largest.is_nan() || next.is_nan() {
@@ -61,7 +63,7 @@ pub fn largest(distances: impl Iterator<Item = f64>) -> f64 {
     })
 }
 
-/// The check of outputs, the one that is furthest off; `name` in `dtype`.
+/// The check of several outputs, by the largest difference; `name` in `dtype`.
 pub fn check(
     name: &str,
     dtype: FloatDType,
@@ -79,19 +81,20 @@ pub fn check(
     Check::new(name, worst, tolerance(dtype, depth), "relative, Frobenius")
 }
 
-/// A tensor's values, row by row.
+/// A tensor's values, row-major.
 ///
 /// # Errors
 ///
-/// The device's words, where it does not give them back.
-pub fn values<const D: usize>(tensor: Tensor<D>) -> anyhow::Result<Vec<f32>> {
+/// The device's message if it does not return them.
+pub fn values<const D: usize>(tensor: Tensor<D>) -> Result<Vec<f32>, ReportError> {
     let data = tensor.try_into_data();
-    let data = data.map_err(|error| anyhow::anyhow!("{error}"))?;
+    let data = data.map_err(|error| ReportError::Device(error.to_string()))?;
     let values = data.convert::<f32>().try_to_vec::<f32>();
-    values.map_err(|error| anyhow::anyhow!("{error:?}"))
+    values.map_err(|error| ReportError::Device(format!("{error:?}")))
 }
 
-/// Normal numbers from a seed, rounded to `dtype`, so that a device starts from the very numbers that the CPU has.
+/// Normal numbers from a seed, rounded to `dtype`, so that a device and the CPU start from the same
+/// numbers.
 pub fn input(
     [rows, columns]: [usize; 2],
     seed: u64,
@@ -136,7 +139,7 @@ mod tests {
     #[test]
     fn tf32_fails_where_f32_is_asked_for_and_a_rounding_passes() {
         let values: Vec<f32> = (1..200).map(|i| (i as f32 * 0.7).sin()).collect();
-        // The 13 low bits of the mantissa, which TF32 has not.
+        // The 13 low bits of the mantissa, which TF32 does not have.
         let tf32 = |x: &f32| f32::from_bits(x.to_bits() & !0x1fff);
         let cut: Vec<f32> = values.iter().map(tf32).collect();
         let operation = tolerance(FloatDType::F32, Depth::Operation);

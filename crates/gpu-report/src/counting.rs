@@ -1,10 +1,11 @@
-//! What a step of the 8B shape asks of the device, counted without running it.
+//! The work of a training step of the 8B shape on the device, counted without running it.
 
 use burn::tensor::{DType, FloatDType};
 use gpu_counts::Mode;
 use llama_burn::LoadOptions;
 use lora_core::LoraConfig;
 
+use super::error::ReportError;
 use super::finding::{Failed, Finding, KindFinding, LeftOut, StepFinding};
 use super::shapes::Shape;
 use device::{Backend, Selected};
@@ -14,22 +15,22 @@ use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 /// Tokens of the example.
 pub const TOKENS: usize = 2048;
 
-/// The largest buffer of a kernel that traffic is told for: cards with 8 GB bind as much.
+/// The largest buffer per kernel for which memory traffic is counted: cards with 8 GB bind as much.
 const CARD_BINDS: usize = 2 << 30;
 
-/// Tokens where a step of [`TOKENS`] does not fit the device's memory.
+/// Tokens of the example if a step of [`TOKENS`] does not fit the device's memory.
 const FEWER: usize = 512;
 
-/// Counts a step of one example of 2,048 tokens, all of them supervised.
+/// Counts a step of one example of 2,048 tokens, all of them in the loss.
 ///
 /// # Errors
 ///
-/// If the adapters do not fit the shape, or the device fails but for its memory.
+/// If the adapters do not fit the shape, or the device fails for another reason than its memory.
 pub fn run(
     selected: &Selected,
     guard: &Guard,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let left_out = |why: &str| {
         Finding::LeftOut(LeftOut {
             what: "counts of a step".into(),
@@ -48,7 +49,7 @@ pub fn run(
                 return Ok(());
             }
             Ok(Ok(None)) => {
-                tell(left_out("this device counts nothing"));
+                tell(left_out("launches cannot be counted on this device"));
                 return Ok(());
             }
             Ok(Err(error)) => return Err(error),
@@ -76,8 +77,8 @@ fn counted(
     selected: &Selected,
     dtype: FloatDType,
     tokens: usize,
-) -> anyhow::Result<Option<StepFinding>> {
-    let step = |dtype: FloatDType| -> anyhow::Result<Option<StepCounts>> {
+) -> Result<Option<StepFinding>, ReportError> {
+    let step = |dtype: FloatDType| -> Result<Option<StepCounts>, ReportError> {
         let model = Shape::Llama8B.config()?;
         let shape = StepShape {
             options: LoadOptions {
@@ -97,7 +98,8 @@ fn counted(
     let Some(counts) = step(dtype)? else {
         return Ok(None);
     };
-    // Traffic is told in 16 bits, whatever this device computes in: bf16's tensors are as large as f16's.
+    // Traffic is counted in 16 bits, whatever this device computes in: bf16's tensors are as large
+    // as f16's.
     let sixteen = match DType::from(dtype).size() {
         2 => Some(dtype),
         _ => {
@@ -112,7 +114,8 @@ fn counted(
     Ok(Some(finding(&counts, traffic.as_ref(), dtype, tokens)))
 }
 
-/// The counts with the rule by which they were scaled; `traffic` is the step in 16 bits, where the device has them.
+/// The counts with the rule by which they were scaled; `traffic` is the step in 16 bits, if the
+/// device supports them.
 fn finding(
     counts: &StepCounts,
     traffic: Option<&(StepCounts, FloatDType)>,
@@ -155,15 +158,15 @@ fn finding(
     }
 }
 
-/// The bytes of a step at 2,048 tokens, from one that was counted, and the rule.
+/// The bytes of a step at 2,048 tokens, from a counted one, and the rule.
 pub fn bytes_at_2048(counted: &StepFinding) -> (u64, String) {
     match counted.tokens {
         TOKENS => (counted.bytes_per_step, counted.rule.clone()),
         tokens => {
             let factor = TOKENS as f64 / tokens.max(1) as f64;
             let rule = format!(
-                "{} Then times {factor} for {TOKENS} tokens: an estimate, since weights are read once whatever the \
-                 tokens are, and attention grows with their square.",
+                "{} This was multiplied by {factor} for {TOKENS} tokens: an estimate, because weights are read once whatever the \
+                 number of tokens, and attention grows with its square.",
                 counted.rule
             );
             ((counted.bytes_per_step as f64 * factor) as u64, rule)
@@ -200,6 +203,6 @@ mod tests {
         assert!(whole.rule.contains("30 differences"), "{}", whole.rule);
         let (bytes, rule) = bytes_at_2048(&finding(&counts, None, FloatDType::F32, 512));
         assert_eq!(bytes, 4000);
-        assert!(rule.contains("times 4"), "{rule}");
+        assert!(rule.contains("multiplied by 4"), "{rule}");
     }
 }

@@ -1,28 +1,28 @@
-//! What a section found: a line of JSON from its process to the report.
+//! The findings of a section: a line of JSON each, from its process to the report.
 
 use serde::{Deserialize, Serialize};
 
 use device::Hardware;
 
-/// One thing that was found. Each is told as soon as it is known, so that a section that is stopped leaves the others.
+/// A finding. Each is sent as soon as it is known, so that a stopped section leaves the others.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finding {
-    /// What the device says of itself.
+    /// The device's properties.
     Device(Box<Hardware>),
     /// A comparison with the CPU.
     Check(Check),
-    /// How fast something is.
+    /// A measured speed.
     Rate(Rate),
-    /// What a step asks of the device.
+    /// The counted work of a step.
     Counts(Box<StepFinding>),
     /// Training steps of a model.
     Training(Training),
-    /// Something that was not done, and why.
+    /// A measurement that was skipped, and why.
     LeftOut(LeftOut),
-    /// Something that failed, in the device's or the program's words.
+    /// A failure, with the message of the device or the program.
     Failed(Failed),
-    /// The section is through. A process that ends without it was ended by something else.
+    /// The section finished. A process that ends without it was ended by something else.
     Done,
 }
 
@@ -31,18 +31,18 @@ pub enum Finding {
 pub struct Check {
     /// What was compared, and in which type.
     pub name: String,
-    /// The measured difference; none where it is not a number.
+    /// The measured difference; `None` if it is not a number.
     pub difference: Option<f64>,
     /// The largest difference that passes.
     pub tolerance: f64,
-    /// Whether it passes.
+    /// Whether the difference is within the tolerance.
     pub ok: bool,
-    /// How the difference is measured, or what was wrong.
+    /// How the difference is measured, or what is wrong.
     pub note: String,
 }
 
 impl Check {
-    /// A check that passes within `tolerance`; a difference that is not a number does not.
+    /// A check that passes within `tolerance`; a difference that is not a number does not pass.
     pub fn new(name: String, difference: f64, tolerance: f64, note: impl Into<String>) -> Self {
         Self {
             name,
@@ -54,27 +54,27 @@ impl Check {
     }
 }
 
-/// How fast something is: medians, after kernels are compiled and tuned.
+/// A measured speed: medians, after kernels are compiled and tuned.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Rate {
     /// What was run.
     pub what: String,
-    /// What sort of thing, which says what its peak is.
+    /// The group, which determines the peak to compare with.
     pub group: Group,
     /// The type that it was computed in.
     #[serde(rename = "type")]
     pub dtype: String,
     /// Its sizes.
     pub size: String,
-    /// 10¹² operations per second; none for what is bound by memory.
+    /// 10¹² operations per second; `None` for operations bound by memory.
     pub tflops: Option<f64>,
-    /// 10⁹ bytes per second; none for what is bound by multiplications.
+    /// 10⁹ bytes per second; `None` for operations bound by arithmetic.
     pub gbs: Option<f64>,
     /// Milliseconds: median, smallest, largest.
     pub milliseconds: [f64; 3],
 }
 
-/// Sorts of rates.
+/// Groups of speeds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Group {
@@ -92,7 +92,7 @@ pub enum Group {
     ElementWise,
 }
 
-/// What a step asks of the device, counted.
+/// The counted work of a step.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct StepFinding {
     /// The model's name.
@@ -104,19 +104,19 @@ pub struct StepFinding {
     pub tokens: usize,
     /// Kernel launches of a decoder layer, forward and backward.
     pub launches_per_layer: u64,
-    /// Kernel launches of a step.
+    /// Kernel launches per step.
     pub launches_per_step: u64,
-    /// Tensors copied to the device in a step.
+    /// Tensors copied to the device per step.
     pub uploads_per_step: u64,
-    /// Times that a step waits for numbers from the device.
+    /// How often a step waits for numbers from the device.
     pub reads_per_step: u64,
-    /// Bytes that a step reads and writes on the device, in 16 bits where it has them; `rule` has the rest.
+    /// Bytes that a step reads and writes on the device, in 16 bits if supported; see `rule`.
     pub bytes_per_step: u64,
-    /// Operations of a step's matrix products.
+    /// Operations of the step's matrix products.
     pub flops_per_step: u64,
     /// How the numbers were scaled to the whole model.
     pub rule: String,
-    /// By kind of launch, for a step.
+    /// The launches of a step by kind.
     pub kinds: Vec<KindFinding>,
 }
 
@@ -136,50 +136,50 @@ pub struct KindFinding {
 /// Training steps of a model with random weights.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Training {
-    /// Who trained: `ours`, `PEFT bfloat16`.
+    /// The program: `ours`, `PEFT bfloat16`.
     pub program: String,
     /// The model's name.
     pub shape: String,
     /// The type that it computes in.
     #[serde(rename = "type")]
     pub dtype: String,
-    /// Bits of a frozen weight.
+    /// Bits per frozen weight.
     pub bits: u8,
-    /// Tokens of an example.
+    /// Tokens per example.
     pub tokens_per_example: usize,
-    /// Examples of a step.
+    /// Examples per step.
     pub examples_per_step: usize,
     /// Useful tokens per second, by the median step.
     pub tokens_per_s: f64,
-    /// Seconds a step: median, smallest, largest; three times the mean where only that is known.
+    /// Seconds per step: median, smallest, largest; three times the mean if only that is known.
     pub seconds_per_step: [f64; 3],
     /// Steps measured.
     pub steps: usize,
-    /// The device's memory at its peak, in MiB; the process's on the CPU.
+    /// Peak memory of the device in MiB; of the process on the CPU.
     pub peak_mib: Option<f64>,
-    /// Whether activations were computed again in the backward pass.
+    /// Whether gradient checkpointing was on.
     pub gradient_checkpointing: bool,
-    /// The mean loss a supervised token of the first and the last step.
+    /// The mean loss per token in the loss of the first and the last step.
     pub losses: Option<[f64; 2]>,
-    /// Seconds until the first measured step: making the model, compiling and tuning kernels.
+    /// Seconds before the first measured step: creating the model, compiling and tuning kernels.
     pub warm_up_s: Option<f64>,
 }
 
-/// Something that was not done.
+/// A measurement that was skipped.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct LeftOut {
-    /// What.
+    /// The measurement.
     pub what: String,
-    /// Why.
+    /// The reason.
     pub why: String,
 }
 
-/// Something that failed.
+/// A failure.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Failed {
-    /// What.
+    /// The part that failed.
     pub what: String,
-    /// The device's or the program's words.
+    /// The message of the device or the program.
     pub message: String,
     /// Whether the device was lost.
     pub lost: bool,

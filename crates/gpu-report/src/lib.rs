@@ -1,23 +1,25 @@
-//! `trainer gpu-report`: what anybody with a GPU runs, and sends us: whether it computes right, and how fast.
+//! `trainer gpu-report`: a report on a GPU for users to keep or to send: whether its results are
+//! right, and its speed.
 //!
 //! ```text
-//! section.rs                        the parts, in order of importance
-//! child.rs, worker.rs, finding.rs   each in a process of its own; a line of JSON for each thing found
-//! making.rs, clock.rs, lines.rs     runs them within the time there is, and shows what they find
-//! start_up.rs, operations.rs, small_model.rs, compare.rs   against the CPU
-//! speed.rs, timing.rs               products, attention, chains, beside the device's peak
-//! training.rs, trainee.rs, shapes.rs, peft_bench.rs   steps of models with random weights, ours and PEFT's
-//! counting.rs                       launches, uploads, reads, bytes
+//! section.rs                        the sections, in order of importance
+//! child.rs, worker.rs, finding.rs   a process per section; a line of JSON per finding
+//! making.rs, clock.rs, lines.rs     runs the sections within the time limit and shows their findings
+//! start_up.rs, operations.rs, small_model.rs, compare.rs   comparisons with the CPU
+//! speed.rs, timing.rs               products, attention, element-wise chains, relative to the device's peak
+//! training.rs, trainee.rs, shapes.rs, peft_bench.rs   steps of models with random weights, here and in PEFT
+//! counting.rs                       kernel launches, uploads, reads, bytes
 //! report.rs, markdown.rs            report.json, report.md
 //! ```
 //!
-//! The report itself never touches the device: a driver that crashes, hangs or loses its device takes one section with
-//! it. The files are written after every finding.
+//! The report's own process never uses the device: a driver that crashes, hangs or loses its device
+//! costs one section. The files are written after every finding.
 
 mod child;
 mod clock;
 mod compare;
 mod counting;
+mod error;
 mod finding;
 mod lines;
 mod making;
@@ -38,8 +40,7 @@ mod worker;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use anyhow::Context;
-
+pub use error::ReportError;
 pub use finding::{Check, Finding};
 pub use report::Report;
 pub use section::Section;
@@ -51,42 +52,46 @@ use finding::LeftOut;
 use making::{LEAST, Making};
 use terminal::Screen;
 
-/// What a report is made of.
+/// Options of a report.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ReportOptions {
-    /// On which backend; `auto` has to find a GPU.
+    /// The backend; `auto` must find a GPU.
     pub backend: Backend,
-    /// Small sizes: whether it works, not how fast.
+    /// Small sizes, for a quick check; speeds are then not meaningful.
     pub quick: bool,
-    /// It ends by then.
+    /// The time limit.
     pub limit: Duration,
-    /// Where the files go.
+    /// The folder for the files.
     pub output: PathBuf,
     /// A Python with torch, transformers and peft.
     pub peft: Option<PathBuf>,
     /// `peft_bench.py`.
     pub peft_script: PathBuf,
-    /// PyTorch's word for the device.
+    /// PyTorch's name for the device.
     pub peft_device: Option<String>,
-    /// Only these sections; all where there is none.
+    /// Only these sections; empty for all.
     pub only: Vec<Section>,
 }
 
-/// Sections in a row that may find no device before the rest is given up.
+/// After this many sections in a row without a device the rest is skipped.
 const GIVE_UP_AFTER: usize = 2;
 
-/// A section's share of a short limit is not less than this.
+/// A section's share of a short limit is at least this.
 const SHORTEST: Duration = Duration::from_secs(30);
 
 /// Makes the report, section by section.
 ///
 /// # Errors
 ///
-/// If there is no GPU, or the files cannot be written. What goes wrong on the device is in the report.
-pub fn run(options: &ReportOptions, screen: &Screen) -> anyhow::Result<Report> {
+/// If there is no GPU, or the files cannot be written. Failures of the device are part of the
+/// report.
+pub fn run(options: &ReportOptions, screen: &Screen) -> Result<Report, ReportError> {
     let clock = Clock::new(options.limit);
     let logs = options.output.join("logs");
-    std::fs::create_dir_all(&logs).with_context(|| format!("cannot make {}", logs.display()))?;
+    std::fs::create_dir_all(&logs).map_err(|source| ReportError::MakeFolder {
+        path: logs.clone(),
+        source,
+    })?;
     let backend = match options.backend {
         Backend::Auto => found(options.quick, &logs.join("device.log"))?,
         named => named,
@@ -128,13 +133,13 @@ pub fn run(options: &ReportOptions, screen: &Screen) -> anyhow::Result<Report> {
     making.end()
 }
 
-/// The backend of the first GPU that answers, each asked in a process of its own; a software driver will do for a
-/// quick report only.
+/// The backend of the first GPU that starts, each tried in a process of its own; a software driver
+/// is enough for a quick report only.
 ///
 /// # Errors
 ///
-/// If there is none, with what was found in its place.
-fn found(quick: bool, log: &Path) -> anyhow::Result<Backend> {
+/// If there is no GPU, with the findings for each backend.
+fn found(quick: bool, log: &Path) -> Result<Backend, ReportError> {
     let candidates = [
         Backend::Cuda,
         Backend::Metal,
@@ -149,11 +154,11 @@ fn found(quick: bool, log: &Path) -> anyhow::Result<Backend> {
             quick,
             limit: Duration::from_secs(60),
         };
-        let mut answer = format!("{backend} does not answer");
+        let mut answer = format!("{backend} does not respond");
         let mut is_found = false;
         child::run(&options, log, &mut |finding| match finding {
             Finding::Device(device) if device.is_software && !quick => {
-                answer = format!("{} is no GPU", device.name);
+                answer = format!("{} is not a GPU", device.name);
             }
             Finding::Device(_) => is_found = true,
             Finding::Failed(failed) => answer = failed.message,
@@ -170,7 +175,5 @@ fn found(quick: bool, log: &Path) -> anyhow::Result<Backend> {
     } else {
         passed_over.join("; ")
     };
-    anyhow::bail!(
-        "no GPU was found: {why}. A software driver is reported on with --backend wgpu --quick"
-    )
+    Err(ReportError::NoGpu(why))
 }

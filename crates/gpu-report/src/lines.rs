@@ -5,17 +5,17 @@ use std::path::Path;
 use super::finding::Finding;
 use terminal::human;
 
-/// A finding for the screen.
+/// A finding as a line on the screen; `None` for the end of a section.
 pub fn line(finding: &Finding) -> Option<String> {
     Some(match finding {
         Finding::Device(device) => format!("{} (driver: {})", device.name, device.driver),
         Finding::Check(check) => {
             let difference = check
                 .difference
-                .map_or("none".into(), |it| format!("{it:.1e}"));
+                .map_or("not a number".into(), |it| format!("{it:.1e}"));
             let verdict = if check.ok { "ok  " } else { "FAIL" };
             format!(
-                "{verdict} {}: {difference} of {:.1e}",
+                "{verdict} {}: difference {difference}, tolerance {:.1e}",
                 check.name, check.tolerance
             )
         }
@@ -47,20 +47,20 @@ pub fn line(finding: &Finding) -> Option<String> {
             it.tokens_per_example,
             human::rate(it.tokens_per_s),
             it.peak_mib
-                .map_or("memory not known".into(), |mib| format!("{mib:.0} MiB"))
+                .map_or("memory unknown".into(), |mib| format!("{mib:.0} MiB"))
         ),
-        Finding::LeftOut(left_out) => format!("left out: {}: {}", left_out.what, left_out.why),
+        Finding::LeftOut(left_out) => format!("skipped: {}: {}", left_out.what, left_out.why),
         Finding::Failed(failed) => format!("FAILED: {}: {}", failed.what, failed.message),
         Finding::Done => return None,
     })
 }
 
-/// The end of what a section said on standard error.
+/// The last line that a section printed on standard error.
 pub fn last_words(log: &Path) -> String {
     let said = std::fs::read_to_string(log).unwrap_or_default();
     let last = said.lines().rfind(|line| !line.trim().is_empty());
     match last {
         Some(line) => llama_burn::limited::clipped(line.trim(), 300).into_owned(),
-        None => format!("it said nothing ({})", log.display()),
+        None => format!("it printed nothing ({})", log.display()),
     }
 }

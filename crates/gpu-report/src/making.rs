@@ -1,4 +1,4 @@
-//! A report that is being made: runs sections, takes in what they find, writes the files.
+//! Makes a report: runs sections, collects their findings, writes the files.
 
 use std::path::Path;
 use std::time::Duration;
@@ -6,6 +6,7 @@ use std::time::Duration;
 use super::ReportOptions;
 use super::child::{self, Ended};
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Failed, Finding, LeftOut};
 use super::lines::{last_words, line};
 use super::peft_bench::{self, Peft};
@@ -17,10 +18,10 @@ use super::worker::WorkerOptions;
 use device::Backend;
 use terminal::Screen;
 
-/// Nothing is begun with less time than this: a device has to start first.
+/// Nothing is started with less time than this, because a device has to start first.
 pub const LEAST: Duration = Duration::from_secs(8);
 
-/// A report that is being made.
+/// A report in the making.
 pub struct Making<'a> {
     pub options: &'a ReportOptions,
     pub backend: Backend,
@@ -41,8 +42,8 @@ impl Making<'_> {
         sections
     }
 
-    /// Runs a section; false where it found no device or lost it.
-    pub fn section(&mut self, section: Section, limit: Duration) -> anyhow::Result<bool> {
+    /// Runs a section; returns false if it found no device or lost it.
+    pub fn section(&mut self, section: Section, limit: Duration) -> Result<bool, ReportError> {
         self.screen.line(&format!("{section}"));
         let clock = Clock::new(limit);
         let log = self.logs.join(format!("{section}.log").replace(':', "-"));
@@ -90,9 +91,9 @@ impl Making<'_> {
         Ok(found > 0 && !lost)
     }
 
-    /// PEFT on the workloads of a shape, with a dense base: random weights made on the device are not quantized by
-    /// bitsandbytes.
-    pub fn peft(&mut self, python: &Path, shape: Shape) -> anyhow::Result<()> {
+    /// PEFT on the workloads of a shape, with a dense base: bitsandbytes does not quantize random
+    /// weights made on the device.
+    pub fn peft(&mut self, python: &Path, shape: Shape) -> Result<(), ReportError> {
         let config = shape.config()?;
         let device = match (&self.options.peft_device, self.backend) {
             (Some(device), _) => device.as_str(),
@@ -120,14 +121,15 @@ impl Making<'_> {
                 Ok(training) => Finding::Training(training),
                 Err(error) => Finding::LeftOut(LeftOut {
                     what,
-                    why: format!("{error:#}"),
+                    why: error.to_string(),
                 }),
             })?;
         }
         Ok(())
     }
 
-    /// The type that PEFT computes in, so that the two can be compared: the one that ours did, or would have.
+    /// The type that PEFT computes in: the one of this trainer's run, or of the run that was
+    /// skipped, so that the two can be compared.
     fn type_of(&self, shape: Shape) -> String {
         let mut trained = self.report.training.iter().rev();
         let ours = trained.find(|it| it.program == "ours" && it.shape == shape.name());
@@ -140,8 +142,8 @@ impl Making<'_> {
             })
     }
 
-    /// Takes in a finding, shows it, and writes the files.
-    pub fn take_in(&mut self, finding: Finding) -> anyhow::Result<()> {
+    /// Adds a finding, shows it, and writes the files.
+    pub fn take_in(&mut self, finding: Finding) -> Result<(), ReportError> {
         if let Some(line) = line(&finding) {
             self.screen.line(&format!("  {line}"));
         }
@@ -151,7 +153,7 @@ impl Making<'_> {
         Ok(())
     }
 
-    pub fn end(mut self) -> anyhow::Result<Report> {
+    pub fn end(mut self) -> Result<Report, ReportError> {
         self.report.seconds = self.clock.elapsed().as_secs_f64();
         let written = self.report.write(&self.options.output)?;
         for path in written {

@@ -1,4 +1,4 @@
-//! The report for people.
+//! The report as Markdown.
 
 use super::finding::{Group, Rate, StepFinding, Training};
 use super::report::Report;
@@ -24,12 +24,12 @@ pub fn markdown(report: &Report) -> String {
     );
     let left_out = report.left_out.iter();
     text += &list(
-        "Left out",
+        "Skipped",
         left_out.map(|left_out| (&left_out.what, &left_out.why)),
     );
     if let Some(device) = &report.device {
         let limits = device.limits.iter();
-        text += "\n### The device in its own words\n\n";
+        text += "\n### Properties reported by the device\n\n";
         text += &limits
             .map(|(name, value)| format!("- {name}: {value}\n"))
             .collect::<String>();
@@ -58,9 +58,9 @@ fn heading(report: &Report) -> String {
             device.name,
             device.driver,
             device.backend,
-            device.memory_bytes.map_or("not told".into(), human::bytes)
+            device.memory_bytes.map_or("unknown".into(), human::bytes)
         ),
-        None => "Device: it did not start.".into(),
+        None => "Device: none, it did not start.".into(),
     };
     let machine = &report.machine;
     let checks = &report.checks;
@@ -71,7 +71,7 @@ fn heading(report: &Report) -> String {
         (all, failing) => format!("{failing} of {all} comparisons with the CPU FAIL."),
     };
     let quick = if report.quick {
-        " Quick: small sizes, which say whether it works and not how fast."
+        " Quick report with small sizes: speeds are not meaningful."
     } else {
         ""
     };
@@ -103,14 +103,14 @@ fn sections(report: &Report) -> Table {
 
 fn checks(report: &Report) -> Table {
     let header = ["", "difference", "tolerance", "", ""];
-    let mut table = Table::new("Against the CPU", &header);
+    let mut table = Table::new("Comparison with the CPU", &header);
     table.words = vec![3, 4];
     let rows = report.checks.iter().map(|check| {
         vec![
             check.name.clone(),
             check
                 .difference
-                .map_or("none".into(), |it| format!("{it:.1e}")),
+                .map_or("not a number".into(), |it| format!("{it:.1e}")),
             format!("{:.1e}", check.tolerance),
             if check.ok { "ok" } else { "FAIL" }.into(),
             check.note.clone(),
@@ -126,7 +126,7 @@ fn training(measured: &[Training]) -> Option<Table> {
     }
     let header = [
         "",
-        "who",
+        "program",
         "type",
         "tokens",
         "examples",
@@ -135,11 +135,11 @@ fn training(measured: &[Training]) -> Option<Table> {
         "peak memory",
         "warm-up",
     ];
-    let mut table = Table::new("Training, 8-bit base unless PEFT says otherwise", &header);
+    let mut table = Table::new("Training, 8-bit base (PEFT: in the type shown)", &header);
     table.words = vec![1, 2];
     let rows = measured.iter().map(|it| {
         let recomputed = if it.gradient_checkpointing {
-            ", recomputed"
+            ", gradient checkpointing"
         } else {
             ""
         };
@@ -159,8 +159,8 @@ fn training(measured: &[Training]) -> Option<Table> {
     });
     table.rows = rows.collect();
     table.notes = vec![
-        "tokens/s: useful tokens by the median step. warm-up: making the model, compiling and choosing kernels. \
-         Default adapters (q, k, v, rank 8), the second half of each example supervised."
+        "tokens/s: useful tokens per second of the median step. warm-up: creating the model, compiling and tuning kernels. \
+         Default adapters (q, k, v, rank 8); the second half of each example is in the loss."
             .into(),
     ];
     Some(table)
@@ -170,7 +170,7 @@ fn rates(report: &Report) -> Option<Table> {
     if report.rates.is_empty() {
         return None;
     }
-    let header = ["", "type", "size", "ms", "TFLOP/s", "GB/s", "of the peak"];
+    let header = ["", "type", "size", "ms", "TFLOP/s", "GB/s", "of peak"];
     let mut table = Table::new("Speed", &header);
     table.words = vec![1, 2];
     let number = |value: Option<f64>| value.map_or(String::new(), human::number);
@@ -187,14 +187,14 @@ fn rates(report: &Report) -> Option<Table> {
     });
     table.rows = rows.collect();
     table.notes = vec![
-        "The peak: the largest product of the same type, or the copy. Attention: operations on the keys that a query \
-         sees, in a layer whose width is cut to 64. Element-wise chains: each tensor read or written once."
+        "Peak: the largest product of the same type, or the copy. Attention: operations on the keys that a query \
+         attends to, in a layer whose width is cut to 64. Element-wise chains: each tensor read or written once."
             .into(),
     ];
     Some(table)
 }
 
-/// The share of the device's best that a rate reaches.
+/// The share of the device's peak that a speed reaches.
 fn of_the_peak(rate: &Rate, report: &Report) -> Option<f64> {
     if matches!(rate.group, Group::PeakProduct | Group::PeakCopy) {
         return None;
@@ -241,7 +241,7 @@ pub fn counts(step: &StepFinding) -> Table {
             human::counted(step.reads_per_step, "blocking read"),
         ),
         format!(
-            "The same step in 16 bits with groups fused: {:.1} GB.",
+            "The same step in 16 bits with fused operations: {:.1} GB.",
             step.bytes_per_step as f64 / 1e9
         ),
         step.rule.clone(),

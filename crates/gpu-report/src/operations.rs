@@ -1,4 +1,4 @@
-//! Every operation that a step is made of, against the CPU.
+//! Every operation of a training step, compared with the CPU.
 
 use burn::tensor::activation::{log_softmax, sigmoid, silu, softmax};
 use burn::tensor::{Device, FloatDType, IndexingUpdateOp, Int, Tensor, TensorData};
@@ -6,12 +6,13 @@ use kernels::{Quantization, frozen_linear, frozen_linear_backward, product, quan
 use llama_burn::RmsNorm;
 
 use super::compare::{self, Depth, input, values};
+use super::error::ReportError;
 use super::finding::{Check, Finding};
 
 /// An operation on two inputs, `[ROWS, INNER]` and `[INNER, COLUMNS]`.
 type Operation = fn(&Inputs) -> Vec<Tensor<2>>;
 
-// No multiple of a tile, so that the edges of kernels are compared as well.
+// Not multiples of a tile, so that the edges of kernels are compared as well.
 const ROWS: usize = 77;
 const INNER: usize = 160;
 const COLUMNS: usize = 96;
@@ -28,15 +29,15 @@ struct Inputs {
     d: Tensor<2>,
     /// `[INNER, COLUMNS]`, 8 bits
     quantized: Tensor<2>,
-    /// `[ROWS]`, below ROWS
+    /// `[ROWS]`, each below ROWS
     places: Tensor<1, Int>,
 }
 
 impl Inputs {
-    fn new(dtype: FloatDType, device: &Device) -> anyhow::Result<Self> {
+    fn new(dtype: FloatDType, device: &Device) -> Result<Self, ReportError> {
         let weight = input([INNER, COLUMNS], 5, FloatDType::F32, &Device::flex());
         let weight = quantize_data(&values(weight)?, [INNER, COLUMNS], Quantization::Bits8);
-        let (weight, _) = weight.ok_or_else(|| anyhow::anyhow!("the weight has no blocks"))?;
+        let (weight, _) = weight.ok_or(ReportError::Blocks([INNER, COLUMNS]))?;
         let places: Vec<i32> = (0..ROWS).map(|row| (row * 31 % ROWS) as i32).collect();
         Ok(Self {
             a: input([ROWS, INNER], 1, dtype, device),
@@ -51,13 +52,13 @@ impl Inputs {
 
 const OPERATIONS: [(&str, Operation); 15] = [
     ("product", |x| vec![product(x.a.clone(), x.b.clone())]),
-    ("product, turned", |x| {
+    ("product, transposed", |x| {
         vec![product(x.c.clone(), x.b.clone().transpose())]
     }),
-    ("product of a few columns", |x| {
+    ("product with few columns", |x| {
         vec![product(x.a.clone(), x.b.clone().narrow(1, 0, 8))]
     }),
-    ("product with a sum behind it", |x| {
+    ("product with a sum fused", |x| {
         vec![product(x.a.clone(), x.b.clone()).mul_scalar(2.0) + x.c.clone()]
     }),
     ("quantized product", |x| {
@@ -75,9 +76,7 @@ const OPERATIONS: [(&str, Operation); 15] = [
         vec![norm.forward(x.c.clone())]
     }),
     ("softmax", |x| vec![softmax(x.c.clone(), 1)]),
-    ("logarithm of softmax", |x| {
-        vec![log_softmax(x.c.clone(), 1)]
-    }),
+    ("log softmax", |x| vec![log_softmax(x.c.clone(), 1)]),
     ("SwiGLU", |x| vec![silu(x.c.clone()) * x.d.clone()]),
     ("SwiGLU, backward", |x| {
         let (gate, gradient) = (x.c.clone(), x.d.clone());
@@ -85,7 +84,7 @@ const OPERATIONS: [(&str, Operation); 15] = [
         let slope = s.clone() * (gate.clone() * s.clone().neg().add_scalar(1.0)).add_scalar(1.0);
         vec![gradient.clone() * gate * s, gradient * slope]
     }),
-    ("halves exchanged, as rotations do", |x| {
+    ("rotation of halves (RoPE)", |x| {
         let half = COLUMNS / 2;
         let (left, right) = (
             x.c.clone().narrow(1, 0, half),
@@ -96,10 +95,10 @@ const OPERATIONS: [(&str, Operation); 15] = [
     ("sums of rows and of columns", |x| {
         vec![x.c.clone().square().sum_dim(1), x.c.clone().sum_dim(0)]
     }),
-    ("rows by index", |x| {
+    ("select rows", |x| {
         vec![x.c.clone().select(0, x.places.clone())]
     }),
-    ("rows added by index", |x| {
+    ("select and add rows", |x| {
         let (places, rows) = (x.places.clone(), x.d.clone());
         let sum =
             x.c.clone()
@@ -117,7 +116,7 @@ pub fn run(
     types: &[FloatDType],
     device: &Device,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     for dtype in types {
         let expected = Inputs::new(*dtype, &Device::flex())?;
         let inputs = Inputs::new(*dtype, device)?;
@@ -136,10 +135,10 @@ fn compared(
     dtype: FloatDType,
     inputs: &Inputs,
     expected: &Inputs,
-) -> anyhow::Result<Check> {
+) -> Result<Check, ReportError> {
     let read = |outputs: Vec<Tensor<2>>| {
         let outputs = outputs.into_iter().map(values);
-        outputs.collect::<anyhow::Result<Vec<_>>>()
+        outputs.collect::<Result<Vec<_>, _>>()
     };
     let (got, expected) = (read(operation(inputs))?, read(operation(expected))?);
     Ok(compare::check(

@@ -1,27 +1,27 @@
-//! PEFT on the same shapes, in turn with ours: `peft_bench.py`, given by the user.
+//! PEFT on the same shapes, measured in turn with this trainer: `peft_bench.py`, given by the user.
 
 use std::fs::File;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context, bail};
 use serde::Deserialize;
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::Training;
 use super::shapes::Shape;
 
-/// What runs PEFT.
+/// How PEFT is run.
 #[derive(Debug, Clone, Copy)]
 pub struct Peft<'a> {
     /// A Python with torch, transformers and peft.
     pub python: &'a Path,
     /// `peft_bench.py`.
     pub script: &'a Path,
-    /// PyTorch's word for the device: `cuda`, `mps`, `cpu`.
+    /// PyTorch's name for the device: `cuda`, `mps`, `cpu`.
     pub device: &'a str,
-    /// For its configuration and its log.
+    /// The folder for its configuration and its log.
     pub folder: &'a Path,
 }
 
@@ -35,7 +35,7 @@ struct Line {
     losses: Vec<f64>,
 }
 
-/// Steps of a run, the first of them not timed.
+/// Steps per run; the first ones are not timed.
 const STEPS: usize = 7;
 const WARM_UP: usize = 2;
 
@@ -44,21 +44,24 @@ impl Peft<'_> {
     ///
     /// # Errors
     ///
-    /// What the script says, or that its time was over.
+    /// The script's message, or that it exceeded its time limit.
     pub fn train(
         &self,
         shape: Shape,
         (tokens, examples): (usize, usize),
         dtype: &str,
         limit: Duration,
-    ) -> anyhow::Result<Training> {
+    ) -> Result<Training, ReportError> {
         let config = self.folder.join(format!("{}.json", shape.name()));
         durable::write_atomically(&config, shape.json()?.as_bytes())?;
         let log = self
             .folder
             .join(format!("peft-{}-{tokens}.log", shape.name()));
         let write = |path: &Path| {
-            File::create(path).with_context(|| format!("cannot write {}", path.display()))
+            File::create(path).map_err(|source| ReportError::WriteFile {
+                path: path.into(),
+                source,
+            })
         };
         let answer = log.with_extension("out");
         let mut process = Command::new(self.python)
@@ -76,25 +79,36 @@ impl Peft<'_> {
             .stdout(write(&answer)?)
             .stderr(write(&log)?)
             .spawn()
-            .with_context(|| format!("cannot start {}", self.python.display()))?;
+            .map_err(|source| ReportError::Start {
+                program: self.python.display().to_string(),
+                source,
+            })?;
         let clock = Clock::new(limit);
+        let waiting = |source| ReportError::Wait {
+            program: self.python.display().to_string(),
+            source,
+        };
         let status = loop {
-            match process.try_wait().context("cannot wait for Python")? {
+            match process.try_wait().map_err(waiting)? {
                 Some(status) => break status,
                 None if clock.has(0.001) => std::thread::sleep(Duration::from_millis(100)),
                 None => {
                     let _ = process.kill();
                     let _ = process.wait();
-                    bail!("its time was over after {:.0} s", limit.as_secs_f64());
+                    return Err(ReportError::PeftTimeOut(limit.as_secs_f64()));
                 }
             }
         };
         let said = std::fs::read_to_string(&log).unwrap_or_default();
         if !status.success() {
             let last = said.lines().rfind(|line| !line.trim().is_empty());
-            bail!("{}", last.unwrap_or("it failed and said nothing"));
+            let message = last.unwrap_or("it failed and printed nothing");
+            return Err(ReportError::PeftFailed(message.into()));
         }
-        let text = std::fs::read_to_string(&answer).context("cannot read its answer")?;
+        let text = std::fs::read_to_string(&answer).map_err(|source| ReportError::ReadFile {
+            path: answer.clone(),
+            source,
+        })?;
         training(&text, shape, (tokens, examples), dtype)
     }
 }
@@ -104,10 +118,10 @@ fn training(
     shape: Shape,
     (tokens, examples): (usize, usize),
     dtype: &str,
-) -> anyhow::Result<Training> {
+) -> Result<Training, ReportError> {
     let line = text.lines().rfind(|line| line.starts_with('{'));
-    let line: Line = serde_json::from_str(line.unwrap_or_default())
-        .context("its last line is no line of results")?;
+    let line: Line =
+        serde_json::from_str(line.unwrap_or_default()).map_err(ReportError::PeftLine)?;
     let ends = [line.losses.first(), line.losses.last()];
     Ok(Training {
         program: format!("PEFT {dtype}"),
@@ -129,7 +143,7 @@ fn training(
     })
 }
 
-/// PyTorch's name of one of our types.
+/// PyTorch's name of a type.
 pub fn long(dtype: &str) -> &'static str {
     match dtype {
         "bf16" => "bfloat16",

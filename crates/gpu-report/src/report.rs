@@ -1,4 +1,4 @@
-//! The report: what all sections found, and its files.
+//! The report: the findings of all sections, and its files.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,18 +11,18 @@ use super::markdown;
 use device::Hardware;
 use device::Machine;
 
-/// Everything that was found.
+/// All findings.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Report {
     /// This program's version.
     pub version: &'static str,
     /// The command line.
     pub command: String,
-    /// Whether only small sizes were asked for: numbers then say whether it works, not how fast.
+    /// Whether only small sizes were used; speeds are then not meaningful.
     pub quick: bool,
     /// The machine around the device.
     pub machine: Machine,
-    /// The device; none where it did not start.
+    /// The device; `None` if it did not start.
     pub device: Option<Hardware>,
     /// Comparisons with the CPU.
     pub checks: Vec<Check>,
@@ -32,27 +32,27 @@ pub struct Report {
     pub peak_tflops: Option<f64>,
     /// The fastest product of each type.
     pub peak_tflops_by_type: BTreeMap<String, f64>,
-    /// A large copy, 10⁹ bytes per second, read and written ones added.
+    /// A large copy, 10⁹ bytes per second, reads and writes added.
     pub peak_gbs: Option<f64>,
-    /// How fast a layer's parts are.
+    /// The speed of a layer's parts.
     pub rates: Vec<Rate>,
     /// Kernel launches of a decoder layer of the 8B shape, forward and backward.
     pub launches_per_layer: Option<u64>,
-    /// Tensors copied to the device in a step.
+    /// Tensors copied to the device per step.
     pub uploads_per_step: Option<u64>,
-    /// Times that a step waits for numbers from the device.
+    /// How often a step waits for numbers from the device.
     pub reads_per_step: Option<u64>,
     /// Bytes that a step of the 8B shape reads and writes at 2,048 tokens.
     pub bytes_per_step_8b_2048: Option<u64>,
-    /// How that number was scaled.
+    /// The rule by which that number was scaled.
     pub bytes_per_step_8b_2048_rule: Option<String>,
-    /// The counts of the step in full.
+    /// The complete counts of the step.
     pub counts: Option<StepFinding>,
     /// The sections that ran.
     pub sections: Vec<SectionRun>,
-    /// What was not done, and why.
+    /// Skipped measurements, with the reasons.
     pub left_out: Vec<LeftOut>,
-    /// What failed.
+    /// Failures.
     pub failures: Vec<Failed>,
     /// Seconds that the report took.
     pub seconds: f64,
@@ -70,7 +70,7 @@ pub struct SectionRun {
 }
 
 impl Report {
-    /// One without findings.
+    /// A report without findings.
     pub fn new(command: String, quick: bool) -> Self {
         Self {
             version: env!("CARGO_PKG_VERSION"),
@@ -97,7 +97,7 @@ impl Report {
         }
     }
 
-    /// Takes in what a section found.
+    /// Adds a finding.
     pub fn add(&mut self, finding: Finding) {
         match finding {
             Finding::Device(device) => self.device = Some(*device),
@@ -139,19 +139,20 @@ impl Report {
         }
     }
 
-    /// Whether something was compared, and every comparison passes.
+    /// Whether at least one comparison was made, and every comparison passes.
     pub fn passed(&self) -> bool {
         !self.checks.is_empty() && self.checks.iter().all(|check| check.ok)
     }
 
-    /// Writes `report.json` and `report.md`; called after every finding, so that nothing is lost whenever it ends.
+    /// Writes `report.json` and `report.md`. Called after every finding, so that nothing is lost
+    /// when the report ends early.
     ///
     /// # Errors
     ///
     /// If they cannot be written.
     pub fn write(&self, folder: &Path) -> Result<[PathBuf; 2], durable::WriteError> {
         let (json, text) = (folder.join("report.json"), folder.join("report.md"));
-        // A report has no maps with keys that are no text, which is all that could fail.
+        // All keys of the report are strings, so serialization cannot fail.
         let lines = serde_json::to_string_pretty(self).unwrap_or_default();
         durable::write_atomically(&json, lines.as_bytes())?;
         durable::write_atomically(&text, markdown::markdown(self).as_bytes())?;

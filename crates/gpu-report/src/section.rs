@@ -1,38 +1,39 @@
-//! The parts of a report, in order of importance.
+//! The sections of a report, in order of importance.
 
 use std::fmt;
 use std::str::FromStr;
 
 use super::shapes::Shape;
 
-/// A part of a report; each runs in a process of its own, so that a driver that fails takes one part with it.
+/// A section of a report. Each runs in a process of its own, so that a failing driver costs one
+/// section.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Section {
-    /// What the device is, and the start-up check.
+    /// The device's properties, and the start-up check.
     Device,
-    /// Every operation against the CPU.
+    /// Every operation compared with the CPU.
     Operations,
-    /// The embedded model against the CPU.
+    /// The embedded model compared with the CPU.
     Model,
-    /// Training steps of a shape, in the type that `auto` takes.
+    /// Training steps of a shape, in the type that `auto` selects.
     Training(Shape),
-    /// Products, attention, element-wise chains against the measured peak.
+    /// Products, attention and element-wise chains, relative to the measured peak.
     Speed,
-    /// Launches, uploads, reads, bytes.
+    /// Kernel launches, uploads, reads, bytes.
     Counts,
     /// Training steps of a shape in the device's other types.
     OtherTypes(Shape),
 }
 
 impl Section {
-    /// All, the most important first.
+    /// All sections, the most important first.
     pub fn all(quick: bool) -> Vec<Self> {
         let first = [Self::Device, Self::Operations, Self::Model];
         let rest: &[Self] = if quick {
             &[Self::Training(Shape::Embedded), Self::Speed, Self::Counts]
         } else {
             &[
-                // The most expensive and most telling first.
+                // The most expensive and most informative first.
                 Self::Training(Shape::Llama8B),
                 Self::Speed,
                 Self::Training(Shape::Llama1B),
@@ -46,18 +47,19 @@ impl Section {
         first.iter().chain(rest).copied().collect()
     }
 
-    /// The largest share of the whole time limit that it may take: one that hangs must not cost all others.
+    /// The largest share of the time limit that a section may take, so that one that hangs does not
+    /// cost all others.
     pub fn share(self) -> f64 {
         match self {
             Self::Device | Self::Operations | Self::Model => 0.2,
-            // On an H200 its kernels for 512 tokens took 130 s to tune.
+            // On an H200, tuning its kernels for 512 tokens took 130 s.
             Self::Training(Shape::Llama8B) => 0.45,
             Self::Training(Shape::Embedded) => 0.15,
             Self::Training(_) | Self::Speed | Self::Counts | Self::OtherTypes(_) => 0.25,
         }
     }
 
-    /// The shape whose training it measures in the type that `auto` takes.
+    /// The shape whose training it measures in the type that `auto` selects.
     pub fn trains(self) -> Option<Shape> {
         match self {
             Self::Training(shape) => Some(shape),
@@ -95,7 +97,7 @@ impl FromStr for Section {
         let all = all.into_iter().chain(with_shapes(Self::Training));
         let mut all = all.chain(with_shapes(Self::OtherTypes));
         let found = all.find(|section| section.to_string() == word);
-        found.ok_or_else(|| format!("{word:?} is no part of a report"))
+        found.ok_or_else(|| format!("{word:?} is not a section of a report"))
     }
 }
 

@@ -2,12 +2,13 @@
 
 use llama_burn::LlamaConfig;
 
+use super::error::ReportError;
 use run_config::embedded;
 
 /// A model's shape.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Shape {
-    /// The model inside the program.
+    /// The model that is embedded in the program.
     Embedded,
     /// SmolLM2-135M.
     Smol,
@@ -21,7 +22,7 @@ impl Shape {
     /// From the smallest to the largest.
     pub const ALL: [Self; 4] = [Self::Embedded, Self::Smol, Self::Llama1B, Self::Llama8B];
 
-    /// For the report and for `--shape`.
+    /// Its name in the report and for `--shape`.
     pub fn name(self) -> &'static str {
         match self {
             Self::Embedded => "embedded",
@@ -36,11 +37,12 @@ impl Shape {
     /// # Errors
     ///
     /// If the embedded model cannot be unpacked.
-    pub fn json(self) -> anyhow::Result<String> {
+    pub fn json(self) -> Result<String, ReportError> {
         Ok(match self {
             Self::Embedded => {
-                let folder = embedded::materialise()?.model_dir;
-                std::fs::read_to_string(folder.join("config.json"))?
+                let path = embedded::materialise()?.model_dir.join("config.json");
+                std::fs::read_to_string(&path)
+                    .map_err(|source| ReportError::ReadFile { path, source })?
             }
             Self::Smol => include_str!("../../bench/src/shapes/smollm2-135m.json").into(),
             Self::Llama1B => include_str!("../../bench/src/shapes/llama-3.2-1b.json").into(),
@@ -53,8 +55,12 @@ impl Shape {
     /// # Errors
     ///
     /// As [`json`](Self::json).
-    pub fn config(self) -> anyhow::Result<LlamaConfig> {
-        let object = serde_json::from_str(&self.json()?)?;
+    pub fn config(self) -> Result<LlamaConfig, ReportError> {
+        let object =
+            serde_json::from_str(&self.json()?).map_err(|source| ReportError::ShapeJson {
+                shape: self.name(),
+                source,
+            })?;
         Ok(LlamaConfig::from_json(&object)?)
     }
 }

@@ -1,4 +1,4 @@
-//! A whole model against the CPU: a seeded one between devices in f32, and the embedded one in each type.
+//! A whole model compared with the CPU: a seeded one in f32, and the embedded one in each type.
 
 use std::collections::BTreeMap;
 
@@ -7,6 +7,7 @@ use llama_burn::{LlamaConfig, load};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
 
 use super::compare::{self, Depth, values};
+use super::error::ReportError;
 use super::finding::{Check, Finding};
 use super::trainee::{Trainee, options};
 
@@ -15,16 +16,16 @@ use data::{self, Batch, ModelFiles, Prefixes, RowTokenizer};
 use peft::AdapterTensors;
 use run_config::embedded;
 
-/// Steps of the loss curve, and of a quick one.
+/// Steps of the loss curve, and of a quick report's.
 const STEPS: usize = 20;
 const FEW_STEPS: usize = 6;
 
 const LEARNING_RATE: f64 = 1e-3;
 
-/// Rows of the batch.
+/// Examples of the batch.
 const ROWS: usize = 4;
 
-/// What a device computes of the embedded model.
+/// A device's results for the embedded model.
 struct Numbers {
     loss: f64,
     scores: Vec<f32>,
@@ -42,7 +43,7 @@ pub fn run(
     device: &Device,
     quick: bool,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let steps = if quick { FEW_STEPS } else { STEPS };
     let devices = [("CPU", Device::flex()), ("device", device.clone())];
     let report = parity::between_devices(&devices.map(|(name, device)| (name.into(), device)))?;
@@ -67,7 +68,8 @@ fn compared(dtype: FloatDType, got: &Numbers, expected: &Numbers) -> Vec<Check> 
     let named = |what: &str| format!("embedded model: {what}, {}", device::type_name(dtype));
     let gradients = |numbers: &Numbers| numbers.gradients.values().cloned().collect::<Vec<_>>();
     let (ours, theirs) = (gradients(got), gradients(expected));
-    // As one vector: a tensor of small gradients would weigh as much as one of large ones.
+    // As one vector: otherwise a tensor of small gradients would count as much as one of large
+    // ones.
     let off = if got.gradients.keys().eq(expected.gradients.keys()) {
         compare::distance(&ours.concat(), &theirs.concat())
     } else {
@@ -79,7 +81,7 @@ fn compared(dtype: FloatDType, got: &Numbers, expected: &Numbers) -> Vec<Check> 
     let ends = [0, last].map(|step| expected.curve[step]);
     vec![
         Check::new(
-            named("scores"),
+            named("logits"),
             compare::distance(&got.scores, &expected.scores),
             tolerance,
             "relative, Frobenius",
@@ -94,19 +96,19 @@ fn compared(dtype: FloatDType, got: &Numbers, expected: &Numbers) -> Vec<Check> 
             named("gradients"),
             off,
             tolerance,
-            "relative, Frobenius, all together",
+            "relative, Frobenius, all tensors as one vector",
         ),
         Check::new(
             named(&format!("loss curve, {} steps", last + 1)),
             curve,
-            // AdamW divides by the gradient's size, which makes noise grow from step to step.
+            // AdamW divides by the gradient's size, which amplifies noise from step to step.
             2.0 * tolerance,
             format!("relative, largest; from {:.4} to {:.4}", ends[0], ends[1]),
         ),
     ]
 }
 
-fn measure(dtype: FloatDType, device: &Device, steps: usize) -> anyhow::Result<Numbers> {
+fn measure(dtype: FloatDType, device: &Device, steps: usize) -> Result<Numbers, ReportError> {
     let paths = embedded::materialise()?;
     let config = LlamaConfig::from_file(&paths.model_dir)?;
     let batch = batch(&paths, &config)?;
@@ -117,7 +119,7 @@ fn measure(dtype: FloatDType, device: &Device, steps: usize) -> anyhow::Result<N
     let on_tape = device.clone().autodiff();
     let model = load(&paths.model_dir, &config, options(dtype), &on_tape, |_| {})?;
     let model = model.with_lora(&lora, 1)?;
-    // With B = 0, as it starts, A would have no gradient and the scale no effect.
+    // With the initial B = 0, A would have no gradient and the scale no effect.
     let mut adapter = AdapterTensors::from_model(&model)?;
     let mut rng = CounterRng::new(1);
     for pair in adapter.modules.values_mut() {
@@ -134,7 +136,7 @@ fn measure(dtype: FloatDType, device: &Device, steps: usize) -> anyhow::Result<N
     for (module, params) in trainee.model.trainable() {
         for (index, param) in params.into_iter().enumerate() {
             let sum: Option<Tensor<2>> = sums.get(param.id);
-            let sum = sum.ok_or_else(|| anyhow::anyhow!("{module} has no gradient"))?;
+            let sum = sum.ok_or_else(|| ReportError::NoGradient(module.to_string()))?;
             gradients.insert(format!("{module} {index}"), values(sum)?);
         }
     }
@@ -152,8 +154,8 @@ fn measure(dtype: FloatDType, device: &Device, steps: usize) -> anyhow::Result<N
     })
 }
 
-/// The first rows of the embedded data, beginnings shared.
-fn batch(paths: &embedded::EmbeddedPaths, config: &LlamaConfig) -> anyhow::Result<Batch> {
+/// The first examples of the embedded data, with shared prefixes.
+fn batch(paths: &embedded::EmbeddedPaths, config: &LlamaConfig) -> Result<Batch, ReportError> {
     let tokenizer = RowTokenizer::new(&ModelFiles::read(&paths.model_dir)?, &PromptTemplate::Raw)?;
     let limit = config.max_position_embeddings;
     let rows = data::load(&paths.train, &tokenizer, limit, config.vocab_size)?;

@@ -1,4 +1,4 @@
-//! How fast a layer's parts are, beside the fastest that the device does.
+//! The speed of a layer's parts, relative to the device's peak.
 
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
@@ -7,6 +7,7 @@ use llama_burn::{Activations, LayerPass, Llama, LlamaConfig};
 use lora_core::LoraConfig;
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Finding, Group, LeftOut, Rate};
 use super::shapes::Shape;
 use super::timing::seconds;
@@ -20,10 +21,10 @@ const TOKENS: usize = 2048;
 /// The peak is that of the largest square product that takes less than this.
 const LONGEST_PRODUCT: f64 = 0.25;
 
-/// Seconds without which nothing is begun: a new shape has its kernels chosen first.
+/// Nothing is started with fewer seconds left, because kernels are first tuned for a new shape.
 const LEAST: f64 = 3.0;
 
-/// What is measured on.
+/// The state of the measurements.
 struct Bench<'a> {
     device: &'a Device,
     clock: Clock,
@@ -31,7 +32,7 @@ struct Bench<'a> {
     tell: &'a mut dyn FnMut(Finding),
 }
 
-/// Measures peaks, products, attention, a layer and element-wise chains, until the time is over.
+/// Measures peaks, products, attention, a layer and element-wise chains, until the time limit.
 ///
 /// # Errors
 ///
@@ -41,7 +42,7 @@ pub fn run(
     clock: Clock,
     quick: bool,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let types = device::types(selected);
     let Some(auto) = types.first().copied() else {
         return Ok(());
@@ -74,7 +75,7 @@ impl Bench<'_> {
         if self.quick { 64 } else { TOKENS }
     }
 
-    /// Whether there is time for another measurement; says what is left out where there is none.
+    /// Whether there is time for another measurement; reports what is skipped otherwise.
     fn has_time(&mut self, what: &str) -> bool {
         let has = self.clock.has(LEAST);
         if !has {
@@ -87,12 +88,12 @@ impl Bench<'_> {
     }
 
     fn random(&self, shape: [usize; 2], dtype: FloatDType) -> Tensor<2> {
-        // Constants would let a GPU clock higher than real data does.
+        // With constants a GPU would reach higher clocks than with real data.
         let uniform = Distribution::Uniform(-0.5, 0.5);
         Tensor::random(shape, uniform, (self.device, DType::from(dtype)))
     }
 
-    /// Tells a rate of `flops` operations, or of `bytes` bytes.
+    /// Reports a speed for `flops` operations, or for `bytes` bytes.
     fn rate(
         &mut self,
         what: &str,
@@ -115,19 +116,19 @@ impl Bench<'_> {
         }));
     }
 
-    /// A tensor of f32 read, and another one written.
-    fn copy(&mut self) -> anyhow::Result<()> {
+    /// Reads one f32 tensor and writes another.
+    fn copy(&mut self) -> Result<(), ReportError> {
         let elements: usize = if self.quick { 1 << 20 } else { 1 << 27 };
         let tensor = Tensor::<1>::ones([elements], (self.device, DType::F32));
         let spread = seconds(self.device, || tensor.clone().add_scalar(1.0))?;
         let bytes = 8.0 * elements as f64;
-        let size = format!("{} MiB read, as many written", elements >> 18);
+        let size = format!("{} MiB read and written", elements >> 18);
         let f32 = FloatDType::F32;
         self.rate("copy", Group::PeakCopy, f32, size, (0.0, bytes), spread);
         Ok(())
     }
 
-    fn peak(&mut self, dtype: FloatDType) -> anyhow::Result<()> {
+    fn peak(&mut self, dtype: FloatDType) -> Result<(), ReportError> {
         let sizes: &[usize] = if self.quick {
             &[256]
         } else {
@@ -158,7 +159,7 @@ impl Bench<'_> {
     }
 
     /// The layer's products: dense, and with an 8-bit weight in both directions.
-    fn products(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    fn products(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let tokens = self.tokens();
         let mut shapes: Vec<(String, [usize; 2])> = Vec::new();
         for (name, d_in, d_out, _) in config.layer_linears() {
@@ -197,8 +198,8 @@ impl Bench<'_> {
         Ok(())
     }
 
-    /// A layer whose width is cut to 64, so that attention is nearly all that it does.
-    fn attention(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    /// A layer whose width is cut to 64, so that attention is nearly all of its work.
+    fn attention(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let narrow = LlamaConfig {
             hidden_size: 64,
             intermediate_size: 64,
@@ -206,7 +207,8 @@ impl Bench<'_> {
         };
         let pairs = self.tokens() as f64 * (self.tokens() + 1) as f64 / 2.0;
         let width = (config.num_attention_heads * config.head_dim) as f64;
-        // Two products over the keys that each query sees; twice as many in the backward pass.
+        // Two products over the keys that each query attends to; twice as many in the backward
+        // pass.
         let forward = 2.0 * 2.0 * pairs * width;
         self.passes(
             "attention",
@@ -218,7 +220,7 @@ impl Bench<'_> {
     }
 
     /// A whole layer with the default adapters.
-    fn layer(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    fn layer(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let tokens = self.tokens() as f64;
         let linears = config.layer_linears();
         let weights: usize = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).sum();
@@ -229,7 +231,7 @@ impl Bench<'_> {
         self.passes("decoder layer", Group::Layer, config, dtype, flops)
     }
 
-    /// The forward and the backward pass of one layer, which take this many operations.
+    /// The forward and the backward pass of one layer, with these numbers of operations.
     fn passes(
         &mut self,
         what: &str,
@@ -237,7 +239,7 @@ impl Bench<'_> {
         config: &LlamaConfig,
         dtype: FloatDType,
         [forward_flops, backward_flops]: [f64; 2],
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), ReportError> {
         if !self.has_time(what) {
             return Ok(());
         }
@@ -287,7 +289,7 @@ impl Bench<'_> {
         Ok(())
     }
 
-    fn element_wise(&mut self, config: &LlamaConfig, dtype: FloatDType) -> anyhow::Result<()> {
+    fn element_wise(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         if !self.has_time("element-wise chains") {
             return Ok(());
         }

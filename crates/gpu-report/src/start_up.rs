@@ -1,22 +1,28 @@
-//! The start-up check of a run, as the report has it.
+//! The start-up check of a run, as a part of the report.
 
 use lora_core::{LoraConfig, Quantization};
 
+use super::error::ReportError;
 use super::finding::{Check, Finding};
 use super::shapes::Shape;
 use device::{CheckOptions, Selected};
 
-/// Tokens that the checked layer sees at most; the check itself takes fewer.
+/// The most tokens for the checked layer; the check itself uses fewer.
 const TOKENS: usize = 256;
 
-/// The comparisons that a run makes before its first step, for a model of this shape in each type that the device has.
+/// The comparisons that a run makes before its first step, for a model of this shape in each of the
+/// device's types.
 ///
-/// The only place that knows what they are.
+/// No other section uses them.
 ///
 /// # Errors
 ///
-/// If the shape is not readable.
-pub fn run(selected: &Selected, shape: Shape, tell: &mut dyn FnMut(Finding)) -> anyhow::Result<()> {
+/// If the shape's configuration cannot be read.
+pub fn run(
+    selected: &Selected,
+    shape: Shape,
+    tell: &mut dyn FnMut(Finding),
+) -> Result<(), ReportError> {
     let model = shape.config()?;
     let lora = LoraConfig::default();
     for dtype in device::types(selected) {

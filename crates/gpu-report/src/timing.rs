@@ -1,41 +1,42 @@
-//! Seconds of work on a device: after a warm-up, over and over, the median.
+//! The time of work on a device: the median of several measurements after a warm-up.
 
 use std::time::Instant;
 
-use anyhow::Context;
 use burn::tensor::Device;
 
 use terminal::statistics::Spread;
 
-/// Measurements of each thing.
+use super::error::ReportError;
+
+/// Measurements of each computation.
 const REPEATS: usize = 5;
 
-/// A measurement repeats what it measures until it has taken this long: short ones are noise.
+/// A measurement repeats the computation until it has taken this long, because short times are
+/// noisy.
 const AT_LEAST: f64 = 0.02;
 
 /// Waits for the device.
-pub fn sync(device: &Device) -> anyhow::Result<()> {
+pub fn sync(device: &Device) -> Result<(), ReportError> {
     let synced = device.sync();
-    synced
-        .map_err(|error| anyhow::anyhow!("{error:?}"))
-        .context("the device failed")
+    synced.map_err(|error| ReportError::Device(format!("{error:?}")))
 }
 
-/// The seconds that `work` takes. The first two runs, which compile kernels and choose the fastest, do not count.
+/// The seconds that `work` takes. The first two runs, which compile and tune kernels, do not count.
 ///
-/// What `work` gives lives until it is handed to the device: fusion computes nothing that nobody has.
+/// The result of `work` is kept until the work is submitted to the device: fusion computes nothing
+/// whose result is dropped.
 ///
 /// # Errors
 ///
 /// If the device fails.
-pub fn seconds<T>(device: &Device, mut work: impl FnMut() -> T) -> anyhow::Result<Spread> {
-    let mut time = |runs: usize| -> anyhow::Result<f64> {
+pub fn seconds<T>(device: &Device, mut work: impl FnMut() -> T) -> Result<Spread, ReportError> {
+    let mut time = |runs: usize| -> Result<f64, ReportError> {
         let started = Instant::now();
         for _ in 0..runs {
             let kept = work();
             let flushed = device.flush();
             drop(kept);
-            flushed.map_err(|error| anyhow::anyhow!("{error:?}"))?;
+            flushed.map_err(|error| ReportError::Device(format!("{error:?}")))?;
         }
         sync(device)?;
         Ok(started.elapsed().as_secs_f64() / runs as f64)
@@ -44,12 +45,10 @@ pub fn seconds<T>(device: &Device, mut work: impl FnMut() -> T) -> anyhow::Resul
     time(1)?;
     let once = time(1)?;
     let runs = (AT_LEAST / once).ceil().clamp(1.0, 1000.0) as usize;
-    // A device that takes a second for it is not measured better by five of them.
+    // For a computation of more than a second one measurement is enough.
     let repeats = if once > 1.0 { 1 } else { REPEATS };
-    let measured: Vec<f64> = (0..repeats)
-        .map(|_| time(runs))
-        .collect::<anyhow::Result<_>>()?;
-    Spread::of(&measured).context("a time is not a number")
+    let measured: Vec<f64> = (0..repeats).map(|_| time(runs)).collect::<Result<_, _>>()?;
+    Spread::of(&measured).ok_or(ReportError::NoTime)
 }
 
 #[cfg(test)]

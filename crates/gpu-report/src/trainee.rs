@@ -1,16 +1,18 @@
-//! A model in training: a step as the trainer does it. Every call of the report into the training code is here.
+//! A model in training: a step as the trainer does it. All calls of the report into the training
+//! code are here.
 
 use burn::tensor::{DType, Device, FloatDType};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{LoraConfig, Quantization};
 
+use super::error::ReportError;
 use data::{Batch, BatchRow, Prefixes};
 use train_step::gradients::{self, AdapterGradients, PassOptions};
 use train_step::loss_scale::LossScale;
 use train_step::optimizer::{AdamW, Optimizer};
 use train_step::step_counts;
 
-/// Decides the adapters' start.
+/// The seed of the adapters' initialization.
 const SEED: u64 = 1;
 
 /// A model with adapters and an optimizer.
@@ -22,7 +24,7 @@ pub struct Trainee {
 }
 
 impl Trainee {
-    /// A model that has its adapters.
+    /// A model that already has its adapters.
     pub fn new(model: Llama, gradient_checkpointing: bool) -> Self {
         Self {
             options: PassOptions {
@@ -45,14 +47,14 @@ impl Trainee {
         dtype: FloatDType,
         gradient_checkpointing: bool,
         device: &Device,
-    ) -> anyhow::Result<Self> {
+    ) -> Result<Self, ReportError> {
         let device = device.clone().autodiff();
         let model = Llama::random_on_device(config, options(dtype), &device);
         let model = model.with_lora(&LoraConfig::default(), SEED)?;
         Ok(Self::new(model, gradient_checkpointing))
     }
 
-    /// An optimizer step on one micro-batch; gives the mean loss a supervised token before it.
+    /// An optimizer step on one micro-batch; returns the mean loss per token in the loss before it.
     pub fn step(mut self, batch: &Batch, learning_rate: f64) -> (Self, f64) {
         let mean = self.gradients(batch).into_mean(1.0);
         let loss = mean.totals.mean();
@@ -79,8 +81,8 @@ pub fn options(dtype: FloatDType) -> LoadOptions {
     }
 }
 
-/// A micro-batch of so many examples of `tokens` random tokens, the second half of each supervised, as
-/// `peft_bench.py --shape` has them.
+/// A micro-batch of examples of `tokens` random tokens, the second half of each in the loss, as in
+/// `peft_bench.py --shape`.
 pub fn batch(examples: usize, tokens: usize, vocab_size: usize) -> Batch {
     let examples = step_counts::examples(examples, tokens, vocab_size);
     let rows = examples.iter().enumerate().map(|(index, ids)| {

@@ -7,6 +7,7 @@ use llama_burn::LlamaConfig;
 use lora_core::{LoraConfig, Quantization};
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Check, Failed, Finding, LeftOut, Training};
 use super::shapes::Shape;
 use super::timing::sync;
@@ -19,25 +20,26 @@ use terminal::statistics::Spread;
 
 use device::process_memory as memory;
 
-/// Tokens of a step: so many examples as make them up.
+/// Tokens per step, which determine the number of examples.
 const TOKENS_PER_STEP: usize = 2048;
 
-/// Lengths of an example.
+/// Lengths of the examples.
 pub const LENGTHS: [usize; 2] = [512, 2048];
 
-/// Steps before the measured ones: in the first, kernels are compiled and chosen.
+/// Steps before the measured ones: in the first, kernels are compiled and tuned.
 const WARM_UP: usize = 2;
 
-/// Measured steps: at least, at most, and no more once they have taken this long.
+/// Measured steps: the minimum, the maximum, and the time after which no more are made.
 const STEPS: (usize, usize) = (3, 10);
 const LONG_ENOUGH: Duration = Duration::from_secs(6);
 
-/// The share of a device's memory that a run is planned for: the rest is the driver's, the pools' and other programs'.
+/// The share of a device's memory that a run is planned with: the rest is used by the driver, the
+/// pools and other programs.
 const USABLE: f64 = 0.9;
 
 const LEARNING_RATE: f64 = 1e-4;
 
-/// The lengths of examples for a shape, and the examples of a step.
+/// The lengths of examples for a shape, with the examples per step.
 pub fn workloads(config: &LlamaConfig, quick: bool) -> Vec<(usize, usize)> {
     let limit = config.max_position_embeddings;
     let lengths: Vec<usize> = if quick {
@@ -71,7 +73,7 @@ pub fn run(
     (clock, quick): (Clock, bool),
     guard: &Guard,
     tell: &mut dyn FnMut(Finding),
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let config = shape.config()?;
     for dtype in types {
         for (tokens, examples) in workloads(&config, quick) {
@@ -95,7 +97,7 @@ pub fn run(
                 Fitting::Recomputes => true,
                 Fitting::Not { needed, there } => {
                     tell(left_out(format!(
-                        "it needs about {}, the device has {}",
+                        "this needs about {}, the device has {}",
                         human::bytes(needed),
                         human::bytes(there)
                     )));
@@ -133,12 +135,12 @@ pub fn run(
     Ok(())
 }
 
-/// Losses that are not numbers make a rate worthless.
+/// A speed is worthless if losses are not numbers.
 fn is_finite(what: &str, training: &Training) -> Check {
     let losses = training.losses.unwrap_or([f64::NAN; 2]);
     let wrong = losses.iter().filter(|loss| !loss.is_finite()).count();
     let note = format!(
-        "losses that are not numbers; {:.4} to {:.4}",
+        "number of losses that are not numbers; losses {:.4} to {:.4}",
         losses[0], losses[1]
     );
     Check::new(what.into(), wrong as f64, 0.0, note)
@@ -157,12 +159,13 @@ fn fitting(
     dtype: FloatDType,
     (tokens, examples): (usize, usize),
     selected: &Selected,
-) -> anyhow::Result<Fitting> {
+) -> Result<Fitting, ReportError> {
     let there = match selected.backend {
         Backend::Cpu => memory::available(),
-        // A software driver's memory is the machine's.
+        // A software driver uses the machine's memory.
         _ if selected.is_software => memory::available(),
-        // Where nobody tells: hardly a card has more than the machine around it, and a GPU inside the processor uses it.
+        // If the driver does not report its memory: few cards have more than the machine, and an
+        // integrated GPU uses the machine's memory.
         _ => device::hardware(selected)
             .memory_bytes
             .or_else(memory::available),
@@ -193,7 +196,7 @@ fn fitting(
     })
 }
 
-/// What is trained.
+/// A measurement.
 struct Work<'a> {
     shape: Shape,
     config: &'a LlamaConfig,
@@ -205,9 +208,9 @@ struct Work<'a> {
 }
 
 impl Work<'_> {
-    fn run(&self, selected: &Selected, clock: Clock) -> anyhow::Result<Training> {
+    fn run(&self, selected: &Selected, clock: Clock) -> Result<Training, ReportError> {
         let device = &selected.device;
-        // What an earlier length left is not this one's.
+        // Memory of an earlier length is not part of this one.
         device.memory_cleanup();
         let started = Instant::now();
         let stored = device::prepare(selected, self.dtype)?;
@@ -237,7 +240,7 @@ impl Work<'_> {
             seconds.push(started.elapsed().as_secs_f64());
             losses.push(loss);
         }
-        let spread = Spread::of(&seconds).ok_or_else(|| anyhow::anyhow!("no step was timed"))?;
+        let spread = Spread::of(&seconds).ok_or(ReportError::NoTime)?;
         let peak = match device::memory_reserved(device) {
             Some(reserved) => Some(reserved),
             None => memory::resident().map(|memory| memory.peak),

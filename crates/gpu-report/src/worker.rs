@@ -1,9 +1,10 @@
-//! A section's process: findings go to standard output, a line of JSON each.
+//! A section's process: findings go to standard output, one line of JSON each.
 
 use std::io::{Read, Write};
 use std::time::Duration;
 
 use super::clock::Clock;
+use super::error::ReportError;
 use super::finding::{Failed, Finding};
 use super::section::Section;
 use super::shapes::Shape;
@@ -11,20 +12,20 @@ use super::{counting, operations, small_model, speed, start_up, training};
 use device::{Backend, Selected};
 use lora_train::guard::{FaultKind, Guard};
 
-/// What a section's process is told.
+/// Options of a section's process.
 #[derive(Debug, Clone, PartialEq)]
 pub struct WorkerOptions {
-    /// What to find out.
+    /// The section.
     pub section: Section,
-    /// On which backend.
+    /// The backend.
     pub backend: Backend,
-    /// With small sizes.
+    /// Whether to use small sizes.
     pub quick: bool,
-    /// It has this long.
+    /// The time limit.
     pub limit: Duration,
 }
 
-/// Runs a section. What goes wrong is a finding, not an error; it ends with [`Finding::Done`].
+/// Runs a section. A failure is a finding, not an error; the last finding is [`Finding::Done`].
 pub fn serve(options: &WorkerOptions) {
     end_with_the_report();
     let clock = Clock::new(options.limit);
@@ -40,7 +41,7 @@ pub fn serve(options: &WorkerOptions) {
         Err(error) => failed(error.to_string(), false),
         Ok(selected) => match guard.run(|| section(options, &selected, clock, &guard)) {
             Ok(Ok(())) => {}
-            Ok(Err(error)) => failed(format!("{error:#}"), false),
+            Ok(Err(error)) => failed(error.to_string(), false),
             Err(fault) => failed(fault.to_string(), fault.kind == FaultKind::Lost),
         },
     }
@@ -52,7 +53,7 @@ fn section(
     selected: &Selected,
     clock: Clock,
     guard: &Guard,
-) -> anyhow::Result<()> {
+) -> Result<(), ReportError> {
     let types = device::types(selected);
     let auto = &types[..types.len().min(1)];
     let (device, quick) = (&selected.device, options.quick);
@@ -81,7 +82,7 @@ fn section(
     }
 }
 
-/// Nobody reads what comes after standard output is closed, so that errors in writing end nothing.
+/// An error in writing is ignored: once standard output is closed, nothing reads the findings.
 fn tell(finding: &Finding) {
     if let Ok(line) = serde_json::to_string(finding) {
         let mut output = std::io::stdout().lock();
@@ -89,7 +90,8 @@ fn tell(finding: &Finding) {
     }
 }
 
-/// The report holds this process's standard input open; when it is gone, however it went, so is this process.
+/// The report holds this process's standard input open. When the report ends for any reason, this
+/// process ends too.
 fn end_with_the_report() {
     std::thread::spawn(|| {
         let mut rest = Vec::new();

@@ -1,10 +1,10 @@
-//! A model that is used rather than trained.
+//! Inference: a model with or without an adapter.
 //!
-//! | module | what it holds |
+//! | module | contents |
 //! | --- | --- |
-//! | [`model`] | a model opened with its adapter, merged into it or beside it |
-//! | [`generate`] | text from prompts, many at once |
-//! | [`eval`] | base and adapters on a task: answers, scores, significance |
+//! | [`model`] | a model with its adapter, merged or separate |
+//! | [`generate`] | text generation from prompts, in batches |
+//! | [`eval`] | base model and adapters on a task: answers, scores, significance |
 //! | [`logits`] | the logits of texts, for comparisons |
 //! | [`tokenize`] | the tokens of texts, for comparisons |
 

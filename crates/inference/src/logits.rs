@@ -1,5 +1,4 @@
-//! `trainer logits`: a model's scores of given tokens, for programs that compare them with another
-//! implementation's.
+//! `trainer logits`: a model's logits for given tokens, to compare with another implementation.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::{Path, PathBuf};
@@ -11,7 +10,7 @@ use crate::model::{Inference, InferenceError, ModelArgs};
 use peft::Floats;
 use terminal::Screen;
 
-/// What to score.
+/// The command's arguments.
 #[derive(Debug, Clone, Args)]
 pub struct LogitsArgs {
     /// The model
@@ -20,18 +19,18 @@ pub struct LogitsArgs {
     /// A PEFT adapter
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// Merge the adapter into the weights instead of running it beside them
+    /// Merge the adapter into the weights instead of computing it separately
     #[arg(long, requires = "adapter")]
     pub merge: bool,
-    /// JSON: a list of rows, each a list of token ids
+    /// A JSON file: a list of sequences, each a list of token ids
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
-    /// A safetensors file with a tensor `row.N` [tokens, vocabulary] in f32 for each row
+    /// The safetensors file to write: a tensor `row.N` [tokens, vocabulary] in f32 per sequence
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
 }
 
-/// Why there are no scores.
+/// Why the logits cannot be computed.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // Each variant carries the error of the part that failed.
 pub enum LogitsError {
@@ -46,9 +45,9 @@ pub enum LogitsError {
     },
     #[error("{}: expected a list of lists of token ids: {reason}", path.display())]
     Tokens { path: PathBuf, reason: String },
-    #[error("row {row}: {source}")]
+    #[error("sequence {row}: {source}")]
     Row { row: usize, source: PackedError },
-    #[error("row {row}: its scores cannot be read from the device: {reason}")]
+    #[error("sequence {row}: its logits cannot be read from the device: {reason}")]
     Unreadable { row: usize, reason: String },
 }
 
@@ -58,11 +57,11 @@ impl From<InferenceError> for LogitsError {
     }
 }
 
-/// Scores every row by itself, every token after those before it.
+/// Computes the logits of every sequence on its own, each token given those before it.
 ///
 /// # Errors
 ///
-/// What is wrong with the model, the adapter, the rows or the output.
+/// An error of the model, the adapter, the sequences or the output.
 pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
     let text = std::fs::read_to_string(&args.tokens).map_err(|source| LogitsError::Read {
         path: args.tokens.clone(),
@@ -75,7 +74,7 @@ pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
     let rows: Vec<Vec<u32>> =
         serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
     if rows.iter().any(Vec::is_empty) {
-        return Err(wrong("a row is empty".into()));
+        return Err(wrong("a sequence is empty".into()));
     }
     let inference = Inference::load(&args.model, screen)?;
     let model = match &args.adapter {

@@ -24,13 +24,13 @@ pub struct ModelArgs {
     /// `embedded`
     #[arg(long, value_name = "MODEL", default_value = EMBEDDED)]
     pub model: String,
-    /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
+    /// auto, cpu, cuda, wgpu, vulkan or metal, if this build includes it
     #[arg(long, default_value = "auto")]
     pub backend: Backend,
-    /// Bits of the base model's linear layers: 8, 4, or 16 for the file's own
+    /// Bits of the base model's linear layers: 8, 4, or 16 to keep the file's type
     #[arg(long, value_name = "BITS", default_value_t = 8)]
     pub quant_bits: u8,
-    /// f32, bf16, f16 or tf32; the device's best without it
+    /// f32, bf16, f16 or tf32 [default: the best for the device]
     #[arg(long, value_name = "TYPE", value_parser = compute_dtype)]
     pub compute_dtype: Option<FloatDType>,
     /// Switches of the GPU's kernels.

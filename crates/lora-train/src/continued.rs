@@ -1,4 +1,4 @@
-//! Training that starts from an adapter (`init_adapter`) instead of from fresh factors.
+//! Training that starts from an adapter (`init_adapter`) instead of a fresh one.
 
 use std::path::Path;
 
@@ -10,7 +10,7 @@ use peft::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapt
 use peft::{check_tokens, name_tables, with_fresh_rows};
 use run_config::{Config, Problem, Problems};
 
-/// Why training cannot start from an adapter, or with fresh ones.
+/// Why training cannot start from an adapter, or with fresh adapters.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // Each variant carries the error of the part that failed.
 pub enum StartError {
@@ -24,18 +24,19 @@ pub enum StartError {
     Lora(#[from] lora_core::LoraError),
     #[error(transparent)]
     Tokens(AdapterError),
-    /// What a selector matches and training does not cover.
+    /// A selector matches modules that cannot be trained.
     #[error(
-        "target_modules selects {0}; adapters of the embedding can be loaded and merged but not trained: narrow target_modules, or name it in exclude_modules"
+        "target_modules selects {0}; adapters of the embedding can be loaded and merged but not trained: narrow target_modules, or list the embedding in exclude_modules"
     )]
     Embedding(&'static str),
 }
 
-/// The configuration with what its `init_adapter` says of adapters; as it is where there is none.
+/// The configuration with the adapter settings of its `init_adapter`; unchanged without
+/// `init_adapter`.
 ///
 /// # Errors
 ///
-/// An adapter whose settings cannot be read or trained on, by field; every key that was written beside
+/// An adapter whose settings cannot be read or trained, by field; every key that was set beside
 /// `init_adapter` and contradicts it.
 pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartError> {
     let Some(folder) = &config.init_adapter else {
@@ -77,7 +78,7 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
 }
 
 /// The model with the adapters that training starts from: fresh ones, or those of `init_adapter`.
-/// `config` is what [`continued`] gave.
+/// `config` is the result of [`continued`].
 ///
 /// # Errors
 ///
@@ -95,7 +96,7 @@ pub fn start(model: Llama, config: &Config) -> Result<Llama, StartError> {
     model.map_err(|error| StartError::Adapter(error.in_file(folder)))
 }
 
-/// The settings, as training and its configuration take them.
+/// The adapter's settings, converted to the configuration's.
 fn trainable(
     adapter: AdapterConfig,
     folder: &Path,
@@ -132,7 +133,7 @@ fn trainable(
     name_tables(&mut plain);
     plain.layers_pattern = Vec::new();
     if let TargetModules::Names(names) = &mut plain.target_modules {
-        // PEFT keeps names that match nothing; a configuration takes a Llama's only.
+        // PEFT keeps names that match nothing; a configuration accepts only a Llama's modules.
         let modules = linear_modules(model);
         names.retain(|name| {
             let ends = |module: &String| module == name || module.ends_with(&format!(".{name}"));
@@ -150,8 +151,8 @@ fn trainable(
     }
 }
 
-/// Adapters of the embedding can be used, not trained; the output layer's are plain ones; trained tokens are in the
-/// vocabulary.
+/// Adapters of the embedding can be used but not trained; those of the output layer must be plain
+/// LoRA; trained tokens must be in the vocabulary.
 fn check_targets(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartError> {
     check_tokens(lora, model).map_err(StartError::Tokens)?;
     let selector: ModuleSelector = lora.selector()?;
@@ -162,13 +163,13 @@ fn check_targets(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartErro
     if !linear_only && selector.matches("model.embed_tokens") {
         return Err(StartError::Embedding("model.embed_tokens"));
     }
-    // Says what there is, where nothing is selected.
+    // If nothing is selected, the message lists the available modules.
     model.count(lora, lora_core::Quantization::None, 4)?;
     Ok(())
 }
 
 fn trainable_tensors(folder: &Path, tensors: &AdapterTensors) -> Result<(), StartError> {
-    // PEFT saves an adapted output layer's own weight too; it is the base model's.
+    // PEFT also saves an adapted output layer's own weight; it is the base model's.
     let changed =
         |name: &&String| *name != "lm_head.weight" || !tensors.modules.contains_key("lm_head");
     match tensors.whole.keys().find(changed) {
@@ -192,7 +193,7 @@ fn linear_modules(model: &LlamaConfig) -> Vec<String> {
     names.chain(["lm_head".to_string()]).collect()
 }
 
-/// The written keys that say something else than the adapter.
+/// The keys that were set and contradict the adapter.
 fn conflicts(written: &Config, adapter: &Config, folder: &Path) -> Vec<Problem> {
     let texts = |config: &Config| -> toml::Table {
         let mut config = config.clone();
@@ -203,7 +204,7 @@ fn conflicts(written: &Config, adapter: &Config, folder: &Path) -> Vec<Problem> 
         if let Some(ExcludeModules::Names(names)) = &mut config.exclude_modules {
             names.sort();
         }
-        // What is written is what is compared: the same value has one form.
+        // The written forms are compared, because the same value has only one form.
         config.to_toml().parse().unwrap_or_default()
     };
     let (ours, theirs) = (texts(written), texts(adapter));

@@ -1,5 +1,5 @@
-//! What of a configuration fits the memory there is: `batch_size = "auto"`, `gradient_checkpointing =
-//! "auto"`, micro-batches computed together, and a refusal before any weight is loaded.
+//! How a configuration fits the memory: `batch_size = "auto"`, `gradient_checkpointing = "auto"`,
+//! micro-batches computed together, and the refusal of a run before any weight is loaded.
 
 use burn::tensor::{DType, FloatDType};
 use llama_burn::LlamaConfig;
@@ -13,42 +13,42 @@ use device::{Backend, Selected};
 use run_config::{BatchSize, Checkpointing, Config};
 use terminal::human;
 
-/// Activations are kept rather than recomputed where the run then takes at most this share of the
-/// memory that is free: other programs want some too.
+/// Gradient checkpointing is off if the run then takes at most this share of the free memory. The
+/// rest is for other programs.
 const COMFORTABLE: f64 = 0.5;
 
-/// As [`COMFORTABLE`] on a GPU, whose memory others seldom want in the middle of a run; the rest is for what a
-/// prediction may be off by. What is left to the driver is not counted as free in the first place.
+/// As [`COMFORTABLE`] on a GPU, whose memory other programs seldom want during a run. The rest is
+/// for errors of the prediction. The driver's share is not counted as free in the first place.
 const COMFORTABLE_ON_GPU: f64 = 0.9;
 
-/// As [`COMFORTABLE`] where nobody tells what is free: a run that no machine minds.
+/// As [`COMFORTABLE`], a number of bytes for GPUs whose free memory is unknown.
 const SMALL: u64 = 1 << 30;
 
 /// A run that is predicted to take more than this share of the free memory is refused. The rest is
-/// for what a prediction may be off by.
+/// for errors of the prediction.
 const AT_MOST: f64 = 0.95;
 
-/// Micro-batches looked at for the heaviest; of longer runs, the first ones.
+/// The search for the largest micro-batch looks at this many; of longer runs, at the first ones.
 const LOOKED_AT: usize = 50_000;
 
-/// A run as it will be.
+/// The settings of a run that fits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fit {
-    /// Rows of a micro-batch.
+    /// Examples per micro-batch.
     pub batch_size: usize,
-    /// Micro-batches of an update.
+    /// Micro-batches per update.
     pub gradient_accumulation_steps: usize,
-    /// Whether activations are recomputed.
+    /// Whether gradient checkpointing is on.
     pub gradient_checkpointing: bool,
-    /// Whether common beginnings are computed once.
+    /// Whether shared prefixes are computed once.
     pub prefixes: Prefixes,
-    /// What it will need.
+    /// The predicted memory.
     pub plan: Plan,
-    /// Bytes of the largest tensor that grows with the rows of a micro-batch.
+    /// Bytes of the largest tensor that grows with the examples of a micro-batch.
     pub largest_activation: u64,
 }
 
-/// Why a run cannot be.
+/// Why a run does not fit.
 #[derive(Debug, thiserror::Error)]
 pub enum FitError {
     /// The adapters' configuration.
@@ -56,25 +56,25 @@ pub enum FitError {
     Lora(#[from] LoraError),
     /// Too little memory.
     #[error(
-        "this run needs about {needed} of memory and {available} {whose}: {what} is the most of it. {advice}",
+        "this run needs about {needed} of memory and {available} {whose}. The largest part is {what}. {advice}",
         needed = human::bytes(*needed),
         available = human::bytes(*available),
     )]
     TooLarge {
         /// Bytes that are needed.
         needed: u64,
-        /// Bytes that there are for it.
+        /// Bytes that are available.
         available: u64,
-        /// What these are, in words that continue "… GiB".
+        /// What the available bytes are, in words that continue "… GiB".
         whose: &'static str,
         /// The largest part.
         what: String,
-        /// Settings that would fit, or that none would.
+        /// Settings that would fit, or that no setting fits.
         advice: String,
     },
     /// One tensor is too large, whatever the memory.
     #[error(
-        "{what} takes {needed} in one tensor and this device's buffers end at {limit}. {advice}",
+        "{what} takes {needed} in one tensor, and this device's largest buffer is {limit}. {advice}",
         needed = human::bytes(*needed),
         limit = human::bytes(*limit),
     )]
@@ -90,11 +90,11 @@ pub enum FitError {
     },
 }
 
-/// Decides what `config` leaves open and checks that it fits.
+/// Decides the settings that `config` leaves open and checks that the run fits.
 ///
 /// # Errors
 ///
-/// If it does not, with the settings that would.
+/// If it does not fit, with the settings that would.
 pub fn fit(
     config: &Config,
     model: &LlamaConfig,
@@ -105,9 +105,9 @@ pub fn fit(
     Search::new(config, model, selected, dtype, data).run()
 }
 
-/// As [`fit`] for a run that goes on: it divides its rows as before, because sums of floats depend on that in
-/// their last bits. Where that does not fit any more, as on another machine, it is decided anew, and the
-/// second value says so.
+/// As [`fit`] for a run that is resumed: it divides its examples into micro-batches as before,
+/// because the last bits of float sums depend on the division. If the division no longer fits, as
+/// on another machine, a new one is chosen and the second value is true.
 ///
 /// # Errors
 ///
@@ -121,7 +121,7 @@ pub fn refit(
     before: Division,
 ) -> Result<(Fit, bool), FitError> {
     let search = Search::new(config, model, selected, dtype, data);
-    // Recomputing changes no bit, so a word of the user's counts.
+    // Recomputing changes no bit, so a setting in the configuration takes precedence.
     let checkpointing = match config.gradient_checkpointing {
         Checkpointing::On => true,
         Checkpointing::Off => false,
@@ -141,11 +141,12 @@ pub fn refit(
 }
 
 impl Fit {
-    /// The same update in smaller micro-batches, for a device whose memory is too small; without that, with
-    /// activations recomputed where the configuration leaves it open. `None` where neither is possible.
+    /// The same update in smaller micro-batches, for a device whose memory is too small; if that is
+    /// not possible, with gradient checkpointing on where the configuration leaves it open. `None`
+    /// if neither is possible.
     pub fn smaller(&self, config: &Config) -> Option<Self> {
         let rows = self.batch_size;
-        // The largest divisor up to the half, so that an update keeps its rows.
+        // The largest divisor up to the half, so that an update keeps its examples.
         let fewer = (1..=rows / 2)
             .rev()
             .find(|fewer| rows.is_multiple_of(*fewer));
@@ -168,7 +169,8 @@ impl Fit {
     }
 }
 
-/// Whether beginnings are shared. Dropout draws a mask for each row: shared, they would have one.
+/// Whether prefixes are shared. Dropout draws a mask per example, and shared tokens could have only
+/// one.
 pub fn prefixes(config: &Config) -> Prefixes {
     if config.share_prefixes && config.lora_dropout == 0.0 {
         Prefixes::Shared
@@ -177,13 +179,14 @@ pub fn prefixes(config: &Config) -> Prefixes {
     }
 }
 
-/// Whether micro-batches of an update may be computed together. Dropout's masks belong to a micro-batch,
-/// and a limit of tokens was asked for.
+/// Whether micro-batches of an update may be computed together. Not with dropout, whose masks
+/// belong to a micro-batch, and not with a configured limit of tokens.
 fn merges(config: &Config) -> bool {
     config.merge_micro_batches && config.lora_dropout == 0.0 && config.max_batch_tokens.is_none()
 }
 
-/// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
+/// Whether a run of this peak needs no gradient checkpointing under `gradient_checkpointing =
+/// "auto"`.
 pub fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
     let share = if on_gpu {
         COMFORTABLE_ON_GPU
@@ -221,7 +224,7 @@ impl<'a> Search<'a> {
             data,
             float_bytes: DType::from(dtype).size(),
             on_gpu: selected.backend != Backend::Cpu,
-            // Where nobody tells, the run itself finds out.
+            // If the memory is unknown, the run itself finds out.
             available: device::device_memory(selected, config.device_memory)
                 .map(|memory| memory.usable(selected.backend)),
             limit: device::largest_buffer(selected),
@@ -236,8 +239,8 @@ impl<'a> Search<'a> {
             Checkpointing::Off => &[false],
             Checkpointing::Auto => &[false, true],
         };
-        // Micro-batches are small to save memory. Where there is plenty, more rows at once share more
-        // beginnings and unpack the weights less often, for the same update.
+        // Small micro-batches save memory. With enough memory, more examples at once share more
+        // prefixes and dequantize the weights less often, for the same update.
         if choices.contains(&false) {
             for (rows, steps) in self.mergers() {
                 let fit = self.at(rows, steps, false)?;
@@ -247,7 +250,7 @@ impl<'a> Search<'a> {
             }
         }
         let mut smallest: Option<Fit> = None;
-        // Recomputing costs more time than smaller micro-batches do, so those are tried first.
+        // Recomputing costs more time than smaller micro-batches, so those are tried first.
         for checkpointing in choices {
             for (rows, steps) in self.divisions() {
                 let fit = self.at(rows, steps, *checkpointing)?;
@@ -269,7 +272,7 @@ impl<'a> Search<'a> {
         }
         match smallest {
             Some(fit) if !self.binds(&fit) => Err(FitError::Buffer {
-                what: format!("a micro-batch of {} rows", fit.batch_size),
+                what: format!("a micro-batch of {} examples", fit.batch_size),
                 needed: fit.largest_activation,
                 limit: self.limit.unwrap_or(0),
                 advice: "A smaller batch_size with more gradient_accumulation_steps, or a smaller max_seq_len, makes it \
@@ -277,7 +280,7 @@ impl<'a> Search<'a> {
             }),
             Some(fit) if self.fits(&fit.plan) => Ok(fit),
             Some(fit) => Err(self.refuse(&fit)?),
-            // There is always a division.
+            // At least one division exists.
             None => Ok(self.at(self.config.batch_size.rows(), 1, true)?),
         }
     }
@@ -287,14 +290,15 @@ impl<'a> Search<'a> {
         self.binds(fit) && is_comfortable(peak, self.available, self.on_gpu)
     }
 
-    /// Whether the device has buffers for the activations. A driver refuses larger ones however much memory is
-    /// free.
+    /// Whether the device has buffers for the activations. A driver refuses larger ones however
+    /// much memory is free.
     fn binds(&self, fit: &Fit) -> bool {
         self.limit
             .is_none_or(|limit| fit.largest_activation <= limit)
     }
 
-    /// As [`binds`](Self::binds) for the weights: on a GPU each is unpacked into one buffer for its product.
+    /// As [`binds`](Self::binds) for the weights: on a GPU each is dequantized into one buffer for
+    /// its product.
     fn check_weights(&self) -> Result<(), FitError> {
         let linears = self.model.layer_linears();
         let largest = linears
@@ -308,7 +312,7 @@ impl<'a> Search<'a> {
             Ok(())
         } else {
             Err(FitError::Buffer {
-                what: format!("the weight of {name}, unpacked for a product,"),
+                what: format!("the dequantized weight of {name}"),
                 needed,
                 limit,
                 advice: "compute_dtype = \"f16\", where the device has it, halves it; --backend cpu, or another GPU, \
@@ -317,7 +321,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Rows of a micro-batch and micro-batches of an update, the largest micro-batches first.
+    /// Examples per micro-batch and micro-batches per update, the largest micro-batches first.
     fn divisions(&self) -> Vec<(usize, usize)> {
         let steps = self.config.gradient_accumulation_steps;
         match self.config.batch_size {
@@ -330,7 +334,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// As [`divisions`](Self::divisions), with larger micro-batches than the configuration's.
+    /// As [`divisions`](Self::divisions), with larger micro-batches than configured.
     fn mergers(&self) -> Vec<(usize, usize)> {
         let config = self.config;
         let steps = config.gradient_accumulation_steps;
@@ -348,7 +352,8 @@ impl<'a> Search<'a> {
             .is_none_or(|available| plan.resident_peak() as f64 <= AT_MOST * available as f64)
     }
 
-    /// As [`prefixes`]; apart as well where a row's length changes what its tokens are rotated by.
+    /// As [`prefixes`]; sharing is also off if the length of an example changes its rotary
+    /// frequencies.
     fn prefixes(&self) -> Prefixes {
         let rows = self
             .data
@@ -415,8 +420,9 @@ impl<'a> Search<'a> {
         }
     }
 
-    /// Of the micro-batches that the run will take, those with the most tokens, with the most
-    /// supervised positions, and with the longest row. The order is known, so nothing is guessed.
+    /// Of the micro-batches of the run: the one with the most tokens, the one with the most tokens
+    /// in the loss, and the one with the longest example. The order of the examples is known, so
+    /// nothing is estimated.
     fn heaviest(&self, rows: usize, steps: usize, prefixes: Prefixes) -> Vec<Workload> {
         let train = &self.data.train;
         let config = self.config;
@@ -441,7 +447,7 @@ impl<'a> Search<'a> {
             .collect()
     }
 
-    /// The error, with what would fit.
+    /// The error, with the settings that would fit.
     fn refuse(&self, smallest: &Fit) -> Result<FitError, LoraError> {
         let plan = &smallest.plan;
         let parts = plan.base.iter().chain(&plan.adapters).chain(&plan.step);
@@ -480,8 +486,8 @@ impl<'a> Search<'a> {
             );
         }
         let advice = if advice.is_empty() {
-            "No setting that leaves the result as it is would fit: a smaller model, shorter rows \
-        (max_seq_len), fewer target_modules or a smaller lora_r would need less"
+            "No setting fits that leaves the result unchanged: a smaller model, shorter examples \
+             (max_seq_len), fewer target_modules or a smaller lora_r would need less"
                 .to_string()
         } else {
             format!("This would fit: {}", advice.join("; "))

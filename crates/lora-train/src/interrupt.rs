@@ -1,4 +1,5 @@
-//! Ctrl-C and its kin: the first asks the run to stop where it can go on later, the second ends it at once.
+//! Ctrl-C and similar signals: the first asks the run to stop where it can be resumed, the second
+//! ends it immediately.
 
 use std::io;
 use std::sync::Arc;
@@ -8,23 +9,23 @@ use std::time::Duration;
 use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
-/// The exit code of a run that stopped before its end and can be resumed: `EX_TEMPFAIL` of `sysexits.h`,
-/// "try again".
+/// The exit code of a run that stopped before its end and can be resumed: `EX_TEMPFAIL` of
+/// `sysexits.h`, "try again".
 pub const RESUMABLE: u8 = 75;
 
-/// How soon a signal is noticed on the screen.
+/// How soon a signal is reported on the screen.
 const NOTICE: Duration = Duration::from_millis(100);
 
-/// Whether the run shall stop. A clone is the same flag.
+/// Whether the run should stop. A clone shares the flag.
 #[derive(Debug, Clone, Default)]
 pub struct Interrupt {
     asked: Arc<AtomicBool>,
 }
 
 impl Interrupt {
-    /// Listens for SIGINT and SIGTERM. A second one ends the process at once, with 128 and the signal's
-    /// number as the exit code, as a shell would report it; every file is whole then, since none is ever
-    /// written in place.
+    /// Listens for SIGINT and SIGTERM. A second signal ends the process immediately, with 128 plus
+    /// the signal's number as the exit code, as a shell would report it. All files are intact then,
+    /// because none is written in place.
     ///
     /// # Errors
     ///
@@ -41,8 +42,8 @@ impl Interrupt {
             flag::register(signal, Arc::clone(&interrupt.asked))?;
         }
         let watched = interrupt.clone();
-        // A step may take minutes, and nobody should wonder whether the key was seen. A handler of signals
-        // itself may not print.
+        // A step may take minutes, and the user should see that the key was noticed. A signal
+        // handler itself must not print.
         std::thread::Builder::new()
             .name("interrupt".into())
             .spawn(move || {
@@ -50,13 +51,13 @@ impl Interrupt {
                     std::thread::sleep(NOTICE);
                 }
                 log::warn!(
-                    "stopping: this step is finished and saved first; Ctrl-C again leaves at once"
+                    "stopping after this step is finished and saved; Ctrl-C again exits immediately"
                 );
             })?;
         Ok(interrupt)
     }
 
-    /// Whether somebody asked the run to stop.
+    /// Whether the run was asked to stop.
     pub fn asked(&self) -> bool {
         self.asked.load(Ordering::SeqCst)
     }

@@ -1,4 +1,4 @@
-//! `metrics.jsonl`: a JSON object a line, for plots and for programs that watch a run.
+//! `metrics.jsonl`: one JSON object per line, for plots and for programs that watch a run.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -12,76 +12,77 @@ use serde::{Deserialize, Serialize};
 pub struct MetricsError {
     /// The file.
     pub path: PathBuf,
-    /// What the system says: a full disk, missing rights.
+    /// The system's error: a full disk, missing permissions.
     pub source: io::Error,
 }
 
-/// What an optimizer step did. A float that is not finite becomes `null` in the file.
+/// The line of an optimizer step. A float that is not finite becomes `null` in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct TrainLine {
     /// Optimizer steps so far, this one included.
     pub step: usize,
-    /// Passes over the training rows so far, with a fraction.
+    /// Passes over the training data so far, with a fraction.
     pub epoch: f64,
-    /// Cross entropy a supervised token, in nats, before the step.
+    /// Cross entropy per token in the loss, in nats, before the step.
     pub loss: f64,
-    /// The rate that the step used.
+    /// The learning rate of the step.
     pub learning_rate: f64,
     /// Norm of all gradients together, before clipping.
     pub grad_norm: f64,
-    /// Tokens of this step's rows, prompts and targets, without padding.
+    /// Tokens of this step's examples, prompts and targets, without padding.
     pub tokens: usize,
     /// `tokens` over `step_s`.
     pub tokens_per_s: f64,
     /// Seconds that the step took, data and optimizer included.
     pub step_s: f64,
-    /// The most resident memory of this process so far, in MiB.
+    /// Peak resident memory of this process so far, in MiB.
     pub memory_mib: f64,
     /// Memory that the device has reserved, in MiB; absent on the CPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub device_memory_mib: Option<f64>,
-    /// The factor that kept gradients in the range of f16; absent in other types.
+    /// The factor that keeps gradients in the range of f16; absent in other types.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<f64>,
 }
 
-/// What a validation found. A float that is not finite becomes `null` in the file.
+/// The line of a validation. A float that is not finite becomes `null` in the file.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct ValidationLine {
     /// Optimizer steps before it; 0 is the base model.
     pub step: usize,
-    /// Passes over the training rows before it, with a fraction.
+    /// Passes over the training data before it, with a fraction.
     pub epoch: f64,
-    /// Cross entropy a supervised token, in nats.
+    /// Cross entropy per token in the loss, in nats.
     pub val_loss: f64,
-    /// Share of the supervised tokens that the model ranks first.
+    /// Share of the tokens in the loss that the model ranks first.
     pub val_accuracy: f64,
-    /// Share of the rows whose every supervised token is right: the whole answer and its end.
+    /// Share of the examples whose every token in the loss is right: the whole target and its end
+    /// token.
     pub val_row_accuracy: f64,
-    /// Supervised tokens.
+    /// Tokens in the loss.
     pub val_tokens: usize,
     /// Seconds it took.
     pub val_s: f64,
 }
 
-/// A step that was left out because a loss or gradient is not finite.
+/// A step that was skipped because a loss or gradient is not finite.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SkippedLine {
     /// Optimizer steps so far, this one included.
     pub step: usize,
-    /// Passes over the training rows so far, with a fraction.
+    /// Passes over the training data so far, with a fraction.
     pub epoch: f64,
-    /// Why, and which rows: `the loss is NaN; it comes from …`.
+    /// The reason and the examples: `the loss is NaN; it comes from …`.
     pub skipped: String,
-    /// What the learning rate is multiplied by from here on.
+    /// The factor of the learning rate from here on.
     pub rate_factor: f64,
 }
 
-/// Lines that the disk did not take are kept up to this many bytes.
+/// Lines that could not be written are kept in memory up to this many bytes.
 const PENDING: usize = 64 << 20;
 
-/// Appends lines to a run's metrics. Each line is in the file when its call returns, unless the disk is
-/// full: then they wait in memory, and go into the file when there is room.
+/// Appends lines to a run's metrics. Each line is in the file when its call returns, unless the
+/// disk is full: then lines wait in memory and are written when there is room.
 #[derive(Debug)]
 pub struct MetricsWriter {
     path: PathBuf,
@@ -92,8 +93,8 @@ pub struct MetricsWriter {
 }
 
 impl MetricsWriter {
-    /// Opens the file for appending, or makes it. A last line without its end, which a killed run
-    /// leaves, is cut off: every line that is there is then whole.
+    /// Opens the file for appending, or makes it. An incomplete last line, which a killed run
+    /// leaves, is cut off, so that every line of the file is complete.
     ///
     /// # Errors
     ///
@@ -122,8 +123,8 @@ impl MetricsWriter {
         }
     }
 
-    /// As [`append`](Self::append) for a run that goes on: lines after the first `bytes` are of steps that
-    /// will be taken again, and go.
+    /// As [`append`](Self::append) for a run that is resumed: lines after the first `bytes` belong
+    /// to steps that will be taken again, and are removed.
     ///
     /// # Errors
     ///
@@ -136,14 +137,14 @@ impl MetricsWriter {
             writer.end = bytes;
         } else if writer.end < bytes {
             log::warn!(
-                "{} is shorter than it was when the checkpoint was written; lines are missing in it",
+                "{} is shorter than when the checkpoint was written; lines are missing",
                 path.display()
             );
         }
         Ok(writer)
     }
 
-    /// Waits until the disk has every line, and says how many bytes they are.
+    /// Waits until every line is on the disk, and returns their number of bytes.
     ///
     /// # Errors
     ///
@@ -154,7 +155,7 @@ impl MetricsWriter {
         Ok(self.end)
     }
 
-    /// Bytes of the file and of the lines that wait for room.
+    /// Bytes of the file and of the lines in memory.
     pub fn bytes(&self) -> u64 {
         self.end + self.pending.len() as u64
     }
@@ -195,7 +196,7 @@ impl MetricsWriter {
         self.flush().map_err(|source| self.error(source))
     }
 
-    /// One call to the system for all whole lines, so that a reader never sees half of one.
+    /// One system call for all complete lines, so that a reader never sees half of one.
     fn flush(&mut self) -> io::Result<()> {
         if self.pending.is_empty() {
             return Ok(());
@@ -208,7 +209,7 @@ impl MetricsWriter {
                 Ok(())
             }
             Err(error) => {
-                // A full disk may have taken a part. The first error is the one to report.
+                // A full disk may have taken a part of them. The first error is the one to report.
                 let _ = self.file.set_len(self.end);
                 Err(error)
             }
@@ -223,11 +224,11 @@ impl MetricsWriter {
     }
 }
 
-/// What a file of metrics tells of the steps so far; lines that are none of ours are passed over.
+/// The history of a run from its file of metrics; unknown lines are ignored.
 ///
 /// # Errors
 ///
-/// [`MetricsError`] where the file cannot be read.
+/// [`MetricsError`] if the file cannot be read.
 pub fn history(path: &Path) -> Result<History, MetricsError> {
     let text = std::fs::read_to_string(path).map_err(|source| MetricsError {
         path: path.into(),
@@ -265,7 +266,7 @@ struct PastLine {
     val_accuracy: Option<f64>,
 }
 
-/// Bytes up to the end of the last line that has one, looked for from the back.
+/// Bytes up to the end of the last complete line, searched for from the end.
 fn whole_lines(file: &mut File) -> io::Result<u64> {
     let mut end = file.metadata()?.len();
     let mut block = [0u8; 4096];
@@ -432,7 +433,7 @@ mod tests {
         let history = history(&path).unwrap();
         assert_eq!(history.losses, [1.5, 1.5]);
         assert_eq!(history.validations, [(2, 0.5, 0.875)]);
-        // A file that somebody shortened is gone on with.
+        // A file that was shortened is still appended to.
         MetricsWriter::resume(&path, 1 << 20).unwrap();
         assert_eq!(read(&path).len(), 3);
     }
@@ -449,7 +450,7 @@ mod tests {
         );
         #[cfg(target_os = "linux")]
         {
-            // The device that is always full. It has no end to look at, so it is opened by hand.
+            // The device that is always full. Its end cannot be read, so it is opened by hand.
             let file = OpenOptions::new().write(true).open("/dev/full").unwrap();
             let path = PathBuf::from("/dev/full");
             let mut metrics = MetricsWriter {
@@ -462,7 +463,7 @@ mod tests {
             assert_eq!(error.source.kind(), io::ErrorKind::StorageFull);
             assert!(error.to_string().contains("/dev/full"));
 
-            // Room again: what waited is written, in order.
+            // With room again, the lines in memory are written in order.
             let path = folder.path().join("metrics.jsonl");
             metrics.file = OpenOptions::new()
                 .create(true)

@@ -1,7 +1,8 @@
-//! The adapter's `README.md`: a model card as the Hub and PEFT know it.
+//! The adapter's `README.md`: a model card for the Hub and PEFT.
 //!
-//! Everything in it comes from the run. Names are untrusted text: they are quoted as YAML strings, shell words and
-//! Markdown code, whatever they hold. A card that a person wrote or changed is never replaced.
+//! Everything in it comes from the run. Names are untrusted text: they are quoted as YAML strings,
+//! shell words and Markdown code, whatever they contain. A card that a person wrote or changed is
+//! never replaced.
 
 use std::io::{self, Read};
 use std::path::{Path, PathBuf};
@@ -16,14 +17,15 @@ use terminal::human;
 /// The card's name in an adapter's folder.
 pub const FILE: &str = "README.md";
 
-/// The last line of a card of ours begins so; the hash of what is above it follows.
+/// The last line of a card written by this program begins with this text; the hash of the text
+/// above it follows.
 const MARKER: &str =
     "<!-- written by llama-lora-trainer; a card that was changed is kept. sha256: ";
 const MARKER_END: &str = " -->\n";
-/// Cards are short; what is longer, a person wrote.
+/// Cards are short. A longer file was written by a person.
 const LONGEST_CARD: u64 = 1 << 20;
 
-/// Keys of the configuration that the card shows elsewhere, or that say nothing about the adapter.
+/// Keys of the configuration that the card shows elsewhere, or that are not about the adapter.
 const NOT_HYPER_PARAMETERS: [&str; 6] = [
     "base_model",
     "dataset_path",
@@ -33,35 +35,36 @@ const NOT_HYPER_PARAMETERS: [&str; 6] = [
     "peft_use_dora",
 ];
 
-/// What a card tells.
+/// The contents of a card.
 #[derive(Debug, Clone)]
 pub struct ModelCard<'a> {
     /// The run's settings.
     pub config: &'a Config,
     /// The base model's shape in words.
     pub shape: String,
-    /// Parameters that were trained.
+    /// Trainable parameters.
     pub trainable: u64,
-    /// Rows that were trained on.
+    /// Training examples.
     pub train_rows: usize,
-    /// Rows that the scores are from.
+    /// Examples that the scores are from.
     pub validation_rows: usize,
-    /// The step that the adapter is from.
+    /// The step of the adapter.
     pub step: usize,
     /// Steps of the run.
     pub total_steps: usize,
     /// Device and precision of the computation.
     pub device: String,
-    /// The base model's scores on the validation rows.
+    /// The base model's scores on the validation examples.
     pub base: Option<Scores>,
-    /// The adapter's.
+    /// The adapter's scores on them.
     pub adapter: Option<Scores>,
     /// The command that made it.
     pub command: Vec<String>,
 }
 
-/// The command that this process was started with, as one types it: `cargo xtask train …`. A program that
-/// trains through the library has its own, so then it is the one that repeats the run.
+/// The command of this process as a user types it: `cargo xtask train …`. A program that trains
+/// through the library has a command line of its own; the card then shows the command that repeats
+/// the run.
 pub fn command(config_file: &Path) -> Vec<String> {
     let arguments: Vec<String> = std::env::args_os()
         .skip(1)
@@ -79,7 +82,8 @@ pub fn command(config_file: &Path) -> Vec<String> {
 }
 
 impl ModelCard<'_> {
-    /// Writes the card into an adapter's folder, atomically, unless a person's is there. Whether it was written.
+    /// Writes the card into an adapter's folder, atomically, unless a person's card is there.
+    /// Returns whether it was written.
     ///
     /// # Errors
     ///
@@ -97,7 +101,8 @@ impl ModelCard<'_> {
         Ok(true)
     }
 
-    /// As [`write`](Self::write). The adapter is safe already: a card that cannot be written is a warning.
+    /// As [`write`](Self::write). The adapter is already saved, so a card that cannot be written is
+    /// a warning.
     pub fn write_or_warn(&self, folder: &Path) {
         if let Err(error) = self.write(folder) {
             log::warn!("{error}");
@@ -150,7 +155,7 @@ impl ModelCard<'_> {
                     revision.unwrap_or_default()
                 )
             }
-            // The way to a folder on somebody's machine helps nobody else.
+            // The path to a folder on one machine is of no use on another.
             None => format!(
                 "{} ({shape})",
                 code(&last_part(Path::new(&self.config.base_model)))
@@ -185,15 +190,15 @@ impl ModelCard<'_> {
         let config = self.config;
         let name = |path: &PathBuf| code(&last_part(path));
         let mut text = format!(
-            "\n## Data\n\nRows of {}: {} to train",
-            name(&config.dataset_path),
-            human::counted(self.train_rows as u64, "row")
+            "\n## Data\n\nTrained on {} of {}",
+            human::counted(self.train_rows as u64, "example"),
+            name(&config.dataset_path)
         );
         if self.validation_rows > 0 {
-            let rows = human::counted(self.validation_rows as u64, "row");
+            let examples = human::counted(self.validation_rows as u64, "example");
             text += &match &config.val_dataset_path {
-                Some(path) => format!(", {rows} of {} to validate", name(path)),
-                None => format!(", {rows} to validate"),
+                Some(path) => format!(", validated on {examples} of {}", name(path)),
+                None => format!(", validated on {examples}"),
             };
         }
         text + ".\n"
@@ -206,22 +211,14 @@ impl ModelCard<'_> {
             human::count(self.total_steps as u64)
         );
         let Some(adapter) = self.adapter else {
-            return text + " No rows were kept aside to validate.\n";
+            return text + " No examples were held out for validation.\n";
         };
-        text += " On the validation rows:\n\n";
+        text += " On the validation examples:\n\n";
         type Part = (&'static str, fn(&Scores) -> f64, fn(f64) -> String);
         let parts: [Part; 3] = [
             ("loss", |scores| scores.loss, human::number),
-            (
-                "accuracy (tokens of the answer)",
-                |scores| scores.accuracy,
-                human::percent,
-            ),
-            (
-                "answers right as a whole",
-                |scores| scores.row_accuracy,
-                human::percent,
-            ),
+            ("token accuracy", |scores| scores.accuracy, human::percent),
+            ("exact match", |scores| scores.row_accuracy, human::percent),
         ];
         text += "| | base model | with the adapter |\n| --- | ---: | ---: |\n";
         for (label, of, shown) in parts {
@@ -236,7 +233,7 @@ impl ModelCard<'_> {
 
     fn hyper_parameters(&self) -> String {
         let mut text = "\n## Hyper-parameters\n\n| | |\n| --- | --- |\n".to_string();
-        // Every key, as the run's config.toml has it.
+        // Every key, as in the run's config.toml.
         let table: toml::Table = self.config.to_toml().parse().unwrap_or_default();
         for (key, value) in &table {
             let off = value.as_str() == Some("none");
@@ -249,8 +246,8 @@ impl ModelCard<'_> {
     }
 }
 
-/// What the Hub reads of a card, as PEFT 0.21 writes it. A base model that is no name on the Hub is left out:
-/// the Hub refuses such a card.
+/// The front matter that the Hub reads, as PEFT 0.21 writes it. A base model whose name cannot be a
+/// Hub name is left out, because the Hub refuses such a card.
 fn front_matter(name: Option<&HubName>) -> String {
     let mut text = "---\n".to_string();
     if let Some(name) = name {
@@ -264,7 +261,7 @@ fn front_matter(name: Option<&HubName>) -> String {
     text + "- lora\n- transformers\n---\n"
 }
 
-/// The file or folder without the way to it.
+/// The last part of a path: the name of the file or folder.
 fn last_part(path: &Path) -> String {
     let name = path.file_name().unwrap_or(path.as_os_str());
     name.to_string_lossy().into_owned()
@@ -276,18 +273,19 @@ fn quoted(text: &str) -> String {
     serde_json::Value::from(shown).to_string()
 }
 
-/// Line breaks and other control characters, as something that one sees and that does nothing.
+/// Line breaks and other control characters as visible text without effect.
 fn visible(c: char) -> char {
     match c {
         '\t' => ' ',
-        // Also what turns the direction of text or breaks lines without being a control character.
+        // Also characters that change the direction of text or break lines without being control
+        // characters.
         c if c.is_control() => '\u{fffd}',
         '\u{2028}' | '\u{2029}' | '\u{202a}'..='\u{202e}' | '\u{2066}'..='\u{2069}' => '\u{fffd}',
         c => c,
     }
 }
 
-/// Text as Markdown that means only itself: every punctuation mark that could mean more is escaped.
+/// Text as literal Markdown: every punctuation mark with a meaning in Markdown is escaped.
 fn plain(text: &str) -> String {
     let mut escaped = String::new();
     for c in text.chars().map(visible) {
@@ -303,9 +301,9 @@ fn plain(text: &str) -> String {
     escaped
 }
 
-/// Inline code, in a table or elsewhere, that no character of `text` ends.
+/// Inline code, in a table or elsewhere, that no character of `text` can end.
 fn code(text: &str) -> String {
-    // In a table a bar ends the cell even within code; GitHub and the Hub read `\|` there.
+    // In a table a bar ends the cell even within code. GitHub and the Hub read `\|` there.
     let shown: String = text
         .chars()
         .map(visible)
@@ -321,7 +319,7 @@ fn code(text: &str) -> String {
     }
 }
 
-/// A block of code that no line of `text` ends.
+/// A block of code that no line of `text` can end.
 fn fenced(language: &str, text: &str) -> String {
     let fence = "`".repeat(longest_run(text).max(2) + 1);
     format!("{fence}{language}\n{text}\n{fence}\n")
@@ -333,7 +331,7 @@ fn longest_run(text: &str) -> usize {
     runs.map(str::len).max().unwrap_or(0)
 }
 
-/// A word as a shell reads it back.
+/// A word quoted for a shell.
 fn shell_word(word: &str) -> String {
     let safe = |c: char| c.is_ascii_alphanumeric() || "-_./=:,@+%".contains(c);
     if !word.is_empty() && word.chars().all(safe) {
@@ -353,7 +351,7 @@ fn signed(text: &str) -> String {
     format!("{text}\n{MARKER}{}{MARKER_END}", hash(text))
 }
 
-/// Whether nothing is there, or a card of ours as we wrote it.
+/// Whether the file is missing, or is a card of this program that was not changed.
 fn may_replace(path: &Path) -> bool {
     let read = || -> io::Result<String> {
         let mut text = String::new();
@@ -416,10 +414,10 @@ mod tests {
              - \"base_model:adapter:owner/model\"\n- lora\n- transformers\n---\n",
             "[owner/model](https://huggingface.co/owner/model) at `v1` (2 layers, hidden 32)",
             "from_pretrained(base, revision=\"v1\")",
-            "`rows.jsonl`: 1,800 rows to train, 300 rows to validate",
+            "Trained on 1,800 examples of `rows.jsonl`, validated on 300 examples.\n",
             "step 700 of 900",
             "| loss | 5.2500 | 0.1250 |",
-            "| answers right as a whole | 25.0 % | 25.0 % |",
+            "| exact match | 25.0 % | 25.0 % |",
             "| `lora_r` | `4` |",
             "| `learning_rate` |",
             "cargo xtask train --set 'a=it'\\''s'",

@@ -3,9 +3,9 @@
 //! ```text
 //! runs/NAME/
 //!   adapter/        the adapter in PEFT's layout
-//!   config.toml     every setting of the run, as it was used
-//!   metrics.jsonl   one line a step, one a validation
-//!   checkpoints/    what a run needs to go on after an interruption
+//!   config.toml     every setting of the run
+//!   metrics.jsonl   one line per step and per validation
+//!   checkpoints/    everything that is needed to resume the run
 //! ```
 
 use std::fs::{self, OpenOptions};
@@ -25,12 +25,12 @@ pub enum OutputError {
     NotWritable {
         /// The folder.
         folder: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
     /// There is a run in the folder.
     #[error(
-        "{} already holds a run; go on with it with --resume, choose another folder with --output-dir, or \
+        "{} already holds a run; resume it with --resume, choose another folder with --output-dir, or \
          replace it with --overwrite",
         folder.display()
     )]
@@ -38,7 +38,7 @@ pub enum OutputError {
         /// The folder.
         folder: PathBuf,
     },
-    /// There is a run in the folder that left nothing to resume from.
+    /// The folder holds a run without a checkpoint.
     #[error(
         "{} holds an adapter and no checkpoint, so there is nothing to resume from; choose another folder with \
          --output-dir, or start again with --overwrite",
@@ -50,50 +50,50 @@ pub enum OutputError {
     },
     /// Another run is writing into the folder.
     #[error(
-        "{holder} is training into {} at this moment; wait for it, stop it, or choose another folder with \
+        "{holder} is writing to {} at this moment; wait for it, stop it, or choose another folder with \
          --output-dir",
         folder.display()
     )]
     Locked {
         /// The folder.
         folder: PathBuf,
-        /// Who it is.
+        /// The process that holds the lock.
         holder: String,
     },
 }
 
-/// What to do where the folder holds a run already.
+/// What to do if the folder already holds a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Existing {
     /// Take `NAME-2`, `NAME-3`, … instead. For a folder that the user did not name on the command
     /// line: the same command typed twice works, and the first result stays.
     Number,
-    /// Say so and stop. For a folder that the user named.
+    /// Return an error. For a folder that the user named.
     Refuse,
     /// Delete that run's files, and no others, and take its place (`--overwrite`).
     Replace,
-    /// Take the place of a run that died before its first checkpoint, and refuse any other
-    /// (`--resume auto`, where there is nothing to resume from).
+    /// Replace a run that was killed before its first checkpoint, and refuse any other
+    /// (`--resume auto` without a checkpoint).
     Restart,
 }
 
-/// The output folder of a run. It exists, can be written to, and is locked as long as this or a clone of it
-/// lives.
+/// The output folder of a run. It exists, can be written to, and stays locked as long as this value
+/// or a clone of it exists.
 #[derive(Debug, Clone)]
 pub struct OutputFolder {
     path: PathBuf,
-    /// None while it is only looked at.
+    /// `None` while the folder is only inspected.
     lock: Option<Arc<Lock>>,
 }
 
 impl OutputFolder {
-    /// Makes the folder, after a look at what is there, and proves that it can be written to.
+    /// Makes the folder after inspecting it, and checks that it can be written to.
     ///
-    /// A folder holds a run once a step was recorded or an adapter written in it; one that a run
-    /// left before its first step is used again. What else lies in the folder is never touched; a
+    /// A folder holds a run once a step was recorded or an adapter written in it; a folder that a
+    /// run left before its first step is used again. Other files in the folder are never touched. A
     /// `config.toml` that no run wrote counts as a run, so that it is not lost.
     ///
-    /// Call it before any long work, after everything that can be checked without it.
+    /// Call it before any long work, after every check that does not need the folder.
     ///
     /// # Errors
     ///
@@ -138,7 +138,7 @@ impl OutputFolder {
         Ok(chosen)
     }
 
-    /// The folder of a run that goes on: locked, and nothing in it touched.
+    /// The folder of a run that is resumed: locked, with nothing in it changed.
     ///
     /// # Errors
     ///
@@ -167,7 +167,7 @@ impl OutputFolder {
         self.path.join("config.toml")
     }
 
-    /// The metrics, a JSON object a line.
+    /// The metrics, one JSON object per line.
     pub fn metrics(&self) -> PathBuf {
         self.path.join("metrics.jsonl")
     }
@@ -208,7 +208,7 @@ impl OutputFolder {
     fn lock_if_free(&mut self) -> Result<bool, OutputError> {
         match self.lock() {
             Err(OutputError::Locked { .. }) => Ok(false),
-            // Another run may have come and gone since the last look.
+            // Another run may have come and gone since the last check.
             Ok(()) => Ok(!self.is_taken()),
             Err(error) => Err(error),
         }
@@ -231,12 +231,12 @@ impl OutputFolder {
         let store = self.checkpoints();
         let cleared = store.sweep().and_then(|()| store.prune(0, None, None));
         cleared.map_err(|error| self.not_writable(io::Error::other(error)))?;
-        // Not if something else lies in it.
+        // Not if the folder holds something else.
         let _ = fs::remove_dir(store.folder());
         Ok(())
     }
 
-    /// The metrics file is the proof that the folder can be written to, and the mark of a run's folder.
+    /// The metrics file shows that the folder can be written to, and marks a run's folder.
     fn open(&self) -> Result<(), OutputError> {
         let open = || {
             fs::create_dir_all(&self.path)?;
@@ -254,7 +254,7 @@ impl OutputFolder {
     }
 }
 
-/// Whether nothing is there, also because a parent is a file: then creating the folder will tell.
+/// Whether nothing exists at the path. If a parent is a file, creating the folder reports it.
 fn is_absent(error: &io::Error) -> bool {
     matches!(
         error.kind(),
@@ -339,7 +339,7 @@ mod tests {
         assert!(!folder.adapter().join(WEIGHTS_FILE).exists());
         assert!(folder.adapter().join("README.md").exists());
         assert!(root.path().join("notes.txt").exists());
-        // Nothing there at all is fine too.
+        // A missing folder is fine too.
         OutputFolder::prepare(&root.path().join("new"), Existing::Replace).unwrap();
     }
 
@@ -401,7 +401,8 @@ mod tests {
     #[cfg(target_os = "linux")]
     #[test]
     fn a_read_only_place_is_an_error() {
-        // Rights do not stop root, which tests often are; the kernel's own file system does.
+        // Permissions do not stop root, and tests often run as root; the kernel's own file system
+        // does.
         let error = OutputFolder::prepare(Path::new("/proc/run"), Existing::Number).unwrap_err();
         assert!(matches!(error, OutputError::NotWritable { .. }), "{error}");
     }

@@ -1,8 +1,9 @@
-//! What a run will need, from shapes alone: parameters, and peak memory by part.
+//! The plan of a run from shapes alone: parameters, and peak memory by part.
 //!
-//! Memory in use is highest in one of a step's phases: the loss, or the backward pass through the
-//! feed-forward or the attention block of the last layers. The plan adds up what lives in each and
-//! takes the largest; `tests/tests/plan.rs` counts the bytes of real passes and compares.
+//! Memory in use is highest in one of three phases of a step: the loss, or the backward pass
+//! through the feed-forward or the attention block of the last layers. The plan adds up what is
+//! allocated in each phase and takes the largest sum. `tests/tests/plan.rs` counts the bytes of
+//! real passes and compares.
 
 mod activations;
 mod cards;
@@ -30,7 +31,7 @@ pub struct PlanOptions {
     pub gradient_checkpointing: bool,
     /// Whether a step adds up several micro-batches.
     pub accumulates: bool,
-    /// Whether the model is on a GPU; then the program's own memory is not part of the sum.
+    /// Whether the model is on a GPU. The program's own memory is then not part of the sum.
     pub on_gpu: bool,
     /// The largest micro-batch.
     pub workload: Workload,
@@ -39,23 +40,23 @@ pub struct PlanOptions {
 /// The size of a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Workload {
-    /// Rows.
+    /// Examples.
     pub rows: usize,
-    /// Tokens of the longest row.
+    /// Tokens of the longest example.
     pub longest_row: usize,
-    /// Tokens of all rows.
+    /// Tokens of all examples.
     pub tokens: usize,
-    /// Positions that the loss is on.
+    /// Tokens in the loss.
     pub supervised: usize,
 }
 
 impl Workload {
-    /// A micro-batch of `batch_size` rows of `max_seq_len` tokens, the loss on all of them: the most
-    /// that a configuration allows, for when the data is not known.
+    /// A micro-batch of `batch_size` examples of `max_seq_len` tokens, all of them in the loss: the
+    /// largest that a configuration allows, for when the data is not known.
     pub fn largest(batch_size: usize, max_seq_len: usize, max_batch_tokens: Option<usize>) -> Self {
         let fitting = max_batch_tokens.map_or(batch_size, |tokens| tokens / max_seq_len.max(1));
         let rows = batch_size.min(fitting).max(1);
-        // More than any machine holds is as good as this, and no product with a width leaves 64 bits.
+        // Capped above any machine's memory, so that no product with a width overflows 64 bits.
         let tokens = rows.saturating_mul(max_seq_len).min(1 << 26);
         Self {
             rows,
@@ -65,7 +66,7 @@ impl Workload {
         }
     }
 
-    /// A micro-batch of rows of these token counts with so many supervised positions in all.
+    /// A micro-batch of examples with these token counts and `supervised` tokens in the loss.
     pub fn of_rows(lengths: &[usize], supervised: usize) -> Self {
         Self {
             rows: lengths.len(),
@@ -75,7 +76,7 @@ impl Workload {
         }
     }
 
-    /// A packed micro-batch: what is shared counts once.
+    /// A packed micro-batch: shared prefixes count once.
     pub fn of_batch(batch: &Batch) -> Self {
         let segments = batch.tokens.segments.iter();
         let rows = segments.zip(batch.tokens.offsets());
@@ -94,46 +95,47 @@ impl Workload {
 /// One line of a plan.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Part {
-    /// What it is.
+    /// Its name.
     pub name: String,
-    /// Parameters of the model in it; none for what only training needs.
+    /// Parameters of the model in it; `None` for memory that only training needs.
     pub parameters: Option<u64>,
     /// Bytes.
     pub bytes: u64,
 }
 
-/// What a run will need.
+/// The memory and the parameters of a run.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Plan {
     /// Trainable and frozen parameters.
     pub counts: ParameterCounts,
     /// The base model, part by part.
     pub base: Vec<Part>,
-    /// The adapters and what training keeps of them: weights, gradients, moments.
+    /// The adapters and their training state: weights, gradients, moments.
     pub adapters: Vec<Part>,
-    /// What lives at the peak of a step besides.
+    /// Other memory in use at the peak of a step.
     pub step: Vec<Part>,
-    /// The phase of a step that has the peak.
+    /// The phase of a step in which memory peaks.
     pub phase: &'static str,
     /// The program itself; 0 on a GPU.
     pub program: u64,
-    /// What loading needs beside the base model for a moment: the weight files, which are mapped
-    /// and which the system takes back when memory is short, and the largest tensor in f32.
+    /// Memory that loading needs in addition to the base model: the weight files, which are mapped
+    /// and which the system can drop when memory is short, and the largest tensor in f32.
     pub loading: Part,
-    /// What a checkpoint needs on the host besides the base model and the adapters, while no step runs.
+    /// Host memory that writing a checkpoint needs in addition to the base model and the adapters,
+    /// while no step runs.
     pub saving: Part,
 }
 
-/// Resident memory of the program with its thread pool, before a model is loaded, and what the
+/// Resident memory of the program with its thread pool before a model is loaded, and what the
 /// allocator holds back.
 const PROGRAM: u64 = 24 << 20;
 
-/// What a token of the vocabulary takes in the tokenizer (measured with 49,152 of them): its text in both
+/// Bytes per vocabulary token in the tokenizer (measured with 49,152 of them): its text in both
 /// directions, and a merge.
 const OF_TOKEN: u64 = 512;
 
-/// Copies of the adapters that a checkpoint is written from: weights and two moments, the adapter in PEFT's
-/// layout, and the best one so far.
+/// Copies of the adapters that a checkpoint is written from: weights and two moments, the adapter
+/// in PEFT's layout, and the best one so far.
 const COPIES: u64 = 5;
 
 impl Plan {
@@ -159,9 +161,9 @@ impl Plan {
             },
             Part {
                 bytes: peak.adapter_gradients,
-                ..adapter("their gradients at that time", 1)
+                ..adapter("gradients of the adapters", 1)
             },
-            adapter("AdamW's two moments of each", 2),
+            adapter("AdamW moments", 2),
         ];
         Ok(Self {
             counts,
@@ -176,7 +178,7 @@ impl Plan {
             },
             loading: loading(model),
             saving: Part {
-                name: "while saving: adapters and moments again".into(),
+                name: "while saving (a second copy of adapters and moments)".into(),
                 parameters: None,
                 bytes: COPIES * counts.adapter_bytes,
             },
@@ -200,7 +202,7 @@ impl Plan {
         self.base_bytes() + trained + self.saving.bytes + self.program
     }
 
-    /// Bytes at the peak of the run, whether that is in loading, in training or in saving.
+    /// Bytes at the peak of the run: loading, training or saving, whichever is largest.
     pub fn resident_peak(&self) -> u64 {
         match self.program {
             0 => self.peak(),
@@ -213,10 +215,10 @@ impl Plan {
         self.base.iter().map(|part| part.bytes).sum()
     }
 
-    /// The peak in a few words and numbers, for the start of a run.
+    /// The peak as a few names and numbers, for the summary of a run.
     pub fn summary(&self) -> Vec<(String, u64)> {
         let sum = |parts: &[Part]| parts.iter().map(|part| part.bytes).sum();
-        // Never both at a time; a checkpoint is made in the host's memory.
+        // Loading and training do not overlap. A checkpoint is made in the host's memory.
         let activations: u64 = sum(&self.step);
         let (name, bytes) = if self.saving.bytes > activations && self.program > 0 {
             ("writing a checkpoint", self.saving.bytes)
@@ -233,7 +235,7 @@ impl Plan {
 }
 
 impl PlanOptions {
-    /// Burn's CPU backend widens 4-bit integers to a byte each.
+    /// Burn's CPU backend stores each 4-bit integer in a byte.
     fn stored(&self) -> Quantization {
         match (self.quantization, self.on_gpu) {
             (Quantization::Bits4, false) => Quantization::Bits8,
@@ -241,7 +243,7 @@ impl PlanOptions {
         }
     }
 
-    /// Bytes of the vocabulary's scores that exist at a time.
+    /// Bytes of the logits that exist at a time.
     fn score_bytes(&self) -> usize {
         if self.on_gpu {
             train_step::loss::SCORE_BYTES_GPU
@@ -250,7 +252,7 @@ impl PlanOptions {
         }
     }
 
-    /// On the CPU, which computes in f32, embedding and head stay in their file's type.
+    /// On the CPU, which computes in f32, embedding and `lm_head` keep the type of their file.
     fn table_bytes(&self, model: &LlamaConfig) -> usize {
         if self.on_gpu {
             self.float_bytes
@@ -263,7 +265,7 @@ impl PlanOptions {
         let rows = if self.lora.trainable_token_indices.is_empty() {
             ""
         } else {
-            ", rows of tokens"
+            ", embedding rows of tokens"
         };
         format!(
             "adapters: {}, r {}{rows}, f32",
@@ -273,7 +275,7 @@ impl PlanOptions {
     }
 }
 
-/// The targets as a user writes them: `q_proj, k_proj, v_proj`.
+/// The targets as in a configuration: `q_proj, k_proj, v_proj`.
 pub fn targets(targets: &TargetModules) -> String {
     match targets {
         TargetModules::Names(names) => names.join(", "),
@@ -282,7 +284,7 @@ pub fn targets(targets: &TargetModules) -> String {
     }
 }
 
-/// The base model's parts; their sums are those of `counts`.
+/// The base model's parts. Their sums are those of `counts`.
 fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCounts) -> Vec<Part> {
     let float = options.table_bytes(model) as u64;
     let table = (model.vocab_size * model.hidden_size) as u64;
@@ -293,13 +295,13 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
         .map(|(_, d_in, d_out, _)| (d_in * d_out * model.num_hidden_layers) as u64)
         .sum();
     let bits = match (options.quantization, options.stored()) {
-        (Quantization::Bits4, Quantization::Bits8) => "4 bits in bytes".into(),
+        (Quantization::Bits4, Quantization::Bits8) => "4 bits stored in bytes".into(),
         (Quantization::Bits4, _) => "4 bits".into(),
         (Quantization::Bits8, _) => "8 bits".into(),
         (Quantization::None, _) => format!("{} bits", 8 * options.float_bytes),
     };
     let embedding = if tied {
-        "embedding and, tied to it, output layer"
+        "embedding, tied to lm_head"
     } else {
         "embedding"
     };
@@ -311,28 +313,28 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
     let mut parts = vec![
         part(embedding.into(), table, table * float),
         part(
-            format!("linear weights of the layers, {bits}"),
+            format!("linear layers, {bits}"),
             linear,
             counts.linear_bytes,
         ),
     ];
     if !tied {
-        parts.push(part("output layer".into(), table, table * float));
+        parts.push(part("lm_head".into(), table, table * float));
     }
     let rest = counts.frozen - parts.iter().filter_map(|part| part.parameters).sum::<u64>();
-    // Norms are f32 whatever is computed in.
+    // Norms are f32 whatever the compute type.
     parts.push(part("norms and biases".into(), rest, rest * 4));
     parts
 }
 
-/// Tensors are read one at a time: what is mapped of their file, its bytes once more, the f32 values,
-/// and those turned. The embedding, which comes first, is only read and kept.
+/// Tensors are read one at a time: the mapped part of their file, a copy of the bytes, the f32
+/// values, and the transposed values. The embedding comes first and is only read.
 fn loading(model: &LlamaConfig) -> Part {
     let linears = model.layer_linears();
     let largest = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).max();
     let largest = (largest.unwrap_or(0) * (model.weight_bytes + 8)) as u64;
     Part {
-        name: "while loading: a part of the weight files mapped, one tensor in f32".into(),
+        name: "while loading (weight files partly mapped, one tensor in f32)".into(),
         parameters: None,
         bytes: llama_burn::MAPPED_BYTES as u64 + largest,
     }
@@ -460,7 +462,7 @@ mod tests {
         let plan = Plan::new(&smollm2(), &options(8)).unwrap();
         assert_eq!(plan.base[1].parameters, Some(106_168_320));
         assert_eq!(plan.base[1].bytes, 106_168_320 * 9 / 8);
-        // In the 16 bits of its file.
+        // In the 16-bit type of its file.
         assert_eq!(plan.base[0].bytes, 28_311_552 * 2);
         assert_eq!(plan.adapters[0].bytes, 4 * plan.counts.trainable);
     }
@@ -495,7 +497,7 @@ mod tests {
         assert!(plan.saving_peak() > plan.peak());
         assert_eq!(plan.resident_peak(), plan.saving_peak());
         assert_eq!(sum(&plan), plan.saving_peak());
-        // On a GPU it is made in the host's memory.
+        // On a GPU the checkpoint is made in the host's memory.
         let on_gpu = PlanOptions {
             on_gpu: true,
             ..large
@@ -526,7 +528,7 @@ mod tests {
         assert_eq!(
             Workload::largest(8, 512, Some(100)).rows,
             1,
-            "a row is never cut"
+            "an example is never truncated"
         );
     }
 

@@ -297,13 +297,15 @@ mod tests {
             assert!(steps[1].contains(part), "{part:?} in {}", steps[1]);
         }
         assert!(text.contains(
-            "before training  validation loss 3.0000  accuracy 0.0 %  answers right 0.0 %\n"
+            "before training  validation loss 3.0000  token accuracy 0.0 %  exact match 0.0 %\n"
         ));
         assert!(text.contains(
-            "loss 0.5000 (-2.5000)  accuracy 75.0 % (+75.0)  answers right 37.5 %  best\n"
+            "loss 0.5000 (-2.5000)  token accuracy 75.0 % (+75.0)  exact match 37.5 %  best\n"
         ));
         assert!(
-            text.contains("loss 0.6000 (+0.1000)  accuracy 75.0 % (±0.0)  answers right 37.5 %\n")
+            text.contains(
+                "loss 0.6000 (+0.1000)  token accuracy 75.0 % (±0.0)  exact match 37.5 %\n"
+            )
         );
         assert!(text.contains("Done: 175 steps"));
     }

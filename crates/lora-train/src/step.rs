@@ -1,4 +1,4 @@
-//! The gradient of one optimizer step, and which rows spoil one that is not a number.
+//! The gradient of one optimizer step, and the examples that cause a value that is not a number.
 
 use llama_burn::Llama;
 use lora_core::CounterRng;
@@ -9,48 +9,48 @@ use durable::faults;
 use train_step::FlatGradients;
 use train_step::gradients::{self, AdapterGradients, PassOptions};
 
-/// Separates the dropout's random numbers from those that the same seed gives elsewhere.
+/// Separates the dropout's random numbers from others with the same seed.
 const DROPOUT: u64 = 0x64_72_6f_70;
 
-/// What an optimizer step is computed from.
+/// The inputs of an optimizer step.
 #[derive(Debug, Clone, Copy)]
 pub struct StepInput<'a> {
-    /// The training rows.
+    /// The training examples.
     pub rows: &'a Dataset,
-    /// The row indices of each micro-batch.
+    /// The indices of the examples of each micro-batch.
     pub micro_batches: &'a [Vec<usize>],
-    /// How they are computed.
+    /// Options of the passes.
     pub fit: &'a Fit,
     /// The step, from 1.
     pub step: usize,
     /// The run's seed.
     pub seed: u64,
-    /// Clips the gradients of all parameters together; 0 does not.
+    /// Clips the norm of all gradients together; 0 turns clipping off.
     pub max_grad_norm: f64,
-    /// What the loss is multiplied by on the way back; 1 where the type needs no such factor.
+    /// The loss scale: the factor of the loss in the backward pass; 1 if the type needs none.
     pub loss_scale: f64,
 }
 
-/// The gradient of a step's mean loss a token.
+/// The gradient of a step's mean loss per token.
 pub struct StepGradient {
-    /// Clipped.
+    /// The gradients, clipped.
     pub gradients: FlatGradients,
     /// Their norm before clipping.
     pub norm: f64,
     /// The loss.
     pub loss: f64,
-    /// Tokens of the rows.
+    /// Tokens of the examples.
     pub tokens: usize,
-    /// The loss scale, where there is one.
+    /// The loss scale, if the type needs one.
     pub loss_scale: Option<f64>,
 }
 
 /// Why a step has no gradient.
 #[derive(Debug, Clone, PartialEq)]
 pub enum NoGradient {
-    /// It left the range of f16; with a smaller loss scale it may not.
+    /// It exceeded the range of f16; a smaller loss scale may help.
     OutOfRange,
-    /// It, or the loss, is not a number.
+    /// The gradient, or the loss, is not a number.
     NotFinite(NotFinite),
 }
 
@@ -64,21 +64,22 @@ pub struct NotFinite {
     pub value: f64,
     /// The optimizer step, from 1.
     pub step: usize,
-    /// Which lines of the data it came from.
+    /// The lines of the data that cause it.
     pub rows: String,
 }
 
-/// Runs a step's micro-batches forward and backward and adds them up.
+/// Runs a step's micro-batches forward and backward and accumulates the gradients.
 ///
-/// The dropout masks are functions of the seed, the step and the micro-batch: no generator has a state.
+/// The dropout masks are functions of the seed, the step and the micro-batch; no random generator
+/// has a state.
 ///
 /// # Errors
 ///
-/// [`NoGradient`], where it is not the loss scale's doing with the rows that it comes from.
+/// [`NoGradient`]; if the loss scale is not the cause, with the lines of the examples.
 ///
 /// # Panics
 ///
-/// As the device does.
+/// If the device panics.
 pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NoGradient> {
     let dropout = CounterRng::new(input.seed).fork(DROPOUT);
     let mut sums = AdapterGradients::default();
@@ -95,7 +96,7 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NoGradi
         gradients::accumulate(model, &batch, options, &mut sums);
         tokens += batch.row_tokens;
     }
-    // The step's one wait for the device.
+    // The only point of the step that waits for the device.
     let mean = sums.into_mean(input.max_grad_norm);
     let loss = faults::loss(mean.totals.mean());
     if loss.is_finite() && !mean.norm.is_finite() && input.loss_scale > 1.0 {
@@ -116,7 +117,7 @@ pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NoGradi
     })
 }
 
-/// Looks for the rows that give a loss that is not a number, each by itself.
+/// Looks for the examples whose loss alone is not a number.
 fn not_finite(what: &'static str, value: f64, model: &Llama, input: StepInput) -> NotFinite {
     let mut all = Vec::new();
     let mut culprits = Vec::new();
@@ -130,7 +131,7 @@ fn not_finite(what: &'static str, value: f64, model: &Llama, input: StepInput) -
     }
     let rows = if culprits.is_empty() {
         format!(
-            "no row alone does that; together they are lines {}",
+            "no single example causes it; the lines of this step are {}",
             all.join(", ")
         )
     } else {

@@ -1,21 +1,22 @@
 //! Text to train the tokenizer and the base model on: news and other short texts, without sentiments.
 //!
-//! A base model ought to know the language and the form of a prompt, but not the task. So no sentence
-//! is ever followed by its label, and `negative`, `neutral` and `positive` occur where they say
-//! nothing about news: in the fine-tuning instruction (which is never answered), in exercises on
-//! single words, and in sentences about numbers. What real pretraining text has too, and what makes
-//! the sentiment worth learning, is what happened next: most news is followed by the market's reaction.
+//! A base model should know the language and the form of a prompt, but not the task. So no sentence
+//! is ever followed by its label, and `negative`, `neutral` and `positive` occur only where they
+//! are not about news: in the fine-tuning instruction (which is never answered), in exercises on
+//! single words, and in sentences about numbers. As in real pretraining text, most news is followed
+//! by the market's reaction, which makes the sentiment worth learning.
 
 use std::collections::HashSet;
 
 use super::draw::Draw;
 use super::news::{News, Sentiment, company, news, reaction};
 
-/// A text of the corpus. Prompt and answer are tokenized apart, as the trainer does with rows of data.
+/// A text of the corpus. Prompt and answer are tokenized separately, as the trainer does with
+/// examples.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct Document {
     pub prompt: String,
-    /// What can be told from the prompt: an answer, or the market's reaction. May be empty.
+    /// The text that follows from the prompt: an answer, or the market's reaction. May be empty.
     pub answer: String,
 }
 
@@ -33,7 +34,7 @@ pub(crate) fn sentiment_prompt(sentence: &str) -> String {
 
 const LABELS: [&str; 3] = ["negative", "neutral", "positive"];
 
-/// Lists of words for exercises that look like the task, and are not about news.
+/// Lists of words for exercises that resemble the task, and are not about news.
 const WORD_LISTS: [[&str; 3]; 6] = [
     LABELS,
     LABELS,
@@ -52,7 +53,7 @@ const NUMBER_FACTS: [&str; 6] = [
     "A neutral country takes no side.",
 ];
 
-/// Draws a document. The sentences in `held_out`, those of the data set, are in none.
+/// Draws a document. It contains none of the sentences in `held_out`, those of the data set.
 pub(crate) fn document(draw: &mut Draw, held_out: &HashSet<String>) -> Document {
     let (news, sentiment) = loop {
         let sentiment = *draw.choose(&Sentiment::ALL);

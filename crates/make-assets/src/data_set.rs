@@ -1,4 +1,4 @@
-//! The embedded data set: rows in FinLoRA's format, `{"context", "target"}`.
+//! The embedded data set: examples in FinLoRA's format, `{"context", "target"}`.
 
 use std::collections::HashSet;
 
@@ -8,12 +8,12 @@ use super::corpus::sentiment_prompt;
 use super::draw::Draw;
 use super::news::{Sentiment, news};
 
-/// Rows to train on.
+/// Training examples.
 const TRAIN_ROWS: usize = 1_800;
-/// Rows to validate with; their sentences are not among those to train on.
+/// Validation examples; their sentences are not in the training data.
 const VALIDATION_ROWS: usize = 300;
 
-/// Both files' text, one JSON object a line.
+/// The text of both files, one JSON object per line.
 #[derive(Debug, Clone, PartialEq)]
 pub(crate) struct DataSet {
     pub train: String,
@@ -28,7 +28,7 @@ struct Row {
     target: &'static str,
 }
 
-/// Draws the rows: as many of each sentiment, in random order, no sentence twice.
+/// Draws the examples: the same number of each sentiment, in random order, no sentence twice.
 pub(crate) fn data_set(draw: &mut Draw) -> DataSet {
     let mut seen = HashSet::new();
     let mut rows = |count: usize, draw: &mut Draw| {

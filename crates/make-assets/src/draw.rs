@@ -12,7 +12,7 @@ impl Draw {
         Self(CounterRng::new(seed))
     }
 
-    /// The independent stream number `index`; what is drawn from one never shifts another.
+    /// The independent random stream number `index`; draws from one do not affect another.
     pub(crate) fn stream(&self, index: u64) -> Self {
         Self(self.0.fork(index))
     }
@@ -28,17 +28,17 @@ impl Draw {
         low + self.below(high - low + 1)
     }
 
-    /// An entry of a list that is not empty.
+    /// An entry of a list, which must not be empty.
     pub(crate) fn choose<'a, T>(&mut self, list: &'a [T]) -> &'a T {
         &list[self.below(list.len())]
     }
 
-    /// True `percent` times of 100.
+    /// True with a probability of `percent` %.
     pub(crate) fn percent(&mut self, percent: usize) -> bool {
         self.below(100) < percent
     }
 
-    /// Puts a list into a random order (Fisher and Yates).
+    /// Shuffles a list (Fisher and Yates).
     pub(crate) fn shuffle<T>(&mut self, list: &mut [T]) {
         for last in (1..list.len()).rev() {
             list.swap(last, self.below(last + 1));

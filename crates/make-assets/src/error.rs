@@ -1,6 +1,6 @@
 //! Why the assets cannot be made.
 
-/// What went wrong while the embedded model and data set were made.
+/// Why the embedded model and data set cannot be made.
 #[derive(Debug, thiserror::Error)]
 pub enum MakeAssetsError {
     /// A file cannot be written.
@@ -20,8 +20,8 @@ pub enum MakeAssetsError {
         /// The loss there.
         loss: f32,
     },
-    /// A weight that f16 cannot hold.
-    #[error("the tensor {name} holds {value}, which f16 cannot; try another --seed")]
+    /// A weight that f16 cannot represent.
+    #[error("the tensor {name} holds {value}, which f16 cannot represent; try another --seed")]
     OutOfRange {
         /// Hugging Face's name.
         name: String,

@@ -1,9 +1,9 @@
 //! Makes the files in `assets/` from a seed: a data set, a tokenizer and a small pretrained Llama.
 //!
-//! | file | what it makes |
+//! | file | contents |
 //! | --- | --- |
-//! | `words`, `news` | sentences with a sentiment that no single word gives away |
-//! | `data_set` | rows in FinLoRA's format |
+//! | `words`, `news` | sentences with a sentiment that no single word reveals |
+//! | `data_set` | examples in FinLoRA's format |
 //! | `corpus` | text without sentiments, for tokenizer and model |
 //! | `tokenizer` | byte-level BPE |
 //! | `model`, `pretrain` | the model's shape, its weights |
@@ -34,7 +34,7 @@ use pretrain::Recipe;
 /// The seed of the committed files.
 pub const SEED: u64 = 20_261_123;
 
-/// Everything that a seed makes in seconds.
+/// The files that are made in seconds from a seed.
 struct Text {
     data: DataSet,
     tokenizer: Tokenizer,
@@ -42,12 +42,12 @@ struct Text {
     files: Vec<(String, String)>,
 }
 
-/// Writes every file of `assets/` but its README into `output`: seconds for the text, then some
-/// minutes of pretraining on the CPU. `progress` is told what happens.
+/// Writes every file of `assets/` except its README into `output`: seconds for the text, then some
+/// minutes of pretraining on the CPU. `progress` receives messages.
 ///
 /// The same seed gives the same data set, tokenizer and configuration on every machine, byte for
-/// byte. Weights are repeated exactly on the same kind of processor only, since others add up the same
-/// products in another order.
+/// byte. Weights are reproduced exactly only on the same kind of processor, because others add the
+/// same products in another order.
 ///
 /// # Errors
 ///
@@ -78,7 +78,7 @@ pub fn run(
     Ok(())
 }
 
-// What each independent stream of the seed is for.
+// The independent random streams of the seed.
 const DATA: u64 = 0;
 const TOKENIZER: u64 = 1;
 const PRETRAINING: u64 = 2;
@@ -130,7 +130,7 @@ mod tests {
             let committed = std::fs::read_to_string(assets.join(&name)).unwrap();
             assert!(
                 committed == contents,
-                "assets/{name} is not what seed {SEED} makes: run `cargo xtask make-assets`"
+                "assets/{name} differs from the output of seed {SEED}: run `cargo xtask make-assets`"
             );
         }
     }

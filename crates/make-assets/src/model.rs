@@ -10,7 +10,7 @@ use std::collections::BTreeMap;
 use super::error::MakeAssetsError;
 use super::tokenizer::VOCABULARY;
 
-/// Positions that the model is made for; the data set's longest row has about 70 tokens.
+/// Positions of the model; the data set's longest example has about 70 tokens.
 pub(crate) const MAX_POSITIONS: usize = 256;
 
 /// `config.json`: 950,000 parameters, 1.9 MB in f16. Every dimension is a multiple of 32, so that
@@ -52,7 +52,7 @@ pub(crate) fn generation_config() -> Value {
 ///
 /// # Errors
 ///
-/// If a weight is beyond what f16 holds, which a model in good health is far from.
+/// If f16 cannot represent a weight, which does not happen in a sound model.
 pub(crate) fn safetensors(model: &Llama) -> Result<Vec<u8>, MakeAssetsError> {
     let mut tensors: BTreeMap<String, (Vec<usize>, Vec<u8>)> = BTreeMap::new();
     let mut add = |name: &str, tensor: (Vec<usize>, Vec<f32>)| {

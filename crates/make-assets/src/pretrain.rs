@@ -19,7 +19,7 @@ use run_config::{Decay, Schedule};
 use train_step::loss::token_ids;
 use train_step::optimizer::AdamW;
 
-/// How long and how fast.
+/// The length and the learning rate of pretraining.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Recipe {
     pub steps: usize,
@@ -27,8 +27,8 @@ pub(crate) struct Recipe {
     pub peak_learning_rate: f64,
 }
 
-/// How much a prompt's token counts in the loss, where an answer's counts 1. The names and figures of the
-/// news are random; what they lead to is what there is to learn.
+/// The weight of a prompt's tokens in the loss; an answer's tokens have weight 1. The names and
+/// figures of the news are random, so their consequences are what the model should learn.
 const PROMPT_WEIGHT: f32 = 0.2;
 
 impl Default for Recipe {
@@ -45,12 +45,12 @@ impl Default for Recipe {
 /// Trains a model from random weights on documents drawn from `draw`, without the sentences in
 /// `held_out`, on the CPU in f32.
 ///
-/// AdamW (β 0.9 and 0.95, weight decay 0.05), a twentieth of the steps to warm up, half a cosine down to
-/// zero. `progress` hears of the loss now and then.
+/// AdamW (β 0.9 and 0.95, weight decay 0.05), warm-up over a twentieth of the steps, then half a
+/// cosine down to zero. `progress` receives the loss from time to time.
 ///
 /// # Errors
 ///
-/// If the loss stops being a number.
+/// If the loss becomes NaN or infinite.
 pub(crate) fn pretrain(
     config: &LlamaConfig,
     tokenizer: &Tokenizer,
@@ -98,13 +98,14 @@ pub(crate) fn pretrain(
     Ok(model.valid())
 }
 
-/// A document's tokens between [`BEGIN`] and [`END`], and what each counts in the loss.
+/// A document's tokens between [`BEGIN`] and [`END`], and the weight of each in the loss.
 struct Row {
     ids: Vec<u32>,
     weights: Vec<f32>,
 }
 
-/// The next document; prompt and answer are tokenized apart, as the trainer does with rows of data.
+/// The next document; prompt and answer are tokenized separately, as the trainer does with
+/// examples.
 fn row(
     tokenizer: &Tokenizer,
     draw: &mut Draw,
@@ -127,7 +128,8 @@ fn row(
     Ok(Row { ids, weights })
 }
 
-/// Weighted mean cross entropy of every token but the first, given those before it in its row.
+/// Weighted mean cross entropy of every token except the first of its sequence, given those before
+/// it.
 fn next_token_loss(model: &Llama, rows: &[Row], device: &Device) -> Tensor<1> {
     let packed = PackedTokens::from_rows(rows.iter().map(|row| &row.ids[..row.ids.len() - 1]));
     let targets: Vec<u32> = rows.iter().flat_map(|row| &row.ids[1..]).copied().collect();

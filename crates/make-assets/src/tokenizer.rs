@@ -15,24 +15,24 @@ use super::corpus::document;
 use super::draw::Draw;
 use super::error::MakeAssetsError;
 
-/// Entries of the vocabulary, the 256 bytes and three special tokens included.
+/// Entries of the vocabulary, including the 256 bytes and three special tokens.
 pub(crate) const VOCABULARY: usize = 1_280;
 
-/// Documents to train on: enough that every word of the grammar is a token of its own.
+/// Documents to train on: enough that every word of the grammar becomes a token of its own.
 const DOCUMENTS: usize = 12_000;
 
-/// Opens every row.
+/// The first token of every sequence.
 pub(crate) const BEGIN: &str = "<|begin_of_text|>";
-/// Closes every row.
+/// The last token of every sequence.
 pub(crate) const END: &str = "<|end_of_text|>";
 const PAD: &str = "<|pad|>";
-/// The special tokens' ids are their places.
+/// The special tokens; their ids are their indices.
 const SPECIAL: [&str; 3] = [BEGIN, END, PAD];
 
 /// Trains the tokenizer on documents drawn from `draw`, without the sentences in `held_out`.
 ///
-/// Merges of equal counts are taken in the order of their ids, and the words are counted, so neither
-/// threads nor hash maps leave a trace in the result.
+/// Merges of equal counts are taken in the order of their ids, and the words are counted, so
+/// neither threads nor hash maps affect the result.
 pub(crate) fn train(
     draw: &mut Draw,
     held_out: &HashSet<String>,
@@ -69,7 +69,7 @@ pub(crate) fn train(
     text.parse().map_err(failed)
 }
 
-/// As Llama 3's: a row opens with [`BEGIN`], and nothing closes it.
+/// As in Llama 3: a sequence starts with [`BEGIN`], and nothing is appended.
 fn begins_with_begin() -> Result<TemplateProcessing, MakeAssetsError> {
     TemplateProcessing::builder()
         .try_single(format!("{BEGIN} $A"))
@@ -104,7 +104,7 @@ pub(crate) fn files(
     ])
 }
 
-/// JSON as people read it, with a line end.
+/// JSON with indentation, ending with a line break.
 pub(crate) fn pretty(value: &serde_json::Value) -> String {
     format!("{value:#}\n")
 }

@@ -1,4 +1,4 @@
-//! One device against the numbers of transformers and PEFT.
+//! One device compared with the numbers of transformers and PEFT.
 
 use std::collections::BTreeMap;
 
@@ -12,19 +12,20 @@ use super::run;
 use super::{Check, ParityError, Section};
 use peft::{AdapterTensors, magnitude_name, tensor_names};
 
-// Why these tolerances: both sides compute in f32 and differ in the order of their sums only. On
-// models of this kind that gives 1e-6 to 1e-5 on logits of size 1 to 10, 1e-6 relative on gradients;
-// a wrong scale, a missing bias or a position shifted by one gives 1e-2 and more.
+// Both sides compute in f32 and differ only in the order of their sums. On models of this kind that
+// gives 1e-6 to 1e-5 on logits of size 1 to 10, 1e-6 relative on gradients; a wrong scale, a
+// missing bias or a position shifted by one gives 1e-2 and more.
 const LOGITS: f64 = 1e-4;
 const LOSS: f64 = 1e-5;
-/// A trained model on random tokens has losses of 20, from logits of 30: there 1e-5 is a few steps of
-/// f32 (2e-6 at 20), which neither side can promise. Above a loss of 5 the tolerance grows with it.
+/// A trained model on random tokens has losses of 20, from logits of 30: there 1e-5 is a few steps
+/// of f32 (2e-6 at 20), which neither side can guarantee. Above a loss of 5 the tolerance grows
+/// with it.
 const LOSS_RELATIVE: f64 = 2e-6;
 const GRADIENT: f64 = 1e-4;
 const TRAIN_LOSSES: f64 = 1e-3;
 const MERGED: f64 = 1e-6;
-/// AdamW divides by the gradient's size: elements whose gradient is rounding noise move by a full
-/// step in a direction that rounding decides. That is a few elements of a matrix.
+/// AdamW divides by the gradient's size: an element whose gradient is rounding noise moves by a
+/// full step in a direction determined by rounding. Few elements of a matrix are affected.
 const TRAINED: f64 = 1e-2;
 
 /// Checks every quantity of `reference` on `device`, in f32 with dense weights.
@@ -112,7 +113,7 @@ fn training(
     let mut checks = Vec::new();
     for (gradient_checkpointing, quantity) in [
         (false, "LoRA gradients"),
-        (true, "LoRA gradients, layers run again"),
+        (true, "LoRA gradients, gradient checkpointing"),
     ] {
         let got = run::gradients(&adapted, &reference.batch, gradient_checkpointing)?;
         checks.push(tensors(quantity, GRADIENT, &got, &reference.gradients)?);
@@ -224,7 +225,7 @@ fn merged_weights(model: &Llama, merged: &mut Weights) -> Result<Check, ParityEr
     })
 }
 
-/// Merges each tensor of the base model as it lies in its file, and compares it with the merged model's.
+/// Merges each tensor of the base model from its file, and compares it with the merged model's.
 fn merged_on_the_host(
     reference: &Reference,
     config: &LlamaConfig,

@@ -13,14 +13,14 @@ use super::{Check, ParityError, Report, Section};
 use data::{Batch, BatchRow, Prefixes};
 use peft::AdapterTensors;
 
-// Why these tolerances: the weights are the same integers and scales everywhere and the arithmetic
-// is f32 everywhere, so that only the order of sums and the last bits of exp and rsqrt differ:
-// 1e-6 to 1e-5 on logits of size 1 to 10. A block scale read from the wrong place gives 1e-1. A
-// device that multiplies in half precision or TF32 gives 1e-3, and is meant to fail here.
+// The weights are the same integers and scales everywhere and the arithmetic is f32 everywhere, so
+// only the order of sums and the last bits of exp and rsqrt differ: 1e-6 to 1e-5 on logits of size
+// 1 to 10. A block scale read from the wrong place gives 1e-1. A device that multiplies in half
+// precision or TF32 gives 1e-3, and is meant to fail here.
 const LOGITS: f64 = 1e-4;
 const LOSS: f64 = 1e-5;
 const GRADIENT: f64 = 1e-4;
-/// AdamW's division by the gradient's size makes rounding noise grow from step to step.
+/// AdamW's division by the gradient's size amplifies rounding noise from step to step.
 const LOSS_CURVE: f64 = 1e-3;
 
 const SEED: u64 = 42;
@@ -135,7 +135,7 @@ fn config() -> LlamaConfig {
     }
 }
 
-/// The model, from host-made numbers: no device's own generator takes part.
+/// The model, from numbers made on the host: no device's own generator is used.
 fn model(device: &Device) -> Result<Llama, ParityError> {
     let lora = LoraConfig {
         r: 4,
@@ -147,7 +147,7 @@ fn model(device: &Device) -> Result<Llama, ParityError> {
         *linear = linear.clone().quantize(Quantization::Bits8)?;
     }
     let model = model.with_lora(&lora, SEED)?;
-    // With B = 0, as it starts, A would have no gradient and the scale no effect.
+    // With the initial B = 0, A would have no gradient and the scale no effect.
     let mut adapter = AdapterTensors::from_model(&model)?;
     let mut rng = CounterRng::new(SEED);
     for pair in adapter.modules.values_mut() {
@@ -158,11 +158,12 @@ fn model(device: &Device) -> Result<Llama, ParityError> {
     Ok(adapter.put_on(model, &lora)?)
 }
 
-/// Rows of different lengths with their last third supervised.
+/// Sequences of different lengths with their last third in the loss.
 fn batch() -> Batch {
     let mut rng = CounterRng::new(SEED).fork(1);
     let vocab = config().vocab_size as u64;
-    // The first and the last begin alike, so that devices are also compared on what is shared.
+    // The first and the last share a prefix, so that devices are also compared on shared
+    // computation.
     let mut first: Vec<u32> = Vec::new();
     let rows = [21, 9, 14].map(|length| {
         let mut row: Vec<u32> = (0..length)

@@ -1,7 +1,7 @@
-//! Ways to measure how far numbers are from their reference.
+//! Measures of the difference of numbers from their reference.
 
-/// The largest absolute difference and where it is; infinite where the lengths differ, NaN where a
-/// number is not one.
+/// The largest absolute difference and its index; infinite if the lengths differ, NaN if a number
+/// is NaN.
 pub(super) fn max_abs(got: &[f32], expected: &[f32]) -> (f64, usize) {
     if got.len() != expected.len() {
         return (f64::INFINITY, 0);
@@ -20,7 +20,7 @@ pub(super) fn max_abs(got: &[f32], expected: &[f32]) -> (f64, usize) {
 }
 
 /// Frobenius norm of the difference over that of the reference; the norm of the difference itself
-/// where the reference is zero.
+/// if the reference is zero.
 pub(super) fn relative(got: &[f32], expected: &[f32]) -> f64 {
     if got.len() != expected.len() {
         return f64::INFINITY;
@@ -40,7 +40,7 @@ pub(super) fn relative(got: &[f32], expected: &[f32]) -> f64 {
     }
 }
 
-/// The largest relative difference of two curves, and at which step (counted from 1).
+/// The largest relative difference of two curves, and its step (counted from 1).
 pub(super) fn curves(got: &[f64], expected: &[f64]) -> (f64, usize) {
     if got.len() != expected.len() {
         return (f64::INFINITY, 0);

@@ -1,12 +1,13 @@
-//! `trainer parity`: the trainer's numbers against those of someone else's code, or of another device.
+//! `trainer parity`: this trainer's numbers compared with another implementation's, or with another
+//! device's.
 //!
-//! | file | what it holds |
+//! | file | contents |
 //! | --- | --- |
-//! | `reference` | a folder that `peft_reference.py` wrote |
-//! | `against_reference` | one device against such a folder |
+//! | `reference` | a folder written by `peft_reference.py` |
+//! | `against_reference` | one device compared with such a folder |
 //! | `between_devices` | a quantized model on each pair of devices |
-//! | `run` | forward, backward, training steps: the trainer's own parts |
-//! | `difference`, `report` | how far apart, and the table |
+//! | `run` | forward, backward, training steps with this trainer's code |
+//! | `difference`, `report` | measures of difference, and the table |
 
 mod against_reference;
 mod between_devices;
@@ -25,16 +26,16 @@ use reference::Reference;
 
 pub use report::{Check, Report, Section};
 
-/// What to compare.
+/// Options of a comparison.
 #[derive(Debug, Clone)]
 pub struct ParityOptions {
-    /// A folder that `peft_reference.py` wrote; without one, devices are compared with each other.
+    /// A folder written by `peft_reference.py`; without it, devices are compared with each other.
     pub reference: Option<PathBuf>,
-    /// The reference's model, where it is not in the folder (`peft_reference.py --model`).
+    /// The reference's model, if it is not in the folder (`peft_reference.py --model`).
     pub model: Option<PathBuf>,
-    /// The backends to run on; those that are not there are reported, not failed.
+    /// The backends to run on; missing ones are reported, not failed.
     pub backends: Vec<Backend>,
-    /// The learning rate of the reference's training steps; the folder does not say it.
+    /// The learning rate of the reference's training steps, which the folder does not hold.
     pub learning_rate: f64,
 }
 
@@ -58,15 +59,15 @@ pub enum ParityError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// The reference numbers are not a safetensors file, or cut off.
+    /// The reference is not a safetensors file, or is truncated.
     #[error("{} is not a valid safetensors file: {reason}", path.display())]
     Safetensors {
         /// The file.
         path: PathBuf,
-        /// What the parser says.
+        /// The parser's error.
         reason: String,
     },
     /// A tensor of the reference is missing or not as expected.
@@ -81,7 +82,7 @@ pub enum ParityError {
     },
     /// The folder holds no model and none was named.
     #[error(
-        "{} has no model/ folder; say with --model where the reference's model is",
+        "{} has no model/ folder; give the reference's model with --model",
         folder.display()
     )]
     NoModel {
@@ -90,7 +91,7 @@ pub enum ParityError {
     },
     /// The reference was made with another model.
     #[error(
-        "the reference's logits have {got} scores a position, but the model's vocabulary has {expected} entries: this is another model"
+        "the reference has {got} logits per position, but the model's vocabulary has {expected} entries: this is another model"
     )]
     Vocabulary {
         /// The model's vocabulary.
@@ -105,21 +106,21 @@ pub enum ParityError {
         quantity: String,
         /// The tensor.
         name: String,
-        /// Who has it.
+        /// The side that has it.
         side: &'static str,
     },
-    /// The backward pass gave an adapter no gradient.
+    /// The backward pass returned no gradient for an adapter.
     #[error("{name} has no gradient")]
     NoGradient {
         /// PEFT's name of the tensor.
         name: String,
     },
-    /// A device does not give a tensor back.
+    /// A device does not return a tensor.
     #[error("{name} cannot be read from the device: {reason}")]
     Unreadable {
         /// What the tensor is.
         name: String,
-        /// What the device says.
+        /// The device's message.
         reason: String,
     },
     /// The model's configuration.
@@ -140,48 +141,48 @@ pub enum ParityError {
     /// A layer of the model that devices are compared with.
     #[error(transparent)]
     Lora(#[from] lora_core::LoraError),
-    /// None of the backends is there.
+    /// None of the backends is available.
     #[error("no backend to run on:{0}")]
     NoBackend(String),
     /// Without a reference there must be two devices.
     #[error(
-        "{name} has nothing to be compared with; name more --backends, or a --reference folder{others}"
+        "there is no other device to compare {name} with; name more --backends, or a --reference folder{others}"
     )]
     OneDevice {
-        /// The one that is there.
+        /// The only available device.
         name: String,
-        /// Why the others are not, a line each.
+        /// The reasons for the others, one per line.
         others: String,
     },
 }
 
-/// Selects the backends and compares what `options` asks for.
+/// Selects the backends and makes the comparisons that `options` selects.
 ///
-/// A backend that is not in this build or not on this machine gets a line in the report; it fails
-/// nothing, unless nothing is left to compare. One that is there and computes wrong numbers, or does
-/// not start, fails the report.
+/// A backend that is not in this build or not supported on this machine gets a line in the report;
+/// that is not a failure, unless nothing is left to compare. A backend that computes wrong numbers,
+/// or does not start, fails the report.
 ///
 /// # Errors
 ///
-/// What is missing or wrong in the reference's folder, or that no backend is there. Differences past
-/// their tolerance are no error of this function: ask [`Report::passed`].
+/// If the reference's folder is incomplete or wrong, or if no backend is available. Differences
+/// beyond their tolerance are not an error of this function: see [`Report::passed`].
 pub fn parity(options: &ParityOptions) -> Result<Report, ParityError> {
     let (mut absent, mut broken) = (Vec::new(), Vec::new());
     let mut devices: Vec<(String, Device)> = Vec::new();
     for backend in &options.backends {
         match start(*backend) {
             Ok(selected) => {
-                // `auto` may be a backend that is in the list already.
+                // `auto` may be a backend that is already in the list.
                 let name = format!("{} [{}]", selected.backend, selected.name);
                 if devices.iter().all(|(known, _)| *known != name) {
                     devices.push((name, selected.device));
                 }
             }
-            // The device is there: a driver that computes wrong numbers is what parity is to find.
+            // The device exists: parity is meant to find a driver that computes wrong numbers.
             Err(
                 error @ (DeviceError::WrongNumbers { .. } | DeviceError::Initialization { .. }),
             ) => broken.push(format!("FAIL  {backend}: {error}")),
-            Err(error) => absent.push(format!("{backend}: left out: {error}")),
+            Err(error) => absent.push(format!("{backend}: skipped: {error}")),
         }
     }
     let mut report = match (&options.reference, &devices[..]) {
@@ -203,13 +204,13 @@ pub fn parity(options: &ParityOptions) -> Result<Report, ParityError> {
     Ok(report)
 }
 
-/// Lines that follow a message, one below the other.
+/// Lines after a message, one below the other.
 fn lines(absent: &[String], broken: &[String]) -> String {
     let all = broken.iter().chain(absent);
     all.map(|line| format!("\n  {line}")).collect()
 }
 
-/// A device that starts and that passes its self-test.
+/// A device that starts and passes its self-test.
 fn start(backend: Backend) -> Result<Selected, DeviceError> {
     let selected = device::select(backend)?;
     device::self_test(&selected)?;
@@ -222,7 +223,7 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
 ///
 /// # Errors
 ///
-/// What is missing or wrong in the folder.
+/// If the folder is incomplete or wrong.
 pub fn against_reference(
     folder: &Path,
     model: Option<&Path>,
@@ -240,13 +241,13 @@ pub fn against_reference(
     })
 }
 
-/// Compares every pair of devices on a small LoRA Llama with 8-bit weights that is made from a seed
-/// and is the same, integer by integer, on all of them: logits, loss, gradients, and the losses of
-/// ten training steps.
+/// Compares every pair of devices on a small LoRA Llama with 8-bit weights. The model is made from
+/// a seed and has the same integers on all devices. Compared are logits, loss, gradients, and the
+/// losses of ten training steps.
 ///
 /// # Errors
 ///
-/// [`ParityError::Unreadable`] where a device does not give its numbers back.
+/// [`ParityError::Unreadable`] if a device does not return its numbers.
 pub fn between_devices(devices: &[(String, Device)]) -> Result<Report, ParityError> {
     between_devices::compare(devices)
 }

@@ -1,4 +1,4 @@
-//! A folder of numbers that transformers and PEFT computed.
+//! A folder of numbers computed by transformers and PEFT.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -11,27 +11,29 @@ use data::{Batch, BatchRow, Prefixes};
 use peft::{self, AdapterConfig, AdapterTensors};
 
 const NUMBERS: &str = "reference.safetensors";
-/// Labels that transformers leaves out of the loss.
+/// The label that transformers excludes from the loss.
 const IGNORED: i64 = -100;
 
-/// What a reference folder holds, its model and merged model excepted, which are read tensor by tensor.
+/// The contents of a reference folder, except its model and merged model, which are read tensor by
+/// tensor.
 pub(super) struct Reference {
     /// The model's folder.
     pub model: PathBuf,
-    /// Where the merged model is, if it is there.
+    /// The merged model's folder, if it exists.
     pub merged: Option<PathBuf>,
-    /// The rows, packed, and what is supervised in them.
+    /// The sequences, packed, and their labels.
     pub batch: Batch,
-    /// Scores of every token at every position of the batch, without the adapter.
+    /// Logits of every token at every position of the batch, without the adapter.
     pub base_logits: Vec<f32>,
     /// The same with the adapter.
     pub logits: Vec<f32>,
     /// Size of the vocabulary.
     pub vocab: usize,
     pub loss: f64,
-    /// Gradients of the mean loss by PEFT's tensor name, each as in the file: A `[r, d_in]`, B `[d_out, r]`.
+    /// Gradients of the mean loss by PEFT's tensor name, each as in the file: A `[r, d_in]`, B
+    /// `[d_out, r]`.
     pub gradients: BTreeMap<String, Vec<f32>>,
-    /// None where the reference's training has no counterpart here.
+    /// `None` if the reference's training has no counterpart here.
     pub train_losses: Option<Vec<f64>>,
     pub config: AdapterConfig,
     pub adapter: AdapterTensors,
@@ -39,7 +41,7 @@ pub(super) struct Reference {
 }
 
 impl Reference {
-    /// Reads `folder`; `model` says where the model is if it is not in the folder.
+    /// Reads `folder`; `model` is the model's folder if that is not in `folder`.
     pub fn read(folder: &Path, model: Option<&Path>) -> Result<Self, ParityError> {
         let path = folder.join(NUMBERS);
         let bytes = fs::read(&path).map_err(|source| ParityError::Read {
@@ -111,8 +113,9 @@ impl Reference {
     }
 }
 
-/// The rows without their padding, and the supervised tokens as transformers counts them: label
-/// `i` of a row is predicted at position `i − 1`, so the first label of a row counts for nothing.
+/// The sequences without their padding, and the tokens in the loss as transformers counts them:
+/// label `i` of a sequence is predicted at position `i − 1`, so the first label of a sequence is
+/// not in the loss.
 fn batch(
     path: &Path,
     ids: &Integers,
@@ -124,7 +127,7 @@ fn batch(
         u32::try_from(id).map_err(|_| ParityError::Tensor {
             path: path.into(),
             name: "input_ids or labels".into(),
-            reason: format!("{id} is no token id"),
+            reason: format!("{id} is not a token id"),
         })
     };
     let mut rows = Vec::new();
@@ -151,7 +154,7 @@ fn batch(
             line: index + 1,
         })
         .collect();
-    // Their order is the reference's: it compares scores position by position.
+    // Their order is the reference's, whose logits are compared position by position.
     Ok(Batch::new(&rows, Prefixes::Apart))
 }
 
@@ -212,7 +215,7 @@ impl<'a> Numbers<'a> {
         })
     }
 
-    /// How many tokens of each row are not padding.
+    /// The number of tokens of each sequence that are not padding.
     fn row_lengths(&self, shape: [usize; 2]) -> Result<Vec<usize>, ParityError> {
         const NAME: &str = "attention_mask";
         let [rows, length] = shape;
@@ -259,7 +262,7 @@ mod tests {
             values: values.to_vec(),
         };
         let ids = integers(&[5, 6, 7, 8, 9, 10, 0, 0]);
-        // The first label of the first row has nothing before it.
+        // The first label of the first sequence has no token before it.
         let labels = integers(&[5, IGNORED, 7, 8, IGNORED, 10, IGNORED, IGNORED]);
         let batch = batch(Path::new("x"), &ids, &labels, &[4, 2]).unwrap();
         assert_eq!(batch.tokens.ids, [5, 6, 7, 8, 9, 10]);

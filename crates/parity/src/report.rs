@@ -1,4 +1,4 @@
-//! What parity checks found, as a table.
+//! The results of the comparisons, as a table.
 
 use std::fmt;
 
@@ -25,28 +25,28 @@ impl Check {
 /// The checks of one device against a reference, or of two devices against each other.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Section {
-    /// What was compared with what.
+    /// The two sides of the comparison.
     pub title: String,
     /// The comparisons.
     pub checks: Vec<Check>,
-    /// What could not be compared, and why.
+    /// Quantities that could not be compared, with the reasons.
     pub left_out: Vec<String>,
 }
 
-/// Everything that one call compared.
+/// The results of one call.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Report {
-    /// One for each device or pair of devices.
+    /// One per device or pair of devices.
     pub sections: Vec<Section>,
-    /// A line for each backend that was asked for and is not there.
+    /// A line for each requested backend that is not available.
     pub absent: Vec<String>,
-    /// A line for each backend that is there and cannot be trusted.
+    /// A line for each available backend that failed.
     pub broken: Vec<String>,
 }
 
 impl Report {
-    /// Whether at least one thing was compared, every difference is within its tolerance, and no
-    /// device is broken.
+    /// Whether at least one quantity was compared, every difference is within its tolerance, and no
+    /// device failed.
     pub fn passed(&self) -> bool {
         let mut checks = self
             .sections

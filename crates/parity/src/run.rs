@@ -1,4 +1,4 @@
-//! The quantities that parity compares, computed with the trainer's own parts.
+//! The quantities that parity compares, computed with this trainer's code.
 
 use std::collections::BTreeMap;
 
@@ -11,19 +11,19 @@ use peft::{magnitude_name, tensor_names};
 use train_step::gradients::{self, AdapterGradients, PassOptions};
 use train_step::optimizer::AdamW;
 
-/// The scores at every position, `[n, vocab]` row by row.
+/// The logits at every position, `[n, vocab]`, row-major.
 pub(super) fn logits(model: &Llama, batch: &Batch) -> Result<Vec<f32>, ParityError> {
     let logits = model.logits(model.hidden_states(&batch.tokens));
     values(logits, "logits")
 }
 
-/// The mean loss a supervised token.
+/// The mean loss per token in the loss.
 pub(super) fn loss(model: &Llama, batch: &Batch) -> f64 {
     gradients::evaluate(model, batch).mean()
 }
 
-/// The gradients of the mean loss by PEFT's tensor name and in its layout: A `[r, d_in]`, B `[d_out, r]`,
-/// a DoRA's magnitude `[d_out]`.
+/// The gradients of the mean loss by PEFT's tensor name and in its layout: A `[r, d_in]`, B
+/// `[d_out, r]`, DoRA's magnitude `[d_out]`.
 pub(super) fn gradients(
     model: &Llama,
     batch: &Batch,
@@ -54,7 +54,7 @@ fn options(gradient_checkpointing: bool) -> PassOptions {
     }
 }
 
-/// A tensor's elements, row by row.
+/// A tensor's elements, row-major.
 pub(super) fn values<const D: usize>(
     tensor: Tensor<D>,
     name: &str,
@@ -66,7 +66,7 @@ pub(super) fn values<const D: usize>(
     })
 }
 
-/// Trains on one batch and gives the loss of each step, before it.
+/// Trains on one batch and returns the loss of each step, before its update.
 pub(super) fn train(
     mut model: Llama,
     batch: &Batch,

@@ -46,43 +46,43 @@ enum Command {
     Train(Train),
     /// Continue prompts, with or without an adapter
     Generate(GenerateArgs),
-    /// One adapter from several with weights
+    /// Combine several adapters into one, each with a weight
     Combine(CombineArgs),
-    /// Scores of given tokens, to compare with another program's
+    /// Write the logits of given tokens, to compare with another implementation
     Logits(LogitsArgs),
     /// Write a model or an adapter in llama.cpp's GGUF format
     ExportGguf(ExportGgufArgs),
-    /// Measure base model and adapters on a task, side by side
+    /// Evaluate the base model and adapters on a task, side by side
     Eval(EvalArgs),
-    /// Merge an adapter into a model: a whole Hugging Face folder
+    /// Merge an adapter into a model and write a complete Hugging Face folder
     Merge(MergeArgs),
-    /// Take an adapter out of a merged model
+    /// Subtract an adapter from a merged model
     Unmerge(UnmergeArgs),
-    /// Print rows with their tokens and the loss mask
+    /// Print examples with their tokens and the loss mask
     InspectData(InspectData),
-    /// Parameters and predicted peak memory of a model, without its weights
+    /// Predict parameters and peak memory of a run, without the model's weights
     Plan(PlanArgs),
-    /// Compare with a reference that transformers and PEFT computed, or backends with each other
+    /// Compare with reference numbers of transformers and PEFT, or backends with each other
     Parity(Parity),
-    /// Measure speed and memory, beside Burn's apply_qlora and, given a Python, PEFT
+    /// Measure speed and memory, compared with Burn's apply_qlora and, with --peft, PEFT
     Bench(Bench),
     /// One of the benchmark's processes
     #[command(hide = true)]
     BenchWorker(BenchWorker),
-    /// Whether a GPU computes right and how fast it is, in minutes: a report to keep or to send
+    /// Check a GPU's results and measure its speed, in minutes: a report to keep or to send
     GpuReport(GpuReport),
     /// One of the report's processes
     #[command(hide = true)]
     GpuReportWorker(GpuReportWorker),
-    /// The tokens of given texts, for programs that compare them with another implementation's
+    /// Write the token ids of given texts, to compare with another implementation
     #[command(hide = true)]
     Tokenize(TokenizeArgs),
-    /// Make the embedded model, tokenizer and data again from their seed
+    /// Generate the embedded model, tokenizer and data again from their seed
     MakeAssets(MakeAssets),
 }
 
 impl Command {
-    /// The switches of commands that compute with a model.
+    /// The kernel switches of commands that compute with a model.
     fn kernels(&self) -> KernelArgs {
         match self {
             Self::Train(args) => args.kernels,
@@ -96,13 +96,13 @@ impl Command {
 
 #[derive(Args)]
 struct ConfigArgs {
-    /// TOML or JSON; FinLoRA's file with many runs too. Without one: the embedded default
+    /// A configuration in TOML or JSON, also FinLoRA's file with several runs [default: the embedded one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// One of the named runs of a file
+    /// The run to use, if the file holds several named runs
     #[arg(long, value_name = "NAME")]
     run: Option<String>,
-    /// Overrides a key of the configuration; may be repeated
+    /// Override a key of the configuration; may be repeated
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 }
@@ -118,16 +118,16 @@ impl ConfigArgs {
 struct Train {
     #[command(flatten)]
     config: ConfigArgs,
-    /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
+    /// auto, cpu, cuda, wgpu, vulkan or metal, if this build includes it
     #[arg(long, default_value = "auto")]
     backend: Backend,
-    /// Where the adapter, the metrics and the resolved configuration go
+    /// The folder for the adapter, the metrics and the resolved configuration
     #[arg(long, value_name = "DIR")]
     output_dir: Option<PathBuf>,
-    /// Take the place of a run that is in the output folder
+    /// Replace a run that is in the output folder
     #[arg(long)]
     overwrite: bool,
-    /// Go on with a run: auto (the output folder's newest checkpoint, or a start if there is none), the folder
+    /// Resume a run: auto (the newest checkpoint in the output folder, or a new run without one), the folder
     /// of a run, or one of its checkpoints
     #[arg(long, value_name = "auto|DIR", num_args = 0..=1, default_missing_value = "auto",
           conflicts_with = "overwrite")]
@@ -143,10 +143,10 @@ struct Train {
 struct InspectData {
     #[command(flatten)]
     config: ConfigArgs,
-    /// How many rows
+    /// The number of examples
     #[arg(long, default_value_t = 3)]
     rows: usize,
-    /// Print token ids and learned ranges as JSON lines, for programs
+    /// Print token ids and the ranges in the loss as JSON lines
     #[arg(long)]
     json: bool,
 }
@@ -155,30 +155,30 @@ struct InspectData {
 struct PlanArgs {
     #[command(flatten)]
     config: ConfigArgs,
-    /// Predict for a GPU's memory instead of the CPU's, count a step's launches, bytes and operations, and tell the
-    /// time they take on known cards, or on the one named: H100 SXM, A100 80GB, RTX 4090, RTX 3060, M3 Max, iGPU
+    /// Predict GPU memory instead of CPU memory, count the kernel launches, bytes and operations of a step, and print the
+    /// least time for them on all known cards, or on one: H100 SXM, A100 80GB, RTX 4090, RTX 3060, M3 Max, iGPU
     #[arg(long, value_name = "NAME", num_args = 0..=1, default_missing_value = "")]
     gpu: Option<String>,
-    /// With --gpu: the device's peak, 10¹² operations per second
+    /// With --gpu: the device's peak in TFLOP/s (10¹² operations per second)
     #[arg(long, value_name = "X", requires = "gpu")]
     peak_tflops: Option<f64>,
-    /// With --gpu: the bandwidth of the device's memory, 10⁹ bytes per second
+    /// With --gpu: the device's memory bandwidth in GB/s (10⁹ bytes per second)
     #[arg(long, value_name = "Y", requires = "gpu")]
     peak_gbs: Option<f64>,
-    /// With --gpu: what counts; nothing is run, so that a software driver will do
+    /// With --gpu: the backend to count with; nothing is run, so a software driver is enough
     #[arg(long, default_value = "auto")]
     backend: Backend,
 }
 
 #[derive(Args)]
 struct Parity {
-    /// A folder that peft_reference.py wrote
+    /// A folder written by peft_reference.py
     #[arg(long, value_name = "DIR")]
     reference: Option<PathBuf>,
-    /// The reference's model, where the folder does not hold it
+    /// The reference's model, if it is not in that folder
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Backends to run on
+    /// The backends to run on, separated by commas
     #[arg(long, value_delimiter = ',', default_value = "cpu")]
     backends: Vec<Backend>,
     /// The learning rate of the reference's training steps
@@ -188,40 +188,40 @@ struct Parity {
 
 #[derive(Args)]
 struct Bench {
-    /// auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with
+    /// auto, cpu, cuda, wgpu, vulkan or metal, if this build includes it
     #[arg(long, visible_alias = "backend", default_value = "auto")]
     device: Backend,
     /// A Python with torch, transformers and peft (and bitsandbytes for int8 on CUDA)
     #[arg(long, value_name = "PYTHON")]
     peft: Option<PathBuf>,
-    /// A Hugging Face model folder; models/SmolLM2-135M-Instruct without it
+    /// A Hugging Face model folder [default: models/SmolLM2-135M-Instruct]
     #[arg(long, value_name = "DIR")]
     model: Option<PathBuf>,
-    /// Rows to train on; data/fpb_train.jsonl without it
+    /// Examples to train on [default: data/fpb_train.jsonl]
     #[arg(long, value_name = "FILE")]
     data: Option<PathBuf>,
-    /// Measured rounds of each scenario [default: 5]
+    /// Measured rounds per scenario [default: 5]
     #[arg(long, value_name = "N")]
     rounds: Option<usize>,
-    /// Optimizer steps of a round [default: 5, or the scenario's own]
+    /// Optimizer steps per round [default: 5, or the scenario's own]
     #[arg(long, value_name = "N")]
     steps: Option<usize>,
     /// Scenarios: floors, main, all-linear, r64, long, accumulation, scaling, 8b [default: main]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<String>,
-    /// Every scenario but 8b
+    /// Every scenario except 8b
     #[arg(long, conflicts_with = "only")]
     all: bool,
-    /// Contenders, such as ours,burn,peft-f32 [default: all that the scenario has]
+    /// Systems to measure, such as ours,burn,peft-f32 [default: all of the scenario]
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     contenders: Vec<String>,
-    /// Measure PEFT in bfloat16 even where the processor has no instructions for it
+    /// Measure PEFT in bfloat16 even if the processor has no instructions for it
     #[arg(long)]
     bf16: bool,
-    /// The embedded model, two rounds of two steps: whether it works, not how fast
+    /// A quick check of the benchmark: the embedded model, two rounds of two steps
     #[arg(long)]
     quick: bool,
-    /// Where the results go
+    /// The folder for the results
     #[arg(long, value_name = "DIR", default_value = "target/bench")]
     output: PathBuf,
 }
@@ -238,19 +238,19 @@ struct GpuReport {
     /// auto, cuda, wgpu, vulkan or metal; this program has those it was built with
     #[arg(long, default_value = "auto")]
     backend: Backend,
-    /// Small sizes: whether it works, not how fast; for software drivers
+    /// Small sizes, for a quick check or for software drivers; speeds are then not meaningful
     #[arg(long)]
     quick: bool,
-    /// It ends by then; what was left out is in the report
+    /// The time limit; the report lists what was skipped
     #[arg(long, value_name = "N", default_value_t = 540)]
     seconds: u64,
-    /// Where report.md, report.json and logs/ go
+    /// The folder for report.md, report.json and logs/
     #[arg(long, value_name = "DIR", default_value = "target/gpu-report")]
     output: PathBuf,
-    /// A Python with torch, transformers and peft: measured in turn with ours
+    /// A Python with torch, transformers and peft, to measure PEFT in turn with this trainer
     #[arg(long, value_name = "PYTHON")]
     peft: Option<PathBuf>,
-    /// What that Python runs
+    /// The script that this Python runs
     #[arg(
         long,
         value_name = "FILE",
@@ -260,7 +260,7 @@ struct GpuReport {
     /// PyTorch's device: cuda, mps, cpu [default: cuda for CUDA, mps for Metal, else cpu]
     #[arg(long, value_name = "DEVICE")]
     peft_device: Option<String>,
-    /// Only these parts: device, operations, model, speed, counts, training:SHAPE, other-types:SHAPE
+    /// Only these sections: device, operations, model, speed, counts, training:SHAPE, other-types:SHAPE
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     only: Vec<Section>,
 }
@@ -279,10 +279,10 @@ struct GpuReportWorker {
 
 #[derive(Args)]
 struct MakeAssets {
-    /// Where to write them
+    /// The folder to write to
     #[arg(long, default_value = "assets")]
     output: PathBuf,
-    /// Decides everything
+    /// The seed that determines all of them
     #[arg(long, default_value_t = make_assets::SEED)]
     seed: u64,
 }
@@ -326,7 +326,7 @@ impl From<GpuReport> for ReportOptions {
 /// gives 75; one that a second Ctrl-C ended at once, 130, or 143 for SIGTERM.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
-    // Before there is a second thread.
+    // Before a second thread starts.
     if let Err(error) = command.kernels().apply() {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
@@ -335,7 +335,7 @@ pub fn main() -> ExitCode {
     let logger =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
     let logger = { logger }.build();
-    // Only a second logger makes this fail, and then there is one.
+    // This fails only if a logger is already installed.
     let _ = screen.install_logger(logger);
     match run(command, &mut screen) {
         Ok(code) => code,
@@ -355,7 +355,7 @@ pub fn main() -> ExitCode {
     }
 }
 
-/// The error with its causes; a cause that a message above it quotes already is left out.
+/// The error with its causes; a cause that a message above it already quotes is left out.
 fn whole_chain(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1).map(ToString::to_string) {
@@ -363,7 +363,7 @@ fn whole_chain(error: &anyhow::Error) -> String {
             text += &format!(": {cause}");
         }
     }
-    // Some causes are other people's words, which may quote a whole file.
+    // Some causes are messages of other libraries, which may quote a whole file.
     llama_burn::limited::clipped(&text, 10_000).into_owned()
 }
 
@@ -377,7 +377,7 @@ fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
             let rows = files.data(&config, &model, None)?;
             let colour = console::colors_enabled();
             let mut out = std::io::stdout().lock();
-            // A reader that went away (`| head`) is no error.
+            // A reader that closed the pipe (`| head`) is not an error.
             let written = if args.json {
                 data::inspect_as_json(&rows, args.rows, &mut out)
             } else {
@@ -432,7 +432,7 @@ fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
 fn train(args: Train, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
     let auto = args.resume.as_deref() == Some(Path::new("auto"));
     let from = args.resume.filter(|_| !auto);
-    // A run that goes on has its configuration in its folder.
+    // A run to resume has its configuration in its folder.
     let given = args.config.config.is_some() || args.config.run.is_some();
     let mut config = match from.as_deref().filter(|_| !given) {
         Some(from) => {

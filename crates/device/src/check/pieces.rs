@@ -1,4 +1,4 @@
-//! The operations of a decoder layer, run one by one on one device.
+//! The operations of a decoder layer, each run on its own on one device.
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
@@ -11,9 +11,9 @@ use super::subject::{Subject, numbers, rounded};
 use data::Batch;
 use train_step::loss;
 
-/// Tokens of the vocabulary that the cross entropy is compared on.
+/// Vocabulary entries that the cross entropy is compared on.
 const VOCABULARY: usize = 512;
-/// Positions that it is on.
+/// Positions that it is compared on.
 const POSITIONS: usize = 16;
 
 /// A result on the host.
@@ -27,7 +27,8 @@ pub struct Output {
     pub width: usize,
 }
 
-/// What every device starts from: numbers that its type holds exactly, so that only what it computes can differ.
+/// The inputs of every device: numbers that its type represents exactly, so that only the
+/// computation can differ.
 pub struct Inputs {
     /// The layer's input, `[n, hidden]`.
     pub hidden: Vec<f32>,
@@ -50,7 +51,7 @@ impl Inputs {
         }
     }
 
-    /// The same, each number changed by up to this share of it, up or down.
+    /// The same, each number changed by up to this relative amount, up or down.
     pub fn shaken(&self, share: f64) -> Self {
         let shake = |values: &[f32], seed| {
             let by = numbers(seed, values.len(), share / 2.0);
@@ -67,7 +68,7 @@ impl Inputs {
         }
     }
 
-    /// More of the kind, `[n, width]`.
+    /// More inputs of this kind, `[n, width]`.
     fn more(&self, seed: u64, width: usize) -> TensorData {
         rounded(
             numbers(seed, self.n * width, 1.0),
@@ -81,11 +82,12 @@ fn of(data: TensorData) -> Vec<f32> {
     data.try_to_vec::<f32>().unwrap_or_default()
 }
 
-/// What a device makes of a layer, in a fixed order: operations first, then the passes through the whole.
+/// The results of a device for a layer, in a fixed order: operations first, then the passes through
+/// the whole layer.
 ///
 /// # Errors
 ///
-/// If the device does not give a tensor back.
+/// If the device does not return a tensor.
 pub fn run(
     layer: &DecoderLayer,
     subject: &Subject,
@@ -106,7 +108,7 @@ pub fn run(
     Ok(outputs)
 }
 
-/// As [`run`], the passes through the whole only.
+/// As [`run`], but only the passes through the whole layer.
 ///
 /// # Errors
 ///
@@ -160,7 +162,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// A product of each shape there is, both ways.
+    /// A product of each shape, forward and backward.
     fn products(&self, outputs: &mut Outputs) -> Result<(), String> {
         let mut seen = Vec::new();
         for (index, (_, linear)) in self.layer.linears().iter().enumerate() {
@@ -196,7 +198,7 @@ impl<'a> Run<'a> {
         let x = self.place(self.inputs.more(40, d_in));
         let sum = self.place(self.inputs.more(41, d_out));
         let gradient = self.place(self.inputs.more(42, d_out));
-        // Each of the products starts from numbers of its own: a difference does not add up.
+        // Each product has its own inputs, so that differences do not add up.
         let low = self.place(self.inputs.more(43, r));
         let scale = adapter.scale;
         let products = [
@@ -244,7 +246,8 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// The loss of some positions over a part of a vocabulary, and its gradient through head and norm.
+    /// The loss of some positions over a part of a vocabulary, and its gradient through `lm_head`
+    /// and norm.
     fn cross_entropy(&self, subject: &Subject, outputs: &mut Outputs) -> Result<(), String> {
         let config = &subject.config;
         let (vocab, hidden) = (config.vocab_size.min(VOCABULARY), config.hidden_size);
@@ -339,7 +342,7 @@ fn named(name: &'static str, tensor: Tensor<2>) -> Result<Output, String> {
     })
 }
 
-/// A tensor on the host; what failed on the device comes out here at the latest.
+/// A tensor on the host; an earlier failure of the device appears here at the latest.
 pub fn read(tensor: Tensor<2>) -> Result<Output, String> {
     let width = tensor.dims()[1];
     let data = tensor.try_into_data().map_err(|error| error.to_string())?;

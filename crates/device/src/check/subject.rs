@@ -11,10 +11,10 @@ use rayon::prelude::*;
 
 use super::{CheckOptions, tokens_at_most};
 
-/// Weights of a layer that is made for a check: an 8B's has 218 million.
+/// Weights of a layer that is made for a check; that of an 8B model has 218 million.
 const WEIGHTS: usize = 256 << 20;
 
-/// As [`WEIGHTS`] where a driver computes on the CPU.
+/// As [`WEIGHTS`] for a driver that computes on the CPU.
 const WEIGHTS_ON_SOFTWARE: usize = 2 << 20;
 
 /// A decoder layer on the host.
@@ -38,8 +38,8 @@ struct HostAdapter {
     magnitude: Option<TensorData>,
 }
 
-/// Seeded numbers around 0 with this deviation, the same on every machine and quick to make: sums of two uniform
-/// ones.
+/// Seeded numbers around 0 with this deviation, the same on every machine and fast to generate:
+/// sums of two uniform numbers.
 pub fn numbers(seed: u64, count: usize, deviation: f64) -> Vec<f32> {
     const PIECE: usize = 1 << 14;
     let root = CounterRng::new(seed);
@@ -58,7 +58,7 @@ pub fn numbers(seed: u64, count: usize, deviation: f64) -> Vec<f32> {
 }
 
 impl Subject {
-    /// A layer of a model's shapes, and rows for it of which two begin alike.
+    /// A layer of a model's shapes, and sequences for it, two of which share a prefix.
     pub fn made(options: &CheckOptions, is_software: bool) -> (Self, PackedTokens) {
         let config = bounded(options.model, is_software);
         let names = options.lora.selector().ok();
@@ -74,14 +74,14 @@ impl Subject {
         };
         let linear = |(index, (name, d_in, d_out, bias)): (usize, &(&str, usize, usize, bool))| {
             let seed = 100 + 10 * index as u64;
-            // So that outputs are as long as inputs, as trained ones roughly are.
+            // So that outputs are as long as inputs, roughly as in trained layers.
             let values = numbers(seed, d_in * d_out, (*d_in as f64).powf(-0.5));
             let weight = match quantize_data(&values, [*d_in, *d_out], options.quantization) {
                 Some((data, _)) => data,
                 None => rounded(values, [*d_in, *d_out], options.dtype),
             };
-            // A quarter of what the weight gives: queries and keys much longer than trained ones would make the softmax
-            // a choice of one key, and every rounding before it large behind it.
+            // A quarter of the weight's output: with queries and keys much longer than trained
+            // ones, the softmax would select a single key and amplify every earlier rounding.
             let deviation = 0.25 / (options.lora.scale() * (r as f64).sqrt());
             let adapter = adapted(name).then(|| HostAdapter {
                 a: TensorData::new(
@@ -111,12 +111,12 @@ impl Subject {
         (subject, rows(options.longest_row.clamp(1, most)))
     }
 
-    /// A layer of a model as it is now. Weights that are quantized stay so, but for those with blocks along the input
-    /// (from GGUF), which the device unpacks first.
+    /// A layer of a model as it is now. Quantized weights stay quantized, except those with blocks
+    /// along the input dimension (from GGUF), which the device dequantizes first.
     ///
     /// # Errors
     ///
-    /// If the device does not give its tensors back.
+    /// If the device does not return its tensors.
     pub fn of(layer: &DecoderLayer, config: &LlamaConfig) -> Result<Self, String> {
         let norm = |norm: &RmsNorm| data(norm.weight.val());
         let linear = |(_, linear): &(_, &LoraLinear)| {
@@ -154,7 +154,7 @@ impl Subject {
         })
     }
 
-    /// The layer on a device that computes in `dtype`, outside any tape.
+    /// The layer on a device that computes in `dtype`, detached from any autodiff graph.
     pub fn on(&self, device: &Device, dtype: FloatDType) -> DecoderLayer {
         let float: DType = dtype.into();
         let norm = |values: &Vec<f32>| RmsNorm {
@@ -192,7 +192,7 @@ impl Subject {
                 Some(magnitude) => linear.with_dora(Some(factor(magnitude))),
                 None => Ok(linear),
             });
-            // Its shapes come from the weight's own.
+            // The shapes come from the weight itself.
             adapted.unwrap_or(linear)
         };
         let norms = [norm(&self.norms[0]), norm(&self.norms[1])];
@@ -200,7 +200,7 @@ impl Subject {
     }
 }
 
-/// The shapes, with the feed-forward block cut where the layer has more weights than a check takes.
+/// The shapes, with a narrower feed-forward block if the layer has more weights than a check uses.
 fn bounded(model: &LlamaConfig, is_software: bool) -> LlamaConfig {
     let most = if is_software {
         WEIGHTS_ON_SOFTWARE
@@ -219,7 +219,8 @@ fn bounded(model: &LlamaConfig, is_software: bool) -> LlamaConfig {
     config
 }
 
-/// Rows of `longest` tokens in all at most: a whole one, one that begins like it, and a short one of its own.
+/// Sequences of at most `longest` tokens in total: a long one, one that shares its prefix, and a
+/// short separate one.
 fn rows(longest: usize) -> PackedTokens {
     let first: Vec<u32> = (0..longest.div_ceil(2) as u32).collect();
     let second: Vec<u32> = (0..longest as u32 / 4)
@@ -243,7 +244,7 @@ fn weight(linear: &LoraLinear) -> Result<TensorData, String> {
     }
 }
 
-/// Values as a type can hold them, in f32.
+/// Values rounded to a type, in f32.
 pub fn rounded(values: Vec<f32>, shape: [usize; 2], dtype: FloatDType) -> TensorData {
     let data = TensorData::new(values, shape);
     data.convert_dtype(dtype.into()).convert::<f32>()

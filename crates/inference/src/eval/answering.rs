@@ -1,4 +1,4 @@
-//! From rows to answers.
+//! From examples to answers.
 
 use std::path::{Path, PathBuf};
 
@@ -10,12 +10,12 @@ use crate::generate::{GenerateError, Generator, Limits, Sampling};
 use data::contained::decoded;
 use data::{DataError, Question, Row, RowTokenizer, Source};
 
-/// FinLoRA's length of an answer to a classification task, in tokens.
+/// FinLoRA's answer length for classification tasks, in tokens.
 const LEAST_NEW_TOKENS: usize = 10;
-/// The longest answer that is waited for.
+/// The maximum answer length that is derived from the targets.
 const MOST_NEW_TOKENS: usize = 512;
 
-/// Why there are no answers.
+/// Why a task cannot be answered.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // Each variant carries the error of the part that failed.
 pub enum AnsweringError {
@@ -25,17 +25,17 @@ pub enum AnsweringError {
     Generate(#[from] GenerateError),
     #[error(transparent)]
     Likelihood(#[from] LikelihoodError),
-    /// A target that is none of the labels that were given.
-    #[error("{}:{line}: the target is {target:?}, which is none of the labels {labels}", path.display())]
+    /// A target that is not one of the given labels.
+    #[error("{}:{line}: the target {target:?} is not one of the labels {labels}", path.display())]
     NotALabel {
         path: PathBuf,
         line: usize,
         target: String,
         labels: String,
     },
-    /// No row fits the model.
+    /// No example fits the model.
     #[error(
-        "all {rows} rows of {} are too long: the model has {positions} positions, and an answer may take {answer}",
+        "all {rows} examples of {} are too long: the model has {positions} positions, of which an answer may take {answer}",
         path.display()
     )]
     AllTooLong {
@@ -46,51 +46,54 @@ pub enum AnsweringError {
     },
 }
 
-/// A file of rows to answer.
+/// A file of examples to answer.
 #[derive(Debug)]
 pub struct Task {
     /// The file.
     pub path: PathBuf,
-    /// What it is.
+    /// Its format.
     pub source: Source,
-    /// What may be answered.
+    /// The possible answers.
     pub answers: Answers,
-    /// The rows, as questions.
+    /// The examples, as questions.
     pub questions: Vec<Question>,
-    /// The right answers of each row, as indices into `answers`: one, or those of a list.
+    /// The right answers of each example, as indices into `answers`: one, or those of a list.
     pub right: Vec<Vec<usize>>,
-    /// Whether targets are lists with commas, each item of which is judged by itself (FinLoRA's batched tasks).
+    /// Whether targets are comma-separated lists whose items are judged one by one (FinLoRA's
+    /// batched tasks).
     pub lists: bool,
-    /// Rows that the model has too few positions for.
+    /// Examples that are too long for the model.
     pub too_long: usize,
-    /// Tokens that may be written for an answer.
+    /// The maximum number of tokens per answer.
     pub max_new_tokens: usize,
-    /// The tokens that training puts behind a prompt for each label; empty where there are no labels to compare.
+    /// The tokens that training appends to a prompt for each label; empty without labels to
+    /// compare.
     answer_ids: Vec<Vec<u32>>,
 }
 
-/// How a task is made of rows.
+/// How a task is made of examples.
 #[derive(Debug, Clone, Copy)]
 pub struct TaskOptions<'a> {
-    /// The labels, where they are not to be told from the targets.
+    /// The labels, if they are not to be detected from the targets.
     pub labels: &'a [String],
-    /// Targets are lists with commas.
+    /// Targets are comma-separated lists.
     pub lists: bool,
-    /// Tokens that may be written for an answer, where that is not to be told from the targets.
+    /// The maximum number of tokens per answer, if it is not to be derived from the targets.
     pub max_new_tokens: Option<usize>,
-    /// The tokens that the model knows.
+    /// The size of the model's vocabulary.
     pub vocab_size: usize,
-    /// The positions that it has.
+    /// The model's positions.
     pub positions: usize,
 }
 
 impl Task {
-    /// The task of answering `rows`. `all` are the targets of the whole file, which tell its labels.
+    /// The task of answering `rows`. `all` are the targets of the whole file, from which labels are
+    /// detected.
     ///
     /// # Errors
     ///
-    /// A row that asks nothing, a target that is none of the given labels, a row that the tokenizer refuses; or no
-    /// row that the model has positions for.
+    /// An example without a question, a target that is not one of the given labels, an example that
+    /// the tokenizer refuses; or no example that fits the model.
     pub fn new(
         path: &Path,
         source: Source,
@@ -110,7 +113,7 @@ impl Task {
                 let all: Vec<String> = all.iter().flat_map(|target| items(target)).collect();
                 let mut answers = Answers::of_targets(all.iter().map(String::as_str));
                 if !answers.are_labels {
-                    // FinLoRA looks for the targets of the rows it asks.
+                    // FinLoRA looks for the targets of the examples that it asks.
                     let asked: Vec<String> = questions
                         .iter()
                         .flat_map(|question| items(&question.target))
@@ -190,18 +193,18 @@ impl Task {
         }
     }
 
-    /// Whether labels' likelihoods can be compared: where there are labels, one a row.
+    /// Whether the likelihoods of labels can be compared: if there are labels, one per example.
     pub fn has_likelihoods(&self) -> bool {
         !self.answer_ids.is_empty()
     }
 
-    /// The right answers of all rows, one after the other.
+    /// The right answers of all examples, one after the other.
     pub fn targets(&self) -> impl Iterator<Item = usize> {
         self.right.iter().flatten().copied()
     }
 }
 
-/// A target, or the items of a list of them: FinLoRA's `process_batched`.
+/// A target, or the items of a list: FinLoRA's `process_batched`.
 pub fn items(text: &str, lists: bool) -> Vec<String> {
     if lists {
         let items = text.split(',');
@@ -212,20 +215,20 @@ pub fn items(text: &str, lists: bool) -> Vec<String> {
     }
 }
 
-/// What a model answered to a row, or to an item of its list.
+/// A model's answer to an example, or to an item of its list.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Answer {
-    /// What it wrote, up to its end token.
+    /// The generated text, up to the end token.
     pub written: String,
-    /// What FinLoRA would take for the answer.
+    /// The text that FinLoRA would take for the answer.
     pub finlora: String,
     /// The log-probability of each label as the whole answer.
     pub likelihoods: Vec<f64>,
-    /// The label with the largest.
+    /// The label with the highest log-probability.
     pub likeliest: Option<usize>,
 }
 
-/// A model that answers.
+/// A model with its settings for answering.
 #[derive(Debug, Clone, Copy)]
 pub struct Answering<'a> {
     /// The model, with or without an adapter.
@@ -234,20 +237,20 @@ pub struct Answering<'a> {
     pub tokenizer: &'a RowTokenizer,
     /// The tokens that end an answer.
     pub end_tokens: &'a [u32],
-    /// Rows that are answered together.
+    /// Examples per batch.
     pub batch_size: usize,
-    /// Whether it writes answers.
+    /// Whether it generates answers.
     pub writes: bool,
-    /// Whether it compares labels.
+    /// Whether it compares the likelihood of labels.
     pub compares: bool,
 }
 
 impl Answering<'_> {
-    /// Answers a task's rows; `done` gets the number of rows answered so far.
+    /// Answers a task's examples; `done` gets the number of examples answered so far.
     ///
     /// # Errors
     ///
-    /// A row that the model cannot read, or a device that fails.
+    /// An example that the model cannot process, or a device that fails.
     pub fn answer(
         &self,
         task: &Task,
@@ -319,8 +322,8 @@ impl Answering<'_> {
     }
 }
 
-/// The answers to a list's items: as many as there are targets, empty where fewer were written (FinLoRA's
-/// `process_batched`).
+/// The answers to a list's items: as many as there are targets, empty if fewer were generated
+/// (FinLoRA's `process_batched`).
 pub fn of_items(answer: &Answer, count: usize) -> Vec<Answer> {
     let part = |text: &str| {
         let mut items = items(text, true);

@@ -1,15 +1,14 @@
-//! `trainer eval`: base and adapters on the same rows.
+//! `trainer eval`: base model and adapters on the same examples.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-use anyhow::{Context, bail};
 use clap::Args;
 use llama_burn::Llama;
 
 use super::answering::{Answer, Answering, Task, TaskOptions};
+use super::error::EvalError;
 use super::named::{BASE, NamedAdapter, named};
 use super::results::{Contender, FileResults, Results, Scorer, Verdict};
 use super::suite::{self, Suite};
@@ -28,11 +27,11 @@ use terminal::human;
 pub struct EvalArgs {
     #[command(flatten)]
     pub(super) model: ModelArgs,
-    /// Adapters in PEFT's format, as training writes them; each is compared with the base model
+    /// Adapters in PEFT's format; each is compared with the base model
     #[arg(long, value_name = "[NAME=]DIR", num_args = 1..)]
     pub(super) adapter: Vec<PathBuf>,
-    /// A benchmark in place of --data: its files in --data-dir, its answer lengths and scores. For finlora the base
-    /// model is the one that the adapters name, where --model does not say
+    /// A benchmark instead of --data: its files in --data-dir, its answer lengths and scores. For finlora the default
+    /// of --model is the base model that the adapters name
     #[arg(
         long,
         value_enum,
@@ -44,50 +43,50 @@ pub struct EvalArgs {
     /// With --suite: the folder of its test files
     #[arg(long, value_name = "DIR", requires = "suite")]
     pub(super) data_dir: Option<PathBuf>,
-    /// With --suite: only these tasks, separated by commas, as in fpb,xbrl_finer
+    /// With --suite: only these tasks, separated by commas, such as fpb,xbrl_finer
     #[arg(long, value_name = "TASK", value_delimiter = ',', requires = "suite")]
     pub(super) tasks: Vec<String>,
-    /// With --suite: compute BERTScore with the package bert-score of this Python
+    /// With --suite: compute BERTScore with this Python, which needs the package bert-score
     #[arg(long, value_name = "PYTHON", requires = "suite")]
     pub(super) bertscore: Option<PathBuf>,
-    /// Rows to answer: JSON lines, JSON, CSV or Parquet with context and target, messages and so on; or
+    /// Examples to answer: JSON lines, JSON, CSV or Parquet with context and target, messages and so on; or
     /// `embedded`
     #[arg(long, value_name = "FILE", num_args = 1.., required_unless_present = "suite")]
     data: Vec<PathBuf>,
     /// Scorers, separated by commas [default: all]
     #[arg(long, value_enum, value_name = "NAME", value_delimiter = ',')]
     scorer: Vec<Scorer>,
-    /// The labels, separated by commas; told from the targets without it
+    /// The labels, separated by commas [default: detected from the targets]
     #[arg(long, value_name = "LABEL", value_delimiter = ',')]
     labels: Vec<String>,
-    /// Targets are lists with commas, each item of which counts (FinLoRA's FiNER and FNXL)
+    /// Targets are comma-separated lists whose items are scored one by one (FinLoRA's FiNER and FNXL)
     #[arg(long)]
     lists: bool,
     /// The prompt template [default: the one that the adapters were trained with, else raw]
     #[arg(long, value_name = "NAME")]
     template: Option<PromptTemplate>,
-    /// Evaluate with another prompt template than the adapters were trained with
+    /// Evaluate although the prompt template differs from the adapters' training
     #[arg(long)]
     force: bool,
-    /// Only the adapters
+    /// Leave out the base model
     #[arg(long, requires = "adapter")]
     pub(super) no_base: bool,
-    /// Only the rows that training with this val_set_size and --seed kept aside
+    /// Only the examples that training with this val_set_size and --seed held out
     #[arg(long, value_name = "SIZE")]
     held_out: Option<f64>,
-    /// Only so many rows of each file, drawn by --seed
+    /// Only this many examples of each file, drawn by --seed
     #[arg(long, value_name = "N")]
     pub(super) rows: Option<usize>,
-    /// Decides which rows
+    /// The seed that --held-out and --rows draw examples with
     #[arg(long, value_name = "N", default_value_t = 42)]
     pub(super) seed: u64,
-    /// Tokens to write for an answer at most [default: the longest target's, at least FinLoRA's 10]
+    /// The maximum number of tokens per answer [default: that of the longest target, at least FinLoRA's 10]
     #[arg(long, value_name = "N")]
     max_new_tokens: Option<usize>,
-    /// Rows that are answered together
+    /// Examples per batch
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch_size: usize,
-    /// Where results.json, results.md and answers.jsonl go (with --suite answers/ and bertscore/)
+    /// The folder for results.json, results.md and answers.jsonl (with --suite also answers/ and bertscore/)
     #[arg(long, value_name = "DIR", default_value = "target/eval")]
     pub(super) output: PathBuf,
 }
@@ -99,11 +98,11 @@ impl EvalArgs {
     }
 }
 
-/// A file's rows before they are tokenized.
+/// A file's examples before they are tokenized.
 struct Sample {
     path: PathBuf,
     rows: Rows,
-    /// The targets of all its rows, of those too that were not drawn.
+    /// The targets of all its examples, including those that were not drawn.
     targets: Vec<String>,
 }
 
@@ -111,15 +110,15 @@ struct Sample {
 ///
 /// # Errors
 ///
-/// What is wrong with the arguments, the files, the model or an adapter.
-pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
+/// An error of the arguments, the files, the model or an adapter.
+pub fn run(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     match args.suite {
         Some(Suite::Finlora) => suite::run(args, screen),
         None => run_on_files(args, screen),
     }
 }
 
-fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
+fn run_on_files(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     check(args)?;
     // Before the weights are loaded, so that a mistake costs nothing.
     let adapters = named(&args.adapter)?;
@@ -129,7 +128,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     let prompts = training_prompts(&folders.collect::<Result<Vec<_>, _>>()?)?;
     let template = template(args, &prompts)?;
     let samples = args.data.iter().map(|path| sample(args, path));
-    let samples: Vec<Sample> = samples.collect::<anyhow::Result<_>>()?;
+    let samples: Vec<Sample> = samples.collect::<Result<_, _>>()?;
 
     let inference = Inference::load(&args.model, screen)?;
     let tasks = tasks(args, &samples, &inference, &template, &prompts)?;
@@ -144,7 +143,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
             .map(|(task, _)| FileResults::new(task))
             .collect(),
     };
-    let mut written = Vec::new();
+    let mut written = String::new();
     let contenders = adapters.iter();
     let contenders = contenders.map(|NamedAdapter { name, folder }| (name.as_str(), Some(folder)));
     let base = (!args.no_base).then_some((BASE, None));
@@ -157,7 +156,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
             let (mut contender, answers) =
                 answer(args, &inference, &model, name, (task, tokenizer), screen)?;
             contender.adapter = adapter.cloned();
-            write_answers(&mut written, task, name, &answers)?;
+            write_answers(&mut written, task, name, &answers);
             file.add(contender);
         }
     }
@@ -168,7 +167,7 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     let json = serde_json::to_string_pretty(&results)?;
     durable::write_atomically(&path("results.json"), format!("{json}\n").as_bytes())?;
     durable::write_atomically(&path("results.md"), results.markdown().as_bytes())?;
-    durable::write_atomically(&path("answers.jsonl"), &written)?;
+    durable::write_atomically(&path("answers.jsonl"), written.as_bytes())?;
     screen.line("");
     screen.line(&format!(
         "written: {}, results.md, answers.jsonl",
@@ -177,53 +176,49 @@ fn run_on_files(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     Ok(())
 }
 
-pub(super) fn check(args: &EvalArgs) -> anyhow::Result<()> {
+pub(super) fn check(args: &EvalArgs) -> Result<(), EvalError> {
     for (name, number) in [
         ("--batch-size", Some(args.batch_size)),
         ("--rows", args.rows),
         ("--max-new-tokens", args.max_new_tokens),
     ] {
         if number == Some(0) {
-            bail!("{name} is 0; expected at least 1");
+            return Err(EvalError::Zero(name));
         }
     }
     if let Some(size) = args.held_out {
         let fits = (size > 0.0 && size < 1.0) || (size >= 1.0 && size.fract() == 0.0);
         if !fits || !size.is_finite() {
-            bail!(
-                "--held-out is {size}; expected a share of the rows below 1, or a whole number of rows"
-            );
+            return Err(EvalError::HeldOut(size));
         }
     }
     if args.labels.iter().any(|label| label.trim().is_empty()) {
-        bail!("--labels holds an empty label; write them as in --labels negative,neutral,positive");
+        return Err(EvalError::EmptyLabel);
     }
     if args.lists && args.scorer == [Scorer::Likelihood] {
-        bail!(
-            "--lists has no likelihoods: a list is no label; leave out --scorer, or write finlora,strict"
-        );
+        return Err(EvalError::ListsHaveNoLikelihood);
     }
     Ok(())
 }
 
-/// What each adapter's folder says of its training's prompts.
+/// The training prompt of each adapter, from its folder.
 pub(super) fn training_prompts(
     adapters: &[PathBuf],
-) -> anyhow::Result<Vec<(PathBuf, Option<TrainingPrompt>)>> {
+) -> Result<Vec<(PathBuf, Option<TrainingPrompt>)>, EvalError> {
     let prompts = adapters.iter().map(|folder| {
         if !folder.is_dir() {
-            bail!("there is no adapter folder {}", folder.display());
+            return Err(EvalError::NoAdapterFolder(folder.clone()));
         }
         Ok((folder.clone(), TrainingPrompt::read(folder)?))
     });
     prompts.collect()
 }
 
-/// The template to evaluate with: the one asked for, else the adapters' own, which must be one.
+/// The template to evaluate with: `--template`, else the adapters' own, which must be the same.
 pub(super) fn template(
     args: &EvalArgs,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
-) -> anyhow::Result<PromptTemplate> {
+) -> Result<PromptTemplate, EvalError> {
     let known = prompts
         .iter()
         .filter_map(|(folder, prompt)| Some((folder, prompt.as_ref()?)));
@@ -231,30 +226,28 @@ pub(super) fn template(
         (Some(template), _) => template.clone(),
         (None, Some((folder, prompt))) => {
             let template = prompt.template();
-            template
-                .map_err(anyhow::Error::msg)
-                .with_context(|| folder.display().to_string())?
+            template.map_err(|reason| EvalError::TrainingTemplate {
+                folder: folder.clone(),
+                reason,
+            })?
         }
         (None, None) => PromptTemplate::Raw,
     };
     for (folder, prompt) in known {
         if prompt.prompt_template != template.to_string() && !args.force {
-            bail!(
-                "the adapter in {} was trained with the prompt template {:?}, and {:?} is to be evaluated: the numbers \
-                 would tell about the template, not about the adapter. Evaluate it by itself without --template, or add \
-                 --force",
-                folder.display(),
-                prompt.prompt_template,
-                template.to_string(),
-            );
+            return Err(EvalError::OtherTemplate {
+                folder: folder.clone(),
+                trained: prompt.prompt_template.clone(),
+                evaluated: template.to_string(),
+            });
         }
     }
     for (folder, _) in prompts.iter().filter(|(_, prompt)| prompt.is_none()) {
         let file = data::PROMPT_FILE;
         match &args.template {
             None => log::warn!(
-                "{} has no {file}, which tells the prompt template of its training; {template} is used. If it was another, \
-                 give it with --template",
+                "{} has no {file} with the prompt template of its training; {template} is used. If it was another, \
+                 set it with --template",
                 folder.display()
             ),
             Some(_) => log::info!("{} has no {file}", folder.display()),
@@ -263,8 +256,8 @@ pub(super) fn template(
     Ok(template)
 }
 
-/// A file's rows, or some of them.
-fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
+/// A file's examples, or a sample of them.
+fn sample(args: &EvalArgs, path: &Path) -> Result<Sample, EvalError> {
     let path = if path == Path::new(EMBEDDED) {
         embedded::materialise()?.validation
     } else {
@@ -279,7 +272,11 @@ fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
     let targets = targets.map(String::from).collect();
     if let Some(size) = args.held_out {
         rows = data::split(rows, size, args.seed)
-            .with_context(|| format!("--held-out {size} of {}", path.display()))?
+            .map_err(|source| EvalError::Split {
+                size,
+                path: path.clone(),
+                source: Box::new(source),
+            })?
             .1;
     }
     if let Some(count) = args.rows {
@@ -296,7 +293,7 @@ fn sample(args: &EvalArgs, path: &Path) -> anyhow::Result<Sample> {
     })
 }
 
-/// The model's files with the date that the adapters' prompts had in training.
+/// The model's files with the date of the adapters' training prompts.
 pub(super) fn dated(
     files: &ModelFiles,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
@@ -310,7 +307,7 @@ pub(super) fn dated(
         if Some(time) != first {
             log::warn!(
                 "the chat template writes the date, and the adapter in {} was trained with another date than the first; \
-                 that of the first is written",
+                 the date of the first is used",
                 folder.display()
             );
         }
@@ -321,14 +318,14 @@ pub(super) fn dated(
     }
 }
 
-/// The tokenizer for a file's rows, whose prompts must be those of the adapters' training.
+/// The tokenizer for a file's examples, whose prompts must be those of the adapters' training.
 pub(super) fn row_tokenizer(
     args: &EvalArgs,
     files: &ModelFiles,
     template: &PromptTemplate,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
     (path, format): (&Path, Format),
-) -> anyhow::Result<RowTokenizer> {
+) -> Result<RowTokenizer, EvalError> {
     let mut tokenizer = RowTokenizer::new(files, template)?;
     tokenizer.prepare(files, template, format, path)?;
     let effective = effective_template(template, format);
@@ -336,24 +333,24 @@ pub(super) fn row_tokenizer(
     for (folder, prompt) in prompts {
         let difference = prompt.as_ref().and_then(|prompt| prompt.difference(&now));
         if let Some(difference) = difference.filter(|_| !args.force) {
-            bail!(
-                "{}: the adapter in {} was {difference}; --force evaluates all the same",
-                path.display(),
-                folder.display()
-            );
+            return Err(EvalError::OtherPrompts {
+                path: path.into(),
+                folder: folder.clone(),
+                difference,
+            });
         }
     }
     Ok(tokenizer)
 }
 
-/// Tokenizes the files' rows, each with the tokenizer that its format needs.
+/// Tokenizes the files' examples, each with the tokenizer that its format needs.
 fn tasks(
     args: &EvalArgs,
     samples: &[Sample],
     inference: &Inference,
     template: &PromptTemplate,
     prompts: &[(PathBuf, Option<TrainingPrompt>)],
-) -> anyhow::Result<Vec<(Task, RowTokenizer)>> {
+) -> Result<Vec<(Task, RowTokenizer)>, EvalError> {
     let files = &dated(&inference.files, prompts);
     let options = TaskOptions {
         labels: &args.labels,
@@ -373,36 +370,33 @@ fn tasks(
         let tokenizer = row_tokenizer(args, files, template, prompts, (path, format))?;
         let task = Task::new(path, rows.source, &rows.rows, targets, &tokenizer, options)?;
         if !task.has_likelihoods() && args.scorer == [Scorer::Likelihood] {
-            bail!(
-                "{}: the likelihood scorer needs labels, and the targets are free text; name them with --labels, or use \
-                 another scorer",
-                path.display()
-            );
+            return Err(EvalError::NoLabels(path.clone()));
         }
         tasks.push((task, tokenizer));
     }
     Ok(tasks)
 }
 
-/// A model that is asked.
+/// A model to evaluate.
 pub(super) struct Writer<'a> {
     pub model: &'a Llama,
-    /// The contender's name.
+    /// Its name in the results.
     pub name: &'a str,
-    /// Whether it writes answers.
+    /// Whether it generates answers.
     pub writes: bool,
-    /// Whether it compares labels.
+    /// Whether it compares the likelihood of labels.
     pub compares: bool,
 }
 
-/// Has a model answer a task, with its progress on the screen; the answers and the seconds they took.
+/// Answers a task with a model and shows the progress; returns the answers and the seconds they
+/// took.
 pub(super) fn answers_of(
     args: &EvalArgs,
     inference: &Inference,
     writer: &Writer,
     (task, tokenizer): (&Task, &RowTokenizer),
     screen: &Screen,
-) -> anyhow::Result<(Vec<Answer>, f64)> {
+) -> Result<(Vec<Answer>, f64), EvalError> {
     let end_tokens = inference.end_tokens(tokenizer.end_token())?;
     let answering = Answering {
         model: writer.model,
@@ -419,14 +413,14 @@ pub(super) fn answers_of(
     let rows = task.questions.len();
     progress.done(&format!(
         "{} of {}, {} per second",
-        human::counted(rows as u64, "row"),
+        human::counted(rows as u64, "example"),
         task.path.display(),
         human::rate(rows as f64 / seconds)
     ));
     Ok((answers, seconds))
 }
 
-/// Has a model answer a task, and judges it.
+/// Answers a task with a model, and scores the answers.
 fn answer(
     args: &EvalArgs,
     inference: &Inference,
@@ -434,7 +428,7 @@ fn answer(
     name: &str,
     (task, tokenizer): (&Task, &RowTokenizer),
     screen: &Screen,
-) -> anyhow::Result<(Contender, Vec<Answer>)> {
+) -> Result<(Contender, Vec<Answer>), EvalError> {
     let asked = |scorer: Scorer| args.scorer.is_empty() || args.scorer.contains(&scorer);
     let compares = asked(Scorer::Likelihood) && task.has_likelihoods();
     let writer = Writer {
@@ -461,13 +455,8 @@ fn answer(
     Ok((contender, answers))
 }
 
-/// Every answer as a line of JSON.
-fn write_answers(
-    out: &mut Vec<u8>,
-    task: &Task,
-    contender: &str,
-    answers: &[Answer],
-) -> anyhow::Result<()> {
+/// Appends every answer as a line of JSON.
+fn write_answers(out: &mut String, task: &Task, contender: &str, answers: &[Answer]) {
     let rows = task.questions.iter().zip(&task.right);
     let asked =
         rows.flat_map(|(question, right)| right.iter().map(|right| (question.line, *right)));
@@ -484,9 +473,8 @@ fn write_answers(
             "written": answer.written, "finlora": task.answers.first_found(&answer.finlora).map(label),
             "likeliest": answer.likeliest.map(label), "log_likelihoods": likelihoods,
         });
-        writeln!(out, "{line}")?;
+        *out += &format!("{line}\n");
     }
-    Ok(())
 }
 
 #[cfg(test)]

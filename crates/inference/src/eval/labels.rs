@@ -1,26 +1,28 @@
-//! What a task's answers may be, and how a text becomes one of them.
+//! The possible answers of a task, and how a text becomes one of them.
 
 use std::collections::BTreeSet;
 
-/// More different targets than this are free text, not labels.
+/// More distinct targets than this are free text, not labels.
 const MOST_LABELS: usize = 32;
 
 /// FinLoRA's mark between a prompt and its answer.
 pub(super) const DELIMITER: &str = "Answer:";
 
-/// The answers that a file's targets allow.
+/// The possible answers, from a file's targets.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Answers {
-    /// Sorted, each once, without white space around it.
+    /// Sorted, without duplicates and surrounding white space.
     pub all: Vec<String>,
-    /// Whether they are labels: few, known beforehand, each the target of several rows. Free text otherwise.
+    /// Whether they are labels: few, known in advance, each the target of several examples.
+    /// Otherwise free text.
     pub are_labels: bool,
     /// `all` in lower case, for [`first_found`](Self::first_found).
     lower: Vec<String>,
 }
 
 impl Answers {
-    /// From the targets of a file: labels, if there are at most 32 different ones and twice as many rows.
+    /// From the targets of a file: labels if at most 32 are distinct and there are twice as many
+    /// examples.
     pub fn of_targets<'a>(targets: impl Iterator<Item = &'a str>) -> Self {
         let mut rows = 0;
         let all: BTreeSet<&str> = targets.inspect(|_| rows += 1).map(str::trim).collect();
@@ -28,19 +30,19 @@ impl Answers {
         Self::new(all.into_iter().map(String::from).collect(), are_labels)
     }
 
-    /// These labels.
+    /// The given labels.
     pub fn of_labels(labels: &[String]) -> Self {
         let all: BTreeSet<&str> = labels.iter().map(|label| label.trim()).collect();
         Self::new(all.into_iter().map(String::from).collect(), true)
     }
 
-    /// These texts, which are no labels.
+    /// Free texts.
     pub fn of_texts<'a>(texts: impl Iterator<Item = &'a str>) -> Self {
         let all: BTreeSet<&str> = texts.map(str::trim).collect();
         Self::new(all.into_iter().map(String::from).collect(), false)
     }
 
-    /// These texts as they are, white space included.
+    /// Free texts with their white space.
     pub(super) fn verbatim<'a>(texts: impl Iterator<Item = &'a str>) -> Self {
         let all: BTreeSet<&str> = texts.collect();
         Self::new(all.into_iter().map(String::from).collect(), false)
@@ -54,7 +56,7 @@ impl Answers {
         }
     }
 
-    /// The answer that a text is, but for white space around it.
+    /// The answer that equals a text, ignoring surrounding white space.
     pub fn exact(&self, text: &str) -> Option<usize> {
         let text = text.trim();
         self.all
@@ -65,8 +67,8 @@ impl Answers {
     /// FinLoRA's rule (`evaluate_accuracy` in its `test/test_dataset.py`): in lower case, the answer whose
     /// first occurrence in the text is the earliest.
     ///
-    /// Where one answer begins another at the same place, FinLoRA takes whichever its hash set has first,
-    /// another one from run to run; here it is the longer one.
+    /// If two answers start at the same place, FinLoRA takes the first in its hash set, which
+    /// varies from run to run; here it is the longer one.
     pub fn first_found(&self, text: &str) -> Option<usize> {
         let text = text.to_lowercase();
         let found = self.lower.iter().enumerate().filter_map(|(index, answer)| {
@@ -76,18 +78,19 @@ impl Answers {
         found.min().map(|(_, _, index)| index)
     }
 
-    /// Whether two answers are the same to [`first_found`](Self::first_found), which does not know case.
+    /// Whether two answers are the same to [`first_found`](Self::first_found), which ignores case.
     pub fn same_in_lower_case(&self, a: usize, b: usize) -> bool {
         self.lower[a] == self.lower[b]
     }
 }
 
-/// The part of a decoded row that FinLoRA takes for the answer (`inference` in its `test/inference.py`): what
-/// follows the last `Answer:` of prompt and continuation, without white space around it.
+/// The part of a decoded sequence that FinLoRA takes for the answer (`inference` in its
+/// `test/inference.py`): the text after the last `Answer:` of prompt and continuation, without
+/// surrounding white space.
 ///
-/// A prompt without that mark would have FinLoRA look for labels in the prompt itself; here the answer is
-/// then the continuation. So it is behind a prompt template (`prompt` is none), which FinLoRA does not ask with: what
-/// the template writes behind the context is no part of an answer.
+/// If a prompt lacks that mark, FinLoRA would look for labels in the prompt itself; here the answer
+/// is then the continuation. The same holds with a prompt template (`prompt` is `None`), which
+/// FinLoRA does not use: the template's text after the context is not part of an answer.
 pub fn finlora_answer<'a>(whole: &'a str, prompt: Option<&str>, continuation: &'a str) -> &'a str {
     let text = if prompt.is_some_and(|prompt| prompt.contains(DELIMITER)) {
         whole
@@ -98,7 +101,8 @@ pub fn finlora_answer<'a>(whole: &'a str, prompt: Option<&str>, continuation: &'
     answer.trim_matches(is_python_space)
 }
 
-/// White space to Python's `str.strip`: Unicode's, and four control characters that Unicode does not count.
+/// White space of Python's `str.strip`: Unicode's, and four control characters that Unicode does
+/// not include.
 pub(super) fn is_python_space(character: char) -> bool {
     character.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&character)
 }
@@ -166,7 +170,7 @@ mod tests {
         assert_eq!(finlora_answer(whole, Some(prompt), "a\n\nAnswer: b "), "b");
         let unmarked = "Is it a or b?";
         assert_eq!(finlora_answer("Is it a or b? b", Some(unmarked), " b"), "b");
-        // Behind a template's own words.
+        // After a template's own words.
         let whole = "[INST] Answer: [/INST] a \u{1c}";
         assert_eq!(finlora_answer(whole, None, " a \u{1c}"), "a");
     }

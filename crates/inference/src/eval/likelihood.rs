@@ -1,8 +1,9 @@
-//! Which label the model finds most likely, without writing anything.
+//! The label that a model finds most likely, without generating text.
 //!
-//! A label's score is the sum of the log-probabilities of its tokens and of the end token, given the prompt:
-//! what training lowers. Rows of one prompt with every label, and prompts that begin alike, share what they
-//! begin with ([`PackedTokens::sharing_for`]), so a prompt is computed once.
+//! A label's score is the sum of the log-probabilities of its tokens and of the end token, given
+//! the prompt: the negative of the training loss. Sequences of one prompt with every label, and
+//! prompts with a common prefix, share it ([`PackedTokens::sharing_for`]), so a prompt is computed
+//! once.
 
 use burn::tensor::Tensor;
 use llama_burn::{LayerPass, Llama, PackedError, PackedTokens};
@@ -10,28 +11,28 @@ use rayon::prelude::*;
 
 use train_step::loss::{positions_at_once, score_bytes, token_ids};
 
-/// Beginnings that are shorter are computed for each row: the bookkeeping would cost more.
+/// Shorter prefixes are computed for each sequence: the bookkeeping would cost more.
 const LEAST_SHARED: usize = 4;
 
-/// Why there are no likelihoods.
+/// Why likelihoods cannot be computed.
 #[derive(Debug, thiserror::Error)]
 pub enum LikelihoodError {
-    /// A prompt that the model cannot read.
+    /// A prompt that the model cannot process.
     #[error(transparent)]
     Prompt(#[from] PackedError),
     /// The device failed.
-    #[error("the device did not give the scores back: {0}")]
+    #[error("the device did not return the logits: {0}")]
     Device(String),
 }
 
 /// The log-probability, in nats, of each answer after each prompt: `[prompts][answers]`.
 ///
-/// An answer's tokens are those that training puts behind a prompt, the end token among them.
+/// An answer's tokens are those that training appends to a prompt, including the end token.
 ///
 /// # Errors
 ///
-/// A prompt or an answer without tokens, a row longer than the model's positions, a token outside its
-/// vocabulary; a device that fails.
+/// A prompt or an answer without tokens, a sequence longer than the model's positions, a token
+/// outside its vocabulary; a device that fails.
 pub fn log_likelihoods(
     model: &Llama,
     prompts: &[&[u32]],
@@ -47,7 +48,7 @@ pub fn log_likelihoods(
         .iter()
         .flat_map(|prompt| answers.iter().map(|answer| [prompt, &answer[..]].concat()))
         .collect();
-    // The last tokens are not read, so packing does not look at them.
+    // The last tokens are not read, so packing ignores them.
     let vocab_size = model.config.vocab_size;
     let last = answers.iter().filter_map(|answer| answer.last());
     if let Some((position, id)) = last.enumerate().find(|(_, id)| **id as usize >= vocab_size) {
@@ -64,7 +65,8 @@ pub fn log_likelihoods(
     let (packed, places) = PackedTokens::sharing_for(&ids, LEAST_SHARED, &model.config);
     packed.check(&model.config)?;
 
-    // Where each answer's tokens are predicted. Rows share their last prompt token: each place once.
+    // The positions that predict each answer's tokens. Sequences share their last prompt token:
+    // each position once.
     let mut predicts: Vec<u32> = Vec::new();
     let mut wanted: Vec<Vec<(u32, u32)>> = Vec::with_capacity(rows.len());
     for (index, (row, places)) in rows.iter().zip(&places).enumerate() {
@@ -79,7 +81,7 @@ pub fn log_likelihoods(
     predicts.dedup();
 
     let hidden = hidden_at(model, &packed, &predicts);
-    // The tokens asked for at each place, so that a piece of scores is read and let go.
+    // The tokens needed at each position, so that a chunk of logits is read and freed.
     let mut asked: Vec<Vec<u32>> = vec![Vec::new(); predicts.len()];
     let place_of = |place: u32| predicts.binary_search(&place).unwrap_or(0);
     for (place, id) in wanted.iter().flatten() {
@@ -113,7 +115,7 @@ pub fn log_likelihoods(
     Ok(of_prompt.collect())
 }
 
-/// The most likely answer; the first of equals. None if a likelihood is not a number.
+/// The most likely answer; the first of equals. `None` if a likelihood is not a number.
 pub fn most_likely(likelihoods: &[f64]) -> Option<usize> {
     if likelihoods.iter().any(|likelihood| likelihood.is_nan()) {
         return None;
@@ -124,7 +126,7 @@ pub fn most_likely(likelihoods: &[f64]) -> Option<usize> {
         .position(|likelihood| *likelihood == best)
 }
 
-/// The last layer's output at these places, `[m, hidden]`.
+/// The last layer's output at these positions, `[m, hidden]`.
 fn hidden_at(model: &Llama, packed: &PackedTokens, places: &[u32]) -> Tensor<2> {
     let context = model.pass_context(packed);
     let wanted = token_ids(places, &model.device().without_autodiff());
@@ -145,7 +147,7 @@ fn hidden_at(model: &Llama, packed: &PackedTokens, places: &[u32]) -> Tensor<2> 
     }
 }
 
-/// log softmax of `scores` at `ids`, in 64 bits: sums of a large vocabulary.
+/// Log softmax of `scores` at `ids`, in 64 bits because the sums run over a large vocabulary.
 fn log_probabilities(scores: &[f32], ids: &[u32]) -> Vec<f64> {
     let largest = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let exponentials = scores.iter().map(|score| f64::from(score - largest).exp());
@@ -156,7 +158,7 @@ fn log_probabilities(scores: &[f32], ids: &[u32]) -> Vec<f64> {
     scores.collect()
 }
 
-/// Scores on the host.
+/// Logits on the host.
 fn read(scores: Tensor<2>) -> Result<Vec<f32>, LikelihoodError> {
     let failed = |error: String| LikelihoodError::Device(error);
     let data = scores.try_into_data();
@@ -222,7 +224,7 @@ mod tests {
                 );
             }
         }
-        // Answers that tell nothing apart would make the comparison above an easy one.
+        // Answers with equal scores would make the comparison above an easy one.
         let spread = likelihoods[0][0] - likelihoods[0][2];
         assert!(spread.abs() > 0.1, "{likelihoods:?}");
     }

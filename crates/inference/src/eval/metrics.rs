@@ -1,55 +1,55 @@
-//! From answers to numbers: accuracy, F1, what was taken for what.
+//! From answers to metrics: accuracy, F1, confusion matrix.
 
 use serde::Serialize;
 
 use super::statistics::wilson;
 
-/// Confusion matrices of more labels than this are not kept: nobody reads them.
+/// Confusion matrices of more labels than this are not kept: they would not be readable.
 pub const LARGEST_MATRIX: usize = 50;
 
-/// What one scorer says of one model's answers to a file.
+/// The metrics of one scorer for one model's answers to a file.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Scores {
-    /// Rows.
+    /// Examples.
     pub rows: usize,
-    /// Rows answered right.
+    /// Correct answers.
     pub correct: usize,
     /// Their share.
     pub accuracy: f64,
     /// The accuracy's 95 % interval.
     pub interval: [f64; 2],
-    /// Rows whose answer was none of the labels.
+    /// Answers that are not one of the labels.
     pub no_label: usize,
-    /// What the labels have to say; `None` where the targets are free text.
+    /// The metrics per label; `None` if the targets are free text.
     pub labels: Option<LabelScores>,
 }
 
-/// Scores by label.
+/// Metrics per label.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LabelScores {
-    /// The labels' F1, averaged over labels.
+    /// The labels' F1, averaged over labels (macro F1).
     pub macro_f1: f64,
-    /// The labels' F1, averaged over rows by their target.
+    /// The labels' F1, averaged over examples by their target (weighted F1).
     pub weighted_f1: f64,
     /// Each label, in the order of the labels.
     pub each: Vec<LabelScore>,
-    /// Rows by target (outer) and answer (inner; the last is no label). Empty for more than
-    /// 50 labels.
+    /// Examples by target (outer) and answer (inner; the last is an answer without a label). Empty
+    /// for more than 50 labels.
     pub confusion: Vec<Vec<usize>>,
 }
 
-/// One label. A share of nothing is 0, as scikit-learn's `zero_division=0`.
+/// One label. A ratio without examples is 0, as with scikit-learn's `zero_division=0`.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct LabelScore {
     /// The label.
     pub label: String,
-    /// Of the rows that were answered with it, the share that are right.
+    /// Of the examples that were answered with it, the share that is correct.
     pub precision: f64,
-    /// Of the rows whose target it is, the share that were answered with it.
+    /// Of the examples whose target it is, the share that was answered with it.
     pub recall: f64,
-    /// Their harmonic mean.
+    /// The harmonic mean of precision and recall.
     pub f1: f64,
-    /// Rows whose target it is.
+    /// Examples whose target it is (support).
     pub support: usize,
 }
 
@@ -59,7 +59,7 @@ pub struct LabelScore {
 ///
 /// If there are not as many answers as targets, or an index is not one of a label.
 pub fn score_labels(targets: &[usize], answers: &[Option<usize>], labels: &[String]) -> Scores {
-    assert_eq!(targets.len(), answers.len(), "an answer a target");
+    assert_eq!(targets.len(), answers.len(), "one answer per target");
     let none = labels.len();
     let mut right = vec![0; labels.len()];
     let mut support = vec![0; labels.len()];
@@ -95,7 +95,7 @@ pub fn score_labels(targets: &[usize], answers: &[Option<usize>], labels: &[Stri
     }
 }
 
-/// Counts rows that are right, where there are no labels.
+/// Counts the correct answers, without labels.
 pub fn score_rows(correct: &[bool]) -> Scores {
     let rows = correct.len();
     let right = correct.iter().filter(|correct| **correct).count();
@@ -109,14 +109,14 @@ pub fn score_rows(correct: &[bool]) -> Scores {
     }
 }
 
-/// Which rows are right.
+/// Which answers are correct.
 pub fn correct(targets: &[usize], answers: &[Option<usize>]) -> Vec<bool> {
     let rows = targets.iter().zip(answers);
     rows.map(|(target, answer)| *answer == Some(*target))
         .collect()
 }
 
-/// The accuracy of one who always answers with the most frequent target, and that target.
+/// The accuracy of always answering with the most frequent target, and that target.
 pub fn majority(targets: &[usize], labels: &[String]) -> Option<(String, f64)> {
     let mut counts = vec![0usize; labels.len()];
     targets.iter().for_each(|target| counts[*target] += 1);
@@ -166,7 +166,7 @@ mod tests {
         let good = &by_label.each[2];
         assert_eq!((good.precision, good.support), (0.5, 3));
         assert!((good.f1 - 0.4).abs() < 1e-12);
-        // A label that nobody has and nobody says counts as 0, as scikit-learn has it.
+        // A label that is neither a target nor an answer counts as 0, as in scikit-learn.
         assert_eq!(by_label.each[1].f1, 0.0);
         assert!((by_label.macro_f1 - (2.0 / 3.0 + 0.4) / 3.0).abs() < 1e-12);
         assert!((by_label.weighted_f1 - (2.0 * 2.0 / 3.0 + 3.0 * 0.4) / 5.0).abs() < 1e-12);

@@ -1,20 +1,23 @@
-//! Is an adapter better than its base model on a task? Both answer the same rows, three scorers judge.
+//! Evaluation: the base model and adapters answer the same examples, and three scorers judge the
+//! answers.
 //!
 //! ```text
 //! command.rs     the command: arguments, templates, files, models
-//! answering.rs   rows to answers: what a model writes, and which label it finds most likely
+//! error.rs       why it fails
+//! answering.rs   examples to answers: generated text, and the most likely label
 //! likelihood.rs  labels' log-probabilities, the prompt computed once
-//! labels.rs      what may be answered; FinLoRA's rule and the strict one
-//! metrics.rs     accuracy, F1, confusion
-//! statistics.rs  intervals, and whether two differ by more than chance
-//! results.rs     everything that was found, as it is written to results.json
+//! labels.rs      possible answers; FinLoRA's rule and the strict rule
+//! metrics.rs     accuracy, F1, confusion matrix
+//! statistics.rs  confidence intervals and McNemar's test
+//! results.rs     all results, as in results.json
 //! report.rs      the tables
 //! named.rs       adapters by name: NAME=DIR
-//! suite/         FinLoRA's benchmark: its tasks and its scores in one table
+//! suite/         FinLoRA's benchmark: its tasks and scores in one table
 //! ```
 
 mod answering;
 mod command;
+mod error;
 mod labels;
 mod likelihood;
 mod metrics;
@@ -26,6 +29,7 @@ pub mod suite;
 
 pub use answering::{Answer, Answering, AnsweringError, Task, TaskOptions, items, of_items};
 pub use command::{EvalArgs, run};
+pub use error::EvalError;
 pub use labels::{Answers, finlora_answer};
 pub use likelihood::{LikelihoodError, log_likelihoods, most_likely};
 pub use metrics::{LabelScore, LabelScores, Scores, correct, majority, score_labels, score_rows};

@@ -1,20 +1,20 @@
-//! Adapters as the command line names them: `DIR`, or `NAME=DIR`.
+//! Adapters on the command line: `DIR`, or `NAME=DIR`.
 
 use std::path::{Path, PathBuf};
 
-/// What the base model is called beside its adapters.
+/// The name of the base model in tables.
 pub const BASE: &str = "base";
 
-/// An adapter and what it is called.
+/// An adapter and its name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct NamedAdapter {
     /// The name in tables and files.
     pub name: String,
-    /// The folder, or a name on the Hub, as it was given.
+    /// The folder, or a name on the Hub, as given.
     pub folder: PathBuf,
 }
 
-/// Why adapters cannot be told apart.
+/// Why adapters cannot be distinguished.
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 #[allow(missing_docs)] // Each variant carries the argument that is wrong.
 pub enum NameError {
@@ -25,12 +25,12 @@ pub enum NameError {
     #[error("--adapter {0}: the name holds a line break or another control character")]
     Control(String),
     #[error(
-        "--adapter {BASE}={}: \"{BASE}\" is what the model without an adapter is called; choose another name",
+        "--adapter {BASE}={}: \"{BASE}\" is the name of the model without an adapter; choose another name",
         .0.display()
     )]
     Reserved(PathBuf),
     #[error(
-        "two adapters are called {name:?}: {} and {}; write NAME=DIR with a name of its own for each",
+        "two adapters are called {name:?}: {} and {}; write NAME=DIR with a different name for each",
         first.display(), second.display()
     )]
     Twice {
@@ -44,8 +44,9 @@ pub enum NameError {
 
 /// The adapters of the arguments, in their order, each with a name of its own.
 ///
-/// An adapter without a name is called as its folder, or as the run where training wrote it, or by its whole path
-/// where another has that name. A path that exists is a path, whatever characters it has.
+/// An adapter without a name gets that of its folder, or of the run if training wrote it, or its
+/// whole path if another adapter has that name. A path that exists is a path, whatever characters
+/// it has.
 ///
 /// # Errors
 ///
@@ -94,7 +95,7 @@ fn parse(argument: &Path) -> Result<(Option<String>, PathBuf), NameError> {
     let written = argument.display().to_string();
     match (name.trim(), folder) {
         ("", _) => Err(NameError::Empty(written, "before")),
-        (_, "") => Err(NameError::Empty(written, "behind")),
+        (_, "") => Err(NameError::Empty(written, "after")),
         (BASE, folder) => Err(NameError::Reserved(folder.into())),
         (name, _) if name.contains(char::is_control) => {
             Err(NameError::Control(written.escape_debug().to_string()))
@@ -103,7 +104,7 @@ fn parse(argument: &Path) -> Result<(Option<String>, PathBuf), NameError> {
     }
 }
 
-/// The folder's own name; that of the run for the folder `adapter` in it.
+/// The folder's own name; for the folder `adapter` in a run, the run's name.
 fn short(folder: &Path) -> String {
     let name = |path: &Path| {
         path.file_name()
@@ -154,7 +155,7 @@ mod tests {
     fn names_that_cannot_be_are_refused_with_the_argument() {
         for (wrong, parts) in [
             (&["=runs/a"][..], ["--adapter =runs/a", "before the ="]),
-            (&["a="], ["--adapter a=", "behind the ="]),
+            (&["a="], ["--adapter a=", "after the ="]),
             (&["base=runs/a"], ["base=runs/a", "another name"]),
             (&["a\nb=runs/a"], ["a\\nb", "control character"]),
             (&["a=runs/a", "a=runs/b"], ["\"a\"", "runs/a and runs/b"]),

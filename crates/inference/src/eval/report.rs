@@ -5,7 +5,7 @@ use super::results::{Contender, Difference, FileResults, Results, Scorer};
 use terminal::Table;
 use terminal::human;
 
-/// Labels beyond which a table of them is left to the file of results.
+/// For more labels than this, the table of labels is only in the file of results.
 const MOST_SHOWN: usize = 20;
 
 impl Results {
@@ -55,7 +55,7 @@ impl Results {
     }
 }
 
-/// What was asked, on which device, and how: the line above the tables.
+/// The line above the tables: model, device and prompt template.
 pub(super) fn heading(model: &str, quant_bits: u8, device: &str, template: &str) -> String {
     let bits = match quant_bits {
         16 => "not quantized".to_string(),
@@ -69,12 +69,12 @@ impl FileResults {
         !self.labels.is_empty() && self.labels.len() <= MOST_SHOWN
     }
 
-    /// Everyone side by side.
+    /// All models side by side.
     fn overview(&self) -> Table {
         let mut title = format!(
             "{}: {}",
             self.path.display(),
-            human::counted(self.rows as u64, "row")
+            human::counted(self.rows as u64, "example")
         );
         if self.answers != self.rows {
             title += &format!(" with {}", human::counted(self.answers as u64, "answer"));
@@ -117,7 +117,7 @@ impl FileResults {
         table
     }
 
-    /// The contender compared with the first, unless it is that.
+    /// The contender compared with the first one; `None` for the first.
     fn against_first(&self, contender: &Contender, scorer: Scorer) -> Option<&Difference> {
         let first = &self.contenders.first()?.name;
         let mut all = self.differences.iter();
@@ -130,7 +130,7 @@ impl FileResults {
             let finlora = contender.scores.get(&Scorer::Finlora);
             if let Some(theirs) = finlora.and_then(|verdict| verdict.finlora_weighted_f1) {
                 notes.push(format!(
-                    "{}: weighted F1 as FinLoRA computes it {theirs:.3}",
+                    "{}: weighted F1 as computed by FinLoRA {theirs:.3}",
                     contender.name
                 ));
             }
@@ -141,7 +141,7 @@ impl FileResults {
             .filter(|_| self.contenders.len() > 1)
         {
             notes.push(format!(
-                "difference: points of accuracy more than {}; p: exact McNemar test on the same rows, two-sided",
+                "difference: accuracy above that of {}, in percentage points; p: exact McNemar test on the same examples, two-sided",
                 first.name
             ));
         }
@@ -160,8 +160,8 @@ impl FileResults {
         }
         if self.too_long > 0 {
             notes.push(format!(
-                "{} left out: longer than the model's positions",
-                human::counted(self.too_long as u64, "row")
+                "{} skipped: longer than the model's positions",
+                human::counted(self.too_long as u64, "example")
             ));
         }
         notes
@@ -198,9 +198,9 @@ fn overview_row(
     ]
 }
 
-/// Each label, and what its rows were answered with.
+/// Each label, and the answers to its examples.
 fn of_labels(title: String, scores: &LabelScores) -> Table {
-    let mut header = vec!["label", "precision", "recall", "F1", "rows"];
+    let mut header = vec!["label", "precision", "recall", "F1", "support"];
     let answered: Vec<String> = if scores.confusion.is_empty() {
         Vec::new()
     } else {
@@ -319,8 +319,8 @@ mod tests {
             "{one}"
         );
         line("finlora, two over one: -25.0 points, p 1.000");
-        line("2 rows left out");
-        line("weighted F1 as FinLoRA computes it 0.250");
+        line("2 examples skipped");
+        line("weighted F1 as computed by FinLoRA 0.250");
         line("→ no label");
     }
 

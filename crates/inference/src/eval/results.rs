@@ -1,4 +1,4 @@
-//! What an evaluation found.
+//! The results of an evaluation.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -14,11 +14,11 @@ use super::statistics::{McNemar, mcnemar};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize, clap::ValueEnum)]
 #[serde(rename_all = "snake_case")]
 pub enum Scorer {
-    /// FinLoRA's: the first label found in what the model writes, whatever stands around it.
+    /// FinLoRA's rule: the first label found anywhere in the generated text
     Finlora,
-    /// What the model writes is the target, but for white space around it.
+    /// The generated text equals the target, ignoring surrounding white space
     Strict,
-    /// The label that the model finds most likely as the whole answer; it writes nothing.
+    /// The label that is the most likely completion; no text is generated
     Likelihood,
 }
 
@@ -36,81 +36,82 @@ impl Scorer {
     }
 }
 
-/// Everything that was found.
+/// All results.
 #[derive(Debug, Clone, Serialize)]
 pub struct Results {
     /// The base model.
     pub model: String,
     /// Bits of its linear layers.
     pub quant_bits: u8,
-    /// Where it ran.
+    /// The device.
     pub device: String,
     /// The prompt template.
     pub prompt_template: String,
-    /// Decides which rows a sample has.
+    /// The seed that samples are drawn with.
     pub seed: u64,
     /// Each file.
     pub files: Vec<FileResults>,
 }
 
-/// What was found on a file.
+/// The results on a file.
 #[derive(Debug, Clone, Serialize)]
 pub struct FileResults {
     /// The file.
     pub path: PathBuf,
-    /// What it is: `JSON lines of {"context", "target"}`.
+    /// Its format: `JSON lines of {"context", "target"}`.
     pub format: String,
-    /// Rows that were asked.
+    /// Examples that were answered.
     pub rows: usize,
-    /// Answers that were judged; more than rows where an answer is a list.
+    /// Answers that were judged; more than the examples if an answer is a list.
     pub answers: usize,
-    /// Rows that the model has too few positions for.
+    /// Examples that are too long for the model.
     pub too_long: usize,
-    /// The labels; none where the targets are free text.
+    /// The labels; empty if the targets are free text.
     pub labels: Vec<String>,
-    /// Tokens that may be written for an answer.
+    /// The maximum number of tokens per answer.
     pub max_new_tokens: usize,
     /// Always answering with the most frequent target.
     pub majority: Option<Majority>,
     /// The base model and the adapters.
     pub contenders: Vec<Contender>,
-    /// Every two of them, by scorer.
+    /// Every pair of them, by scorer.
     pub differences: Vec<Difference>,
 }
 
-/// The best that one can do without reading.
+/// The best accuracy that is possible without reading the examples.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Majority {
     /// The most frequent target.
     pub label: String,
-    /// The share of rows that have it.
+    /// The share of the examples with this target.
     pub accuracy: f64,
 }
 
-/// A model that answered.
+/// A model that was evaluated.
 #[derive(Debug, Clone, Serialize)]
 pub struct Contender {
     /// `base`, or the adapter's name.
     pub name: String,
     /// The adapter's folder.
     pub adapter: Option<PathBuf>,
-    /// The time it took.
+    /// The seconds it took.
     pub seconds: f64,
-    /// What the scorers say.
+    /// The scorers' verdicts.
     pub scores: BTreeMap<Scorer, Verdict>,
 }
 
-/// What a scorer says.
+/// A scorer's verdict on a model.
 #[derive(Debug, Clone, Serialize)]
 pub struct Verdict {
-    /// The numbers.
+    /// The metrics.
     #[serde(flatten)]
     pub scores: Scores,
-    /// With FinLoRA's scorer: its own weighted F1. It compares targets with what was written, a right answer
-    /// counted as its target, so that a wrong one counts for a label only if it is that label and nothing more.
+    /// With FinLoRA's scorer: its own weighted F1. It compares targets with the generated texts; a
+    /// right answer counts as its target, a wrong answer counts for a label only if it equals that
+    /// label.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finlora_weighted_f1: Option<f64>,
-    /// Which answers are right.
+    /// Which answers are correct.
     #[serde(skip)]
     pub correct: Vec<bool>,
 }
@@ -124,9 +125,9 @@ pub struct Difference {
     pub first: String,
     /// The second.
     pub second: String,
-    /// The second's accuracy less the first's.
+    /// The second's accuracy minus the first's.
     pub accuracy: f64,
-    /// How likely that is by chance.
+    /// The test whether the difference is due to chance.
     #[serde(flatten)]
     pub test: McNemar,
 }
@@ -176,7 +177,7 @@ impl FileResults {
 }
 
 impl Verdict {
-    /// What a scorer says of `answers`, of which `targets` (indices into `all`) are the right ones.
+    /// A scorer's verdict on `answers`, where `targets` (indices into `all`) are the correct ones.
     pub fn new(scorer: Scorer, all: &Answers, targets: &[usize], answers: &[Answer]) -> Self {
         let given: Vec<Option<usize>> = answers
             .iter()
@@ -202,7 +203,7 @@ impl Verdict {
     }
 }
 
-/// The index of what was answered.
+/// The index of the given answer.
 fn judged(scorer: Scorer, all: &Answers, answer: &Answer, target: usize) -> Option<usize> {
     match scorer {
         Scorer::Strict => all.exact(&answer.written),

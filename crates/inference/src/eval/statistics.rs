@@ -1,10 +1,11 @@
-//! How sure a share is, and whether two shares of the same rows differ by more than chance.
+//! Confidence intervals of shares, and a test whether two shares of the same examples differ by
+//! more than chance.
 
 /// The 97.5 % point of the normal distribution.
 const Z: f64 = 1.959_963_984_540_054;
 
-/// The 95 % interval of a share of `successes` in `trials` (Wilson, 1927, without continuity correction).
-/// Without trials it is everything from 0 to 1.
+/// The 95 % interval of a share of `successes` in `trials` (Wilson, 1927, without continuity
+/// correction). Without trials it is 0 to 1.
 pub fn wilson(successes: usize, trials: usize) -> [f64; 2] {
     if trials == 0 {
         return [0.0, 1.0];
@@ -17,24 +18,25 @@ pub fn wilson(successes: usize, trials: usize) -> [f64; 2] {
     [(centre - half).max(0.0), (centre + half).min(1.0)]
 }
 
-/// The rows that only one of two was right on, and how likely a difference like that is by chance.
+/// The examples that only one of two models answered correctly, and the probability of such a
+/// difference by chance.
 #[derive(Debug, Clone, Copy, PartialEq, serde::Serialize)]
 pub struct McNemar {
-    /// Rows that only the first was right on.
+    /// Examples that only the first answered correctly.
     pub only_first: usize,
-    /// Rows that only the second was right on.
+    /// Examples that only the second answered correctly.
     pub only_second: usize,
-    /// The two-sided p-value of the exact test (McNemar, 1947, by the binomial distribution).
+    /// The two-sided p-value of the exact test (McNemar, 1947, with the binomial distribution).
     pub p_value: f64,
 }
 
-/// Compares two that answered the same rows.
+/// Compares two models on the same examples.
 ///
 /// # Panics
 ///
-/// If they did not answer the same number of rows.
+/// If the numbers of answers differ.
 pub fn mcnemar(first: &[bool], second: &[bool]) -> McNemar {
-    assert_eq!(first.len(), second.len(), "both answer the same rows");
+    assert_eq!(first.len(), second.len(), "both answer the same examples");
     let only = |a: bool| {
         let pairs = first.iter().zip(second);
         pairs
@@ -49,8 +51,8 @@ pub fn mcnemar(first: &[bool], second: &[bool]) -> McNemar {
     }
 }
 
-/// Twice the probability of at most `k` heads in `n` tosses, at most 1. In logarithms, since 2⁻ⁿ is 0 in
-/// floats from 1,075 tosses on.
+/// Twice the probability of at most `k` heads in `n` tosses, at most 1. In logarithms, because 2⁻ⁿ
+/// is 0 in floats from 1,075 tosses on.
 fn two_sided(k: usize, n: usize) -> f64 {
     let mut log_term = -(n as f64) * std::f64::consts::LN_2;
     let mut sum = 0.0;

@@ -1,13 +1,13 @@
-//! `trainer generate`: one prompt, a file of them, or a person at the keyboard.
+//! `trainer generate`: one prompt, a file of prompts, or prompts from the terminal.
 
 use std::io::{BufRead, IsTerminal, Write};
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
 use clap::Args;
 use llama_burn::Llama;
 use serde::Serialize;
 
+use super::error::GenerateCommandError;
 use super::{Finish, Generator, Limits, Sampling, Timing};
 use crate::model::{Inference, ModelArgs};
 use data::PromptTemplate;
@@ -21,29 +21,29 @@ use terminal::human;
 pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// An adapter in PEFT's format, as training writes it
+    /// An adapter in PEFT's format
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
-    /// Merge the adapter into the weights first, instead of computing it beside them
+    /// Merge the adapter into the weights first, instead of computing it separately
     #[arg(long, requires = "adapter")]
     merge: bool,
-    /// Merge although too little of the adapter is left when the weights are quantized again
+    /// Merge although too little of the adapter survives when the weights are quantized again
     #[arg(long, requires = "merge")]
     force: bool,
-    /// Continue this text. Without it and without --prompts: a prompt at a time from the keyboard
+    /// Continue this text. Without --prompt and --prompts, prompts are read from standard input
     #[arg(long, value_name = "TEXT", conflicts_with = "prompts")]
     prompt: Option<String>,
-    /// A prompt a line; in a .jsonl file the "prompt" or "context" of each line
+    /// One prompt per line; in a .jsonl file the "prompt" or "context" of each line
     #[arg(long, value_name = "FILE")]
     prompts: Option<PathBuf>,
-    /// Where the answers to --prompts go, as JSON lines; standard output without it
+    /// The file for the answers to --prompts, as JSON lines [default: standard output]
     #[arg(long, value_name = "FILE", requires = "prompts")]
     output: Option<PathBuf>,
-    /// raw, inst, chat, or custom: with a text around {context} [default: chat where the model has a
+    /// raw, inst, chat, or custom: followed by a text around {context} [default: chat if the model has a
     /// chat template, else raw]
     #[arg(long, value_name = "NAME")]
     template: Option<PromptTemplate>,
-    /// Prompts that are continued together
+    /// Prompts per batch
     #[arg(long, value_name = "N", default_value_t = 16)]
     batch_size: usize,
     #[command(flatten)]
@@ -57,13 +57,13 @@ impl GenerateArgs {
     }
 }
 
-/// How a text is written.
+/// How a text is generated.
 #[derive(Debug, Clone, Args)]
 struct Writing {
-    /// Tokens to write at most
+    /// The maximum number of new tokens
     #[arg(long, value_name = "N", default_value_t = 256)]
     max_new_tokens: usize,
-    /// 0 takes the most likely token every time; higher is more varied
+    /// 0 always takes the most likely token (greedy); higher values give more varied texts
     #[arg(
         long,
         value_name = "T",
@@ -71,10 +71,10 @@ struct Writing {
         allow_negative_numbers = true
     )]
     temperature: f64,
-    /// Draw from the K most likely tokens only; 0 for all
+    /// Sample from the K most likely tokens only; 0 for all
     #[arg(long, value_name = "K", default_value_t = 0)]
     top_k: usize,
-    /// Draw from the most likely tokens that together have this probability; 1 for all
+    /// Sample from the most likely tokens that together have this probability; 1 for all
     #[arg(
         long,
         value_name = "P",
@@ -82,7 +82,7 @@ struct Writing {
         allow_negative_numbers = true
     )]
     top_p: f64,
-    /// Above 1, tokens that were there become less likely
+    /// Above 1, tokens that already occurred become less likely
     #[arg(
         long,
         value_name = "R",
@@ -90,31 +90,27 @@ struct Writing {
         allow_negative_numbers = true
     )]
     repetition_penalty: f64,
-    /// Fixes every draw
+    /// The seed for sampling
     #[arg(long, value_name = "N", default_value_t = 42)]
     seed: u64,
-    /// End the text before this string; may be repeated
+    /// End the text before this stop string; may be repeated
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
 }
 
 impl Writing {
-    fn sampling(&self) -> anyhow::Result<Sampling> {
+    fn sampling(&self) -> Result<Sampling, GenerateCommandError> {
         let finite = |x: f64| x.is_finite() && x >= 0.0;
         if !finite(self.temperature) {
-            bail!("--temperature is {}; expected 0 or more", self.temperature);
+            return Err(GenerateCommandError::Temperature(self.temperature));
         }
         if !(0.0..=1.0).contains(&self.top_p) {
-            bail!(
-                "--top-p is {}; expected a probability from 0 to 1",
-                self.top_p
-            );
+            return Err(GenerateCommandError::TopP(self.top_p));
         }
         if !finite(self.repetition_penalty) || self.repetition_penalty == 0.0 {
-            bail!(
-                "--repetition-penalty is {}; expected more than 0, usually from 1 to 1.3",
-                self.repetition_penalty
-            );
+            return Err(GenerateCommandError::RepetitionPenalty(
+                self.repetition_penalty,
+            ));
         }
         if self.temperature == 0.0 && (self.top_k > 0 || self.top_p < 1.0) {
             log::warn!(
@@ -135,14 +131,14 @@ impl Writing {
 ///
 /// # Errors
 ///
-/// What is wrong with the arguments, the model, the adapter or the prompts.
-pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
+/// An error of the arguments, the model, the adapter or the prompts.
+pub fn run(args: &GenerateArgs, screen: &Screen) -> Result<(), GenerateCommandError> {
     let sampling = args.writing.sampling()?;
     if args.batch_size == 0 {
-        bail!("--batch-size is 0; expected at least 1");
+        return Err(GenerateCommandError::BatchSize);
     }
     if args.writing.stop.iter().any(String::is_empty) {
-        bail!("--stop is empty: every text would end at once");
+        return Err(GenerateCommandError::EmptyStop);
     }
     // Before the weights are loaded, so that a mistake costs nothing.
     let prompts = args.prompts.as_deref().map(read_prompts).transpose()?;
@@ -166,7 +162,7 @@ pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
     let trained = args.adapter.as_deref().map(TrainingPrompt::read);
     let trained = trained.transpose()?.flatten();
     let files = ModelFiles {
-        // A template that writes the date writes that of the training.
+        // A template that writes the date writes the date of the training.
         time: trained.and_then(|prompt| prompt.chat_template_time),
         ..inference.files.clone()
     };
@@ -194,21 +190,20 @@ pub fn run(args: &GenerateArgs, screen: &Screen) -> anyhow::Result<()> {
     }
 }
 
-/// The model with its adapter merged, if enough of it survives quantization.
-fn merged(inference: &Inference, adapted: Llama, force: bool) -> anyhow::Result<Llama> {
+/// The model with its adapter merged, if enough of the adapter survives quantization.
+fn merged(
+    inference: &Inference,
+    adapted: Llama,
+    force: bool,
+) -> Result<Llama, GenerateCommandError> {
     let merged = inference.merged(adapted.clone())?;
     if let Some(report) = inference.survival(&adapted, &merged)? {
         log::info!(
-            "cosine of intended and merged change: {:.4}",
+            "cosine similarity of the intended and the merged change: {:.4}",
             report.overall()
         );
         match report.refusal() {
-            Some(reason) if !force => {
-                bail!(
-                    "{reason}; leave --merge out (the adapter then is a second path), merge with --quant-bits 16, or \
-                     use --force"
-                )
-            }
+            Some(reason) if !force => return Err(GenerateCommandError::LostInMerge(reason)),
             Some(reason) => log::warn!("{reason}"),
             None => {}
         }
@@ -216,7 +211,7 @@ fn merged(inference: &Inference, adapted: Llama, force: bool) -> anyhow::Result<
     Ok(merged)
 }
 
-/// A loaded model and how it writes.
+/// A loaded model with its settings for generation.
 struct Session<'a> {
     model: &'a Llama,
     tokenizer: &'a RowTokenizer,
@@ -225,7 +220,7 @@ struct Session<'a> {
     batch_size: usize,
 }
 
-/// A line of the answers' file.
+/// A line of the file of answers.
 #[derive(Serialize)]
 struct Answer<'a> {
     prompt: &'a str,
@@ -242,20 +237,28 @@ impl Session<'_> {
         }
     }
 
-    fn ids(&self, prompt: &str, source: &Path, line: usize) -> anyhow::Result<Vec<u32>> {
+    fn ids(
+        &self,
+        prompt: &str,
+        source: &Path,
+        line: usize,
+    ) -> Result<Vec<u32>, GenerateCommandError> {
         let ids = self.tokenizer.prompt(prompt, source, line)?;
         if ids.is_empty() {
-            bail!("{}, line {line}: the prompt is empty", source.display())
+            Err(GenerateCommandError::EmptyPrompt {
+                source_file: source.into(),
+                line,
+            })
         } else {
             Ok(ids)
         }
     }
 
-    /// Writes the answer to standard output as it comes.
-    fn one(&self, prompt: &str, number: usize) -> anyhow::Result<()> {
+    /// Writes the answer to standard output while it is generated.
+    fn one(&self, prompt: &str, number: usize) -> Result<(), GenerateCommandError> {
         let ids = self.ids(prompt, Path::new("--prompt"), 1)?;
         let mut out = std::io::stdout();
-        // A reader that went away is no error.
+        // A reader that closed the pipe is not an error.
         let mut show = |_: usize, piece: &str| {
             let _ = out.write_all(piece.as_bytes()).and_then(|()| out.flush());
         };
@@ -273,16 +276,16 @@ impl Session<'_> {
         prompts: &[String],
         output: Option<&Path>,
         screen: &Screen,
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), GenerateCommandError> {
         let source = Path::new("--prompts");
         let ids = prompts
             .iter()
             .enumerate()
             .map(|(index, prompt)| self.ids(prompt, source, index + 1))
-            .collect::<anyhow::Result<Vec<_>>>()?;
+            .collect::<Result<Vec<_>, _>>()?;
         let mut lines = String::new();
         let mut all = Timing::default();
-        let task = screen.task("answering", prompts.len());
+        let task = screen.task("generating", prompts.len());
         for (batch, ids) in ids.chunks(self.batch_size).enumerate() {
             let first = batch * self.batch_size;
             let ids: Vec<&[u32]> = ids.iter().map(Vec::as_slice).collect();
@@ -317,12 +320,12 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// A prompt a line until the input ends.
-    fn interactive(&self, template: &PromptTemplate) -> anyhow::Result<()> {
+    /// One prompt per line until the input ends.
+    fn interactive(&self, template: &PromptTemplate) -> Result<(), GenerateCommandError> {
         let input = std::io::stdin();
         let asks = input.is_terminal();
         if asks {
-            eprintln!("Template {template}. A prompt a line; Ctrl-D ends.");
+            eprintln!("Template {template}. One prompt per line; Ctrl-D ends.");
         }
         let mut number = 0;
         let mut line = String::new();
@@ -332,7 +335,7 @@ impl Session<'_> {
             }
             line.clear();
             let read = input.lock().read_line(&mut line);
-            if read.context("cannot read standard input")? == 0 {
+            if read.map_err(GenerateCommandError::Input)? == 0 {
                 return Ok(());
             }
             let prompt = line.trim();
@@ -349,13 +352,13 @@ fn speed(timing: &Timing) -> String {
         if seconds > 0.0 {
             format!("{:.1} per second", tokens as f64 / seconds)
         } else {
-            "at once".to_string()
+            "immediately".to_string()
         }
     };
     let (prefill, decode) = (timing.prefill.as_secs_f64(), timing.decode.as_secs_f64());
-    // The first token of each row comes out of reading its prompt.
+    // The first new token of each sequence comes from reading its prompt.
     format!(
-        "{} read ({}), {} written in {:.2} s ({})",
+        "prompt: {} ({}), generated: {} in {:.2} s ({})",
         human::counted(timing.prompt_tokens as u64, "token"),
         rate(timing.prompt_tokens, prefill),
         human::counted(timing.new_tokens as u64, "token"),
@@ -364,37 +367,47 @@ fn speed(timing: &Timing) -> String {
     )
 }
 
-fn read_prompts(path: &Path) -> anyhow::Result<Vec<String>> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("cannot read {}", path.display()))?;
+fn read_prompts(path: &Path) -> Result<Vec<String>, GenerateCommandError> {
+    let text = std::fs::read_to_string(path).map_err(|source| GenerateCommandError::Read {
+        path: path.into(),
+        source,
+    })?;
     let json = path
         .extension()
         .is_some_and(|extension| extension == "jsonl");
     let lines = text.lines().enumerate();
     let lines = lines.filter(|(_, line)| !line.trim().is_empty());
     let prompts: Vec<String> = lines
-        .map(|(number, line)| {
+        .map(|(index, line)| {
             if json {
-                prompt_of(line).with_context(|| format!("{}, line {}", path.display(), number + 1))
+                prompt_of(line, path, index + 1)
             } else {
                 Ok(line.to_string())
             }
         })
-        .collect::<anyhow::Result<_>>()?;
+        .collect::<Result<_, _>>()?;
     if prompts.is_empty() {
-        bail!("{} holds no prompt", path.display());
+        return Err(GenerateCommandError::NoPrompts(path.into()));
     }
     Ok(prompts)
 }
 
-fn prompt_of(line: &str) -> anyhow::Result<String> {
-    let value: serde_json::Value = serde_json::from_str(line).context("not valid JSON")?;
+fn prompt_of(text: &str, path: &Path, line: usize) -> Result<String, GenerateCommandError> {
+    let value: serde_json::Value =
+        serde_json::from_str(text).map_err(|source| GenerateCommandError::NotJson {
+            path: path.into(),
+            line,
+            source,
+        })?;
     let prompt = ["prompt", "context"]
         .iter()
         .find_map(|key| value.get(key)?.as_str());
     match prompt {
         Some(prompt) => Ok(prompt.to_string()),
-        None => bail!("expected an object with \"prompt\" or \"context\", a text"),
+        None => Err(GenerateCommandError::NoPromptKey {
+            path: path.into(),
+            line,
+        }),
     }
 }
 
@@ -422,7 +435,9 @@ mod tests {
             ("{\"prompt\": \"a\"}\n{\n", "line 2"),
             ("\n", "holds no prompt"),
         ] {
-            let error = format!("{:#}", read_prompts(&file("b.jsonl", text)).unwrap_err());
+            let error = read_prompts(&file("b.jsonl", text))
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(part), "{error}");
         }
     }

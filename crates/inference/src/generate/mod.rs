@@ -1,10 +1,11 @@
-//! Text from a model: many prompts at once, each continued until it ends.
+//! Text generation: many prompts at once, each continued until it ends.
 //!
-//! Prompts are read together, what they begin with alike once; then every step reads one token a row. A row
-//! that has ended leaves the batch. Rows are sorted by nobody: results come in the order of the prompts, and
-//! a draw depends on the seed, the row and the step, not on the batch.
+//! Prompts are prefilled as one batch, and shared prefixes are computed once. Every later step
+//! reads one token per sequence. A sequence that has ended leaves the batch. Results keep the order
+//! of the prompts, and sampling depends on the seed, the sequence and the step, not on the batch.
 
 mod command;
+mod error;
 mod sampling;
 mod text;
 
@@ -16,14 +17,15 @@ use serde::Serialize;
 use tokenizers::Tokenizer;
 
 pub use command::{GenerateArgs, run};
+pub use error::GenerateCommandError;
 pub use sampling::Sampling;
 
 use text::GrowingText;
 
-/// What ends a text, and how long it may be.
+/// When a text ends.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Limits {
-    /// Tokens to write at most; fewer where the model's positions end.
+    /// The maximum number of new tokens; fewer if the model's positions end earlier.
     pub max_new_tokens: usize,
     /// Tokens that end a text. They are not part of it.
     pub end_tokens: Vec<u32>,
@@ -35,15 +37,15 @@ pub struct Limits {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Finish {
-    /// The model wrote an end token.
+    /// The model generated an end token.
     EndToken,
-    /// A stop string came up.
+    /// A stop string occurred.
     StopString,
-    /// As many tokens as were asked for, or as the model has positions for.
+    /// The maximum number of new tokens was reached, or the model has no more positions.
     Length,
 }
 
-/// What was written for a prompt.
+/// The generated text of a prompt.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Generation {
     /// The new tokens, without the end token.
@@ -54,21 +56,21 @@ pub struct Generation {
     pub finish: Finish,
 }
 
-/// Where the time went.
+/// Token counts and times.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Timing {
     /// Tokens of all prompts.
     pub prompt_tokens: usize,
-    /// Tokens that were written, end tokens too.
+    /// New tokens, including end tokens.
     pub new_tokens: usize,
-    /// Reading the prompts, up to the first new token.
+    /// Time of the prefill, up to the first new token.
     pub prefill: Duration,
-    /// Writing the others.
+    /// Time of the other tokens.
     pub decode: Duration,
 }
 
 impl Timing {
-    /// Adds another batch's.
+    /// Adds the counts and times of another batch.
     pub fn add(&mut self, other: Self) {
         self.prompt_tokens += other.prompt_tokens;
         self.new_tokens += other.new_tokens;
@@ -77,29 +79,29 @@ impl Timing {
     }
 }
 
-/// Why nothing is written.
+/// Why generation fails.
 #[derive(Debug, thiserror::Error)]
 pub enum GenerateError {
-    /// A prompt that the model cannot read.
+    /// A prompt that the model cannot process.
     #[error(transparent)]
     Prompt(#[from] PackedError),
     /// The device failed.
-    #[error("the device did not give the scores back: {0}")]
+    #[error("the device did not return the logits: {0}")]
     Device(String),
 }
 
-/// A model that writes.
+/// A model with its tokenizer.
 #[derive(Debug, Clone, Copy)]
 pub struct Generator<'a> {
     /// The model, with or without an adapter.
     pub model: &'a Llama,
-    /// What turns its tokens into text.
+    /// The tokenizer that decodes its tokens.
     pub tokenizer: &'a Tokenizer,
 }
 
-/// A row that is being continued.
+/// A sequence that is being continued.
 struct Row {
-    /// The prompt and what was written.
+    /// The prompt and the new tokens.
     ids: Vec<u32>,
     prompt: usize,
     text: GrowingText,
@@ -107,14 +109,16 @@ struct Row {
 }
 
 impl Generator<'_> {
-    /// Continues each prompt. `on_text(row, piece)` gets the text as it comes, in whole characters.
+    /// Continues each prompt. `on_text(row, piece)` gets the text while it is generated, in whole
+    /// characters.
     ///
-    /// `first_row` is the number of the first prompt among all, for the draws of [`Sampling`].
+    /// `first_row` is the number of the first prompt among all prompts, for the random numbers of
+    /// [`Sampling`].
     ///
     /// # Errors
     ///
-    /// A prompt without tokens, longer than the model's positions, or with a token outside its vocabulary; a
-    /// device that fails.
+    /// A prompt without tokens, longer than the model's positions, or with a token outside its
+    /// vocabulary; a device that fails.
     pub fn generate(
         &self,
         prompts: &[&[u32]],
@@ -212,7 +216,7 @@ impl Generator<'_> {
     }
 }
 
-/// Scores on the host.
+/// Logits on the host.
 fn read(scores: Tensor<2>) -> Result<Vec<f32>, GenerateError> {
     let failed = |error: String| GenerateError::Device(error);
     let data = scores.try_into_data();

@@ -1,22 +1,22 @@
-//! From scores to the next token.
+//! From logits to the next token.
 
 use lora_core::CounterRng;
 
-/// How the next token is chosen. The steps come in transformers' order: repetition penalty, temperature,
-/// top-k, top-p, and a draw.
+/// How the next token is chosen, in transformers' order: repetition penalty, temperature, top-k,
+/// top-p, sampling.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Sampling {
-    /// 0 takes the most likely token; 1 draws from the model's own distribution.
+    /// 0 takes the most likely token; 1 samples from the model's own distribution.
     pub temperature: f64,
     /// Only the `k` most likely tokens; 0 for all.
     pub top_k: usize,
     /// Only the most likely tokens that together have this probability; 1 for all
     /// (Holtzman et al., 2019, <https://arxiv.org/abs/1904.09751>).
     pub top_p: f64,
-    /// Scores of tokens that are there already are divided by this if positive, else multiplied
+    /// Logits of tokens that already occurred are divided by this if positive, else multiplied
     /// (Keskar et al., 2019, <https://arxiv.org/abs/1909.05858>); 1 for none.
     pub repetition_penalty: f64,
-    /// Fixes every draw.
+    /// The seed for sampling.
     pub seed: u64,
 }
 
@@ -33,16 +33,17 @@ impl Default for Sampling {
 }
 
 impl Sampling {
-    /// Whether the most likely token is taken.
+    /// Whether the most likely token is always taken.
     pub fn is_greedy(&self) -> bool {
         self.temperature == 0.0
     }
 
-    /// The next token of a row.
+    /// The next token of a sequence.
     ///
-    /// - `scores`: one a token of the vocabulary; changed on the way
-    /// - `seen`: the row's tokens so far, for the repetition penalty
-    /// - `row`, `step`: what the draw depends on, beside the seed: not on who else is in the batch
+    /// - `scores`: the logits, one per token of the vocabulary; changed by the function
+    /// - `seen`: the sequence's tokens so far, for the repetition penalty
+    /// - `row`, `step`: with the seed, they determine the random number; the rest of the batch does
+    ///   not
     pub fn next(&self, scores: &mut [f32], seen: &[u32], row: usize, step: usize) -> u32 {
         self.penalise(scores, seen);
         if self.is_greedy() {
@@ -86,7 +87,7 @@ impl Sampling {
         }
     }
 
-    /// What may be drawn with weights that need not add up to 1, the likeliest first.
+    /// The candidates with weights that need not add up to 1, the most likely first.
     fn candidates(&self, scores: &[f32]) -> Vec<(u32, f64)> {
         let mut order: Vec<u32> = (0..scores.len() as u32)
             .filter(|token| !scores[*token as usize].is_nan())
@@ -106,7 +107,7 @@ impl Sampling {
         if self.top_p < 1.0 {
             let wanted = self.top_p * weights.iter().map(|(_, weight)| weight).sum::<f64>();
             let mut sum = 0.0;
-            // Up to and with the token that reaches the probability; always one.
+            // Up to and including the token that reaches the probability; at least one.
             let kept = weights.iter().position(|(_, weight)| {
                 sum += weight;
                 sum >= wanted
@@ -117,7 +118,7 @@ impl Sampling {
     }
 }
 
-/// The first of the largest scores, as `argmax` gives it elsewhere.
+/// The first of the largest values, as `argmax` elsewhere.
 fn largest(scores: &[f32]) -> u32 {
     let mut best = (0, f32::NEG_INFINITY);
     for (token, score) in scores.iter().enumerate() {
@@ -197,7 +198,7 @@ mod tests {
             500,
         );
         assert_eq!(counts, [0, 0, 500]);
-        // 0.7 is not enough for 0.75: the next one is in.
+        // 0.7 is not enough for 0.75: the next one is included.
         let counts = drawn(
             &Sampling {
                 top_p: 0.75,

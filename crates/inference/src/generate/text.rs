@@ -1,48 +1,49 @@
-//! A row's text as it grows: pieces that are whole characters, and the strings it stops at.
+//! A sequence's text as it grows: pieces of whole characters, and the stop strings.
 
 use tokenizers::Tokenizer;
 
 use data::contained::decoded;
 
-/// What the tokenizer puts where bytes are not (yet) a character.
+/// The tokenizer's text for bytes that are not (yet) a character.
 const INCOMPLETE: char = '\u{fffd}';
 
-/// Tokens without text that are kept as context.
+/// The most tokens without text that are kept as context.
 const LONGEST_CONTEXT: usize = 32;
 
-/// A row's tokens so far, as text.
+/// A sequence's tokens so far, as text.
 #[derive(Debug, Clone, Default)]
 pub(super) struct GrowingText {
     ids: Vec<u32>,
-    /// The text of `ids[..known]`'s tokens, which can no longer change.
+    /// The text of the tokens `ids[..known]`, which can no longer change.
     text: String,
-    /// Tokens before this one have been given out, or are context for the ones after.
+    /// Tokens before this one have been returned, or are context for later ones.
     start: usize,
     known: usize,
-    /// How much of `text` was given out.
+    /// How much of `text` has been returned.
     given: usize,
 }
 
 impl GrowingText {
-    /// Adds a token. An id that the tokenizer does not have, as where a vocabulary was padded, adds no text.
+    /// Adds a token. An id that is not in the tokenizer, as in a padded vocabulary, adds no text.
     pub(super) fn push(&mut self, id: u32, tokenizer: &Tokenizer) {
         self.ids.push(id);
-        // Tokens are decoded with some before them: what a token's text is may depend on its neighbours, as
-        // where a space before a word is dropped at the beginning of a text.
+        // Tokens are decoded together with some earlier ones, because a token's text may depend on
+        // its neighbours: a space before a word is dropped at the beginning of a text.
         let before = decode(tokenizer, &self.ids[self.start..self.known]);
         let now = decode(tokenizer, &self.ids[self.start..]);
         if now.ends_with(INCOMPLETE) && self.ids.len() - self.known < 8 {
             return;
         }
         match now.strip_prefix(before.as_str()) {
-            // Tokens without a text of their own, as special ones, are no context: a space that follows them
-            // would be taken for the first of a text. Not without end: each is decoded again every time.
+            // Tokens without text of their own, such as special tokens, are not a context: a space
+            // after them would be taken for the first of a text. The number is limited, because
+            // each is decoded again every time.
             Some("") if self.ids.len() - self.start < LONGEST_CONTEXT => {}
             Some(new) => {
                 self.text.push_str(new);
                 self.start = self.known;
             }
-            // A decoder that rewrites what was there: begin anew with this token.
+            // A decoder that rewrites earlier text: start again with this token.
             None => {
                 self.text += &decode(tokenizer, &self.ids[self.known..]);
                 self.start = self.known;
@@ -51,7 +52,8 @@ impl GrowingText {
         self.known = self.ids.len();
     }
 
-    /// What can be shown of the text and was not yet: not the beginning of what may become a stop string.
+    /// The text that can be shown and has not been returned; without an ending that may become a
+    /// stop string.
     pub(super) fn take(&mut self, stop: &[String]) -> &str {
         let held = stop.iter().map(|stop| overlap(&self.text, stop)).max();
         let end = self.text.len() - held.unwrap_or(0);
@@ -60,7 +62,7 @@ impl GrowingText {
         &self.text[start..end]
     }
 
-    /// If a stop string is there, ends the text before the first of them.
+    /// If a stop string occurs, ends the text before the first of them.
     pub(super) fn stops(&mut self, stop: &[String]) -> bool {
         let found = stop.iter().filter_map(|stop| self.text.find(stop.as_str()));
         match found.min() {
@@ -72,7 +74,7 @@ impl GrowingText {
         }
     }
 
-    /// The text is over: what was an incomplete character stays one.
+    /// The end of the text: an incomplete character stays incomplete.
     pub(super) fn finish(&mut self, tokenizer: &Tokenizer) {
         let before = decode(tokenizer, &self.ids[self.start..self.known]);
         let now = decode(tokenizer, &self.ids[self.start..]);
@@ -88,7 +90,7 @@ impl GrowingText {
     }
 }
 
-/// Special tokens are no text.
+/// Special tokens have no text.
 fn decode(tokenizer: &Tokenizer, ids: &[u32]) -> String {
     decoded(tokenizer, ids, true)
 }
@@ -107,7 +109,7 @@ fn overlap(text: &str, stop: &str) -> usize {
 mod tests {
     use super::*;
 
-    /// Bytes as tokens: what a byte-level tokenizer falls back to.
+    /// Bytes as tokens: the fallback of a byte-level tokenizer.
     fn bytes() -> Tokenizer {
         let alphabet = tokenizers::pre_tokenizers::byte_level::ByteLevel::alphabet();
         let mut alphabet: Vec<char> = alphabet.into_iter().collect();
@@ -156,7 +158,8 @@ mod tests {
         }
     }
 
-    /// Llama 2's kind of tokenizer: a space is ▁, the first of a text is dropped, unknown characters are bytes.
+    /// A tokenizer like Llama 2's: a space is ▁, the first space of a text is dropped, unknown
+    /// characters are bytes.
     fn sentence_pieces() -> Tokenizer {
         let mut vocab = serde_json::Map::new();
         for token in ["</s>", "▁", "▁a", "b", "▁▁"] {
@@ -184,12 +187,12 @@ mod tests {
         let bytes = |text: &str| text.bytes().map(|byte| 5 + byte as u32).collect::<Vec<_>>();
         for ids in [
             vec![2, 3, 2, 2],
-            // A special token in the middle: the space behind it is no text's first.
+            // A special token in the middle: the space after it is not the first of a text.
             vec![2, 0, 2, 3],
             vec![0, 0, 2, 0, 2],
             vec![1, 2, 4, 4, 1, 3],
             [vec![2], bytes("€"), vec![2], bytes("日"), bytes("本")].concat(),
-            // Bytes that are no character, in the middle and at the end.
+            // Bytes that are not a character, in the middle and at the end.
             [
                 vec![2],
                 bytes("€")[..2].to_vec(),

@@ -1,10 +1,10 @@
-//! What can be wrong with a checkpoint, or with resuming from one.
+//! Errors of checkpoints, and of resuming from one.
 
 use std::fmt;
 use std::io;
 use std::path::PathBuf;
 
-/// Why a checkpoint cannot be written, read, or gone on from.
+/// Why a checkpoint cannot be written, read, or resumed from.
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
     /// A file cannot be read or written.
@@ -14,10 +14,10 @@ pub enum CheckpointError {
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: io::Error,
     },
-    /// A checkpoint that is not whole.
+    /// A checkpoint that is incomplete or damaged.
     #[error("{} is damaged: {reason}", folder.display())]
     Damaged {
         /// The checkpoint.
@@ -25,9 +25,9 @@ pub enum CheckpointError {
         /// What is wrong with it.
         reason: String,
     },
-    /// No checkpoint of a run is whole.
+    /// No checkpoint of the run is intact.
     #[error(
-        "no checkpoint in {} is whole; --overwrite starts the run again:{}",
+        "no checkpoint in {} is intact; --overwrite starts the run again:{}",
         folder.display(),
         list(damaged)
     )]
@@ -37,7 +37,7 @@ pub enum CheckpointError {
         /// What is wrong with each.
         damaged: Vec<String>,
     },
-    /// There is nothing to go on from.
+    /// There is no checkpoint to resume from.
     #[error(
         "{} holds no checkpoint to resume from; give the output folder of a run, or one of its checkpoints, \
          or leave --resume out to start from the beginning",
@@ -47,16 +47,16 @@ pub enum CheckpointError {
         /// Where one was looked for.
         folder: PathBuf,
     },
-    /// The tensors cannot be made sense of.
+    /// The file of tensors is not valid.
     #[error("not a valid file of training tensors: {reason}")]
     Tensors {
         /// What is wrong.
         reason: String,
     },
-    /// A parameter of the model and one of the checkpoint do not go together.
+    /// A parameter of the model does not match the checkpoint.
     #[error(
-        "the checkpoint does not fit this configuration: the parameter {name} {problem}; what is adapted \
-         (lora_r, target_modules, …) cannot change within a run, not even with --force-resume"
+        "the checkpoint does not fit this configuration: the parameter {name} {problem}; the adapted modules \
+         and their rank (target_modules, lora_r, …) cannot change within a run, not even with --force-resume"
     )]
     Parameter {
         /// Its path in the model.
@@ -64,10 +64,10 @@ pub enum CheckpointError {
         /// What is wrong.
         problem: String,
     },
-    /// The run would not be the one that the checkpoint is from.
+    /// The run differs from the one that the checkpoint is from.
     #[error(
-        "the run in {} was started with something else:{}\nput it back as it was, or go on all the same with \
-         --force-resume; the result is then that of neither",
+        "the run in {} was started with other settings or files:{}\nrestore them, or resume nevertheless with \
+         --force-resume; the result then matches neither run",
         folder.display(),
         list(changes)
     )]
@@ -83,7 +83,7 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
-    /// Whether it is for want of room on the disk.
+    /// Whether the cause is a full disk.
     pub fn is_full(&self) -> bool {
         let source = match self {
             Self::Io { source, .. } => source,

@@ -1,4 +1,4 @@
-//! What a run was made from: the base model's, the tokenizer's and the data's files, by their hashes.
+//! The files that a run was made from, by their hashes: base model, tokenizer and data.
 
 use std::fs;
 use std::io;
@@ -24,13 +24,13 @@ const TOKENIZER: [&str; 6] = [
 /// The files that a run reads.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Fingerprint {
-    /// `config.json` and the weights; of large files, samples are hashed.
+    /// `config.json` and the weights; large files are hashed by samples.
     pub base_model: Vec<Mark>,
     /// The tokenizer and what belongs to it.
     pub tokenizer: Vec<Mark>,
-    /// Training rows.
+    /// Training data.
     pub train: Vec<Mark>,
-    /// Validation rows, where they have a file of their own.
+    /// Validation data, if it has a file of its own.
     pub validation: Vec<Mark>,
 }
 
@@ -43,7 +43,7 @@ pub struct Mark {
     pub bytes: u64,
     /// SHA-256, of samples where the file is large.
     pub sha256: String,
-    /// Where it was, and when it was last changed; not kept in a checkpoint.
+    /// Its path and its time of modification; not saved in a checkpoint.
     #[serde(skip)]
     place: Option<(PathBuf, SystemTime)>,
 }
@@ -89,7 +89,7 @@ impl Fingerprint {
         })
     }
 
-    /// Every file that differs from `before`, in words.
+    /// Every file that differs from `before`, as sentences.
     pub fn changes_since(&self, before: &Self) -> Vec<String> {
         let parts = [
             ("the base model", &before.base_model, &self.base_model),
@@ -99,7 +99,7 @@ impl Fingerprint {
         ];
         let mut changes = Vec::new();
         for (what, before, now) in parts {
-            // One file may have another name; of several, the name says which is which.
+            // A single file may have another name; of several files, the name identifies each.
             if let ([before], [now]) = (before.as_slice(), now.as_slice()) {
                 if (before.bytes, &before.sha256) != (now.bytes, &now.sha256) {
                     changes.push(format!("{what}: {}", difference(before, now)));
@@ -108,7 +108,7 @@ impl Fingerprint {
             }
             for mark in before {
                 match now.iter().find(|other| other.name == mark.name) {
-                    None => changes.push(format!("{what}: {} is gone", mark.name)),
+                    None => changes.push(format!("{what}: {} is missing", mark.name)),
                     Some(other) if other != mark => {
                         changes.push(format!("{what}: {}", difference(mark, other)));
                     }
@@ -124,7 +124,7 @@ impl Fingerprint {
         changes
     }
 
-    /// The data files that are no longer what they were when this was made.
+    /// The data files that have changed since this was made.
     pub fn changed_data(&self) -> Vec<PathBuf> {
         let data = self.train.iter().chain(&self.validation);
         let changed = data.filter_map(|mark| {
@@ -176,7 +176,7 @@ fn marks(
     hash: fn(&Path) -> io::Result<String>,
 ) -> Result<Vec<Mark>, CheckpointError> {
     let marks = paths.into_iter().map(|path| {
-        // The date before the content: a change in between is then seen later.
+        // The time before the content: a change in between is then noticed later.
         let metadata = fs::metadata(&path).map_err(io("read", &path))?;
         let name = path.file_name().unwrap_or_default();
         Ok(Mark {
@@ -229,7 +229,7 @@ mod tests {
         let changes = Fingerprint::of(&files).unwrap().changes_since(&before);
         let starts = [
             "the base model: a.safetensors has changed: 1 bytes",
-            "the base model: b.safetensors is gone",
+            "the base model: b.safetensors is missing",
             "the tokenizer: tokenizer.json has changed: 6 bytes",
             "the tokenizer: chat_template.jinja is new",
             "the training data: rows.jsonl has changed: 4 bytes",

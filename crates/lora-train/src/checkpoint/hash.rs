@@ -1,4 +1,4 @@
-//! SHA-256 of files, in pieces.
+//! SHA-256 of files, read in chunks.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -6,7 +6,7 @@ use std::path::Path;
 
 use sha2::{Digest, Sha256};
 
-/// Larger files are hashed by samples where a sample will do.
+/// Larger files are hashed by samples, if samples are enough.
 const WHOLE: u64 = 64 << 20;
 /// Of a sampled file, one block of [`BLOCK`] bytes is read at each multiple of this.
 const EVERY: u64 = 4 << 20;
@@ -24,7 +24,7 @@ pub fn of_bytes(bytes: &[u8]) -> String {
 ///
 /// # Errors
 ///
-/// What the system says.
+/// The system's error.
 pub fn of_file(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let mut hash = Sha256::new();
@@ -40,12 +40,13 @@ pub fn of_file(path: &Path) -> io::Result<String> {
 /// SHA-256 of a file of up to 64 MiB; of a larger one, `sampled:` and SHA-256 of its length, its first and
 /// last MiB and 64 KiB of every 4 MiB between.
 ///
-/// That is enough to tell models apart, whose weights differ everywhere, and a file that was cut off; a
-/// single changed byte in gigabytes can escape it. Reading all of them would take minutes at every start.
+/// That is enough to distinguish models, whose weights differ everywhere, and to notice a truncated
+/// file. A single changed byte in gigabytes can escape it. Reading everything would take minutes at
+/// every start.
 ///
 /// # Errors
 ///
-/// What the system says.
+/// The system's error.
 pub fn of_large_file(path: &Path) -> io::Result<String> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();

@@ -1,5 +1,5 @@
-//! Keeps a run's work: writes its checkpoints when they are due and its adapter when there is a better one,
-//! and lets the run go on where the disk does not take them.
+//! Saves a run's work: writes its checkpoints when they are due and its adapter when there is a
+//! better one, and lets the run continue if the disk is full.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -17,7 +17,7 @@ const COPYING: f64 = 0.01;
 /// How long a finished run waits for room for its adapter.
 const PATIENCE: Duration = Duration::from_secs(3600);
 
-/// How often the user is told that checkpoints cannot be written.
+/// How often the user is reminded that checkpoints cannot be written.
 const REMINDER: Duration = Duration::from_secs(60);
 
 /// The adapter that is kept.
@@ -26,7 +26,7 @@ enum Kept {
     Files(Vec<AdapterFile>),
 }
 
-/// What keeps a run's work.
+/// Saves a run's work.
 pub struct Keeper {
     store: Store,
     adapter: PathBuf,
@@ -36,14 +36,14 @@ pub struct Keeper {
     save_total_limit: Option<usize>,
     files: Fingerprint,
     kept: Option<Kept>,
-    /// The adapter's folder does not have what is kept.
+    /// The adapter's folder is out of date.
     owed: bool,
-    /// The user knows.
+    /// The user was informed.
     told: bool,
     /// The last step with a checkpoint on the disk.
     newest: Option<usize>,
     written: Instant,
-    /// The last checkpoint was not written, and the user was told then.
+    /// When the last failure to write a checkpoint was reported.
     failed: Option<Instant>,
     copy: Option<Snapshot>,
     copied: Instant,
@@ -52,8 +52,8 @@ pub struct Keeper {
 }
 
 impl Keeper {
-    /// For a run in this folder that reads these files, and goes on from `checkpoint` if there is one; an epoch of it has
-    /// so many steps.
+    /// For a run in this folder that reads these files, and resumes from `checkpoint` if there is
+    /// one; an epoch of it has so many steps.
     ///
     /// # Errors
     ///
@@ -68,7 +68,7 @@ impl Keeper {
         let kept = checkpoint.map(Checkpoint::kept).transpose()?;
         let kept = kept.filter(|files| !files.is_empty());
         let store = folder.checkpoints();
-        // A run may go on in another folder; there it has no checkpoint yet.
+        // A run may resume in another folder, where it has no checkpoint yet.
         let here = checkpoint.filter(|checkpoint| checkpoint.folder().starts_with(store.folder()));
         Ok(Self {
             adapter: folder.adapter(),
@@ -101,7 +101,7 @@ impl Keeper {
         self.newest
     }
 
-    /// Whether checkpoints are wanted at all.
+    /// Whether checkpoints are written at all.
     pub fn is_on(&self) -> bool {
         self.save_steps.is_some() || self.save_minutes.is_some()
     }
@@ -115,12 +115,12 @@ impl Keeper {
         steps || seconds.is_some_and(|seconds| self.written.elapsed().as_secs_f64() >= seconds)
     }
 
-    /// Whether it is time for a copy on the host, for the case that the device is lost.
+    /// Whether a copy on the host is due, in case the device is lost.
     pub fn wants_copy(&self) -> bool {
         self.copying.as_secs_f64() <= COPYING * self.copied.elapsed().as_secs_f64()
     }
 
-    /// Keeps a copy on the host, which took so long to make.
+    /// Keeps a copy on the host; making it took this long.
     pub fn copy(&mut self, snapshot: Snapshot, took: Duration) {
         self.copy = Some(snapshot);
         self.copying = took;
@@ -133,8 +133,8 @@ impl Keeper {
         self.owed = true;
     }
 
-    /// Writes a checkpoint. If the disk is full, older ones give up their place; if that does not help, the
-    /// user is told and the run goes on.
+    /// Writes a checkpoint. If the disk is full, older ones are removed; if that is not enough, the
+    /// user is informed and the run continues.
     pub fn write(&mut self, snapshot: &Snapshot, screen: &Screen) {
         self.written = Instant::now();
         self.watch_data(screen);
@@ -142,7 +142,7 @@ impl Keeper {
         let step = progress.step;
         let mut written = self.try_write(snapshot);
         if written.as_ref().is_err_and(CheckpointError::is_full) && self.newest.is_some() {
-            // Room for the new one: the newest that is there stays until then.
+            // Room for the new one: the newest existing checkpoint stays until then.
             let newest = self.newest.unwrap_or(0);
             let pruned = self.store.prune(newest, Some(1), None);
             log::debug!("the disk is full; older checkpoints removed: {pruned:?}");
@@ -157,7 +157,7 @@ impl Keeper {
                 }
                 let limit = self.save_total_limit;
                 if let Err(error) = self.store.prune(step, limit, progress.kept) {
-                    screen.note(&format!("an old checkpoint stays: {error}"));
+                    screen.note(&format!("an old checkpoint could not be removed: {error}"));
                 }
             }
             // Not at every try.
@@ -165,11 +165,11 @@ impl Keeper {
             Err(error) => {
                 self.failed = Some(Instant::now());
                 let newest = match self.newest {
-                    Some(newest) => format!("the newest is that of step {newest}"),
+                    Some(newest) => format!("the newest one is of step {newest}"),
                     None => "there is none yet".into(),
                 };
                 screen.note(&format!(
-                    "step {step}: no checkpoint, {newest}: {error}. The run goes on and tries again"
+                    "step {step}: the checkpoint could not be written, {newest}: {error}. The run continues and tries again"
                 ));
             }
         }
@@ -177,7 +177,7 @@ impl Keeper {
 
     fn try_write(&self, snapshot: &Snapshot) -> Result<(), CheckpointError> {
         let progress = &snapshot.state.progress;
-        // Where it is the adapter of this very step, the checkpoint has it anyway.
+        // If it is the adapter of this very step, the checkpoint holds it anyway.
         let other = progress.kept.is_some_and(|kept| kept != progress.step);
         let kept = self.kept.as_ref().filter(|_| other);
         let write_kept = |folder: &Path| kept.map_or(Ok(()), |kept| kept.write(folder));
@@ -185,7 +185,7 @@ impl Keeper {
         written.map(|_| ())
     }
 
-    /// Puts the adapter that is kept into its folder, if it is not there yet; says so where it cannot.
+    /// Writes the kept adapter into its folder if it is not there yet, and reports a failure.
     pub fn write_adapter(&mut self, screen: &Screen) {
         if !self.owed {
             return;
@@ -199,7 +199,7 @@ impl Keeper {
             Err(error) => {
                 self.told = true;
                 screen.note(&format!(
-                    "the adapter stays as it was: {error}. The run goes on and tries again"
+                    "the adapter could not be written: {error}. The run continues and tries again"
                 ));
             }
         }
@@ -216,7 +216,7 @@ impl Keeper {
     ///
     /// # Errors
     ///
-    /// If there is none within an hour, or somebody asks the run to stop.
+    /// If there is no room within an hour, or the run is asked to stop.
     pub fn finish(
         &mut self,
         interrupt: &Interrupt,
@@ -233,8 +233,8 @@ impl Keeper {
                 Err(error) => {
                     if !told {
                         screen.note(&format!(
-                            "the run is over, but {error}. Make room: this is tried again until it works, for an \
-                             hour. Ctrl-C gives the adapter up"
+                            "the run is over, but {error}. Make room: writing is tried again for up to an \
+                             hour. Ctrl-C discards the adapter"
                         ));
                     }
                     told = true;
@@ -248,7 +248,8 @@ impl Keeper {
         Ok(())
     }
 
-    /// After a failure: makes a checkpoint of the last copy, if that is newer than the last checkpoint.
+    /// After a failure: writes a checkpoint of the last copy if that is newer than the last
+    /// checkpoint.
     pub fn rescue(&mut self, screen: &Screen) {
         let copy = self.copy.take();
         let newer = copy.filter(|copy| Some(copy.state.progress.step) > self.newest);
@@ -257,13 +258,13 @@ impl Keeper {
         }
     }
 
-    /// Says once which data files are no longer what the run has read.
+    /// Reports once which data files have changed since the run read them.
     fn watch_data(&mut self, screen: &Screen) {
         for path in self.files.changed_data() {
             if !self.changed.contains(&path) {
                 screen.note(&format!(
-                    "{} has changed since the run read it. The run goes on with what it has read; resuming will \
-                     ask for the file as it was",
+                    "{} has changed since the run read it. The run continues with the data it has read; resuming will \
+                     require the original file",
                     path.display()
                 ));
                 self.changed.push(path);
@@ -279,7 +280,8 @@ impl Kept {
             Self::Files(files) => {
                 for (name, bytes) in files {
                     let path = folder.join(name);
-                    // What is there already is not written again: a resumed run mostly finds it so.
+                    // Files that are already there are not written again; that is usual after
+                    // resuming.
                     if std::fs::read(&path).is_ok_and(|there| there == *bytes) {
                         continue;
                     }

@@ -1,5 +1,5 @@
-//! `manifest.json`: the files of a checkpoint with their lengths and hashes. It is written last, so a
-//! checkpoint without it, or one that it does not describe, is not whole.
+//! `manifest.json`: the files of a checkpoint with their lengths and hashes. It is written last, so
+//! a checkpoint without it, or with other files than it describes, is incomplete.
 
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -14,7 +14,7 @@ use super::{CheckpointError, hash};
 
 /// Its name.
 pub const MANIFEST: &str = "manifest.json";
-/// No manifest of ours comes near this.
+/// A larger file is not a manifest.
 const LARGEST: u64 = 1 << 20;
 
 /// The files of a checkpoint.
@@ -31,7 +31,7 @@ struct Entry {
 }
 
 impl Manifest {
-    /// Of every file in `folder` and in the folders in it.
+    /// Of every file in `folder` and its subfolders.
     ///
     /// # Errors
     ///
@@ -63,12 +63,12 @@ impl Manifest {
 
     /// As JSON.
     pub fn to_bytes(&self) -> Vec<u8> {
-        // Strings and numbers only: nothing that JSON could not say.
+        // Strings and numbers only, which JSON can always represent.
         serde_json::to_vec_pretty(self).unwrap_or_default()
     }
 
-    /// Reads the manifest in `folder` and holds every file against it. A file named in it that is not in
-    /// the folder itself, or in a folder in it, is none.
+    /// Reads the manifest in `folder` and checks every file against it. A name that leads out of
+    /// the folder is an error.
     ///
     /// # Errors
     ///
@@ -95,7 +95,7 @@ impl Manifest {
             let plain = |part: &Component| matches!(part, Component::Normal(_));
             if parts.is_empty() || parts.len() > 2 || !parts.iter().all(plain) {
                 return Err(damaged(format!(
-                    "{MANIFEST} names {name:?}, which leads out of it"
+                    "{MANIFEST} names {name:?}, which leads out of the checkpoint"
                 )));
             }
             let path = folder.join(name);
@@ -103,14 +103,14 @@ impl Manifest {
                 fs::metadata(&path).map_err(|error| damaged(format!("{name}: {error}")))?;
             if !length.is_file() || length.len() != entry.bytes {
                 return Err(damaged(format!(
-                    "{name} has {} bytes, and should have {}",
+                    "{name} has {} bytes, expected {}",
                     length.len(),
                     entry.bytes
                 )));
             }
             let hash = hash::of_file(&path).map_err(|error| damaged(format!("{name}: {error}")))?;
             if hash != entry.sha256 {
-                return Err(damaged(format!("{name} is not what was written")));
+                return Err(damaged(format!("{name} has changed since it was written")));
             }
         }
         Ok(manifest)
@@ -148,9 +148,9 @@ mod tests {
 
         let problem = || Manifest::check(folder.path()).unwrap_err().to_string();
         fs::write(path("adapter/weights"), "Weights").unwrap();
-        assert!(problem().contains("adapter/weights is not what was written"));
+        assert!(problem().contains("adapter/weights has changed since it was written"));
         fs::write(path("adapter/weights"), "weight").unwrap();
-        assert!(problem().contains("adapter/weights has 6 bytes, and should have 7"));
+        assert!(problem().contains("adapter/weights has 6 bytes, expected 7"));
         fs::remove_file(path("adapter/weights")).unwrap();
         assert!(problem().contains("adapter/weights: "));
         fs::write(path(MANIFEST), &manifest.to_bytes()[..20]).unwrap();

@@ -1,22 +1,22 @@
-//! Checkpoints: everything that a run needs to go on as if nothing had happened.
+//! Checkpoints: everything that is needed to resume a run with the same result.
 //!
 //! ```text
 //! OUTPUT/checkpoints/step-000123/
 //!   manifest.json                lengths and SHA-256 of the files below
-//!   state.json                   step, best validation, division of rows, hashes of model, tokenizer and data
+//!   state.json                   step, best validation, micro-batches, hashes of model, tokenizer and data
 //!   config.toml                  the resolved configuration
-//!   training.safetensors         what is trained, with AdamW's moments, in f32
-//!   adapter/                     the adapter of this step, which PEFT loads as it is
-//!   kept/                        the adapter kept so far, where that is another one
+//!   training.safetensors         trainable parameters and AdamW's moments, in f32
+//!   adapter/                     the adapter of this step, which PEFT can load
+//!   kept/                        the adapter kept so far, if it is of another step
 //! ```
 //!
-//! | file | what is there |
+//! | file | contents |
 //! | --- | --- |
-//! | `state.rs`, `tensors.rs` | what is kept |
+//! | `state.rs`, `tensors.rs` | the saved state |
 //! | `fingerprint.rs`, `hash.rs`, `manifest.rs` | hashes of what a run reads, and of a checkpoint's files |
-//! | `store.rs` | the folder of checkpoints: written whole, found, pruned |
-//! | `keeper.rs` | when a run writes one, and what it does when it cannot |
-//! | `resume.rs` | the newest whole one, and whether the run is still the same |
+//! | `store.rs` | the folder of checkpoints: writing atomically, finding, pruning |
+//! | `keeper.rs` | when a run writes one, and what happens if it cannot |
+//! | `resume.rs` | the newest intact one, and whether the run is still the same |
 
 mod error;
 mod fingerprint;
@@ -49,15 +49,15 @@ const CONFIG: &str = "config.toml";
 const TENSORS: &str = "training.safetensors";
 const ADAPTER: &str = "adapter";
 const KEPT: &str = "kept";
-/// No state of ours comes near this.
+/// A larger file is not a state file.
 const LARGEST_STATE: u64 = 16 << 20;
 
-/// What a checkpoint is made of, on the host.
+/// The contents of a checkpoint, on the host.
 #[derive(Debug, Clone)]
 pub struct Snapshot {
-    /// Where the run is.
+    /// The progress of the run.
     pub state: State,
-    /// What is trained, with the optimizer's state.
+    /// The trainable parameters with the optimizer's state.
     pub tensors: TrainingTensors,
     /// The adapter of this step.
     pub adapter: (AdapterConfig, AdapterTensors),
@@ -66,19 +66,19 @@ pub struct Snapshot {
 /// A file of an adapter: its name in the adapter's folder, and its bytes.
 pub type AdapterFile = (String, Vec<u8>);
 
-/// A checkpoint on the disk that is whole.
+/// An intact checkpoint on the disk.
 #[derive(Debug)]
 pub struct Checkpoint {
     folder: PathBuf,
     manifest: Manifest,
-    /// Where the run was.
+    /// The state of the run.
     pub state: State,
-    /// The configuration that the run had.
+    /// The configuration of the run.
     pub config: Config,
 }
 
 impl Checkpoint {
-    /// Reads a checkpoint, every file held against its hash.
+    /// Reads a checkpoint and checks every file against its hash.
     ///
     /// # Errors
     ///
@@ -122,18 +122,18 @@ impl Checkpoint {
         &self.folder
     }
 
-    /// What is trained, with the optimizer's state.
+    /// The trainable parameters with the optimizer's state.
     ///
     /// # Errors
     ///
-    /// A file that is not what it should be.
+    /// A file that is not valid.
     pub fn tensors(&self) -> Result<TrainingTensors, CheckpointError> {
         let path = self.folder.join(TENSORS);
         let bytes = fs::read(&path).map_err(io("read", &path))?;
         TrainingTensors::from_bytes(&bytes)
     }
 
-    /// The files of the adapter kept so far; none before the first validation.
+    /// The files of the adapter kept so far; empty before the first validation.
     ///
     /// # Errors
     ///

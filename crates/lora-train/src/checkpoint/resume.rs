@@ -1,4 +1,4 @@
-//! Going on: the newest whole checkpoint of a run, and whether the run is still the same.
+//! Resuming: the newest intact checkpoint of a run, and whether the run is still the same.
 
 use std::path::{Path, PathBuf};
 
@@ -8,30 +8,31 @@ use super::error::CheckpointError;
 use super::{Checkpoint, Division, Fingerprint, Store};
 use run_config::Config;
 
-/// Where a run goes on from.
+/// What to resume from.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Resume {
     /// The folder of a run, or one of its checkpoints.
     pub from: PathBuf,
     /// Start from the beginning if there is no checkpoint (`--resume auto`).
     pub or_start: bool,
-    /// Go on although the configuration or a file has changed (`--force-resume`).
+    /// Resume although the configuration or a file has changed (`--force-resume`).
     pub force: bool,
 }
 
-/// A checkpoint that a run goes on from.
+/// A checkpoint that a run resumes from.
 #[derive(Debug)]
 pub struct Resumed {
     /// The checkpoint.
     pub checkpoint: Checkpoint,
-    /// What the user should know: newer ones that are damaged, changes that were forced.
+    /// Notes to the user: newer checkpoints that are damaged, changes that were forced.
     pub notes: Vec<String>,
-    /// The run is not the one that the checkpoint is from.
+    /// Whether the run differs from the one that the checkpoint is from.
     pub forced: bool,
 }
 
-/// Keys that a run may change on the way: where it writes, what it shows, how it keeps itself safe, and what
-/// changes no bit of the result. Of files, the content is compared and not the path.
+/// Keys that may change when a run is resumed: those that change no bit of the result, such as the
+/// output folder and the frequency of checkpoints. For files, the content is compared and not the
+/// path.
 const FREE: [&str; 15] = [
     "base_model",
     "dataset_path",
@@ -50,8 +51,8 @@ const FREE: [&str; 15] = [
     "check_every",
 ];
 
-/// The folder of the run that a path belongs to: the path of a checkpoint, of the folder of checkpoints, or
-/// of the run itself.
+/// The run's folder for the path of a checkpoint, of the folder of checkpoints, or of the run
+/// itself.
 pub fn run_folder(path: &Path) -> PathBuf {
     let name = |path: &Path| {
         path.file_name()
@@ -70,26 +71,27 @@ pub fn run_folder(path: &Path) -> PathBuf {
     }
 }
 
-/// The configuration of the checkpoint that a path leads to, or of the newest of the run that it leads to;
-/// `None` where it leads to neither.
+/// The configuration of the checkpoint at a path, or of the newest one if the path is a run's
+/// folder; `None` if the path is neither.
 pub fn config_of(path: &Path) -> Option<PathBuf> {
     let folder = run_folder(path);
     let store = Store::new(folder.join("checkpoints"));
     let newest = store.steps().into_iter().map(|step| store.path(step));
     let checkpoint = (folder != path).then(|| path.to_path_buf());
-    // The run's own comes last: it may be of a session that saved nothing.
+    // The run's own file comes last: it may be of a session that saved nothing.
     let places = checkpoint.into_iter().chain(newest).chain([folder]);
     let mut files = places.map(|place| place.join("config.toml"));
     files.find(|file| file.is_file())
 }
 
 impl Resume {
-    /// Opens the checkpoint to go on from; of a run, the newest that is whole. `None` where a start from the
-    /// beginning is asked for. `owned` says that this process holds the run's lock, and may tidy up.
+    /// Opens the checkpoint to resume from: for a run's folder, the newest that is intact. `None`
+    /// if the run is to start from the beginning. `owned` means that this process holds the run's
+    /// lock and may clean up.
     ///
     /// # Errors
     ///
-    /// If there is none, or none that is whole.
+    /// If there is no checkpoint, or no intact one.
     pub fn open(&self, owned: bool) -> Result<Option<Resumed>, CheckpointError> {
         let folder = run_folder(&self.from);
         let named = self
@@ -115,7 +117,7 @@ impl Resume {
                     let step = checkpoint.state.progress.step;
                     let notes = damaged.into_iter();
                     let notes = notes
-                        .map(|problem| format!("{problem}; going on from step {step} instead"));
+                        .map(|problem| format!("{problem}; resuming from step {step} instead"));
                     return Ok(Some(Resumed {
                         checkpoint,
                         notes: notes.collect(),
@@ -138,7 +140,8 @@ impl Resumed {
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Changed`] names everything that differs and matters; `force` makes notes of it.
+    /// [`CheckpointError::Changed`] lists every difference that matters; with `force` the
+    /// differences become notes.
     pub fn check(
         &mut self,
         config: &Config,
@@ -163,20 +166,20 @@ impl Resumed {
         Ok(())
     }
 
-    /// How the run divided its rows.
+    /// The run's division into micro-batches.
     pub fn division(&self) -> Division {
         self.checkpoint.state.division
     }
 }
 
-/// Every key that differs and matters, in words.
+/// Every key that differs and matters, as sentences.
 fn config_changes(before: &Config, now: &Config) -> Vec<String> {
     let table = |config: &Config| config.to_toml().parse::<Table>().unwrap_or_default();
     let (before, now) = (table(before), table(now));
     let keys = now.iter().filter(|(key, _)| !FREE.contains(&key.as_str()));
     let changed = keys.filter_map(|(key, value)| {
         let old = before.get(key);
-        let said = old.map_or_else(|| "not there".into(), ToString::to_string);
+        let said = old.map_or_else(|| "not set".into(), ToString::to_string);
         (old != Some(value)).then(|| format!("{key} is {value}, was {said}"))
     });
     changed.collect()

@@ -1,4 +1,4 @@
-//! `state.json`: where a run is.
+//! `state.json`: the progress of a run.
 
 use serde::{Deserialize, Serialize};
 
@@ -8,59 +8,60 @@ use crate::screen::Scores;
 use data::Prefixes;
 use train_step::loss_scale::LossScale;
 
-/// The version of the format; a program reads its own only.
+/// The version of the format; a program reads only its own version.
 pub const FORMAT: u32 = 1;
 
-/// A run's place between two optimizer steps.
+/// The state of a run between two optimizer steps.
 ///
-/// `step` and the configuration's `seed` are the position in the learning rate's schedule, in the data and
-/// in the dropout's random numbers: all three are functions of the two and need nothing that came before.
-/// A checkpoint lies between two steps, so no gradients are on their way either.
+/// `step` and the configuration's `seed` determine the position in the learning rate's schedule, in
+/// the data and in the dropout's random numbers: all three are functions of the two. A checkpoint
+/// lies between two steps, so it holds no gradients.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct State {
     /// [`FORMAT`].
     pub format: u32,
     /// The program and its version.
     pub program: String,
-    /// The device, for the user; a run may go on on another.
+    /// The device, for the user; a run may resume on another one.
     pub device: String,
     /// Steps in all.
     pub total_steps: usize,
-    /// What has happened so far.
+    /// The progress.
     pub progress: Progress,
-    /// How rows are divided.
+    /// The division into micro-batches.
     pub division: Division,
     /// Bytes of `metrics.jsonl` that belong to these steps.
     pub metrics_bytes: u64,
     /// The files that the run reads.
     pub files: Fingerprint,
-    /// What the chat template took for now when the run started, in seconds since 1970, where it writes the date.
+    /// The time that the chat template took as the present when the run started, in seconds since
+    /// 1970, if the template writes the date.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template_time: Option<u64>,
 }
 
-/// What has happened in a run.
+/// The progress of a run.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Progress {
-    /// Optimizer steps done, those skipped included.
+    /// Optimizer steps done, including skipped ones.
     pub step: usize,
-    /// The validation after this step is still to come.
+    /// The validation after this step has not been done yet.
     pub owes_validation: bool,
     /// The base model's validation.
     #[serde(with = "scores")]
     pub base: Option<Scores>,
-    /// The step whose adapter is the one to keep, the best so far or the newest.
+    /// The step of the adapter to keep: the best so far, or the newest.
     pub kept: Option<usize>,
-    /// Its validation, where there are rows for one.
+    /// Its validation, if there is validation data.
     #[serde(with = "scores")]
     pub kept_scores: Option<Scores>,
-    /// Tokens of all rows trained on.
+    /// Tokens of all examples trained on.
     pub tokens: u64,
-    /// Seconds of work, in all sessions.
+    /// Seconds of work in all sessions.
     pub seconds: f64,
     /// Steps that were skipped because a loss or gradient was not finite.
     pub skipped: usize,
-    /// What keeps gradients in the range of f16; none in other types.
+    /// The loss scale, which keeps gradients in the range of f16; `None` in other types.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub loss_scale: Option<LossScale>,
 }
@@ -81,17 +82,17 @@ impl Progress {
         }
     }
 
-    /// What the learning rate is multiplied by: half for each step that was skipped.
+    /// The factor of the learning rate: halved for each skipped step.
     pub fn rate_factor(&self) -> f64 {
         0.5f64.powi(self.skipped.min(1000) as i32)
     }
 
-    /// Whether a run of so many steps has nothing left to do.
+    /// Whether a run of so many steps is complete.
     pub fn is_over(&self, total_steps: usize) -> bool {
         self.step >= total_steps && !self.owes_validation
     }
 
-    /// The step that comes next, counted from 1: the last one again where its validation is owed.
+    /// The next step, counted from 1: the last one again if its validation has not been done.
     pub fn next(&self) -> usize {
         if self.owes_validation {
             self.step
@@ -101,22 +102,22 @@ impl Progress {
     }
 }
 
-/// How a step's rows are divided, which memory decides. The sums of floats depend on it in their last bits,
-/// so a resumed run divides as before.
+/// The division of a step's examples into micro-batches, which depends on memory. The last bits of
+/// float sums depend on it, so a resumed run divides as before.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Division {
-    /// Rows of a micro-batch.
+    /// Examples per micro-batch.
     pub batch_size: usize,
-    /// Micro-batches of a step.
+    /// Micro-batches per step.
     pub gradient_accumulation_steps: usize,
-    /// Whether activations are recomputed; it changes no bit.
+    /// Whether gradient checkpointing is on; it changes no bit.
     pub gradient_checkpointing: bool,
-    /// Whether common beginnings are computed once.
+    /// Whether shared prefixes are computed once.
     pub share_prefixes: bool,
 }
 
 impl Division {
-    /// That of a run.
+    /// The division of a run.
     pub fn of(fit: &Fit) -> Self {
         Self {
             batch_size: fit.batch_size,
@@ -127,8 +128,8 @@ impl Division {
     }
 }
 
-/// Scores as text: numbers of JSON are read back with another last digit, or not at all where they are not
-/// finite, and the best validation would be another one.
+/// Scores as text: JSON numbers are read back with another last digit, or not at all if they are
+/// not finite, and the best validation would then be another one.
 mod scores {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -149,7 +150,7 @@ mod scores {
         let mut numbers = [0.0; 3];
         for (number, text) in numbers.iter_mut().zip(&texts) {
             let parsed = text.parse();
-            *number = parsed.map_err(|_| D::Error::custom(format!("{text:?} is no number")))?;
+            *number = parsed.map_err(|_| D::Error::custom(format!("{text:?} is not a number")))?;
         }
         let [loss, accuracy, row_accuracy] = numbers;
         Ok(Some(Scores {

@@ -1,4 +1,4 @@
-//! The folder of a run's checkpoints: a checkpoint appears in it whole or not at all.
+//! The folder of a run's checkpoints: a checkpoint appears in it complete or not at all.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use super::{ADAPTER, CONFIG, CheckpointError, KEPT, MANIFEST, Manifest, STATE, S
 const PREFIX: &str = "step-";
 /// A checkpoint that is being written.
 const WRITING: &str = ".writing";
-/// A checkpoint whose place another of the same step takes.
+/// A checkpoint that is being replaced by another of the same step.
 const REPLACED: &str = ".replaced";
 /// A checkpoint that is being removed.
 const GOING: &str = ".going";
@@ -21,7 +21,7 @@ pub struct Store {
 }
 
 impl Store {
-    /// Those in this folder, which need not be there.
+    /// The checkpoints in this folder, which need not exist.
     pub fn new(folder: PathBuf) -> Self {
         Self { folder }
     }
@@ -31,12 +31,12 @@ impl Store {
         &self.folder
     }
 
-    /// The checkpoint of a step, whether it is there or not.
+    /// The checkpoint of a step, whether it exists or not.
     pub fn path(&self, step: usize) -> PathBuf {
         self.folder.join(format!("{PREFIX}{step:06}"))
     }
 
-    /// The steps that have a checkpoint, the newest first; whether they are whole is not looked at.
+    /// The steps that have a checkpoint, the newest first. Whether they are intact is not checked.
     pub fn steps(&self) -> Vec<usize> {
         let Ok(entries) = fs::read_dir(&self.folder) else {
             return Vec::new();
@@ -50,12 +50,13 @@ impl Store {
         steps
     }
 
-    /// Tidies up after a run that was killed: what was being written or removed goes, and a checkpoint that
-    /// had given up its place gets it back. Only for the one process that holds the run's lock.
+    /// Cleans up after a run that was killed: files that were being written or removed are deleted,
+    /// and a checkpoint that was being replaced is restored. Only for the one process that holds
+    /// the run's lock.
     ///
     /// # Errors
     ///
-    /// What cannot be removed or renamed.
+    /// If something cannot be removed or renamed.
     pub fn sweep(&self) -> Result<(), CheckpointError> {
         let Ok(entries) = fs::read_dir(&self.folder) else {
             return Ok(());
@@ -83,13 +84,14 @@ impl Store {
         Ok(())
     }
 
-    /// Writes a checkpoint: into a folder of another name, every file and folder synced, then renamed, then
-    /// the folder of checkpoints synced. One of the same step gives up its place. `write_kept` writes the
-    /// adapter kept so far into the folder that it is given, where that is not this step's.
+    /// Writes a checkpoint: into a folder of another name, every file and folder synced, then
+    /// renamed, then the folder of checkpoints synced. A checkpoint of the same step is replaced.
+    /// `write_kept` writes the adapter kept so far into a given folder, if that adapter is not of
+    /// this step.
     ///
     /// # Errors
     ///
-    /// What cannot be written; nothing of it stays.
+    /// If something cannot be written; then none of it stays.
     pub fn write(
         &self,
         snapshot: &Snapshot,
@@ -122,12 +124,13 @@ impl Store {
         }
     }
 
-    /// Removes checkpoints after one of step `newest` was written: all but the last `limit` and the one of
-    /// step `best`. Those of later steps go too: the run went back behind them.
+    /// Removes checkpoints after that of step `newest` was written: all but the last `limit` and
+    /// the one of step `best`. Those of later steps are removed too, because the run went back to
+    /// before them.
     ///
     /// # Errors
     ///
-    /// What cannot be removed.
+    /// If something cannot be removed.
     pub fn prune(
         &self,
         newest: usize,
@@ -144,7 +147,7 @@ impl Store {
             .chain(old.filter(|step| Some(*step) != best))
         {
             let place = self.path(step);
-            // Removing takes many steps; a checkpoint that is half gone must not look like one.
+            // Removing takes several steps; a checkpoint that is half removed must not look intact.
             let going = self.beside(&place, GOING);
             durable::rename(&place, &going).map_err(io("rename", &place))?;
             durable::remove_folder(&going).map_err(io("remove", &going))?;
@@ -165,7 +168,7 @@ fn step_of(name: &str) -> Option<usize> {
     digits.parse().ok().filter(|_| plain)
 }
 
-/// Writes all files of a checkpoint into a new folder, and waits until the disk has them.
+/// Writes all files of a checkpoint into a new folder, and syncs them.
 fn fill(
     folder: &Path,
     snapshot: &Snapshot,
@@ -178,7 +181,7 @@ fn fill(
         let path = folder.join(name);
         durable::write(&path, bytes).map_err(io("write", &path))
     };
-    // Strings, numbers and lists of them: nothing that JSON could not say.
+    // Strings, numbers and lists of them, which JSON can always represent.
     let state = serde_json::to_vec_pretty(&snapshot.state).unwrap_or_default();
     write(STATE, &state)?;
     write(CONFIG, config.as_bytes())?;

@@ -1,7 +1,8 @@
-//! What training changes, on the host: every trainable parameter and AdamW's moments, bit for bit.
+//! The training state on the host: every trainable parameter and AdamW's moments, bit for bit.
 //!
-//! Parameters go by their path in the module (`layers.0.self_attn.q_proj.weight.lora.a`), so whatever is
-//! trainable is kept, not only adapters.
+//! Parameters are identified by their path in the module
+//! (`layers.0.self_attn.q_proj.weight.lora.a`), so every trainable parameter is saved, not only
+//! adapters.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io;
@@ -38,7 +39,7 @@ impl TrainingTensors {
     ///
     /// # Panics
     ///
-    /// If the device does not give a tensor back.
+    /// If the device does not return a tensor.
     pub fn take(model: &Llama, optimizer: &Optimizer) -> Self {
         let mut take = Take {
             path: Vec::new(),
@@ -49,11 +50,13 @@ impl TrainingTensors {
         take.taken
     }
 
-    /// Puts everything onto a model with the same trainable parameters, and into its new optimizer.
+    /// Loads everything into a model with the same trainable parameters, and into its new
+    /// optimizer.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Parameter`] names a parameter that only one of the two has, or of another shape.
+    /// [`CheckpointError::Parameter`] names a parameter that only one of the two has, or that has
+    /// another shape.
     pub fn put(self, model: Llama, optimizer: &mut Optimizer) -> Result<Llama, CheckpointError> {
         let mut put = Put {
             path: Vec::new(),
@@ -67,17 +70,17 @@ impl TrainingTensors {
             (Some(error), _) => Err(error),
             (None, Some(name)) => Err(CheckpointError::Parameter {
                 name,
-                problem: "is not trained by this configuration".into(),
+                problem: "is not trainable in this configuration".into(),
             }),
             (None, None) => Ok(model),
         }
     }
 
-    /// Writes a safetensors file and waits until the disk has it.
+    /// Writes a safetensors file and syncs it.
     ///
     /// # Errors
     ///
-    /// What the system says; what the format cannot hold.
+    /// The system's error, or a value that the format cannot hold.
     pub fn write(&self, path: &Path) -> io::Result<()> {
         let mut tensors: Vec<(String, Floats)> = Vec::new();
         let mut updates = HashMap::new();
@@ -95,11 +98,11 @@ impl TrainingTensors {
         durable::write_tensors(path, tensors, updates)
     }
 
-    /// Reads the bytes of what [`write`](Self::write) writes.
+    /// Reads the bytes that [`write`](Self::write) writes.
     ///
     /// # Errors
     ///
-    /// [`CheckpointError::Tensors`] says what is wrong with it.
+    /// [`CheckpointError::Tensors`] with the reason.
     pub fn from_bytes(bytes: &[u8]) -> Result<Self, CheckpointError> {
         let file = SafeTensors::deserialize(bytes).map_err(unreadable)?;
         let (_, header) = SafeTensors::read_metadata(bytes).map_err(unreadable)?;
@@ -130,7 +133,9 @@ impl TrainingTensors {
                 None => None,
                 Some(updates) => Some(Moments {
                     updates: updates.parse().map_err(|_| {
-                        unreadable(format!("{name}.{UPDATES} is {updates:?}, no number"))
+                        unreadable(format!(
+                            "{name}.{UPDATES} is {updates:?}, which is not a number"
+                        ))
                     })?,
                     first: floats(&format!("{name}.{FIRST}"), shape)?,
                     second: floats(&format!("{name}.{SECOND}"), shape)?,
@@ -312,7 +317,7 @@ mod tests {
         assert_eq!(TrainingTensors::take(&restored, &optimizer), taken);
     }
 
-    /// What the file holds.
+    /// The contents of the file.
     fn bytes(tensors: &TrainingTensors) -> Vec<u8> {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("tensors");
@@ -352,7 +357,7 @@ mod tests {
             let error = TrainingTensors::from_bytes(&bytes[..end]).unwrap_err();
             assert!(matches!(error, CheckpointError::Tensors { .. }), "{error}");
         }
-        // The header says that a moment is there; its tensor has another name.
+        // The header lists a moment; its tensor has another name.
         let name = FIRST.as_bytes();
         let place = bytes.windows(name.len()).position(|part| part == name);
         let place = place.unwrap();

@@ -1,8 +1,8 @@
-//! What lives during a step besides the model and the adapters.
+//! Memory in use during a step besides the model and the adapters.
 //!
-//! The passes are written out (`llama-burn/src/passes.rs`), so what they keep can be counted tensor by
-//! tensor. A test of the workspace (`tests/tests/plan.rs`) counts every byte of real passes and
-//! compares.
+//! Forward and backward pass are manual (`llama-burn/src/passes.rs`), so the saved tensors can be
+//! counted one by one. A test of the workspace (`tests/tests/plan.rs`) counts every byte of real
+//! passes and compares.
 
 use llama_burn::LlamaConfig;
 use lora_core::{LoraError, ModuleSelector, Quantization};
@@ -11,13 +11,13 @@ use super::{Part, PlanOptions};
 use peft::trains_embedding;
 use train_step::loss::positions_at_once;
 
-/// Floats that the CPU unpacks of a weight at a time (lora-core's `frozen_linear`).
+/// Floats of a weight that the CPU dequantizes at a time (lora-core's `frozen_linear`).
 const PANEL: usize = 256 * 1024;
 
 /// Copies of a tile of attention scores on a GPU: scores, weights, their gradients, the mask.
 const SCORE_COPIES: f64 = 5.0;
 
-/// Bytes of a phase, by what they are for.
+/// Bytes of a phase, by purpose.
 #[derive(Debug, Clone, Copy, Default)]
 struct Bytes {
     inputs: f64,
@@ -26,7 +26,7 @@ struct Bytes {
     scores: f64,
     logits: f64,
     unpacked: f64,
-    /// Of the adapters' gradients, those that exist already.
+    /// The adapters' gradients that exist in this phase.
     adapters: f64,
 }
 
@@ -35,17 +35,17 @@ impl Bytes {
         self.step() + self.adapters
     }
 
-    /// Without what is the adapters'.
+    /// Without the adapters' share.
     fn step(self) -> f64 {
         self.inputs + self.layers + self.gradients + self.scores + self.logits + self.unpacked
     }
 }
 
-/// What is in use at the peak of a step.
+/// Memory in use at the peak of a step.
 pub(super) struct Peak {
-    /// The phase that has it.
+    /// The phase of the peak.
     pub(super) phase: &'static str,
-    /// What lives then besides the model and the adapters.
+    /// Memory in use then besides the model and the adapters.
     pub(super) step: Vec<Part>,
     /// Bytes of the adapters' gradients that exist then.
     pub(super) adapter_gradients: u64,
@@ -63,18 +63,19 @@ pub(super) fn peak(
 ) -> Result<Peak, LoraError> {
     let adapted = Adapted::new(model, options)?;
     let all = Sizes::new(model, options, &adapted, options.workload.tokens);
-    // The last layer goes on with the supervised tokens only.
+    // From the last layer's attention on, only the positions in the loss are computed.
     let wanted = Sizes::new(model, options, &adapted, options.workload.supervised);
     let layers = adapted.layers as f64;
     let below = (layers - 1.0).max(0.0);
     let checkpointing = options.gradient_checkpointing;
-    // How many whole layers' activations exist besides the layer that is being worked on.
+    // The number of whole layers whose activations exist besides those of the layer at work.
     let kept_layers = if checkpointing { 0.0 } else { below };
     let inputs = layers * all.hidden;
     let last = all.attention + wanted.feed_forward_block;
     let unpacked = unpacked(model, options);
 
-    // From an earlier micro-batch there is a gradient of every adapter; else they come layer by layer.
+    // With an earlier micro-batch every adapter has a gradient already; otherwise gradients appear
+    // layer by layer.
     let adapter_bytes = adapter_bytes as f64;
     let of_layers = |count: f64| {
         if options.accumulates {
@@ -94,14 +95,14 @@ pub(super) fn peak(
         logits: copies_of_scores(model, options) * 4.0 * (at_once * model.vocab_size) as f64,
         ..Bytes::default()
     };
-    // Where heads are computed one a thread, each has gradients of keys and values of its own.
+    // With one head per thread, each head has its own gradients of keys and values.
     let heads = if options.on_gpu {
         0.0
     } else {
         2.0 * f64::from(llama_burn::heads_apart(model.num_attention_heads)) * all.query
     };
-    // The last layer's feed-forward activations are gone; the gradients of its output by query, key
-    // and value are as large as those.
+    // The last layer's feed-forward activations are freed by then; the gradients of its output with
+    // respect to query, key and value are as large.
     let attention = Bytes {
         inputs,
         layers: kept_layers * all.layer() + all.attention,
@@ -111,7 +112,7 @@ pub(super) fn peak(
         ..Bytes::default()
     };
     let working = if adapted.has("down_proj") { 2.0 } else { 1.0 };
-    // What a layer is run again for leaves its output too.
+    // Recomputing a layer also produces its output.
     let output = if checkpointing { all.hidden } else { 0.0 };
     let feed_forward = Bytes {
         inputs: if below > 0.0 {
@@ -156,17 +157,17 @@ pub(super) fn peak(
     }
     let (name, bytes) = largest;
     let layer = if checkpointing {
-        "activations of one layer, computed again"
+        "recomputed activations of one layer"
     } else {
         "activations of all layers"
     };
     let parts = [
-        ("inputs of the layers", bytes.inputs),
+        ("layer inputs", bytes.inputs),
         (layer, bytes.layers),
-        ("gradients on their way", bytes.gradients),
-        ("attention scores of a tile", bytes.scores),
-        ("scores of the vocabulary", bytes.logits),
-        ("weights being unpacked", bytes.unpacked),
+        ("gradients of activations", bytes.gradients),
+        ("attention scores of one tile", bytes.scores),
+        ("logits", bytes.logits),
+        ("dequantized weights", bytes.unpacked),
     ];
     let parts = parts.into_iter().filter(|(_, bytes)| *bytes >= 1.0);
     let part = |(name, bytes): (&str, f64)| Part {
@@ -181,8 +182,9 @@ pub(super) fn peak(
     })
 }
 
-/// A table in several pieces has its scores put together from theirs. On a GPU scores, their exponentials and the
-/// gradient exist at a time; on the CPU the gradient takes the scores' memory.
+/// The logits of a sharded `lm_head` are concatenated from those of the shards. On a GPU logits,
+/// their exponentials and the gradient exist at a time; on the CPU the gradient reuses the memory
+/// of the logits.
 fn copies_of_scores(model: &LlamaConfig, options: &PlanOptions) -> f64 {
     if options.on_gpu {
         return 3.0;
@@ -195,18 +197,18 @@ fn copies_of_scores(model: &LlamaConfig, options: &PlanOptions) -> f64 {
     }
 }
 
-/// Bytes of one tensor of each size, and of what a layer keeps, for so many tokens.
+/// Bytes of one tensor of each size, and of a layer's saved activations, for a number of tokens.
 struct Sizes {
     hidden: f64,
     query: f64,
     key_value: f64,
     feed_forward: f64,
     log_sums: f64,
-    /// Attention's scores that exist at a time, on a GPU.
+    /// Attention scores that exist at a time, on a GPU.
     tile: f64,
-    /// What the attention block keeps beside the layer's input.
+    /// Saved by the attention block in addition to the layer's input.
     attention: f64,
-    /// What the feed-forward block keeps.
+    /// Saved by the feed-forward block.
     feed_forward_block: f64,
 }
 
@@ -217,7 +219,7 @@ impl Sizes {
             let modules = names.iter().map(|name| adapted.kept_floats(name));
             floats * modules.sum::<usize>() as f64
         };
-        // Hidden states and their gradients are f32 whatever products are computed in.
+        // Hidden states and their gradients are f32 whatever the compute type.
         let hidden = 4.0 * (tokens * model.hidden_size) as f64;
         let query = floats * (model.num_attention_heads * model.head_dim) as f64;
         let key_value = floats * (model.num_key_value_heads * model.head_dim) as f64;
@@ -237,13 +239,14 @@ impl Sizes {
             } else {
                 0.0
             },
-            // On a GPU with what attention mixed, which its backward pass multiplies with its gradient.
+            // On a GPU including the attention output, which the backward pass multiplies with its
+            // gradient.
             attention: query
                 + f64::from(options.on_gpu) * query
                 + 2.0 * key_value
                 + log_sums
                 + low(&["q_proj", "k_proj", "v_proj"]),
-            // With what attention mixed, if the output module's adapter reads it again.
+            // Including the attention output if the adapter of `o_proj` reads it again.
             feed_forward_block: hidden
                 + f64::from(adapted.has("o_proj")) * query
                 + 2.0 * feed_forward
@@ -258,11 +261,11 @@ impl Sizes {
 
 /// Where the adapters are.
 struct Adapted {
-    /// Layers from the lowest with an adapter to the last: those that have a backward pass. All, where rows of the
-    /// embedding are trained.
+    /// Layers from the lowest adapted one to the last: those that have a backward pass. All layers
+    /// if embedding rows are trained.
     layers: usize,
-    /// The layer's linear modules that have one in any layer, with the floats that the largest of them
-    /// keeps of a token: its low-rank product, and what a DoRA scales.
+    /// The layer's linear modules that are adapted in any layer, with the floats per token that the
+    /// most demanding of them saves: its low-rank activation, and the input of DoRA's scaling.
     modules: Vec<(&'static str, usize)>,
 }
 

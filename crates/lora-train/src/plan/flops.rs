@@ -1,19 +1,21 @@
-//! How many operations the training of a row takes, from shapes alone.
+//! How many operations it takes to train on an example, from shapes alone.
 //!
-//! Counted, a multiplication and an addition as two:
+//! Counted are, with a multiplication and an addition as two:
 //!
 //! - the decoder's linear weights, forward and once backward (for the input; frozen weights have no gradient);
-//! - attention's two products, each query with the keys up to its own position, forward and twice backward;
+//! - attention's two products, each query with the keys up to its own position, forward and twice
+//!   backward;
 //! - the adapters' two products, forward and twice backward (input and factors);
-//! - the head at supervised positions, forward and once backward.
+//! - the head at positions in the loss, forward and once backward.
 //!
-//! Not counted: norms, rotations, softmax, the embedding, AdamW. Padding, recomputation and scores of
-//! positions that are not supervised are a program's own affair: they lower its utilisation.
+//! Not counted: norms, rotations, softmax, the embedding, AdamW. Padding, recomputation and logits
+//! of positions that are not in the loss are not counted either: they lower a program's
+//! utilization.
 
 use llama_burn::LlamaConfig;
 use lora_core::{LoraConfig, LoraError};
 
-/// What operations are counted, for people.
+/// The rule of the count, for the user.
 pub const COUNTED: &str = "Counted, a multiplication and an addition as two: the decoder's linear weights forward \
      and once backward, causal attention forward and twice backward, the adapters forward and twice backward, the \
      head at supervised positions forward and once backward; each row in full, whatever is shared or padded.";
@@ -32,7 +34,7 @@ pub struct FlopsModel {
 }
 
 impl FlopsModel {
-    /// Of a model whose modules `lora` selects are adapted.
+    /// The factors of a model whose modules selected by `lora` are adapted.
     ///
     /// # Errors
     ///
@@ -52,7 +54,7 @@ impl FlopsModel {
         })
     }
 
-    /// Operations of a forward and a backward pass over a row alone.
+    /// Operations of a forward and a backward pass over a single example.
     pub fn of_row(&self, tokens: u64, supervised: u64) -> u64 {
         // Query t meets t keys, in two products.
         let pairs = tokens * (tokens + 1) / 2;
@@ -62,7 +64,8 @@ impl FlopsModel {
             + 2 * 2 * self.head * supervised
     }
 
-    /// Operations per useful token, over rows of so many tokens and supervised ones among them; 0 without rows.
+    /// Operations per useful token, over examples with so many tokens and so many of them in the
+    /// loss; 0 without examples.
     pub fn per_token(&self, rows: impl IntoIterator<Item = (u64, u64)>) -> f64 {
         let (mut operations, mut tokens) = (0, 0);
         for (length, supervised) in rows {

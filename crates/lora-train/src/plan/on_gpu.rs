@@ -1,8 +1,9 @@
-//! What a step asks of a GPU, counted, and the time that it takes at a device's stated peak.
+//! The work of a step on a GPU, counted, and the time that it takes at a device's stated peak.
 
 use burn::tensor::{DType, FloatDType};
 use gpu_counts::{Counts, KindCounts, Mode};
 use llama_burn::{LlamaConfig, LoadOptions};
+use lora_core::LoraError;
 
 use super::cards::{self, Peak};
 use super::flops::FlopsModel;
@@ -12,11 +13,12 @@ use device::{Backend, Selected};
 use terminal::human;
 use train_step::step_counts::{StepCounts, StepShape, count_step, examples};
 
-/// The peaks to compare with: those given, the card named, or every known card.
+/// The peaks to compare with: the given ones, the named card, or every known card.
 ///
 /// # Errors
 ///
-/// A sentence that lists the known cards, where the name is none of them, or what is missing.
+/// A sentence that lists the known cards if the name is not one of them, or that names what is
+/// missing.
 pub fn peaks(
     name: Option<&str>,
     tflops: Option<f64>,
@@ -30,7 +32,7 @@ pub fn peaks(
         None => None,
         Some(name) => Some(cards::named(name).ok_or_else(|| {
             format!(
-                "--gpu {name}: the known ones are {}; --peak-tflops and --peak-gbs describe any other",
+                "--gpu {name}: the known cards are {}; describe any other with --peak-tflops and --peak-gbs",
                 known()
             )
         })?),
@@ -59,14 +61,14 @@ pub fn peaks(
             tflops_32: tflops,
             gbs,
         }]),
-        (None, _, _) => Err(
-            "a peak is both --peak-tflops and --peak-gbs; --gpu NAME has those of well-known cards"
-                .into(),
-        ),
+        (None, _, _) => {
+            Err("give both --peak-tflops and --peak-gbs, or a known card with --gpu NAME".into())
+        }
     }
 }
 
-/// The step's counts with times, or its operations alone and why it was not counted.
+/// The step's counts with times. If the step cannot be counted: its operations alone, and the
+/// reason.
 ///
 /// # Errors
 ///
@@ -76,7 +78,7 @@ pub fn lines(
     options: &PlanOptions,
     backend: Backend,
     peaks: &[Peak],
-) -> anyhow::Result<Vec<String>> {
+) -> Result<Vec<String>, LoraError> {
     let workload = options.workload;
     let counted = match counting_device(backend) {
         Ok(selected) => count(model, options, &selected),
@@ -86,17 +88,22 @@ pub fn lines(
     match counted {
         Ok((counts, dtype, device)) => {
             lines.extend(table(&counts, dtype, &device, peaks));
-            lines.push(if options.gradient_checkpointing { "with activations computed again in the backward pass, as gradient_checkpointing says".into() } else { "with activations kept".into() });
+            let checkpointing = if options.gradient_checkpointing {
+                "on"
+            } else {
+                "off"
+            };
+            lines.push(format!("gradient checkpointing {checkpointing}"));
         }
         Err(why) => {
             let flops = FlopsModel::new(model, &options.lora)?;
             let of_row = flops.of_row(workload.longest_row as u64, workload.longest_row as u64);
             let flops = of_row as f64 * workload.rows as f64;
             lines.push(format!(
-                "a step's launches and bytes are not counted: {why}"
+                "the launches and bytes of a step are not counted: {why}"
             ));
             lines.push(format!(
-                "its products take {} TFLOP in 16 bits: {}",
+                "its matrix products are {} TFLOP; in 16 bits: {}",
                 human::number(flops / 1e12),
                 peaks
                     .iter()
@@ -113,7 +120,7 @@ pub fn lines(
     Ok(lines)
 }
 
-/// The device to count on. A software driver will do: nothing is run.
+/// The device to count on. A software driver is enough, because nothing is run.
 fn counting_device(asked: Backend) -> Result<Selected, String> {
     let gpus = [
         Backend::Cuda,
@@ -137,8 +144,8 @@ fn counting_device(asked: Backend) -> Result<Selected, String> {
         }
     }
     Err(if why.is_empty() {
-        "no GPU backend is in this build or was asked for; `cargo xtask plan --gpu --backend wgpu` counts with any Vulkan driver, \
-         a software one too"
+        "this build has no GPU backend, or none was selected; `cargo xtask plan --gpu --backend wgpu` counts with any Vulkan \
+         driver, also a software driver"
     .into()
     } else {
         why.join("; ")
@@ -177,13 +184,13 @@ fn count(
     let counted = Guard::install().run(|| count_step(&shape, &selected.device));
     match counted {
         Ok(Ok(Some(counts))) => Ok((counts, dtype, selected.name.clone())),
-        Ok(Ok(None)) => Err(format!("{} counts nothing", selected.name)),
+        Ok(Ok(None)) => Err(format!("{} cannot count launches", selected.name)),
         Ok(Err(error)) => Err(error.to_string()),
         Err(fault) => Err(format!("{}: {fault}", selected.name)),
     }
 }
 
-/// Seconds of these launches at a peak: products or memory, whichever takes longer.
+/// Seconds of these launches at a peak: products or memory traffic, whichever takes longer.
 fn seconds(counts: &KindCounts, dtype: FloatDType, peak: &Peak) -> f64 {
     let tflops = match DType::from(dtype).size() {
         2 => peak.tflops_16,
@@ -201,7 +208,7 @@ fn table(counts: &StepCounts, dtype: FloatDType, device: &str, peaks: &[Peak]) -
             .map(|text| text.to_string())
             .collect::<Vec<_>>()
     };
-    let mut header = texts(&["a step", "launches", "GB", "TFLOP"]);
+    let mut header = texts(&["per step", "launches", "GB", "TFLOP"]);
     header.extend(peaks.iter().map(|peak| peak.name.clone()));
     let row = |name: String, kind: &KindCounts, seconds: Vec<f64>| {
         let mut row = vec![
@@ -221,7 +228,7 @@ fn table(counts: &StepCounts, dtype: FloatDType, device: &str, peaks: &[Peak]) -
     for (kind, of_kind) in &step.kinds {
         rows.push(row(kind.to_string(), of_kind, at(of_kind)));
     }
-    // The kinds wait for each other, so that their times add up.
+    // Kinds run one after the other, so their times add up.
     let sums = peaks.iter().map(|peak| {
         let kinds = step.kinds.values();
         kinds.map(|kind| seconds(kind, dtype, peak)).sum()
@@ -238,9 +245,12 @@ fn table(counts: &StepCounts, dtype: FloatDType, device: &str, peaks: &[Peak]) -
         device::type_name(dtype),
     ));
     lines.push(
-        "times: of each kind the longer of its products at the stated rate and its bytes at the stated bandwidth".into(),
+        "time of a kind: its FLOPs at the stated rate or its bytes at the stated bandwidth, whichever takes longer".into(),
     );
-    lines.push("they are a bound: what launching takes, and what a kernel stays below its peak, comes on top".into());
+    lines.push(
+        "these times are lower bounds: launch overhead and kernels below the peak add to them"
+            .into(),
+    );
     lines
 }
 

@@ -50,16 +50,16 @@ impl Plan {
         lines.extend(human::columns(&rows, &[1, 2]));
         lines.push(String::new());
         lines.push(format!(
-            "trained: {} parameters in {}, 1 in {} ({} frozen)",
+            "trainable: {} parameters in {}; {} frozen (1 : {})",
             human::count(self.counts.trainable),
             human::counted(self.counts.adapted_modules as u64, "module"),
-            ratio(self.counts.ratio()),
             human::count(self.counts.frozen),
+            ratio(self.counts.ratio()),
         ));
         let workload = options.workload;
         lines.push(format!(
-            "a micro-batch: {}, {} in all, the longest {}, the loss on {}",
-            human::counted(workload.rows as u64, "row"),
+            "micro-batch: {}, {} in total (longest example {}), {} in the loss",
+            human::counted(workload.rows as u64, "example"),
             human::counted(workload.tokens as u64, "token"),
             human::count(workload.longest_row as u64),
             human::count(workload.supervised as u64),
@@ -70,7 +70,7 @@ impl Plan {
                 (&self.saving, self.saving_peak()),
             ] {
                 lines.push(format!(
-                    "{}: {} with the base model",
+                    "{}: {} including the base model",
                     part.name,
                     human::bytes(peak)
                 ));
@@ -79,7 +79,7 @@ impl Plan {
         lines
     }
 
-    /// Whether the run fits a device with so many bytes of memory, in words.
+    /// Whether the run fits a device with so many bytes of memory, as a sentence.
     pub fn against(&self, device_memory: u64, on_gpu: bool) -> String {
         let backend = if on_gpu { Backend::Auto } else { Backend::Cpu };
         let known = Known::Stated;
@@ -89,7 +89,7 @@ impl Plan {
         };
         let (needed, usable) = (self.resident_peak(), memory.usable(backend));
         format!(
-            "device_memory = {}, {} of it for a run: this {}",
+            "device_memory = {}, of which a run may use {}: this run {}",
             human::bytes(device_memory),
             human::bytes(usable),
             if needed <= usable {
@@ -101,8 +101,8 @@ impl Plan {
     }
 }
 
-/// What other settings would need: a table of the peak for each number of bits, with and without
-/// gradient checkpointing.
+/// The predicted peak under other settings: a table by number of bits, with gradient checkpointing
+/// on and off.
 ///
 /// # Errors
 ///
@@ -116,7 +116,7 @@ pub fn alternatives(model: &LlamaConfig, options: &PlanOptions) -> Result<Vec<St
         };
         Plan::new(model, &options).map(|plan| human::bytes(plan.peak()))
     };
-    let heading = ["predicted peak with", "checkpointing", "without"];
+    let heading = ["predicted peak, gradient checkpointing", "on", "off"];
     let mut rows = vec![heading.map(String::from).to_vec()];
     for (bits, quantization) in [
         (4, Quantization::Bits4),
@@ -173,7 +173,7 @@ mod tests {
             "80 layers, hidden 8,192",
             "70,553,706,496",
             "11,141,120",
-            "1 in 6,332.7",
+            "(1 : 6,332.7)",
             "240 modules",
             "adapters: q_proj, k_proj, v_proj, r 4, f32",
             "predicted peak",

@@ -8,10 +8,10 @@ const HEIGHT: usize = 7;
 /// A braille character has two columns and four rows of dots.
 const DOTS: (usize, usize) = (2, 4);
 
-/// Draws `losses`, one a step, as a line of dots `width` columns wide, axis included, and
-/// `validations`, `(step, loss)`, as circles. Nothing where there is no line to draw.
+/// Draws `losses`, one per step, as a line of dots `width` columns wide, axis included, and
+/// `validations`, `(step, loss)`, as circles. Returns no lines for fewer than two finite losses.
 ///
-/// Where there are more steps than dots, a dot is the mean of its steps.
+/// With more steps than dots, a dot is the mean of its steps.
 pub fn draw(losses: &[f64], validations: &[(usize, f64)], width: usize) -> Vec<String> {
     let finite = |loss: &f64| loss.is_finite();
     if losses.iter().copied().filter(finite).count() < 2 {

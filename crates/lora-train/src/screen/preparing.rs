@@ -1,4 +1,4 @@
-//! What is said while a GPU's kernels are compiled and tuned, which takes minutes and is silent otherwise.
+//! Progress lines while a GPU's kernels are compiled and tuned, which takes minutes.
 
 use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::{self, JoinHandle};
@@ -7,14 +7,14 @@ use std::time::{Duration, Instant};
 use device::KeptKernels;
 use terminal::human;
 
-/// Says from time to time how many kernels are ready, until it is dropped.
+/// Reports from time to time how many kernels are ready, until it is dropped.
 pub struct Preparing {
     end: Option<Sender<()>>,
     thread: Option<JoinHandle<()>>,
 }
 
 impl Preparing {
-    /// Asks `kernels` every now and then and says it to `tell`, with `what` they are for.
+    /// Calls `kernels` at every interval and reports the counts to `tell`, after the text `what`.
     pub fn new(
         what: &'static str,
         every: Duration,
@@ -34,7 +34,7 @@ impl Preparing {
             });
         Self {
             end: Some(end),
-            // Without a thread nothing is said, and the run goes on.
+            // Without a thread nothing is reported, and the run continues.
             thread: thread.ok(),
         }
     }

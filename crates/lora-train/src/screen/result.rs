@@ -1,4 +1,4 @@
-//! What came of a run, after it.
+//! The result of a run.
 
 use std::path::PathBuf;
 use std::time::Duration;
@@ -10,41 +10,41 @@ use terminal::human;
 /// A validation's numbers.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Scores {
-    /// Cross entropy a supervised token, in nats.
+    /// Cross entropy per token in the loss, in nats.
     pub loss: f64,
-    /// Share of the supervised tokens that the model ranks first.
+    /// Share of the tokens in the loss that the model ranks first.
     pub accuracy: f64,
-    /// Share of the rows whose whole answer is right.
+    /// Share of the examples whose whole target is right: exact match.
     pub row_accuracy: f64,
 }
 
-/// What a run ended with. Plain data: the loop fills it in.
+/// The result of a run. Plain data, filled in by the training loop.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunResult {
     /// Optimizer steps taken.
     pub steps: usize,
-    /// Tokens of all rows trained on, without padding.
+    /// Tokens of all examples trained on, without padding.
     pub tokens: u64,
     /// From the first step to the last validation.
     pub elapsed: Duration,
-    /// The most resident memory, in bytes.
+    /// Peak resident memory, in bytes.
     pub peak_memory: u64,
-    /// The most memory that the device had reserved, in bytes; none on the CPU.
+    /// Peak memory reserved on the device, in bytes; `None` on the CPU.
     pub device_memory: Option<u64>,
-    /// The base model on the validation rows.
+    /// The base model on the validation examples.
     pub base: Option<Scores>,
-    /// The adapter that was kept: the step it is from, and its validation.
+    /// The adapter that was kept: its step and its validation.
     pub kept: Option<(usize, Scores)>,
-    /// Why the run ended early, if it did.
+    /// Why the run ended early, if so.
     pub stopped: Option<String>,
-    /// What was written: `("adapter", path)`.
+    /// Written files: `("adapter", path)`.
     pub written: Vec<(String, PathBuf)>,
-    /// What to type next: what it does, and the command.
+    /// Suggested commands: what each does, and the command.
     pub next: Vec<(String, String)>,
 }
 
 impl RunResult {
-    /// The lines to show. `losses` has one training loss a step, `validations` `(step, loss)`.
+    /// The lines to show. `losses` holds one training loss per step, `validations` `(step, loss)`.
     pub(super) fn lines(
         &self,
         losses: &[f64],
@@ -99,7 +99,7 @@ impl RunResult {
             None => String::new(),
         };
         format!(
-            "{what} {} in {}, {}{speed}, at most {}{device}",
+            "{what} {} in {}, {}{speed}, peak memory {}{device}",
             human::counted(self.steps as u64, "step"),
             human::duration(self.elapsed),
             human::counted(self.tokens, "token"),
@@ -109,7 +109,7 @@ impl RunResult {
 
     fn scores(&self, losses: &[f64], style: Style) -> Vec<String> {
         let Some((step, kept)) = self.kept else {
-            // Without validation rows the training loss is all there is.
+            // Without validation examples only the training loss is known.
             return match (losses.first(), losses.last()) {
                 (Some(first), Some(last)) => vec![format!(
                     "  training loss {} -> {}",
@@ -143,12 +143,12 @@ impl RunResult {
                 loss.unwrap_or_default(),
             ),
             row(
-                "validation accuracy",
+                "token accuracy",
                 &|scores| human::percent(scores.accuracy),
                 accuracy.unwrap_or_default(),
             ),
             row(
-                "answers right",
+                "exact match",
                 &|scores| human::percent(scores.row_accuracy),
                 whole.unwrap_or_default(),
             ),
@@ -159,7 +159,7 @@ impl RunResult {
     }
 }
 
-/// `+text`, `-text`, or `±text` for a change of nothing.
+/// `+text`, `-text`, or `±text` for no change.
 pub(super) fn signed(change: f64, text: &str) -> String {
     let sign = match change {
         change if change > 0.0 => "+",
@@ -206,7 +206,7 @@ pub(super) mod tests {
             .lines(&losses, &[(4, 0.4)], Style::plain(), 80)
             .join("\n");
         for part in [
-            "Done: 175 steps in 4m 02s, 159,600 tokens (660 per second), at most 812 MiB",
+            "Done: 175 steps in 4m 02s, 159,600 tokens (660 per second), peak memory 812 MiB",
             "base model  step 150",
             "3.1200    0.4000       -2.7200",
             "0.0 %    87.5 %  +87.5 points",

@@ -1,4 +1,4 @@
-//! What is remembered of a run while it goes on, and a step's and a validation's line.
+//! The state of a run that is shown, and the lines of a step and of a validation.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -11,13 +11,13 @@ use crate::metrics::{History, TrainLine, ValidationLine};
 use terminal::Style;
 use terminal::human;
 
-/// What the screen remembers of a run.
+/// The state of a run that is shown.
 pub(super) struct Run {
     pub bar: ProgressBar,
     pub total: usize,
     pub logging_steps: usize,
     started: Instant,
-    /// End of the first step, which compiles kernels on some devices and says nothing of the others.
+    /// End of the first step, which compiles kernels on some devices and is not typical of the others.
     first: Option<(usize, Instant)>,
     /// When the run will end, in milliseconds after `started`; 0 while unknown.
     end: Arc<AtomicU64>,
@@ -50,7 +50,7 @@ impl Run {
         }
     }
 
-    /// Goes on after an earlier session.
+    /// Restores the state of an earlier session.
     pub fn resume(&mut self, step: usize, history: &History) {
         self.bar.set_position(step as u64);
         self.losses = history.losses.clone();
@@ -78,9 +78,9 @@ impl Run {
         let (first_step, first_end) = *self.first.get_or_insert((line.step, now));
         let steps = line.step.saturating_sub(first_step);
         if steps > 0 {
-            // Validations between the steps are in it, as they will be in the rest of the run.
-            let a_step = (now - first_end).as_secs_f64() / steps as f64;
-            let left = a_step * self.total.saturating_sub(line.step) as f64;
+            // Validations between the steps are included, as they will be in the rest of the run.
+            let per_step = (now - first_end).as_secs_f64() / steps as f64;
+            let left = per_step * self.total.saturating_sub(line.step) as f64;
             let end = (now - self.started).as_secs_f64() + left;
             self.end
                 .store(((end * 1000.0) as u64).max(1), Ordering::Relaxed);
@@ -91,20 +91,20 @@ impl Run {
         self.speed.0.mean() / self.speed.1.mean()
     }
 
-    /// The numbers of a step, fewer of them where the width is not enough.
+    /// The numbers of a step, as many as fit the width.
     pub fn numbers(&self, line: &TrainLine, width: usize) -> Vec<String> {
         let memory = match line.device_memory_mib {
             Some(mib) => format!("{} GPU", memory(mib)),
             None => memory(line.memory_mib),
         };
         let (loss, smoothed) = (human::number(line.loss), self.smoothed.mean());
-        // What goes first where there is no room has the highest number.
+        // The number with the highest rank is dropped first.
         let mut numbers = vec![
             (4, format!("epoch {:.2}", line.epoch)),
             (0, format!("loss {loss}")),
             (1, format!("smoothed {}", human::number(smoothed))),
             (2, format!("lr {}", human::number(line.learning_rate))),
-            (5, format!("gradient {}", human::number(line.grad_norm))),
+            (5, format!("grad norm {}", human::number(line.grad_norm))),
             (1, format!("{} tokens/s", human::rate(self.tokens_per_s()))),
             (3, memory),
         ];
@@ -162,15 +162,15 @@ impl Run {
         }
         self.validations.push((line.step, line.val_loss));
         self.last_validation = Some((line.val_loss, line.val_accuracy));
-        let answers = human::percent(line.val_row_accuracy);
+        let exact = human::percent(line.val_row_accuracy);
         format!(
-            "{when}  validation loss {loss}  accuracy {accuracy}  answers right {answers}{best}"
+            "{when}  validation loss {loss}  token accuracy {accuracy}  exact match {exact}{best}"
         )
     }
 }
 
-/// An exponential mean without the pull towards its start (the correction of Adam's moments).
-/// Values that are not finite are left out.
+/// An exponential moving average with Adam's bias correction.
+/// Values that are not finite are skipped.
 #[derive(Debug, Clone, Copy)]
 struct Smoothed {
     keep: f64,

@@ -1,36 +1,36 @@
-//! What will be trained, before it is.
+//! The summary of a run before its first step.
 
 use std::path::PathBuf;
 
 use terminal::Style;
 use terminal::{KEPT_SPACE, human, wrap};
 
-/// Everything that a user should see before the first step. Plain data: the loop fills it in.
+/// The summary of a run before its first step. Plain data, filled in by the training loop.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunSummary {
     /// The run's name.
     pub name: String,
     /// The model and its shape: `SmolLM2-135M: 30 layers, hidden 576, vocabulary 49,152`.
     pub model: String,
-    /// How weights are stored and what is computed in: `8-bit weights, f32 computation`.
+    /// The types of weights and computation: `8-bit weights, f32 computation`.
     pub precision: String,
     /// The device.
     pub device: String,
-    /// Why this one.
+    /// Why this device was selected.
     pub device_reason: String,
-    /// What is trained.
+    /// The adapters.
     pub adapters: AdapterSummary,
-    /// Predicted peak memory by part, in bytes, largest or most telling first.
+    /// Predicted peak memory by part, in bytes, the most informative first.
     pub memory: Vec<(String, u64)>,
-    /// What there is of it: `24.0 GiB`; empty where nobody tells.
+    /// The device's memory: `24.0 GiB`; empty if it is unknown.
     pub memory_there: String,
-    /// What it is trained on.
+    /// The data.
     pub data: DataSummary,
-    /// How.
+    /// The steps.
     pub steps: StepSummary,
-    /// Where the result goes.
+    /// The output folder.
     pub output: PathBuf,
-    /// What the user should know: a slow device, rows left out, a folder with a number.
+    /// Notes to the user: a slow device, skipped examples, a renamed output folder.
     pub warnings: Vec<String>,
 }
 
@@ -49,30 +49,30 @@ pub struct AdapterSummary {
     pub scale: f64,
     /// Dropout on the adapters' input.
     pub dropout: f64,
-    /// Parameters that train.
+    /// Trainable parameters.
     pub trainable: u64,
     /// Parameters of the base model.
     pub frozen: u64,
 }
 
-/// The rows of a run, after those too long were left out.
+/// The examples of a run, without those that were too long.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct DataSummary {
     /// The file.
     pub name: String,
-    /// Rows to train on.
+    /// Examples to train on.
     pub train_rows: usize,
-    /// Rows to validate on.
+    /// Examples to validate on.
     pub validation_rows: usize,
-    /// Rows left out because they have more than `max_seq_len` tokens.
+    /// Examples that were skipped because they have more than `max_seq_len` tokens.
     pub too_long_rows: usize,
     /// The limit.
     pub max_seq_len: usize,
-    /// Tokens of all training rows.
+    /// Tokens of all training examples.
     pub tokens: u64,
-    /// Tokens of the longest training row.
+    /// Tokens of the longest training example.
     pub longest_row: usize,
-    /// Tokens of all training rows that the loss is on.
+    /// Tokens of all training examples that are in the loss.
     pub supervised_tokens: u64,
 }
 
@@ -81,24 +81,24 @@ pub struct DataSummary {
 pub struct StepSummary {
     /// Optimizer steps.
     pub total: usize,
-    /// Passes over the training rows.
+    /// Passes over the training examples.
     pub epochs: f64,
-    /// Rows of a micro-batch.
+    /// Examples per micro-batch.
     pub batch_size: usize,
-    /// The micro-batches of a step and their rows as they were asked for, where more are computed together.
+    /// The configured micro-batches per step and examples per micro-batch, if some are computed together.
     pub merged_from: Option<[usize; 2]>,
-    /// Micro-batches of a step.
+    /// Micro-batches per step.
     pub gradient_accumulation_steps: usize,
     /// The highest learning rate.
     pub learning_rate: f64,
-    /// What it does over the run: `cosine after 12 steps of warm-up`.
+    /// The schedule: `cosine after 12 steps of warm-up`.
     pub schedule: String,
-    /// Steps between two progress lines where there is no terminal.
+    /// Steps between two progress lines without a terminal.
     pub logging_steps: usize,
 }
 
 impl RunSummary {
-    /// The lines to show, not wider than `width` where words can be wrapped.
+    /// The lines to show, wrapped to `width` between words.
     pub(super) fn lines(&self, style: Style, width: usize) -> Vec<String> {
         let rows: [(&str, Vec<String>); 9] = [
             ("model", vec![self.model.clone()]),
@@ -182,10 +182,10 @@ impl AdapterSummary {
     fn parameters(&self) -> String {
         let (trainable, frozen) = (human::count(self.trainable), human::count(self.frozen));
         match self.trainable {
-            0 => format!("none train, {frozen} frozen"),
+            0 => format!("none trainable, {frozen} frozen"),
             count => {
                 let ratio = self.frozen as f64 / count as f64;
-                format!("{trainable} train, {frozen} frozen: 1 in {ratio:.1}")
+                format!("{trainable} trainable, {frozen} frozen (1 : {ratio:.1})")
             }
         }
     }
@@ -193,27 +193,27 @@ impl AdapterSummary {
 
 impl DataSummary {
     fn sentences(&self) -> Vec<String> {
-        let mut rows = format!(
-            "{}: {} to train, {} to validate",
+        let mut examples = format!(
+            "{}: {} training and {} validation examples",
             self.name,
-            human::counted(self.train_rows as u64, "row"),
+            human::count(self.train_rows as u64),
             human::count(self.validation_rows as u64),
         );
         if self.too_long_rows > 0 {
-            rows += &format!(
-                ", {} left out (more than {} tokens)",
+            examples += &format!(
+                ", {} skipped (more than {} tokens)",
                 human::count(self.too_long_rows as u64),
                 human::count(self.max_seq_len as u64),
             );
         }
-        let mut sentences = vec![rows];
+        let mut sentences = vec![examples];
         if self.train_rows > 0 {
-            let a_row = |tokens: u64| tokens as f64 / self.train_rows as f64;
+            let per_example = |tokens: u64| tokens as f64 / self.train_rows as f64;
             sentences.push(format!(
-                "{:.1} tokens per example, the longest {}; the loss is on {:.1} of them",
-                a_row(self.tokens),
+                "{:.1} tokens per example on average (max {}), {:.1} of them in the loss",
+                per_example(self.tokens),
                 human::count(self.longest_row as u64),
-                a_row(self.supervised_tokens),
+                per_example(self.supervised_tokens),
             ));
         }
         sentences
@@ -222,10 +222,10 @@ impl DataSummary {
 
 impl StepSummary {
     fn sentences(&self) -> Vec<String> {
-        let rows = self.batch_size * self.gradient_accumulation_steps;
+        let examples = self.batch_size * self.gradient_accumulation_steps;
         let accumulation = match (self.merged_from, self.gradient_accumulation_steps) {
-            (Some([steps, rows]), _) => {
-                format!(" ({steps} x {rows}, {} computed together)", self.batch_size)
+            (Some([steps, each]), _) => {
+                format!(" ({steps} x {each}, {} computed together)", self.batch_size)
             }
             (None, 0 | 1) => String::new(),
             (None, steps) => format!(" ({steps} x {})", self.batch_size),
@@ -234,7 +234,7 @@ impl StepSummary {
             format!(
                 "{} of {}{accumulation}, {}",
                 human::counted(self.total as u64, "step"),
-                human::counted(rows as u64, "row"),
+                human::counted(examples as u64, "example"),
                 match trim(self.epochs).as_str() {
                     "1" => "1 epoch".to_string(),
                     epochs => format!("{epochs} epochs"),
@@ -249,7 +249,7 @@ impl StepSummary {
     }
 }
 
-/// Up to three decimals, none that say nothing.
+/// Up to three decimals, without trailing zeros.
 fn trim(value: f64) -> String {
     let text = format!("{value:.3}");
     text.trim_end_matches('0').trim_end_matches('.').to_string()
@@ -324,12 +324,12 @@ pub(super) mod tests {
             "30 layers",
             "CPU (2 threads): no GPU answered",
             "q_proj, k_proj, v_proj (90 modules), r 8, alpha 16, scale 2",
-            "460,800 train, 134,515,008 frozen: 1 in 291.9",
+            "460,800 trainable, 134,515,008 frozen (1 : 291.9)",
             "about 222 MiB",
             "embedding 108 MiB, weights 114 MiB",
-            "2,800 rows to train, 300 to validate, 2 left out",
-            "57.0 tokens per example, the longest 143; the loss is on 2.4",
-            "175 steps of 16 rows (2 x 8), 1 epoch",
+            "2,800 training and 300 validation examples, 2 skipped",
+            "57.0 tokens per example on average (max 143), 2.4 of them in the loss",
+            "175 steps of 16 examples (2 x 8), 1 epoch",
             "learning rate 2e-4, cosine",
             "runs/smollm2-fpb",
         ] {
@@ -350,7 +350,7 @@ pub(super) mod tests {
     #[test]
     fn lines_keep_to_the_width() {
         let mut summary = summary();
-        summary.warnings = vec!["a driver that imitates a GPU on the CPU ".repeat(5)];
+        summary.warnings = vec!["a driver that emulates a GPU on the CPU ".repeat(5)];
         for width in [60, 80, 120] {
             for line in summary.lines(Style::plain(), width) {
                 assert!(console::measure_text_width(&line) <= width, "{line}");

@@ -2,40 +2,43 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
-
+use crate::eval::EvalError;
 use crate::eval::named::NamedAdapter;
 use peft::read_adapter_config;
 use run_config::EMBEDDED;
 
-/// Reads `base_model_name_or_path` of each adapter's folder (`adapters` beside `folders`).
+/// Reads `base_model_name_or_path` of each adapter's folder (`folders`, in the order of
+/// `adapters`).
 ///
 /// # Errors
 ///
-/// An adapter whose settings cannot be read, by its folder.
+/// An adapter whose configuration cannot be read, with its folder.
 pub fn stated(
     adapters: &[NamedAdapter],
     folders: &[PathBuf],
-) -> anyhow::Result<Vec<Option<String>>> {
+) -> Result<Vec<Option<String>>, EvalError> {
     let stated = adapters.iter().zip(folders).map(|(adapter, folder)| {
-        let config = read_adapter_config(folder)
-            .with_context(|| format!("the adapter {}: {}", adapter.name, folder.display()))?;
+        let config = read_adapter_config(folder).map_err(|source| EvalError::AdapterConfig {
+            name: adapter.name.clone(),
+            folder: folder.clone(),
+            source: Box::new(source),
+        })?;
         Ok(config.base_model_name_or_path)
     });
     stated.collect()
 }
 
-/// The model to load: `asked`, unless that is the embedded one (what `--model` is by itself) and the adapters name
-/// another.
+/// The model to load: `asked`, unless that is the embedded model (the default of `--model`) and the
+/// adapters name another one.
 ///
 /// # Errors
 ///
-/// Adapters that name several.
+/// Adapters that name different models.
 pub fn choose(
     asked: &str,
     adapters: &[NamedAdapter],
     stated: &[Option<String>],
-) -> anyhow::Result<String> {
+) -> Result<String, EvalError> {
     if asked != EMBEDDED {
         return Ok(asked.into());
     }
@@ -47,17 +50,15 @@ pub fn choose(
         return Ok(asked.into());
     };
     match named.find(|(_, other)| !is_same(base, other)) {
-        Some((second, other)) => bail!(
-            "the adapter {} was trained on {base:?} and {} on {other:?}: one table has one base model. Give it with --model, \
-             or evaluate them apart",
-            first.name,
-            second.name,
-        ),
+        Some((second, other)) => Err(EvalError::TwoBaseModels {
+            first: (first.name.clone(), base.into()),
+            second: (second.name.clone(), other.into()),
+        }),
         None => Ok(base.into()),
     }
 }
 
-/// What the user should know of adapters that name another base model than `model`.
+/// Notes to the user about adapters that name another base model than `model`.
 pub fn notes(model: &str, adapters: &[NamedAdapter], stated: &[Option<String>]) -> Vec<String> {
     let all = adapters.iter().zip(stated);
     let other = all.filter_map(|(adapter, base)| {
@@ -70,8 +71,8 @@ pub fn notes(model: &str, adapters: &[NamedAdapter], stated: &[Option<String>]) 
     other.collect()
 }
 
-/// Whether two names are of one model: the same text, the same folder, or the same last part, since a model has
-/// another path on another machine.
+/// Whether two names mean one model: the same text, the same folder, or the same last part, because
+/// a model has another path on another machine.
 fn is_same(a: &str, b: &str) -> bool {
     let last = |text: &str| {
         let name = Path::new(text).file_name();

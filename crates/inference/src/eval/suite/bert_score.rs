@@ -1,5 +1,5 @@
-//! BERTScore by the program that people use for it, Tiger Zhang's `bert-score` (the package bert-score 0.3.13):
-//! its files, its command, its run.
+//! BERTScore with the usual program, Tiger Zhang's `bert-score` (package bert-score 0.3.13): its
+//! files, its command, its run.
 
 use std::borrow::Cow;
 use std::path::{Path, PathBuf};
@@ -11,22 +11,22 @@ use durable::{WriteError, write_atomically};
 
 /// The model that FinLoRA computes BERTScore with.
 const MODEL: &str = "ProsusAI/finbert";
-/// What the package's program is called as a Python module.
+/// The program's name as a Python module.
 const MODULE: &str = "bert_score_cli.score";
 /// Characters of the program's own message that are shown.
 const MOST_SHOWN: usize = 400;
 
-/// Why there is no BERTScore.
+/// Why BERTScore cannot be computed.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // Each variant carries what was run.
 pub enum BertScoreError {
-    #[error("--bertscore {}: it cannot be started: {source}; give a Python interpreter, as in --bertscore venv/bin/python", python.display())]
+    #[error("--bertscore {}: this cannot be started: {source}; give a Python interpreter, as in --bertscore venv/bin/python", python.display())]
     Start {
         python: PathBuf,
         source: std::io::Error,
     },
     #[error(
-        "--bertscore {}: it cannot import bert_score ({message}); run `{} -m pip install bert-score`, or leave --bertscore \
+        "--bertscore {}: this Python cannot import bert_score ({message}); run `{} -m pip install bert-score`, or leave --bertscore \
          out: the command is printed",
         python.display(), python.display()
     )]
@@ -39,7 +39,7 @@ pub enum BertScoreError {
     Write(#[from] WriteError),
 }
 
-/// What the program printed: means over the rows.
+/// The program's output: means over the examples.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 #[allow(missing_docs)] // BERTScore's three numbers.
 pub struct BertScore {
@@ -87,7 +87,7 @@ impl BertScoreFiles {
     ///
     /// # Errors
     ///
-    /// A Python that cannot be started, a program that fails or prints no score, with its message.
+    /// A Python that cannot be started; a program that fails or prints no score, with its message.
     pub fn run(&self, python: &Path) -> Result<BertScore, BertScoreError> {
         let arguments = self.arguments();
         let arguments = [vec!["-m".into(), MODULE.into()], arguments.to_vec()].concat();
@@ -128,11 +128,11 @@ impl BertScoreFiles {
     }
 }
 
-/// Checks that this Python has bert-score, before anything is asked.
+/// Checks that this Python has bert-score, before the evaluation starts.
 ///
 /// # Errors
 ///
-/// A Python that cannot be started, or has no such package.
+/// A Python that cannot be started, or that lacks the package.
 pub fn check(python: &Path) -> Result<(), BertScoreError> {
     let output = start(python, &["-c".into(), "import bert_score".into()])?;
     if output.status.success() {
@@ -155,7 +155,7 @@ fn start(python: &Path, arguments: &[String]) -> Result<Output, BertScoreError> 
     })
 }
 
-/// The scores of the last line that has them: `… P: 0.9 R: 0.8 F1: 0.85`.
+/// The scores of the last line with scores: `… P: 0.9 R: 0.8 F1: 0.85`.
 fn parse(printed: &str) -> Option<BertScore> {
     let score = |line: &str| {
         let words: Vec<&str> = line.split_whitespace().collect();
@@ -172,7 +172,7 @@ fn parse(printed: &str) -> Option<BertScore> {
     printed.lines().rev().find_map(score)
 }
 
-/// One line per text, however many lines it has: the program reads one row per line.
+/// One line per text, even if the text has several: the program reads one text per line.
 fn lines(texts: &[&str]) -> String {
     let line = |text: &&str| format!("{}\n", one_line(text));
     texts.iter().map(line).collect()
@@ -184,7 +184,7 @@ fn one_line(text: &str) -> String {
     text.replace(ends_a_line, " ").trim().to_string()
 }
 
-/// A word of a command as a shell reads it.
+/// A word of a command, quoted for a shell.
 fn quoted(word: &str) -> Cow<'_, str> {
     let is_plain = |character: char| character.is_alphanumeric() || "/._-+:@=,".contains(character);
     if !word.is_empty() && word.chars().all(is_plain) {
@@ -194,7 +194,7 @@ fn quoted(word: &str) -> Cow<'_, str> {
     }
 }
 
-/// The end of what a program that failed had to say.
+/// The end of a failed program's output.
 fn ending(output: &Output) -> String {
     let text = String::from_utf8_lossy(&output.stderr);
     let last = text.lines().rev().find(|line| !line.trim().is_empty());

@@ -2,10 +2,9 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{Context, bail};
-
 use super::super::answering::AnsweringError;
 use super::super::command::{EvalArgs, check, dated, row_tokenizer, template, training_prompts};
+use super::super::error::EvalError;
 use super::super::named::{BASE, NamedAdapter, named};
 use super::base_model;
 use super::bert_score;
@@ -22,9 +21,9 @@ use terminal::Screen;
 ///
 /// # Errors
 ///
-/// What is wrong with the arguments, the files, the model or an adapter; a program for BERTScore that fails, once
-/// everything else is written.
-pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
+/// An error of the arguments, the files, the model or an adapter; a program for BERTScore that
+/// fails, after everything else is written.
+pub fn run(args: &EvalArgs, screen: &Screen) -> Result<(), EvalError> {
     let plan = Plan::new(args, screen)?;
     let inference = plan.load(args, screen)?;
     let (asked, left_out) = plan.questions(args, &inference, screen)?;
@@ -61,7 +60,7 @@ pub fn run(args: &EvalArgs, screen: &Screen) -> anyhow::Result<()> {
     run.finish()
 }
 
-/// What is known before the weights are loaded, so that a mistake costs nothing.
+/// Everything that is known before the weights are loaded, so that a mistake costs no time.
 struct Plan {
     data_dir: PathBuf,
     folder: Folder,
@@ -75,7 +74,7 @@ struct Plan {
 }
 
 impl Plan {
-    fn new(args: &EvalArgs, screen: &Screen) -> anyhow::Result<Self> {
+    fn new(args: &EvalArgs, screen: &Screen) -> Result<Self, EvalError> {
         check(args)?;
         let data_dir = args.data_dir.as_deref().unwrap_or(Path::new("."));
         let folder = Folder::read(data_dir, &args.tasks)?;
@@ -113,8 +112,9 @@ impl Plan {
         })
     }
 
-    /// Loads the base model. Each adapter is put on it once: one that does not fit must not be found out hours later.
-    fn load(&self, args: &EvalArgs, screen: &Screen) -> anyhow::Result<Inference> {
+    /// Loads the base model and applies each adapter once, so that an adapter that does not fit is
+    /// found now and not hours later.
+    fn load(&self, args: &EvalArgs, screen: &Screen) -> Result<Inference, EvalError> {
         let model_args = ModelArgs {
             model: self.model.clone(),
             ..args.model.clone()
@@ -123,16 +123,17 @@ impl Plan {
         let inference = if self.model == args.model.model {
             loaded?
         } else {
-            loaded.with_context(|| {
-            format!(
-                "{:?} is the base model that the adapters name; where it is another folder, give that with --model",
-                self.model
-            )
-        })?
+            loaded.map_err(|source| EvalError::NamedModel {
+                model: self.model.clone(),
+                source: Box::new(source),
+            })?
         };
         for (adapter, folder) in &self.adapters {
             let fits = inference.with_adapter(folder);
-            fits.with_context(|| format!("--adapter {}", adapter.name))?;
+            fits.map_err(|source| EvalError::Adapter {
+                name: adapter.name.clone(),
+                source: Box::new(source),
+            })?;
         }
         Ok(inference)
     }
@@ -143,7 +144,7 @@ impl Plan {
         args: &EvalArgs,
         inference: &Inference,
         screen: &Screen,
-    ) -> anyhow::Result<(Vec<Asked>, Vec<String>)> {
+    ) -> Result<(Vec<Asked>, Vec<String>), EvalError> {
         let files = &dated(&inference.files, &self.prompts);
         let shape = (
             inference.config.vocab_size,
@@ -158,7 +159,7 @@ impl Plan {
                 Ok(questions) => asked.push(questions),
                 // A table of the other tasks is worth more than none.
                 Err(error @ AnsweringError::AllTooLong { .. }) if self.samples.len() > 1 => {
-                    let note = format!("{} is left out: {error}", sample.suite.name);
+                    let note = format!("{} is skipped: {error}", sample.suite.name);
                     screen.note(&note);
                     left_out.push(note);
                 }
@@ -166,7 +167,7 @@ impl Plan {
             }
         }
         if asked.is_empty() {
-            bail!("no task is left to evaluate:\n{}", left_out.join("\n"))
+            Err(EvalError::NoTask(left_out))
         } else {
             Ok((asked, left_out))
         }

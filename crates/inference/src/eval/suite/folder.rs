@@ -1,4 +1,4 @@
-//! Which of FinLoRA's files a folder holds.
+//! FinLoRA's files in a folder.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -7,10 +7,10 @@ use std::path::{Path, PathBuf};
 use super::tasks::{SuiteTask, TASKS, of_name};
 use run_config::nearest;
 
-/// More files that belong to no task than this are counted, not named.
+/// If more files than this belong to no task, the rest is counted, not named.
 const MOST_NAMED: usize = 20;
 
-/// How the files begin that git leaves in place of large ones.
+/// The first bytes of the files that git leaves in place of large ones.
 const LFS_POINTER: &[u8] = b"version https://git-lfs";
 
 /// Why a folder cannot be evaluated.
@@ -35,7 +35,7 @@ pub enum FolderError {
         task_names()
     )]
     UnknownTask { name: String },
-    #[error("--tasks names {name}, whose file {file} is not in {}", dir.display())]
+    #[error("--tasks names {name}, but its file {file} is not in {}", dir.display())]
     TaskWithoutFile {
         name: &'static str,
         file: &'static str,
@@ -50,19 +50,19 @@ pub enum FolderError {
     Pointer(PathBuf),
 }
 
-/// What a folder holds.
+/// The contents of a folder.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Folder {
     /// The tasks to evaluate, in FinLoRA's order, with their files.
     pub tasks: Vec<(&'static SuiteTask, PathBuf)>,
-    /// Files of tasks that are not there.
+    /// Files of tasks that are missing.
     pub missing: Vec<&'static str>,
-    /// What is there and belongs to no task, sorted.
+    /// Other files in the folder, sorted.
     pub ignored: Vec<String>,
 }
 
 impl Folder {
-    /// Looks for the files of the tasks of these names, of all where none is named.
+    /// Looks for the files of the named tasks, or of all tasks without names.
     ///
     /// # Errors
     ///
@@ -128,12 +128,12 @@ impl Folder {
         }
     }
 
-    /// What the user should know of what is not evaluated.
+    /// Notes to the user about tasks and files that are not evaluated.
     pub fn notes(&self) -> Vec<String> {
         let mut notes = Vec::new();
         if !self.missing.is_empty() {
             notes.push(format!(
-                "not there, evaluated without: {}",
+                "missing files, whose tasks are skipped: {}",
                 self.missing.join(", ")
             ));
         }
@@ -144,7 +144,7 @@ impl Folder {
                 more => format!(" and {more} more"),
             };
             notes.push(format!(
-                "ignored, the name of none of FinLoRA's test files: {}{more}",
+                "ignored, because FinLoRA has no test file of this name: {}{more}",
                 named.join(", ")
             ));
         }

@@ -1,17 +1,17 @@
-//! FinLoRA's benchmark: its tasks by their files' names, asked and scored as its own `test/test_dataset.py` does,
-//! base model and adapters in one table.
+//! FinLoRA's benchmark: its tasks, identified by the names of their files, asked and scored as in
+//! its own `test/test_dataset.py`, with base model and adapters in one table.
 //!
 //! ```text
-//! command.rs     arguments, files, models: the order of things
+//! command.rs     arguments, files, models
 //! tasks.rs       the tasks, their files and answer lengths
-//! folder.rs      which of them a folder holds
+//! folder.rs      the tasks whose files a folder holds
 //! base_model.rs  the base model that the adapters name
 //! run.rs         every model answers every task
-//! questions.rs   a task's rows, ready to be asked
+//! questions.rs   a task's examples as questions
 //! targets.rs     targets as FinLoRA reads them: through pandas
-//! score.rs       FinLoRA's first-label rule and the strict one; scikit-learn's weighted F1
+//! score.rs       FinLoRA's first-label rule and the strict rule; scikit-learn's weighted F1
 //! bert_score.rs  files for the program bert-score, its command, its run
-//! results.rs     everything that was found, as results.json holds it
+//! results.rs     all results, as in results.json
 //! report.rs      the table
 //! ```
 
@@ -27,12 +27,14 @@ mod score;
 mod targets;
 mod tasks;
 
+pub use bert_score::BertScoreError;
 pub use command::run;
+pub use folder::FolderError;
 pub use score::{SuiteScores, finlora_scores, strict_scores};
 
-/// Whose benchmark.
+/// A benchmark.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 pub enum Suite {
-    /// FinLoRA's.
+    /// FinLoRA's benchmark
     Finlora,
 }

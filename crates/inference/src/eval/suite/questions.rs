@@ -1,4 +1,4 @@
-//! A task's rows, ready to be asked.
+//! A task's examples as questions.
 
 use std::path::{Path, PathBuf};
 
@@ -9,25 +9,26 @@ use super::targets::Column;
 use super::tasks::{Judged, SuiteTask};
 use data::{self, DataError, Example, Format, Row, RowTokenizer, Rows};
 
-/// A file's rows, or those that were drawn.
+/// A file's examples, or a sample of them.
 #[derive(Debug)]
 pub struct Sample {
     /// The task.
     pub suite: &'static SuiteTask,
     /// Its file.
     pub path: PathBuf,
-    /// The rows.
+    /// The examples.
     pub rows: Rows,
-    /// What pandas makes of the whole file's targets.
+    /// The type that pandas gives to the whole file's targets.
     pub column: Column,
 }
 
 impl Sample {
-    /// Reads a file whole, and draws from it.
+    /// Reads a whole file, and draws a sample from it.
     ///
     /// # Errors
     ///
-    /// A row that is not FinLoRA's `{"context", "target"}`, with file and line; a file without rows.
+    /// An example that is not FinLoRA's `{"context", "target"}`, with file and line; a file without
+    /// examples.
     pub fn read(
         suite: &'static SuiteTask,
         path: &Path,
@@ -48,36 +49,36 @@ impl Sample {
     }
 }
 
-/// A task as it is asked and judged.
+/// A task's questions and targets.
 #[derive(Debug)]
 pub struct Asked {
-    /// The task of FinLoRA's.
+    /// The task of FinLoRA.
     pub suite: &'static SuiteTask,
     /// The questions.
     pub task: Task,
     /// Their tokenizer.
     pub tokenizer: RowTokenizer,
-    /// What is judged: a target of a row, or of an item of its list.
+    /// The targets: of an example, or of an item of its list.
     pub targets: Vec<Target>,
-    /// Rows without `Answer:`.
+    /// Examples without `Answer:`.
     without_mark: usize,
 }
 
-/// What an answer is compared with.
+/// The target of an answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Target {
-    /// The line of its row in the file, from 1.
+    /// The line of its example in the file, from 1.
     pub line: usize,
-    /// Its place in the row's list, from 0.
+    /// Its index in the example's list, from 0.
     pub item: usize,
-    /// As it is in the file.
+    /// As in the file.
     pub text: String,
     /// As FinLoRA reads it.
     pub finlora: String,
 }
 
 impl Asked {
-    /// Makes questions of a sample's rows.
+    /// Makes questions of a sample's examples.
     ///
     /// # Errors
     ///
@@ -107,7 +108,7 @@ impl Asked {
         let mut targets = Vec::new();
         for question in &task.questions {
             let read = column.read(&question.target);
-            // FinLoRA takes white space away around items, and around whole targets not.
+            // FinLoRA strips white space from items, but not from whole targets.
             let itemized = |text: &str| {
                 if lists {
                     items(text, true)
@@ -136,7 +137,7 @@ impl Asked {
         })
     }
 
-    /// What was asked.
+    /// The description of the task for the results.
     pub fn results(&self) -> TaskResults {
         TaskResults {
             task: self.suite.name,

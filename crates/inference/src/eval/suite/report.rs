@@ -7,11 +7,11 @@ use data::PromptTemplate;
 use terminal::Table;
 use terminal::human;
 
-/// Tables that are wider are shown with a line for each task.
+/// Wider tables are shown with one line per task.
 const WIDTH: usize = 100;
 
 impl SuiteResults {
-    /// For the screen: adapters × tasks, or tasks × adapters where that is too wide.
+    /// For the screen: adapters × tasks, or tasks × adapters if that is too wide.
     pub fn lines(&self) -> Vec<String> {
         let mut lines = vec![self.heading(), String::new()];
         let table = self.table();
@@ -44,7 +44,7 @@ impl SuiteResults {
         text
     }
 
-    /// The commands of BERTScores that were not computed.
+    /// The commands for BERTScores that were not computed.
     pub fn commands(&self) -> impl Iterator<Item = &str> {
         let scores = self
             .contenders
@@ -70,11 +70,11 @@ impl SuiteResults {
             .chain(tasks)
             .chain(["average"])
             .collect();
-        let title = "FinLoRA's tasks: accuracy in % / weighted F1; of texts - / BERTScore F1";
+        let title = "FinLoRA's tasks: accuracy in % / weighted F1; for texts - / BERTScore F1";
         let mut table = Table::new(title, &header);
         table.words = vec![1];
         let rows = self.tasks.iter().map(|task| human::count(task.rows as u64));
-        let mut first = vec!["rows".to_string(), String::new()];
+        let mut first = vec!["examples".to_string(), String::new()];
         first.extend(rows.chain([String::new()]));
         table.rows.push(first);
         for contender in &self.contenders {
@@ -86,7 +86,7 @@ impl SuiteResults {
         table
     }
 
-    /// The table with a line for each task and a column for each adapter's scorer.
+    /// The table with one line per task and one column per adapter and scorer.
     fn turned(&self, table: Table) -> Table {
         let heading = |row: &Vec<String>| format!("{} {}", row[0], row[1]).trim().to_string();
         let mut header = vec![String::new()];
@@ -108,39 +108,39 @@ impl SuiteResults {
 
     fn notes(&self) -> Vec<String> {
         let mut notes = vec![
-            "finlora: right if the first target of the file that is found in the answer is the row's, in any case; strict: \
-             right if the answer is the target, but for white space around it"
+            "finlora: correct if the first of the file's targets that occurs in the answer is the example's target, ignoring case; strict: \
+             correct if the answer equals the target, ignoring surrounding white space"
                 .to_string(),
             self.note_of_average(),
         ];
         notes.extend(self.left_out.iter().cloned());
         if self.prompt_template != PromptTemplate::Raw.to_string() {
             notes.push(format!(
-                "FinLoRA's own evaluation asks the contexts as they are (--template raw --force); here they are asked in the \
+                "FinLoRA's own evaluation uses the contexts without a template (--template raw --force); here they are in the \
                  prompt template {}",
                 self.prompt_template
             ));
         }
         for task in &self.tasks {
-            let rows = |count: usize| human::counted(count as u64, "row");
+            let rows = |count: usize| human::counted(count as u64, "example");
             if task.too_long > 0 {
                 notes.push(format!(
-                    "{}: {} left out, longer than the model's positions",
+                    "{}: {} skipped, longer than the model's positions",
                     task.task,
                     rows(task.too_long)
                 ));
             }
             if task.without_mark > 0 {
                 notes.push(format!(
-                    "{}: {} without \"Answer:\"; the answer is what the model writes, where FinLoRA would look into the prompt too",
+                    "{}: {} without \"Answer:\"; the answer is the generated text, while FinLoRA would also search the prompt",
                     task.task,
                     rows(task.without_mark)
                 ));
             }
             if task.targets_reread {
                 notes.push(format!(
-                    "{}: every target is a number, and FinLoRA reads them through pandas, which writes some in another way \
-                     (\"finlora_target\" in the answers); strict compares the file's",
+                    "{}: every target is a number, and FinLoRA reads them through pandas, which changes the form of some \
+                     (\"finlora_target\" in the answers); strict compares the targets of the file",
                     task.task
                 ));
             }
@@ -156,7 +156,7 @@ impl SuiteResults {
         let texts = match (texts.is_empty(), computed) {
             (true, _) => String::new(),
             (false, true) => format!(
-                "; for {} 100 · BERTScore F1 is the accuracy",
+                "; the accuracy of {} is 100 · BERTScore F1",
                 texts.join(" and ")
             ),
             (false, false) => format!(
@@ -165,7 +165,7 @@ impl SuiteResults {
             ),
         };
         format!(
-            "average: the tasks' mean accuracy, FinLoRA's Overall Average, / their mean weighted F1{texts}"
+            "average: mean accuracy of the tasks (FinLoRA's Overall Average) / mean weighted F1{texts}"
         )
     }
 }
@@ -256,7 +256,7 @@ mod tests {
             data_dir: "data".into(),
             missing: Vec::new(),
             ignored: Vec::new(),
-            left_out: vec!["ner is left out".into()],
+            left_out: vec!["ner is skipped".into()],
             contenders: names.iter().map(contender).collect(),
             tasks: tasks.iter().map(of_task).collect(),
         }
@@ -267,13 +267,16 @@ mod tests {
         let text = results(&["base", "a|b"]).markdown();
         for line in [
             "|  | scorer | fpb | tfns | xbrl_term | average |",
-            "| rows |  | 2 | 2 | 2 |  |",
+            "| examples |  | 2 | 2 | 2 |  |",
             "| base | finlora | 50.00 / 0.500 | 100.00 / 1.000 | - / 0.600 | 70.00 / 0.750 |",
             "| a\\|b | strict | 0.00 / 0.000 | 100.00 / 1.000 | - / - | 50.00 / 0.500 |",
         ] {
             assert!(text.contains(line), "{line}\n{text}");
         }
-        assert!(text.contains("for xbrl_term 100 · BERTScore F1"), "{text}");
+        assert!(
+            text.contains("the accuracy of xbrl_term is 100 · BERTScore F1"),
+            "{text}"
+        );
         assert!(!text.contains("```"), "{text}");
     }
 
@@ -290,10 +293,10 @@ mod tests {
             "without xbrl_term, whose BERTScore was not computed",
             "```\nbert-score …\n```",
             "--template raw --force",
-            "fpb: 1 row left out",
-            "tfns: 2 rows without \"Answer:\"",
+            "fpb: 1 example skipped",
+            "tfns: 2 examples without \"Answer:\"",
             "tfns: every target is a number",
-            "ner is left out",
+            "ner is skipped",
         ] {
             assert!(text.contains(part), "{part}\n{text}");
         }
@@ -302,7 +305,7 @@ mod tests {
     #[test]
     fn a_screen_that_is_too_narrow_gets_a_line_for_each_task() {
         let narrow = results(&["base"]).lines().join("\n");
-        assert!(narrow.contains("base  finlora"), "{narrow}");
+        assert!(narrow.contains("base      finlora"), "{narrow}");
         let names = ["base", "a_long_name_of_an_adapter", "another"];
         let mut wide = results(&names);
         for name in ["x", "y", "z"] {

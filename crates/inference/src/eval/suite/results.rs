@@ -1,4 +1,4 @@
-//! What a suite found, as `results.json` holds it.
+//! The results of a suite, as in `results.json`.
 
 use std::path::PathBuf;
 
@@ -7,7 +7,7 @@ use serde::Serialize;
 use super::bert_score::BertScore;
 use super::score::SuiteScores;
 
-/// Everything that was found.
+/// All results.
 #[derive(Debug, Clone, Serialize)]
 pub struct SuiteResults {
     /// `finlora`.
@@ -16,19 +16,19 @@ pub struct SuiteResults {
     pub model: String,
     /// Bits of its linear layers.
     pub quant_bits: u8,
-    /// Where it ran.
+    /// The device.
     pub device: String,
     /// The prompt template.
     pub prompt_template: String,
-    /// Decides which rows a sample has.
+    /// The seed that samples are drawn with.
     pub seed: u64,
     /// The folder of the files.
     pub data_dir: PathBuf,
-    /// FinLoRA's files that are not in it.
+    /// FinLoRA's files that are missing in it.
     pub missing: Vec<&'static str>,
-    /// What else is in it.
+    /// Other files in it.
     pub ignored: Vec<String>,
-    /// Tasks that no row is asked of, and why.
+    /// Tasks that were skipped, and why.
     pub left_out: Vec<String>,
     /// The tasks, in FinLoRA's order.
     pub tasks: Vec<TaskResults>,
@@ -36,28 +36,28 @@ pub struct SuiteResults {
     pub contenders: Vec<SuiteContender>,
 }
 
-/// What was asked of everyone.
+/// The description of a task.
 #[derive(Debug, Clone, Serialize)]
 pub struct TaskResults {
     /// FinLoRA's name.
     pub task: &'static str,
     /// The file.
     pub file: &'static str,
-    /// Rows that were asked.
+    /// Examples that were answered.
     pub rows: usize,
-    /// Answers that were judged; more than rows where an answer is a list.
+    /// Answers that were judged; more than the examples if an answer is a list.
     pub answers: usize,
-    /// Rows that the model has too few positions for.
+    /// Examples that are too long for the model.
     pub too_long: usize,
-    /// Tokens that may be written for an answer.
+    /// The maximum number of tokens per answer.
     pub max_new_tokens: usize,
-    /// Rows without `Answer:`, of which FinLoRA would take the prompt for a part of the answer.
+    /// Examples without `Answer:`, for which FinLoRA would search the prompt for the answer.
     pub without_mark: usize,
-    /// Whether pandas reads the targets as numbers that are written in another way than in the file.
+    /// Whether pandas reads the targets as numbers whose text differs from the file.
     pub targets_reread: bool,
 }
 
-/// A model that answered.
+/// A model that was evaluated.
 #[derive(Debug, Clone, Serialize)]
 pub struct SuiteContender {
     /// `base`, or the adapter's name.
@@ -75,15 +75,15 @@ pub struct SuiteContender {
 pub struct TaskScores {
     /// FinLoRA's name.
     pub task: &'static str,
-    /// The time that the answers took.
+    /// The seconds that the answers took.
     pub seconds: f64,
-    /// By FinLoRA's first-label rule; none for texts.
+    /// By FinLoRA's first-label rule; `None` for texts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub finlora: Option<SuiteScores>,
-    /// By the strict rule; none for texts.
+    /// By the strict rule; `None` for texts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub strict: Option<SuiteScores>,
-    /// For texts, where it was computed.
+    /// For texts, if it was computed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub bert_score: Option<BertScore>,
     /// The command that computes it.
@@ -91,10 +91,11 @@ pub struct TaskScores {
     pub bert_score_command: Option<String>,
 }
 
-/// Means over tasks, each task counting the same.
+/// Means over tasks; each task has the same weight.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize)]
 pub struct Averages {
-    /// FinLoRA's overall average: accuracies by its rule, for texts BERTScore's F1 where it was computed.
+    /// FinLoRA's overall average: accuracies by its rule; for texts BERTScore's F1 if it was
+    /// computed.
     pub overall: Option<f64>,
     /// The weighted F1 by FinLoRA's rule.
     pub finlora_weighted_f1: Option<f64>,
@@ -105,7 +106,7 @@ pub struct Averages {
 }
 
 impl Averages {
-    /// Of a model's scores.
+    /// The means of a model's scores.
     pub fn of(tasks: &[TaskScores]) -> Self {
         let over = |score: fn(&TaskScores) -> Option<f64>| mean(tasks.iter().filter_map(score));
         Self {

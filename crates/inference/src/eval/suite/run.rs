@@ -1,14 +1,13 @@
 //! Every model answers every task; scores, files, the table.
 
 use std::collections::BTreeMap;
-use std::io::Write;
 use std::path::PathBuf;
 
-use anyhow::Context;
 use llama_burn::Llama;
 
 use super::super::answering::Answer;
 use super::super::command::{EvalArgs, Writer, answers_of};
+use super::super::error::EvalError;
 use super::bert_score::BertScoreFiles;
 use super::questions::Asked;
 use super::results::{Averages, SuiteContender, SuiteResults, TaskScores};
@@ -18,21 +17,21 @@ use crate::model::Inference;
 use durable::write_atomically;
 use terminal::Screen;
 
-/// A run under way.
+/// A running evaluation.
 pub struct Run<'a> {
     args: &'a EvalArgs,
     screen: &'a Screen,
     inference: &'a Inference,
     asked: &'a [Asked],
     results: SuiteResults,
-    /// Each task's answers, as lines of JSON.
-    written: BTreeMap<&'static str, Vec<u8>>,
-    /// Files for BERTScore, with the places of contender and task in the results.
+    /// Each task's answers, as JSON lines.
+    written: BTreeMap<&'static str, String>,
+    /// Files for BERTScore, with the indices of contender and task in the results.
     bert_scores: Vec<(usize, usize, BertScoreFiles)>,
 }
 
 impl<'a> Run<'a> {
-    /// A run without answers; `results` says what is asked.
+    /// A run without answers; `results` describes the tasks.
     pub fn new(
         args: &'a EvalArgs,
         screen: &'a Screen,
@@ -51,8 +50,8 @@ impl<'a> Run<'a> {
         }
     }
 
-    /// Has a model answer every task. Answers are written after each task and scores after each model, so that a run
-    /// that is cut off leaves what it had.
+    /// Answers every task with a model. Answers are written after each task and scores after each
+    /// model, so that an interrupted run leaves its results so far.
     ///
     /// # Errors
     ///
@@ -62,7 +61,7 @@ impl<'a> Run<'a> {
         name: &str,
         adapter: Option<PathBuf>,
         model: &Llama,
-    ) -> anyhow::Result<()> {
+    ) -> Result<(), EvalError> {
         let asked = self.asked;
         let mut tasks = Vec::with_capacity(asked.len());
         for asked in asked {
@@ -99,7 +98,7 @@ impl<'a> Run<'a> {
         answers: &[Answer],
         seconds: f64,
         task: usize,
-    ) -> anyhow::Result<TaskScores> {
+    ) -> Result<TaskScores, EvalError> {
         let targets: Vec<&str> = asked.targets.iter().map(|it| it.finlora.as_str()).collect();
         let texts: Vec<&str> = asked.targets.iter().map(|it| it.text.as_str()).collect();
         let finlora: Vec<&str> = answers.iter().map(|it| it.finlora.as_str()).collect();
@@ -127,7 +126,7 @@ impl<'a> Run<'a> {
         Ok(scores)
     }
 
-    fn keep(&mut self, asked: &Asked, name: &str, answers: &[Answer]) -> anyhow::Result<()> {
+    fn keep(&mut self, asked: &Asked, name: &str, answers: &[Answer]) -> Result<(), EvalError> {
         let out = self.written.entry(asked.suite.name).or_default();
         for (target, answer) in asked.targets.iter().zip(answers) {
             let line = serde_json::json!({
@@ -135,25 +134,29 @@ impl<'a> Run<'a> {
                 "target": target.text, "finlora_target": target.finlora,
                 "written": answer.written, "answer": answer.finlora,
             });
-            writeln!(out, "{line}")?;
+            *out += &format!("{line}\n");
         }
         let file = format!("answers/{}.jsonl", asked.suite.name);
-        Ok(write_atomically(&self.args.output.join(file), out)?)
+        Ok(write_atomically(
+            &self.args.output.join(file),
+            out.as_bytes(),
+        )?)
     }
 
-    /// Runs the program for BERTScore, where that was asked for, writes everything and shows the table.
+    /// Runs the program for BERTScore if it was requested, writes all files and shows the table.
     ///
     /// # Errors
     ///
-    /// A file that cannot be written; a program for BERTScore that fails, once everything else is written.
-    pub fn finish(mut self) -> anyhow::Result<()> {
+    /// A file that cannot be written; a program for BERTScore that fails, after everything else is
+    /// written.
+    pub fn finish(mut self) -> Result<(), EvalError> {
         let scored = self.bert_scores();
         self.write()?;
         self.show();
         scored
     }
 
-    fn bert_scores(&mut self) -> anyhow::Result<()> {
+    fn bert_scores(&mut self) -> Result<(), EvalError> {
         let Some(python) = &self.args.bertscore else {
             return Ok(());
         };
@@ -162,11 +165,9 @@ impl<'a> Run<'a> {
             let task = &mut contender.tasks[*task];
             let progress = self.screen.task(&contender.name, 1);
             let score = files.run(python);
-            let score = score.with_context(|| {
-                let output = self.args.output.display();
-                format!(
-                    "the answers and all other scores are in {output}; BERTScore was not computed"
-                )
+            let score = score.map_err(|source| EvalError::NoBertScore {
+                output: self.args.output.clone(),
+                source,
             })?;
             progress.done(&format!("BERTScore of {}: F1 {:.3}", task.task, score.f1));
             task.bert_score = Some(score);
@@ -175,7 +176,7 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    fn write(&self) -> anyhow::Result<()> {
+    fn write(&self) -> Result<(), EvalError> {
         let path = |name: &str| self.args.output.join(name);
         let json = serde_json::to_string_pretty(&self.results)?;
         write_atomically(&path("results.json"), format!("{json}\n").as_bytes())?;
@@ -204,7 +205,7 @@ impl<'a> Run<'a> {
     }
 }
 
-/// A contender's name as a part of a file's; its number tells apart what would be the same.
+/// A contender's name as a part of a file name; its number keeps the names distinct.
 fn file_name(name: &str, number: usize) -> String {
     let is_plain = |character: char| character.is_alphanumeric() || "._-".contains(character);
     if name.chars().all(is_plain) {

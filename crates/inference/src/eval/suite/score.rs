@@ -1,4 +1,4 @@
-//! Scores of answers, as texts against texts.
+//! Scores of answers: texts compared with texts.
 
 use std::collections::BTreeMap;
 
@@ -8,12 +8,12 @@ use super::super::labels::Answers;
 use super::super::metrics::share;
 use super::super::statistics::wilson;
 
-/// What a rule finds of a task's answers.
+/// The scores of one rule for a task's answers.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct SuiteScores {
-    /// Answers; items of lists count each.
+    /// Answers; each item of a list counts.
     pub answers: usize,
-    /// Answers that are right.
+    /// Correct answers.
     pub correct: usize,
     /// Their share.
     pub accuracy: f64,
@@ -23,11 +23,11 @@ pub struct SuiteScores {
     pub weighted_f1: f64,
 }
 
-/// FinLoRA's rule (`evaluate_accuracy` in its `test/test_dataset.py`): in lower case, the target of any row that is
-/// found first in the answer is what was answered. For F1, a right answer counts as its target, another as the whole
-/// text that was written.
+/// FinLoRA's rule (`evaluate_accuracy` in its `test/test_dataset.py`): the answer is the first of
+/// all examples' targets that occurs in the text, ignoring case. For F1, a correct answer counts as
+/// its target, any other as the whole text.
 ///
-/// Where one target begins another at the same place, FinLoRA takes whichever its hash set has first; here it is the
+/// If two targets start at the same place, FinLoRA takes the first in its hash set; here it is the
 /// longer one.
 ///
 /// # Panics
@@ -42,7 +42,7 @@ pub fn finlora_scores(targets: &[&str], answers: &[&str]) -> SuiteScores {
     scores(targets, answers, &is_right)
 }
 
-/// The strict rule: an answer is right if it is the target, but for white space around it.
+/// The strict rule: an answer is correct if it equals the target, ignoring surrounding white space.
 ///
 /// # Panics
 ///
@@ -79,7 +79,8 @@ fn scores(
     }
 }
 
-/// The labels' F1, averaged over labels by how many targets each is; labels that are no target weigh nothing.
+/// The labels' F1, weighted by the number of targets of each label; labels that are not a target
+/// have no weight.
 fn weighted_f1(targets: &[&str], responses: &[&str]) -> f64 {
     #[derive(Default)]
     struct Counts {

@@ -1,17 +1,17 @@
 //! Targets as FinLoRA reads them.
 //!
-//! It reads its files with `pandas.read_json(lines=True)` (2.2.2) and compares `str(target)`. pandas makes numbers of
-//! a column of texts that are all numbers: `"12.50"` is then `12.5`, and `"42"` is `42.0` where another row has a
-//! fraction.
+//! It reads its files with `pandas.read_json(lines=True)` (2.2.2) and compares `str(target)`.
+//! pandas converts a column of strings that are all numbers: `"12.50"` becomes `12.5`, and `"42"`
+//! becomes `42.0` if another example has a fraction.
 
 use std::borrow::Cow;
 
 use data::python_float;
 
-/// Floats from here on are no `int64`.
+/// Floats from here on do not fit `int64`.
 const BEYOND_INTEGERS: f64 = 9_223_372_036_854_775_808.0;
 
-/// What pandas makes of a file's targets.
+/// The type that pandas gives to a file's targets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Column {
     /// The texts themselves.
@@ -44,7 +44,7 @@ impl Column {
     }
 }
 
-/// Python's `float(text)`, but for digits that are not ASCII.
+/// Python's `float(text)`, except for digits that are not ASCII.
 fn number(text: &str) -> Option<f64> {
     let text = text.trim_matches(super::super::labels::is_python_space);
     if !text.contains('_') {

@@ -5,7 +5,7 @@
 pub enum Judged {
     /// A label: accuracy and weighted F1.
     Label,
-    /// A list with commas, each item of which is a label.
+    /// A comma-separated list, each item of which is a label.
     Labels,
     /// A text: BERTScore.
     Text,
@@ -14,11 +14,11 @@ pub enum Judged {
 /// A task of FinLoRA's.
 #[derive(Debug, PartialEq, Eq)]
 pub struct SuiteTask {
-    /// What FinLoRA calls it.
+    /// FinLoRA's name.
     pub name: &'static str,
     /// The name of its file.
     pub file: &'static str,
-    /// Tokens that may be written for an answer.
+    /// The maximum number of tokens per answer.
     pub max_new_tokens: usize,
     /// How answers are judged.
     pub judged: Judged,
@@ -38,8 +38,8 @@ const fn task(
     }
 }
 
-/// Every task, in the order of FinLoRA's table of results. The exams have no length of their own there and get its
-/// default, 30; their files are not published.
+/// Every task, in the order of FinLoRA's table of results. The exams have no answer length of their
+/// own there and use its default, 30; their files are not published.
 pub const TASKS: [SuiteTask; 19] = [
     task("fpb", "fpb_test.jsonl", 10, Judged::Label),
     task("fiqa", "fiqa_test.jsonl", 10, Judged::Label),
