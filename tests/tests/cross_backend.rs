@@ -24,6 +24,6 @@ fn every_pair_of_backends_agrees_on_logits_gradients_and_a_loss_curve() {
             .all(|section| section.checks.len() >= 4),
         "{report}"
     );
-    // The tolerances stand in the report, with their reasons in `trainer::parity`.
+    // The tolerances stand in the report, with their reasons in the crate `parity`.
     assert!(report.passed(), "{report}");
 }

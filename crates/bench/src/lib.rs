@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: how fast, how large, and whether it is the same training.
+//! The benchmark, `cargo xtask bench`: how fast, how large, and whether it is the same training.
 //!
 //! ```text
 //! options.rs, scenario.rs, contenders.rs   what is compared
@@ -39,6 +39,7 @@ mod worker;
 
 use std::path::{Path, PathBuf};
 
+pub use child::WORKER;
 pub use device::Machine;
 pub use error::BenchError;
 pub use options::BenchOptions;

@@ -4,32 +4,44 @@ use std::path::PathBuf;
 
 use device::Backend;
 
-/// What can be asked of the benchmark.
-#[derive(Debug, Clone, PartialEq, Eq)]
+/// What can be asked of the benchmark, as command-line arguments.
+#[derive(Debug, Clone, PartialEq, Eq, clap::Args)]
 pub struct BenchOptions {
-    /// Where ours and Burn's compute.
+    /// Where our training and Burn's compute.
+    #[arg(long, visible_alias = "backend", default_value = "auto", help = Backend::help())]
     pub device: Backend,
-    /// A Python with torch, transformers and peft.
+    /// A Python with torch, transformers and peft (and bitsandbytes for int8 on CUDA)
+    #[arg(long, value_name = "PYTHON")]
     pub peft: Option<PathBuf>,
-    /// The model's folder.
+    /// A Hugging Face model folder; models/SmolLM2-135M-Instruct without it
+    #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Lines of `{"context", "target"}`.
+    /// Rows to train on; data/fpb_train.jsonl without it
+    #[arg(long, value_name = "FILE")]
     pub data: Option<PathBuf>,
-    /// Measured rounds of each scenario.
+    /// Measured rounds of each scenario [default: 5]
+    #[arg(long, value_name = "N")]
     pub rounds: Option<usize>,
-    /// Optimizer steps of a round.
+    /// Optimizer steps of a round [default: 5, or the scenario's own]
+    #[arg(long, value_name = "N")]
     pub steps: Option<usize>,
-    /// Scenarios; `main` where empty.
+    /// Scenarios: floors, main, all-linear, r64, long, accumulation, scaling, 8b [default: main]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub only: Vec<String>,
-    /// All scenarios but those that need a data-centre GPU.
+    /// Every scenario but 8b
+    #[arg(long, conflicts_with = "only")]
     pub all: bool,
-    /// Contenders; all where empty.
+    /// Contenders, such as ours,burn,peft-f32 [default: all that the scenario has]
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub contenders: Vec<String>,
-    /// PEFT in bfloat16 where the processor has no instructions for it.
+    /// Measure PEFT in bfloat16 even where the processor has no instructions for it
+    #[arg(long)]
     pub bf16: bool,
-    /// The embedded model, two rounds of two steps, small floors: whether it works, not how fast.
+    /// The embedded model, two rounds of two steps: whether it works, not how fast
+    #[arg(long)]
     pub quick: bool,
-    /// Where the results go.
+    /// Where the results go: results.json, results.md, speed.svg
+    #[arg(long, value_name = "DIR", default_value = "target/bench")]
     pub output: PathBuf,
 }
 

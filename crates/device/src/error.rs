@@ -9,15 +9,6 @@ use super::{check_device, self_test};
 /// Why there is no such device. Each message is one line that also says what to do.
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum DeviceError {
-    /// `--backend` with a word that names none.
-    #[error(
-        "there is no backend {word:?}; the known ones are {}",
-        Backend::ALL.map(Backend::name).join(", ")
-    )]
-    Unknown {
-        /// What was given.
-        word: String,
-    },
     /// No build for this operating system has it.
     #[error("backend {backend}: {why}; use --backend auto or --backend cpu")]
     WrongPlatform {

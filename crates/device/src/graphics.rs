@@ -2,6 +2,7 @@
 
 use std::env;
 
+use backends::advice;
 use burn::tensor::wgpu::{WgpuBackend, wgpu};
 use burn::tensor::{Device, DeviceKind, DeviceType};
 
@@ -37,14 +38,12 @@ fn find(backend: Backend) -> Result<DeviceKind, DeviceError> {
         // wrong numbers.
         Some(DeviceKind::Cpu) if backend == Backend::Vulkan => Err(missing(
             "the only adapter is a software one, and such drivers fail on SPIR-V kernels",
-            "install your GPU's driver, or use --backend wgpu (slow there, but right) or \
-             --backend cpu",
+            advice::GPU_FOR_SPIRV,
         )),
         Some(kind) => Ok(kind),
         None => Err(missing(
             "no graphics adapter answers",
-            "install your GPU's Vulkan driver (Debian, Ubuntu: mesa-vulkan-drivers, which also \
-             brings a slow software one), or use --backend cpu",
+            advice::GRAPHICS_DRIVER,
         )),
     }
 }

@@ -142,7 +142,10 @@ fn found(quick: bool, log: &Path) -> anyhow::Result<Backend> {
         Backend::Wgpu,
     ];
     let mut passed_over = Vec::new();
-    for backend in candidates.into_iter().filter(|it| it.is_compiled_in()) {
+    for backend in candidates
+        .into_iter()
+        .filter(|&it| device::is_compiled_in(it))
+    {
         let options = WorkerOptions {
             section: Section::Device,
             backend,

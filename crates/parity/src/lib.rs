@@ -1,4 +1,4 @@
-//! `trainer parity`: the trainer's numbers against those of someone else's code, or of another device.
+//! `cargo xtask parity`: our numbers against those that another program or another device computes.
 //!
 //! | file | what it holds |
 //! | --- | --- |
@@ -25,18 +25,25 @@ use reference::Reference;
 
 pub use report::{Check, Report, Section};
 
-/// What to compare.
-#[derive(Debug, Clone)]
+/// What to compare, as command-line arguments.
+#[derive(Debug, Clone, clap::Args)]
 pub struct ParityOptions {
-    /// A folder that `peft_reference.py` wrote; without one, devices are compared with each other.
+    /// A folder that peft_reference.py wrote; without one, backends are compared with each other
+    #[arg(long, value_name = "DIR")]
     pub reference: Option<PathBuf>,
-    /// The reference's model, where it is not in the folder (`peft_reference.py --model`).
+    /// The reference's model, where the folder does not hold it
+    #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// The backends to run on; those that are not there are reported, not failed.
+    /// Backends to run on; those that are missing are reported and fail nothing
+    #[arg(long, value_delimiter = ',', default_value = "cpu")]
     pub backends: Vec<Backend>,
-    /// The learning rate of the reference's training steps; the folder does not say it.
+    /// The learning rate of the reference's training steps
+    #[arg(long = "lr", value_name = "LR", default_value_t = LEARNING_RATE)]
     pub learning_rate: f64,
 }
+
+/// `peft_reference.py`'s learning rate.
+const LEARNING_RATE: f64 = 1e-3;
 
 impl Default for ParityOptions {
     /// The CPU, without a reference, and `peft_reference.py`'s learning rate.
@@ -45,7 +52,7 @@ impl Default for ParityOptions {
             reference: None,
             model: None,
             backends: vec![Backend::Cpu],
-            learning_rate: 1e-3,
+            learning_rate: LEARNING_RATE,
         }
     }
 }
