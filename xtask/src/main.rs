@@ -13,6 +13,7 @@ mod ci;
 mod detect;
 mod gpu_report;
 mod interop;
+mod job;
 mod program;
 mod test;
 
@@ -123,7 +124,7 @@ fn plan_backend(args: &[OsString]) -> Backend {
 
 /// Runs a command of the trainer.
 fn trainer(command: &'static str, args: Vec<OsString>, default: Backend) -> Result<ExitCode> {
-    program::run(Program::Trainer(command), args, default)
+    job::run(Program::Trainer(command), args, default)
 }
 
 fn main() -> ExitCode {
@@ -145,9 +146,9 @@ fn main() -> ExitCode {
         Task::GpuBundle(args) => bundle::run(&args),
         Task::ExportGguf(it) => trainer("export-gguf", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
-        Task::MakeAssets(it) => program::run(Program::MakeAssets, it.args, Backend::Cpu),
-        Task::Parity(it) => program::parity(it.args),
-        Task::Bench(it) => program::run(Program::Bench, it.args, Backend::Auto),
+        Task::MakeAssets(it) => job::run(Program::MakeAssets, it.args, Backend::Cpu),
+        Task::Parity(it) => job::parity(it.args),
+        Task::Bench(it) => job::run(Program::Bench, it.args, Backend::Auto),
         Task::Test(it) => test::run(it.filter),
         Task::Interop(it) => interop::run(it.filter),
         Task::Ci { full } => ci::run(full),

@@ -14,5 +14,5 @@ pub const GRAPHICS_DRIVER: &str = "install your GPU's Vulkan driver (Debian, Ubu
                                    use --backend cpu";
 
 /// SPIR-V without a GPU: lavapipe crashes on such kernels, and SwiftShader computes wrong numbers.
-pub const GPU_FOR_SPIRV: &str = "install your GPU's driver, or use --backend wgpu (slow there, but \
-                                 right) or --backend cpu";
+pub const GPU_FOR_SPIRV: &str = "install your GPU's driver, or use --backend wgpu (slow, but \
+                                 correct) or --backend cpu";

@@ -1,13 +1,14 @@
-//! The words that `--backend` takes.
+//! The names that `--backend` accepts.
 
 use std::fmt;
 use std::str::FromStr;
 use std::sync::LazyLock;
 
-/// A backend as `--backend` names it.
+/// A backend, as named by `--backend`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
 pub enum Backend {
-    /// The best that the build and the machine have: CUDA, Metal, Vulkan, wgpu, CPU.
+    /// The best backend that the build includes and the machine supports: CUDA, Metal, Vulkan, wgpu,
+    /// CPU.
     #[default]
     Auto,
     /// Burn's Flex on the CPU; in every build.
@@ -22,19 +23,19 @@ pub enum Backend {
     Metal,
 }
 
-/// A word that names no backend.
+/// `--backend` with an unknown name.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error(
     "there is no backend {word:?}; the known ones are {}",
     Backend::ALL.map(Backend::name).join(", ")
 )]
 pub struct UnknownBackend {
-    /// The word.
+    /// The given name.
     pub word: String,
 }
 
 impl Backend {
-    /// Every backend, in the order in which they are listed to the user.
+    /// Every backend, in the order of lists for the user.
     pub const ALL: [Backend; 6] = [
         Backend::Auto,
         Backend::Cpu,
@@ -44,7 +45,7 @@ impl Backend {
         Backend::Metal,
     ];
 
-    /// The word that `--backend` takes.
+    /// The name that `--backend` accepts.
     pub fn name(self) -> &'static str {
         match self {
             Backend::Auto => "auto",
@@ -65,18 +66,18 @@ impl Backend {
         }
     }
 
-    /// Why no build for this platform has the backend, in one sentence; `None` where one can.
+    /// Why the backend is not supported on this platform, as a sentence; `None` if it is.
     pub fn missing_on_this_platform(self) -> Option<&'static str> {
         let apple = cfg!(target_vendor = "apple");
         match self {
-            Backend::Metal if !apple => Some("Metal exists on Apple machines only"),
-            Backend::Cuda if apple => Some("NVIDIA publishes no CUDA for Apple machines"),
-            Backend::Vulkan if apple => Some("Apple machines have Metal in Vulkan's place"),
+            Backend::Metal if !apple => Some("Metal is available on Apple machines only"),
+            Backend::Cuda if apple => Some("CUDA is not available on Apple machines"),
+            Backend::Vulkan if apple => Some("Apple machines use Metal instead of Vulkan"),
             _ => None,
         }
     }
 
-    /// The names of the backends that this platform can build, for an error that has to name them.
+    /// The names of the backends that this platform supports, for messages.
     pub fn on_this_platform() -> String {
         let present = Backend::ALL
             .into_iter()
@@ -90,7 +91,7 @@ impl Backend {
         &HELP
     }
 
-    /// The help of a `--backend` that takes GPUs only.
+    /// The help of a `--backend` that accepts GPUs only.
     pub fn help_for_gpus() -> &'static str {
         static HELP: LazyLock<String> = LazyLock::new(|| {
             let gpus = Backend::ALL.into_iter().filter(|&it| it != Backend::Cpu);
@@ -100,14 +101,14 @@ impl Backend {
     }
 }
 
-/// `a, b or c; this program has those it was built with`
+/// `a, b or c, if this build includes it`
 fn help_of(backends: &[Backend]) -> String {
     let names: Vec<_> = backends.iter().map(|backend| backend.name()).collect();
     let list = match names.split_last() {
         Some((last, others)) if !others.is_empty() => format!("{} or {last}", others.join(", ")),
         _ => names.concat(),
     };
-    format!("{list}; this program has those it was built with")
+    format!("{list}, if this build includes it")
 }
 
 impl fmt::Display for Backend {
@@ -161,11 +162,11 @@ mod tests {
     }
 
     #[test]
-    fn the_help_lists_the_words_that_the_option_takes() {
+    fn the_help_lists_the_names_that_the_option_accepts() {
         assert_eq!(
             Backend::help(),
-            "auto, cpu, cuda, wgpu, vulkan or metal; this program has those it was built with"
+            "auto, cpu, cuda, wgpu, vulkan or metal, if this build includes it"
         );
-        assert!(Backend::help_for_gpus().starts_with("auto, cuda, wgpu, vulkan or metal;"));
+        assert!(Backend::help_for_gpus().starts_with("auto, cuda, wgpu, vulkan or metal,"));
     }
 }

@@ -1,8 +1,8 @@
-//! CUDA: NVIDIA's driver and the toolkit's math library, looked for without Burn.
+//! CUDA: NVIDIA's driver and the toolkit's math library, found without Burn.
 //!
-//! cubecl-cuda panics without the driver, and fails in the middle of a run without the math library:
-//! its kernels are compiled by LLVM, which links `exp`, `sin` and their like from `libdevice.10.bc`
-//! (cubecl-llvm 0.11.3, `nvptx/libdevice.rs`). NVRTC is not used.
+//! cubecl-cuda panics if the driver is missing, and fails in the middle of a run if the toolkit's
+//! math library is missing: its kernels are compiled by LLVM, which links `exp`, `sin` and similar
+//! functions from `libdevice.10.bc` (cubecl-llvm 0.11.3, `nvptx/libdevice.rs`). NVRTC is not used.
 
 use std::env;
 use std::ffi::{CStr, OsString, c_char, c_int, c_uint};
@@ -18,14 +18,14 @@ pub const LIBRARY: &str = if cfg!(windows) {
 /// The math library, below the folder of a CUDA toolkit.
 pub const LIBDEVICE: &str = "nvvm/libdevice/libdevice.10.bc";
 
-/// NVIDIA's driver, as it describes itself.
+/// NVIDIA's driver and its devices.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Driver {
     /// Number of devices, at least 1.
     pub devices: usize,
     /// The name of the first device.
     pub first: String,
-    /// The newest CUDA that the driver knows, 1000 · major + 10 · minor.
+    /// The newest CUDA version that the driver supports, 1000 · major + 10 · minor.
     pub version: i32,
 }
 
@@ -41,14 +41,14 @@ impl Driver {
     }
 }
 
-/// Why no driver answers.
+/// Why the driver cannot be used.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum DriverError {
     /// The library is missing.
-    #[error("NVIDIA's driver ({LIBRARY}) is not on this machine")]
+    #[error("NVIDIA's driver ({LIBRARY}) is not installed")]
     NotInstalled,
     /// The library lacks a function that every driver since CUDA 2 has.
-    #[error("NVIDIA's driver ({LIBRARY}) has no {name}")]
+    #[error("NVIDIA's driver ({LIBRARY}) lacks {name}")]
     NoFunction {
         /// The function.
         name: &'static str,
@@ -61,7 +61,7 @@ pub enum DriverError {
     },
 }
 
-/// Loads NVIDIA's driver and asks it for its devices.
+/// Loads NVIDIA's driver and reads its devices.
 ///
 /// # Errors
 ///
@@ -116,8 +116,8 @@ fn succeeded(code: c_int) -> Result<(), DriverError> {
     }
 }
 
-/// The CUDA toolkit's `libdevice.10.bc`, where cubecl-llvm looks for it: in `CUDA_PATH`, else in the
-/// usual folders.
+/// The CUDA toolkit's `libdevice.10.bc`, at the places where cubecl-llvm looks for it: in `CUDA_PATH`,
+/// else in the usual folders.
 pub fn libdevice() -> Option<PathBuf> {
     libdevice_in(env::var_os("CUDA_PATH"))
 }

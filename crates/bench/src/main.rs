@@ -1,4 +1,4 @@
-//! `lora-bench`: speed and memory of training, beside Burn's own `apply_qlora` and PEFT.
+//! `lora-bench`: speed and memory of training, compared with Burn's `apply_qlora` and PEFT.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -7,8 +7,8 @@ use anyhow::Context;
 use bench::BenchOptions;
 use clap::Parser;
 
-/// Measures speed and memory of training: the machine's floors, then ours, Burn's own apply_qlora and,
-/// given a Python, PEFT, on the same rows in turn, each in a process of its own.
+/// Measures speed and memory of training: the machine's roofline, then this trainer, Burn's
+/// apply_qlora and, with --peft, PEFT, on the same examples in turn, each in its own process.
 #[derive(Parser)]
 #[command(name = "lora-bench", version)]
 struct Cli {

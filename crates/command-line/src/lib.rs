@@ -28,7 +28,7 @@ pub fn run_with_codes<E: AsRef<dyn Error>>(
     let screen = Screen::new(ScreenKind::detect());
     let filter = env_logger::Env::default().default_filter_or("warn");
     let logger = env_logger::Builder::from_env(filter).build();
-    // Only a second logger makes this fail, and then there is one.
+    // This fails only if a logger is already installed.
     let _ = screen.install_logger(logger);
     // The screen is gone, with its progress bars, before the error is printed.
     match command(screen) {
@@ -40,7 +40,7 @@ pub fn run_with_codes<E: AsRef<dyn Error>>(
     }
 }
 
-/// The error with its causes. A cause that a message above it quotes already is left out.
+/// The error with its causes; a cause that a message above it already quotes is left out.
 fn whole_chain(error: &dyn Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();

@@ -1,4 +1,4 @@
-//! CUDA: what has to be on the machine before Burn's backend may be touched, and the device's memory.
+//! CUDA: what the machine needs before Burn's backend may be used, and the device's free memory.
 
 use std::ffi::{c_int, c_uint, c_void};
 
@@ -23,7 +23,7 @@ pub fn driver() -> Result<Driver, DeviceError> {
     if backends::cuda::libdevice().is_none() {
         return Err(missing(
             format!(
-                "{} is there, but the CUDA toolkit's {LIBDEVICE} is not",
+                "{} was found, but the CUDA toolkit's {LIBDEVICE} was not",
                 driver.name()
             ),
             advice::CUDA_TOOLKIT,

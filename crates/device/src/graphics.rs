@@ -37,14 +37,11 @@ fn find(backend: Backend) -> Result<DeviceKind, DeviceError> {
         // lavapipe crashes inside its SPIR-V compiler, which no program survives; SwiftShader gives
         // wrong numbers.
         Some(DeviceKind::Cpu) if backend == Backend::Vulkan => Err(missing(
-            "the only adapter is a software one, and such drivers fail on SPIR-V kernels",
+            "the only device is a software driver, and such drivers fail on SPIR-V kernels",
             advice::GPU_FOR_SPIRV,
         )),
         Some(kind) => Ok(kind),
-        None => Err(missing(
-            "no graphics adapter answers",
-            advice::GRAPHICS_DRIVER,
-        )),
+        None => Err(missing("no GPU was found", advice::GRAPHICS_DRIVER)),
     }
 }
 

@@ -1,4 +1,4 @@
-//! `make-assets`: makes the embedded model, tokenizer and data again from their seed.
+//! `make-assets`: generates the embedded model, tokenizer and data again from their seed.
 
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -6,14 +6,14 @@ use std::process::ExitCode;
 use anyhow::Context;
 use clap::Parser;
 
-/// Makes the embedded model, tokenizer and data again from their seed.
+/// Generates the embedded model, tokenizer and data again from their seed.
 #[derive(Parser)]
 #[command(name = "make-assets", version)]
 struct Cli {
-    /// Where to write them
+    /// The folder to write to
     #[arg(long, default_value = "assets")]
     output: PathBuf,
-    /// Decides everything
+    /// The seed that determines all of them
     #[arg(long, default_value_t = make_assets::SEED)]
     seed: u64,
 }

@@ -25,16 +25,16 @@ use reference::Reference;
 
 pub use report::{Check, Report, Section};
 
-/// What to compare, as command-line arguments.
+/// Options of a comparison, as command-line arguments.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ParityOptions {
-    /// A folder that peft_reference.py wrote; without one, backends are compared with each other
+    /// A folder written by peft_reference.py; without it, backends are compared with each other
     #[arg(long, value_name = "DIR")]
     pub reference: Option<PathBuf>,
-    /// The reference's model, where the folder does not hold it
+    /// The reference's model, if it is not in that folder
     #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// Backends to run on; those that are missing are reported and fail nothing
+    /// The backends to run on, separated by commas; missing ones are reported, not failed
     #[arg(long, value_delimiter = ',', default_value = "cpu")]
     pub backends: Vec<Backend>,
     /// The learning rate of the reference's training steps

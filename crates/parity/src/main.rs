@@ -5,15 +5,15 @@ use std::process::ExitCode;
 use clap::Parser;
 use parity::ParityOptions;
 
-/// Compares with a reference that transformers and PEFT computed, or backends with each other.
-///
-/// The exit code is 1 if a difference is past its tolerance.
+/// Compares with reference numbers of transformers and PEFT, or backends with each other.
 #[derive(Parser)]
-#[command(name = "lora-parity", version)]
+#[command(name = "lora-parity", version, after_help = EXIT_CODE)]
 struct Cli {
     #[command(flatten)]
     options: ParityOptions,
 }
+
+const EXIT_CODE: &str = "The exit code is 1 if a difference exceeds its tolerance.";
 
 fn main() -> ExitCode {
     let options = Cli::parse().options;
