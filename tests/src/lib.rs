@@ -72,7 +72,7 @@ pub fn devices() -> Vec<(String, Device)> {
     };
     let mut devices = Vec::new();
     for backend in backends {
-        if !backend.is_compiled_in() && !required(backend) {
+        if !device::is_compiled_in(backend) && !required(backend) {
             continue;
         }
         match device::select(backend) {

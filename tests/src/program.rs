@@ -1,27 +1,96 @@
-//! The trainer's program, started as a user starts it.
+//! The programs, started as a user starts them.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-/// The program's binary: `TRAINER_BIN`, else `trainer` beside the folder of this test's executable.
+/// A program of this workspace.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// Package `trainer`.
+    Trainer,
+    /// Package `bench`.
+    Bench,
+    /// Package `parity`.
+    Parity,
+    /// Package `make-assets`.
+    MakeAssets,
+}
+
+impl Program {
+    /// The names of its binary and of its package.
+    fn names(self) -> (&'static str, &'static str) {
+        match self {
+            Self::Trainer => ("trainer", "trainer"),
+            Self::Bench => ("lora-bench", "bench"),
+            Self::Parity => ("lora-parity", "parity"),
+            Self::MakeAssets => ("make-assets", "make-assets"),
+        }
+    }
+
+    /// The binary. The trainer's is `TRAINER_BIN`, else beside the folder of this test's executable; the
+    /// others lie beside the trainer's.
+    ///
+    /// # Panics
+    ///
+    /// If it is missing; the message contains the command that builds it.
+    pub fn binary(self) -> PathBuf {
+        let (name, package) = self.names();
+        let beside = || {
+            let executable = std::env::current_exe().ok()?;
+            Some(executable.parent()?.with_file_name("trainer"))
+        };
+        let named = std::env::var_os("TRAINER_BIN").map(PathBuf::from);
+        let trainer = named.or_else(beside).unwrap_or_default();
+        let path = if self == Self::Trainer && trainer.is_file() {
+            trainer
+        } else {
+            trainer.with_file_name(format!("{name}{}", std::env::consts::EXE_SUFFIX))
+        };
+        assert!(
+            path.is_file(),
+            "{} is missing: `cargo xtask test` builds it, or `cargo build --release -p {package}`",
+            path.display()
+        );
+        path
+    }
+
+    /// Runs the program with these arguments, without a terminal.
+    ///
+    /// # Panics
+    ///
+    /// If it cannot be started.
+    pub fn run(self, arguments: &[&str]) -> Outcome {
+        self.run_in(Path::new("."), arguments, &[])
+    }
+
+    fn run_in(self, folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
+        let mut command = Command::new(self.binary());
+        command.current_dir(folder);
+        command
+            .args(arguments)
+            .env("NO_COLOR", "1")
+            .env_remove("RUST_LOG");
+        command.envs(environment.iter().copied());
+        let Output {
+            status,
+            stdout,
+            stderr,
+        } = command.output().expect("the program starts");
+        let text = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
+        Outcome {
+            code: status.code(),
+            text: text.concat(),
+        }
+    }
+}
+
+/// The trainer's binary, see [`Program::binary`].
 ///
 /// # Panics
 ///
 /// If it does not exist; the message describes how to build it.
 pub fn binary() -> PathBuf {
-    let beside = || {
-        let executable = std::env::current_exe().ok()?;
-        let target = executable.parent()?.parent()?;
-        Some(target.join(format!("trainer{}", std::env::consts::EXE_SUFFIX)))
-    };
-    let named = std::env::var_os("TRAINER_BIN").map(PathBuf::from);
-    let path = named.or_else(beside).unwrap_or_default();
-    assert!(
-        path.is_file(),
-        "{} is not there: `cargo xtask test` builds it, or `cargo build --release -p trainer`",
-        path.display()
-    );
-    path
+    Program::Trainer.binary()
 }
 
 /// The output and the exit of a run of the program.
@@ -33,8 +102,7 @@ pub struct Outcome {
     pub text: String,
 }
 
-/// Runs the program with these arguments, without a terminal, on the CPU unless an argument selects
-/// another backend.
+/// Runs the trainer with these arguments, without a terminal.
 ///
 /// # Panics
 ///
@@ -58,23 +126,7 @@ pub fn run_with(arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
 ///
 /// If it cannot be started.
 pub fn run_in(folder: &Path, arguments: &[&str], environment: &[(&str, &str)]) -> Outcome {
-    let mut command = Command::new(binary());
-    command.current_dir(folder);
-    command
-        .args(arguments)
-        .env("NO_COLOR", "1")
-        .env_remove("RUST_LOG");
-    command.envs(environment.iter().copied());
-    let Output {
-        status,
-        stdout,
-        stderr,
-    } = command.output().expect("the program starts");
-    let text = [stdout, stderr].map(|bytes| String::from_utf8_lossy(&bytes).into_owned());
-    Outcome {
-        code: status.code(),
-        text: text.concat(),
-    }
+    Program::Trainer.run_in(folder, arguments, environment)
 }
 
 impl Outcome {

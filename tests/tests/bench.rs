@@ -2,7 +2,7 @@
 //! machine.
 
 use serde_json::Value;
-use tests::program::run;
+use tests::program::Program::Bench;
 
 fn numbers(value: &Value) -> Vec<f64> {
     let values = value.as_array().expect("a list");
@@ -17,7 +17,7 @@ fn the_contenders_train_the_same_and_every_result_is_written() {
     let arguments = [
         "--device", "cpu", "--quick", "--rounds", "2", "--output", &output,
     ];
-    let text = run(&[&["bench"], &arguments[..]].concat()).succeeded();
+    let text = Bench.run(&arguments).succeeded();
     assert!(text.contains("PEFT float32: n/a: no --peft"), "{text}");
 
     let json = std::fs::read_to_string(folder.path().join("results.json")).expect("results.json");
@@ -75,7 +75,7 @@ fn what_is_wrong_with_the_arguments_is_said_before_anything_is_measured() {
         (&["--quick", "--rounds", "0"], "at least 1"),
     ];
     for (arguments, expected) in cases {
-        let outcome = run(&[&["bench", "--output", &output], arguments].concat());
+        let outcome = Bench.run(&[&["--output", &output], arguments].concat());
         assert!(
             !outcome.text.contains("measuring"),
             "{arguments:?}: {}",
@@ -97,10 +97,10 @@ fn a_python_that_is_none_leaves_peft_out_with_its_reason() {
         "--steps",
         "1",
     ];
-    let python = [
-        "bench", "--device", "cpu", "--quick", "--output", &output, "--peft",
-    ];
+    let python = ["--device", "cpu", "--quick", "--output", &output, "--peft"];
     let nowhere = folder.path().join("no-python").display().to_string();
-    let text = run(&[&python, &[nowhere.as_str()][..], &only].concat()).succeeded();
+    let text = Bench
+        .run(&[&python, &[nowhere.as_str()][..], &only].concat())
+        .succeeded();
     assert!(text.contains("PEFT float32: n/a: cannot start"), "{text}");
 }

@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use serde_json::{Value, json};
+use tests::program::Program::{self, Parity};
 use tests::program::{Outcome, run, run_with};
 use tests::workspace::{Workspace, edit_json};
 
@@ -381,7 +382,7 @@ fn inspecting_the_data_shows_rows_with_their_tokens() {
 #[test]
 fn parity_with_a_reference_prints_its_table_and_fails_past_a_tolerance() {
     let folder = tests::fixture("untied").display().to_string();
-    let text = run(&["parity", "--reference", &folder]).succeeded();
+    let text = Parity.run(&["--reference", &folder]).succeeded();
     for word in [
         "base_logits",
         "LoRA gradients",
@@ -392,13 +393,13 @@ fn parity_with_a_reference_prints_its_table_and_fails_past_a_tolerance() {
         assert!(text.contains(word), "{text}");
     }
     // Another learning rate than the reference's gives another loss curve.
-    let outcome = run(&["parity", "--reference", &folder, "--lr", "0.01"]);
+    let outcome = Parity.run(&["--reference", &folder, "--lr", "0.01"]);
     outcome.failed_saying(&["FAIL", "train_losses"]);
 }
 
 #[test]
 fn parity_says_which_backends_are_not_on_this_machine() {
-    let outcome = run(&["parity", "--backends", "cpu,metal,cuda"]);
+    let outcome = Parity.run(&["--backends", "cpu,metal,cuda"]);
     for word in ["metal", "cuda"] {
         assert!(outcome.text.contains(word), "{}", outcome.text);
     }
@@ -674,5 +675,43 @@ fn wrong_usage_is_no_panic() {
         &["train", "--set"],
     ] {
         run(arguments).failed_saying(&["help"]);
+    }
+}
+
+#[test]
+fn every_program_lists_its_options_and_refuses_others_with_code_2() {
+    let programs = [
+        (Program::Bench, "--contenders"),
+        (Program::Parity, "--reference"),
+        (Program::MakeAssets, "--seed"),
+        (Program::Trainer, "train"),
+    ];
+    for (program, option) in programs {
+        let help = program.run(&["--help"]).succeeded();
+        assert!(help.contains(option), "{help}");
+        let wrong = program.run(&["--no-such-option"]);
+        assert_eq!(wrong.code, Some(2), "{}", wrong.text);
+        assert!(wrong.text.contains("--no-such-option"), "{}", wrong.text);
+    }
+}
+
+#[test]
+fn an_error_of_every_program_is_one_line_with_exit_code_1() {
+    let folder = tempfile::tempdir().expect("a folder");
+    let missing = folder.path().join("missing").display().to_string();
+    let file = folder.path().join("file");
+    fs::write(&file, "").expect("the file is written");
+    let file = file.display().to_string();
+    let runs = [
+        (Program::Bench, ["--model", &missing], "hf download"),
+        (Program::Parity, ["--reference", &missing], "cannot read"),
+        (Program::MakeAssets, ["--output", &file], "cannot make"),
+    ];
+    for (program, arguments, words) in runs {
+        let outcome = program.run(&arguments);
+        let errors = outcome.text.lines().filter(|it| it.starts_with("error: "));
+        assert_eq!(errors.count(), 1, "{}", outcome.text);
+        assert_eq!(outcome.code, Some(1), "{}", outcome.text);
+        outcome.failed_saying(&[words]);
     }
 }

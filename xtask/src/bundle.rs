@@ -9,9 +9,9 @@ use std::process::{Command, ExitCode};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
+use backends::Backend;
 use clap::Args;
 
-use crate::backend::Backend;
 use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place, trainer_binary};
 
 /// A larger file cannot be sent.

@@ -41,14 +41,18 @@ pub fn workspace_root() -> Option<PathBuf> {
     Some(manifest_dir.parent()?.to_owned())
 }
 
-/// Where cargo puts (or will put) the trainer's release binary.
+/// Where cargo puts, or will put, the release binary of this name.
 ///
-/// xtask is built with the same profile into the same folder, so it lies beside xtask itself,
-/// whatever
-/// `CARGO_TARGET_DIR` or the user's cargo configuration say.
-pub fn trainer_binary() -> Result<PathBuf> {
+/// xtask is built with the same profile into the same folder, so the binary lies beside xtask itself,
+/// whatever `CARGO_TARGET_DIR` or the user's cargo configuration say.
+pub fn binary(name: &str) -> Result<PathBuf> {
     let xtask = env::current_exe().context("cannot tell where xtask itself is")?;
-    Ok(xtask.with_file_name(format!("trainer{}", env::consts::EXE_SUFFIX)))
+    Ok(xtask.with_file_name(format!("{name}{}", env::consts::EXE_SUFFIX)))
+}
+
+/// The trainer's [`binary`].
+pub fn trainer_binary() -> Result<PathBuf> {
+    binary("trainer")
 }
 
 /// Gives a child process an `XDG_RUNTIME_DIR` where there is none (containers, CI): graphics

@@ -4,8 +4,8 @@ use std::process::{Command, ExitCode};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use backends::Backend;
 
-use crate::backend::Backend;
 use crate::bundle::{self, BundleArgs};
 use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place};
 use crate::detect::Machine;

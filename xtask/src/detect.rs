@@ -5,12 +5,11 @@
 //! do is to be left out.
 
 use std::env;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::Result;
-
-use crate::backend::Backend;
+use backends::cuda::LIBDEVICE;
+use backends::{Backend, advice};
 
 /// The name of the hidden sub-command that runs [`probe`].
 pub const PROBE: &str = "__probe";
@@ -59,7 +58,7 @@ impl Machine {
     /// Reads what [`probe`] prints.
     fn from_lines(lines: &str) -> Machine {
         let mut machine = Machine {
-            cuda_toolkit: libdevice().is_some(),
+            cuda_toolkit: backends::cuda::libdevice().is_some(),
             ..Machine::default()
         };
         for line in lines.lines() {
@@ -135,28 +134,28 @@ impl Machine {
     /// What keeps `backend` from running here, and what to do about it: known before a build is
     /// spent on it.
     pub fn missing(&self, backend: Backend) -> Option<String> {
-        let why = match backend {
-            Backend::Cuda if self.cuda_devices == 0 => {
-                "no NVIDIA driver answers (libcuda is missing or finds no device); install \
-                 NVIDIA's driver, or take --backend wgpu or --backend cpu"
-            }
-            Backend::Cuda if !self.cuda_toolkit => {
-                "an NVIDIA driver answers, but the CUDA toolkit (nvvm/libdevice/libdevice.10.bc) is \
-                 not found; install it, or set CUDA_PATH to its folder, or take --backend wgpu"
-            }
-            Backend::Wgpu if !self.has_wgpu() => {
-                "no Vulkan driver answers; install your GPU's (Debian, Ubuntu: \
-                 mesa-vulkan-drivers, which also brings a slow software one), or take --backend \
-                 cpu"
-            }
-            // lavapipe crashes on SPIR-V kernels, SwiftShader computes wrong numbers with them.
-            Backend::Vulkan if self.gpu().is_none() => {
-                "no GPU answers to Vulkan, and software drivers fail on SPIR-V kernels; install \
-                 your GPU's driver, or take --backend wgpu or --backend cpu"
-            }
+        let (missing, advice) = match backend {
+            Backend::Cuda if self.cuda_devices == 0 => (
+                "no NVIDIA driver answers (libcuda is missing or finds no device)".to_owned(),
+                advice::CUDA_DRIVER,
+            ),
+            Backend::Cuda if !self.cuda_toolkit => (
+                format!(
+                    "an NVIDIA driver answers, but the CUDA toolkit's {LIBDEVICE} is not found"
+                ),
+                advice::CUDA_TOOLKIT,
+            ),
+            Backend::Wgpu if !self.has_wgpu() => (
+                "no Vulkan driver answers".to_owned(),
+                advice::GRAPHICS_DRIVER,
+            ),
+            Backend::Vulkan if self.gpu().is_none() => (
+                "no GPU answers to Vulkan, and software drivers fail on SPIR-V kernels".to_owned(),
+                advice::GPU_FOR_SPIRV,
+            ),
             _ => return None,
         };
-        Some(why.to_owned())
+        Some(format!("{missing}; {advice}"))
     }
 
     /// Whether `backend` would run on real hardware here.
@@ -171,58 +170,16 @@ impl Machine {
     }
 }
 
-/// The CUDA toolkit's `libdevice.10.bc`: `exp`, `sin` and their like for kernels that LLVM
-/// compiles. The places are cubecl-llvm's (`nvptx/libdevice.rs`).
-fn libdevice() -> Option<std::path::PathBuf> {
-    let roots = match env::var_os("CUDA_PATH") {
-        Some(root) => vec![root],
-        None => ["/usr/local/cuda", "/opt/cuda", "/usr/lib/cuda", "/usr"]
-            .map(Into::into)
-            .to_vec(),
-    };
-    roots
-        .iter()
-        .map(|root| Path::new(root).join("nvvm/libdevice/libdevice.10.bc"))
-        .find(|file| file.is_file())
-}
-
 /// The hidden sub-command: asks each driver and prints one line for each answer.
 pub fn probe() -> Result<()> {
     // Printed one by one, so that what came before a crash is not lost.
-    println!("cuda\t{}", cuda_devices());
+    let cuda = backends::cuda::driver().map_or(0, |driver| driver.devices);
+    println!("cuda\t{cuda}");
     for adapter in vulkan_adapters() {
         let kind = if adapter.software { "software" } else { "gpu" };
         println!("{kind}\t{}", adapter.name);
     }
     Ok(())
-}
-
-/// Number of devices that the CUDA driver offers; 0 without a driver.
-fn cuda_devices() -> usize {
-    let file = if cfg!(windows) {
-        "nvcuda.dll"
-    } else {
-        "libcuda.so.1"
-    };
-    // SAFETY: both functions have had these signatures since CUDA's first release (`cuda.h`:
-    // `CUresult` is an
-    // `int`), `count` outlives the call, and the library stays loaded while they are used.
-    unsafe {
-        let Ok(driver) = libloading::Library::new(file) else {
-            return 0;
-        };
-        let init = driver.get::<unsafe extern "system" fn(u32) -> i32>(b"cuInit\0");
-        let count = driver.get::<unsafe extern "system" fn(*mut i32) -> i32>(b"cuDeviceGetCount\0");
-        let (Ok(init), Ok(get_count)) = (init, count) else {
-            return 0;
-        };
-        let mut count = 0;
-        if init(0) == 0 && get_count(&mut count) == 0 {
-            usize::try_from(count).unwrap_or(0)
-        } else {
-            0
-        }
-    }
 }
 
 /// The adapters that Vulkan offers; none without a loader or a driver.

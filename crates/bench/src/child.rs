@@ -8,6 +8,10 @@ use std::process::{self, ChildStdin, ChildStdout, Stdio};
 use super::error::BenchError;
 use super::protocol::{Answer, Command, Contender, WorkerSpec};
 
+/// The option, without its dashes, that makes this program a worker; the file of its specification
+/// follows.
+pub const WORKER: &str = "worker";
+
 /// The script that runs PEFT.
 const PEFT_WORKER: &str = include_str!("peft_worker.py");
 
@@ -47,7 +51,7 @@ impl Child {
                 let script = folder.join("peft_worker.py");
                 durable::write_atomically(&script, PEFT_WORKER.as_bytes())?;
                 let mut command = process::Command::new(python);
-                command.arg(script).env("HF_HUB_OFFLINE", "1");
+                command.arg(script).arg("--spec").env("HF_HUB_OFFLINE", "1");
                 command
             }
             (Contender::Peft(_), None) => return Err(BenchError::NotHere("PEFT without --peft")),
@@ -55,12 +59,12 @@ impl Child {
                 let program = std::env::current_exe();
                 let program = program.map_err(BenchError::io("find", "this program"))?;
                 let mut command = process::Command::new(program);
-                command.arg("bench-worker");
+                command.arg(format!("--{WORKER}"));
                 command
             }
         };
-        command.arg("--spec").arg(&spec_path);
         command
+            .arg(&spec_path)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .stderr(errors);

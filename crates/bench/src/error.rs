@@ -4,7 +4,7 @@ use std::io;
 use std::path::PathBuf;
 
 use data::DataError;
-use device::DeviceError;
+use device::{DeviceError, UnknownBackend};
 use peft::AdapterError;
 use run_config::embedded::EmbeddedError;
 
@@ -24,6 +24,8 @@ pub enum BenchError {
     Data(#[from] DataError),
     #[error(transparent)]
     Device(#[from] DeviceError),
+    #[error(transparent)]
+    Backend(#[from] UnknownBackend),
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
     #[error(transparent)]

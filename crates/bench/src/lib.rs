@@ -1,4 +1,4 @@
-//! `cargo xtask bench`: speed, memory, and whether the training is the same.
+//! The benchmark, `cargo xtask bench`: speed, memory, and whether the training is the same.
 //!
 //! ```text
 //! options.rs, scenario.rs, contenders.rs   the subjects of the comparison
@@ -39,6 +39,7 @@ mod worker;
 
 use std::path::{Path, PathBuf};
 
+pub use child::WORKER;
 pub use device::Machine;
 pub use error::BenchError;
 pub use options::BenchOptions;

@@ -9,15 +9,6 @@ use super::{check_device, self_test};
 /// Why a device cannot be used. Each message is one line that also names a remedy.
 #[derive(Debug, Clone, PartialEq, Error)]
 pub enum DeviceError {
-    /// `--backend` with an unknown name.
-    #[error(
-        "there is no backend {word:?}; the known ones are {}",
-        Backend::ALL.map(Backend::name).join(", ")
-    )]
-    Unknown {
-        /// The given name.
-        word: String,
-    },
     /// The backend is not supported on this operating system.
     #[error("backend {backend}: {why}; use --backend auto or --backend cpu")]
     WrongPlatform {

@@ -2,6 +2,7 @@
 
 use std::env;
 
+use backends::advice;
 use burn::tensor::wgpu::{WgpuBackend, wgpu};
 use burn::tensor::{Device, DeviceKind, DeviceType};
 
@@ -37,15 +38,10 @@ fn find(backend: Backend) -> Result<DeviceKind, DeviceError> {
         // wrong numbers.
         Some(DeviceKind::Cpu) if backend == Backend::Vulkan => Err(missing(
             "the only device is a software driver, and such drivers fail on SPIR-V kernels",
-            "install your GPU's driver, or use --backend wgpu (slow, but correct) or \
-             --backend cpu",
+            advice::GPU_FOR_SPIRV,
         )),
         Some(kind) => Ok(kind),
-        None => Err(missing(
-            "no GPU was found",
-            "install your GPU's Vulkan driver (Debian, Ubuntu: mesa-vulkan-drivers, which also \
-             brings a slow software one), or use --backend cpu",
-        )),
+        None => Err(missing("no GPU was found", advice::GRAPHICS_DRIVER)),
     }
 }
 

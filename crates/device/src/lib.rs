@@ -4,7 +4,6 @@
 //! sentence that names what is missing and a remedy. [`self_test`] and [`check_device`] then
 //! compare the device with the CPU.
 
-mod backend;
 mod check;
 mod cuda;
 mod error;
@@ -24,7 +23,7 @@ use std::sync::{Mutex, PoisonError};
 
 use burn::tensor::{Device, FloatDType};
 
-pub use backend::Backend;
+pub use backends::{Backend, UnknownBackend};
 pub use check::{Check, CheckOptions, check_device, check_layer, verdict};
 pub use error::DeviceError;
 pub use hardware::{Hardware, hardware, type_name, types};
@@ -63,6 +62,17 @@ impl Selected {
     }
 }
 
+/// Whether this build has the backend compiled in.
+pub fn is_compiled_in(backend: Backend) -> bool {
+    match backend {
+        Backend::Auto | Backend::Cpu => true,
+        Backend::Cuda => cfg!(feature = "cuda"),
+        Backend::Wgpu => cfg!(feature = "wgpu"),
+        Backend::Vulkan => cfg!(feature = "vulkan"),
+        Backend::Metal => cfg!(feature = "metal"),
+    }
+}
+
 /// Selects and starts a device.
 ///
 /// `Auto` takes the first of CUDA, Metal, Vulkan and wgpu that this build includes and that has
@@ -91,7 +101,7 @@ fn automatic() -> Selected {
         Backend::Vulkan,
         Backend::Wgpu,
     ] {
-        if !backend.is_compiled_in() || backend.missing_on_this_platform().is_some() {
+        if !is_compiled_in(backend) || backend.missing_on_this_platform().is_some() {
             continue;
         }
         let found = match is_hardware(backend) {
@@ -203,13 +213,13 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
     if backend == Backend::Wgpu {
         let natives = [Backend::Vulkan, Backend::Metal].into_iter();
         let taken_over = natives
-            .filter(|native| native.is_compiled_in())
+            .filter(|&native| is_compiled_in(native))
             .find(|native| native.missing_on_this_platform().is_none());
         if let Some(native) = taken_over {
             return Err(DeviceError::NativeShaders { native });
         }
     }
-    if !backend.is_compiled_in() {
+    if !is_compiled_in(backend) {
         return Err(DeviceError::NotCompiled { backend });
     }
     #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]

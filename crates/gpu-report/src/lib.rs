@@ -147,7 +147,10 @@ fn found(quick: bool, log: &Path) -> Result<Backend, ReportError> {
         Backend::Wgpu,
     ];
     let mut passed_over = Vec::new();
-    for backend in candidates.into_iter().filter(|it| it.is_compiled_in()) {
+    for backend in candidates
+        .into_iter()
+        .filter(|&it| device::is_compiled_in(it))
+    {
         let options = WorkerOptions {
             section: Section::Device,
             backend,

@@ -1,13 +1,14 @@
 //! Financial news in one sentence, with a sentiment that can be read from it.
 //!
-//! Every sentence follows a template; a template's words come from [`words`](super::words). The
-//! templates come in families that hold the same words for every sentiment, so that no word decides
-//! alone: sales that fall and costs that fall, a loss that narrows and growth that slows, 10 after 12
-//! and 12 after 10, an order not won and an order not lost. Where a sentence has a subordinate clause,
-//! its main clause decides.
+//! Every sentence follows a template of `assets/source/news.toml`; a template's words come from
+//! [`words`](super::words).
+
+use std::sync::LazyLock;
+
+use serde::Deserialize;
 
 use super::draw::Draw;
-use super::words::{NAME_ENDS, NAME_STARTS, choices};
+use super::words::WORDS;
 
 /// What a sentence means for the company.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -39,231 +40,39 @@ pub(crate) struct News {
     pub company: String,
 }
 
-/// Templates about one subject. `weight` is how often the family is chosen, relative to the others.
+/// Templates about one subject, see `assets/source/news.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
 struct Family {
+    /// How often the family is chosen, relative to the others.
     weight: usize,
     /// Whether "in the second quarter" may open its sentences, and a reason may follow.
     is_result: bool,
-    negative: &'static [&'static str],
-    neutral: &'static [&'static str],
-    positive: &'static [&'static str],
+    negative: Vec<String>,
+    neutral: Vec<String>,
+    positive: Vec<String>,
 }
 
-const FAMILIES: &[Family] = &[
-    // A direction of something that is good to have ...
-    Family {
-        weight: 20,
-        is_result: true,
-        negative: &[
-            "{co}'s {gain} {down} {by}",
-            "{gain} at {co} {down} {by}",
-            "{co} said its {gain} {down} {by}",
-        ],
-        neutral: &[
-            "{co}'s {gain} {flat}",
-            "{gain} at {co} {flat}",
-            "{co} said its {gain} {flat}",
-        ],
-        positive: &[
-            "{co}'s {gain} {up} {by}",
-            "{gain} at {co} {up} {by}",
-            "{co} said its {gain} {up} {by}",
-        ],
-    },
-    // ... and of something that is not.
-    Family {
-        weight: 8,
-        is_result: true,
-        negative: &["{co}'s {burden} {up} {by}", "{burden} at {co} {up} {by}"],
-        neutral: &["{co}'s {burden} {flat}", "{burden} at {co} {flat}"],
-        positive: &[
-            "{co}'s {burden} {down} {by}",
-            "{burden} at {co} {down} {by}",
-        ],
-    },
-    // Two figures to compare.
-    Family {
-        weight: 4,
-        is_result: true,
-        negative: &[
-            "{co}'s {gain} {came} {currency} {less} million, {against} {more} million {earlier}",
-            "{gain} at {co} went to {less} from {more}",
-        ],
-        neutral: &[
-            "{co}'s {gain} {came} {currency} {more} million, {against} {more} million {earlier}",
-            "{gain} at {co} went to {less} from {less}",
-        ],
-        positive: &[
-            "{co}'s {gain} {came} {currency} {more} million, {against} {less} million {earlier}",
-            "{gain} at {co} went to {more} from {less}",
-        ],
-    },
-    // A change of a change.
-    Family {
-        weight: 10,
-        is_result: true,
-        negative: &[
-            "{co}'s {loss} widened {by}",
-            "{growth} {gain} at {co} {eased}",
-            "{growth} {burden} at {co} {quickened}",
-        ],
-        neutral: &[
-            "{co} explained how its {loss} is measured",
-            "{growth} {gain} at {co} went on as before",
-            "{growth} {burden} at {co} went on as before",
-        ],
-        positive: &[
-            "{co}'s {loss} narrowed {by}",
-            "{growth} {gain} at {co} {quickened}",
-            "{growth} {burden} at {co} {eased}",
-        ],
-    },
-    // What the company expects.
-    Family {
-        weight: 14,
-        is_result: false,
-        negative: &[
-            "{co} {cut} its {forecast} for {period}",
-            "{co} expects {gain} to {shrink} {when}",
-            "{co} warned that {gain} will {shrink} {when}",
-            "{co} expects {burden} to {grow} {when}",
-            "{co} no longer expects {gain} to {grow} {when}",
-        ],
-        neutral: &[
-            "{co} {kept} its {forecast} for {period}",
-            "{co} expects {gain} to stay as it is {when}",
-            "{co} does not say whether {gain} will {grow} or {shrink}",
-            "{co} expects {burden} to stay as it is {when}",
-            "{co} will say {future} whether it expects {burden} to {shrink}",
-        ],
-        positive: &[
-            "{co} {raised} its {forecast} for {period}",
-            "{co} expects {gain} to {grow} {when}",
-            "{co} is confident that {gain} will {grow} {when}",
-            "{co} expects {burden} to {shrink} {when}",
-            "{co} no longer expects {gain} to {shrink} {when}",
-        ],
-    },
-    // What others had expected.
-    Family {
-        weight: 10,
-        is_result: true,
-        negative: &[
-            "{co}'s {gain} came in {below} {expected}",
-            "{gain} at {co} came in {below} {expected}",
-            "{co}'s {burden} came in {above} {expected}",
-        ],
-        neutral: &[
-            "{co}'s {gain} came in {line} {expected}",
-            "{gain} at {co} came in {line} {expected}",
-            "{co}'s {burden} came in {line} {expected}",
-        ],
-        positive: &[
-            "{co}'s {gain} came in {above} {expected}",
-            "{gain} at {co} came in {above} {expected}",
-            "{co}'s {burden} came in {below} {expected}",
-        ],
-    },
-    // Orders.
-    Family {
-        weight: 10,
-        is_result: false,
-        negative: &[
-            "{co} {lost} {deal}",
-            "{customer} cancelled {deal} from {co}",
-            "{customer} did not choose {co} for {deal}",
-            "{customer} ended its contract with {co}",
-        ],
-        neutral: &[
-            "{co} is among the bidders for {deal}",
-            "{customer} will decide {future} on {deal} from {co}",
-            "{co} supplies {product} to {customer} under a contract of {year}",
-            "{customer} asked {co} for an offer, as it asked others",
-        ],
-        positive: &[
-            "{co} {won} {deal}",
-            "{customer} placed {deal} with {co}",
-            "{customer} did not cancel {deal} from {co} after all",
-            "{customer} extended its contract with {co}",
-        ],
-    },
-    // Plants, people, courts.
-    Family {
-        weight: 12,
-        is_result: false,
-        negative: &[
-            "{co} {halted} {work} at {site}",
-            "{co} {faces} {trouble}",
-            "{co} {dismiss} {staff} at {site}",
-            "a court upheld the claim against {co}",
-            "{co} must pay a fine of {money} after all",
-        ],
-        neutral: &[
-            "{co} makes {product} at {site}",
-            "{co} reported on {trouble} of {year}",
-            "{co} employs {staff} at {site}",
-            "a court will hear the claim against {co} {future}",
-            "{co} does not know yet if it must pay a fine",
-        ],
-        positive: &[
-            "{co} {resumed} {work} at {site}",
-            "{co} {avoided} {trouble}",
-            "{co} {hire} {staff} at {site}",
-            "a court dismissed the claim against {co}",
-            "{co} need not pay a fine of {money} after all",
-        ],
-    },
-    // Two clauses; the main clause decides.
-    Family {
-        weight: 6,
-        is_result: false,
-        negative: &[
-            "{co}'s {gain} {down}, although {burden} {down}",
-            "despite {higher} {gain}, {co}'s {gain} {down}",
-        ],
-        neutral: &[
-            "{co}'s {gain} {flat}, although {gain} of its rivals {down}",
-            "despite talk of {lower} {gain}, {co}'s {gain} {flat}",
-        ],
-        positive: &[
-            "{co}'s {gain} {up}, although {burden} {up}",
-            "despite {lower} {gain}, {co}'s {gain} {up}",
-        ],
-    },
-    // Plain words for good and bad, and facts that hold such words.
-    Family {
-        weight: 14,
-        is_result: false,
-        negative: &[
-            "{co} reported a {weak} quarter",
-            "demand for {product} from {co} is {weak}",
-            "{co} did not have a {strong} year",
-            "the outlook for {co} got {weak}",
-        ],
-        neutral: &[
-            "{co} will publish its {document} {future}",
-            "{co} named {person} as {role}",
-            "{co} is based in {place} and makes {product}",
-            "the annual meeting of {co} will be held in {place} {future}",
-            "{person}, {role} of {co}, will speak on {strong} and {weak} years in {place}",
-            "{co} will move its office to {place} {future}",
-        ],
-        positive: &[
-            "{co} reported a {strong} quarter",
-            "demand for {product} from {co} is {strong}",
-            "{co} did not have a {weak} year",
-            "the outlook for {co} got {strong}",
-        ],
-    },
-];
+/// The file `news.toml`.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Templates {
+    family: Vec<Family>,
+}
+
+/// The file is part of the program, and the tests read it.
+static TEMPLATES: LazyLock<Templates> = LazyLock::new(|| {
+    toml::from_str(include_str!("../../../assets/source/news.toml"))
+        .unwrap_or_else(|error| panic!("assets/source/news.toml: {error}"))
+});
 
 /// Draws a sentence of a sentiment.
 pub(crate) fn news(sentiment: Sentiment, draw: &mut Draw) -> News {
     let family = family(draw);
-    let template = *draw.choose(match sentiment {
-        Sentiment::Negative => family.negative,
-        Sentiment::Neutral => family.neutral,
-        Sentiment::Positive => family.positive,
+    let template = draw.choose(match sentiment {
+        Sentiment::Negative => &family.negative,
+        Sentiment::Neutral => &family.neutral,
+        Sentiment::Positive => &family.positive,
     });
     let mut slots = Slots::new(draw);
     let mut text = slots.fill(template, draw);
@@ -296,20 +105,22 @@ pub(crate) fn reaction(sentiment: Sentiment, draw: &mut Draw) -> String {
 
 /// An invented company.
 pub(crate) fn company(draw: &mut Draw) -> String {
-    let (start, end) = (draw.choose(NAME_STARTS), draw.choose(NAME_ENDS));
+    let names = &WORDS.company;
+    let (start, end) = (draw.choose(&names.starts), draw.choose(&names.ends));
     format!("{start}{end}")
 }
 
 fn family(draw: &mut Draw) -> &'static Family {
-    let total: usize = FAMILIES.iter().map(|family| family.weight).sum();
+    let families = &TEMPLATES.family;
+    let total: usize = families.iter().map(|family| family.weight).sum();
     let mut rest = draw.below(total);
-    for family in FAMILIES {
+    for family in families {
         match rest.checked_sub(family.weight) {
             Some(left) => rest = left,
             None => return family,
         }
     }
-    &FAMILIES[0]
+    &families[0]
 }
 
 fn capitalised(text: &str) -> String {
@@ -368,9 +179,11 @@ impl Slots {
             "year" => draw.between(2015, 2025).to_string(),
             _ => {
                 // A slot without choices is a mistake in a template; the test below finds it.
-                let choices = choices(slot).unwrap_or(&["?"]);
+                let Some(choices) = WORDS.choices(slot) else {
+                    return "?".into();
+                };
                 let choice = loop {
-                    let choice = *draw.choose(choices);
+                    let choice = draw.choose(choices).as_str();
                     if choices.len() < 4 || !self.drawn.contains(&choice) {
                         break choice;
                     }

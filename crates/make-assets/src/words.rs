@@ -1,386 +1,50 @@
-//! The words that sentences are made of. Every company is invented.
+//! The words that sentences are made of: `assets/source/words.toml`.
 
-/// First halves of company names.
-pub(crate) const NAME_STARTS: &[&str] = &[
-    "Nor", "Hal", "Tess", "Brim", "Ald", "Kest", "Vell", "Ost", "Mar", "Pell", "Quin", "Sav",
-    "Torr", "Ulm", "Wex", "Zan", "Fenn", "Gral", "Ibb", "Lund", "Dray", "Cors", "Ett", "Jor",
-];
+use std::collections::BTreeMap;
+use std::sync::LazyLock;
 
-/// Second halves of company names.
-pub(crate) const NAME_ENDS: &[&str] = &[
-    "vane", "brick", "mark", "stad", "wick", "tec", "lane", "dale", "ova", "mer", "gard", "ix",
-];
+use serde::Deserialize;
 
-/// The choices for a slot of a template; `None` if there is no such slot.
-///
-/// A choice may hold slots itself. `gain` and `burden` are what make a direction mean nothing by
-/// itself: a rise in one is what a fall in the other is.
-pub(crate) fn choices(slot: &str) -> Option<&'static [&'static str]> {
-    Some(match slot {
-        "gain" => &[
-            "net sales",
-            "revenue",
-            "operating profit",
-            "net profit",
-            "order intake",
-            "cash flow",
-            "demand",
-            "market share",
-            "output",
-            "earnings per share",
-        ],
-        "burden" => &[
-            "costs",
-            "net debt",
-            "credit losses",
-            "customer complaints",
-            "late deliveries",
-            "writedowns",
-            "waste",
-            "unpaid bills",
-        ],
-        "loss" => &["net loss", "operating loss", "quarterly loss"],
-        "up" => &[
-            "rose",
-            "increased",
-            "went up",
-            "climbed",
-            "grew",
-            "jumped",
-            "surged",
-        ],
-        "down" => &[
-            "fell",
-            "decreased",
-            "went down",
-            "dropped",
-            "shrank",
-            "slid",
-            "plunged",
-        ],
-        "flat" => &[
-            "remained unchanged",
-            "did not change",
-            "stayed at the same level",
-            "neither rose nor fell",
-            "held at the level of last year",
-            "stayed flat",
-            "came to {money}",
-            "amounted to {money}",
-        ],
-        "higher" => &["higher", "rising", "growing", "increased"],
-        "lower" => &["lower", "falling", "shrinking", "decreased"],
-        "by" => &[
-            "by {pct}",
-            "by almost {pct}",
-            "{pct}",
-            "by about {pct}",
-            "sharply",
-            "slightly",
-            "again",
-        ],
-        "came" => &["came to", "amounted to", "stood at", "totalled", "reached"],
-        "against" => &["compared with", "against", "after", "while it had been"],
-        "earlier" => &[
-            "a year earlier",
-            "a year ago",
-            "in the same period last year",
-            "the year before",
-        ],
-        "eased" => &[
-            "slowed",
-            "eased",
-            "weakened",
-            "lost pace",
-            "came to a halt",
-            "all but stopped",
-        ],
-        "quickened" => &[
-            "quickened",
-            "gathered pace",
-            "accelerated",
-            "gained strength",
-            "sped up",
-        ],
-        "growth" => &["growth in", "the rise in", "the increase in"],
-        "decline" => &[
-            "the decline in",
-            "the fall in",
-            "the decrease in",
-            "the drop in",
-        ],
-        "raised" => &["raised", "lifted", "increased", "revised upwards"],
-        "cut" => &["cut", "lowered", "reduced", "revised downwards"],
-        "kept" => &[
-            "kept",
-            "repeated",
-            "did not change",
-            "confirmed",
-            "stood by",
-        ],
-        "forecast" => &[
-            "sales forecast",
-            "profit forecast",
-            "guidance",
-            "profit target",
-            "growth target",
-        ],
-        "cost_forecast" => &[
-            "cost forecast",
-            "estimate of costs",
-            "loss forecast",
-            "estimate of losses",
-        ],
-        "grow" => &["grow", "rise", "increase", "go up", "climb"],
-        "shrink" => &["shrink", "fall", "decrease", "go down", "decline"],
-        "above" => &["above", "higher than", "well above", "far above"],
-        "below" => &["below", "lower than", "well below", "far below"],
-        "line" => &[
-            "in line with",
-            "exactly at",
-            "the same as",
-            "no different from",
-        ],
-        "expected" => &[
-            "expectations",
-            "forecasts",
-            "the consensus",
-            "what analysts expected",
-        ],
-        "won" => &["won", "secured", "received", "landed", "signed"],
-        "lost" => &[
-            "lost",
-            "failed to win",
-            "did not win",
-            "missed out on",
-            "was refused",
-        ],
-        "deal" => &[
-            "an order for {product}",
-            "a contract for {product}",
-            "a {money} order",
-            "a {money} contract",
-            "a deal to supply {product}",
-        ],
-        "product" => &[
-            "steel pipes",
-            "ferries",
-            "software",
-            "elevators",
-            "packaging",
-            "sensors",
-            "paper machines",
-            "cranes",
-            "batteries",
-            "medical devices",
-            "network cables",
-            "timber",
-            "engines",
-            "tyres",
-        ],
-        "customer" => &[
-            "a customer in {place}",
-            "the city of {place}",
-            "a shipyard",
-            "a telecom operator",
-            "a retailer",
-            "a mining group",
-            "a car maker",
-            "the state railway",
-        ],
-        "place" => &[
-            "Oslo", "Riga", "Lyon", "Porto", "Gdansk", "Turku", "Graz", "Cork", "Bergen", "Leeds",
-            "Tartu", "Ghent",
-        ],
-        "site" => &[
-            "its {place} plant",
-            "its {place} mill",
-            "its {place} site",
-            "the {place} factory",
-        ],
-        "work" => &["production", "deliveries", "work", "output"],
-        "resumed" => &[
-            "resumed",
-            "restarted",
-            "expanded",
-            "did not have to stop",
-            "brought forward",
-        ],
-        "halted" => &[
-            "halted",
-            "stopped",
-            "suspended",
-            "could not resume",
-            "scaled back",
-        ],
-        "trouble" => &[
-            "a strike",
-            "a default",
-            "a shutdown",
-            "a fine",
-            "a recall",
-            "bankruptcy",
-            "layoffs",
-        ],
-        "avoided" => &[
-            "avoided",
-            "escaped",
-            "ruled out",
-            "averted",
-            "will not face",
-        ],
-        "faces" => &[
-            "faces",
-            "could not avoid",
-            "did not avert",
-            "warned of",
-            "can no longer rule out",
-        ],
-        "staff" => &[
-            "{count} people",
-            "{count} workers",
-            "{count} employees",
-            "{count} engineers",
-        ],
-        "hire" => &[
-            "will hire",
-            "plans to hire",
-            "recruited",
-            "no longer plans to lay off",
-        ],
-        "dismiss" => &[
-            "will lay off",
-            "plans to dismiss",
-            "laid off",
-            "no longer plans to hire",
-        ],
-        "strong" => &["strong", "good", "excellent", "record", "better"],
-        "weak" => &["weak", "poor", "disappointing", "bad", "worse"],
-        "period" => &[
-            "this year",
-            "next year",
-            "the first quarter",
-            "the second quarter",
-            "the third quarter",
-            "the fourth quarter",
-            "the first half",
-            "the full year",
-            "{year}",
-        ],
-        "when" => &[
-            "this year",
-            "next year",
-            "in the first quarter",
-            "in the second quarter",
-            "in the third quarter",
-            "in the fourth quarter",
-            "in the first half",
-            "in {year}",
-        ],
-        "lead" => &[
-            "in the first quarter",
-            "in the second quarter",
-            "in the third quarter",
-            "in the fourth quarter",
-            "in the first half",
-            "in {year}",
-            "in {month}",
-            "over the past year",
-        ],
-        "future" => &[
-            "in {month}",
-            "next week",
-            "on {day}",
-            "later this year",
-            "on {date} {month}",
-        ],
-        "month" => &[
-            "January", "March", "May", "June", "August", "October", "November",
-        ],
-        "day" => &["Monday", "Tuesday", "Wednesday", "Thursday", "Friday"],
-        "role" => &[
-            "chief executive",
-            "finance director",
-            "board member",
-            "head of sales",
-            "auditor",
-        ],
-        "person" => &[
-            "Anna Holm",
-            "Peter Lind",
-            "Maria Costa",
-            "Jan Kuiper",
-            "Eva Novak",
-            "Tom Reid",
-            "Liisa Maki",
-            "Paul Weber",
-        ],
-        "document" => &[
-            "annual report",
-            "interim report",
-            "report on profit",
-            "half-year results",
-        ],
-        "reason" => &[
-            "because of its new pricing",
-            "owing to currency effects",
-            "after a change in its range",
-            "because of the weather",
-            "due to the timing of deliveries",
-            "mainly in {place}",
-            "mainly because of {product}",
-            "after the merger",
-        ],
-        "source" => &[
-            "the company said",
-            "the group said on {day}",
-            "according to its report",
-            "it said on {day}",
-            "a statement showed",
-            "the newspaper reported",
-            "its finance director said",
-        ],
-        "currency" => &["EUR", "USD", "SEK", "GBP"],
-        "money" => &[
-            "{currency} {amount} million",
-            "{currency} {amount} billion",
-            "{currency} {amount}.{digit} million",
-        ],
-        "pct" => &["{amount} %", "{digit}.{digit} %", "{amount} percent"],
-        // What markets did after news of each kind; in the pretraining text only.
-        "markets_up" => &[
-            "The shares rose {pct}.",
-            "The stock gained {pct} in {place}.",
-            "Investors welcomed the news.",
-            "Analysts were pleased.",
-            "Shareholders were happy about it.",
-            "The share price went up.",
-            "Buyers pushed the stock higher.",
-            "Traders cheered.",
-            "The market liked what it heard.",
-        ],
-        "markets_down" => &[
-            "The shares fell {pct}.",
-            "The stock lost {pct} in {place}.",
-            "Investors regretted the news.",
-            "Analysts were disappointed.",
-            "Shareholders were unhappy about it.",
-            "The share price went down.",
-            "Sellers pushed the stock lower.",
-            "Traders sighed.",
-            "The market disliked what it heard.",
-        ],
-        "markets_flat" => &[
-            "The shares did not move.",
-            "The stock was unchanged in {place}.",
-            "Investors ignored the news.",
-            "Analysts had no comment.",
-            "Shareholders took note of it.",
-            "The share price stayed put.",
-            "Trade in the stock was quiet.",
-            "Traders shrugged.",
-            "The market had known it already.",
-        ],
-        _ => return None,
-    })
+/// The words of `words.toml`, in the file's order.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Words {
+    pub company: CompanyNames,
+    slots: BTreeMap<String, Vec<String>>,
+}
+
+/// First and second halves of company names.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct CompanyNames {
+    pub starts: Vec<String>,
+    pub ends: Vec<String>,
+}
+
+impl Words {
+    /// The choices for a slot of a template; `None` if there is no such slot. A choice may hold slots
+    /// itself.
+    pub fn choices(&self, slot: &str) -> Option<&[String]> {
+        self.slots.get(slot).map(Vec::as_slice)
+    }
+}
+
+/// The file is part of the program, and a test reads it.
+pub(crate) static WORDS: LazyLock<Words> = LazyLock::new(|| {
+    toml::from_str(include_str!("../../../assets/source/words.toml"))
+        .unwrap_or_else(|error| panic!("assets/source/words.toml: {error}"))
+});
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_list_has_words() {
+        assert!(!WORDS.company.starts.is_empty() && !WORDS.company.ends.is_empty());
+        for (slot, choices) in &WORDS.slots {
+            assert!(!choices.is_empty(), "{slot}");
+        }
+        assert_eq!(WORDS.choices("no-such-slot"), None);
+    }
 }

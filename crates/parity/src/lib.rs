@@ -1,4 +1,4 @@
-//! `trainer parity`: this trainer's numbers compared with another implementation's, or with another
+//! `cargo xtask parity`: this trainer's numbers compared with another implementation's, or with another
 //! device's.
 //!
 //! | file | contents |
@@ -26,18 +26,25 @@ use reference::Reference;
 
 pub use report::{Check, Report, Section};
 
-/// Options of a comparison.
-#[derive(Debug, Clone)]
+/// Options of a comparison, as command-line arguments.
+#[derive(Debug, Clone, clap::Args)]
 pub struct ParityOptions {
-    /// A folder written by `peft_reference.py`; without it, devices are compared with each other.
+    /// A folder written by peft_reference.py; without it, backends are compared with each other
+    #[arg(long, value_name = "DIR")]
     pub reference: Option<PathBuf>,
-    /// The reference's model, if it is not in the folder (`peft_reference.py --model`).
+    /// The reference's model, if it is not in that folder
+    #[arg(long, value_name = "DIR")]
     pub model: Option<PathBuf>,
-    /// The backends to run on; missing ones are reported, not failed.
+    /// The backends to run on, separated by commas; missing ones are reported, not failed
+    #[arg(long, value_delimiter = ',', default_value = "cpu")]
     pub backends: Vec<Backend>,
-    /// The learning rate of the reference's training steps, which the folder does not hold.
+    /// The learning rate of the reference's training steps
+    #[arg(long = "lr", value_name = "LR", default_value_t = LEARNING_RATE)]
     pub learning_rate: f64,
 }
+
+/// `peft_reference.py`'s learning rate.
+const LEARNING_RATE: f64 = 1e-3;
 
 impl Default for ParityOptions {
     /// The CPU, without a reference, and `peft_reference.py`'s learning rate.
@@ -46,7 +53,7 @@ impl Default for ParityOptions {
             reference: None,
             model: None,
             backends: vec![Backend::Cpu],
-            learning_rate: 1e-3,
+            learning_rate: LEARNING_RATE,
         }
     }
 }

@@ -9,9 +9,7 @@ use anyhow::{Context, bail};
 use clap::{Args, Parser, Subcommand};
 use llama_burn::LlamaConfig;
 
-use bench::BenchOptions;
 use gpu_report::{self, ReportOptions, Section, WorkerOptions};
-use parity::ParityOptions;
 
 use device::{Backend, KernelArgs};
 use export::combine::{self, CombineArgs};
@@ -62,13 +60,6 @@ enum Command {
     InspectData(InspectData),
     /// Predict parameters and peak memory of a run, without the model's weights
     Plan(PlanArgs),
-    /// Compare with reference numbers of transformers and PEFT, or backends with each other
-    Parity(Parity),
-    /// Measure speed and memory, compared with Burn's apply_qlora and, with --peft, PEFT
-    Bench(Bench),
-    /// One of the benchmark's processes
-    #[command(hide = true)]
-    BenchWorker(BenchWorker),
     /// Check a GPU's results and measure its speed, in minutes: a report to keep or to send
     GpuReport(GpuReport),
     /// One of the report's processes
@@ -77,8 +68,6 @@ enum Command {
     /// Write the token ids of given texts, to compare with another implementation
     #[command(hide = true)]
     Tokenize(TokenizeArgs),
-    /// Generate the embedded model, tokenizer and data again from their seed
-    MakeAssets(MakeAssets),
 }
 
 impl Command {
@@ -114,12 +103,15 @@ impl ConfigArgs {
     }
 }
 
+const TRAIN_ENDS: &str = "\
+Ctrl-C finishes the step, writes a checkpoint and exits with code 75; a second Ctrl-C exits at once.";
+
 #[derive(Args)]
+#[command(after_help = TRAIN_ENDS)]
 struct Train {
     #[command(flatten)]
     config: ConfigArgs,
-    /// auto, cpu, cuda, wgpu, vulkan or metal, if this build includes it
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", help = Backend::help())]
     backend: Backend,
     /// The folder for the adapter, the metrics and the resolved configuration
     #[arg(long, value_name = "DIR")]
@@ -171,72 +163,9 @@ struct PlanArgs {
 }
 
 #[derive(Args)]
-struct Parity {
-    /// A folder written by peft_reference.py
-    #[arg(long, value_name = "DIR")]
-    reference: Option<PathBuf>,
-    /// The reference's model, if it is not in that folder
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// The backends to run on, separated by commas
-    #[arg(long, value_delimiter = ',', default_value = "cpu")]
-    backends: Vec<Backend>,
-    /// The learning rate of the reference's training steps
-    #[arg(long, default_value_t = 1e-3)]
-    lr: f64,
-}
-
-#[derive(Args)]
-struct Bench {
-    /// auto, cpu, cuda, wgpu, vulkan or metal, if this build includes it
-    #[arg(long, visible_alias = "backend", default_value = "auto")]
-    device: Backend,
-    /// A Python with torch, transformers and peft (and bitsandbytes for int8 on CUDA)
-    #[arg(long, value_name = "PYTHON")]
-    peft: Option<PathBuf>,
-    /// A Hugging Face model folder [default: models/SmolLM2-135M-Instruct]
-    #[arg(long, value_name = "DIR")]
-    model: Option<PathBuf>,
-    /// Examples to train on [default: data/fpb_train.jsonl]
-    #[arg(long, value_name = "FILE")]
-    data: Option<PathBuf>,
-    /// Measured rounds per scenario [default: 5]
-    #[arg(long, value_name = "N")]
-    rounds: Option<usize>,
-    /// Optimizer steps per round [default: 5, or the scenario's own]
-    #[arg(long, value_name = "N")]
-    steps: Option<usize>,
-    /// Scenarios: floors, main, all-linear, r64, long, accumulation, scaling, 8b [default: main]
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    only: Vec<String>,
-    /// Every scenario except 8b
-    #[arg(long, conflicts_with = "only")]
-    all: bool,
-    /// Systems to measure, such as ours,burn,peft-f32 [default: all of the scenario]
-    #[arg(long, value_name = "NAME", value_delimiter = ',')]
-    contenders: Vec<String>,
-    /// Measure PEFT in bfloat16 even if the processor has no instructions for it
-    #[arg(long)]
-    bf16: bool,
-    /// A quick check of the benchmark: the embedded model, two rounds of two steps
-    #[arg(long)]
-    quick: bool,
-    /// The folder for the results
-    #[arg(long, value_name = "DIR", default_value = "target/bench")]
-    output: PathBuf,
-}
-
-#[derive(Args)]
-struct BenchWorker {
-    /// What to train, in JSON
-    #[arg(long, value_name = "FILE")]
-    spec: PathBuf,
-}
-
-#[derive(Args)]
+#[command(after_help = "The exit code is 1 if a comparison with the CPU fails.")]
 struct GpuReport {
-    /// auto, cuda, wgpu, vulkan or metal; this program has those it was built with
-    #[arg(long, default_value = "auto")]
+    #[arg(long, default_value = "auto", help = Backend::help_for_gpus())]
     backend: Backend,
     /// Small sizes, for a quick check or for software drivers; speeds are then not meaningful
     #[arg(long)]
@@ -277,35 +206,6 @@ struct GpuReportWorker {
     quick: bool,
 }
 
-#[derive(Args)]
-struct MakeAssets {
-    /// The folder to write to
-    #[arg(long, default_value = "assets")]
-    output: PathBuf,
-    /// The seed that determines all of them
-    #[arg(long, default_value_t = make_assets::SEED)]
-    seed: u64,
-}
-
-impl From<Bench> for BenchOptions {
-    fn from(args: Bench) -> Self {
-        Self {
-            device: args.device,
-            peft: args.peft,
-            model: args.model,
-            data: args.data,
-            rounds: args.rounds,
-            steps: args.steps,
-            only: args.only,
-            all: args.all,
-            contenders: args.contenders,
-            bf16: args.bf16,
-            quick: args.quick,
-            output: args.output,
-        }
-    }
-}
-
 impl From<GpuReport> for ReportOptions {
     fn from(args: GpuReport) -> Self {
         Self {
@@ -326,45 +226,24 @@ impl From<GpuReport> for ReportOptions {
 /// gives 75; one that a second Ctrl-C ended at once, 130, or 143 for SIGTERM.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
-    // Before a second thread starts.
-    if let Err(error) = command.kernels().apply() {
-        eprintln!("error: {error}");
-        return ExitCode::FAILURE;
-    }
-    let mut screen = RunScreen::new(terminal::ScreenKind::detect());
-    let logger =
-        env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
-    let logger = { logger }.build();
-    // This fails only if a logger is already installed.
-    let _ = screen.install_logger(logger);
-    match run(command, &mut screen) {
-        Ok(code) => code,
-        Err(error) => {
-            drop(screen);
-            eprintln!("error: {}", whole_chain(&error));
-            match error.downcast_ref() {
-                Some(TrainError::Fault {
-                    resumable: true, ..
-                }) => ExitCode::from(RESUMABLE),
-                Some(TrainError::WrongNumbers(wrong)) if wrong.resumable => {
-                    ExitCode::from(RESUMABLE)
-                }
-                _ => ExitCode::FAILURE,
-            }
-        }
-    }
+    command_line::run_with_codes(
+        |screen| {
+            command.kernels().apply()?;
+            run(command, &mut screen.into())
+        },
+        exit_code,
+    )
 }
 
-/// The error with its causes; a cause that a message above it already quotes is left out.
-fn whole_chain(error: &anyhow::Error) -> String {
-    let mut text = error.to_string();
-    for cause in error.chain().skip(1).map(ToString::to_string) {
-        if !text.contains(&cause) {
-            text += &format!(": {cause}");
-        }
+/// The exit code of an error.
+fn exit_code(error: &anyhow::Error) -> ExitCode {
+    match error.downcast_ref() {
+        Some(TrainError::Fault {
+            resumable: true, ..
+        }) => ExitCode::from(RESUMABLE),
+        Some(TrainError::WrongNumbers(wrong)) if wrong.resumable => ExitCode::from(RESUMABLE),
+        _ => ExitCode::FAILURE,
     }
-    // Some causes are messages of other libraries, which may quote a whole file.
-    llama_burn::limited::clipped(&text, 10_000).into_owned()
 }
 
 fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
@@ -393,22 +272,6 @@ fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
         Command::Merge(args) => merge::run_merge(args, screen)?,
         Command::Unmerge(args) => merge::run_unmerge(args, screen)?,
         Command::Plan(args) => show_plan(&args)?,
-        Command::Parity(args) => {
-            let report = parity::parity(&ParityOptions {
-                reference: args.reference,
-                model: args.model,
-                backends: args.backends,
-                learning_rate: args.lr,
-            })?;
-            screen.line(&report.to_string());
-            return Ok(ExitCode::from(u8::from(!report.passed())));
-        }
-        Command::Bench(args) => {
-            bench::run(&args.into(), screen)?;
-        }
-        Command::BenchWorker(args) => {
-            bench::serve(&args.spec).context("the benchmark does not listen any more")?;
-        }
         Command::GpuReport(args) => {
             let report = gpu_report::run(&args.into(), screen)?;
             return Ok(ExitCode::from(u8::from(!report.passed())));
@@ -420,10 +283,6 @@ fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
             limit: Duration::from_secs(args.seconds),
         }),
         Command::Tokenize(args) => tokenize::run(&args)?,
-        Command::MakeAssets(args) => {
-            make_assets::run(&args.output, args.seed, &mut |line| screen.line(line))
-                .with_context(|| format!("cannot make {}", args.output.display()))?;
-        }
     }
     Ok(ExitCode::SUCCESS)
 }

@@ -131,7 +131,7 @@ fn counting_device(asked: Backend) -> Result<Selected, String> {
     let asked = match asked {
         Backend::Auto => gpus
             .into_iter()
-            .filter(|gpu| gpu.is_compiled_in())
+            .filter(|&gpu| device::is_compiled_in(gpu))
             .collect(),
         one => vec![one],
     };

@@ -1,27 +1,30 @@
-//! Building the trainer with the backend asked for, and running it with the user's own arguments.
+//! Building a program with the backend asked for, and running it with the user's own arguments.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use anyhow::{Context, Result, bail};
+use backends::Backend;
 
-use crate::backend::Backend;
-use crate::cargo::{
-    self, LLVM_HINT, exit_code, llvm_is_in_place, quiet_display_server, trainer_binary,
-};
+use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place};
 use crate::detect::Machine;
+use crate::program::{PACKAGES, Program, asks_for_help};
 
-/// One build of the trainer and the arguments of the run that follows it.
+/// One build of a program and the arguments of the run that follows it.
 #[derive(Debug, PartialEq, Eq)]
 struct Job {
+    program: Program,
     features: Vec<String>,
     args: Vec<OsString>,
 }
 
-/// Runs a sub-command of the trainer on one backend: the one that `--backend` (or `bench`'s name for
-/// it, `--device`) in `args` names, else `default`.
-pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<ExitCode> {
+/// Runs a program on one backend: the one that `--backend` (or the benchmark's name for it,
+/// `--device`) in `args` names, else `default`.
+pub fn run(program: Program, args: Vec<OsString>, default: Backend) -> Result<ExitCode> {
+    if asks_for_help(&args) {
+        return program.help();
+    }
     config_exists(&args)?;
     let asked = match backend_of(&args)? {
         Some(word) => word.parse()?,
@@ -46,12 +49,13 @@ pub fn run(subcommand: &str, args: Vec<OsString>, default: Backend) -> Result<Ex
         bail!("--backend {backend}: {why}");
     }
     let job = Job {
+        program,
         features: as_asked(features(&[backend], &machine), &args),
         args,
     };
     match job.build()? {
         Some(failed) => Ok(failed),
-        None => job.replace_this_process(subcommand),
+        None => job.replace_this_process(),
     }
 }
 
@@ -68,14 +72,17 @@ fn as_asked(mut features: Vec<String>, args: &[OsString]) -> Vec<String> {
 const AUTOTUNE: &str = "autotune";
 const UNTUNED: &str = "--no-autotune";
 
-/// Runs `parity` on every backend that `--backends` lists, in as many builds as they need.
+/// Runs the parity program on every backend that `--backends` lists, in as many builds as they need.
 pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
+    if asks_for_help(&args) {
+        return Program::Parity.help();
+    }
     let machine = Machine::ask();
     let jobs = parity_jobs(args, &machine)?;
     if let [job] = jobs.as_slice() {
         return match job.build()? {
             Some(failed) => Ok(failed),
-            None => job.replace_this_process("parity"),
+            None => job.replace_this_process(),
         };
     }
     eprintln!(
@@ -87,8 +94,10 @@ pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
         if let Some(failed) = job.build()? {
             return Ok(failed);
         }
-        let status = job.command("parity")?.status();
-        worst = worst.max(exit_code(status.context("cannot start the trainer")?));
+        let status = job.program.command(&job.args)?.status();
+        worst = worst.max(exit_code(
+            status.context("cannot start the parity program")?,
+        ));
     }
     Ok(ExitCode::from(worst))
 }
@@ -102,6 +111,7 @@ pub fn parity(args: Vec<OsString>) -> Result<ExitCode> {
 fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
     let Some(list) = value_of(&args, "--backends")? else {
         return Ok(vec![Job {
+            program: Program::Parity,
             features: Vec::new(),
             args,
         }]);
@@ -116,7 +126,7 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
             backends.push(backend);
         }
     }
-    // What is not on this machine stays in the arguments: the trainer prints a line for it.
+    // What is not on this machine stays in the arguments: the program prints a line for it.
     let buildable = |backend: Backend| {
         backend.missing_on_this_platform().is_none() && machine.missing(backend).is_none()
     };
@@ -124,6 +134,7 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
     let native = |&backend: &Backend| matches!(backend, Backend::Vulkan | Backend::Metal);
     if !(present.contains(&Backend::Wgpu) && present.iter().any(native)) {
         return Ok(vec![Job {
+            program: Program::Parity,
             features: features(&present, machine),
             args,
         }]);
@@ -137,6 +148,7 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
     let second = [vec![Backend::Cpu], second].concat();
     Ok([first, second]
         .map(|group| Job {
+            program: Program::Parity,
             features: features(
                 &group
                     .iter()
@@ -150,7 +162,7 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
         .into())
 }
 
-/// The trainer's cargo features for `backends`.
+/// The programs' cargo features for `backends`.
 ///
 /// `autotune` times several kernels for each new shape and keeps the fastest. CubeCL has no switch
 /// for it at run time (`CUBECL_AUTOTUNE_LEVEL` only says how many candidates there are, never
@@ -175,14 +187,14 @@ fn features(backends: &[Backend], machine: &Machine) -> Vec<String> {
 }
 
 impl Job {
-    /// `cargo build` of the trainer with this job's features; cargo's exit code if it failed.
+    /// `cargo build` of the program with this job's features; cargo's exit code if it failed.
     fn build(&self) -> Result<Option<ExitCode>> {
         let what = if self.features.is_empty() {
             "for the CPU".to_owned()
         } else {
             format!("for the CPU and {}", self.features.join(", "))
         };
-        let patience = match (trainer_binary()?.exists(), self.features.is_empty()) {
+        let patience = match (self.program.binary()?.exists(), self.features.is_empty()) {
             (true, _) => "what is built already is kept",
             (false, true) => "the first build takes about ten minutes, later ones seconds",
             (false, false) => {
@@ -190,43 +202,48 @@ impl Job {
                  16; later ones take seconds"
             }
         };
-        eprintln!("xtask: building the trainer {what} ({patience})");
-        let mut build = cargo::cargo("build");
-        build.args(["--release", "--package", "trainer", "--no-default-features"]);
-        if !self.features.is_empty() {
-            build.args(cargo::features(&self.features));
-        }
-        let status = build.status().context("cannot start cargo")?;
+        let program = self.program.called();
+        eprintln!("xtask: building {program} {what} ({patience})");
+        let status = self.cargo_build().status().context("cannot start cargo")?;
         if status.success() {
             return Ok(None);
         }
         if self.features.iter().any(|f| f == "cuda") && llvm_is_in_place() == Some(false) {
             eprintln!("{LLVM_HINT}");
         }
-        eprintln!("xtask: the trainer was not built; cargo's messages are above");
+        eprintln!("xtask: {program} was not built; cargo's messages are above");
         Ok(Some(ExitCode::from(exit_code(status))))
     }
 
-    fn command(&self, subcommand: &str) -> Result<Command> {
-        let mut command = Command::new(trainer_binary()?);
-        command.arg(subcommand).args(&self.args);
-        quiet_display_server(&mut command);
-        Ok(command)
+    fn cargo_build(&self) -> Command {
+        let mut build = cargo::cargo("build");
+        build.args(["--release", "--bin", self.program.name()]);
+        build.arg("--no-default-features");
+        for package in PACKAGES {
+            build.args(["--package", package]);
+        }
+        if !self.features.is_empty() {
+            // One package's suffice: all programs share the crate `device`, which they lead to.
+            let features = self.features.iter().map(|name| format!("trainer/{name}"));
+            build.args(cargo::features(&features.collect::<Vec<_>>()));
+        }
+        build
     }
 
-    /// Becomes the trainer, so that Ctrl-C, signals and the exit code are its own. Windows has no
+    /// Becomes the program, so that Ctrl-C, signals and the exit code are its own. Windows has no
     /// such call: there xtask waits and hands the exit code on.
-    fn replace_this_process(&self, subcommand: &str) -> Result<ExitCode> {
-        let mut command = self.command(subcommand)?;
+    fn replace_this_process(&self) -> Result<ExitCode> {
+        let mut command = self.program.command(&self.args)?;
         #[cfg(unix)]
         {
             let error = std::os::unix::process::CommandExt::exec(&mut command);
-            Err(error)
-                .with_context(|| format!("cannot start {}", trainer_binary().unwrap().display()))
+            Err(error).with_context(|| format!("cannot start {}", self.program.called()))
         }
         #[cfg(not(unix))]
         {
-            let status = command.status().context("cannot start the trainer")?;
+            let status = command.status();
+            let status =
+                status.with_context(|| format!("cannot start {}", self.program.called()))?;
             Ok(ExitCode::from(exit_code(status)))
         }
     }
@@ -325,6 +342,34 @@ mod tests {
     }
 
     #[test]
+    fn every_program_is_built_with_the_packages_of_all_so_that_burn_is_compiled_once() {
+        let arguments = |program, features: &[&str]| {
+            let job = Job {
+                program,
+                features: features.iter().map(|&name| name.to_owned()).collect(),
+                args: Vec::new(),
+            };
+            let build = job.cargo_build();
+            let arguments = build.get_args().map(|it| it.display().to_string());
+            arguments.collect::<Vec<_>>().join(" ")
+        };
+        let packages = "--package trainer --package bench --package parity --package make-assets";
+        for program in [Program::Trainer("train"), Program::Bench, Program::Parity] {
+            let text = arguments(program, &["cuda", "autotune"]);
+            assert!(text.contains(packages), "{text}");
+            assert!(
+                text.contains(&format!("--bin {}", program.name())),
+                "{text}"
+            );
+            assert!(
+                text.ends_with("--features trainer/cuda,trainer/autotune"),
+                "{text}"
+            );
+        }
+        assert!(!arguments(Program::MakeAssets, &[]).contains("--features"));
+    }
+
+    #[test]
     fn a_flag_is_read_in_both_spellings() {
         let args = os(&["--set", "a=1", "--backend", "cpu", "--backend=wgpu"]);
         assert_eq!(
@@ -374,6 +419,7 @@ mod tests {
         assert_eq!(
             jobs,
             [Job {
+                program: Program::Parity,
                 features: Vec::new(),
                 args
             }]
@@ -386,7 +432,15 @@ mod tests {
         let args = os(&["--backends", "cpu,wgpu,vulkan,cuda,metal"]);
         let jobs = parity_jobs(args.clone(), &machine(0, &[true])).unwrap();
         let features = vec!["wgpu".to_owned()];
-        assert_eq!(jobs, [Job { features, args }]);
+        let program = Program::Parity;
+        assert_eq!(
+            jobs,
+            [Job {
+                program,
+                features,
+                args
+            }]
+        );
     }
 
     #[cfg(target_os = "linux")]
