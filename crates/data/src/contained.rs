@@ -1,7 +1,7 @@
-//! Other people's parsers, whose panics on a damaged file become messages.
+//! Catches panics of third-party parsers and turns them into messages.
 //!
-//! What is ours does not panic on a file; a crate that does must not take a run down, nor write its own report over
-//! the screen.
+//! Our own code does not panic on a damaged file. A crate that does must not end a run, and must not write its report
+//! over the screen.
 
 use std::any::Any;
 use std::cell::Cell;
@@ -9,18 +9,17 @@ use std::panic::{self, AssertUnwindSafe};
 use std::sync::Once;
 
 thread_local! {
-    /// How many calls of [`contain`] this thread is in.
+    /// Depth of the nested calls of [`contain`] on this thread.
     static INSIDE: Cell<usize> = const { Cell::new(0) };
 }
 
-/// Runs `work`; a panic on this thread becomes its message. Panics of other threads are reported as ever.
+/// Runs `work`. A panic on this thread is returned as an error; panics of other threads are reported as usual.
 ///
-/// Values that `work` was changing may be half changed after a panic; use it where they are then dropped, or where
-/// it only reads.
+/// Values that `work` changes may be half changed after a panic, so they must then be dropped.
 ///
 /// # Errors
 ///
-/// The panic's words, in one line.
+/// The message of the panic, in one line.
 pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     static HOOK: Once = Once::new();
     HOOK.call_once(|| {
@@ -37,12 +36,12 @@ pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     outcome.map_err(|payload| words(payload.as_ref()))
 }
 
-/// Whether this thread is inside of [`contain`], so that its panic is caught on purpose.
+/// Whether this thread is inside [`contain`], which catches its panics.
 pub fn is_inside() -> bool {
     INSIDE.with(Cell::get) > 0
 }
 
-/// The text of tokens; none where the decoder of `tokenizer.json` does not work.
+/// The text of tokens; empty if the decoder of `tokenizer.json` fails.
 pub fn decoded(
     tokenizer: &tokenizers::Tokenizer,
     ids: &[u32],
