@@ -1,4 +1,4 @@
-//! The keys whose values are words.
+//! Types of which a config file names the values.
 
 use std::fmt;
 
@@ -6,30 +6,30 @@ use lora_core::Init;
 
 use crate::Decay;
 
-/// The number format that the layers compute in.
+/// The number format in which the layers compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum ComputeDtype {
-    /// What suits the device: bf16 on CUDA, f16 on Vulkan and Metal where there are matrix units for it, else f32.
+    /// The best format of the device: bf16 on CUDA, f16 on Vulkan and Metal with matrix units for it, else f32.
     #[default]
     Auto,
     /// 32 bits.
     F32,
-    /// 16 bits with the range of f32 (CUDA; the CPU's products with 8-bit weights where it has AVX512-BF16).
+    /// 16 bits with the range of f32 (CUDA; products with 8-bit weights on CPUs with AVX512-BF16).
     Bf16,
-    /// 16 bits (GPUs that have it), with a loss scale.
+    /// 16 bits, with loss scaling (GPUs that support it).
     F16,
-    /// f32 whose products keep 11 bits of each factor (CUDA, Ampere and later).
+    /// f32 with matrix products of TF32 precision (CUDA, Ampere and later).
     Tf32,
 }
 
-/// Whether a layer's activations are kept for the backward pass or computed again there.
+/// Whether the activations of a layer are kept for the backward pass or recomputed there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Checkpointing {
-    /// Recompute: about a third more time, and the memory of one layer instead of all.
+    /// Recompute: about a third more time, and the memory of one layer instead of all layers.
     On,
     /// Keep everything.
     Off,
-    /// Recompute where keeping would not fit.
+    /// Recompute if there is not enough memory to keep them.
     #[default]
     Auto,
 }
@@ -40,32 +40,32 @@ pub enum OnNonFinite {
     /// The run stops, with a checkpoint of the step before.
     #[default]
     Stop,
-    /// The step is left out and the learning rate halved from there on, up to `max_skipped_steps` times.
+    /// The step is skipped and the learning rate halved from there on, up to `max_skipped_steps` times.
     Skip,
 }
 
 /// What happens when the device's memory is too small for a micro-batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum OnOutOfMemory {
-    /// Micro-batches are halved and more of them accumulated: the same update, up to rounding.
+    /// Micro-batches are halved and more of them accumulated: the same optimizer step, up to rounding.
     #[default]
     Halve,
     /// The run stops, with a checkpoint of the step before.
     Stop,
 }
 
-/// How many rows are computed at once.
+/// The number of examples that are computed at once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BatchSize {
-    /// So many.
+    /// This many.
     Rows(usize),
-    /// As many as memory allows of the rows of an update, which are 8 · `gradient_accumulation_steps`.
-    /// The update is the same however they are divided.
+    /// As many as memory allows of the 8 · `gradient_accumulation_steps` examples of an optimizer step.
+    /// The step is the same however they are divided.
     Auto,
 }
 
 impl BatchSize {
-    /// The rows of a micro-batch; for [`Auto`](Self::Auto), what an update's rows are counted in.
+    /// Examples per micro-batch; for [`Auto`](Self::Auto), 8 per accumulation step.
     pub fn rows(self) -> usize {
         match self {
             Self::Rows(rows) => rows,
@@ -74,20 +74,20 @@ impl BatchSize {
     }
 }
 
-/// A type whose values are one word each in a config file.
-pub(super) trait Word: Copy + PartialEq + 'static {
-    /// Each value with its word.
-    const WORDS: &'static [(&'static str, Self)];
+/// A type whose values have a name each in a config file.
+pub(super) trait Choice: Copy + PartialEq + 'static {
+    /// Each value with its name.
+    const NAMES: &'static [(&'static str, Self)];
 
-    /// The word of this value.
-    fn word(self) -> &'static str {
-        let found = Self::WORDS.iter().find(|(_, value)| *value == self);
-        found.map_or("", |(word, _)| word)
+    /// The name of this value.
+    fn name(self) -> &'static str {
+        let found = Self::NAMES.iter().find(|(_, value)| *value == self);
+        found.map_or("", |(name, _)| name)
     }
 }
 
-impl Word for ComputeDtype {
-    const WORDS: &'static [(&'static str, Self)] = &[
+impl Choice for ComputeDtype {
+    const NAMES: &'static [(&'static str, Self)] = &[
         ("auto", Self::Auto),
         ("f32", Self::F32),
         ("bf16", Self::Bf16),
@@ -96,43 +96,43 @@ impl Word for ComputeDtype {
     ];
 }
 
-impl Word for Checkpointing {
-    const WORDS: &'static [(&'static str, Self)] =
+impl Choice for Checkpointing {
+    const NAMES: &'static [(&'static str, Self)] =
         &[("auto", Self::Auto), ("on", Self::On), ("off", Self::Off)];
 }
 
-impl Word for OnNonFinite {
-    const WORDS: &'static [(&'static str, Self)] = &[("stop", Self::Stop), ("skip", Self::Skip)];
+impl Choice for OnNonFinite {
+    const NAMES: &'static [(&'static str, Self)] = &[("stop", Self::Stop), ("skip", Self::Skip)];
 }
 
-impl Word for OnOutOfMemory {
-    const WORDS: &'static [(&'static str, Self)] = &[("halve", Self::Halve), ("stop", Self::Stop)];
+impl Choice for OnOutOfMemory {
+    const NAMES: &'static [(&'static str, Self)] = &[("halve", Self::Halve), ("stop", Self::Stop)];
 }
 
-impl Word for Decay {
-    const WORDS: &'static [(&'static str, Self)] = &[
+impl Choice for Decay {
+    const NAMES: &'static [(&'static str, Self)] = &[
         ("cosine", Self::Cosine),
         ("linear", Self::Linear),
         ("constant", Self::Constant),
     ];
 }
 
-impl Word for Init {
-    const WORDS: &'static [(&'static str, Self)] =
+impl Choice for Init {
+    const NAMES: &'static [(&'static str, Self)] =
         &[("kaiming", Self::Kaiming), ("gaussian", Self::Gaussian)];
 }
 
 /// As in a config file.
 impl fmt::Display for ComputeDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
+        f.write_str(self.name())
     }
 }
 
 /// As in a config file.
 impl fmt::Display for Checkpointing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(self.word())
+        f.write_str(self.name())
     }
 }
 
@@ -141,11 +141,11 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_value_has_a_word() {
+    fn every_value_has_a_name() {
         assert_eq!(ComputeDtype::Bf16.to_string(), "bf16");
         assert_eq!(Checkpointing::Off.to_string(), "off");
         assert_eq!(
-            (Decay::Linear.word(), Init::Gaussian.word()),
+            (Decay::Linear.name(), Init::Gaussian.name()),
             ("linear", "gaussian")
         );
     }
