@@ -290,7 +290,7 @@ fn tokenizer_config() -> Parser<'static> {
             let files = ModelFiles {
                 folder: "model".into(),
                 tokenizer: tokenizer(64).to_string().into_bytes(),
-                tokenizer_config: Some(String::from_utf8(file.to_vec()).map_err(said)?),
+                tokenizer_config: Some(String::from_utf8(file.to_vec()).map_err(said)?.into()),
                 ..ModelFiles::default()
             };
             let tokenizer = RowTokenizer::new(&files, &PromptTemplate::Chat).map_err(said)?;
@@ -312,7 +312,7 @@ fn generation_config() -> Parser<'static> {
             let files = ModelFiles {
                 folder: "model".into(),
                 tokenizer: tokenizer(64).to_string().into_bytes(),
-                generation_config: Some(String::from_utf8(file.to_vec()).map_err(said)?),
+                generation_config: Some(String::from_utf8(file.to_vec()).map_err(said)?.into()),
                 ..ModelFiles::default()
             };
             files.generation_end_tokens().map_err(said)?;

@@ -1,12 +1,12 @@
-//! Which part of a rendered conversation the assistant says.
+//! Which part of a rendered conversation is the assistant's.
 //!
-//! A template that marks it (`{% generation %}`, transformers' own tag) is taken at its word. Any other is a program, so
-//! what it writes for one turn is found by running it: on the messages before the turn, with the prompt for an answer; on
-//! those up to the turn; and on all. Where the first two are beginnings of the third, what the second has more than the
-//! first is the turn. Where the prompt for an answer is no beginning (it opens `<think>`, which no answer of the data does;
-//! or nothing comes before the turn), the turn begins where a text put in its place appears. Where the messages up to the
-//! turn are no beginning of the whole (a template that drops thoughts from earlier turns, for one), no mask would be
-//! right, and that is an error.
+//! If the template marks it (`{% generation %}`, transformers' tag), the marks decide. Otherwise the template is rendered
+//! three times to find a turn: with the messages before the turn and the generation prompt; with the messages up to and
+//! including the turn; and with all messages. If the first two texts are prefixes of the third, the turn is what the
+//! second text adds to the first. If the first text is not a prefix (its generation prompt opens `<think>`, which the
+//! answer in the data does not; or there are no messages before the turn), the turn begins where a text that replaces it
+//! appears. If the second text is not a prefix (a template may drop the reasoning of earlier turns), no mask is right,
+//! and that is an error.
 
 use std::ops::Range;
 use std::path::Path;
@@ -18,10 +18,10 @@ use super::conversation::Conversation;
 use super::error::DataError;
 use super::template::ChatTemplate;
 
-/// What is put in a turn's place to see where it begins: no template looks for it.
+/// The text that replaces a turn to find where the turn begins. No template depends on it.
 const PROBE: &str = "\u{10fade}";
 
-/// The rendered conversation, and where in it (in bytes) the turns to learn are, each with what ends it.
+/// The rendered conversation, and the byte ranges of the turns in the loss, each with its end token.
 pub(super) fn turns(
     template: &ChatTemplate,
     conversation: &Conversation,
@@ -52,12 +52,12 @@ pub(super) fn turns(
             let same = whole.bytes().zip(with.bytes());
             let same = same.take_while(|(a, b)| a == b).count();
             return Err(failed(format!(
-                "the chat template renders the conversation up to messages[{turn}] in another way than as a part of \
-                 the whole (the same for {same} bytes), so that it cannot be told what of it is learned; write one \
-                 row for each turn to learn, with that turn last"
+                "the chat template renders the conversation up to messages[{turn}] differently alone than as part of the \
+                 whole conversation (the first {same} bytes are equal), so the loss mask of this turn is unknown; write \
+                 one row per turn to train on, with that turn last"
             )));
         }
-        // Nothing before the turn is nothing that a template must bear.
+        // Not every template renders an empty list of messages.
         let before = template.render(&messages[..turn], conversation, true);
         let before = before.ok().map(|before| before.text);
         let start = match before.filter(|before| with.starts_with(before.as_str())) {
@@ -78,15 +78,15 @@ pub(super) fn turns(
     Ok((whole, Turns { turns, exact }))
 }
 
-/// The parts of a text that are learned, in bytes.
+/// The byte ranges of a text that are in the loss.
 #[derive(Debug)]
 pub(super) struct Turns {
     turns: Vec<Range<usize>>,
-    /// Whether they end where they say, white space included.
+    /// Whether the ranges are exact, including white space at their ends.
     exact: bool,
 }
 
-/// The marks of the turns to learn.
+/// The marks of the turns in the loss.
 fn marked(
     conversation: &Conversation,
     marks: &[Range<usize>],
@@ -99,7 +99,7 @@ fn marked(
     if marks.len() != all.len() {
         return Err(format!(
             "the chat template marks {} parts as the assistant's ({{% generation %}}), and the conversation has {} \
-             turns of the assistant, of which some are not learned: it cannot be told which part is which turn",
+             assistant turns, some of which are not in the loss: it is unknown which part is which turn",
             marks.len(),
             all.len()
         ));
@@ -111,7 +111,7 @@ fn marked(
     Ok(marks.map(|(_, mark)| mark.clone()).collect())
 }
 
-/// Where a turn begins in `with`, the conversation up to it: where another text in its place appears.
+/// Where a turn begins in `with`, the conversation up to the turn: where a text that replaces it appears.
 fn probed(
     template: &ChatTemplate,
     conversation: &Conversation,
@@ -128,14 +128,14 @@ fn probed(
     });
     start.ok_or_else(|| {
         format!(
-            "it cannot be told where messages[{turn}] begins in what the chat template writes: the prompt for an answer \
-             is no beginning of it, and the template writes something before the turn that depends on it; a template \
-             that marks the assistant's turns with {{% generation %}} would tell"
+            "it is unknown where messages[{turn}] begins in the text of the chat template: the generation prompt is not a \
+             prefix of the text, and the template writes something before the turn that depends on it; mark the \
+             assistant's turns in the template with {{% generation %}}"
         )
     })
 }
 
-/// What a template writes behind an answer; `None` where it does not render one.
+/// What a template writes behind an answer; `None` if it does not render the conversation.
 pub(super) fn behind_an_answer(template: &ChatTemplate) -> Option<String> {
     let message = |role: &str, content: &str| serde_json::json!({"role": role, "content": content});
     let messages = [message("user", "a"), message("assistant", PROBE)];
@@ -145,7 +145,7 @@ pub(super) fn behind_an_answer(template: &ChatTemplate) -> Option<String> {
         .map(|(_, behind)| behind.to_string())
 }
 
-/// The conversation up to its last turn of the assistant, and what that turn says.
+/// The conversation up to its last assistant turn, and the text of that turn.
 pub(super) fn question(
     template: &ChatTemplate,
     conversation: &Conversation,
@@ -164,8 +164,8 @@ pub(super) fn question(
     Ok((text.text, target.unwrap_or_default().to_string()))
 }
 
-/// The positions of the tokens that lie in the turns, if only in part. White space that a template puts
-/// behind the token that ends a turn (a line break before the next one) is nobody's answer and left out.
+/// The positions of the tokens that lie in the turns, at least in part. White space that a template writes
+/// behind the end token of a turn (a line break before the next one) is not part of the answer and left out.
 pub(super) fn learned(
     encoding: &Encoding,
     text: &str,
@@ -188,7 +188,7 @@ pub(super) fn learned(
         if !exact && spaces > 0 && end - spaces > start && is_special(ids[end - spaces - 1]) {
             end -= spaces;
         }
-        // Nothing predicts the first token; a token in two turns is learned once.
+        // No token predicts the first one. A token in two turns counts once.
         let start = start
             .max(1)
             .max(learned.last().map_or(0, |range| range.end));
@@ -303,7 +303,7 @@ mod tests {
             "{error}"
         );
         assert!(
-            error.contains("messages[1]") && error.contains("one row for each"),
+            error.contains("messages[1]") && error.contains("one row per turn"),
             "{error}"
         );
         let silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} {% endif %}{% endfor %}";
@@ -357,7 +357,7 @@ mod tests {
         let one = "{% generation %}{% for m in messages %}{{ m.content }} {% endfor %}{% endgeneration %}";
         let error = tokenize(one, &conversation(&TURNS, 3)).unwrap_err();
         assert!(
-            error.contains("marks 1 parts") && error.contains("2 turns"),
+            error.contains("marks 1 parts") && error.contains("2 assistant turns"),
             "{error}"
         );
     }

@@ -1,16 +1,16 @@
-//! Columns that a file calls otherwise than the format does.
+//! Columns of a format that have another name in a file.
 
 use serde_json::{Map, Value};
 
-/// Names of a format's columns with those that a file has for them: a configuration's `dataset_columns`.
+/// The names that a file has for the columns of a format: the config key `dataset_columns`.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Columns(
-    /// The format's name of a column, and the file's.
+    /// The name in the format, and the name in the file.
     pub Vec<(String, String)>,
 );
 
 impl Columns {
-    /// The format's name of a file's column. `None` for a column that bears the name of one that is read from another.
+    /// The name in the format of a column of the file. `None` for a column that has the name of a renamed one.
     pub(super) fn ours<'a>(&'a self, theirs: &'a str) -> Option<&'a str> {
         let named = self.0.iter().find(|(_, other)| other == theirs);
         match named {

@@ -1,13 +1,15 @@
-//! Parsers of other crates, whose panics on a damaged file become messages.
+//! Catches panics of third-party parsers and turns them into messages.
 //!
-//! Our own code does not panic on a file. A crate that does must not end a run, nor print its report
+//! Our own code does not panic on a damaged file. A crate that does must not end a run, and must not write its report
 //! over the screen.
 
-/// Runs `work`; a panic on this thread becomes its message; see [`panics::catch`].
+/// Runs `work`. A panic on this thread is returned as an error; see [`panics::catch`].
+///
+/// Values that `work` changes may be half changed after a panic, so they must then be dropped.
 ///
 /// # Errors
 ///
-/// The panic's message, in one line of at most 300 characters.
+/// The message of the panic, in one line of at most 300 characters.
 pub fn contain<T>(work: impl FnOnce() -> T) -> Result<T, String> {
     let outcome = panics::catch(work);
     outcome.map_err(|message| llama_burn::limited::clipped(&message, 300).into_owned())

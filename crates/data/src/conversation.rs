@@ -1,27 +1,27 @@
-//! Conversations: messages of roles and contents, and which of them are learned.
+//! Conversations: messages with role and content, and which of them are in the loss.
 
 use serde_json::{Map, Value, json};
 
-use super::error::LineError;
-use super::format::json_type;
+use super::empty::is_off;
+use super::error::{LineError, json_type};
 use super::integers;
 
-/// A conversation whose assistant's turns are learned.
+/// A conversation whose assistant turns are in the loss.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Conversation {
     /// The messages, each an object with at least `role`, as the chat template gets them.
     pub messages: Vec<Value>,
-    /// What the chat template knows as `tools`.
+    /// The chat template's variable `tools`.
     pub tools: Option<Value>,
     /// Further variables of the chat template: TRL's column `chat_template_kwargs`.
     pub variables: Map<String, Value>,
-    /// The first message that may be learned; those before are given.
+    /// The first message that may be in the loss; messages before it are part of the prompt.
     pub learn_from: usize,
-    /// Turns of the assistant that the row marks as given, not learned.
+    /// Assistant turns that the row marks as not in the loss.
     pub given: Vec<usize>,
 }
 
-/// Keys of a message by which other trainers say whether it is learned: OpenAI's and Mistral's `weight`, axolotl's `train`
+/// Keys of a message that decide in other trainers whether it is in the loss: OpenAI's and Mistral's `weight`, axolotl's `train`
 /// and `training`, and others.
 const LEARNED_MARKS: [&str; 6] = [
     "weight",
@@ -34,7 +34,7 @@ const LEARNED_MARKS: [&str; 6] = [
 
 const MARK: &str = "mark whole messages with \"train\": true or false";
 
-/// Keys of a message that change what it means and are not honoured here.
+/// Keys of a message that change its meaning and are not supported.
 const NOT_HONOURED: [(&str, &str); 14] = [
     ("function_call", "write it as \"tool_calls\""),
     ("audio", "only text is trained on"),
@@ -67,7 +67,7 @@ impl Conversation {
         Self::beside(row, messages, 0)
     }
 
-    /// From a row with `prompt` and `completion`, both messages; only the completion's are learned.
+    /// From a row with `prompt` and `completion`, both lists of messages; only those of the completion are in the loss.
     pub(super) fn from_prompt_and_completion(
         row: &mut Map<String, Value>,
     ) -> Result<Self, LineError> {
@@ -77,7 +77,7 @@ impl Conversation {
         Self::beside(row, all, learn_from)
     }
 
-    /// With what the row says beside its messages.
+    /// Adds the other columns of the row to its messages.
     fn beside(
         row: &mut Map<String, Value>,
         mut messages: Vec<Message>,
@@ -121,13 +121,13 @@ impl Conversation {
         .checked()
     }
 
-    /// The assistant's turns that are learned, by index.
+    /// The indices of the assistant turns that are in the loss.
     pub fn assistant_turns(&self) -> impl DoubleEndedIterator<Item = usize> {
         let turns = self.turns().filter(|turn| *turn >= self.learn_from);
         turns.filter(|turn| !self.given.contains(turn))
     }
 
-    /// All turns of the assistant, learned or given.
+    /// The indices of all assistant turns.
     pub(super) fn turns(&self) -> impl DoubleEndedIterator<Item = usize> {
         let messages = self.messages.iter().enumerate();
         messages
@@ -161,7 +161,7 @@ impl Conversation {
     }
 }
 
-/// A message under OpenAI's names, and whether it is learned if it is the assistant's.
+/// A message with OpenAI's keys, and whether it is in the loss if it is the assistant's.
 struct Message {
     value: Value,
     learned: bool,
@@ -173,14 +173,14 @@ impl Message {
     }
 }
 
-/// The list of tools: itself, or its JSON text, which Arrow bears better.
+/// The list of tools: a list, or its JSON text, which Arrow stores better.
 fn tools(row: &mut Map<String, Value>) -> Result<Option<Value>, LineError> {
     let wrong = |problem: String| LineError::WrongMessage {
         place: "tools".into(),
         problem,
     };
     let parsed = |text: &str| {
-        integers::parse(text).map_err(|error| wrong(format!("is a text that is no JSON: {error}")))
+        integers::parse(text).map_err(|error| wrong(format!("is a text that is not JSON: {error}")))
     };
     let value = match row.remove("tools") {
         None | Some(Value::Null) => return Ok(None),
@@ -207,7 +207,7 @@ fn tools(row: &mut Map<String, Value>) -> Result<Option<Value>, LineError> {
         }
     });
     let items: Vec<Value> = items.collect::<Result<_, LineError>>()?;
-    // As in transformers, no tools are no list of tools: templates ask whether there is one.
+    // As in transformers, an empty list counts as absent: templates test whether `tools` is set.
     Ok((!items.is_empty()).then_some(Value::Array(items)))
 }
 
@@ -225,7 +225,7 @@ fn system(row: &mut Map<String, Value>) -> Result<Option<String>, LineError> {
     }
 }
 
-/// The messages of a column: a list, or the JSON text of one (CSV has nothing else).
+/// The messages of a column: a list, or its JSON text, as in CSV.
 fn messages(row: &mut Map<String, Value>, key: &'static str) -> Result<Vec<Message>, LineError> {
     let present = || row.keys().cloned().collect();
     let value = match row.get(key) {
@@ -238,7 +238,7 @@ fn messages(row: &mut Map<String, Value>, key: &'static str) -> Result<Vec<Messa
         Some(Value::String(text)) => {
             integers::parse(text).map_err(|error| LineError::WrongMessage {
                 place: key.into(),
-                problem: format!("is a text that is no JSON: {error}"),
+                problem: format!("is a text that is not JSON: {error}"),
             })?
         }
         Some(value) => value.clone(),
@@ -260,8 +260,8 @@ fn messages(row: &mut Map<String, Value>, key: &'static str) -> Result<Vec<Messa
         .collect()
 }
 
-/// A message under OpenAI's names. Keys that are null are absent, as in transformers: Arrow and OpenAI's SDK write every
-/// key into every message.
+/// A message with OpenAI's keys. A key with the value null is absent, as in transformers: Arrow and OpenAI's SDK write
+/// every key into every message.
 fn message(item: Value) -> Result<Message, String> {
     let Value::Object(mut item) = item else {
         let got = json_type(&item);
@@ -284,7 +284,7 @@ fn message(item: Value) -> Result<Message, String> {
         None => return Err("the key \"role\" is missing".into()),
     };
     for (key, remedy) in NOT_HONOURED {
-        if item.get(key).is_some_and(|value| !is_off(value)) {
+        if !is_off(item.get(key)) {
             return Err(format!("has {key:?}, which is not supported; {remedy}"));
         }
         item.shift_remove(key);
@@ -311,7 +311,7 @@ fn message(item: Value) -> Result<Message, String> {
     })
 }
 
-/// ShareGPT's names as OpenAI's; other keys stay.
+/// Renames ShareGPT's keys and roles to OpenAI's; other keys are kept.
 fn from_sharegpt(item: Map<String, Value>) -> Result<Map<String, Value>, String> {
     let role = match item["from"].as_str() {
         Some("human" | "user") => "user",
@@ -336,7 +336,8 @@ fn from_sharegpt(item: Map<String, Value>) -> Result<Map<String, Value>, String>
     Ok(entries.collect())
 }
 
-/// Whether a message is learned, by the marks of other trainers, which are taken out: a template must not see them.
+/// Whether a message is in the loss, according to the keys of other trainers. The keys are removed: a template must not
+/// see them.
 fn is_learned(item: &mut Map<String, Value>, role: &str) -> Result<bool, String> {
     let mut learned = true;
     for key in LEARNED_MARKS {
@@ -349,13 +350,14 @@ fn is_learned(item: &mut Map<String, Value>, role: &str) -> Result<bool, String>
             Value::Number(number) if number.as_f64() == Some(1.0) => true,
             other => {
                 return Err(format!(
-                    "{key:?} is {other}; a turn is learned (1, true) or not (0, false), nothing between"
+                    "{key:?} is {other}; it must be 1 or true for a turn in the loss, 0 or false for another; weights in between are not \
+                     supported"
                 ));
             }
         };
         if role != "assistant" && says && key != "loss_mask" && key != "weight" {
             return Err(format!(
-                "{key:?} asks for a message of {role:?} to be learned; only the assistant's are"
+                "{key:?} asks for a loss on a message of {role:?}; the loss is on the assistant's messages only"
             ));
         }
         learned &= says;
@@ -363,18 +365,7 @@ fn is_learned(item: &mut Map<String, Value>, role: &str) -> Result<bool, String>
     Ok(learned)
 }
 
-/// Whether a value switches nothing on.
-fn is_off(value: &Value) -> bool {
-    match value {
-        Value::Null | Value::Bool(false) => true,
-        Value::String(text) => text.is_empty(),
-        Value::Array(items) => items.is_empty(),
-        Value::Object(items) => items.is_empty(),
-        _ => false,
-    }
-}
-
-/// The text of a content that is a list of parts, all of which are texts.
+/// The text of a content that is a list of text parts.
 fn texts(parts: &[Value]) -> Result<String, String> {
     let mut all = String::new();
     for (index, part) in parts.iter().enumerate() {

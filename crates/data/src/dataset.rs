@@ -1,4 +1,4 @@
-//! The tokenized rows of a run, and what there is to say about them.
+//! The tokenized rows of a run, and their statistics.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -7,16 +7,16 @@ use super::error::DataError;
 use super::rows::Row;
 use super::tokenize::{RowTokenizer, TokenizedRow};
 
-/// The rows of one file, or of one side of its split, that are short enough.
+/// The rows of one file, or of one side of its split, that are not too long.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Dataset {
     /// The file, for messages.
     pub path: PathBuf,
     /// The rows, in the order of the file.
     pub rows: Vec<TokenizedRow>,
-    /// Rows with more than `max_seq_len` tokens, which were left out whole.
+    /// The number of rows with more than `max_seq_len` tokens, which are skipped.
     pub too_long: usize,
-    /// The longest row that was left out, in tokens; 0 if none was.
+    /// The tokens of the longest skipped row; 0 if none was skipped.
     pub longest_left_out: usize,
 }
 
@@ -25,8 +25,8 @@ impl Dataset {
     ///
     /// # Errors
     ///
-    /// See [`RowTokenizer::tokenize`]; and [`DataError::AllTooLong`] if no row is left. No rows at all give
-    /// an empty data set (a run without validation).
+    /// See [`RowTokenizer::tokenize`]; and [`DataError::AllTooLong`] if no row is left. Without
+    /// rows, the data set is empty (a run without validation).
     pub fn new(
         path: &Path,
         rows: &[Row],
@@ -80,7 +80,7 @@ impl Dataset {
         self.rows.iter().map(TokenizedRow::supervised_tokens).sum()
     }
 
-    /// The most supervised tokens that a row has; 0 without rows.
+    /// The maximum number of supervised tokens per row; 0 without rows.
     pub fn longest_target(&self) -> usize {
         let targets = self.rows.iter().map(TokenizedRow::supervised_tokens);
         targets.max().unwrap_or(0)
@@ -105,7 +105,7 @@ pub struct Statistics {
     pub rows: usize,
     /// Their tokens.
     pub tokens: usize,
-    /// Those of them that are learned.
+    /// The tokens in the loss.
     pub supervised_tokens: usize,
     /// The tokens of the longest row.
     pub longest_row: usize,
@@ -137,7 +137,7 @@ impl fmt::Display for Statistics {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::parse_rows;
+    use super::super::read::parse_rows;
     use super::super::tokenize::tests::word_files;
     use super::*;
     use crate::PromptTemplate;

@@ -1,4 +1,4 @@
-//! Whether what is learned ends, and whether generation stops there: an adapter that never learned an end writes on.
+//! Whether answers end with a token at which generation stops. Otherwise the adapter never learns to stop.
 
 use tokenizers::Tokenizer;
 
@@ -6,8 +6,8 @@ use super::dataset::Dataset;
 use super::model_files::ModelFiles;
 use super::tokenize::RowTokenizer;
 
-/// What the user should know of how the answers of a chat template end; nothing where one of them ends with a token at
-/// which generation stops.
+/// A warning about the end of the answers of a chat template; `None` if an answer ends with a token at which generation
+/// stops.
 pub(super) fn warning(
     train: &Dataset,
     files: &ModelFiles,
@@ -29,18 +29,18 @@ pub(super) fn warning(
     Some(if tokenizer.is_special(first) {
         format!(
             "every answer ends with {end:?}, at which generation does not stop: the model's files name {names} as the end. \
-         Set eos_token in tokenizer_config.json and eos_token_id in generation_config.json to it, or the model writes \
-         on after its answers"
+         Set eos_token in tokenizer_config.json and eos_token_id in generation_config.json to it, or the model does \
+         not stop after its answers"
         )
     } else {
         format!(
-            "no answer ends with a token that ends a text ({names}): the chat template writes none behind an answer, so that \
+            "no answer ends with a token that ends a text ({names}): the chat template writes none behind an answer, so \
          the adapter never learns to stop. Write the end token into the template behind the assistant's content"
         )
     })
 }
 
-/// The tokens' texts in a list.
+/// The texts of the tokens as a list.
 fn names(tokenizer: &Tokenizer, ids: &[u32]) -> String {
     let name = |id: &u32| match tokenizer.id_to_token(*id) {
         Some(token) => format!("{token:?}"),
@@ -50,8 +50,8 @@ fn names(tokenizer: &Tokenizer, ids: &[u32]) -> String {
     names.join(", ")
 }
 
-/// As [`warning`], for a model that writes an answer under its chat template: `end` is the first token that the template
-/// puts behind one, if any.
+/// [`warning`] for generation with the chat template: `end` is the first token that the template writes behind an answer,
+/// if any.
 pub(super) fn generation_warning(
     tokenizer: &Tokenizer,
     end: Option<u32>,
@@ -66,7 +66,7 @@ pub(super) fn generation_warning(
             tokenizer.id_to_token(end).unwrap_or_default()
         )),
         None => Some(format!(
-            "the chat template writes no token behind an answer, so that there may be no end to stop at (generation stops \
+            "the chat template writes no token behind an answer, so generation may not stop (it stops \
              at {names}); --max-new-tokens and --stop limit it"
         )),
     }

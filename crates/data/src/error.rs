@@ -2,6 +2,10 @@
 
 use std::path::PathBuf;
 
+use serde_json::Value;
+
+use super::integers;
+
 /// What is wrong with one line of a data file.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum LineError {
@@ -27,13 +31,13 @@ pub enum LineError {
         /// Bytes of the longest line that is read.
         limit: usize,
     },
-    /// The line is JSON, but no object.
+    /// The line is JSON, but not an object.
     #[error("expected an object {{\"context\": …, \"target\": …}}, got {got}")]
     NotAnObject {
-        /// The JSON type that is there.
+        /// The JSON type of the value.
         got: &'static str,
     },
-    /// A key is not there.
+    /// A key is missing.
     #[error("the key \"{key}\" is missing; the line has {}", keys(present))]
     MissingKey {
         /// The key.
@@ -41,25 +45,27 @@ pub enum LineError {
         /// The keys that the line has.
         present: Vec<String>,
     },
-    /// A value has another type than it must.
+    /// A value has the wrong type.
     #[error("\"{key}\" must be {wanted}, got {got}")]
     WrongType {
         /// The key.
         key: String,
         /// What it must be.
         wanted: &'static str,
-        /// The JSON type that is there.
+        /// The JSON type of the value.
         got: &'static str,
     },
-    /// There is nothing to learn.
-    #[error("\"{key}\" is empty: there is nothing to learn; remove the line or give the answer")]
+    /// An answer is empty.
+    #[error(
+        "\"{key}\" is empty, so there is nothing to train on; remove the line or give the answer"
+    )]
     Empty {
         /// The key.
         key: &'static str,
     },
-    /// No format has such keys.
+    /// No format has these keys.
     #[error(
-        "the row has {}, which is no format known here; expected \"context\" and \"target\", \"messages\", \
+        "the row has {}, which is not a known format; expected \"context\" and \"target\", \"messages\", \
          \"instruction\" and \"output\", \"prompt\" and \"completion\", or \"text\"",
         keys(present)
     )]
@@ -67,13 +73,13 @@ pub enum LineError {
         /// The keys that the row has.
         present: Vec<String>,
     },
-    /// A key that would change what is learned, and is not read.
+    /// A key that would change the training and is not supported.
     #[error("\"{key}\" is not supported in Alpaca rows; write the row as \"messages\"")]
     NotSupported {
         /// The key.
         key: &'static str,
     },
-    /// A message of a conversation is none.
+    /// A message of a conversation is not valid.
     #[error("{place} {problem}")]
     WrongMessage {
         /// Which.
@@ -81,38 +87,38 @@ pub enum LineError {
         /// What is wrong with it.
         problem: String,
     },
-    /// A conversation without anything to learn.
+    /// A conversation without an assistant turn.
     #[error(
-        "no assistant turn to learn: the messages are of {}; a message to learn has the role \"assistant\"",
+        "no assistant turn: the messages are of {}; the loss is on messages with the role \"assistant\"",
         if roles.is_empty() { "no messages".into() } else { roles.join(", ") }
     )]
     NoAssistant {
         /// The roles that are there.
         roles: Vec<String>,
     },
-    /// Every turn of the assistant is marked as given.
+    /// Every assistant turn is marked as not in the loss.
     #[error(
-        "no turn is learned: each of the assistant's is marked as given (\"weight\": 0 or the like)"
+        "no turn is in the loss: every assistant turn is marked as not trained on (\"weight\": 0 or the like)"
     )]
     NothingLearned,
     /// A system prompt in a column and one among the messages.
     #[error("a \"system\" column, and a first message of the role \"system\": which one is meant?")]
     TwoSystemPrompts,
-    /// A column that changes what is learned, and is not honoured.
-    #[error("the column \"{key}\" would change what is learned and is not honoured here; {remedy}")]
+    /// A column that would change the training and is not supported.
+    #[error("the column \"{key}\" would change the training and is not supported; {remedy}")]
     NotHonoured {
         /// The column.
         key: &'static str,
         /// What to do.
         remedy: &'static str,
     },
-    /// An assistant's turn without content.
-    #[error("messages[{turn}] is a turn of the assistant that is empty: there is nothing to learn")]
+    /// An assistant turn without content.
+    #[error("messages[{turn}] is an empty assistant turn, so there is nothing to train on")]
     EmptyTurn {
         /// Which message.
         turn: usize,
     },
-    /// A table's row is no row of the table.
+    /// A row of a table does not fit the table.
     #[error("{0}")]
     Table(String),
 }
@@ -142,7 +148,7 @@ pub enum DataError {
         /// What the system says.
         source: std::io::Error,
     },
-    /// A line is no row.
+    /// A line is not a valid row.
     #[error("{path}:{line}: {problem}\n  the line begins: {beginning}", path = path.display())]
     Line {
         /// The file.
@@ -154,7 +160,7 @@ pub enum DataError {
         /// How the line begins.
         beginning: String,
     },
-    /// A row of a binary file is no row.
+    /// A row of a binary file is not valid.
     #[error("{path}, row {row}: {problem}", path = path.display())]
     Record {
         /// The file.
@@ -164,7 +170,7 @@ pub enum DataError {
         /// What is wrong.
         problem: LineError,
     },
-    /// A file that is not what its name says.
+    /// A file is not of the type that its name states.
     #[error("{path} is not a valid {container} file: {message}", path = path.display())]
     Container {
         /// The file.
@@ -180,7 +186,7 @@ pub enum DataError {
         /// The file.
         path: PathBuf,
     },
-    /// The template cannot be what the format needs.
+    /// The prompt template does not fit the format.
     #[error(
         "{path} holds {format}, which prompt_template = \"{template}\" has no place for; {remedy}",
         path = path.display()
@@ -192,7 +198,7 @@ pub enum DataError {
         format: &'static str,
         /// As configured.
         template: String,
-        /// What would do.
+        /// What to do.
         remedy: &'static str,
     },
     /// A conversation that the chat template does not render, or not turn by turn.
@@ -205,14 +211,14 @@ pub enum DataError {
         /// What is wrong.
         message: String,
     },
-    /// Rows without an answer that could be compared.
-    #[error("{path} holds plain texts, which ask nothing; evaluation needs rows with an answer", path = path.display())]
+    /// Rows without an answer to compare with.
+    #[error("{path} holds plain texts, which have no answers; evaluation needs rows with an answer", path = path.display())]
     NoQuestion {
         /// The data file.
         path: PathBuf,
     },
-    /// A text of which no token is predicted by another.
-    #[error("{path}:{line}: the text has {tokens} token, so that there is nothing to predict", path = path.display())]
+    /// A text with fewer than two tokens.
+    #[error("{path}:{line}: the text has {tokens} token, so there is nothing to predict", path = path.display())]
     TooShort {
         /// The data file.
         path: PathBuf,
@@ -229,9 +235,9 @@ pub enum DataError {
     Split {
         /// As configured.
         val_set_size: f64,
-        /// The rows it asks for.
+        /// The rows that the split takes.
         validation: usize,
-        /// The rows there are.
+        /// The number of rows.
         rows: usize,
     },
     /// A file of the model's folder that tokenization needs is missing or wrong.
@@ -242,7 +248,7 @@ pub enum DataError {
         /// What is wrong, and what would be right.
         message: String,
     },
-    /// The folder does not tell which token ends a text.
+    /// The folder does not name the end token.
     #[error(
         "{folder} names no end token; give \"eos_token\" in tokenizer_config.json or \"eos_token_id\" \
          in generation_config.json or config.json", folder = folder.display()
@@ -251,7 +257,7 @@ pub enum DataError {
         /// The model's folder.
         folder: PathBuf,
     },
-    /// A chat template was asked for and there is none.
+    /// A chat template is needed, and the model has none.
     #[error(
         "prompt_template = \"chat\", but {folder} has no chat template (\"chat_template\" in \
          tokenizer_config.json, or chat_template.jinja); use \"raw\", \"inst\" or \"custom:…{{context}}…\"",
@@ -279,7 +285,7 @@ pub enum DataError {
         /// What the tokenizer says.
         message: String,
     },
-    /// A token has no row in the model's embedding.
+    /// A token is outside of the model's embedding.
     #[error(
         "{path}:{line}: token {token:?} has id {id}, but the model's vocabulary has {vocab_size} tokens \
          (ids below {vocab_size}); the tokenizer does not belong to this model", path = path.display()
@@ -296,7 +302,7 @@ pub enum DataError {
         /// The model's vocabulary.
         vocab_size: usize,
     },
-    /// The prompt has no token, so that nothing predicts the target's first one.
+    /// The prompt has no token, so no token predicts the first token of the target.
     #[error(
         "{path}:{line}: the prompt has no tokens (the context is empty and the tokenizer adds none), so \
          nothing predicts the target's first token; give the row a context, or use a prompt_template with text",
@@ -308,7 +314,7 @@ pub enum DataError {
         /// The row's line, from 1.
         line: usize,
     },
-    /// Not one row is short enough.
+    /// All rows are too long.
     #[error(
         "all {rows} rows of {path} are longer than max_seq_len = {max_seq_len} (the shortest has \
          {shortest} tokens); raise max_seq_len to at least that", path = path.display()
@@ -323,4 +329,17 @@ pub enum DataError {
         /// As configured.
         max_seq_len: usize,
     },
+}
+
+/// The type of a value, for messages.
+pub(super) fn json_type(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "a boolean",
+        Value::Number(_) => "a number",
+        Value::String(_) => "a string",
+        Value::Array(_) => "an array",
+        object if integers::digits(object).is_some() => "a number",
+        Value::Object(_) => "an object",
+    }
 }

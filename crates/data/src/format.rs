@@ -1,21 +1,21 @@
-//! What the columns of a data file mean: told by their names, or named by the configuration.
+//! The formats of data files: detected from the names of the columns, or set by the configuration.
 
 use std::fmt;
 
 use serde_json::{Map, Value};
 
 use super::conversation::Conversation;
-use super::error::LineError;
-use super::integers;
+use super::empty::{is_blank, is_empty};
+use super::error::{LineError, json_type};
 
 const OF_MESSAGES: &str = "write \"prompt\" and \"completion\" as lists of messages";
 const AS_MESSAGES: &str = "write the row as \"messages\"";
 const SYSTEM: &str = "write the row as \"messages\" with a message of the role \"system\"";
 const WEIGHT: &str = "take rows out or repeat them instead";
 const PREFERENCE: &str =
-    "this trainer learns answers, not preferences; write the chosen one as the completion";
+    "this trainer trains on answers, not on preferences; write the chosen one as the completion";
 
-/// Columns by which other trainers change what is learned of a row, where the format does not read them itself.
+/// Columns that change the training in other trainers, if the format does not read them itself.
 const NOT_HONOURED: [(&str, &str); 21] = [
     ("system", SYSTEM),
     ("system_prompt", SYSTEM),
@@ -32,7 +32,7 @@ const NOT_HONOURED: [(&str, &str); 21] = [
     ("loss", WEIGHT),
     ("loss_weight", WEIGHT),
     ("sample_weight", WEIGHT),
-    ("train", "take out the rows that are not learned"),
+    ("train", "take out the rows that are not to be trained on"),
     (
         "loss_mask",
         "write the row as \"messages\" and mark messages with \"weight\"",
@@ -46,26 +46,26 @@ const NOT_HONOURED: [(&str, &str); 21] = [
     ("rejected_response", PREFERENCE),
 ];
 
-/// What conversations are about beside their text. A table's column may hold bytes, and is listed as not read.
+/// Columns of other content than text. In a table such a column may hold bytes; it is then listed as not read.
 const NO_TEXT: [&str; 5] = ["image", "images", "videos", "audio", "audios"];
 
-/// Says of a completion whether it is wanted (TRL's unpaired preferences), if it is true or false.
+/// The column that rates a completion with true or false (TRL's unpaired preferences).
 const LABEL: &str = "label";
 
-/// How an example is written down.
+/// The format of an example.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Format {
     /// `context` and `target`: FinLoRA's.
     ContextTarget,
     /// `prompt` and `completion`, two texts or two lists of messages.
     PromptCompletion,
-    /// `instruction`, perhaps `input`, and `output`: Alpaca's.
+    /// `instruction`, optionally `input`, and `output`: Alpaca's.
     Alpaca,
-    /// `instruction`, perhaps `context`, and `response`: databricks-dolly's.
+    /// `instruction`, optionally `context`, and `response`: databricks-dolly's.
     Dolly,
     /// `messages` of roles and contents (OpenAI's), or `conversations` (ShareGPT's).
     Messages,
-    /// `text`, all of which is learned.
+    /// `text`, with the loss on all tokens.
     Text,
 }
 
@@ -81,7 +81,7 @@ impl Format {
     ];
 
     /// Its name in a configuration.
-    pub fn word(self) -> &'static str {
+    pub fn name(self) -> &'static str {
         match self {
             Self::ContextTarget => "context_target",
             Self::PromptCompletion => "prompt_completion",
@@ -92,7 +92,7 @@ impl Format {
         }
     }
 
-    /// The columns that it reads. Those of another format are not looked at.
+    /// The columns that the format reads.
     pub fn keys(self) -> &'static [&'static str] {
         match self {
             Self::ContextTarget => &["context", "target"],
@@ -116,18 +116,18 @@ impl Format {
         }
     }
 
-    /// Whether a column of this name is read, or refused if it holds something.
+    /// Whether a column of this name is read, or is an error unless it is empty.
     pub(super) fn reads(self, column: &str) -> bool {
         self.keys().contains(&column) || NOT_HONOURED.iter().any(|(key, _)| *key == column)
     }
 
-    /// Whether a column of this name is looked at: one that is read, or one that is refused for some of its values.
+    /// Whether the values of a column of this name are needed: it is read, or some of its values are errors.
     pub(super) fn looks_at(self, column: &str) -> bool {
         self.reads(column) || self == Self::PromptCompletion && column == LABEL
     }
 
-    /// The format of a row with these columns: messages before all, then databricks-dolly's, which shares a column with
-    /// each of two others, then the first of [`ALL`](Self::ALL) that one of its own columns speaks for.
+    /// The format of a row with these columns. databricks-dolly's shares columns with two other formats, so it needs two
+    /// of its own columns; of the other formats, the first one with one of its columns is chosen.
     pub(super) fn detect<'a>(keys: impl Iterator<Item = &'a str> + Clone) -> Option<Self> {
         let has = |wanted: &[&str]| keys.clone().any(|key| wanted.contains(&key));
         let is_dolly = has(&["instruction"]) && has(&["response"]);
@@ -149,17 +149,18 @@ impl Format {
     pub(super) fn example(self, mut row: Map<String, Value>) -> Result<Example, LineError> {
         let row = &mut row;
         for (key, remedy) in NOT_HONOURED {
-            if !self.keys().contains(&key) && !holds_nothing(row.get(key)) {
+            if !self.keys().contains(&key) && !is_blank(row.get(key)) {
                 return Err(LineError::NotHonoured { key, remedy });
             }
         }
-        let no_text = NO_TEXT.iter().find(|key| !holds_nothing(row.get(**key)));
+        let no_text = NO_TEXT.iter().find(|key| !is_blank(row.get(**key)));
         if let Some(key) = no_text.filter(|_| self == Self::Messages) {
             let remedy = "only text is trained on";
             return Err(LineError::NotHonoured { key, remedy });
         }
         if self == Self::PromptCompletion && row.get(LABEL).is_some_and(is_verdict) {
-            let remedy = "it says whether a completion is wanted; keep the rows whose label is true, and take the column out";
+            let remedy =
+                "it rates completions; keep the rows whose label is true, and take the column out";
             return Err(LineError::NotHonoured { key: LABEL, remedy });
         }
         Ok(match self {
@@ -170,18 +171,18 @@ impl Format {
             Self::PromptCompletion if row.get("prompt").is_some_and(Value::is_array) => {
                 Example::Conversation(Conversation::from_prompt_and_completion(row)?)
             }
-            Self::PromptCompletion if !is_nothing(row.get("system")) => {
+            Self::PromptCompletion if !is_empty(row.get("system")) => {
                 let key = "system";
                 let remedy = "write it at the beginning of \"prompt\", or the row as \"messages\"";
                 return Err(LineError::NotHonoured { key, remedy });
             }
-            Self::PromptCompletion if !holds_nothing(row.get("tools")) => {
+            Self::PromptCompletion if !is_blank(row.get("tools")) => {
                 return Err(LineError::NotHonoured {
                     key: "tools",
                     remedy: OF_MESSAGES,
                 });
             }
-            Self::PromptCompletion if !holds_nothing(row.get("chat_template_kwargs")) => {
+            Self::PromptCompletion if !is_blank(row.get("chat_template_kwargs")) => {
                 let key = "chat_template_kwargs";
                 return Err(LineError::NotHonoured {
                     key,
@@ -194,17 +195,17 @@ impl Format {
             },
             Self::Alpaca => {
                 let key = "history";
-                if !is_nothing(row.get(key)) {
+                if !is_empty(row.get(key)) {
                     return Err(LineError::NotSupported { key });
                 }
                 Example::Instruction {
                     system: match row.get("system") {
                         None => None,
-                        value if is_nothing(value) => Some(String::new()),
+                        value if is_empty(value) => Some(String::new()),
                         Some(_) => Some(text(row, "system")?),
                     },
                     instruction: text(row, "instruction")?,
-                    input: if is_nothing(row.get("input")) {
+                    input: if is_empty(row.get("input")) {
                         None
                     } else {
                         Some(text(row, "input")?)
@@ -215,7 +216,7 @@ impl Format {
             Self::Dolly => Example::Instruction {
                 system: None,
                 instruction: text(row, "instruction")?,
-                input: if is_nothing(row.get("context")) {
+                input: if is_empty(row.get("context")) {
                     None
                 } else {
                     Some(text(row, "context")?)
@@ -242,35 +243,35 @@ impl fmt::Display for Format {
     }
 }
 
-/// What a row teaches.
+/// The content of an example.
 #[derive(Debug, Clone, PartialEq)]
 pub enum Example {
-    /// An answer to a context. The prompt template makes a prompt of the context.
+    /// An answer to a context. The prompt template turns the context into the prompt.
     Answer {
-        /// What the model is given.
+        /// The context.
         context: String,
-        /// What it shall answer. Never empty.
+        /// The answer. Never empty.
         target: String,
     },
     /// An answer to an instruction about an input.
     Instruction {
-        /// What stands before all; `None` for a row without such a column. Only an `instruct` template has a place for it.
+        /// The system prompt; `None` for a row without such a column. Only `instruct` templates support it.
         system: Option<String>,
-        /// What to do.
+        /// The instruction.
         instruction: String,
-        /// To what, if to anything.
+        /// The input, if there is one.
         input: Option<String>,
-        /// What the model shall answer. Never empty.
+        /// The answer. Never empty.
         output: String,
     },
-    /// The assistant's turns of a conversation.
+    /// A conversation, with the loss on the assistant turns.
     Conversation(Conversation),
-    /// A text, all of it.
+    /// A text, with the loss on all tokens.
     Text(String),
 }
 
 impl Example {
-    /// What is to be answered; of a conversation, what the assistant says last. Nothing in a plain text.
+    /// The answer; of a conversation, the last assistant turn. `None` for a plain text.
     pub fn target(&self) -> Option<&str> {
         match self {
             Self::Answer { target, .. } => Some(target),
@@ -288,27 +289,7 @@ impl Example {
     }
 }
 
-/// Whether a column is not there, null, or empty.
-fn is_nothing(value: Option<&Value>) -> bool {
-    match value {
-        None | Some(Value::Null) => true,
-        Some(Value::String(text)) => text.is_empty(),
-        Some(Value::Array(items)) => items.is_empty(),
-        Some(_) => false,
-    }
-}
-
-/// Whether a column says nothing, be it as JSON text.
-fn holds_nothing(value: Option<&Value>) -> bool {
-    let is_empty = |text: &str| matches!(text.trim(), "" | "[]" | "{}" | "null");
-    match value {
-        Some(Value::String(text)) => is_empty(text),
-        Some(Value::Object(object)) => object.is_empty(),
-        value => is_nothing(value),
-    }
-}
-
-/// Whether a value is true or false, be it as a table writes it.
+/// Whether a value is a boolean, or a text of one as in a table.
 fn is_verdict(value: &Value) -> bool {
     match value {
         Value::Bool(_) => true,
@@ -332,25 +313,13 @@ fn text(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineE
     }
 }
 
-/// A text that is learned, which an empty one could not be.
+/// A text in the loss, which must not be empty.
 fn learned(row: &mut Map<String, Value>, key: &'static str) -> Result<String, LineError> {
     let text = text(row, key)?;
     if text.trim().is_empty() {
         Err(LineError::Empty { key })
     } else {
         Ok(text)
-    }
-}
-
-pub(super) fn json_type(value: &Value) -> &'static str {
-    match value {
-        Value::Null => "null",
-        Value::Bool(_) => "a boolean",
-        Value::Number(_) => "a number",
-        Value::String(_) => "a string",
-        Value::Array(_) => "an array",
-        object if integers::digits(object).is_some() => "a number",
-        Value::Object(_) => "an object",
     }
 }
 

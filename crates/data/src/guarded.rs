@@ -1,27 +1,29 @@
-//! `tokenizer.json` from somebody else: the `tokenizers` crate reads it, and panics on some files, writes more for a
-//! short text than a machine has memory on others. Here it can do neither.
+//! `tokenizer.json` in a sandbox: on some files the `tokenizers` crate panics, on others it writes more for a short text
+//! than fits into memory. Here both become errors.
 
+use base64::Engine as _;
+use base64::engine::general_purpose::STANDARD;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use tokenizers::{Encoding, Tokenizer};
 
 use crate::contained::contain;
 
-/// The most that a normalizer may make of one byte. Those of models in use reach some dozens.
+/// The maximum number of bytes that a normalizer may write per byte. Those of models in use reach some dozens.
 const MOST_GROWTH: f64 = 4096.0;
-/// The most that a text may grow to.
+/// The maximum length of a normalized text, in bytes.
 const LONGEST_NORMALIZED: f64 = (1u64 << 30) as f64;
 
-/// The most bytes of regular expressions in a file. Those of models in use have some hundred; compiled, a
+/// The maximum length of all regular expressions of a file, in bytes. Those of models in use have some hundred; a compiled
 /// pattern of character classes takes four thousand times its length.
 const LONGEST_PATTERNS: usize = 4096;
 
-/// A tokenizer that was looked through.
+/// A tokenizer whose file was checked.
 #[derive(Debug)]
 pub struct Guarded {
     /// The crate's own tokenizer.
     pub tokenizer: Tokenizer,
-    /// How many bytes its normalizer makes of one, at most.
+    /// The maximum number of bytes that its normalizer writes per byte.
     growth: f64,
 }
 
@@ -35,13 +37,13 @@ impl Guarded {
             Ok(Err(error)) => return Err(error.to_string()),
             Err(panic) => return Err(panic),
         };
-        // What it wrote is what it will do; the file's own text might be read in another way.
+        // The crate's own description is checked: the crate may read the file differently from us.
         let normalizer = described(tokenizer.get_normalizer())?;
         let decoder = described(tokenizer.get_decoder())?;
         for (name, value) in [("normalizer", &normalizer), ("decoder", &decoder)] {
             if growth(value) > MOST_GROWTH {
                 return Err(format!(
-                    "its {name} makes more than {MOST_GROWTH} characters of one, which no tokenizer needs"
+                    "its {name} writes more than {MOST_GROWTH} characters per character, which no tokenizer needs"
                 ));
             }
         }
@@ -51,12 +53,12 @@ impl Guarded {
         })
     }
 
-    /// The tokens of a text, without special ones, and without their places.
+    /// The tokens of a text, without their offsets.
     pub fn encode_fast(&self, text: &str, special: bool) -> Result<Encoding, String> {
         self.encoded(text, || self.tokenizer.encode_fast(text, special))
     }
 
-    /// The tokens of a text with their places in it.
+    /// The tokens of a text with their offsets.
     pub fn encode(&self, text: &str) -> Result<Encoding, String> {
         self.encoded(text, || self.tokenizer.encode(text, false))
     }
@@ -68,7 +70,7 @@ impl Guarded {
     ) -> Result<Encoding, String> {
         if self.growth * text.len() as f64 > LONGEST_NORMALIZED {
             return Err(format!(
-                "{} bytes are too long for this tokenizer, whose normalizer can make {} of each",
+                "a text of {} bytes is too long for this tokenizer, whose normalizer can write {} bytes per byte",
                 text.len(),
                 self.growth
             ));
@@ -81,7 +83,7 @@ impl Guarded {
     }
 }
 
-/// The parts of a file that hold regular expressions; the vocabulary is passed over.
+/// The parts of a file that may hold regular expressions.
 #[derive(Deserialize)]
 struct Parts {
     #[serde(default)]
@@ -92,9 +94,9 @@ struct Parts {
     decoder: Value,
 }
 
-/// They are compiled while the file is read, so this comes first.
+/// Checks the length of the regular expressions before the crate compiles them.
 fn check_patterns(json: &[u8]) -> Result<(), String> {
-    // What is wrong with a file that is no JSON, the crate says.
+    // The crate reports what is wrong with a file that is not JSON.
     let Ok(parts) = serde_json::from_slice::<Parts>(json) else {
         return Ok(());
     };
@@ -130,7 +132,7 @@ fn described(part: Option<&impl Serialize>) -> Result<Value, String> {
     }
 }
 
-/// How many bytes a normalizer or decoder makes of one, at most.
+/// The maximum number of bytes that a normalizer or decoder writes per byte.
 fn growth(part: &Value) -> f64 {
     let parts = |key: &str| -> f64 {
         let parts = part[key].as_array().into_iter().flatten();
@@ -151,7 +153,7 @@ fn growth(part: &Value) -> f64 {
         "Precompiled" => {
             1.0 + longest_replacement(part["precompiled_charsmap"].as_str().unwrap_or_default())
         }
-        // Unicode's own: the longest decomposition is 18 times its character, an upper case 3 times its lower.
+        // Unicode's limits: a decomposition has at most 18 times the length of its character, a lower case 3 times.
         "NFKD" | "NFKC" | "NFD" | "NFC" => 18.0,
         "BertNormalizer" => 3.0 * 18.0,
         "Lowercase" | "Nmt" => 3.0,
@@ -161,27 +163,10 @@ fn growth(part: &Value) -> f64 {
 }
 
 /// The longest text in a SentencePiece map of characters: the size of a table, the table, texts that end in zero.
-/// In base 64; four letters are three bytes, so that lengths of what is between zeros are what is wanted.
 fn longest_replacement(base64: &str) -> f64 {
-    let digit = |byte: u8| match byte {
-        b'A'..=b'Z' => Some(byte - b'A'),
-        b'a'..=b'z' => Some(byte - b'a' + 26),
-        b'0'..=b'9' => Some(byte - b'0' + 52),
-        b'+' => Some(62),
-        b'/' => Some(63),
-        _ => None,
+    let Ok(bytes) = STANDARD.decode(base64) else {
+        return base64.len() as f64;
     };
-    let digits: Vec<u8> = base64.bytes().filter_map(digit).collect();
-    let bytes: Vec<u8> = digits
-        .chunks(4)
-        .flat_map(|four| {
-            let bits = four
-                .iter()
-                .fold(0u32, |bits, digit| bits << 6 | u32::from(*digit))
-                << (6 * (4 - four.len()));
-            bits.to_be_bytes()[1..four.len().max(1)].to_vec()
-        })
-        .collect();
     let Some(size) = bytes.first_chunk::<4>() else {
         return bytes.len() as f64;
     };
@@ -277,5 +262,6 @@ mod tests {
         assert_eq!(longest_replacement("BAAAAAAAAABhYgBhYmNkZQBjAA=="), 5.0);
         assert_eq!(longest_replacement(""), 0.0);
         assert!(longest_replacement("////AAAA") > 0.0);
+        assert_eq!(longest_replacement("no base 64"), 10.0);
     }
 }

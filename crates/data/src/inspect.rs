@@ -1,4 +1,4 @@
-//! Rows as the model sees them: every token, and which of them are learned.
+//! Rows as the model sees them: every token, and which of them are in the loss.
 
 use std::io::{self, Write};
 
@@ -12,11 +12,11 @@ use crate::contained::decoded;
 /// Ids in one line of the screen.
 const IDS_PER_LINE: usize = 16;
 
-/// Writes what a run's data are, their counts, and the first `rows` training rows as [`inspect_rows`] does.
+/// Writes the formats and statistics of a run's data, and the first `rows` training rows as [`inspect_rows`] does.
 ///
 /// # Errors
 ///
-/// What writing to `out` gives.
+/// Errors of `out`.
 pub fn inspect(data: &Data, rows: usize, out: &mut impl Write, colour: bool) -> io::Result<()> {
     writeln!(out, "format      {}", data.formats())?;
     writeln!(out, "training    {}", data.train.statistics())?;
@@ -35,11 +35,11 @@ pub fn inspect(data: &Data, rows: usize, out: &mut impl Write, colour: bool) -> 
 }
 
 /// Writes the first `rows` training rows as JSON lines of `{"line", "ids", "learned"}`: the tokens, and the
-/// ranges of positions (from, to, the latter excluded) that are learned. For programs.
+/// ranges of positions (from, to, the latter excluded) that are in the loss. For programs.
 ///
 /// # Errors
 ///
-/// What writing to `out` gives.
+/// Errors of `out`.
 pub fn inspect_as_json(data: &Data, rows: usize, out: &mut impl Write) -> io::Result<()> {
     for row in data.train.rows.iter().take(rows) {
         let learned = row.learned.iter();
@@ -55,7 +55,7 @@ pub fn inspect_as_json(data: &Data, rows: usize, out: &mut impl Write) -> io::Re
 ///
 /// # Errors
 ///
-/// What writing to `out` gives.
+/// Errors of `out`.
 pub fn inspect_rows(
     rows: &[TokenizedRow],
     tokenizer: &Tokenizer,
@@ -112,7 +112,7 @@ struct Styles {
 }
 
 impl Styles {
-    /// The caller knows whether `out` is a terminal; console would look at the process's own output.
+    /// The caller knows whether `out` is a terminal; console would check the standard output.
     fn new(colour: bool) -> Self {
         let style = Style::new().force_styling(colour);
         Self {
@@ -130,7 +130,7 @@ fn legend(out: &mut impl Write, styles: &Styles) -> io::Result<()> {
     };
     writeln!(
         out,
-        "Tokens end with |. prompt| is given, {supervised} is learned."
+        "Tokens end with |. prompt| is not in the loss, {supervised} is."
     )?;
     writeln!(
         out,
@@ -160,7 +160,7 @@ fn write_ids(
     Ok(())
 }
 
-/// Which tokens are learned.
+/// Which tokens are in the loss.
 fn learned(row: &TokenizedRow) -> Vec<bool> {
     let mut learned = vec![false; row.ids.len()];
     for (position, _) in row.supervised() {
@@ -199,7 +199,7 @@ fn visible(tokenizer: &Tokenizer, id: u32) -> String {
     shown
 }
 
-/// The bytes of a byte-level piece that is only a part of a character, as `<0xE2>`; `None` if it is no such piece.
+/// The bytes of a byte-level piece that is only a part of a character, as `<0xE2>`; `None` for other pieces.
 ///
 /// Byte-level BPE (GPT-2's) writes printable Latin-1 bytes as themselves, and the others as the characters from
 /// U+0100 on, in order.

@@ -9,17 +9,17 @@ use minijinja::value::{Object, ObjectRepr};
 use serde_json::{Value, json};
 
 /// The only key of an object that stands for a whole number of more than 64 bits. (serde_json's own feature for such
-/// numbers would change how every crate of the tree reads numbers.)
+/// numbers would change how every crate of the workspace reads numbers.)
 const KEY: &str = "\u{0}integer";
 
-/// Digits that every 64-bit number has at most, and Python reads at most.
+/// Numbers with fewer digits always fit into 64 bits; numbers with more are an error in Python.
 const DIGITS: std::ops::RangeInclusive<usize> = 19..=4300;
 
 /// A JSON text's value.
 pub(super) fn parse(text: &str) -> serde_json::Result<Value> {
     match long_integers(text) {
         Cow::Borrowed(text) => serde_json::from_str(text),
-        // An error's column is that of the text as it is written.
+        // The column of an error must be that of the original text.
         Cow::Owned(replaced) => {
             serde_json::from_str(&replaced).or_else(|_| serde_json::from_str(text))
         }
@@ -85,7 +85,7 @@ pub(super) fn digits(value: &Value) -> Option<&str> {
     object.get(KEY)?.as_str()
 }
 
-/// The template's value for these digits.
+/// The value of a template for these digits.
 pub(super) fn for_template(digits: &str) -> TemplateValue {
     match digits.parse::<i128>() {
         Ok(whole) => whole.into(),
@@ -93,7 +93,7 @@ pub(super) fn for_template(digits: &str) -> TemplateValue {
     }
 }
 
-/// Whether a template's value is a whole number of more than 128 bits, which can be written and not computed with.
+/// Whether a template's value is a whole number of more than 128 bits, which can be written but not computed with.
 pub(super) fn is_long(value: &TemplateValue) -> bool {
     value.downcast_object_ref::<Long>().is_some()
 }

@@ -1,22 +1,21 @@
-//! Rows in JSON: an object a line, or one array of objects.
+//! Rows in JSON: one object per line, or one array of objects.
 
 use std::borrow::Cow;
 use std::io::{BufRead, Read};
 
 use serde_json::{Map, Value};
 
-use super::error::{DataError, LineError};
-use super::format::json_type;
+use super::error::{DataError, LineError, json_type};
 use super::integers;
 use super::rows::Collected;
 
-/// What editors on Windows begin a UTF-8 file with; no part of its first line.
+/// The bytes with which editors on Windows begin a UTF-8 file; not part of its first line.
 pub(super) const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// Bytes of the longest line that is read. A row of a million tokens has less.
+/// Bytes of the longest line that is read, which is more than a row of a million tokens has.
 const LONGEST_LINE: usize = 64 << 20;
 
-/// Bytes of the largest array that is read; it is held whole beside its rows.
+/// Bytes of the largest array that is read; it is kept in memory in addition to its rows.
 const LARGEST_ARRAY: u64 = 2 << 30;
 
 /// Reads lines, one at a time.
@@ -53,7 +52,7 @@ pub(super) fn lines(mut file: impl BufRead, rows: &mut Collected) -> Result<(), 
     Ok(())
 }
 
-/// A line's object; `None` if it is blank.
+/// The object of a line; `None` for a blank line.
 fn parse_line(bytes: &[u8]) -> Result<Option<Map<String, Value>>, LineError> {
     let text = std::str::from_utf8(bytes).map_err(|error| LineError::NotUtf8 {
         column: error.valid_up_to() + 1,
@@ -74,7 +73,7 @@ fn object(value: Value) -> Result<Map<String, Value>, LineError> {
     }
 }
 
-/// The parser's words without its own line number.
+/// The parser's message without its line number.
 fn json_error(error: &serde_json::Error) -> LineError {
     LineError::Json {
         message: message(error),
@@ -103,7 +102,7 @@ pub(super) fn array(mut file: impl Read, rows: &mut Collected) -> Result<(), Dat
     };
     if bytes.len() as u64 > LARGEST_ARRAY {
         return Err(broken(
-            "an array of more than 2 GiB; write it as JSON lines, an object a line".into(),
+            "an array of more than 2 GiB; write it as JSON lines, one object per line".into(),
         ));
     }
     let replaced = match std::str::from_utf8(&bytes).map(integers::long_integers) {
@@ -166,7 +165,7 @@ pub(super) fn array(mut file: impl Read, rows: &mut Collected) -> Result<(), Dat
     }
 }
 
-/// What is left to read, and on which line it begins.
+/// The text that is left to read, and the line on which it begins.
 struct Text<'a> {
     bytes: &'a [u8],
     line: usize,
@@ -194,7 +193,8 @@ impl Text<'_> {
 mod tests {
     use std::path::Path;
 
-    use super::super::rows::{Row, parse_rows, read_rows};
+    use super::super::read::{parse_rows, read_rows};
+    use super::super::rows::Row;
     use super::*;
 
     fn parse(text: &[u8]) -> Result<Vec<Row>, DataError> {
@@ -277,7 +277,7 @@ mod tests {
     fn a_line_without_an_end_is_not_read_into_memory() {
         let endless = std::io::BufReader::new(std::io::repeat(b'x'));
         let path = Path::new("data.jsonl");
-        let mut rows = super::super::rows::tests_support::collected(path);
+        let mut rows = Collected::new(path, None, &super::super::rows::SAME_NAMES);
         let error = lines(endless, &mut rows).unwrap_err().to_string();
         assert!(
             error.contains("data.jsonl:1: longer than 64 MiB"),

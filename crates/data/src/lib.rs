@@ -1,40 +1,46 @@
 //! From data files to packed batches.
 //!
 //! ```text
-//! rows.rs         a file's rows, every bad one named; what it is written in:
+//! rows.rs         the rows of a file; every wrong one is reported with its line
+//! read.rs         opens a data file; detects what it is written in:
 //!   json.rs         JSON lines, or an array
 //!   table.rs        CSV and TSV
 //!   parquet.rs      Parquet
 //! format.rs       what the columns mean: {"context", "target"}, {"messages"}, …
-//! columns.rs      columns that a file calls otherwise
-//! conversation.rs messages, and which of them are learned
-//! split.rs        rows taken aside for validation
-//! model_files.rs  tokenizer.json and its neighbours
+//! columns.rs      columns that have another name in the file
+//! empty.rs        values that count as absent
+//! conversation.rs messages, and which of them are in the loss
+//! split.rs        the rows held out for validation
+//! model_files.rs  tokenizer.json and the other files of a model
 //! template.rs     a context becomes a prompt; the model's chat template
+//! dates.rs        the date in a chat template
 //! python.rs       values of a template as Python writes them
-//! chat.rs         what of a rendered conversation the assistant says
-//! guarded.rs      the tokenizers crate, held within bounds
-//! contained.rs    other people's parsers, whose panics become messages
-//! prompt_template.rs  how a context becomes a prompt, as a configuration spells it
+//! chat.rs         which part of a rendered conversation is the assistant's
+//! guarded.rs      the tokenizers crate in a sandbox
+//! contained.rs    panics of third-party parsers become messages
+//! prompt_template.rs  the config key prompt_template
 //! gguf/           a GGUF file's tokenizer
-//! tokenize.rs     a row becomes ids; which are supervised
-//! training_prompt.rs  how an adapter's prompts were made, kept beside it
+//! tokenize.rs     a row becomes token ids and a loss mask
+//! training_prompt.rs  the prompt template of an adapter's training, saved with the adapter
+//! unwritten.rs    parts of conversations that a chat template does not write
 //! ends.rs         whether the answers of a chat template end
 //! dataset.rs      the tokenized rows, and how many were too long
 //! order.rs        which rows each optimizer step takes
-//! pack.rs         rows back to back, and the positions that predict
-//! inspect.rs      rows for a person to look at
+//! pack.rs         rows packed into one sequence, and the positions in the loss
+//! inspect.rs      rows for a person to read
 //! random.rs       seeded permutations, the same on every machine
 //! ```
 //!
-//! Only answers and what ends them are learned, of a plain text all. A row is never cut: it is used whole, or
-//! left out and counted.
+//! The loss is on answers and their end tokens only; on all tokens of a plain text. A row is never truncated: it is used as
+//! a whole, or skipped and counted.
 
 mod chat;
 mod columns;
 pub mod contained;
 mod conversation;
 mod dataset;
+mod dates;
+mod empty;
 mod ends;
 mod error;
 mod format;
@@ -53,6 +59,7 @@ mod percent;
 mod prompt_template;
 mod python;
 mod random;
+mod read;
 mod rows;
 mod split;
 mod string_methods;
@@ -71,59 +78,60 @@ pub use error::{DataError, LineError};
 pub use format::{Example, Format};
 pub use guarded::Guarded;
 pub use inspect::{inspect, inspect_as_json, inspect_rows};
-pub use model_files::ModelFiles;
+pub use model_files::{JsonFile, ModelFiles};
 pub use order::Order;
 pub use pack::{Batch, BatchRow, Prefixes};
 pub use prompt_template::{InstructTemplate, PLACEHOLDER, PromptTemplate};
 pub use python::float as python_float;
-pub use rows::{Container, Row, Rows, Source, parse_rows, read_columns, read_rows};
+pub use read::{parse_rows, read_columns, read_rows};
+pub use rows::{Container, Row, Rows, Source};
 pub use split::{sample, split};
 pub use tokenize::{Question, RowTokenizer, TokenizedRow, effective_template};
 pub use training_prompt::{PROMPT_FILE, PromptFileError, TrainingPrompt};
 
-/// How a run's rows are read, set aside and turned into prompts.
+/// How the rows of a run are read, split and turned into prompts.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct DataOptions {
     /// How a context becomes the prompt.
     pub prompt_template: PromptTemplate,
-    /// The files' format; detected without one.
+    /// The format of the files; detected if `None`.
     pub dataset_format: Option<Format>,
-    /// Columns under other names.
+    /// Columns that have another name in the file.
     pub dataset_columns: Columns,
-    /// Rows taken aside for validation where there is no file for it.
+    /// Rows held out for validation, without a file for it.
     pub val_set_size: f64,
-    /// Decides which rows these are.
+    /// The seed of the split.
     pub seed: u64,
 }
 
 /// The data of a run.
 #[derive(Debug)]
 pub struct Data {
-    /// What is trained on.
+    /// The training data.
     pub train: Dataset,
-    /// What is only looked at; empty if the configuration takes nothing aside.
+    /// The validation data; empty without validation.
     pub validation: Dataset,
     /// The model's tokenizer.
     pub tokenizer: RowTokenizer,
-    /// What the training file turned out to be.
+    /// What was found in the training file.
     pub source: Source,
-    /// And the validation file, where it is one of its own.
+    /// What was found in the validation file, if there is one.
     pub validation_source: Option<Source>,
     /// Columns of the training file that are not read.
     pub ignored: Vec<String>,
-    /// What the user should know of the rows before training on them.
+    /// Warnings about the data for the user.
     pub warnings: Vec<String>,
-    /// How prompts are made of the training rows.
+    /// The prompt template of the training rows.
     pub prompt: TrainingPrompt,
 }
 
 impl Data {
-    /// Rows of both sides that were left out because they are too long.
+    /// The number of rows that were skipped because they are too long.
     pub fn too_long(&self) -> usize {
         self.train.too_long + self.validation.too_long
     }
 
-    /// What the files turned out to be, for the screen.
+    /// What was found in the files, for the screen.
     pub fn formats(&self) -> String {
         let mut text = self.source.to_string();
         if let Some(validation) = self.validation_source.filter(|it| *it != self.source) {
@@ -136,11 +144,11 @@ impl Data {
     }
 }
 
-/// Reads and tokenizes one file whole, for a tokenizer with the raw template; its format is detected.
+/// Reads and tokenizes one file, for a tokenizer with the raw template; its format is detected.
 ///
 /// # Errors
 ///
-/// Whatever is wrong with the file, a row, or the tokenizer; see [`DataError`].
+/// Any problem of the file, a row, or the tokenizer; see [`DataError`].
 pub fn load(
     path: &Path,
     tokenizer: &RowTokenizer,
@@ -151,12 +159,12 @@ pub fn load(
     Dataset::new(path, &rows, tokenizer, max_seq_len, vocab_size)
 }
 
-/// The data of a run: the rows of `train`, and those of `validation`, or without it `val_set_size` of the
-/// former.
+/// The data of a run: the rows of `train`, and those of `validation`; without `validation`, `val_set_size` of the rows of
+/// `train` are held out.
 ///
-/// The paths are where the configuration's lead to: `model_dir` has `tokenizer.json`. The model's vocabulary
-/// has `vocab_size` tokens; rows of more than `max_seq_len` are left out. `time` is what a chat template that writes the
-/// date takes for now: that of the run's start where it goes on, else the clock's.
+/// `model_dir` has `tokenizer.json`. The model's vocabulary has `vocab_size` tokens; rows of more than `max_seq_len` tokens
+/// are skipped. `time` is the date for a chat template that writes the date, in seconds since 1970: a resumed run passes
+/// the time of its start; `None` is the current time.
 ///
 /// # Errors
 ///
@@ -171,7 +179,7 @@ pub fn prepare(
     time: Option<u64>,
 ) -> Result<Data, DataError> {
     let files = ModelFiles {
-        time: Some(time.unwrap_or_else(template::clock)),
+        time: Some(time.unwrap_or_else(dates::clock)),
         ..ModelFiles::read(model_dir)?
     };
     let template = &options.prompt_template;
@@ -258,7 +266,7 @@ mod tests {
         std::fs::write(folder.join("tokenizer.json"), files.tokenizer).unwrap();
         std::fs::write(
             folder.join("tokenizer_config.json"),
-            files.tokenizer_config.unwrap(),
+            files.tokenizer_config.unwrap().text(),
         )
         .unwrap();
     }

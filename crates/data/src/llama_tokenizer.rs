@@ -1,4 +1,4 @@
-//! transformers 5's `LlamaTokenizer`: a pipeline of its own around the vocabulary of `tokenizer.json`.
+//! transformers 5's `LlamaTokenizer`: its own pipeline around the vocabulary of `tokenizer.json`.
 
 use serde_json::{Value, json};
 
@@ -7,9 +7,9 @@ use super::model_files::ModelFiles;
 
 const CLASS: &str = "LlamaTokenizer";
 
-/// `tokenizer.json` as transformers 5 uses it where the model's files name the class `LlamaTokenizer`: vocabulary, merges and
-/// post-processor are the file's, normalizer, pre-tokenizer and decoder the class's. `None` where the file is used as it is:
-/// for other classes, and for byte-level files (as in transformers' `AutoTokenizer`).
+/// `tokenizer.json` as transformers 5 uses it if the model's files name the class `LlamaTokenizer`: vocabulary, merges and
+/// post-processor are those of the file; normalizer, pre-tokenizer and decoder are those of the class. `None` if the file is
+/// used as it is: for other classes, and for byte-level files (as in transformers' `AutoTokenizer`).
 ///
 /// # Errors
 ///
@@ -22,7 +22,7 @@ pub(super) fn rebuilt(files: &ModelFiles) -> Result<Option<Vec<u8>>, DataError> 
         let class = object.get("tokenizer_class").and_then(Value::as_str);
         class.map(str::to_owned)
     };
-    let class = class(&settings).or(class(&model)).unwrap_or_default();
+    let class = class(settings).or(class(model)).unwrap_or_default();
     let mut windows = files.tokenizer.windows(BYTE_LEVEL.len());
     if class.strip_suffix("Fast").unwrap_or(&class) != CLASS || windows.any(|at| at == BYTE_LEVEL) {
         return Ok(None);

@@ -1,7 +1,8 @@
-//! The small files of a model's folder that say how text becomes tokens, under Hugging Face's names.
+//! The small files of a model's folder that define how text becomes tokens, under Hugging Face's names.
 
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
+use std::sync::{LazyLock, OnceLock};
 
 use llama_burn::limited::{self, LARGEST_SETTINGS, LARGEST_TABLE};
 use serde_json::{Map, Value};
@@ -12,6 +13,8 @@ use super::error::DataError;
 pub(super) const TOKENIZER_CONFIG: &str = "tokenizer_config.json";
 pub(super) const SPECIAL_TOKENS_MAP: &str = "special_tokens_map.json";
 const ADDED_TOKENS: &str = "added_tokens.json";
+const GENERATION_CONFIG: &str = "generation_config.json";
+const CONFIG: &str = "config.json";
 const CHAT_TEMPLATE: &str = "chat_template.jinja";
 
 /// The key of `tokenizer_config.json` that lists added tokens by id.
@@ -42,7 +45,42 @@ pub(super) fn flagged_token(token: &Value, special: bool) -> Option<AddedToken> 
     })
 }
 
-/// What a model's folder says about its text. The files are read, or built into the program.
+/// A JSON file of a model. It is parsed when it is first needed, and once.
+#[derive(Debug, Clone)]
+pub struct JsonFile {
+    text: String,
+    object: OnceLock<Result<Map<String, Value>, String>>,
+}
+
+impl JsonFile {
+    /// The text of the file.
+    pub fn text(&self) -> &str {
+        &self.text
+    }
+
+    /// The object that the file holds, or why it holds none.
+    fn object(&self) -> Result<&Map<String, Value>, &String> {
+        let parse = || match serde_json::from_str(&self.text) {
+            Ok(Value::Object(object)) => Ok(object),
+            Ok(_) => Err("expected a JSON object".into()),
+            Err(error) => Err(format!("not valid JSON: {error}")),
+        };
+        self.object.get_or_init(parse).as_ref()
+    }
+}
+
+/// A file with this text.
+impl<T: Into<String>> From<T> for JsonFile {
+    fn from(text: T) -> Self {
+        let (text, object) = (text.into(), OnceLock::new());
+        Self { text, object }
+    }
+}
+
+/// What a file that is missing holds.
+static EMPTY: LazyLock<Map<String, Value>> = LazyLock::new(Map::new);
+
+/// The files of a model that define how text becomes tokens.
 #[derive(Debug, Clone, Default)]
 pub struct ModelFiles {
     /// The folder, for messages.
@@ -50,18 +88,18 @@ pub struct ModelFiles {
     /// `tokenizer.json`.
     pub tokenizer: Vec<u8>,
     /// `tokenizer_config.json`.
-    pub tokenizer_config: Option<String>,
+    pub tokenizer_config: Option<JsonFile>,
     /// `special_tokens_map.json`: special tokens, as older versions of transformers wrote them.
-    pub special_tokens_map: Option<String>,
+    pub special_tokens_map: Option<JsonFile>,
     /// `added_tokens.json`: added tokens with their ids, as older versions of transformers wrote them.
-    pub added_tokens: Option<String>,
+    pub added_tokens: Option<JsonFile>,
     /// `generation_config.json`.
-    pub generation_config: Option<String>,
+    pub generation_config: Option<JsonFile>,
     /// `config.json`.
-    pub config: Option<String>,
+    pub config: Option<JsonFile>,
     /// `chat_template.jinja`.
     pub chat_template: Option<String>,
-    /// What a chat template that writes the date takes for now, in seconds since 1970; the clock's time where `None`.
+    /// The date for a chat template that writes the date, in seconds since 1970; `None` is the current time.
     pub time: Option<u64>,
 }
 
@@ -97,14 +135,15 @@ impl ModelFiles {
                     message: error.to_string(),
                 }),
             };
+        let json = |name: &str| Ok::<_, DataError>(optional(name)?.map(JsonFile::from));
         Ok(Self {
             folder: folder.into(),
             tokenizer,
-            tokenizer_config: optional(TOKENIZER_CONFIG)?,
-            special_tokens_map: optional(SPECIAL_TOKENS_MAP)?,
-            added_tokens: optional(ADDED_TOKENS)?,
-            generation_config: optional("generation_config.json")?,
-            config: optional("config.json")?,
+            tokenizer_config: json(TOKENIZER_CONFIG)?,
+            special_tokens_map: json(SPECIAL_TOKENS_MAP)?,
+            added_tokens: json(ADDED_TOKENS)?,
+            generation_config: json(GENERATION_CONFIG)?,
+            config: json(CONFIG)?,
             chat_template: optional(CHAT_TEMPLATE)?,
             time: None,
         })
@@ -118,13 +157,13 @@ impl ModelFiles {
         }
     }
 
-    /// A special token (`bos_token`, …) of `tokenizer_config.json`: a string, or an object with `content`. Where that file
-    /// lists no added tokens, as older versions of transformers wrote it, `special_tokens_map.json` comes first
-    /// (transformers' order).
+    /// A special token (`bos_token`, …) of `tokenizer_config.json`: a string, or an object with `content`. If that file
+    /// lists no added tokens (older versions of transformers), `special_tokens_map.json` takes precedence, as in
+    /// transformers.
     pub fn special_token(&self, key: &str) -> Result<Option<String>, DataError> {
-        let config = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
+        let config = self.tokenizer_settings()?;
         if !config.contains_key(ADDED_TOKENS_DECODER) {
-            let map = self.json(SPECIAL_TOKENS_MAP, &self.special_tokens_map)?;
+            let map = self.special_tokens_map()?;
             let token = map.get(key);
             if let Some(token) = self.token_content(SPECIAL_TOKENS_MAP, key, token)? {
                 return Ok(Some(token));
@@ -134,21 +173,21 @@ impl ModelFiles {
     }
 
     /// What `tokenizer_config.json` holds.
-    pub(super) fn tokenizer_settings(&self) -> Result<Map<String, Value>, DataError> {
+    pub(super) fn tokenizer_settings(&self) -> Result<&Map<String, Value>, DataError> {
         self.json(TOKENIZER_CONFIG, &self.tokenizer_config)
     }
 
     /// What `config.json` holds.
-    pub(super) fn model_settings(&self) -> Result<Map<String, Value>, DataError> {
-        self.json("config.json", &self.config)
+    pub(super) fn model_settings(&self) -> Result<&Map<String, Value>, DataError> {
+        self.json(CONFIG, &self.config)
     }
 
     /// What `special_tokens_map.json` holds.
-    pub(super) fn special_tokens_map(&self) -> Result<Map<String, Value>, DataError> {
+    pub(super) fn special_tokens_map(&self) -> Result<&Map<String, Value>, DataError> {
         self.json(SPECIAL_TOKENS_MAP, &self.special_tokens_map)
     }
 
-    /// Whether `tokenizer_config.json` lists added tokens, so that neither `special_tokens_map.json` nor `added_tokens.json` counts.
+    /// Whether `tokenizer_config.json` lists added tokens. Then `special_tokens_map.json` and `added_tokens.json` are ignored.
     pub(super) fn lists_added_tokens(&self) -> Result<bool, DataError> {
         let settings = self.tokenizer_settings()?;
         Ok(settings.contains_key(ADDED_TOKENS_DECODER))
@@ -175,10 +214,10 @@ impl ModelFiles {
         }
     }
 
-    /// The tokens that are added to those of `tokenizer.json`, with their ids, in the order of these: those of
-    /// `tokenizer_config.json`'s `added_tokens_decoder`, else those of `added_tokens.json` (transformers' order).
+    /// The tokens that are added to those of `tokenizer.json`, sorted by id: those of `tokenizer_config.json`'s
+    /// `added_tokens_decoder`, else those of `added_tokens.json`, as in transformers.
     pub(super) fn added_tokens(&self) -> Result<Vec<(u32, AddedToken)>, DataError> {
-        let config = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
+        let config = self.tokenizer_settings()?;
         let mut tokens = match config.get(ADDED_TOKENS_DECODER) {
             Some(Value::Object(decoder)) => {
                 let tokens = decoder.iter().map(|(id, token)| {
@@ -186,7 +225,7 @@ impl ModelFiles {
                     known.ok_or_else(|| {
                         let message = format!(
                             "\"{ADDED_TOKENS_DECODER}\" must be a table from token ids to objects with \"content\"; \
-                             {id:?} is none"
+                             {id:?} is not one"
                         );
                         self.error(TOKENIZER_CONFIG, message)
                     })
@@ -212,8 +251,8 @@ impl ModelFiles {
         for key in SPECIAL_TOKENS {
             special.extend(self.special_token(key)?);
         }
-        let tokens = added.into_iter().map(|(content, id)| {
-            let is_special = special.contains(&content);
+        let tokens = added.iter().map(|(content, id)| {
+            let is_special = special.contains(content);
             let id = id.as_u64().and_then(|id| u32::try_from(id).ok());
             let id = id.ok_or_else(|| {
                 self.error(
@@ -221,7 +260,7 @@ impl ModelFiles {
                     format!("the id of {content:?} must be a whole number"),
                 )
             });
-            Ok((id?, AddedToken::from(content, is_special)))
+            Ok((id?, AddedToken::from(content.clone(), is_special)))
         });
         tokens.collect()
     }
@@ -237,8 +276,8 @@ impl ModelFiles {
             });
         }
         for (name, text) in [
-            ("generation_config.json", &self.generation_config),
-            ("config.json", &self.config),
+            (GENERATION_CONFIG, &self.generation_config),
+            (CONFIG, &self.config),
         ] {
             let object = self.json(name, text)?;
             let value = match object.get("eos_token_id") {
@@ -259,14 +298,13 @@ impl ModelFiles {
         })
     }
 
-    /// Every `eos_token_id` of `generation_config.json`, where several tokens can end a text; none without it.
+    /// Every `eos_token_id` of `generation_config.json`, which may list several; empty without the file.
     ///
     /// # Errors
     ///
-    /// A file that is not valid, or ids that are none.
+    /// A file that is not valid, or values that are not token ids.
     pub fn generation_end_tokens(&self) -> Result<Vec<u32>, DataError> {
-        const NAME: &str = "generation_config.json";
-        let object = self.json(NAME, &self.generation_config)?;
+        let object = self.json(GENERATION_CONFIG, &self.generation_config)?;
         let values = match object.get("eos_token_id") {
             None | Some(Value::Null) => return Ok(Vec::new()),
             Some(Value::Array(values)) => values.clone(),
@@ -276,18 +314,18 @@ impl ModelFiles {
         let ids: Option<Vec<u32>> = values.into_iter().map(id).collect();
         ids.ok_or_else(|| {
             self.error(
-                NAME,
+                GENERATION_CONFIG,
                 "\"eos_token_id\" must be a token id or a list of them",
             )
         })
     }
 
-    /// The tokens at which generation stops: those of `generation_config.json`, else those of `config.json`, and the
-    /// tokenizer's own end.
+    /// The tokens at which generation stops: those of `generation_config.json`, else those of `config.json`, and `end`,
+    /// that of the tokenizer.
     pub(super) fn stops(&self, end: u32) -> Vec<u32> {
         let mut stops = self.generation_end_tokens().unwrap_or_default();
         if stops.is_empty() {
-            let config = self.json("config.json", &self.config).unwrap_or_default();
+            let config = self.json(CONFIG, &self.config).unwrap_or(&EMPTY);
             let ids = match config.get("eos_token_id") {
                 Some(Value::Array(ids)) => ids.clone(),
                 Some(id) => vec![id.clone()],
@@ -308,29 +346,27 @@ impl ModelFiles {
             .is_ok_and(|(text, _)| text.contains("strftime_now"))
     }
 
-    /// Whether there is a chat template.
+    /// Whether the model has a chat template.
     pub fn has_chat_template(&self) -> bool {
         self.chat_template().is_ok()
     }
 
-    /// The model's own chat template with the file that it is from: `chat_template.jinja`, else
-    /// `tokenizer_config.json`'s `chat_template`, a text or a list of named ones of which `default` counts
-    /// (transformers' order).
+    /// The model's chat template and its file: `chat_template.jinja`, else `tokenizer_config.json`'s `chat_template`, a text
+    /// or a list of named ones of which `default` is used, as in transformers.
     pub fn chat_template(&self) -> Result<(String, PathBuf), DataError> {
         if let Some(text) = &self.chat_template {
             return Ok((text.clone(), self.folder.join(CHAT_TEMPLATE)));
         }
         let path = self.folder.join(TOKENIZER_CONFIG);
-        let mut object = self.json(TOKENIZER_CONFIG, &self.tokenizer_config)?;
-        let templates = match object.remove("chat_template") {
+        let templates = match self.tokenizer_settings()?.get("chat_template") {
             None | Some(Value::Null) => {
                 return Err(DataError::NoChatTemplate {
                     folder: self.folder.clone(),
                 });
             }
-            Some(Value::String(text)) => return Ok((text, path)),
-            Some(Value::Array(templates)) => templates,
-            Some(_) => Vec::new(),
+            Some(Value::String(text)) => return Ok((text.clone(), path)),
+            Some(Value::Array(templates)) => templates.as_slice(),
+            Some(_) => &[],
         };
         let text = |template: &Value, key: &str| Some(template.get(key)?.as_str()?.to_owned());
         let default = templates
@@ -349,14 +385,16 @@ impl ModelFiles {
         }
     }
 
-    /// The object that a file holds; empty if there is no such file.
-    fn json(&self, name: &str, text: &Option<String>) -> Result<Map<String, Value>, DataError> {
-        match text.as_deref().map(serde_json::from_str) {
-            None => Ok(Map::new()),
-            Some(Ok(Value::Object(object))) => Ok(object),
-            Some(Ok(_)) => Err(self.error(name, "expected a JSON object")),
-            Some(Err(error)) => Err(self.error(name, format!("not valid JSON: {error}"))),
-        }
+    /// The object that a file holds; empty if the file is missing.
+    fn json<'a>(
+        &self,
+        name: &str,
+        file: &'a Option<JsonFile>,
+    ) -> Result<&'a Map<String, Value>, DataError> {
+        let Some(file) = file else {
+            return Ok(&EMPTY);
+        };
+        file.object().map_err(|message| self.error(name, message))
     }
 }
 
@@ -462,7 +500,10 @@ mod tests {
         std::fs::write(folder.path().join("config.json"), "{}").unwrap();
         let files = ModelFiles::read(folder.path()).unwrap();
         assert_eq!(
-            (files.config.as_deref(), files.tokenizer_config),
+            (
+                files.config.as_ref().map(JsonFile::text),
+                files.tokenizer_config.as_ref().map(JsonFile::text)
+            ),
             (Some("{}"), None)
         );
     }

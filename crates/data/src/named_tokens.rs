@@ -1,4 +1,4 @@
-//! Tokens that a model's files name without an id: transformers adds those that the tokenizer lacks.
+//! Tokens that a model's files name without an id. Like transformers, we add those that the tokenizer lacks.
 
 use serde_json::{Map, Value};
 use tokenizers::AddedToken;
@@ -9,19 +9,19 @@ use super::model_files::{
 };
 
 const EXTRA: &str = "extra_special_tokens";
-/// What version 4 of transformers called them.
+/// Their name in version 4 of transformers.
 const ADDITIONAL: &str = "additional_special_tokens";
 const MODEL_SPECIFIC: &str = "model_specific_special_tokens";
 
 impl ModelFiles {
     /// The special tokens that `tokenizer_config.json` and `special_tokens_map.json` name, in the order in which transformers
-    /// adds them: `bos_token` and the other standard names, a model's own names, then the unnamed ones.
+    /// adds them: `bos_token` and the other standard names, names of the model, then unnamed tokens.
     ///
     /// # Errors
     ///
     /// A value that is not a token, with its file and key.
     pub(super) fn named_tokens(&self) -> Result<Vec<AddedToken>, DataError> {
-        let mut settings = self.tokenizer_settings()?;
+        let mut settings = self.tokenizer_settings()?.clone();
         let is_set = |value: Option<&Value>| match value {
             None | Some(Value::Null) => false,
             Some(Value::Array(list)) => !list.is_empty(),
@@ -104,7 +104,7 @@ impl ModelFiles {
         }
     }
 
-    /// Whether special tokens are split as other text is (`split_special_tokens`).
+    /// Whether special tokens in a text are split like other text (`split_special_tokens`).
     pub(super) fn splits_special_tokens(&self) -> Result<bool, DataError> {
         let settings = self.tokenizer_settings()?;
         match settings.get("split_special_tokens") {
@@ -118,16 +118,17 @@ impl ModelFiles {
     }
 }
 
-/// Puts what `special_tokens_map.json` holds over the other file's keys; its unnamed tokens come behind the other's.
-fn overlay(settings: &mut Map<String, Value>, map: Map<String, Value>) {
-    for (key, mut value) in map {
+/// Adds the keys of `special_tokens_map.json`, which take precedence; its unnamed tokens are appended.
+fn overlay(settings: &mut Map<String, Value>, map: &Map<String, Value>) {
+    for (key, value) in map {
+        let mut value = value.clone();
         if key == EXTRA
             && let (Some(Value::Array(have)), Value::Array(more)) = (settings.get(EXTRA), &value)
         {
             let new = more.iter().filter(|token| !have.contains(token));
             value = have.iter().chain(new).cloned().collect();
         }
-        settings.insert(key, value);
+        settings.insert(key.clone(), value);
     }
 }
 
@@ -138,8 +139,8 @@ mod tests {
     fn named(config: Value, map: Option<Value>) -> Result<Vec<String>, String> {
         let files = ModelFiles {
             folder: "model".into(),
-            tokenizer_config: Some(config.to_string()),
-            special_tokens_map: map.map(|map| map.to_string()),
+            tokenizer_config: Some(config.to_string().into()),
+            special_tokens_map: map.map(|map| map.to_string().into()),
             ..ModelFiles::default()
         };
         let tokens = files.named_tokens().map_err(|error| error.to_string())?;

@@ -1,12 +1,12 @@
-//! Which rows each optimizer step takes: seeded, the same everywhere, and known for any step without the ones before.
+//! The rows of each optimizer step: seeded, the same on every machine, and computed for any step without the steps before.
 
 use super::dataset::Dataset;
 use super::random::{Purpose, generator, permutation};
 
 /// The order of the training rows.
 ///
-/// Every epoch is a new permutation that depends on the seed and the epoch only. An epoch's last step takes
-/// what is left, so that every row is seen exactly once an epoch.
+/// Every epoch is a new permutation that depends on the seed and the epoch only. The last step of an epoch takes the
+/// remaining rows, so every row is used exactly once per epoch.
 #[derive(Debug, Clone)]
 pub struct Order {
     seed: u64,
@@ -17,11 +17,11 @@ pub struct Order {
 }
 
 impl Order {
-    /// An order of the rows of `dataset` in micro-batches of `batch_size`, `gradient_accumulation_steps` of
-    /// them a step.
+    /// An order of the rows of `dataset` in micro-batches of `batch_size`, with `gradient_accumulation_steps`
+    /// micro-batches per step.
     ///
-    /// A micro-batch with more than `max_batch_tokens` tokens is split; a step's rows stay the same. A row
-    /// with more than that is alone.
+    /// A micro-batch with more than `max_batch_tokens` tokens is split; the rows of a step stay the same. A longer
+    /// row is a micro-batch by itself.
     ///
     /// # Panics
     ///
@@ -48,18 +48,17 @@ impl Order {
         }
     }
 
-    /// Optimizer steps of an epoch.
+    /// Optimizer steps per epoch.
     pub fn steps_per_epoch(&self) -> usize {
         self.lengths.len().div_ceil(self.rows_per_step())
     }
 
-    /// Optimizer steps of a run: `max_steps` where given, else what `num_epochs` takes, rounded up (as in
-    /// transformers).
+    /// Optimizer steps of a run: `max_steps` if given, else those of `num_epochs`, rounded up (as in transformers).
     pub fn total_steps(&self, num_epochs: f64, max_steps: Option<usize>) -> usize {
         max_steps.unwrap_or_else(|| (num_epochs * self.steps_per_epoch() as f64).ceil() as usize)
     }
 
-    /// Epochs completed after `steps` optimizer steps: rows seen by rows there are.
+    /// Epochs completed after `steps` optimizer steps: rows used, divided by the number of rows.
     pub fn epoch_at(&self, steps: usize) -> f64 {
         let (epochs, steps) = (
             steps / self.steps_per_epoch(),
@@ -68,11 +67,11 @@ impl Order {
         epochs as f64 + (steps * self.rows_per_step()) as f64 / self.lengths.len() as f64
     }
 
-    /// The row indices of each micro-batch of optimizer step `step` of the run, from 0. Needs none of the
-    /// steps before, so that a run can be continued anywhere.
+    /// The row indices of each micro-batch of optimizer step `step` of the run, from 0. They do not depend on
+    /// earlier steps, so a run can be resumed at any step.
     pub fn step(&self, step: usize) -> Vec<Vec<usize>> {
         let (epoch, step) = (step / self.steps_per_epoch(), step % self.steps_per_epoch());
-        // Made anew for every step: a permutation of 100 000 rows takes less than a millisecond.
+        // Computed again for every step: a permutation of 100 000 rows takes less than a millisecond.
         let mut rng = generator(self.seed, Purpose::Order, epoch as u64);
         let rows = permutation(self.lengths.len(), &mut rng);
         let start = step * self.rows_per_step();

@@ -1,27 +1,27 @@
-//! Rows in one packed sequence, without padding, with what each must predict.
+//! Rows packed into one sequence without padding, with their labels.
 
 use llama_burn::PackedTokens;
 
 use super::dataset::Dataset;
 
-/// Common beginnings of fewer tokens than this are not worth a segment of their own.
+/// Shared prefixes with fewer tokens than this are not shared: a segment costs more.
 const LEAST_SHARED: usize = 8;
 
-/// A packed micro-batch with what it must predict.
+/// A packed micro-batch with its labels.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Batch {
     /// The rows' tokens.
     pub tokens: PackedTokens,
-    /// The positions in the packed ids that PREDICT a supervised token: each one before its token, so that
-    /// the first of a row is its prompt's last token. Row by row.
+    /// The positions in the packed ids that PREDICT a supervised token: each is one before its token, so the
+    /// first position of a row is the last token of its prompt. Row by row.
     pub target_positions: Vec<u32>,
     /// The token that each of those positions predicts.
     pub target_ids: Vec<u32>,
-    /// How many of them each row has.
+    /// The number of these positions per row.
     pub targets_per_row: Vec<usize>,
     /// The rows' lines in the data file, from 1.
     pub rows: Vec<usize>,
-    /// Tokens of the rows; the packed sequence has fewer where rows share their beginnings.
+    /// Tokens of the rows; the packed sequence has fewer if rows share prefixes.
     pub row_tokens: usize,
 }
 
@@ -30,18 +30,18 @@ pub struct Batch {
 pub struct BatchRow<'a> {
     /// Its tokens.
     pub ids: &'a [u32],
-    /// Positions in the row with the token that each must predict.
+    /// Positions in the row, each with the token that it predicts.
     pub targets: Vec<(usize, u32)>,
     /// Its line in the data file, from 1.
     pub line: usize,
 }
 
-/// Whether rows that begin alike have their beginning computed once.
+/// Whether a prefix that several rows share is computed once.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Prefixes {
-    /// Once for all rows; same losses and gradients, fewer tokens to compute.
+    /// Once for all rows: the same losses and gradients, fewer tokens to compute.
     Shared,
-    /// For each row.
+    /// Once per row.
     Apart,
 }
 
@@ -80,7 +80,7 @@ fn one_after_the_other(rows: &[&[u32]]) -> (PackedTokens, Vec<Vec<u32>>) {
 }
 
 impl Dataset {
-    /// Packs the rows with these indices into `rows`, in this order where they share nothing.
+    /// Packs the rows with these indices into `rows`, in this order if they share nothing.
     ///
     /// # Panics
     ///

@@ -1,4 +1,4 @@
-//! Rows in Apache Parquet. Only the columns that are wanted are decoded.
+//! Rows in Apache Parquet. Only the columns that are needed are decoded.
 
 use std::fs::File;
 use std::sync::Arc;
@@ -22,13 +22,13 @@ pub(super) fn rows(file: File, rows: &mut Collected) -> Result<(), DataError> {
         container: "Parquet",
         message,
     };
-    // The decoder asserts some of what a file says of itself.
+    // The decoder panics on some inconsistent files.
     let read = contain(|| read(file, rows));
     match read {
         Ok(Ok(())) => Ok(()),
         Ok(Err(Problem::File(error))) => Err(broken(error.to_string())),
         Ok(Err(Problem::Row(error))) => Err(error),
-        Err(_) => Err(broken("it contradicts itself; is it whole?".into())),
+        Err(_) => Err(broken("it contradicts itself; is it complete?".into())),
     }
 }
 
@@ -79,13 +79,13 @@ fn object(record: Record) -> Result<Map<String, Value>, LineError> {
         .collect()
 }
 
-/// A field as JSON would have it. Dates and the like are of no use here and come as their text.
+/// A field as JSON. Types without a counterpart, such as dates, become texts.
 fn value(field: &Field) -> Result<Value, String> {
     Ok(match field {
         Field::Null => Value::Null,
         Field::Bool(value) => Value::from(*value),
         Field::Str(text) => Value::from(text.as_str()),
-        // Columns that were written without saying that they are text.
+        // Text columns that were written without the logical type.
         Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
             Ok(text) => Value::from(text),
             Err(_) => return Err("is not UTF-8 text".into()),
@@ -120,7 +120,7 @@ fn value(field: &Field) -> Result<Value, String> {
 }
 
 fn group(record: &Record) -> Result<Value, String> {
-    // Arrow gives every structure of a column the same keys, null where one had none; such keys are absent, as in TRL.
+    // In Arrow all structures of a column have the same keys, with null for missing ones. Such keys are absent, as in TRL.
     let fields = record.get_column_iter();
     let fields = fields.filter(|(_, field)| !matches!(field, Field::Null));
     let fields = fields.map(|(name, field)| Ok::<_, String>((name.clone(), value(field)?)));
@@ -135,7 +135,8 @@ fn number(value: f64) -> Value {
 mod tests {
     use std::path::{Path, PathBuf};
 
-    use super::super::rows::{Row, Rows, read_rows};
+    use super::super::read::read_rows;
+    use super::super::rows::{Row, Rows};
     use super::super::{Example, Format};
 
     /// What Apache Arrow wrote; `make_formats.py` beside it says what is in it.

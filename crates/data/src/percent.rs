@@ -1,7 +1,7 @@
-//! Python's `%` behind a text in a template: `"%s: %d" % (name, count)`. The engine knows `%` of numbers only, and Jinja's
-//! filter `format`, which does the same: the one is written as the other before the template is compiled.
+//! Python's `%` behind a text in a template: `"%s: %d" % (name, count)`. The engine has `%` for numbers only, and Jinja's
+//! filter `format`, which does the same, so `%` is rewritten as `format` before the template is compiled.
 
-/// Texts in operands of texts that are followed.
+/// The maximum depth of nested operands that are rewritten.
 const DEEPEST: usize = 64;
 
 /// The template with every text literal that is formatted by `%` passed to `format`.
@@ -68,12 +68,12 @@ fn end_of_raw(text: &str) -> usize {
     text.len()
 }
 
-/// How much comes before a tag's end, which no text literal holds.
+/// The length of a tag up to its end, which is not inside a text literal.
 fn length_of_tag(inside: &str, close: &str) -> Option<usize> {
     let mut at = 0;
     while at < inside.len() {
         let rest = &inside[at..];
-        // A map's end may stand right before that of an expression: `{{ {"a": {}}}}`.
+        // The end of a map may be next to that of the expression: `{{ {"a": {}}}}`.
         if rest.starts_with(close) && !(close == "}}" && rest.starts_with("}}}")) {
             return Some(at);
         }
@@ -101,7 +101,7 @@ fn width(text: &str) -> usize {
     text.chars().next().map_or(1, char::len_utf8)
 }
 
-/// The code of a tag. What lies deeper than [`DEEPEST`] stays as it is, and the engine refuses it.
+/// The rewritten code of a tag. Deeper than [`DEEPEST`] it stays as it is, and the engine reports an error.
 fn rewritten(code: &str, depth: usize) -> String {
     let mut result = String::with_capacity(code.len());
     let mut at = 0;
@@ -131,7 +131,7 @@ fn rewritten(code: &str, depth: usize) -> String {
     result
 }
 
-/// A tuple's items are arguments of their own.
+/// The arguments of the filter: the items of a tuple, else the operand.
 fn arguments(operand: &str) -> String {
     let whole = operand.starts_with('(') && bracketed(operand) == Some(operand.len());
     let inside = operand
@@ -143,7 +143,7 @@ fn arguments(operand: &str) -> String {
     }
 }
 
-/// Whether a comma stands outside of brackets and literals.
+/// Whether a text has a comma outside of brackets and literals.
 fn has_comma(text: &str) -> bool {
     let mut at = 0;
     while at < text.len() {
@@ -158,7 +158,7 @@ fn has_comma(text: &str) -> bool {
     false
 }
 
-/// The length of what the bracket here and its partner enclose, both included.
+/// The length up to the partner of the bracket here, both included.
 fn bracketed(text: &str) -> Option<usize> {
     if !text.starts_with(['(', '[', '{']) {
         return None;
@@ -180,7 +180,7 @@ fn bracketed(text: &str) -> Option<usize> {
     None
 }
 
-/// The length of the operand: a literal, a name or what is in brackets, with attributes, items, calls and filters.
+/// The length of the operand: a literal, a name or a bracket, with attributes, items, calls and filters.
 fn operand_length(text: &str) -> Option<usize> {
     let name = |text: &str| {
         let is_of_name = |c: char| c.is_alphanumeric() || c == '_';

@@ -1,4 +1,4 @@
-//! How a context becomes a prompt, as a configuration spells it.
+//! The config key `prompt_template`: how a context becomes a prompt.
 
 use std::fmt;
 
@@ -7,7 +7,7 @@ use serde::{Deserialize, Serialize};
 /// How a row's context becomes the prompt.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub enum PromptTemplate {
-    /// The context as it is (FinLoRA's contexts hold the whole instruction).
+    /// The context unchanged (FinLoRA's contexts hold the whole instruction).
     #[default]
     Raw,
     /// `[INST] context [/INST]`.
@@ -28,16 +28,16 @@ pub struct InstructTemplate {
     pub format: String,
     /// For an instruction alone.
     pub no_input_format: String,
-    /// What stands before them where there is a system prompt.
+    /// The text before them for rows with a system prompt.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub system_format: String,
-    /// The system prompt of rows that have no column for one; empty for none.
+    /// The system prompt of rows without a column `system`; may be empty.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub system_prompt: String,
 }
 
 impl InstructTemplate {
-    /// Whether there is a place for a system prompt.
+    /// Whether the template supports a system prompt.
     pub(crate) fn has_system(&self) -> bool {
         !self.system_format.is_empty()
     }
@@ -76,7 +76,7 @@ impl InstructTemplate {
     }
 }
 
-/// Appends `format` with its placeholders replaced. What is put in is not looked at again.
+/// Appends `format` with its placeholders replaced. Placeholders in the values are not replaced.
 fn fill(format: &str, values: &[(&str, &str)], text: &mut String) {
     let mut rest = format;
     let first = |rest: &str| {
@@ -94,19 +94,23 @@ fn fill(format: &str, values: &[(&str, &str)], text: &mut String) {
     *text += rest;
 }
 
-/// What a custom template replaces by the row's context.
+/// The placeholder of a custom template, which the context replaces.
 pub const PLACEHOLDER: &str = "{context}";
 
-/// What an instruct template begins with in a config file.
+/// The beginning of an instruct template in a config file.
 const INSTRUCT: &str = "instruct:";
 
 impl PromptTemplate {
+    /// The templates that [`parse`](Self::parse) reads, in words.
+    pub const ALLOWED: &str = "\"raw\", \"inst\", \"chat\", \"custom:\" followed by a text that contains {context}, \
+        or \"instruct:\" followed by texts for an instruction with and without an input";
+
     /// Reads `raw`, `inst`, `chat`, `custom:` with a text around `{context}`, or `instruct:` with an
-    /// [`InstructTemplate`] in JSON; the error says what would be right.
+    /// [`InstructTemplate`] in JSON.
     ///
     /// # Errors
     ///
-    /// What would be right, in words.
+    /// A message that states what is right.
     pub fn parse(text: &str) -> Result<Self, String> {
         match text {
             "raw" => Ok(Self::Raw),
@@ -118,7 +122,7 @@ impl PromptTemplate {
                         format!(
                             "must have a JSON object behind \"instruct:\", as in \
                              instruct:{{\"format\": \"{{instruction}}\\n{{input}}\\n\", \
-                             \"no_input_format\": \"{{instruction}}\\n\"}}; it is none: {error}"
+                             \"no_input_format\": \"{{instruction}}\\n\"}}; it is not valid: {error}"
                         )
                     })?;
                 match template.problem() {
@@ -131,17 +135,13 @@ impl PromptTemplate {
                     Ok(Self::Custom(template.into()))
                 }
                 Some(_) => Err(format!("a custom template must contain {PLACEHOLDER}")),
-                None => Err(format!(
-                    "must be \"raw\", \"inst\", \"chat\", \"custom:\" followed by a text that \
-                     contains {PLACEHOLDER}, or \"instruct:\" followed by texts for an instruction with and without \
-                     an input"
-                )),
+                None => Err(format!("must be {}", Self::ALLOWED)),
             },
         }
     }
 }
 
-/// As in a config file, for the command line.
+/// Parses the value of the command line, which is that of a config file.
 impl std::str::FromStr for PromptTemplate {
     type Err = String;
 
@@ -150,7 +150,7 @@ impl std::str::FromStr for PromptTemplate {
     }
 }
 
-/// As in a config file.
+/// The value in a config file.
 impl fmt::Display for PromptTemplate {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {

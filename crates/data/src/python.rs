@@ -1,16 +1,14 @@
-//! Values of a template as Python writes them and asks about them: `str`, `repr`, `json.dumps`, Jinja's tests.
+//! Values of a template as Python writes and tests them: `str`, `repr`, `json.dumps`, Jinja's tests.
 
-use std::sync::Arc;
-
-use minijinja::value::{Enumerator, Kwargs, Object, ObjectRepr, ValueKind};
+use minijinja::value::{Kwargs, Tuple, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, Value};
 
 use super::integers;
 
-/// Levels of lists and maps that are written.
+/// The maximum depth of nested lists and maps that are written.
 const DEEPEST: usize = 128;
 
-/// Makes the engine's values Python's, where they differ.
+/// Makes the engine write and test values as Python does.
 pub(super) fn set_up(environment: &mut Environment) {
     environment.set_formatter(format);
     environment.add_filter("tojson", tojson);
@@ -29,27 +27,9 @@ pub(super) fn set_up(environment: &mut Environment) {
     environment.add_test("sequence", |value: &Value| is(value, &SEQUENCE));
 }
 
-/// A list that Python writes in round brackets.
-#[derive(Debug)]
-struct Tuple(Vec<Value>);
-
-impl Object for Tuple {
-    fn repr(self: &Arc<Self>) -> ObjectRepr {
-        ObjectRepr::Seq
-    }
-
-    fn get_value(self: &Arc<Self>, index: &Value) -> Option<Value> {
-        self.0.get(index.as_usize()?).cloned()
-    }
-
-    fn enumerate(self: &Arc<Self>) -> Enumerator {
-        Enumerator::Seq(self.0.len())
-    }
-}
-
 /// A tuple of values.
 pub(super) fn tuple(items: Vec<Value>) -> Value {
-    Value::from_object(Tuple(items))
+    Tuple::new(items).into()
 }
 
 /// A list of pairs, each a tuple.
@@ -65,7 +45,7 @@ fn is_number(value: &Value) -> bool {
     is(value, &kinds) || integers::is_long(value)
 }
 
-/// What Python iterates over; not None, which this engine takes for an empty list.
+/// What Python iterates over. None is not included; the engine treats it as an empty list.
 const ITERABLE: [ValueKind; 4] = [
     ValueKind::String,
     ValueKind::Seq,
@@ -103,9 +83,9 @@ pub(super) fn format(out: &mut Output, _state: &mut State, value: &Value) -> Res
     out.write_str(&text).map_err(Error::from)
 }
 
-/// Python's `repr(value)`, which `str` is for everything but texts.
+/// Python's `repr(value)`, which is equal to `str(value)` except for texts.
 fn write_repr(value: &Value, depth: usize, text: &mut String) -> Result<(), Error> {
-    check(depth)?;
+    check(depth, value)?;
     match value.kind() {
         ValueKind::Undefined => {}
         ValueKind::None => text.push_str("None"),
@@ -113,8 +93,9 @@ fn write_repr(value: &Value, depth: usize, text: &mut String) -> Result<(), Erro
         ValueKind::Number => write_number(value, text),
         ValueKind::String => repr_of_text(value.as_str().unwrap_or_default(), text),
         ValueKind::Seq => {
-            let tuple = value.downcast_object_ref::<Tuple>();
-            let [open, close] = match tuple.map(|tuple| tuple.0.len()) {
+            let is_tuple = value.is_tuple() || is_object(value, "::GroupTuple");
+            let length = value.len().filter(|_| is_tuple);
+            let [open, close] = match length {
                 None => ["[", "]"],
                 Some(1) => ["(", ",)"],
                 Some(_) => ["(", ")"],
@@ -136,9 +117,9 @@ fn write_repr(value: &Value, depth: usize, text: &mut String) -> Result<(), Erro
             }
             text.push('}');
         }
-        // Python would write an address in memory, or `range(0, 3)`.
+        // Python writes a memory address, or `range(0, 3)`.
         ValueKind::Iterable => {
-            let message = "values that are computed one by one cannot be written; pass them to the filter list";
+            let message = "an iterator cannot be written; pass it to the filter list";
             return Err(Error::new(ErrorKind::InvalidOperation, message));
         }
         _ => text.push_str(&value.to_string()),
@@ -146,15 +127,26 @@ fn write_repr(value: &Value, depth: usize, text: &mut String) -> Result<(), Erro
     Ok(())
 }
 
-fn check(depth: usize) -> Result<(), Error> {
-    if depth <= DEEPEST {
+/// Refuses values that cannot be written as Python writes them.
+fn check(depth: usize, value: &Value) -> Result<(), Error> {
+    let message = if depth > DEEPEST {
+        format!("a value with more than {DEEPEST} levels cannot be written")
+    } else if is_object(value, "::Namespace") {
+        // The engine does not keep the order in which attributes were set, and json.dumps refuses namespaces.
+        "a namespace object cannot be written; write its attributes".into()
+    } else {
         return Ok(());
-    }
-    let message = format!("a value with more than {DEEPEST} levels cannot be written");
+    };
     Err(Error::new(ErrorKind::InvalidOperation, message))
 }
 
-/// In single quotes, unless the text holds some and no double ones.
+/// Whether a value is an object of a type that the engine does not export.
+fn is_object(value: &Value, type_name: &str) -> bool {
+    let object = value.as_object();
+    object.is_some_and(|object| object.type_name().ends_with(type_name))
+}
+
+/// Quotes a text: in single quotes, unless it contains single and no double quotes.
 fn repr_of_text(value: &str, text: &mut String) {
     let quote = if value.contains('\'') && !value.contains('"') {
         '"'
@@ -182,7 +174,7 @@ fn repr_of_text(value: &str, text: &mut String) {
 
 /// Python's `str.isprintable`, whose categories of Unicode are those that Rust's `Debug` escapes.
 fn is_printable(character: char) -> bool {
-    // At the beginning of a text `Debug` escapes marks too, which are printable.
+    // At the beginning of a text `Debug` also escapes combining marks, which are printable.
     let text = ['x', character].iter().collect::<String>();
     character.is_ascii_graphic() || text.escape_debug().count() == 2
 }
@@ -195,7 +187,7 @@ fn write_number(value: &Value, text: &mut String) {
     }
 }
 
-/// Python's `repr` of a float: the shortest digits that read back as it, with an exponent below 1e-4 and from 1e16 on.
+/// Python's `repr` of a float: the shortest digits that parse to the same float, with an exponent below 1e-4 and from 1e16 on.
 pub fn float(value: f64) -> String {
     if !value.is_finite() {
         return match value {
@@ -217,8 +209,8 @@ pub fn float(value: f64) -> String {
     format!("{value:?}")
 }
 
-/// `json.dumps(value, ensure_ascii=…, indent=…, separators=…, sort_keys=…)`, which transformers puts in place of Jinja's
-/// own filter (that one escapes for HTML).
+/// `json.dumps(value, ensure_ascii=…, indent=…, separators=…, sort_keys=…)`, with which transformers replaces
+/// Jinja's filter (which escapes for HTML).
 pub(super) fn tojson(value: &Value, options: Kwargs) -> Result<String, Error> {
     let indent = match options.get::<Option<Value>>("indent")? {
         None => None,
@@ -266,7 +258,7 @@ struct Json {
 
 impl Json {
     fn write(&self, value: &Value, depth: usize, text: &mut String) -> Result<(), Error> {
-        check(depth)?;
+        check(depth, value)?;
         match value.kind() {
             ValueKind::None => text.push_str("null"),
             ValueKind::Bool => text.push_str(if value.is_true() { "true" } else { "false" }),
@@ -456,6 +448,57 @@ mod tests {
         let listed =
             environment.render_str("{{ range(3) | list }}{{ {'b': 1, 'a': ['\u{200b}']} }}", ());
         assert_eq!(listed.unwrap(), "[0, 1, 2]{'b': 1, 'a': ['\\u200b']}");
+    }
+
+    #[test]
+    fn tuples_are_written_in_round_brackets() {
+        let mut environment = Environment::new();
+        set_up(&mut environment);
+        super::super::string_methods::set_up(&mut environment);
+        // Jinja 3.1.6.
+        for (template, text) in [
+            ("{{ (1, 'a') }}{{ (1,) }}{{ () }}", "(1, 'a')(1,)()"),
+            ("{{ [(1, 2)] }}{{ (1, [2]) | string }}", "[(1, 2)](1, [2])"),
+            (
+                "{% set x = 1, 2 %}{{ x }}{{ (1, 2) | tojson }}",
+                "(1, 2)[1, 2]",
+            ),
+            ("{{ {'a': 1}.items() | list }}", "[('a', 1)]"),
+            (
+                "{{ [{'a': 1}] | groupby('a') | list }}",
+                "[(1, [{'a': 1}])]",
+            ),
+        ] {
+            assert_eq!(
+                environment.render_str(template, ()).unwrap(),
+                text,
+                "{template}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_namespace_object_is_refused_and_its_attributes_are_not() {
+        let mut environment = Environment::new();
+        set_up(&mut environment);
+        let set = "{% set ns = namespace(b=1, a=2) %}";
+        for written in [
+            "{{ ns }}",
+            "{{ [ns] }}",
+            "{{ ns | tojson }}",
+            "{{ ns | string }}",
+            "{{ 'a' ~ ns }}",
+        ] {
+            let error = environment
+                .render_str(&format!("{set}{written}"), ())
+                .unwrap_err();
+            assert!(
+                error.to_string().contains("namespace object"),
+                "{written}: {error}"
+            );
+        }
+        let attributes = environment.render_str(&format!("{set}{{{{ ns.b }}}}{{{{ ns.a }}}}"), ());
+        assert_eq!(attributes.unwrap(), "12");
     }
 
     #[test]

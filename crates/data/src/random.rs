@@ -1,8 +1,8 @@
-//! The order of things that depends on a seed and nothing else.
+//! Permutations that depend on a seed only.
 
 use lora_core::CounterRng;
 
-/// What a seed's random numbers are used for, so that no two uses draw the same ones.
+/// The uses of a seed; each draws different random numbers.
 #[derive(Debug, Clone, Copy)]
 #[repr(u64)]
 pub(super) enum Purpose {
@@ -11,7 +11,7 @@ pub(super) enum Purpose {
     Sample = 0x5341_4d50_4c45,
 }
 
-/// The generator of a use, number `index` of its kind.
+/// The generator number `index` of a use.
 pub(super) fn generator(seed: u64, purpose: Purpose, index: u64) -> CounterRng {
     CounterRng::new(seed).fork(purpose as u64).fork(index)
 }

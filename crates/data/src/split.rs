@@ -1,4 +1,4 @@
-//! Rows taken aside for validation, the same ones for the same seed on every machine.
+//! Holds out rows for validation: the same rows for the same seed on every machine.
 
 use super::error::DataError;
 use super::random::{Purpose, generator, permutation};
@@ -6,7 +6,7 @@ use super::rows::Row;
 
 /// Splits rows into `(training, validation)`, each in the order of the file.
 ///
-/// `val_set_size` is a fraction of the rows below 1 (rounded up), or a number of rows from 1; 0 takes none.
+/// `val_set_size` is a fraction of the rows below 1 (rounded up), or a number of rows from 1; 0 holds out none.
 /// Which rows depends on `seed` and the number of rows only.
 ///
 /// # Errors
@@ -43,8 +43,8 @@ pub fn split(
     Ok((training, validation))
 }
 
-/// So many of the rows, in the order of the file; all where there are not more. Which ones depends on `seed`
-/// and the number of rows only.
+/// A random sample of the rows, in the order of the file; all rows if there are not more. It depends on `seed` and the
+/// number of rows only.
 pub fn sample(rows: Vec<Row>, count: usize, seed: u64) -> Vec<Row> {
     if count >= rows.len() {
         return rows;

@@ -1,4 +1,4 @@
-//! Methods of Python's `str` that the engine's own collection lacks, and Jinja's filters of texts.
+//! Methods of Python's `str` that minijinja-contrib lacks, and Jinja's filters of texts.
 
 use minijinja::value::{Kwargs, ValueKind, from_args};
 use minijinja::{Environment, Error, ErrorKind, State, Value};
@@ -6,10 +6,10 @@ use minijinja_contrib::pycompat::unknown_method_callback;
 
 use super::python::tuple;
 
-/// The widest text that padding makes.
+/// The maximum width of padded texts, in characters.
 const WIDEST: usize = 1 << 16;
 
-/// Gives the engine methods and filters.
+/// Adds the methods and filters to the engine.
 pub(super) fn set_up(environment: &mut Environment) {
     environment.set_unknown_method_callback(method);
     environment.add_filter("wordcount", |text: &str| {
@@ -124,7 +124,7 @@ fn aligned(
     Ok(padded(text, width, fill.unwrap_or(" "), sides)?.into())
 }
 
-/// The space before and behind a text in the middle of a width, as CPython's `str.center` has it.
+/// The spaces before and behind a centered text, as in CPython's `str.center`.
 fn centered(space: usize, width: usize) -> [usize; 2] {
     let before = space / 2 + (space & width & 1);
     [before, space - before]
@@ -185,7 +185,7 @@ fn split(text: &str, args: &[Value], from_behind: bool) -> Result<Value, Error> 
     Ok(parts.into_iter().map(Value::from).collect())
 }
 
-/// The words between white space, cut from one end; the last part keeps its own white space.
+/// The words between white space, split from one end; the last part keeps its white space.
 fn words(text: &str, parts: usize, from_behind: bool) -> Vec<&str> {
     let mut words = Vec::new();
     let mut rest = text.trim();
@@ -200,7 +200,7 @@ fn words(text: &str, parts: usize, from_behind: bool) -> Vec<&str> {
         rest = others.trim();
     }
     if !rest.is_empty() {
-        // The white space on the side that no cut reached stays.
+        // The white space on the side without a split is kept.
         let at = rest.as_ptr() as usize - text.as_ptr() as usize;
         let rest = if from_behind {
             &text[..at + rest.len()]

@@ -1,4 +1,4 @@
-//! Rows in a text table, CSV or TSV: a line of names, then one of values a row.
+//! Rows of a text table, CSV or TSV: a line of column names, then one record per row.
 
 use std::cell::Cell;
 use std::io::Read;
@@ -11,24 +11,24 @@ use super::error::{DataError, LineError};
 use super::format::Format;
 use super::rows::Collected;
 
-/// More columns than a table of texts has.
+/// The maximum number of columns.
 const MOST_COLUMNS: usize = 4096;
 
-/// Reads a table, a row at a time.
+/// Reads a table row by row.
 pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Result<(), DataError> {
     let ended = Rc::new(Cell::new(false));
     let watched = Watched {
-        // So that every row has an end, and lines can be counted by it.
+        // Every row then has an end, which is needed to count lines.
         file: file.chain(&b"\n"[..]),
         ended: ended.clone(),
     };
     let mut reader = ReaderBuilder::new()
         .delimiter(delimiter)
-        // Between tabs a quotation mark is a character.
+        // In TSV a quotation mark is a plain character.
         .quoting(delimiter != b'\t')
         .terminator(Terminator::Any(b'\n'))
         .has_headers(false)
-        // The check is here, where the record is at hand for the message.
+        // Checked here because the message needs the record.
         .flexible(true)
         .from_reader(watched);
     let mut record = ByteRecord::new();
@@ -37,7 +37,7 @@ pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Resu
         .read_byte_record(&mut record)
         .map_err(|error| failed(error, rows))?
     {
-        // The reader stands behind the row; where it stood before, blank lines may have been.
+        // The position is behind the row; before it there may be blank lines.
         let inside = record.as_slice().iter().filter(|byte| **byte == b'\n');
         let line = (reader.position().line() as usize).saturating_sub(inside.count());
         let (line, open) = if ended.get() {
@@ -69,8 +69,7 @@ pub(super) fn rows(file: impl Read, delimiter: u8, rows: &mut Collected) -> Resu
     Ok(())
 }
 
-/// A file that tells whether its end was met. The reader looks for more only where a row has no end: in
-/// quotes that are never closed.
+/// A file that records whether its end was reached. The reader reads past the last line only if a quote is never closed.
 struct Watched<R> {
     file: R,
     ended: Rc<Cell<bool>>,
@@ -84,7 +83,7 @@ impl<R: Read> Read for Watched<R> {
     }
 }
 
-/// Takes what Windows puts before a line feed off a row's last field.
+/// Removes the carriage return of Windows from the last field of a row.
 fn trim_carriage_return(record: &mut ByteRecord) {
     if record.as_slice().last() == Some(&b'\r') {
         let fields: Vec<Vec<u8>> = record.iter().map(<[u8]>::to_vec).collect();
@@ -121,7 +120,7 @@ fn names(headers: &ByteRecord) -> Result<Vec<String>, LineError> {
     Ok(names)
 }
 
-/// The wanted columns of a record.
+/// The columns of a record that are needed.
 fn row(
     names: &[String],
     is_read: impl Fn(&str) -> bool,
@@ -155,7 +154,7 @@ fn row(
     Ok(row)
 }
 
-/// What the parser says; of bytes it refuses none.
+/// The parser's message. The parser accepts all bytes, so there is no other error.
 fn failed(error: Error, rows: &Collected) -> DataError {
     let source = match error.into_kind() {
         ErrorKind::Io(source) => source,
@@ -169,7 +168,8 @@ fn failed(error: Error, rows: &Collected) -> DataError {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rows::{Row, Rows, read_rows};
+    use super::super::read::read_rows;
+    use super::super::rows::{Row, Rows};
     use super::super::{Example, Format};
 
     fn read(name: &str, text: &[u8]) -> Result<Rows, String> {

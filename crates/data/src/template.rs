@@ -1,35 +1,32 @@
-//! From a row's context to the prompt: as it is, in brackets, in a text, or through the model's chat template.
-//! And the chat template itself, for whole conversations too.
+//! Prompt templates: from the context of a row to the prompt, and the model's chat template for whole conversations.
 
 use std::borrow::Cow;
 use std::io::{self, Write};
 use std::ops::Range;
 use std::path::PathBuf;
-use std::sync::Arc;
-use std::time::{SystemTime, UNIX_EPOCH};
 
 use llama_burn::limited::clipped;
 use minijinja::syntax::SyntaxConfig;
-use minijinja::value::{Enumerator, Object, merge_maps};
+use minijinja::value::merge_maps;
 use minijinja::{Environment, Error, ErrorKind, Value, context};
 
 use super::conversation::Conversation;
 use super::error::DataError;
 use super::model_files::ModelFiles;
-use super::{integers, percent, python, string_methods};
+use super::{dates, integers, percent, python, string_methods};
 use crate::contained::contain;
 use crate::{InstructTemplate, PromptTemplate};
 
-/// What a custom template replaces by the context.
+/// The placeholder of a custom template.
 const PLACEHOLDER: &str = "{context}";
 const NAME: &str = "chat";
-/// Instructions of a template that are carried out for a prompt; those of models in use take some thousands a
-/// message.
+/// The maximum number of instructions that a template executes per prompt; templates of models in use execute some
+/// thousands per message.
 const MOST_STEPS: u64 = 1_000_000;
 /// Bytes of the longest prompt that a template may write.
 const LONGEST_PROMPT: usize = 64 << 20;
 
-/// A prompt template that is ready to use.
+/// A compiled prompt template.
 #[derive(Debug)]
 pub(super) enum Prompt {
     Raw,
@@ -64,13 +61,13 @@ impl Prompt {
         })
     }
 
-    /// Whether the template itself writes the special tokens, so that the tokenizer must not.
+    /// Whether the template writes the special tokens itself; the tokenizer must then add none.
     pub(super) fn has_its_own_special_tokens(&self) -> bool {
         matches!(self, Self::Chat(_))
     }
 }
 
-/// A model's chat template, as transformers' `apply_chat_template` renders it.
+/// The chat template of a model, rendered as by transformers' `apply_chat_template`.
 #[derive(Debug)]
 pub(super) struct ChatTemplate {
     environment: Environment<'static>,
@@ -79,19 +76,19 @@ pub(super) struct ChatTemplate {
     path: PathBuf,
 }
 
-/// What a template wrote.
+/// The output of a template.
 #[derive(Debug, Default)]
 pub(super) struct Rendered {
     /// The text.
     pub text: String,
-    /// What lies between the template's marks, in bytes of the text.
+    /// The byte ranges of the text between the marks of the template.
     pub marked: Vec<Range<usize>>,
 }
 
 impl ChatTemplate {
     pub(super) fn new(files: &ModelFiles) -> Result<Self, DataError> {
         let (text, path) = files.chat_template()?;
-        // Jinja reads every line end as a line feed.
+        // Jinja converts every line end to a line feed.
         let text = text.replace("\r\n", "\n").replace('\r', "\n");
         let (text, marks) = with_marks(&percent::as_filters(&text));
         let mut special_tokens = Vec::new();
@@ -104,29 +101,31 @@ impl ChatTemplate {
             path: path.clone(),
             message: chain(&error),
         };
-        // The engine takes these for variables that are not set.
+        // The engine treats these as undefined variables.
         let of_macros = ["varargs", "kwargs"];
         if let Some(name) = of_macros.iter().find(|name| has_word(&text, name)) {
             let message = format!("{name} in macros is not supported; write the arguments out");
             return Err(DataError::ChatTemplate { path, message });
         }
         let mut environment = Environment::new();
-        // The settings that transformers renders with; a template is written for them.
+        // transformers' settings.
         let syntax = SyntaxConfig::builder()
             .trim_blocks(true)
             .lstrip_blocks(true)
             .build();
         environment.set_syntax(syntax.map_err(failure)?);
-        // A template is a program from whoever made the model: it ends, and what it writes does.
+        // A template is a program of unknown origin, so its steps and its output are limited.
         environment.set_fuel(Some(MOST_STEPS));
         python::set_up(&mut environment);
         string_methods::set_up(&mut environment);
         environment.add_function("raise_exception", |message: String| {
             Err::<Value, _>(Error::new(ErrorKind::InvalidOperation, message))
         });
-        // One date for the whole run: rows of one run must not differ because midnight passed.
-        let now = files.time.unwrap_or_else(clock);
-        environment.add_function("strftime_now", move |format: String| strftime(&format, now));
+        // One date for the whole run: rows of one run must not differ after midnight.
+        let now = files.time.unwrap_or_else(dates::clock);
+        environment.add_function("strftime_now", move |format: String| {
+            dates::strftime(&format, now)
+        });
         environment
             .add_template_owned(NAME, text)
             .map_err(failure)?;
@@ -138,38 +137,32 @@ impl ChatTemplate {
         })
     }
 
-    /// Whether the template marks what the assistant says (`{% generation %}`).
+    /// Whether the template marks the assistant's text (`{% generation %}`).
     pub(super) fn marks(&self) -> bool {
         self.marks
     }
 
-    /// Whether the template's text holds a name, as a word of its own.
+    /// Whether the template contains a name as a whole word.
     pub(super) fn mentions(&self, name: &str) -> bool {
         let template = self.environment.get_template(NAME);
         template.is_ok_and(|template| has_word(template.source(), name))
     }
 
-    /// The template with these messages of a conversation; with `add_generation_prompt` up to where the assistant's
-    /// answer begins.
+    /// Renders these messages of a conversation; with `add_generation_prompt` the text ends where the assistant's answer
+    /// begins.
     pub(super) fn render(
         &self,
         messages: &[serde_json::Value],
         conversation: &Conversation,
         add_generation_prompt: bool,
     ) -> Result<Rendered, DataError> {
-        let variables: Value = conversation
-            .variables
-            .iter()
-            .map(|(name, value)| (name.clone(), in_order(value)))
-            .collect::<std::collections::BTreeMap<String, Value>>()
-            .into();
-        let special_tokens: Value = self
-            .special_tokens
-            .iter()
-            .map(|(key, token)| (key.to_string(), Value::from(token)))
-            .collect::<std::collections::BTreeMap<String, Value>>()
-            .into();
-        // transformers defines `tools` and `documents` even where there are none; templates ask `is none`.
+        let variables = conversation.variables.iter();
+        let variables =
+            Value::from_pairs(variables.map(|(name, value)| (name.as_str(), in_order(value))));
+        let special_tokens = self.special_tokens.iter();
+        let special_tokens =
+            Value::from_pairs(special_tokens.map(|(key, token)| (*key, token.as_str())));
+        // transformers always defines `tools` and `documents`; templates test `is none`.
         let variables = context! {
             messages => messages.iter().map(aliased).collect::<Vec<_>>(), add_generation_prompt,
             tools => conversation.tools.as_ref().map(in_order), documents => (), ..merge_maps([variables, special_tokens])
@@ -194,7 +187,7 @@ impl ChatTemplate {
     }
 }
 
-/// What a template writes, up to [`LONGEST_PROMPT`].
+/// The output of a template, up to [`LONGEST_PROMPT`].
 struct Bounded(Vec<u8>);
 
 impl Write for Bounded {
@@ -212,24 +205,7 @@ impl Write for Bounded {
     }
 }
 
-/// A JSON object whose keys keep their order, which shows where a template writes it out. (minijinja's own map
-/// would need a feature that other crates in the tree then pay for.)
-#[derive(Debug)]
-struct Ordered(Vec<(String, Value)>);
-
-impl Object for Ordered {
-    fn get_value(self: &Arc<Self>, key: &Value) -> Option<Value> {
-        let key = key.as_str()?;
-        let found = self.0.iter().find(|(name, _)| name == key);
-        found.map(|(_, value)| value.clone())
-    }
-
-    fn enumerate(self: &Arc<Self>) -> Enumerator {
-        let keys = self.0.iter().map(|(name, _)| Value::from(name.as_str()));
-        Enumerator::Values(keys.collect())
-    }
-}
-
+/// JSON as a value of the engine. Objects keep the order of their keys, which shows where a template writes them.
 pub(super) fn in_order(value: &serde_json::Value) -> Value {
     match value {
         serde_json::Value::Array(items) => items.iter().map(in_order).collect::<Vec<_>>().into(),
@@ -238,8 +214,7 @@ pub(super) fn in_order(value: &serde_json::Value) -> Value {
         }
         serde_json::Value::Object(object) => {
             let entries = object.iter();
-            let entries = entries.map(|(name, value)| (name.clone(), in_order(value)));
-            Value::from_object(Ordered(entries.collect()))
+            Value::from_pairs(entries.map(|(name, value)| (name.as_str(), in_order(value))))
         }
         serde_json::Value::Null => ().into(),
         serde_json::Value::Bool(value) => (*value).into(),
@@ -252,12 +227,12 @@ pub(super) fn in_order(value: &serde_json::Value) -> Value {
     }
 }
 
-/// Where a template's mark begins and ends, in the text that it writes: characters for private use, which are taken out
-/// again.
+/// The beginning and the end of a mark in the output of a template: characters for private use, which are removed
+/// afterwards.
 const MARKS: [char; 2] = ['\u{10fae0}', '\u{10fae1}'];
 
 impl Rendered {
-    /// Takes the marks out.
+    /// Removes the marks from a text.
     fn new(marked_text: String) -> Self {
         if !marked_text.contains(MARKS) {
             return Self {
@@ -284,7 +259,7 @@ impl Rendered {
     }
 }
 
-/// A message as transformers hands it to a template: reasoning under each of the names that templates know.
+/// A message as transformers passes it to a template: with the reasoning under each name that templates use.
 fn aliased(message: &serde_json::Value) -> Value {
     const NAMES: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
     let Some(object) = message.as_object() else {
@@ -301,8 +276,8 @@ fn aliased(message: &serde_json::Value) -> Value {
     in_order(&serde_json::Value::Object(object))
 }
 
-/// `{% generation %}` is transformers' mark around what the assistant says. Conditions that hold take the tags' places,
-/// so that white space around them is treated alike, and write marks between them. Whether there are any.
+/// Replaces `{% generation %}`, transformers' mark around the assistant's text, by true conditions, which treat the white
+/// space around them in the same way, with marks between them. Also returns whether there are any.
 fn with_marks(text: &str) -> (String, bool) {
     let mut result = String::with_capacity(text.len());
     let mut marks = false;
@@ -310,7 +285,7 @@ fn with_marks(text: &str) -> (String, bool) {
     while let Some(start) = rest.find("{%") {
         let (before, tag) = rest.split_at(start);
         result.push_str(before);
-        // Behind the opening: `{%}` is no tag.
+        // Search behind the opening: `{%}` is not a tag.
         let Some(end) = tag[2..].find("%}").map(|end| end + 2) else {
             rest = tag;
             break;
@@ -336,118 +311,19 @@ fn with_marks(text: &str) -> (String, bool) {
     (result + rest, marks)
 }
 
-/// Whether a text has a word.
+/// Whether a text contains a whole word.
 fn has_word(text: &str, word: &str) -> bool {
     let is_of_word = |c: char| c.is_alphanumeric() || c == '_';
     text.split(|c: char| !is_of_word(c))
         .any(|found| found == word)
 }
 
-/// Seconds since 1970.
-pub(super) fn clock() -> u64 {
-    let past = SystemTime::now().duration_since(UNIX_EPOCH);
-    past.map_or(0, |past| past.as_secs())
-}
-
-/// An error with what caused it.
+/// An error with its causes.
 fn chain(error: &dyn std::error::Error) -> String {
     match error.source() {
         Some(source) => format!("{error}: {}", chain(source)),
         None => error.to_string(),
     }
-}
-
-/// Python's `strftime` for the directives that chat templates use, in UTC (transformers takes local time).
-fn strftime(format: &str, seconds: u64) -> Result<String, Error> {
-    const MONTHS: [&str; 12] = [
-        "January",
-        "February",
-        "March",
-        "April",
-        "May",
-        "June",
-        "July",
-        "August",
-        "September",
-        "October",
-        "November",
-        "December",
-    ];
-    const DAYS: [&str; 7] = [
-        "Thursday",
-        "Friday",
-        "Saturday",
-        "Sunday",
-        "Monday",
-        "Tuesday",
-        "Wednesday",
-    ];
-    let (days, second) = (seconds / 86_400, seconds % 86_400);
-    let (year, month, day) = date(days);
-    let (month_name, day_name) = (MONTHS[month as usize - 1], DAYS[(days % 7) as usize]);
-    let mut text = String::new();
-    let mut characters = format.chars();
-    while let Some(character) = characters.next() {
-        if character != '%' {
-            text.push(character);
-            continue;
-        }
-        match characters.next() {
-            Some('Y') => text += &format!("{year:04}"),
-            Some('y') => text += &format!("{:02}", year % 100),
-            Some('m') => text += &format!("{month:02}"),
-            Some('d') => text += &format!("{day:02}"),
-            Some('B') => text += month_name,
-            Some('b') => text += &month_name[..3],
-            Some('A') => text += day_name,
-            Some('a') => text += &day_name[..3],
-            Some('H') => text += &format!("{:02}", second / 3600),
-            Some('M') => text += &format!("{:02}", second / 60 % 60),
-            Some('S') => text += &format!("{:02}", second % 60),
-            Some('%') => text.push('%'),
-            other => {
-                let name = other.map(String::from).unwrap_or_default();
-                let message = format!("strftime_now does not know %{name}");
-                return Err(Error::new(ErrorKind::InvalidOperation, message));
-            }
-        }
-    }
-    Ok(text)
-}
-
-/// The date `days` after 1 January 1970, as (year, month, day).
-fn date(mut days: u64) -> (u64, u64, u64) {
-    let leap = |year: u64| {
-        year.is_multiple_of(4) && (!year.is_multiple_of(100) || year.is_multiple_of(400))
-    };
-    let mut year = 1970;
-    while days >= 365 + u64::from(leap(year)) {
-        days -= 365 + u64::from(leap(year));
-        year += 1;
-    }
-    let lengths = [
-        31,
-        28 + u64::from(leap(year)),
-        31,
-        30,
-        31,
-        30,
-        31,
-        31,
-        30,
-        31,
-        30,
-        31,
-    ];
-    let mut month = 1;
-    for length in lengths {
-        if days < length {
-            break;
-        }
-        days -= length;
-        month += 1;
-    }
-    (year, month, days + 1)
 }
 
 #[cfg(test)]
@@ -584,18 +460,7 @@ mod tests {
     }
 
     #[test]
-    fn dates_are_pythons() {
-        let all = |seconds| strftime("%Y %y %m %d %B %b %A %a %H:%M:%S %%", seconds).unwrap();
-        assert_eq!(all(0), "1970 70 01 01 January Jan Thursday Thu 00:00:00 %");
-        assert_eq!(
-            all(1_709_251_199),
-            "2024 24 02 29 February Feb Thursday Thu 23:59:59 %"
-        );
-        assert_eq!(
-            all(4_107_542_400),
-            "2100 00 03 01 March Mar Monday Mon 00:00:00 %"
-        );
-        assert!(strftime("%Q", 0).unwrap_err().to_string().contains("%Q"));
+    fn a_template_may_write_the_date() {
         assert_eq!(render("{{ strftime_now('%Y') | length }}", ""), "4");
     }
 }

@@ -1,4 +1,4 @@
-//! From a row's text to its token ids: prompt, target, end token; or a conversation, or a text.
+//! From a row to its token ids: prompt, target and end token; or a conversation; or a text.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -20,20 +20,20 @@ use super::unwritten;
 use crate::PromptTemplate;
 use crate::contained::decoded;
 
-/// A row as the model sees it.
+/// The tokens of a row.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TokenizedRow {
     /// The line in the data file, from 1.
     pub line: usize,
     /// All its tokens.
     pub ids: Vec<u32>,
-    /// Which of them are learned: ranges of positions, in order, none empty, none from 0 on, since nothing
-    /// predicts a row's first token. There is at least one.
+    /// The tokens in the loss: ranges of positions, in order, at least one, none empty, none from 0 on, because no
+    /// token predicts the first token of a row.
     pub learned: Vec<Range<usize>>,
 }
 
 impl TokenizedRow {
-    /// A row of a prompt and what is to be learned.
+    /// A row of a prompt and a completion, with the loss on the completion.
     pub fn answer(line: usize, ids: Vec<u32>, prompt_tokens: usize) -> Self {
         Self {
             line,
@@ -42,18 +42,18 @@ impl TokenizedRow {
         }
     }
 
-    /// The tokens that are learned, with their positions.
+    /// The tokens in the loss, with their positions.
     pub fn supervised(&self) -> impl Iterator<Item = (usize, u32)> + Clone {
         let positions = self.learned.iter().cloned().flatten();
         positions.map(|position| (position, self.ids[position]))
     }
 
-    /// How many tokens are learned.
+    /// The number of tokens in the loss.
     pub fn supervised_tokens(&self) -> usize {
         self.learned.iter().map(Range::len).sum()
     }
 
-    /// How many tokens come before the first that is learned; at least 1.
+    /// The number of tokens before the first one in the loss; at least 1.
     pub fn prompt_tokens(&self) -> usize {
         self.learned
             .first()
@@ -61,27 +61,27 @@ impl TokenizedRow {
     }
 }
 
-/// A row as something to be answered.
+/// A prompt with its right answer, for evaluation.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Question {
     /// The line in the data file, from 1.
     pub line: usize,
-    /// The tokens up to where the answer begins.
+    /// The tokens of the prompt.
     pub prompt: Vec<u32>,
     /// The right answer.
     pub target: String,
 }
 
-/// A model's tokenizer with a prompt template and the token that ends a text.
+/// A model's tokenizer with a prompt template and the end token.
 ///
-/// Prompt and target are tokenized apart, so that the boundary is a token boundary for any tokenizer. The
-/// prompt begins with what the tokenizer's own post-processor puts before a text (Llama: the BOS token), as
-/// in transformers; a chat template writes its special tokens itself.
+/// Prompt and target are tokenized separately, so their boundary is a token boundary for any tokenizer. The prompt begins
+/// with the tokens that the tokenizer's post-processor puts before a text (Llama: the BOS token), as in transformers; a
+/// chat template writes its special tokens itself.
 #[derive(Debug)]
 pub struct RowTokenizer {
     tokenizer: Guarded,
     prompt: Prompt,
-    /// For conversations, which no other template can render.
+    /// For conversations, which only the chat template can render.
     chat: Option<ChatTemplate>,
     special: HashSet<u32>,
     before: Vec<u32>,
@@ -93,14 +93,14 @@ impl RowTokenizer {
     ///
     /// # Errors
     ///
-    /// A file that is not valid, or no end token, or no chat template where one is asked for.
+    /// A file that is not valid; no end token; no chat template if one is needed.
     pub fn new(files: &ModelFiles, template: &PromptTemplate) -> Result<Self, DataError> {
         const NAME: &str = "tokenizer.json";
         let rebuilt = llama_tokenizer::rebuilt(files)?;
         let json = rebuilt.as_deref().unwrap_or(&files.tokenizer);
         let mut guarded = Guarded::read(json)
             .map_err(|error| files.error(NAME, format!("not a valid tokenizer: {error}")))?;
-        // Some tokenizer.json cut and pad. Rows are never cut, and there is no padding in a packed batch.
+        // Some tokenizer.json truncate and pad. Rows are never truncated, and packed batches have no padding.
         let tokenizer = &mut guarded.tokenizer;
         tokenizer
             .with_truncation(None)
@@ -127,11 +127,11 @@ impl RowTokenizer {
         })
     }
 
-    /// Makes ready for the rows of the file `path`, which have this format.
+    /// Prepares for the rows of the file `path`, which have this format.
     ///
     /// # Errors
     ///
-    /// Conversations without a chat template; a template that has no place for what the rows hold.
+    /// Conversations without a chat template; a prompt template that does not fit the format.
     pub fn prepare(
         &mut self,
         files: &ModelFiles,
@@ -151,7 +151,7 @@ impl RowTokenizer {
                 "conversations",
                 "leave it out, or write \"chat\": the model's chat template renders them",
             )),
-            // A prompt may turn out to be a conversation too.
+            // A prompt may be a conversation.
             (_, Format::PromptCompletion) if !files.has_chat_template() => Ok(()),
             (_, Format::Messages | Format::PromptCompletion) => {
                 self.chat = Some(ChatTemplate::new(files)?);
@@ -166,7 +166,7 @@ impl RowTokenizer {
         &self.tokenizer.tokenizer
     }
 
-    /// The id of the token that ends a text.
+    /// The id of the end token.
     pub fn end_token(&self) -> u32 {
         self.end
     }
@@ -176,7 +176,7 @@ impl RowTokenizer {
         self.special.contains(&id)
     }
 
-    /// Whether a prompt is its context and nothing more.
+    /// Whether the prompt is the context unchanged.
     pub fn asks_contexts(&self) -> bool {
         matches!(self.prompt, Prompt::Raw) && self.chat.is_none()
     }
@@ -186,7 +186,7 @@ impl RowTokenizer {
         self.chat.is_some()
     }
 
-    /// What the user should know of how answers under the chat template end, where generation stops at these tokens.
+    /// A warning about the end of the chat template's answers, for generation that stops at these tokens.
     pub fn generation_warning(&self, stops: &[u32]) -> Option<String> {
         let Prompt::Chat(template) = &self.prompt else {
             return None;
@@ -201,17 +201,17 @@ impl RowTokenizer {
         ends::generation_warning(self.tokenizer(), end, stops)
     }
 
-    /// The ids of a prompt for `context`, template applied, up to where the answer begins.
+    /// The ids of the prompt for `context`.
     ///
     /// # Errors
     ///
-    /// What the chat template or the tokenizer (then with `path` and `line`) says.
+    /// Errors of the chat template or of the tokenizer (with `path` and `line`).
     pub fn prompt(&self, context: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
         let text = self.prompt.render(context)?;
         Ok(self.begun(self.encode(&text, path, line)?))
     }
 
-    /// `ids` behind the tokens that begin a text, unless the text was written with them already.
+    /// `ids` with the tokens that begin a text, unless the text has them already.
     fn begun(&self, ids: Vec<u32>) -> Vec<u32> {
         if ids.starts_with(&self.before) {
             ids
@@ -220,7 +220,7 @@ impl RowTokenizer {
         }
     }
 
-    /// The ids of what training puts behind a prompt: the answer's own and the end token.
+    /// The ids of the completion: those of the answer, and the end token.
     ///
     /// # Errors
     ///
@@ -228,25 +228,25 @@ impl RowTokenizer {
     pub fn answer(&self, text: &str, path: &Path, line: usize) -> Result<Vec<u32>, DataError> {
         let mut ids = self.encode(text, path, line)?;
         match self.ends_at(&ids) {
-            // White space behind the end is nothing to learn.
+            // White space behind the end token is not trained on.
             Some(end) => ids.truncate(end + 1),
             None => ids.push(self.end),
         }
         Ok(ids)
     }
 
-    /// Where the end token is, if the text was written with it: at most white space follows.
+    /// The position of the end token, if the text ends with it, apart from white space.
     fn ends_at(&self, ids: &[u32]) -> Option<usize> {
         let end = ids.iter().rposition(|id| *id == self.end)?;
         let behind = decoded(&self.tokenizer.tokenizer, &ids[end + 1..], false);
         behind.trim().is_empty().then_some(end)
     }
 
-    /// A row as a question: of a conversation, what the assistant says last.
+    /// A row as prompt and answer; of a conversation, the answer is the last assistant turn.
     ///
     /// # Errors
     ///
-    /// As [`tokenize`](Self::tokenize); and for a plain text, which asks nothing.
+    /// As [`tokenize`](Self::tokenize); and for a plain text, which has no answer.
     pub fn question(&self, row: &Row, path: &Path) -> Result<Question, DataError> {
         let (line, prompt, target) = match &row.example {
             Example::Answer { target, .. } | Example::Instruction { output: target, .. } => (
@@ -277,11 +277,11 @@ impl RowTokenizer {
         }
     }
 
-    /// The tokens of a row of the file `path`, however many they are.
+    /// The tokens of a row of the file `path`, whatever their number.
     ///
     /// # Errors
     ///
-    /// A prompt without tokens, or an id that a vocabulary of `vocab_size` does not have, with file and line.
+    /// A prompt without tokens, or an id outside a vocabulary of `vocab_size`, with file and line.
     pub fn tokenize(
         &self,
         row: &Row,
@@ -352,8 +352,8 @@ impl RowTokenizer {
         }
     }
 
-    /// The text of the prompt of an answer's row. Alpaca's two parts are two lines; where no template would tell them
-    /// apart, they are framed as FinLoRA's contexts are, which were made of such rows.
+    /// The text of the prompt of a row with an answer. Alpaca's instruction and input are two lines; with the raw template
+    /// they have the form of FinLoRA's contexts, which were made from such rows.
     fn prompt_text<'a>(
         &'a self,
         example: &'a Example,
@@ -395,7 +395,7 @@ impl RowTokenizer {
         Ok(self.prompt.render(&context)?.into_owned().into())
     }
 
-    /// The ids of the prompt of an answer's row, up to where the answer begins.
+    /// The ids of the prompt of a row with an answer.
     fn row_prompt(
         &self,
         example: &Example,
@@ -406,7 +406,7 @@ impl RowTokenizer {
         Ok(self.begun(self.encode(&text, path, line)?))
     }
 
-    /// What the user should know of what the rows' conversations hold and the chat template does not write.
+    /// Warnings about parts of the conversations that the chat template does not write.
     pub(super) fn unwritten(&self, rows: &[Row], path: &Path) -> Vec<String> {
         let chat = self.chat.as_ref();
         chat.map_or_else(Vec::new, |template| {
@@ -438,15 +438,15 @@ impl RowTokenizer {
         }
     }
 
-    /// As [`encode`](Self::encode), with where in the text each token is from, in bytes.
+    /// [`encode`](Self::encode) with the byte offsets of each token.
     fn encoding(&self, text: &str, path: &Path, line: usize) -> Result<Encoding, DataError> {
         let encoding = self.tokenizer.encode(text);
         encoding.map_err(|error| failed(error, path, line))
     }
 }
 
-/// Adds the tokens that a model's other files name, under the ids that they give, or behind all others. Of a token that `tokenizer.json` has
-/// too, their flags count, as in transformers.
+/// Adds the tokens that a model's other files name, with their ids, or after all others. For a token that is also in
+/// `tokenizer.json`, the flags of the other files take precedence, as in transformers.
 fn add_tokens(tokenizer: &mut Tokenizer, files: &ModelFiles) -> Result<(), DataError> {
     for (id, token) in files.added_tokens()? {
         let known = tokenizer.get_added_tokens_decoder();
@@ -479,7 +479,7 @@ fn add_tokens(tokenizer: &mut Tokenizer, files: &ModelFiles) -> Result<(), DataE
     Ok(())
 }
 
-/// Whether two tokens are alike in every flag; the crate's own comparison asks for the text only.
+/// Whether two tokens have the same flags; the crate's own comparison compares the texts only.
 fn same(a: &AddedToken, b: &AddedToken) -> bool {
     let flags = |token: &AddedToken| {
         [
@@ -501,8 +501,8 @@ fn failed(message: String, path: &Path, line: usize) -> DataError {
     }
 }
 
-/// The template that rows of a format are rendered with under a configured one: conversations always by the
-/// chat template, texts by none. `None`: the two do not go together.
+/// The template that renders the rows of a format: the chat template for conversations, none for texts, else the
+/// configured one. `None`: format and configured template do not fit.
 pub fn effective_template(template: &PromptTemplate, format: Format) -> Option<PromptTemplate> {
     match (format, template) {
         (Format::Messages, PromptTemplate::Raw | PromptTemplate::Chat) => {
@@ -694,9 +694,9 @@ pub(super) mod tests {
                 .and_then(|it| it.tokenize(&row, Path::new("a"), 10))
                 .map(|row| row.ids)
         };
-        files.tokenizer_config = Some(config("9"));
+        files.tokenizer_config = Some(config("9").into());
         assert_eq!(ids(&files).unwrap(), [3, 9, 4, 8, 2]);
-        files.tokenizer_config = Some(config("12"));
+        files.tokenizer_config = Some(config("12").into());
         let error = ids(&files).unwrap_err().to_string();
         assert!(
             error.contains("<b>") && error.contains("id 12") && error.contains("id 9"),

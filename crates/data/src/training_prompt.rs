@@ -1,7 +1,7 @@
-//! How the prompts of an adapter's training were made, kept in a file beside its weights.
+//! The prompt template of an adapter's training, saved in a file beside its weights.
 //!
-//! An adapter that learned one form of prompt and is asked in another answers worse, and the numbers of an
-//! evaluation then tell about the form, not about the task. PEFT does not look at the file.
+//! An adapter that is used with another prompt template than in training performs worse, and an evaluation then measures
+//! the template, not the task. PEFT ignores the file.
 
 use std::path::{Path, PathBuf};
 
@@ -31,7 +31,7 @@ pub enum PromptFileError {
         /// What the system says.
         source: std::io::Error,
     },
-    /// It does not say what it should.
+    /// Its content is not valid.
     #[error(
         "{} is not what training writes: {message}; if the file is lost, delete it and give --template",
         path.display()
@@ -44,33 +44,33 @@ pub enum PromptFileError {
     },
 }
 
-/// How an adapter's prompts were made.
+/// How the prompts of a training were made.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TrainingPrompt {
-    /// The prompt template, as a configuration has it.
+    /// The config key `prompt_template`.
     pub prompt_template: String,
-    /// What the rows held, as a configuration has it.
+    /// The config key `dataset_format`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub dataset_format: Option<String>,
-    /// The SHA-256 of the model's chat template, where that was the prompt template.
+    /// The SHA-256 of the model's chat template, if it rendered the prompts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template_sha256: Option<String>,
-    /// What the chat template took for now, in seconds since 1970, where it writes the date.
+    /// The date that the chat template wrote, in seconds since 1970; `None` if it writes no date.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub chat_template_time: Option<u64>,
 }
 
 impl TrainingPrompt {
-    /// How rows of this format are rendered under this configured template by a model with these files.
+    /// How rows of this format are rendered with this template and these files of a model.
     pub fn new(files: &ModelFiles, template: &PromptTemplate, format: Format) -> Self {
         let template = effective_template(template, format).unwrap_or_else(|| template.clone());
         Self {
-            dataset_format: Some(format.word().into()),
+            dataset_format: Some(format.name().into()),
             ..Self::of_template(files, &template)
         }
     }
 
-    /// How a template renders prompts by a model with these files.
+    /// How a template renders prompts with these files of a model.
     pub fn of_template(files: &ModelFiles, template: &PromptTemplate) -> Self {
         let is_chat = *template == PromptTemplate::Chat;
         let chat = is_chat.then(|| files.chat_template().ok());
@@ -82,7 +82,7 @@ impl TrainingPrompt {
         }
     }
 
-    /// Writes the file of an adapter's folder.
+    /// Writes the file into an adapter's folder.
     ///
     /// # Errors
     ///
@@ -100,7 +100,7 @@ impl TrainingPrompt {
         )?)
     }
 
-    /// Reads the file of an adapter's folder; `None` where there is none, as in PEFT's.
+    /// Reads the file of an adapter's folder; `None` if it is missing, as in adapters of PEFT.
     ///
     /// # Errors
     ///
@@ -128,12 +128,12 @@ impl TrainingPrompt {
     ///
     /// # Errors
     ///
-    /// What it must be, if it is none.
+    /// A template that is not valid.
     pub fn template(&self) -> Result<PromptTemplate, String> {
         self.prompt_template.parse()
     }
 
-    /// In what prompts made as `other` says differ from these, if in anything.
+    /// How these prompts differ from those of `other`; `None` if they are the same.
     pub fn difference(&self, other: &Self) -> Option<String> {
         if self.prompt_template != other.prompt_template {
             return Some(format!(

@@ -1,16 +1,17 @@
-//! What conversations hold and a chat template does not write: a warning where it is known to change the meaning, listed
-//! where it is anything else. transformers passes over it.
+//! Parts of conversations that a chat template does not write: a warning if they are known to change the meaning, else they
+//! are listed. transformers ignores them silently.
 
 use std::path::Path;
 
 use serde_json::Value;
 
 use super::conversation::Conversation;
+use super::empty::is_empty;
 use super::format::Example;
 use super::rows::{MOST_IGNORED, Row};
 use super::template::ChatTemplate;
 
-/// A part of a conversation that means something, and that a template may have no place for.
+/// A part of a conversation that has a meaning and that some templates do not write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Part {
     /// The list of tools.
@@ -19,7 +20,7 @@ enum Part {
     Key(&'static str),
 }
 
-/// A tool's message bears a `name` to say who answers, which few templates write.
+/// The parts. (The `name` of a tool's message is excepted: few templates write it.)
 const PARTS: [Part; 6] = [
     Part::Tools,
     Part::Key("tool_calls"),
@@ -29,11 +30,11 @@ const PARTS: [Part; 6] = [
     Part::Key("thinking"),
 ];
 
-/// Keys of messages that say who and not what.
+/// Keys of messages that every template may leave out.
 const WITHOUT_MEANING: [&str; 3] = ["role", "content", "tool_call_id"];
 
 impl Part {
-    /// The first message that has it, or 0 for what is no message's.
+    /// The first message that has the part; 0 for the list of tools.
     fn place(self, conversation: &Conversation) -> Option<usize> {
         match self {
             Self::Tools => conversation.tools.as_ref().map(|_| 0),
@@ -71,20 +72,13 @@ impl Part {
     }
 }
 
-/// Whether a message has a key that means something.
+/// Whether a message has a key with a meaning.
 fn has(message: &Value, key: &str) -> bool {
     let is_a_tools_name = key == "name" && message["role"] == "tool";
-    let is_set = match message.get(key) {
-        None | Some(Value::Null) => false,
-        Some(Value::String(text)) => !text.is_empty(),
-        Some(Value::Array(items)) => !items.is_empty(),
-        Some(_) => true,
-    };
-    is_set && !is_a_tools_name
+    !is_empty(message.get(key)) && !is_a_tools_name
 }
 
-/// What the user should know of parts of the conversations that the template does not write, once for each kind: the first
-/// row that has one, and what to do.
+/// A warning for each kind of part that the template does not write: the first row that has it, and what to do.
 pub(super) fn warnings(template: &ChatTemplate, rows: &[Row], path: &Path) -> Vec<String> {
     let mut open = PARTS.to_vec();
     let mut variables: Vec<&str> = Vec::new();
@@ -108,7 +102,7 @@ pub(super) fn warnings(template: &ChatTemplate, rows: &[Row], path: &Path) -> Ve
             let Some(place) = part.place(conversation) else {
                 return true;
             };
-            // A template may drop the thoughts of earlier turns on purpose.
+            // A template may drop the reasoning of earlier turns on purpose.
             let is_known = part.is_thought() && template.mentions(part.name());
             if !is_known && !writes(template, conversation, *part) {
                 let name = part.name();
@@ -123,8 +117,8 @@ pub(super) fn warnings(template: &ChatTemplate, rows: &[Row], path: &Path) -> Ve
     warnings
 }
 
-/// Whether a text with the part differs from one without it; `true` where one of them cannot be rendered, which is
-/// another error's matter.
+/// Whether the text with the part differs from the text without it; `true` if one of them cannot be rendered, which is
+/// reported elsewhere.
 fn writes(template: &ChatTemplate, conversation: &Conversation, part: Part) -> bool {
     let text = |conversation: &Conversation| {
         let rendered = template.render(&conversation.messages, conversation, false);
@@ -134,7 +128,7 @@ fn writes(template: &ChatTemplate, conversation: &Conversation, part: Part) -> b
     with.is_none() || without.is_none() || with != without
 }
 
-/// The keys of messages that the template does not mention, in the order in which they are met: `messages[].id`.
+/// The keys of messages that the template does not mention, in the order in which they are found: `messages[].id`.
 pub(super) fn ignored(template: &ChatTemplate, rows: &[Row]) -> Vec<String> {
     let mut found: Vec<&str> = Vec::new();
     let messages = conversations(rows).flat_map(|(_, conversation)| &conversation.messages);

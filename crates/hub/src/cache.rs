@@ -1,8 +1,8 @@
-//! Hugging Face's cache, laid out as its own programs lay it out, so that each finds what the others fetched.
+//! Hugging Face's cache, in the layout of `huggingface_hub`, so that each program finds what the others downloaded.
 //!
 //! ```text
 //! models--ORG--NAME/
-//!   blobs/HASH                 a file's bytes; HASH.incomplete while they come in
+//!   blobs/HASH                 a file's bytes; HASH.incomplete during the download
 //!   snapshots/COMMIT/FILE      a link to its blob
 //!   refs/REVISION              the commit that a branch or tag was last seen at
 //! .locks/models--ORG--NAME/HASH.lock
@@ -21,7 +21,7 @@ use super::name::is_commit;
 use super::progress::Progress;
 use super::{HubError, HubName, Settings};
 
-/// Files up to this size are hashed whenever they are used; larger ones when they come in.
+/// Files up to this size are hashed whenever they are used, larger ones when they are downloaded.
 const SMALL: u64 = 16 << 20;
 
 /// One repository's part of the cache.
@@ -65,7 +65,7 @@ impl<'a> RepositoryCache<'a> {
         Some(text.trim().to_string()).filter(|commit| is_commit(commit))
     }
 
-    /// The folder that holds everything that is needed, from the cache alone; else what it lacks.
+    /// The folder that holds everything that is needed, from the cache alone. The error names what is missing.
     pub fn whole(&self, need: Need) -> Result<PathBuf, String> {
         let Some(commit) = self.commit() else {
             return Err(format!("nothing of it is in {}", self.folder.display()));
@@ -75,7 +75,7 @@ impl<'a> RepositoryCache<'a> {
             fs::read_dir(&folder).map_err(|_| format!("there is no {}", folder.display()))?;
         let names = entries.filter_map(|entry| {
             let path = entry.ok()?.path();
-            // A link without its blob is no file.
+            // A link without its blob is not a file.
             path.is_file()
                 .then(|| path.file_name()?.to_str().map(String::from))?
         });
@@ -93,7 +93,7 @@ impl<'a> RepositoryCache<'a> {
         Ok(folder)
     }
 
-    /// Remembers the commit of a branch or tag. A cache that is only read does not need it.
+    /// Remembers the commit of a branch or tag. A failure is only logged: the cache may be read-only.
     pub fn remember(&self, commit: &str) {
         let revision = self.name.revision_or_main();
         if is_commit(revision) || self.commit().as_deref() == Some(commit) {
@@ -105,7 +105,7 @@ impl<'a> RepositoryCache<'a> {
         }
     }
 
-    /// Waits until no other process fetches this blob. Python's `huggingface_hub` takes the same lock.
+    /// Waits until no other process downloads this blob. Python's `huggingface_hub` takes the same lock.
     pub fn lock(
         &self,
         hash: &str,
@@ -129,15 +129,15 @@ impl<'a> RepositoryCache<'a> {
                 lock.lock().map_err(failed)?;
                 Ok(Some(lock))
             }
-            // Some network file systems know no locks. The rename at the end keeps the blob whole even so.
+            // Some network file systems have no locks. The blob is complete all the same: it is renamed at the end.
             Err(TryLockError::Error(error)) => {
-                log::warn!("{}: {error}; going on without a lock", path.display());
+                log::warn!("{}: {error}; continuing without a lock", path.display());
                 Ok(None)
             }
         }
     }
 
-    /// Makes `snapshots/COMMIT/FILE` lead to the blob.
+    /// Makes `snapshots/COMMIT/FILE` a link to the blob.
     pub fn link(&self, blob: &Path, commit: &str, file: &str) -> Result<(), HubError> {
         let folder = self.snapshot(commit);
         let pointer = folder.join(file);
@@ -158,7 +158,7 @@ impl<'a> RepositoryCache<'a> {
     }
 }
 
-/// Whether `path` is a file of this size and, where it is small, of this hash.
+/// Whether `path` is a file of this size and, if it is small, with this hash.
 pub(super) fn is_whole(path: &Path, size: u64, digest: Option<&Digest>) -> bool {
     if !fs::metadata(path).is_ok_and(|file| file.is_file() && file.len() == size) {
         return false;
@@ -201,7 +201,7 @@ fn make_link(relative: &Path, _blob: &Path, at: &Path) -> io::Result<()> {
     std::os::unix::fs::symlink(relative, at)
 }
 
-/// Symbolic links need a right on Windows that users do not have; a second name for the file does not.
+/// On Windows, symbolic links need a permission that users do not have; hard links do not.
 #[cfg(not(unix))]
 fn make_link(_relative: &Path, blob: &Path, at: &Path) -> io::Result<()> {
     fs::hard_link(blob, at).or_else(|_| fs::copy(blob, at).map(drop))

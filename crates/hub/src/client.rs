@@ -1,8 +1,8 @@
-//! Requests to the Hub and to where it sends one for large files.
+//! Requests to the Hub and to the servers of large files to which it redirects.
 //!
 //! They go through `hf-hub`'s client (addresses, token, TLS). Version 0.5 of that crate sets no time limits,
-//! follows relative redirects without an end, and appends to a part whether or not the server continued it, so
-//! redirects, ranges and failures are looked after here.
+//! follows relative redirects without limit, and appends to a partial file whether or not the server resumed, so
+//! redirects, ranges and failures are handled here.
 
 use std::time::Duration;
 
@@ -15,18 +15,18 @@ use super::digest::Digest;
 use super::listing::Listing;
 use super::{HubError, HubName, Settings};
 
-/// The longest list of files that is read.
+/// The longest list of files that is read, in bytes.
 const LARGEST_ANSWER: u64 = 32 << 20;
 const MOST_REDIRECTS: usize = 8;
 /// The longest wait that a server can ask for.
 const LONGEST_WAIT: Duration = Duration::from_secs(60);
 
-/// Why a request brought nothing.
+/// Why a request failed.
 #[derive(Debug)]
 pub(super) enum Failure {
     /// Another attempt may help, after this time if the server says so.
     Passing(String, Option<Duration>),
-    /// Nothing helps but what the message says.
+    /// Another attempt does not help.
     Final(HubError),
 }
 
@@ -36,7 +36,7 @@ impl From<HubError> for Failure {
     }
 }
 
-/// An answer, and what the Hub itself said of the file before it sent the request elsewhere.
+/// A response, and what the Hub stated about the file before it redirected.
 pub(super) struct Answer {
     pub url: String,
     pub response: Response<Body>,
@@ -97,14 +97,14 @@ impl<'a> Client<'a> {
 
     /// The address of a file at a commit.
     pub fn file_url(&self, commit: &str, file: &str) -> String {
-        // hf-hub's `url` has the revision that was asked for, which may move on while files come in.
+        // hf-hub's `url` has the requested revision, which may move to another commit during the download.
         format!(
             "{}/{}/resolve/{commit}/{file}",
             self.settings.endpoint, self.name.repository
         )
     }
 
-    /// Asks for a file from byte `from` on. Any status but a redirect's is an answer.
+    /// Requests a file from byte `from` on. Any status but a redirect is returned.
     pub fn get(&self, url: &str, from: Option<u64>) -> Result<Answer, Failure> {
         let mut url = url.to_string();
         let (mut digest, mut size) = (None, None);
@@ -117,7 +117,7 @@ impl<'a> Client<'a> {
                 digest = digest.or_else(|| etag.and_then(Digest::parse));
                 size = size.or_else(|| text(headers, "x-linked-size")?.parse().ok());
             }
-            // 304 is no redirect, and there is nothing to compare with.
+            // 304 (not modified) is not a redirect.
             if !matches!(response.status().as_u16(), 301 | 302 | 303 | 307 | 308) {
                 return Ok(Answer {
                     url,
@@ -139,7 +139,7 @@ impl<'a> Client<'a> {
         from: Option<u64>,
     ) -> RequestBuilder<ureq::typestate::WithoutBody> {
         let mut request = self.repository.info_request().uri(url);
-        // The token is for the Hub alone, not for whom it sends us to.
+        // The token is for the Hub alone, not for the servers to which it redirects.
         if !self.is_at_the_hub(url)
             && let Some(headers) = request.headers_mut()
         {
@@ -176,7 +176,7 @@ impl<'a> Client<'a> {
         origin_of_hub.is_some() && origin(url) == origin_of_hub
     }
 
-    /// What a status other than success means. The Hub says more in its headers.
+    /// What a status other than success means. The Hub gives details in its headers.
     pub fn refused(&self, url: &str, status: u16, headers: &HeaderMap) -> Failure {
         let endpoint = self.settings.endpoint.clone();
         let name = self.name.clone();
@@ -191,7 +191,7 @@ impl<'a> Client<'a> {
             );
         }
         if !self.is_at_the_hub(url) {
-            // Signed addresses of large files run out; the Hub gives a new one.
+            // Signed addresses of large files expire; the Hub gives a new one.
             return match status {
                 400 | 401 | 403 | 404 | 410 => {
                     Failure::Passing(format!("{} answers with status {status}", host(url)), None)
@@ -217,7 +217,7 @@ impl<'a> Client<'a> {
                     .into(),
                 hint: ", although it is listed".into(),
             },
-            // Without a token the Hub does not tell private repositories from those that do not exist.
+            // Without a token, the Hub does not distinguish private repositories from those that do not exist.
             (401, "RepoNotFound") | (404, _) => HubError::NotFound {
                 name,
                 endpoint,
@@ -243,7 +243,7 @@ impl<'a> Client<'a> {
         .into()
     }
 
-    /// A failure that is no answer.
+    /// A request without a response.
     fn no_answer(&self, url: &str, error: &ureq::Error) -> Failure {
         match error {
             ureq::Error::Http(_) | ureq::Error::BadUri(_) | ureq::Error::Protocol(_) => {
@@ -276,7 +276,7 @@ pub(super) fn text<'h>(headers: &'h HeaderMap, name: &str) -> Option<&'h str> {
     headers.get(name)?.to_str().ok()
 }
 
-/// Words of a server as part of a message: `: …`, without control characters, not endless.
+/// The message of a server as part of our own: `: …`, without control characters, shortened.
 fn words(said: &str) -> String {
     let plain: String = said.chars().filter(|c| !c.is_control()).take(200).collect();
     match plain.trim() {

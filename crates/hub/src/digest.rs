@@ -1,11 +1,11 @@
-//! What a file's bytes must hash to, as the Hub states it.
+//! The hash of a file, as the Hub states it.
 
 use std::fmt;
 
 use sha1::Sha1;
 use sha2::{Digest as _, Sha256};
 
-/// A file's hash: SHA-256 of what is in large-file storage, git's of the rest.
+/// The hash of a file: SHA-256 for files in large-file storage, git's for the others.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) enum Digest {
     /// Of the bytes.
@@ -15,7 +15,7 @@ pub(super) enum Digest {
 }
 
 impl Digest {
-    /// The hash that an `ETag` or a field of the Hub's answer is, by its length; `None` for anything else.
+    /// The hash in an `ETag` or in a field of the Hub's response, detected by its length; `None` for anything else.
     pub fn parse(text: &str) -> Option<Self> {
         let text = text.trim().trim_start_matches("W/").trim_matches('"');
         let hex = text.bytes().all(|byte| byte.is_ascii_hexdigit());
@@ -43,7 +43,7 @@ impl fmt::Display for Digest {
     }
 }
 
-/// Computes one of the two while bytes pass by.
+/// Computes one of the two, piece by piece.
 pub(super) enum Hasher {
     Sha256(Sha256),
     GitSha1(Sha1),
@@ -98,7 +98,7 @@ mod tests {
     }
 
     #[test]
-    fn anything_else_is_no_hash() {
+    fn anything_else_is_not_a_hash() {
         for text in [
             "",
             "\"abc\"",

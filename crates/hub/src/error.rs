@@ -9,7 +9,7 @@ use terminal::human;
 /// Why a name does not lead to a folder with a model or an adapter. Messages say what to do.
 #[derive(Debug, thiserror::Error)]
 pub enum HubError {
-    /// The text is no folder and cannot be a name.
+    /// The text is not a folder and cannot be a name.
     #[error(
         "{text:?} is neither a folder (looked at {}) nor a name on the Hub, which has the form ORG/NAME or \
          ORG/NAME@REVISION. Name a folder in Hugging Face's layout, or a repository such as {example}",
@@ -31,9 +31,9 @@ pub enum HubError {
         /// What is wrong with it.
         reason: String,
     },
-    /// Offline was asked for, and the cache does not have it.
+    /// Offline mode, and the cache does not have the repository.
     #[error(
-        "{name} is not whole in the local cache ({missing}), and HF_HUB_OFFLINE forbids to download it. Unset \
+        "{name} is not complete in the local cache ({missing}), and HF_HUB_OFFLINE forbids downloads. Unset \
          HF_HUB_OFFLINE; or on a machine with a connection: hf download {} --local-dir FOLDER, and name FOLDER \
          here",
         name.repository
@@ -44,10 +44,10 @@ pub enum HubError {
         /// What the cache lacks, and where it is.
         missing: String,
     },
-    /// No answer, or none that helps, after several attempts.
+    /// No useful response after several attempts.
     #[error(
-        "{name} cannot be downloaded from {endpoint}: {reason}. What is there already is kept; the same command \
-         goes on from it. Without a connection: on another machine hf download {} --local-dir FOLDER, copy \
+        "{name} cannot be downloaded from {endpoint}: {reason}. The part that was downloaded is kept; the same command \
+         resumes from there. Without a connection: on another machine hf download {} --local-dir FOLDER, copy \
          FOLDER, and name it here. HF_ENDPOINT chooses a mirror, HTTPS_PROXY a proxy",
         name.repository
     )]
@@ -61,13 +61,13 @@ pub enum HubError {
     },
     /// The Hub has no such repository, or does not show it to this user.
     #[error(
-        "{name} is neither a folder here nor a repository that {endpoint} shows {who}. See whether the name is \
-         spelt right; a private repository needs a token that may read it: hf auth login, or export HF_TOKEN=hf_…"
+        "{name} is neither a folder here nor a repository that {endpoint} shows {who}. Check the \
+         spelling; a private repository needs a token that may read it: hf auth login, or export HF_TOKEN=hf_…"
     )]
     NotFound {
         /// The repository.
         name: HubName,
-        /// Where was asked.
+        /// The Hub's address.
         endpoint: String,
         /// With or without a token.
         who: &'static str,
@@ -78,7 +78,7 @@ pub enum HubError {
         /// The repository and what was asked for.
         name: HubName,
     },
-    /// The authors want their terms accepted first.
+    /// The authors ask users to accept their terms first.
     #[error(
         "{name} is gated: its authors ask you to accept their terms. 1. Open {endpoint}/{} in a browser, log in and \
          accept (some authors answer after hours). 2. Make a token that may read it at {endpoint}/settings/tokens. \
@@ -88,7 +88,7 @@ pub enum HubError {
     Gated {
         /// The repository.
         name: HubName,
-        /// Where was asked.
+        /// The Hub's address.
         endpoint: String,
         /// Whether a token was sent, and what the Hub says.
         detail: String,
@@ -101,16 +101,16 @@ pub enum HubError {
     Token {
         /// The repository.
         name: HubName,
-        /// Where was asked.
+        /// The Hub's address.
         endpoint: String,
         /// The HTTP status.
         status: u16,
         /// The Hub's own words, if any.
         said: String,
     },
-    /// An answer that is not the Hub's protocol.
+    /// A response that is not of the Hub's protocol.
     #[error(
-        "{url} does not answer as the Hub does: {reason}. Is HF_ENDPOINT right, and is there a proxy between?"
+        "{url} does not answer as the Hub does: {reason}. Is HF_ENDPOINT right? Is there a proxy in between?"
     )]
     Protocol {
         /// The address.
@@ -118,7 +118,7 @@ pub enum HubError {
         /// What was wrong.
         reason: String,
     },
-    /// The weights are there only in a format that runs code when it is read.
+    /// The weights exist only in a format that runs code when it is read.
     #[error(
         "{name} has its weights as Python pickles only ({files}), which can run any code when they are loaded and \
          are not read here. Take a repository with *.safetensors, or convert it with transformers on a machine \
@@ -138,7 +138,7 @@ pub enum HubError {
         name: HubName,
         /// The file, or files of which one is needed.
         file: String,
-        /// What it looks like instead.
+        /// What the repository is instead.
         hint: String,
     },
     /// The index of a model in several files.
@@ -146,10 +146,10 @@ pub enum HubError {
     Index {
         /// The repository.
         name: HubName,
-        /// What is wrong in it.
+        /// What is wrong with it.
         reason: String,
     },
-    /// Other bytes than the Hub announced.
+    /// The bytes are not those that the Hub announced.
     #[error(
         "{file} of {name} arrived with {got} instead of {expected}, twice. It was deleted. Something on the way \
          changes it (a proxy, a mirror in HF_ENDPOINT, a failing disk); try another connection"
@@ -161,10 +161,10 @@ pub enum HubError {
         file: String,
         /// The hash or size that the Hub states.
         expected: String,
-        /// That of what came.
+        /// The hash or size of the download.
         got: String,
     },
-    /// Not enough room.
+    /// Not enough disk space.
     #[error(
         "{name} needs {} more in {}, which has {} free. Free some, or let HF_HOME name a folder on a larger disk",
         human::bytes(*needed), folder.display(), human::bytes(*free)
@@ -174,7 +174,7 @@ pub enum HubError {
         name: HubName,
         /// The cache.
         folder: PathBuf,
-        /// Bytes that are still to come.
+        /// Bytes still to be downloaded.
         needed: u64,
         /// Bytes that are free.
         free: u64,

@@ -1,14 +1,14 @@
 //! Models and adapters by their names on the Hugging Face Hub.
 //!
 //! A folder on this machine always wins. A name (`ORG/NAME`, `ORG/NAME@REVISION`) is looked up in Hugging Face's
-//! cache and on the Hub; what is missing is downloaded, continued where it was cut off, and compared with the
-//! sizes and hashes that the Hub states before it counts. Only JSON, safetensors and the chat template are ever
+//! cache and on the Hub. What is missing is downloaded, resumed after an interruption, and compared with the
+//! sizes and hashes that the Hub states before it is used. Only JSON, safetensors and the chat template are ever
 //! fetched: nothing that runs code.
 //!
 //! ```text
 //! name.rs      ORG/NAME@REVISION
 //! settings.rs  HF_HOME, HF_TOKEN, HF_ENDPOINT, HF_HUB_OFFLINE, …
-//! listing.rs   what a repository holds, and which of it is wanted
+//! listing.rs   the files of a repository, and which of them are needed
 //! client.rs    requests, redirects, refusals
 //! transfer.rs  one file: ranges, attempts, hashes
 //! cache.rs     the cache's layout and locks
@@ -45,10 +45,10 @@ use terminal::human;
 pub const EXAMPLE: &str = "HuggingFaceTB/SmolLM2-135M-Instruct";
 /// Room that a download leaves free.
 const SPARE: u64 = 64 << 20;
-/// Attempts to reach the Hub before anything was downloaded; waiting longer tells nothing new.
+/// Attempts to reach the Hub before the first download.
 const ATTEMPTS_TO_LIST: usize = 2;
 
-/// The folder of a model: `text` itself where it is a path, else the cache's folder of the repository that it
+/// The folder of a model: `text` itself if it is a path, else the cache's folder of the repository that it
 /// names, with what is needed downloaded. The environment says where the Hub and the cache are.
 ///
 /// # Errors
@@ -58,7 +58,7 @@ pub fn model_folder(text: &str, need: Need) -> Result<PathBuf, HubError> {
     folder(text, need, EXAMPLE)
 }
 
-/// As [`model_folder`], for an adapter in PEFT's layout.
+/// [`model_folder`] for an adapter in PEFT's layout.
 ///
 /// # Errors
 ///
@@ -66,7 +66,7 @@ pub fn model_folder(text: &str, need: Need) -> Result<PathBuf, HubError> {
 pub fn adapter_folder(path: &Path) -> Result<PathBuf, HubError> {
     match path.to_str() {
         Some(text) => folder(text, Need::Adapter, "ORG/ADAPTER"),
-        // Such a path is no name.
+        // A path that is not text cannot be a name.
         None => Ok(path.into()),
     }
 }
@@ -100,8 +100,8 @@ impl Hub {
 
     /// The folder in the cache that holds what is needed of a repository. What is missing is downloaded.
     ///
-    /// A full commit hash that is whole in the cache needs no connection. Anything else is looked up on the Hub;
-    /// where that does not answer, a whole copy in the cache is used, with a warning.
+    /// A full commit hash that is complete in the cache needs no connection. Anything else is looked up on the Hub;
+    /// if the Hub does not respond, a complete copy in the cache is used, with a warning.
     ///
     /// # Errors
     ///
@@ -173,7 +173,7 @@ impl Hub {
     }
 }
 
-/// What is fetched of one repository at one commit.
+/// The download of one repository at one commit.
 struct Download<'a> {
     hub: &'a Hub,
     name: &'a HubName,
@@ -182,7 +182,7 @@ struct Download<'a> {
     transfer: Transfer<'a>,
 }
 
-/// A file with everything that is known of it.
+/// A file with everything that is known about it.
 struct Job<'a> {
     expected: Expected<'a>,
     /// Its name among the blobs.
@@ -194,7 +194,7 @@ impl Download<'_> {
         let files = self.listing.select(self.name, need)?;
         let has_index = files.last().is_some_and(|file| file.name == INDEX);
         let shards = if has_index {
-            // What the index names decides what else is to come.
+            // The index names the remaining files.
             self.fetch_all(&files[files.len() - 1..])?;
             let path = self.cache.snapshot(&self.listing.commit).join(INDEX);
             let index = read_text(&path, LARGEST_TEXT).map_err(|source| HubError::Cache {
@@ -261,7 +261,7 @@ impl Download<'_> {
             return Err(HubError::Protocol {
                 url,
                 reason: format!(
-                    "{} of {}, which is no file for settings",
+                    "{} of {}, which is too large for a file of settings",
                     file.name,
                     human::bytes(size)
                 ),
@@ -269,7 +269,7 @@ impl Download<'_> {
         }
         let hash = match &digest {
             Some(digest) => digest.hex().to_string(),
-            // No hash to name it by; the listing's plain names are safe in a path.
+            // A file without a hash is named by commit and name; the plain names of a listing are safe in a path.
             None => format!("{}-{}", self.listing.commit, file.name),
         };
         debug_assert!(is_plain_name(&hash) && is_plain_name(&file.name));
@@ -303,7 +303,7 @@ impl Download<'_> {
             path: folder.into(),
             source,
         })?;
-        // A system that does not tell how much is free finds out while writing.
+        // If the free space is unknown, a full disk is noticed while writing.
         match fs4::available_space(folder) {
             Ok(free) if needed > 0 && needed.saturating_add(SPARE) > free => {
                 Err(HubError::NoSpace {

@@ -1,4 +1,4 @@
-//! What is in a repository, and which of its files are wanted.
+//! The files of a repository, and which of them are needed.
 
 use serde_json::Value;
 
@@ -22,14 +22,14 @@ const TEXT_FILES: [&str; 6] = [
     "chat_template.jinja",
 ];
 
-/// JSON beside an adapter that is worth having is small.
+/// The largest JSON file that is downloaded with an adapter.
 const LARGEST_ADAPTER_JSON: u64 = 1 << 20;
-/// A file whose size the Hub does not tell is not let grow beyond this.
+/// The limit for a file whose size the Hub does not state.
 pub(super) const LARGEST_TEXT: u64 = 256 << 20;
 /// More shards than any model has.
 const MOST_SHARDS: usize = 4096;
 
-/// What of a repository is asked for.
+/// What is needed of a repository.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Need {
     /// The shape of a model: `config.json`.
@@ -46,7 +46,7 @@ pub enum Need {
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(super) struct RemoteFile {
     pub name: String,
-    /// Mirrors that do not list sizes and hashes tell them with the file.
+    /// Mirrors that do not list sizes and hashes state them with the file.
     pub size: Option<u64>,
     pub digest: Option<Digest>,
 }
@@ -65,7 +65,7 @@ pub(super) struct Listing {
 }
 
 impl Listing {
-    /// Reads the Hub's answer to `/api/models/ORG/NAME/revision/REVISION?blobs=true`.
+    /// Reads the Hub's response to `/api/models/ORG/NAME/revision/REVISION?blobs=true`.
     pub fn parse(answer: &[u8]) -> Result<Self, String> {
         let value: Value =
             serde_json::from_slice(answer).map_err(|error| format!("not JSON: {error}"))?;
@@ -94,7 +94,7 @@ impl Listing {
         })
     }
 
-    /// As if the Hub had answered with the files of a folder of the cache.
+    /// The listing of a folder of the cache.
     pub fn of_names(commit: &str, names: Vec<String>) -> Self {
         let files = names.into_iter().map(|name| RemoteFile {
             name,
@@ -111,8 +111,8 @@ impl Listing {
         self.files.iter().find(|file| file.name == name)
     }
 
-    /// The files to fetch, the weights last. Of a model in several files it is the index only; what the index
-    /// names, [`shards`](Self::shards) adds.
+    /// The files to download, the weights last. For a model in shards this is the index only;
+    /// [`shards`](Self::shards) returns the files that the index names.
     pub fn select(&self, name: &HubName, need: Need) -> Result<Vec<RemoteFile>, HubError> {
         let required: &[&str] = match need {
             Need::Config => &["config.json"],
@@ -182,7 +182,7 @@ impl Listing {
                 .filter(|name| is_plain_name(name) && name.ends_with(".safetensors"));
             let Some(shard) = shard else {
                 return Err(wrong(format!(
-                    "{tensor:?} is in {file}, which is no name of a safetensors file"
+                    "{tensor:?} is in {file}, which is not the name of a safetensors file"
                 )));
             };
             if shards.iter().any(|known| known.name == shard) {

@@ -7,12 +7,12 @@ use std::fmt;
 pub struct HubName {
     /// `ORG/NAME`.
     pub repository: String,
-    /// What stands behind the `@`.
+    /// The text behind the `@`.
     pub revision: Option<String>,
 }
 
-/// First parts of names that are folders of this project rather than organisations of the Hub:
-/// `models/SmolLM2` is a folder that is missing.
+/// Names that start with one of these are paths of folders, not organizations of the Hub: `models/SmolLM2` is a folder
+/// that is missing.
 const FOLDERS: [&str; 8] = [
     "models",
     "model",
@@ -29,7 +29,7 @@ const LONGEST_NAME: usize = 96;
 const LONGEST_REVISION: usize = 200;
 
 impl HubName {
-    /// The name that a text is, if it is one. Whether such a repository exists only the Hub knows.
+    /// Parses a name. Only the Hub knows whether such a repository exists.
     pub fn parse(text: &str) -> Option<Self> {
         let (repository, revision) = match text.split_once('@') {
             Some((repository, revision)) => (repository, Some(revision)),
@@ -47,7 +47,7 @@ impl HubName {
         })
     }
 
-    /// The revision, `main` where none is named.
+    /// The revision, by default `main`.
     pub fn revision_or_main(&self) -> &str {
         self.revision.as_deref().unwrap_or("main")
     }
@@ -74,7 +74,7 @@ fn is_part(part: &str) -> bool {
         && !part.contains("..")
 }
 
-/// Git's references, without what no path may have.
+/// Git's rules for references, without characters that are not safe in a path.
 fn is_revision(revision: &str) -> bool {
     let plain = |c: char| c.is_ascii_alphanumeric() || "-_.+".contains(c);
     revision.len() <= LONGEST_REVISION
@@ -86,7 +86,7 @@ fn is_revision(revision: &str) -> bool {
         })
 }
 
-/// Whether a text is a commit's full hash, which never means anything else later.
+/// Whether a text is the full hash of a commit, which always means the same files.
 pub(super) fn is_commit(text: &str) -> bool {
     text.len() == 40
         && text

@@ -1,4 +1,4 @@
-//! How far a download is, on standard error: a bar on a terminal, a line now and then elsewhere.
+//! The progress of a download, on standard error: a bar on a terminal, else a line from time to time.
 
 use std::sync::Mutex;
 use std::time::{Duration, Instant};
@@ -8,10 +8,10 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use terminal::human;
 
-/// Without a terminal a line a tenth, and not more often than this.
+/// Without a terminal, one line per tenth of the download, and not more often than this.
 const PAUSE: Duration = Duration::from_secs(5);
 
-/// Shows a download. Standard output stays free for what the command prints.
+/// Shows a download. Standard output is left to the output of the command.
 pub struct Progress {
     bar: ProgressBar,
     kind: Kind,
@@ -62,7 +62,7 @@ impl Progress {
         }
     }
 
-    /// So many bytes are to come.
+    /// Starts a download of this many bytes.
     pub(super) fn start(&self, what: &str, bytes: u64) {
         self.bar.set_length(bytes);
         self.bar.set_position(0);
@@ -95,7 +95,7 @@ impl Progress {
         }
     }
 
-    /// So many bytes must come again.
+    /// This many bytes must be downloaded again.
     pub(super) fn back(&self, bytes: u64) {
         self.bar.dec(bytes);
     }

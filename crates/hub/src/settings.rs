@@ -1,4 +1,4 @@
-//! What Hugging Face's own programs read from the environment, read the same way.
+//! The environment variables of `huggingface_hub`, with the same meaning.
 
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use super::HubError;
 
-/// Where the Hub is, who asks, and where downloads are kept.
+/// The address of the Hub, the user's token, and the folder for downloads.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Settings {
     /// `HF_ENDPOINT`, `https://huggingface.co` without it. No slash at the end.
@@ -17,9 +17,9 @@ pub struct Settings {
     pub cache: PathBuf,
     /// `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE`: no connection is made.
     pub offline: bool,
-    /// How long the Hub may be silent: `HF_HUB_DOWNLOAD_TIMEOUT` in seconds, 10 without it.
+    /// Time-out for a response of the Hub: `HF_HUB_DOWNLOAD_TIMEOUT` in seconds, 10 without it.
     pub timeout: Duration,
-    /// How often something is tried again that brings nothing new, and the wait before the first time.
+    /// How often an attempt without progress is repeated, and the wait before the first repetition.
     pub retries: (usize, Duration),
 }
 
@@ -37,7 +37,7 @@ impl std::fmt::Debug for Settings {
 
 const ENDPOINT: &str = "https://huggingface.co";
 
-/// A token file is one line; what is longer is none.
+/// A longer file is not a token.
 const LONGEST_TOKEN: u64 = 4096;
 
 impl Settings {
@@ -61,7 +61,7 @@ impl Settings {
             Some(Ok(text)) => Ok(Some(text.trim().to_string()).filter(|text| !text.is_empty())),
             Some(Err(_)) => Err(HubError::Setting {
                 variable: name,
-                reason: "it is no text".into(),
+                reason: "it is not text".into(),
             }),
         };
         let hf_home = path("HF_HOME")
@@ -123,7 +123,7 @@ impl Settings {
     }
 }
 
-/// `huggingface_hub`'s words for yes.
+/// The values that `huggingface_hub` reads as true.
 fn is_true(word: &str) -> bool {
     ["1", "ON", "YES", "TRUE"].contains(&word.to_ascii_uppercase().as_str())
 }

@@ -1,4 +1,4 @@
-//! One file from the Hub into one on the disk, continued where it was cut off, checked before it counts.
+//! Downloads one file, resumes after an interruption, and checks the file before it is used.
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -11,7 +11,7 @@ use super::digest::{Digest, Hasher};
 use super::progress::Progress;
 use super::{HubName, Settings};
 
-/// Attempts in all, however little each of them brings.
+/// The maximum number of attempts, whatever their progress.
 const MOST_ATTEMPTS: usize = 200;
 const LONGEST_PAUSE: Duration = Duration::from_secs(30);
 const BUFFER: usize = 1 << 20;
@@ -34,7 +34,7 @@ pub(super) struct Transfer<'a> {
 }
 
 impl Transfer<'_> {
-    /// Runs `attempt` until it succeeds, fails for good, or fails too often without bringing anything new.
+    /// Runs `attempt` until it succeeds, fails for good, or fails too often without progress.
     pub fn persist<T>(
         &self,
         mut attempt: impl FnMut(&mut bool) -> Result<T, Failure>,
@@ -70,7 +70,7 @@ impl Transfer<'_> {
         }
     }
 
-    /// The size and hash of a file, from the Hub's headers, for one that the listing does not tell them of.
+    /// The size and hash of a file, from the Hub's headers, if the listing does not state them.
     pub fn look(&self, url: &str) -> Result<(u64, Option<Digest>), HubError> {
         self.persist(|_| {
             let answer = self.client.get(url, Some(0))?;
@@ -88,9 +88,9 @@ impl Transfer<'_> {
         })
     }
 
-    /// Completes `part` and proves that it is the file. What an earlier call left in it is continued.
+    /// Completes `part` and checks that it is the file. A partial download of an earlier call is resumed.
     ///
-    /// `file` stays when the connection fails, and is emptied when its bytes are wrong; they are fetched once more.
+    /// `file` is kept if the connection fails. If its bytes are wrong, it is emptied and downloaded once more.
     pub fn download(&self, expected: &Expected, part: &Path) -> Result<(), HubError> {
         let disk = |source| HubError::Cache {
             action: "write",
@@ -183,7 +183,7 @@ impl Transfer<'_> {
                     Ok(_) => {}
                     Err(reason) => return Err(self.client.not_the_protocol(&answer.url, reason)),
                 },
-                // The server does not continue files, or thinks that nothing is left: from the start.
+                // The server does not resume files, or considers this one complete: start again.
                 200 | 416 => {
                     if have > 0 {
                         file.set_len(0).map_err(disk)?;
@@ -202,7 +202,7 @@ impl Transfer<'_> {
                     return Err(self.client.refused(&answer.url, status, headers));
                 }
             }
-            // A byte more than expected, so that too long an answer is noticed.
+            // One byte more than expected, so that a response that is too long is noticed.
             let limit = expected.size - have + 1;
             let body = answer.response.body_mut().with_config().limit(u64::MAX);
             let mut reader = body.reader().take(limit);
@@ -240,8 +240,8 @@ impl Transfer<'_> {
     }
 }
 
-/// The size of the whole file by `Content-Range` or `Content-Length`, if either says it; an error if the
-/// answer begins at another byte than `from`.
+/// The size of the whole file by `Content-Range` or `Content-Length`, if either is present; an error if the
+/// response begins at another byte than `from`.
 fn announced(answer: &Answer, from: u64) -> Result<Option<u64>, String> {
     let headers = answer.response.headers();
     if answer.response.status().as_u16() != 206 {
@@ -256,7 +256,7 @@ fn announced(answer: &Answer, from: u64) -> Result<Option<u64>, String> {
     match parsed {
         Some((first, total)) if first == from => Ok(total),
         _ => Err(format!(
-            "it was asked for the bytes from {from} on and answers with {range:?}"
+            "it was asked for the bytes from {from} on and sent {range:?}"
         )),
     }
 }

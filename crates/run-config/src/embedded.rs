@@ -1,7 +1,7 @@
-//! The model and data set inside the program, for a first run that needs nothing else.
+//! The model and data set in the program, for a first run without downloads.
 //!
-//! `assets/` is compiled in; its README says how it was made. Other parts of the program, and PEFT,
-//! work with files, so [`materialise`] writes them into the user's cache.
+//! `assets/` is compiled in; its README describes how it was made. Other parts of the program, and PEFT,
+//! need files, so [`materialise`] writes them into the user's cache.
 
 use std::path::{Path, PathBuf};
 
@@ -25,14 +25,14 @@ const FILES: [(&str, &[u8]); 8] = assets![
     "data/sentiment_validation.jsonl",
 ];
 
-/// Where the embedded files lie.
+/// The paths of the embedded files.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct EmbeddedPaths {
     /// A Hugging Face model folder.
     pub model_dir: PathBuf,
-    /// Rows to train on.
+    /// The training data.
     pub train: PathBuf,
-    /// Rows to validate with; none of their sentences is in `train`.
+    /// The validation data; none of its sentences is in `train`.
     pub validation: PathBuf,
 }
 
@@ -42,16 +42,16 @@ pub struct EmbeddedPaths {
     "cannot unpack the embedded model: {last}. Set XDG_CACHE_HOME to a folder that can be written to"
 )]
 pub struct EmbeddedError {
-    /// What was wrong with the last folder that was tried.
+    /// The error of the last folder that was tried.
     #[source]
     last: WriteError,
 }
 
 /// Writes the embedded files into the user's cache folder, or the folder for temporary files where
-/// the cache cannot be written, and says where they are.
+/// the cache cannot be written. Returns their paths.
 ///
 /// The folder's name holds a hash of the files, so versions of the program do not disturb each other.
-/// A file that is there is compared with the program's; a damaged one is written again.
+/// An existing file is compared with the program's; a damaged one is written again.
 ///
 /// # Errors
 ///
@@ -71,7 +71,7 @@ fn materialise_in(parent: &Path) -> Result<EmbeddedPaths, WriteError> {
     let folder = parent.join("llama-lora-trainer").join(version());
     for (name, bytes) in FILES {
         let path = folder.join(name);
-        // Reading two megabytes back costs less than trusting what is there.
+        // Comparing two megabytes is cheap, and the file may be damaged.
         if std::fs::read(&path).is_ok_and(|there| there == bytes) {
             continue;
         }
@@ -84,7 +84,7 @@ fn materialise_in(parent: &Path) -> Result<EmbeddedPaths, WriteError> {
     })
 }
 
-/// `embedded-` and a hash of every file (FNV-1a, 64 bits; it tells versions apart, not attackers).
+/// `embedded-` and a hash of every file (FNV-1a, 64 bits; it distinguishes versions and is not cryptographic).
 fn version() -> String {
     let mut hash = 0xcbf2_9ce4_8422_2325u64;
     for byte in FILES.iter().flat_map(|(_, bytes)| *bytes) {

@@ -21,7 +21,7 @@ pub enum ConfigError {
     NotUtf8 {
         /// The file.
         path: PathBuf,
-        /// The first line that is not.
+        /// The first line that is not UTF-8.
         line: usize,
     },
     /// The file is not valid TOML, JSON or YAML.
@@ -80,14 +80,14 @@ pub enum ConfigError {
     Invalid(#[from] Problems),
 }
 
-/// Where the text of a file stops making sense.
+/// A place where a file cannot be parsed.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct SyntaxError {
     /// Line, from 1.
     pub line: usize,
     /// Column, from 1.
     pub column: usize,
-    /// What the parser says.
+    /// The parser's message.
     pub message: String,
 }
 
@@ -139,7 +139,7 @@ fn count(problems: usize) -> String {
     }
 }
 
-/// The first of them, each with its beginning: a damaged file can have thousands, of any length.
+/// The first items, shortened: a damaged file can have thousands, of any length.
 fn list(items: &[impl fmt::Display]) -> String {
     const MOST: usize = 40;
     let shown = items.iter().take(MOST);
@@ -159,7 +159,7 @@ fn did_you_mean(nearest: &Option<String>) -> String {
     }
 }
 
-/// The known name most similar to `name`, where one is similar enough that a slip is likely.
+/// The known name most similar to `name`, if it is similar enough for a typing error.
 pub fn nearest<'a>(name: &str, known: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     known
         .map(|candidate| {
@@ -176,7 +176,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_slip_finds_its_name_and_noise_finds_none() {
+    fn a_typing_error_finds_its_name_and_noise_finds_none() {
         let known = ["learning_rate", "lora_r", "batch_size"];
         let nearest = |name| nearest(name, known.into_iter());
         assert_eq!(nearest("learning_rat"), Some("learning_rate"));
@@ -186,7 +186,7 @@ mod tests {
     }
 
     #[test]
-    fn problems_are_listed_one_a_line() {
+    fn problems_are_listed_one_per_line() {
         let problem = |key: &str, value: Option<&str>| Problem {
             location: "x.toml:3".into(),
             key: key.into(),

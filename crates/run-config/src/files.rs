@@ -1,4 +1,4 @@
-//! Where the paths of a configuration lead, and whether something is there.
+//! Resolves the paths of a configuration, and checks that the files exist.
 
 use std::path::{Path, PathBuf};
 
@@ -10,7 +10,7 @@ use super::error::{Problem, Problems};
 use super::{Config, EMBEDDED, Source};
 use hub::{self, HubName};
 
-/// The places where a path of this configuration may lead, best first.
+/// The places where the file of a path may be, in the order in which they are tried.
 ///
 /// A relative path starts at the current directory. In a file of named runs, FinLoRA's form, and in an axolotl file it
 /// starts at the file's own folder first: FinLoRA writes `../data/train/….jsonl` beside `configs/`.
@@ -25,7 +25,7 @@ fn places(path: &Path, source: &Source) -> Vec<PathBuf> {
     }
 }
 
-/// The first of the possible places where something is, else the path as it was written.
+/// The first of the possible places that exists, else the path as it was written.
 pub(super) fn resolve(path: &str, source: &Source) -> PathBuf {
     let path = Path::new(path);
     if path == Path::new(EMBEDDED) {
@@ -48,7 +48,7 @@ pub(super) fn is_of_model(text: &str) -> bool {
     of_model && !has("base_model")
 }
 
-/// Whether there is a model at this path whose shape can be read: a folder, a `config.json` of any name, or a GGUF file.
+/// Whether this is the path of a model whose configuration can be read: a folder, a `config.json` of any name, or a GGUF file.
 pub fn is_model(path: &Path) -> bool {
     let of_model = || {
         let text = limited::read_to_string(path, LARGEST_SETTINGS);
@@ -58,7 +58,7 @@ pub fn is_model(path: &Path) -> bool {
     path.is_dir() || llama_burn::gguf::is_gguf(path) || named() || of_model()
 }
 
-/// The file of a configuration in messages.
+/// The file of a configuration, for messages.
 pub(super) fn location(source: &Source) -> String {
     match (&source.file, &source.run) {
         (None, _) => "the built-in configuration".into(),
@@ -84,7 +84,7 @@ impl Config {
     ///
     /// # Errors
     ///
-    /// Every file that is missing, with the places that were looked at.
+    /// Every file that is missing, with the places that were tried.
     pub fn check_files(&self) -> Result<(), Problems> {
         let mut problems = Vec::new();
         let mut problem = |key: &str, value: &str, message: Option<String>| {
@@ -95,7 +95,7 @@ impl Config {
                 message,
             }));
         };
-        // What is on the Hub is fetched once everything else is known to be there.
+        // Models on the Hub are downloaded after all other checks.
         if let (Some(folder), None) = (self.model_folder(), self.hub_model()) {
             problem("base_model", &self.base_model, self.model_problem(&folder));
         }
@@ -218,13 +218,13 @@ mod tests {
         let (_folder, file) = finlora();
         let config = load(&file, Some("there"));
         assert!(config.dataset_path.is_file(), "{:?}", config.dataset_path);
-        // A name on the Hub is no missing folder.
+        // A name on the Hub is not a missing folder.
         assert_eq!(config.check_files(), Ok(()));
         assert_eq!(config.hub_model(), HubName::parse("nobody/no-model"));
     }
 
     #[test]
-    fn missing_data_say_where_was_looked() {
+    fn missing_data_are_reported_with_the_places_that_were_tried() {
         let (folder, file) = finlora();
         let error = load(&file, Some("missing"))
             .check_files()
@@ -326,7 +326,7 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_that_is_there_is_no_name_on_the_hub() {
+    fn a_folder_that_exists_is_not_a_name_on_the_hub() {
         let folder = tempfile::tempdir().unwrap();
         fs::create_dir_all(folder.path().join("owner/model")).unwrap();
         let file = folder.path().join("runs.json");

@@ -1,56 +1,62 @@
-//! The configuration of a run: read raw (TOML, JSON or axolotl's YAML, everything optional), checked as a whole, then used.
+//! The configuration of a run: read from TOML, JSON or axolotl's YAML, then checked as a whole.
 //!
-//! Keys have FinLoRA's names; a file may hold one run, or many named ones as FinLoRA's own does. A file
-//! that is wrong in five places yields five problems at once, each with key, value and what would be right.
+//! Keys have FinLoRA's names. A file holds one run, or several named runs as FinLoRA's file does. All problems of a file
+//! are reported at once, each with key, line, value and remedy.
 //!
 //! ```text
-//! raw.rs       the file's runs and the --set overrides, as keys with values and line numbers
-//! reader.rs    takes one key after another, collects problems and what nobody asked for
-//! validate.rs  from raw to Config: every key, its default, its range
+//! keys.rs      the table of all keys: Config, its parser and its writer. A new key is added here, and only here
+//! kinds/       what the value of a key may be
+//! choice.rs    types of which a file names the values
+//! raw.rs       the runs of a file and the --set overrides, as keys with values and line numbers
+//! reader.rs    takes one key after another, collects problems and unknown keys
+//! validate.rs  from raw to Config: what must hold between keys
 //! yaml.rs      YAML as axolotl reads it
-//! axolotl/     an axolotl file's keys as these
-//! preset.rs    what another trainer's files leave unsaid
-//! files.rs     where paths lead, and whether the files are there (not needed to plan)
-//! write.rs     Config to TOML with every key; the same parser reads it back
+//! axolotl/     the keys of an axolotl file as these
+//! preset.rs    the values that files of other trainers leave out
+//! files.rs     where paths lead, and whether the files exist (not needed to plan)
+//! pages.rs     the documentation and the commented example, written by a test
 //! ```
 
 mod axolotl;
+mod choice;
 pub mod embedded;
 mod error;
 mod files;
+mod keys;
+mod kinds;
+#[cfg(test)]
+mod pages;
 mod preset;
 mod raw;
 mod reader;
 mod schedule;
 mod validate;
 mod value;
-mod words;
-mod write;
 mod yaml;
 
 use std::path::{Path, PathBuf};
 
+use data::DataOptions;
 use llama_burn::limited;
-use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
+use lora_core::LoraConfig;
 
-use data::{Columns, DataOptions, Format, PromptTemplate};
-
+pub use choice::{BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory};
 pub use error::nearest;
 pub use error::{ConfigError, Problem, Problems, SyntaxError};
 pub use files::is_model;
+pub use keys::{Config, EXCLUSIVE, Key, Library, keys};
 pub use schedule::{Decay, Schedule};
-pub use words::{BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory};
 
-/// The largest configuration that is read, in bytes: some thousand runs.
+/// The largest configuration that is read, in bytes: about a thousand runs.
 const LARGEST: u64 = 1 << 20;
 
-/// The word that stands for the model or the data built into this program.
+/// The name of the model and of the data in this program.
 pub const EMBEDDED: &str = "embedded";
 
-/// The configuration built into this program: what `cargo xtask train` without `--config` runs.
+/// The built-in configuration, which `cargo xtask train` without `--config` runs.
 pub const EMBEDDED_CONFIG: &str = include_str!("../../../configs/embedded.toml");
 
-/// Where a configuration came from; it decides where relative paths are looked for.
+/// Where a configuration came from. This decides where relative paths start.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct Source {
     /// The file; `None` for the built-in configuration.
@@ -59,144 +65,18 @@ pub struct Source {
     pub run: Option<String>,
     /// Whether the file is axolotl's YAML.
     pub is_axolotl: bool,
-    /// The preset that gave the keys of `preset`; empty without one.
+    /// The preset that the keys of `preset` are from; empty without one.
     pub preset_name: String,
-    /// Keys that the preset gave, with their values.
+    /// The keys from the preset, with their values.
     pub preset: Vec<(String, String)>,
-    /// What the user should know of how another trainer's file is read.
+    /// Notes for the user on how the file of another trainer is read.
     pub notes: Vec<String>,
-    /// Beside `init_adapter`, the keys of adapters that were written and must not contradict it.
+    /// With `init_adapter`: the keys of the adapter that are set and must not contradict it, and `lora_dropout`.
     pub lora_keys: Vec<String>,
 }
 
-/// A validated configuration. Every public field but `source` is the config key of that name.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Config {
-    /// The folder of the model, its name on the Hugging Face Hub (`ORG/NAME`, `ORG/NAME@REVISION`), or `embedded`.
-    pub base_model: String,
-    /// JSON lines, a JSON array, CSV or Parquet, in a format of [`Format`]; or `embedded`.
-    pub dataset_path: PathBuf,
-    /// A file of its own for validation; then nothing is split off `dataset_path`.
-    pub val_dataset_path: Option<PathBuf>,
-    /// What to split off `dataset_path` for validation: a fraction below 1, or a number of rows from 1. 0: nothing.
-    pub val_set_size: f64,
-    /// What the rows hold; told by the columns' names where `None` (`"auto"`).
-    pub dataset_format: Option<Format>,
-    /// The names that the file has for columns of the format, where they are other names.
-    pub dataset_columns: Columns,
-    /// How a row's context becomes the prompt. Conversations are always rendered by the model's chat template.
-    pub prompt_template: PromptTemplate,
-    /// Tokens of the longest row that is trained on; longer rows are left out and reported, never cut.
-    pub max_seq_len: usize,
-
-    /// Rank of the adapters.
-    pub lora_r: usize,
-    /// Numerator of the adapters' scale.
-    pub lora_alpha: f64,
-    /// Probability with which an element of an adapter's input is dropped in training, in `[0, 1)`.
-    pub lora_dropout: f64,
-    /// Scale by α/√r instead of α/r.
-    pub peft_use_rslora: bool,
-    /// Train a DoRA: a length for each output's weights beside the adapter.
-    pub peft_use_dora: bool,
-    /// Which linear modules are adapted.
-    pub target_modules: TargetModules,
-    /// Adapt these decoder layers only; all where `None`.
-    pub layers_to_transform: Option<Vec<usize>>,
-    /// Modules that are not adapted although they are targets.
-    pub exclude_modules: Option<ExcludeModules>,
-    /// Ranks that differ from `lora_r`, by expressions for the end of a module's name.
-    pub rank_pattern: Vec<(String, usize)>,
-    /// Values that differ from `lora_alpha`, as `rank_pattern`.
-    pub alpha_pattern: Vec<(String, f64)>,
-    /// Tokens whose rows of the embedding (`embed_tokens`) or the output layer (`lm_head`) are trained as well.
-    pub trainable_token_indices: Vec<(String, Vec<usize>)>,
-    /// How the adapters' `A` starts.
-    pub init_lora_weights: Init,
-    /// The folder of a PEFT adapter to train on from; what it says of adapters counts.
-    pub init_adapter: Option<PathBuf>,
-    /// Bits of a frozen weight: 4, 8, or 16 for none quantized.
-    pub quant_bits: u8,
-    /// Whether the output layer is quantized as well.
-    pub quantize_lm_head: bool,
-    /// The number format of the computation.
-    pub compute_dtype: ComputeDtype,
-    /// Bytes of memory that the device has; asked of its driver where `None`, which not every one answers.
-    pub device_memory: Option<u64>,
-
-    /// The peak learning rate.
-    pub learning_rate: f64,
-    /// Passes over the training rows; a fraction is allowed.
-    pub num_epochs: f64,
-    /// Optimizer steps in all; overrides `num_epochs` where given, as in transformers.
-    pub max_steps: Option<usize>,
-    /// Rows of a micro-batch.
-    pub batch_size: BatchSize,
-    /// Tokens of a micro-batch at most: one with more is split, which changes no result. `None`: no limit.
-    pub max_batch_tokens: Option<usize>,
-    /// Micro-batches of an optimizer step.
-    pub gradient_accumulation_steps: usize,
-    /// Steps of the linear warm-up. See [`warmup`](Self::warmup).
-    pub warmup_steps: usize,
-    /// The warm-up as a fraction of all steps; only where `warmup_steps` is 0.
-    pub warmup_ratio: f64,
-    /// What the learning rate does after the warm-up.
-    pub lr_scheduler: Decay,
-    /// AdamW's decoupled weight decay.
-    pub weight_decay: f64,
-    /// AdamW's β₁.
-    pub adam_beta1: f64,
-    /// AdamW's β₂.
-    pub adam_beta2: f64,
-    /// AdamW's ε.
-    pub adam_epsilon: f64,
-    /// Largest norm of all gradients together; 0 switches clipping off.
-    pub max_grad_norm: f64,
-    /// Whether a layer's activations are recomputed in the backward pass.
-    pub gradient_checkpointing: Checkpointing,
-    /// Whether rows of a micro-batch that begin alike have that beginning computed once. Losses and gradients
-    /// are the same; under dropout, whose masks would not be, it is off.
-    pub share_prefixes: bool,
-    /// Whether micro-batches of one update are computed together where memory is plentiful. The update is the
-    /// same; under dropout, whose masks would not be, it is off.
-    pub merge_micro_batches: bool,
-    /// Decides the split, the order of the rows, the adapters' start and the dropout.
-    pub seed: u64,
-
-    /// Optimizer steps between two validations; `None`: as `evals_per_epoch` says. There is always one at the end.
-    pub eval_steps: Option<usize>,
-    /// Validations in an epoch; `None`: one.
-    pub evals_per_epoch: Option<usize>,
-    /// Optimizer steps between two progress lines.
-    pub logging_steps: usize,
-    /// Keep the adapter with the lowest validation loss rather than the last one.
-    pub save_best: bool,
-    /// Optimizer steps between two checkpoints; `None`: they go by `saves_per_epoch` and by time only.
-    pub save_steps: Option<usize>,
-    /// Checkpoints in an epoch, beside those by time.
-    pub saves_per_epoch: Option<usize>,
-    /// Minutes between two checkpoints; `None`: they go by steps only. With neither of the two there are no
-    /// checkpoints, except on Ctrl-C.
-    pub save_minutes: Option<f64>,
-    /// Checkpoints that are kept, the newest; that of the best validation is kept besides. `None`: all.
-    pub save_total_limit: Option<usize>,
-    /// What happens when a loss or gradient is not a number.
-    pub on_non_finite: OnNonFinite,
-    /// Steps that may be skipped in a run, where `on_non_finite` says so.
-    pub max_skipped_steps: usize,
-    /// What happens when the device's memory is too small for a micro-batch.
-    pub on_out_of_memory: OnOutOfMemory,
-    /// Optimizer steps between two comparisons of a GPU with the CPU while the run goes on; 0: only before it.
-    pub check_every: usize,
-    /// Where the adapter, the metrics and this configuration are written.
-    pub output_dir: PathBuf,
-
-    /// Where the values came from; not a key.
-    pub source: Source,
-}
-
 impl Config {
-    /// What the data needs of the settings.
+    /// The settings of the data.
     pub fn data_options(&self) -> DataOptions {
         DataOptions {
             prompt_template: self.prompt_template.clone(),
@@ -207,16 +87,14 @@ impl Config {
         }
     }
 
-    /// Reads a configuration file (the built-in one where `path` is `None`), picks a run, applies
+    /// Reads a configuration file (the built-in one if `path` is `None`), selects a run, applies
     /// `KEY=VALUE` overrides (the value in TOML, else a string) and checks everything.
     ///
-    /// No file that the configuration names is touched except to find which of the possible places
-    /// it is in; [`check_files`](Self::check_files) is for the rest.
+    /// The files that the configuration names are not read; [`check_files`](Self::check_files) checks that they exist.
     ///
     /// # Errors
     ///
-    /// [`ConfigError::Invalid`] holds every wrong key at once; the other variants say why the file has
-    /// no run to look at.
+    /// [`ConfigError::Invalid`] holds all wrong keys; the other variants are about the file as a whole.
     pub fn load(
         path: Option<&Path>,
         run: Option<&str>,
@@ -241,8 +119,8 @@ impl Config {
         }
     }
 
-    /// [`load`](Self::load) for the text of a file. `path` tells the format by its extension, appears in
-    /// messages, and its folder is where a file of named runs looks for its data.
+    /// [`load`](Self::load) for the text of a file. The extension of `path` determines the format, `path` appears in
+    /// messages, and the data of a file of named runs are looked up in its folder.
     ///
     /// # Errors
     ///
@@ -267,7 +145,7 @@ impl Config {
         validate::validate(raw, problems)
     }
 
-    /// The adapters that this configuration asks for.
+    /// The configuration of the adapter.
     pub fn lora_config(&self) -> LoraConfig {
         LoraConfig {
             r: self.lora_r,
@@ -286,7 +164,7 @@ impl Config {
         }
     }
 
-    /// Warm-up steps of a run of `total_steps`: `warmup_steps`, else `warmup_ratio` of them, rounded up.
+    /// Warm-up steps of a run of `total_steps`: `warmup_steps`, else the fraction `warmup_ratio` of them, rounded up.
     pub fn warmup(&self, total_steps: usize) -> usize {
         match self.warmup_steps {
             0 => (self.warmup_ratio * total_steps as f64).ceil() as usize,
@@ -294,25 +172,25 @@ impl Config {
         }
     }
 
-    /// Optimizer steps between two validations in a run of `total_steps`, an epoch of which has `steps_per_epoch`.
+    /// Optimizer steps between two validations, with `steps_per_epoch` steps per epoch.
     pub fn steps_between_validations(&self, steps_per_epoch: usize) -> usize {
         let per_epoch = self.evals_per_epoch.unwrap_or(1);
         self.eval_steps
             .unwrap_or_else(|| steps_per_epoch.div_ceil(per_epoch).max(1))
     }
 
-    /// Optimizer steps between two checkpoints, where they go by steps.
+    /// Optimizer steps between two checkpoints; `None` if checkpoints are written by time only.
     pub fn steps_between_checkpoints(&self, steps_per_epoch: usize) -> Option<usize> {
         let of_epoch = |per_epoch: usize| steps_per_epoch.div_ceil(per_epoch).max(1);
         self.save_steps.or(self.saves_per_epoch.map(of_epoch))
     }
 
-    /// Whether the model is the one built into this program.
+    /// Whether the model is the one in this program.
     pub fn embedded_model(&self) -> bool {
         self.base_model == EMBEDDED
     }
 
-    /// Whether the data are the ones built into this program.
+    /// Whether the data are those in this program.
     pub fn embedded_data(&self) -> bool {
         self.dataset_path == Path::new(EMBEDDED)
     }
@@ -320,6 +198,9 @@ impl Config {
 
 #[cfg(test)]
 mod tests {
+    use data::PromptTemplate;
+    use lora_core::TargetModules;
+
     use super::*;
 
     #[test]
@@ -356,7 +237,7 @@ mod tests {
     }
 
     #[test]
-    fn the_finlora_sentiment_file_says_what_finlora_says() {
+    fn the_finlora_sentiment_file_has_finloras_values() {
         let path = Path::new(env!("CARGO_MANIFEST_DIR"))
             .join("../../configs/llama-3.1-8b-finlora-sentiment.toml");
         let config = Config::load(Some(&path), None, &[]).unwrap();
@@ -421,7 +302,7 @@ mod tests {
         "learning_rate": 1e-4, "batch_size": 8, "peft_use_rslora": true}}"#;
 
     #[test]
-    fn a_run_of_finloras_file_has_finloras_values_where_it_says_nothing() {
+    fn a_run_of_finloras_file_has_finloras_defaults() {
         let config = finlora(RUN, &[]);
         assert_eq!(config.prompt_template, PromptTemplate::Inst);
         assert_eq!((config.lora_alpha, config.lora_dropout), (16.0, 0.05));
@@ -466,7 +347,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_written_comes_before_a_preset_and_a_preset_can_be_asked_for_or_not() {
+    fn written_keys_override_a_preset_and_a_preset_can_be_requested_or_turned_off() {
         let config = finlora(
             RUN,
             &["lora_dropout=0.1", "warmup_ratio=0.2", "eval_steps=7"],
@@ -494,7 +375,7 @@ mod tests {
     }
 
     #[test]
-    fn validations_and_checkpoints_are_given_in_steps_or_by_epoch() {
+    fn validations_and_checkpoints_are_given_in_steps_or_per_epoch() {
         let config = |sets: &[&str]| {
             let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
             Config::load(None, None, &sets).unwrap()

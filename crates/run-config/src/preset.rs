@@ -1,14 +1,21 @@
-//! `preset`: what another trainer's own files leave unsaid.
+//! `preset`: the values that files of another trainer leave out.
 
 use super::error::Problem;
+use super::keys::excluded_by;
 use super::raw::{RawConfig, RawEntry};
 use super::value::Value;
 
 /// The key.
 pub(super) const PRESET: &str = "preset";
 
+/// What the key means.
+#[cfg(test)]
+pub(super) const DOCUMENTATION: &str = "The values that files of another trainer leave out: `\"finlora\"`, `\"axolotl\"` \
+    or `\"none\"`. Without this key, a JSON file of named runs that has only FinLoRA's keys gets the preset `finlora`, and \
+    a YAML file gets the preset `axolotl`. The keys of the file and `--set` override a preset.";
+
 /// The keys that a run of FinLoRA's file of runs may have.
-const FINLORA_KEYS: [&str; 11] = [
+pub(super) const FINLORA_KEYS: [&str; 11] = [
     "base_model",
     "dataset_path",
     "lora_r",
@@ -22,9 +29,9 @@ const FINLORA_KEYS: [&str; 11] = [
     "peft_use_rslora",
 ];
 
-/// What FinLoRA's `finetune.py` writes into axolotl's configuration where a run has no key for it. Its optimizer, AdamW with
-/// 8-bit moments, is ours with moments in f32.
-fn finlora() -> Vec<(&'static str, Value)> {
+/// The values that FinLoRA's `finetune.py` writes into axolotl's configuration if the run does not have the key. FinLoRA's
+/// optimizer is AdamW with 8-bit moments; here the moments are f32.
+pub(super) fn finlora() -> Vec<(&'static str, Value)> {
     let text = |text: &str| Value::String(text.into());
     let modules = ["q_proj", "k_proj", "v_proj"].map(text);
     vec![
@@ -35,7 +42,7 @@ fn finlora() -> Vec<(&'static str, Value)> {
         ("lora_alpha", Value::Integer(16)),
         ("lora_dropout", Value::Float(0.05)),
         ("target_modules", Value::List(modules.to_vec())),
-        // A run that names no bits has a base of 16.
+        // FinLoRA does not quantize the base model without this key.
         ("quant_bits", Value::Integer(16)),
         ("learning_rate", Value::Float(2e-4)),
         ("num_epochs", Value::Integer(4)),
@@ -49,8 +56,8 @@ fn finlora() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// What axolotl does where its YAML is silent, after its `utils/schemas`, `core/builders/base.py` and transformers.
-fn axolotl() -> Vec<(&'static str, Value)> {
+/// axolotl's defaults, after its `utils/schemas`, `core/builders/base.py` and transformers.
+pub(super) fn axolotl() -> Vec<(&'static str, Value)> {
     let text = |text: &str| Value::String(text.into());
     vec![
         ("max_seq_len", Value::Integer(512)),
@@ -76,7 +83,7 @@ fn axolotl() -> Vec<(&'static str, Value)> {
     ]
 }
 
-/// Keys for which axolotl has no value of its own.
+/// Keys without a default in axolotl.
 const AXOLOTL_NEEDS: [(&str, &str); 4] = [
     ("learning_rate", "learning_rate"),
     ("lora_r", "lora_r"),
@@ -87,18 +94,16 @@ const AXOLOTL_NEEDS: [(&str, &str); 4] = [
     ),
 ];
 
-/// Keys that say the same in another way: where one of them is written, the preset's is left out.
-const INSTEAD: [(&str, &str); 6] = [
-    ("warmup_steps", "warmup_ratio"),
-    ("warmup_ratio", "warmup_steps"),
-    ("val_set_size", "val_dataset_path"),
-    ("evals_per_epoch", "eval_steps"),
-    ("saves_per_epoch", "save_steps"),
-    ("num_epochs", "max_steps"),
-];
+/// A key in whose place another may be written; the preset's value is then left out.
+fn alternative(key: &str) -> Option<&'static str> {
+    match key {
+        "num_epochs" => Some("max_steps"),
+        key => excluded_by(key),
+    }
+}
 
-/// Adds the keys of the preset that is asked for, or that the file's shape asks for, where the run does not have them.
-/// Returns what is wrong with the key, and what is missing.
+/// Adds the keys of the preset that the run does not have. The key `preset` names the preset; without it the file's form
+/// does. Returns the problems: a wrong name, and missing keys.
 pub(super) fn apply(raw: &mut RawConfig) -> Vec<Problem> {
     let asked = raw.entries.iter().position(|entry| entry.key == PRESET);
     let asked = asked.map(|at| raw.entries.remove(at));
@@ -130,7 +135,7 @@ pub(super) fn apply(raw: &mut RawConfig) -> Vec<Problem> {
         entries.any(|entry| entry.key == key && entry.value != Value::Null)
     };
     let mut problems = Vec::new();
-    // An adapter that is trained on from has its own.
+    // With init_adapter, these settings are those of the adapter.
     if raw.source.is_axolotl && !has(raw, "init_adapter") {
         for (key, theirs) in AXOLOTL_NEEDS {
             if !has(raw, key) {
@@ -138,14 +143,13 @@ pub(super) fn apply(raw: &mut RawConfig) -> Vec<Problem> {
                     location: raw.file.clone(),
                     key: theirs.into(),
                     value: None,
-                    message: "is missing; axolotl has no value of its own for it".into(),
+                    message: "is missing; axolotl has no default for it".into(),
                 });
             }
         }
     }
     for (key, value) in values {
-        let instead = INSTEAD.iter().filter(|(ours, _)| *ours == key);
-        if has(raw, key) || instead.clone().any(|(_, other)| has(raw, other)) {
+        if has(raw, key) || alternative(key).is_some_and(|other| has(raw, other)) {
             continue;
         }
         if (name, key) == ("axolotl", "warmup_ratio") {
@@ -164,7 +168,7 @@ pub(super) fn apply(raw: &mut RawConfig) -> Vec<Problem> {
     problems
 }
 
-/// Whether the run is one of a JSON file of named runs with no key but FinLoRA's.
+/// Whether the run is of a JSON file of named runs and has no key but FinLoRA's.
 fn has_finloras_shape(raw: &RawConfig) -> bool {
     let written = raw.entries.iter().filter(|entry| entry.location != "--set");
     let mut written = written.peekable();

@@ -5,18 +5,20 @@ use std::path::Path;
 use toml::de::DeTable;
 
 use super::error::{ConfigError, Problem, SyntaxError, nearest};
+use super::keys::excluded_by;
+use super::kinds::NONE;
 use super::value::{Entry, Value, line_and_column};
 use super::{EMBEDDED, Source, yaml};
 
-/// Where the keys of the configuration in this program are.
+/// The place of the keys of the built-in configuration, in messages.
 pub(super) const BUILT_IN: &str = "the built-in configuration";
 
-/// What a file is written in.
+/// The language of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Language {
     Json,
     Toml,
-    /// axolotl's.
+    /// An axolotl file.
     Yaml,
 }
 
@@ -30,7 +32,7 @@ impl Language {
     }
 }
 
-/// Each wrong key is compared with all that are right; of more than this, nothing was meant.
+/// Each unknown key is compared with all known ones, so their number is limited.
 const MOST_KEYS: usize = 1000;
 
 /// One key with its value and where it was written.
@@ -47,9 +49,9 @@ pub(super) struct RawEntry {
 pub(super) struct RawConfig {
     pub entries: Vec<RawEntry>,
     pub source: Source,
-    /// The file in messages.
+    /// The file, for messages.
     pub file: String,
-    /// What the run is called: its name in the file, else the file's own.
+    /// The name of the run: its name in the file, else that of the file.
     pub name: String,
     /// Whether the file is JSON.
     pub is_json: bool,
@@ -58,7 +60,7 @@ pub(super) struct RawConfig {
 impl RawConfig {
     /// Reads the text of a file and takes the run of this name.
     pub fn parse(text: &str, path: Option<&Path>, run: Option<&str>) -> Result<Self, ConfigError> {
-        // Editors on Windows put a byte order mark in front; neither format knows it.
+        // Editors on Windows begin a file with a byte order mark, which neither format allows.
         let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let file = match path {
             Some(path) => path.display().to_string(),
@@ -86,7 +88,7 @@ impl RawConfig {
             errors,
         })?;
         let (run, table) = match (language, run) {
-            // axolotl's files hold one run, whatever its values are.
+            // An axolotl file always holds one run.
             (Language::Yaml, None) => (None, table),
             (Language::Yaml, Some(run)) => {
                 let run = run.into();
@@ -134,8 +136,8 @@ impl RawConfig {
         })
     }
 
-    /// Lays `KEY=VALUE` overrides over the file's keys, the last of several for one key. Returns those
-    /// that are not of this form.
+    /// Applies `KEY=VALUE` overrides to the keys of the file; of several for one key, the last is used. Returns a problem
+    /// for each override that is not of this form.
     pub fn apply(&mut self, overrides: &[String]) -> Vec<Problem> {
         let mut problems = Vec::new();
         for text in overrides {
@@ -170,28 +172,15 @@ impl RawConfig {
     }
 }
 
-/// Pairs of keys of which one only may say something.
-const RIVALS: [(&str, &str); 4] = [
-    ("warmup_steps", "warmup_ratio"),
-    ("val_dataset_path", "val_set_size"),
-    ("eval_steps", "evals_per_epoch"),
-    ("save_steps", "saves_per_epoch"),
-];
-
 /// The key that an override takes back: a file's `warmup_ratio` must not forbid `--set warmup_steps=10`.
 fn rival(entry: &RawEntry) -> Option<&'static str> {
-    let off = match &entry.value {
+    let is_off = match &entry.value {
         Value::Integer(0) | Value::Null => true,
         Value::Float(number) => *number == 0.0,
-        Value::String(word) => word == "none",
+        Value::String(word) => word == NONE,
         _ => false,
     };
-    RIVALS.iter().find_map(|(a, b)| match entry.key.as_str() {
-        _ if off => None,
-        key if key == *a => Some(*b),
-        key if key == *b => Some(*a),
-        _ => None,
-    })
+    excluded_by(&entry.key).filter(|_| !is_off)
 }
 
 /// The key and the value of an override; `None` for one that has no key.
@@ -201,7 +190,7 @@ pub(super) fn key_and_value(text: &str) -> Option<(String, Value)> {
     Some((key.into(), override_value(value.trim())))
 }
 
-/// The value of an override: TOML where it is that, else the text itself, so that paths need no quotes.
+/// The value of an override: TOML if it is valid TOML, else the text itself, so that paths need no quotes.
 fn override_value(text: &str) -> Value {
     let document = format!("value = {text}");
     let parsed =
@@ -250,7 +239,7 @@ fn json_table(text: &str) -> Result<Vec<Entry>, Vec<SyntaxError>> {
     }
 }
 
-/// The run's name, if it has one, and its keys. A file whose every value is a table holds named runs.
+/// The name of the run, if it has one, and its keys. A file whose values are all tables holds named runs.
 fn pick_run(
     table: Vec<Entry>,
     run: Option<&str>,
@@ -318,7 +307,7 @@ mod tests {
     }
 
     #[test]
-    fn the_format_is_told_by_extension_else_by_the_first_character() {
+    fn the_format_is_detected_from_the_extension_else_from_the_first_character() {
         for (text, path) in [
             ("lora_r = 8", "a.toml"),
             ("lora_r = 8", "a"),

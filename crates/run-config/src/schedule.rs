@@ -7,7 +7,7 @@ pub enum Decay {
     Cosine,
     /// A straight line from the peak to zero.
     Linear,
-    /// The peak, to the end.
+    /// The peak, until the end.
     Constant,
 }
 
@@ -18,7 +18,7 @@ pub struct Schedule {
     pub peak: f64,
     /// Steps of the warm-up.
     pub warmup_steps: usize,
-    /// Optimizer steps in all.
+    /// Number of optimizer steps.
     pub total_steps: usize,
     /// What follows the warm-up.
     pub decay: Decay,
@@ -27,13 +27,13 @@ pub struct Schedule {
 impl Schedule {
     /// The rate of optimizer step `step`, counted from 1.
     ///
-    /// As transformers' schedules, but the first step of a warm-up has 1/`warmup_steps` of the peak,
-    /// not zero: a step that changes nothing is wasted.
+    /// As in transformers, except that the first step of a warm-up has 1/`warmup_steps` of the peak
+    /// instead of zero: a step with rate zero changes nothing.
     pub fn rate(&self, step: usize) -> f64 {
         if step < self.warmup_steps {
             return self.peak * step as f64 / self.warmup_steps as f64;
         }
-        // Steps done since the peak, over all steps from the peak on.
+        // Steps since the peak, divided by all steps from the peak on.
         let start = self.warmup_steps.max(1);
         let length = (self.total_steps + 1).saturating_sub(start).max(1) as f64;
         let progress = ((step - start.min(step)) as f64 / length).min(1.0);

@@ -1,221 +1,85 @@
-//! From a raw configuration to a valid one: every key, its default and its range.
+//! What must hold between the keys of a configuration; what one key may be is in `keys.rs`.
 
-use std::path::PathBuf;
+use lora_core::{LoraError, TargetModules};
 
-use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, TargetModules};
-
-use super::error::{ConfigError, Problem, Problems, nearest};
+use super::error::{ConfigError, Problem, Problems};
 use super::raw::RawConfig;
-use super::reader::{Parsed, Reader, boolean, bytes, number, text, whole, whole_up_to, word};
-use super::value::Value;
-use super::words::{BatchSize, Checkpointing};
-use super::{Config, files};
-use crate::Decay;
-use data::{Columns, Format, PromptTemplate};
+use super::reader::Reader;
+use super::{Config, Source, files, keys};
 
-/// The linear modules of a Llama's decoder layers.
-const LINEAR_MODULES: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-
-const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
-/// The keys that say what adapters are like. Dropout is not among them: it is a training's own affair.
-const LORA_KEYS: [&str; 10] = [
-    "lora_r",
-    "lora_alpha",
-    "peft_use_rslora",
-    "peft_use_dora",
-    "target_modules",
-    "layers_to_transform",
-    "exclude_modules",
-    "rank_pattern",
-    "alpha_pattern",
-    "trainable_token_indices",
-];
-
-const DATA: &str = "the path of a file of rows (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
-const POSITIVE: &str = "a number above 0";
-const FRACTION: &str = "a number of at least 0 and below 1";
-const NOT_NEGATIVE: &str = "a number of at least 0";
-
-/// Checks every key and says everything that is wrong; `problems` are those found before.
+/// Checks every key and reports everything that is wrong; `problems` are those found before.
 pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config, ConfigError> {
-    let mut source = raw.source.clone();
-    let default_output = PathBuf::from("runs").join(&raw.name);
+    let source = raw.source.clone();
     let mut reader = Reader::new(raw, problems);
-    let r = &mut reader;
-
-    let positive = || number(POSITIVE, |x| x > 0.0);
-    let fraction = || number(FRACTION, |x| (0.0..1.0).contains(&x));
-    let not_negative = || number(NOT_NEGATIVE, |x| x >= 0.0);
-    let path = |path: String| files::resolve(&path, &source);
-
-    let base_model = r.required("base_model", MODEL, text(MODEL)).map(path);
-    let base_model = base_model.map(|path| path.to_string_lossy().into_owned());
-    let dataset_path = r.required("dataset_path", DATA, text(DATA)).map(path);
-    let val_dataset_path = r
-        .optional("val_dataset_path", text("the path of a file of rows"))
-        .map(path);
-    let default_val_size = if val_dataset_path.is_some() {
-        0.0
-    } else {
-        0.05
-    };
-    let val_set_size = r.or("val_set_size", default_val_size, val_set_size);
-    if val_dataset_path.is_some() && val_set_size > 0.0 {
-        r.problem(
-            "val_set_size",
-            "must be 0, or left out, beside val_dataset_path: rows for \
-            validation come from one of the two",
-        );
+    let mut config = keys::read(&mut reader);
+    check_together(&config, &mut reader);
+    find_inputs(&mut config, &source);
+    config.source = source;
+    if config.init_adapter.is_some() {
+        let written = keys::adapter_keys().filter(|key| reader.written(key));
+        config.source.lora_keys = written.map(String::from).collect();
     }
-    let max_seq_len = r.or("max_seq_len", 4096, whole(2));
-    let max_batch_tokens = r.optional("max_batch_tokens", whole(2));
-    if max_batch_tokens.is_some_and(|tokens| tokens < max_seq_len) {
-        r.problem(
-            "max_batch_tokens",
-            &format!(
-                "must be at least max_seq_len, which is {max_seq_len}: \
-            a row is never cut"
-            ),
-        );
-    }
-
-    let target_modules = r.or(
-        "target_modules",
-        LoraConfig::default().target_modules,
-        target_modules,
-    );
-    let layers_to_transform = r.optional("layers_to_transform", layers);
-    if layers_to_transform.is_some() && !matches!(target_modules, TargetModules::Names(_)) {
-        r.problem(
-            "layers_to_transform",
-            "cannot be used when target_modules is a string (as in PEFT); \
-            list the module names, as in [\"q_proj\", \"v_proj\"]",
-        );
-    }
-    let init_adapter = r
-        .optional("init_adapter", text("the folder of a PEFT adapter"))
-        .map(path);
-
-    let warmup_steps = r.or("warmup_steps", 0, whole(0));
-    let default_ratio = if r.has("warmup_steps") { 0.0 } else { 0.03 };
-    let warmup_ratio = r.or("warmup_ratio", default_ratio, fraction());
-    if warmup_steps > 0 && warmup_ratio > 0.0 {
-        r.problem(
-            "warmup_ratio",
-            "must be 0, or left out, beside warmup_steps: the warm-up has one length",
-        );
-    }
-
-    for (steps, per_epoch) in [
-        ("eval_steps", "evals_per_epoch"),
-        ("save_steps", "saves_per_epoch"),
-    ] {
-        if r.is_on(steps) && r.is_on(per_epoch) {
-            r.problem(
-                per_epoch,
-                &format!("must be \"none\", or left out, beside {steps}"),
-            );
-        }
-    }
-
-    let save_minutes = if r.has("save_minutes") {
-        r.optional("save_minutes", positive())
-    } else {
-        Some(5.0)
-    };
-    let save_total_limit = if r.has("save_total_limit") {
-        r.optional("save_total_limit", whole(1))
-    } else {
-        Some(2)
-    };
-
-    let config = Config {
-        base_model: base_model.unwrap_or_default(),
-        dataset_path: dataset_path.unwrap_or_default(),
-        val_dataset_path,
-        val_set_size,
-        dataset_format: r.or("dataset_format", None, dataset_format),
-        dataset_columns: r
-            .optional("dataset_columns", dataset_columns)
-            .unwrap_or_default(),
-        prompt_template: r.or("prompt_template", PromptTemplate::Raw, prompt_template),
-        max_seq_len,
-        lora_r: r.or("lora_r", 8, whole(1)),
-        lora_alpha: r.or("lora_alpha", 16.0, positive()),
-        lora_dropout: r.or("lora_dropout", 0.0, fraction()),
-        peft_use_rslora: r.or("peft_use_rslora", false, boolean),
-        peft_use_dora: r.or("peft_use_dora", false, boolean),
-        target_modules,
-        layers_to_transform,
-        exclude_modules: r.optional("exclude_modules", exclude_modules),
-        rank_pattern: r.optional("rank_pattern", rank_pattern).unwrap_or_default(),
-        alpha_pattern: r
-            .optional("alpha_pattern", alpha_pattern)
-            .unwrap_or_default(),
-        trainable_token_indices: r
-            .optional("trainable_token_indices", trained_tokens)
-            .unwrap_or_default(),
-        init_lora_weights: r.or("init_lora_weights", Init::Kaiming, init),
-        init_adapter: init_adapter.clone(),
-        quant_bits: r.or("quant_bits", 8, quant_bits),
-        quantize_lm_head: r.or("quantize_lm_head", false, boolean),
-        compute_dtype: r.or("compute_dtype", Default::default(), word),
-        device_memory: r.optional("device_memory", bytes),
-        learning_rate: r.or("learning_rate", 1e-4, positive()),
-        num_epochs: r.or("num_epochs", 4.0, positive()),
-        max_steps: r.optional("max_steps", whole(1)),
-        batch_size: r.or("batch_size", BatchSize::Rows(8), batch_size),
-        max_batch_tokens,
-        gradient_accumulation_steps: r.or("gradient_accumulation_steps", 1, whole(1)),
-        warmup_steps,
-        warmup_ratio,
-        lr_scheduler: r.or("lr_scheduler", Decay::Cosine, word),
-        weight_decay: r.or("weight_decay", 0.0, not_negative()),
-        adam_beta1: r.or("adam_beta1", 0.9, fraction()),
-        adam_beta2: r.or("adam_beta2", 0.999, fraction()),
-        adam_epsilon: r.or("adam_epsilon", 1e-8, positive()),
-        max_grad_norm: r.or("max_grad_norm", 1.0, not_negative()),
-        gradient_checkpointing: r.or("gradient_checkpointing", Checkpointing::Auto, checkpointing),
-        share_prefixes: r.or("share_prefixes", true, boolean),
-        merge_micro_batches: r.or("merge_micro_batches", true, boolean),
-        seed: r.or("seed", 42, whole_up_to(0, usize::MAX)) as u64,
-        eval_steps: r.optional("eval_steps", whole(1)),
-        evals_per_epoch: r.optional("evals_per_epoch", whole(1)),
-        logging_steps: r.or("logging_steps", 1, whole(1)),
-        save_best: r.or("save_best", true, boolean),
-        save_steps: r.optional("save_steps", whole(1)),
-        saves_per_epoch: r.optional("saves_per_epoch", whole(1)),
-        save_minutes,
-        save_total_limit,
-        on_non_finite: r.or("on_non_finite", Default::default(), word),
-        max_skipped_steps: r.or("max_skipped_steps", 3, whole(0)),
-        on_out_of_memory: r.or("on_out_of_memory", Default::default(), word),
-        check_every: r.or("check_every", 0, whole(0)),
-        output_dir: r
-            .get("output_dir", text("the path of a folder"))
-            .map_or(default_output, PathBuf::from),
-        source: {
-            let written = LORA_KEYS.iter().chain(&["lora_dropout"]);
-            let written = written.filter(|key| init_adapter.is_some() && r.written(key));
-            source.lora_keys = written.map(|key| key.to_string()).collect();
-            source.clone()
-        },
-    };
     reader.finish()?;
-    // The ranges above are lora-core's own; should they ever part, it has the last word.
+    // The ranges of the table are those of lora-core; lora-core decides where they differ.
     config
         .lora_config()
         .validate()
         .map_err(|error| lora_problem(&config, &error))?;
     Ok(config)
+}
+
+/// Keys that contradict each other.
+fn check_together(config: &Config, reader: &mut Reader) {
+    if config.val_dataset_path.is_some() && config.val_set_size > 0.0 {
+        reader.problem(
+            "val_set_size",
+            "must be 0, or left out, beside val_dataset_path: the validation data come from one of the two",
+        );
+    }
+    if config.warmup_steps > 0 && config.warmup_ratio > 0.0 {
+        reader.problem(
+            "warmup_ratio",
+            "must be 0, or left out, beside warmup_steps: the warm-up has one length",
+        );
+    }
+    for (steps, per_epoch) in [
+        ("eval_steps", "evals_per_epoch"),
+        ("save_steps", "saves_per_epoch"),
+    ] {
+        if reader.is_on(steps) && reader.is_on(per_epoch) {
+            let message = format!("must be \"none\", or left out, beside {steps}");
+            reader.problem(per_epoch, &message);
+        }
+    }
+    let max_seq_len = config.max_seq_len;
+    if config
+        .max_batch_tokens
+        .is_some_and(|tokens| tokens < max_seq_len)
+    {
+        let message = format!(
+            "must be at least max_seq_len, which is {max_seq_len}: examples are never truncated"
+        );
+        reader.problem("max_batch_tokens", &message);
+    }
+    let is_names = matches!(config.target_modules, TargetModules::Names(_));
+    if config.layers_to_transform.is_some() && !is_names {
+        reader.problem(
+            "layers_to_transform",
+            "cannot be used when target_modules is a string (as in PEFT); \
+            list the module names, as in [\"q_proj\", \"v_proj\"]",
+        );
+    }
+}
+
+/// Replaces the paths of inputs by the places where the files are.
+fn find_inputs(config: &mut Config, source: &Source) {
+    let model = files::resolve(&config.base_model, source);
+    config.base_model = model.to_string_lossy().into_owned();
+    let optional = [&mut config.val_dataset_path, &mut config.init_adapter];
+    let paths = optional.into_iter().flatten();
+    for path in paths.chain([&mut config.dataset_path]) {
+        *path = files::resolve(&path.to_string_lossy(), source);
+    }
 }
 
 fn lora_problem(config: &Config, error: &LoraError) -> Problems {
@@ -227,261 +91,16 @@ fn lora_problem(config: &Config, error: &LoraError) -> Problems {
     }])
 }
 
-fn val_set_size(value: &Value) -> Parsed<f64> {
-    number(
-        "a fraction of the rows (at least 0, below 1) or a whole number of rows",
-        |x| (0.0..1.0).contains(&x) || (x >= 1.0 && x.fract() == 0.0),
-    )(value)
-}
-
-fn prompt_template(value: &Value) -> Parsed<PromptTemplate> {
-    match value {
-        Value::String(text) => PromptTemplate::parse(text),
-        _ => PromptTemplate::parse(""),
-    }
-}
-
-/// `auto`, or the name of a format.
-fn dataset_format(value: &Value) -> Parsed<Option<Format>> {
-    let words = Format::ALL.map(|format| format!("{:?}", format.word()));
-    let right = || format!("must be \"auto\", {}", words.join(", "));
-    match value {
-        Value::String(word) if word == "auto" => Ok(None),
-        Value::String(word) => {
-            let found = Format::ALL.into_iter().find(|format| format.word() == word);
-            found.map(Some).ok_or_else(right)
-        }
-        _ => Err(right()),
-    }
-}
-
-/// A table from a format's columns to the file's.
-fn dataset_columns(value: &Value) -> Parsed<Columns> {
-    let right = "must be a table from the columns of a format to those of the file, as in { instruction = \"question\" }";
-    let Value::Table(entries) = value else {
-        return Err(right.into());
-    };
-    let mut columns: Vec<(String, String)> = Vec::new();
-    for entry in entries {
-        let known = Format::ALL.iter().flat_map(|format| format.keys());
-        if !known.clone().any(|key| *key == entry.key) {
-            let nearest = nearest(&entry.key, known.copied());
-            let hint = nearest.map_or(String::new(), |name| format!("; did you mean {name:?}?"));
-            return Err(format!(
-                "{right}; no format has a column {:?}{hint}",
-                entry.key
-            ));
-        }
-        match &entry.value {
-            Value::String(name) if columns.iter().any(|(_, other)| other == name) => {
-                return Err(format!("names the column {name:?} of the file twice"));
-            }
-            Value::String(name) => columns.push((entry.key.clone(), name.clone())),
-            other => return Err(format!("{right}; {:?} is {other}", entry.key)),
-        }
-    }
-    Ok(Columns(columns))
-}
-
-fn quant_bits(value: &Value) -> Parsed<u8> {
-    match whole(0)(value) {
-        Ok(4) => Ok(4),
-        Ok(8) => Ok(8),
-        Ok(16) => Ok(16),
-        _ => Err("must be 4, 8, or 16 (not quantized)".into()),
-    }
-}
-
-fn batch_size(value: &Value) -> Parsed<BatchSize> {
-    match value {
-        Value::String(word) if word == "auto" => Ok(BatchSize::Auto),
-        _ => whole(1)(value)
-            .map(BatchSize::Rows)
-            .map_err(|message| format!("{message}, or \"auto\"")),
-    }
-}
-
-/// PEFT writes `true` for its default, Kaiming-uniform.
-fn init(value: &Value) -> Parsed<Init> {
-    match value {
-        Value::Bool(true) => Ok(Init::Kaiming),
-        _ => word(value),
-    }
-}
-
-fn checkpointing(value: &Value) -> Parsed<Checkpointing> {
-    match value {
-        Value::Bool(true) => Ok(Checkpointing::On),
-        Value::Bool(false) => Ok(Checkpointing::Off),
-        _ => word(value),
-    }
-}
-
-/// A list of layer numbers, or one number.
-fn layers(value: &Value) -> Parsed<Vec<usize>> {
-    let right = || "must be a list of layer numbers, counted from 0, as in [0, 1, 2]".to_string();
-    match value {
-        Value::Integer(_) => whole(0)(value)
-            .map(|layer| vec![layer])
-            .map_err(|_| right()),
-        Value::List(items) if !items.is_empty() => {
-            let layers: Result<Vec<usize>, String> = items.iter().map(whole(0)).collect();
-            layers.map_err(|_| right())
-        }
-        _ => Err(right()),
-    }
-}
-
-/// PEFT's meaning: a list of names, `all-linear`, or one expression for the whole module name.
-fn target_modules(value: &Value) -> Parsed<TargetModules> {
-    let right = "must be a list of module names such as [\"q_proj\", \"v_proj\"], \"all-linear\", or one \
-        regular expression that matches whole module names";
-    match value {
-        Value::String(word) if word == "all-linear" => Ok(TargetModules::AllLinear),
-        // A module's full name has dots (model.layers.0.self_attn.q_proj) and no commas; a plain word or
-        // several with commas would be an expression that matches nothing.
-        Value::String(text)
-            if text
-                .chars()
-                .all(|c| c.is_alphanumeric() || "_-, ".contains(c)) =>
-        {
-            let names: Vec<String> = text
-                .split([',', ' '])
-                .filter(|name| !name.is_empty())
-                .map(|name| format!("{name:?}"))
-                .collect();
-            if names.is_empty() {
-                Err(right.into())
-            } else {
-                Err(format!(
-                    "is read as a regular expression for the whole module name and matches none; for names \
-                 write [{}]",
-                    names.join(", ")
-                ))
-            }
-        }
-        Value::String(pattern) => {
-            let targets = TargetModules::Regex(pattern.clone());
-            let config = LoraConfig {
-                target_modules: targets.clone(),
-                ..LoraConfig::default()
-            };
-            match config.selector() {
-                Ok(_) => Ok(targets),
-                Err(LoraError::InvalidPattern { reason, .. }) => {
-                    // The engine draws the place over several lines; its last line says what is wrong.
-                    let reason = reason.lines().last().unwrap_or_default();
-                    let reason = reason.trim_start_matches("error: ");
-                    Err(format!("is not a valid regular expression: {reason}"))
-                }
-                Err(other) => Err(other.to_string()),
-            }
-        }
-        Value::List(items) if !items.is_empty() => items
-            .iter()
-            .map(module_name)
-            .collect::<Parsed<_>>()
-            .map(TargetModules::Names),
-        _ => Err(right.into()),
-    }
-}
-
-/// As `target_modules`, without its one word.
-fn exclude_modules(value: &Value) -> Parsed<ExcludeModules> {
-    match target_modules(value)? {
-        TargetModules::Names(names) => Ok(ExcludeModules::Names(names)),
-        TargetModules::Regex(pattern) => Ok(ExcludeModules::Regex(pattern)),
-        TargetModules::AllLinear => {
-            Err("must be a list of module names or a regular expression".into())
-        }
-    }
-}
-
-fn rank_pattern(value: &Value) -> Parsed<Vec<(String, usize)>> {
-    let pattern = pattern(value, whole(1))?;
-    let config = LoraConfig {
-        rank_pattern: pattern.clone(),
-        ..LoraConfig::default()
-    };
-    config.selector().map_err(|error| error.to_string())?;
-    Ok(pattern)
-}
-
-fn alpha_pattern(value: &Value) -> Parsed<Vec<(String, f64)>> {
-    let pattern = pattern(value, number(POSITIVE, |x| x > 0.0))?;
-    let config = LoraConfig {
-        alpha_pattern: pattern.clone(),
-        ..LoraConfig::default()
-    };
-    config.selector().map_err(|error| error.to_string())?;
-    Ok(pattern)
-}
-
-/// A list of tokens of the embedding, or lists by the tables' names.
-fn trained_tokens(value: &Value) -> Parsed<Vec<(String, Vec<usize>)>> {
-    let right = || {
-        "must be a list of token ids, as in [128011, 128012], or lists by the names embed_tokens and lm_head".to_string()
-    };
-    let tokens = |value: &Value| match value {
-        Value::List(items) if !items.is_empty() => {
-            let tokens: Result<Vec<usize>, String> = items.iter().map(whole(0)).collect();
-            tokens.map_err(|_| right())
-        }
-        _ => Err(right()),
-    };
-    match value {
-        Value::Table(entries) => entries
-            .iter()
-            .map(|entry| match entry.key.as_str() {
-                name @ ("embed_tokens" | "lm_head") => Ok((name.into(), tokens(&entry.value)?)),
-                _ => Err(right()),
-            })
-            .collect(),
-        list => Ok(vec![("embed_tokens".into(), tokens(list)?)]),
-    }
-}
-
-/// A table from expressions for the end of a module's name to values, in the file's order.
-fn pattern<T>(value: &Value, parse: impl Fn(&Value) -> Parsed<T>) -> Parsed<Vec<(String, T)>> {
-    let Value::Table(entries) = value else {
-        return Err(
-            "must be a table from module names to numbers, as in { q_proj = 16, v_proj = 4 }"
-                .into(),
-        );
-    };
-    let parsed = entries.iter().map(|entry| match parse(&entry.value) {
-        Ok(value) => Ok((entry.key.clone(), value)),
-        Err(right) => Err(format!("{:?} {right}; it is {}", entry.key, entry.value)),
-    });
-    parsed.collect()
-}
-
-/// One of the model's linear modules, perhaps with a part of the path before it.
-fn module_name(value: &Value) -> Parsed<String> {
-    let Value::String(name) = value else {
-        return Err(format!("must be a list of module names; {value} is none"));
-    };
-    let last = name.rsplit('.').next().unwrap_or_default();
-    if LINEAR_MODULES.contains(&last) || name == "lm_head" {
-        return Ok(name.clone());
-    }
-    Err(match nearest(last, LINEAR_MODULES.into_iter()) {
-        Some(known) => {
-            format!("{name:?} is no linear module of a Llama layer; did you mean {known:?}?")
-        }
-        None => format!(
-            "{name:?} is no linear module of a Llama layer; these are {}",
-            LINEAR_MODULES.join(", ")
-        ),
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use std::path::Path;
 
+    use data::Format;
+    use lora_core::{Init, LoraConfig};
+
     use super::*;
-    use crate::reader::KEYS;
+    use crate::Checkpointing;
+    use crate::keys::KEYS;
 
     const LEAST: &str = "base_model = \"m\"\ndataset_path = \"d.jsonl\"\n";
 

@@ -1,4 +1,4 @@
-//! A value as a config file holds it, before anyone knows what it should be.
+//! A value of a config file, before it is checked.
 
 use std::collections::HashSet;
 use std::fmt;
@@ -11,14 +11,14 @@ use toml::de::{DeTable, DeValue};
 pub(super) struct Entry {
     pub key: String,
     pub value: Value,
-    /// The key's line, counted from 1, where the format tells (TOML does, JSON does not).
+    /// The line of the key, from 1, if the parser reports it (TOML's does, JSON's does not).
     pub line: Option<usize>,
 }
 
 /// A value of either format. Displayed as a person would have written it in TOML.
 #[derive(Debug, Clone, PartialEq)]
 pub(super) enum Value {
-    /// JSON's null: the key counts as absent.
+    /// JSON's null: the key is absent.
     Null,
     Bool(bool),
     Integer(i64),
@@ -26,7 +26,7 @@ pub(super) enum Value {
     String(String),
     List(Vec<Value>),
     Table(Vec<Entry>),
-    /// What no key takes: a date, an integer past 64 bits. As written.
+    /// A value that is right for no key, as written: a date, or an integer of more than 64 bits.
     Other(String),
 }
 
@@ -38,7 +38,7 @@ impl Value {
         Self::entries(table, &breaks)
     }
 
-    /// `breaks` are the places of the document's line breaks.
+    /// `breaks` are the positions of the line breaks.
     fn entries(table: &DeTable, breaks: &[usize]) -> Vec<Entry> {
         table
             .iter()
@@ -112,8 +112,8 @@ impl fmt::Display for Value {
     }
 }
 
-/// From JSON. Unlike `serde_json::Value` it refuses a key that stands twice in one object: of two runs
-/// with one name, or two rates in one run, the last would otherwise win in silence.
+/// From JSON. Unlike `serde_json::Value`, a repeated key is an error: of two runs with one name, or two learning rates in
+/// one run, the last would otherwise be used silently.
 impl<'de> Deserialize<'de> for Value {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         deserializer.deserialize_any(JsonVisitor)
@@ -167,7 +167,7 @@ impl<'de> Visitor<'de> for JsonVisitor {
         while let Some(key) = map.next_key::<String>()? {
             if !keys.insert(key.clone()) {
                 return Err(A::Error::custom(format!(
-                    "the key {key:?} stands here twice"
+                    "the key {key:?} is repeated here"
                 )));
             }
             let value = map.next_value()?;
@@ -211,7 +211,7 @@ mod tests {
         let error = serde_json::from_str::<Value>("{\"a\": 1,\n\"a\": 2}").unwrap_err();
         assert_eq!(error.line(), 2);
         assert!(
-            error.to_string().contains("\"a\" stands here twice"),
+            error.to_string().contains("\"a\" is repeated here"),
             "{error}"
         );
     }

@@ -1,7 +1,7 @@
-//! YAML with PyYAML's meaning of plain scalars (YAML 1.1), in which axolotl reads its configurations.
+//! YAML with PyYAML's meaning of plain scalars (YAML 1.1), as axolotl reads its configurations.
 //!
-//! `yes` is true, `010` is eight, `1e-4` is a text (axolotl makes a number of it where it expects one). Stricter than
-//! PyYAML: a key that stands twice, a tag and a merge key are errors.
+//! `yes` is true, `010` is eight, `1e-4` is a text (which axolotl converts where it expects a number). Stricter than
+//! PyYAML: a repeated key, a tag and a merge key are errors.
 
 use std::collections::HashMap;
 
@@ -10,11 +10,11 @@ use granit_parser::{Event, Marker, Parser, ScalarStyle, Span};
 use super::error::SyntaxError;
 use super::value::{Entry, Value};
 
-/// Values of a document with every alias written out; more than this is an attack.
+/// The maximum number of values of a document with every alias expanded.
 const MOST_VALUES: usize = 100_000;
 const STRING_TAG: &str = "tag:yaml.org,2002:str";
 
-/// The mapping that a document is, each key with its line.
+/// The keys of a document, each with its line.
 ///
 /// # Errors
 ///
@@ -57,9 +57,9 @@ enum Open {
 
 #[derive(Default)]
 struct Reader {
-    /// With the anchor of each, 0 for none, where it began and how many values had been read.
+    /// Each with its anchor (0 for none), where it began, and how many values had been read.
     open: Vec<(Open, usize, Marker, usize)>,
-    /// What anchors stand for, with the number of values within.
+    /// The values of anchors, each with the number of values in it.
     anchors: HashMap<usize, (Value, usize)>,
     values: usize,
     document: Option<(Value, Marker)>,
@@ -76,7 +76,7 @@ impl Reader {
                     (ScalarStyle::Plain, None) if is_key && text == "<<" => {
                         return Err("merge keys (<<) are not supported; write the keys out".into());
                     }
-                    // A key is a name, whatever value it would be.
+                    // A key is always a name.
                     (ScalarStyle::Plain, None) if !is_key => plain(&text),
                     (_, None | Some("!" | STRING_TAG)) => Value::String(text.into_owned()),
                     (_, Some(tag)) => return Err(tag_message(tag)),
@@ -111,7 +111,7 @@ impl Reader {
             }
             Event::Alias(anchor) => {
                 let Some((value, within)) = self.anchors.get(&anchor).cloned() else {
-                    return Err("an alias within what it stands for".into());
+                    return Err("an alias inside its own value".into());
                 };
                 self.value(value, 0, start, within)
             }
@@ -119,7 +119,7 @@ impl Reader {
         }
     }
 
-    /// Puts a finished value, of `size` values in all, where it belongs.
+    /// Adds a finished value, of `size` values in all, to the collection that is being read.
     fn value(
         &mut self,
         value: Value,
@@ -138,7 +138,7 @@ impl Reader {
         }
         match self.open.last_mut() {
             None if self.document.is_some() => {
-                return Err("a second document; a configuration is one".into());
+                return Err("a second document; a configuration is one document".into());
             }
             None => self.document = Some((value, start)),
             Some((Open::List(items), ..)) => items.push(value),
@@ -147,7 +147,7 @@ impl Reader {
                     return Err("a key that is a list or a mapping".into());
                 };
                 if entries.iter().any(|entry| entry.key == name) {
-                    return Err(format!("the key {name:?} stands here twice"));
+                    return Err(format!("the key {name:?} is repeated here"));
                 }
                 *key = Some((name, start.line()));
             }
@@ -172,7 +172,7 @@ fn tag_message(tag: &str) -> String {
     format!("the tag {tag} is not supported; write the value without a tag")
 }
 
-/// What PyYAML's `SafeLoader` makes of a scalar without quotes.
+/// A scalar without quotes, as PyYAML's `SafeLoader` reads it.
 fn plain(text: &str) -> Value {
     match text {
         "" | "~" | "null" | "Null" | "NULL" => return Value::Null,
@@ -247,7 +247,7 @@ fn integer(text: &str) -> Option<Value> {
     }
 }
 
-/// A dot is needed, and a sign in an exponent: of others PyYAML makes texts.
+/// A float needs a dot, and an exponent a sign; PyYAML reads others as texts.
 fn float(text: &str) -> Option<Value> {
     let (sign, rest) = signed(text);
     match rest {
@@ -278,7 +278,7 @@ fn float(text: &str) -> Option<Value> {
     Some(Value::Float(sign as f64 * number))
 }
 
-/// Whether it begins as a date does, which no key takes.
+/// Whether a text begins like a date, which is not a value of any key.
 fn is_date(text: &str) -> bool {
     let parts: Vec<&str> = text.splitn(3, '-').collect();
     let [year, month, day] = parts[..] else {
@@ -382,7 +382,9 @@ mod tests {
 
     #[test]
     fn what_is_not_a_mapping_of_keys_is_refused_with_its_place() {
-        assert!(refused("a: 1\nb: 2\na: 3").starts_with("line 3, column 1: the key \"a\" stands"));
+        assert!(
+            refused("a: 1\nb: 2\na: 3").starts_with("line 3, column 1: the key \"a\" is repeated")
+        );
         assert!(refused("a: 1\nb: !!python/object:os.system x").contains("line 2"));
         assert!(refused("a: &x {b: 1}\nc:\n  <<: *x").contains("merge"));
         assert!(refused("- a").contains("expected a mapping"));

@@ -1,25 +1,25 @@
-//! How a text is cut before BPE: llama.cpp has names for it, `tokenizer.json` the rules themselves.
+//! How a text is split before BPE: llama.cpp names the rules, `tokenizer.json` holds them.
 
 use serde_json::{Value as Json, json};
 
-/// A way to cut, as byte-level tokenizers of Llama-family models have it.
+/// The rules of a byte-level tokenizer of a Llama-family model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum PreTokenizer {
     /// GPT-2's words.
     Gpt2,
     /// Digits one by one, then GPT-2's words (SmolLM, StarCoder).
     Digits,
-    /// Llama 3's words, digits by threes.
+    /// Llama 3's words, digits in groups of three.
     Llama3,
-    /// As Llama 3's, digits one by one (Qwen 2, StableLM 2).
+    /// Llama 3's words, digits one by one (Qwen 2, StableLM 2).
     Qwen2,
     /// Mistral's Tekken: words break where capitals begin.
     Tekken,
-    /// What llama.cpp does for files that do not say.
+    /// llama.cpp's default for files without a name.
     Default,
 }
 
-/// llama.cpp's names, each family's own first.
+/// llama.cpp's names, the main one of each family first.
 const NAMES: [(&str, PreTokenizer); 15] = [
     ("gpt-2", PreTokenizer::Gpt2),
     ("phi-2", PreTokenizer::Gpt2),
@@ -61,7 +61,7 @@ impl PreTokenizer {
         found.map_or("default", |(name, _)| name)
     }
 
-    /// The one whose rules these are, however `tokenizer.json` spells what changes nothing.
+    /// The family with these rules; differences without effect are ignored.
     pub fn of_json(json: &Json) -> Option<Self> {
         let rules = rules(json)?;
         let all = [
@@ -75,12 +75,12 @@ impl PreTokenizer {
         all.into_iter().find(|it| it.rules() == rules)
     }
 
-    /// Whether tokenizers of this family put their begin token before a text unless the file says otherwise.
+    /// Whether tokenizers of this family add the BOS token unless the file turns this off.
     pub fn begins_with_bos(self) -> bool {
         matches!(self, Self::Llama3 | Self::Tekken)
     }
 
-    /// Whether a word that is a token is taken whole, whatever the merges are.
+    /// Whether a word that is a token is used as one token, whatever the merges are (`ignore_merges`).
     pub fn whole_words_first(self) -> bool {
         matches!(self, Self::Llama3 | Self::Tekken)
     }
@@ -102,7 +102,7 @@ impl PreTokenizer {
         }
     }
 
-    /// As `tokenizer.json` has it.
+    /// The `pre_tokenizer` of a `tokenizer.json`.
     pub fn json(self) -> Json {
         let rules = self.rules();
         let byte_level = |regex: bool| {
@@ -126,7 +126,7 @@ impl PreTokenizer {
 /// A step before the bytes.
 #[derive(Debug, PartialEq, Eq)]
 enum Rule {
-    /// What matches, and what lies between, is a piece each.
+    /// Each match, and each text between matches, is a piece.
     Cut(String),
     /// Every digit is a piece.
     Digits,
@@ -142,7 +142,7 @@ impl Rule {
     }
 }
 
-/// The rules of a `pre_tokenizer` that ends in bytes; `None` where something in it is not known here.
+/// The rules of a `pre_tokenizer` that ends with `ByteLevel`; `None` if part of it is unknown.
 fn rules(json: &Json) -> Option<Vec<Rule>> {
     let kind = json.get("type")?.as_str()?;
     let steps = match kind {

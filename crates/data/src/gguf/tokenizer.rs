@@ -30,7 +30,7 @@ pub(super) const ADD_EOS: &str = "tokenizer.ggml.add_eos_token";
 pub(super) const ADD_SPACE: &str = "tokenizer.ggml.add_space_prefix";
 pub(super) const CHAT_TEMPLATE: &str = "tokenizer.chat_template";
 
-/// Pieces of a SentencePiece vocabulary are shorter; each is cut at every place to find its merges.
+/// The longest piece of a SentencePiece vocabulary: each piece is split at every position to find its merges.
 const LONGEST_PIECE: usize = 256;
 
 /// The files that a Hugging Face folder of this model would have.
@@ -76,9 +76,9 @@ pub fn model_files(path: &Path) -> Result<ModelFiles, GgufError> {
     Ok(ModelFiles {
         folder: path.into(),
         tokenizer: tokenizer.to_string().into_bytes(),
-        tokenizer_config: Some(Json::Object(tokenizer_config).to_string()),
-        generation_config: Some(Json::Object(generation).to_string()),
-        config: Some(Json::Object(config).to_string()),
+        tokenizer_config: Some(Json::Object(tokenizer_config).to_string().into()),
+        generation_config: Some(Json::Object(generation).to_string().into()),
+        config: Some(Json::Object(config).to_string().into()),
         ..ModelFiles::default()
     })
 }
@@ -114,7 +114,7 @@ impl<'a> Vocabulary<'a> {
         Ok(ids)
     }
 
-    /// Tokens that are looked for in a text before anything else, as `tokenizer.json` lists them.
+    /// Tokens that are found in a text before all others, as `tokenizer.json` lists them.
     fn added(&self, special: &[u64]) -> Vec<Json> {
         let added = self.tokens.iter().zip(&self.types).enumerate();
         let added = added.filter_map(|(id, (token, kind))| {
@@ -135,7 +135,7 @@ impl<'a> Vocabulary<'a> {
     }
 }
 
-/// Tokens with a meaning of their own, by id.
+/// The ids of the special tokens.
 struct Special {
     ids: Vec<(&'static str, usize)>,
     add_bos: Option<bool>,
@@ -186,7 +186,7 @@ impl Special {
             .collect()
     }
 
-    /// What puts the tokens before and behind a text.
+    /// The post-processor that adds the tokens before and behind a text.
     fn post_processor(&self, vocabulary: &Vocabulary, add_bos_by_default: bool) -> Json {
         let add = |name: &str, on: bool| self.id(name).filter(|_| on);
         let bos = add("bos_token", self.add_bos.unwrap_or(add_bos_by_default));
@@ -215,7 +215,7 @@ impl Special {
     }
 }
 
-/// Byte-level BPE, as GPT-2 and Llama 3 have it.
+/// Byte-level BPE, as in GPT-2 and Llama 3.
 fn byte_level(
     header: &Header,
     vocabulary: &Vocabulary,
@@ -246,7 +246,7 @@ fn byte_level(
     }))
 }
 
-/// The two tokens of a merge: they are parted by a space that is not the first's beginning.
+/// The two tokens of a merge, which are separated by a space that does not begin the first one.
 fn pair(merge: &str) -> Option<[&str; 2]> {
     let first = merge.chars().next()?.len_utf8();
     let space = first + merge[first..].find(' ')?;
@@ -254,7 +254,7 @@ fn pair(merge: &str) -> Option<[&str; 2]> {
     (!right.is_empty()).then_some([left, right])
 }
 
-/// SentencePiece's BPE, as Llama 2 has it: the better a piece's score, the earlier it is made.
+/// SentencePiece's BPE, as in Llama 2: pieces with higher scores are merged first.
 fn sentence_piece(
     header: &Header,
     vocabulary: &Vocabulary,
@@ -294,8 +294,8 @@ fn sentence_piece(
     }))
 }
 
-/// Every pair of pieces that makes a piece, in the order in which SentencePiece prefers them: best score
-/// first, and of two ways to the same piece the one that transformers' converter takes first.
+/// Every pair of pieces that is itself a piece, in SentencePiece's order: best score first, and of two pairs for the same
+/// piece first the one that transformers' converter takes first.
 fn merges_of_scores(
     header: &Header,
     vocabulary: &Vocabulary,
@@ -327,7 +327,7 @@ fn merges_of_scores(
             (scores[id], lengths, left, right)
         }));
     }
-    // Stable: equals stay in the vocabulary's order.
+    // A stable sort keeps equal scores in the order of the vocabulary.
     merges.sort_by(|a, b| b.0.total_cmp(&a.0).then(b.1.cmp(&a.1)));
     let pairs = merges.into_iter();
     Ok(pairs

@@ -18,7 +18,7 @@ use crate::{DataError, Guarded, ModelFiles};
 ///
 /// # Errors
 ///
-/// A tokenizer that llama.cpp cannot have, and why.
+/// A tokenizer that llama.cpp does not support, and why.
 pub fn tokenizer_metadata(
     files: &ModelFiles,
     model: &LlamaConfig,
@@ -98,7 +98,7 @@ impl Kind {
         )?;
         match json["normalizer"]["type"].as_str() {
             None => {}
-            // Changes nothing in texts that are normalized already, as nearly all are.
+            // Nearly all texts are normalized already.
             Some("NFC") => log::warn!("llama.cpp does not apply the tokenizer's normalizer, NFC"),
             Some(other) => {
                 return Err(format!(
@@ -118,7 +118,7 @@ impl Kind {
     }
 }
 
-/// Whether a SentencePiece tokenizer puts a space before a text; `None` where it does not write spaces as `▁`.
+/// Whether a SentencePiece tokenizer puts a space before a text; `None` if it does not write spaces as `▁`.
 fn space_first(json: &Json) -> Option<bool> {
     let steps = |part: &Json, list: &str| match part["type"].as_str() {
         Some("Sequence") => part[list].as_array().cloned().unwrap_or_default(),
@@ -195,7 +195,7 @@ impl Vocabulary {
         }
         let (mut tokens, mut types) = (Vec::new(), Vec::new());
         for (id, entry) in found.into_iter().enumerate() {
-            // Rows of the embedding that no token has; llama.cpp wants a name for each.
+            // Rows of the embedding without a token; llama.cpp needs a name for each.
             let (token, kind) = entry.unwrap_or((format!("[PAD{id}]"), token_type::UNUSED));
             tokens.push(token);
             types.push(kind as i32);
@@ -210,7 +210,7 @@ impl Vocabulary {
         })
     }
 
-    /// What SentencePiece's BPE goes by: the earlier a piece's merge, the higher.
+    /// The scores of SentencePiece's BPE: the earlier the merge of a piece, the higher its score.
     fn scores(&self) -> Vec<f32> {
         let mut ranks: HashMap<String, usize> = HashMap::with_capacity(self.merges.len());
         for (rank, [left, right]) in self.merges.iter().enumerate() {
@@ -297,7 +297,7 @@ impl SpecialIds {
             seen.push(*id);
             new
         });
-        // llama.cpp has three places for tokens that end a text.
+        // llama.cpp has three keys for end tokens.
         let places = ["tokenizer.ggml.eot_token_id", "tokenizer.ggml.eom_token_id"];
         ids.extend(places.into_iter().zip(others));
         let unknown = named("unk_token")?;

@@ -1,4 +1,4 @@
-//! axolotl's `datasets` and `test_datasets`: the data file, and what its rows hold.
+//! axolotl's `datasets` and `test_datasets`: the data file and its format.
 
 use std::path::Path;
 
@@ -9,10 +9,10 @@ use super::format::{self, NAMED, Rows};
 use super::keys::is_off;
 use data::PromptTemplate;
 
-/// Readers that stand for a path where the file is in `data_files`.
+/// Values of `path` that name a reader; the file is then in `data_files`.
 const READERS: [&str; 3] = ["json", "csv", "parquet"];
 
-/// Keys of a conversation's roles, with the names that are read here.
+/// Keys of a conversation's roles, with the names that are supported.
 const PROPERTIES: [(&str, [&str; 2]); 2] = [
     ("role", ["role", "from"]),
     ("content", ["content", "value"]),
@@ -30,10 +30,10 @@ pub(super) fn convert(converter: &mut Converter) {
     let Some(rows) = rows else {
         return;
     };
-    // A text is learned whole in any case.
+    // The loss is on all tokens of a text in any case.
     if rows.format != "text" && converter.is_on("train_on_inputs") {
         let entry = converter.entry_or_file("train_on_inputs");
-        converter.problem(&entry, "prompts are not learned here; set it to false");
+        converter.problem(&entry, "the loss is never on prompts here; set it to false");
     }
     let place = train.whole;
     converter.set("dataset_format", Value::String(rows.format.into()), &place);
@@ -55,7 +55,7 @@ pub(super) fn convert(converter: &mut Converter) {
     match (path, others) {
         (_, Some(others)) if others != rows => converter.problem(
             &test.whole,
-            "must have the type and the fields of datasets; rows of both are read alike here",
+            "must have the type and the fields of datasets: both files are read in the same way",
         ),
         (Some(path), _) => converter.set("val_dataset_path", Value::String(path), &test.whole),
         _ => {}
@@ -111,7 +111,7 @@ fn only(converter: &mut Converter, key: &str) -> Option<DataSet> {
             }
             [_] => "must be a list of mappings, as in - path: FILE".to_string(),
             items => format!(
-                "has {} data sets and one is read; write their rows into one file",
+                "has {} data sets, and only one is read; write their rows into one file",
                 items.len()
             ),
         },
@@ -121,7 +121,7 @@ fn only(converter: &mut Converter, key: &str) -> Option<DataSet> {
     None
 }
 
-/// The data set's file and what its rows hold; problems are noted.
+/// The file of the data set and its format; problems are noted.
 fn read(converter: &mut Converter, data: &DataSet) -> (Option<String>, Option<Rows>) {
     let path = file(data).map_err(|(key, message)| converter.problem(&data.place(key), message));
     let rows = match data.get("type") {
@@ -177,7 +177,7 @@ fn file(data: &DataSet) -> Result<String, (&'static str, String)> {
             _ => {
                 return Err((
                     "data_files",
-                    "one file is read; write all rows into one".into(),
+                    "only one file is read; write all rows into one".into(),
                 ));
             }
         },
@@ -202,8 +202,9 @@ fn file(data: &DataSet) -> Result<String, (&'static str, String)> {
     match data.get("ds_type") {
         None => {}
         Some(Value::String(kind)) if kind == "json" && is_table => {
-            let message =
-                format!("and the file is called .{extension}, by which it is read; rename one");
+            let message = format!(
+                "but the extension .{extension} of the file decides how it is read; rename the file or change this"
+            );
             return Err(("ds_type", message));
         }
         Some(Value::String(kind)) if kind == "json" || *kind == extension => {}
@@ -223,7 +224,8 @@ fn completion(converter: &mut Converter, data: &DataSet) -> Rows {
         Some(Value::String(name)) => columns.push(("text", name.clone())),
         Some(_) => converter.problem(&data.place("field"), "must be the name of a column"),
     }
-    let note = "texts of more than sequence_len tokens are left out and counted; axolotl cuts them into pieces";
+    let note =
+        "texts of more than sequence_len tokens are skipped and counted; axolotl splits them";
     converter.notes.push(note.into());
     Rows {
         format: "text",
@@ -290,7 +292,7 @@ fn chat(converter: &mut Converter, data: &DataSet) -> Rows {
         Some(Value::List(roles)) if roles.iter().all(assistant) => {}
         Some(_) => converter.problem(
             &data.place("roles_to_train"),
-            "only the assistant's turns are learned; write [assistant]",
+            "the loss is on the assistant's turns only; write [assistant]",
         ),
     }
     let is_usual = |entry: &Entry| {
@@ -318,7 +320,7 @@ fn chat(converter: &mut Converter, data: &DataSet) -> Rows {
     }
 }
 
-/// Keys of a data set that are not read above, and are on.
+/// Keys of a data set that are on and not read above.
 fn unread(converter: &mut Converter, data: &DataSet) {
     const READ: [&str; 5] = ["path", "data_files", "split", "ds_type", "type"];
     const OF_CHAT: [&str; 11] = [
@@ -344,7 +346,7 @@ fn unread(converter: &mut Converter, data: &DataSet) {
             || (is_completion && key == "field");
         match key {
             _ if is_read => {}
-            // Neither says anything of a file.
+            // These do not concern a file.
             "trust_remote_code" | "preprocess_shards" => {}
             _ => converter.problem(
                 &data.place(key),

@@ -4,11 +4,11 @@ use super::super::value::{Entry, Value};
 use super::keys::is_off;
 use data::{InstructTemplate, PromptTemplate};
 
-/// What rows hold and how prompts are made of them, in this configuration's terms.
+/// The format of the examples and their prompt template.
 #[derive(Debug, PartialEq)]
 pub(super) struct Rows {
     pub format: &'static str,
-    /// The format's columns with the file's, where they differ.
+    /// The columns of the format that have another name in the file.
     pub columns: Vec<(&'static str, String)>,
     pub template: PromptTemplate,
 }
@@ -18,11 +18,11 @@ const ALPACA_WITH_INPUT: &str = "Below is an instruction that describes a task, 
 const ALPACA: &str = "Below is an instruction that describes a task. Write a response that appropriately completes the \
     request.";
 
-/// The named types that are read, for messages.
+/// The named types that are supported, for messages.
 pub(super) const NAMED: &str = "alpaca, alpaca:instruct, alpaca:chat, alpaca:chatml, alpaca_chat.load, \
     alpaca_chat.load_no_prompt, alpaca_instruct.load, alpaca_instruct.load_no_prompt, gpteacher, completion, chat_template";
 
-/// How a named type of alpaca's kind makes prompts; `None` for another type.
+/// The prompt template of a named type like alpaca; `None` for another type.
 pub(super) fn named(name: &str) -> Option<Rows> {
     let (base, style) = name.split_once(':').unwrap_or((name, ""));
     let (style, has_system) = match (base, style) {
@@ -166,7 +166,7 @@ pub(super) fn custom(entries: &[Entry]) -> Result<Rows, (String, String)> {
     })
 }
 
-/// A text for Python's `str.format` as one whose only braces are those of these placeholders.
+/// Converts a text for Python's `str.format` to one whose only braces are those of these placeholders.
 fn unescaped(text: &str, names: &[&str]) -> Result<String, String> {
     let allowed: Vec<String> = names.iter().map(|name| format!("{{{name}}}")).collect();
     let wrong = |what: &str| {
@@ -189,7 +189,7 @@ fn unescaped(text: &str, names: &[&str]) -> Result<String, String> {
             rest = &rest[name.len()..];
         } else {
             let end = rest.find('}').map_or(rest.len(), |end| end + 1);
-            return Err(wrong(&format!("{:?} is no placeholder", &rest[..end])));
+            return Err(wrong(&format!("{:?} is not a placeholder", &rest[..end])));
         }
     }
     result += rest;
@@ -265,13 +265,13 @@ mod tests {
     #[test]
     fn what_python_would_not_format_is_refused() {
         for (key, text, part) in [
-            ("format", "{context}", "\"{context}\" is no placeholder"),
+            ("format", "{context}", "\"{context}\" is not a placeholder"),
             ("format", "{instruction!r}", "no placeholder"),
             ("format", "{instruction} {", "no placeholder"),
             (
                 "no_input_format",
                 "{instruction} {input}",
-                "\"{input}\" is no",
+                "\"{input}\" is not",
             ),
             ("format", "{{input}} {instruction}", "braces around"),
             ("system_format", "x", "\"system_format\" must contain"),

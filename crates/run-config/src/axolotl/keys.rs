@@ -1,10 +1,10 @@
-//! axolotl's keys that have no counterpart here: those without effect on what is learned, and those that are refused.
+//! axolotl's keys without counterpart: those without effect on the training, and those that are rejected.
 //!
-//! Names and meanings after axolotl 0.18's `utils/schemas`.
+//! Names and meanings follow axolotl 0.18's `utils/schemas`.
 
 use super::super::value::Value;
 
-/// Keys that cannot change what is learned here: how fast, on how many devices, with which kernels and reports.
+/// Keys that do not change the training here: speed, devices, kernels, reports.
 const WITHOUT_EFFECT: &[&str] = &[
     "accelerator_config",
     "activation_offloading",
@@ -127,7 +127,7 @@ const WITHOUT_EFFECT: &[&str] = &[
     "xformers_attention",
 ];
 
-/// Beginnings of further names of such keys.
+/// Prefixes of further such keys.
 const WITHOUT_EFFECT_FAMILIES: &[&str] = &[
     "bnb_4bit_",
     "comet_",
@@ -149,13 +149,13 @@ const WITHOUT_EFFECT_FAMILIES: &[&str] = &[
     "wandb_",
 ];
 
-const TAKE_OUT: &str = "changes what is learned and is not supported here; take it out";
+const TAKE_OUT: &str = "changes the training and is not supported here; take it out";
 const MODEL_FILES: &str = "changes the model's tokenizer, which is read as the model's folder has it; set it there \
     (tokenizer_config.json) and take it out here";
 const PREFERENCES: &str =
-    "this trainer learns answers, not preferences or rewards; take it out, or use axolotl";
+    "this trainer trains on answers, not on preferences or rewards; take it out, or use axolotl";
 
-/// Keys that are refused where they are on, with what to do.
+/// Keys that are rejected unless they are off, each with a remedy.
 const REFUSED: &[(&str, &str)] = &[
     ("adam_beta3", TAKE_OUT),
     ("adam_epsilon2", TAKE_OUT),
@@ -181,11 +181,11 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     (
         "dataset_shard_idx",
-        "make a data file of the rows that are wanted",
+        "write a data file with these rows only",
     ),
     (
         "dataset_shard_num",
-        "make a data file of the rows that are wanted",
+        "write a data file with these rows only",
     ),
     ("default_system_message", TAKE_OUT),
     ("dynamic_checkpoint", TAKE_OUT),
@@ -299,8 +299,8 @@ const REFUSED: &[(&str, &str)] = &[
     ),
     (
         "sample_packing",
-        "an update would take as many rows as fit into sequence_len tokens, another training; set it to false and set \
-         micro_batch_size to the rows of a micro-batch (rows are computed without padding here, so that nothing is lost)",
+        "an optimizer step would take as many rows as fit into sequence_len tokens, which is another training; set it to \
+         false and set micro_batch_size to the rows of a micro-batch (rows are computed without padding here, at no loss)",
     ),
     ("shrink_embeddings", TAKE_OUT),
     ("simpo_gamma", PREFERENCES),
@@ -349,7 +349,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("total_supervised_tokens", TAKE_OUT),
 ];
 
-/// Beginnings of further names of such keys.
+/// Prefixes of further such keys.
 const REFUSED_FAMILIES: &[(&str, &str)] = &[
     ("dion_", TAKE_OUT),
     ("dpo_", PREFERENCES),
@@ -374,13 +374,13 @@ pub(super) const PLUGINS_WITHOUT_EFFECT: [&str; 2] = [
     "axolotl.integrations.cut_cross_entropy.CutCrossEntropyPlugin",
 ];
 
-/// Whether a key has no effect on what is learned here.
+/// Whether a key has no effect on the training here.
 pub(super) fn is_without_effect(key: &str) -> bool {
     let mut families = WITHOUT_EFFECT_FAMILIES.iter();
     WITHOUT_EFFECT.contains(&key) || families.any(|family| key.starts_with(family))
 }
 
-/// What to do about a key that is refused where it is on.
+/// The remedy for a key that is rejected.
 pub(super) fn remedy(key: &str) -> Option<&'static str> {
     let found = REFUSED.iter().find(|(name, _)| *name == key);
     let mut families = REFUSED_FAMILIES.iter();
@@ -394,7 +394,7 @@ pub(super) fn names() -> impl Iterator<Item = &'static str> {
     WITHOUT_EFFECT.iter().copied().chain(refused)
 }
 
-/// Whether a value switches nothing on.
+/// Whether a value means that a key is off.
 pub(super) fn is_off(value: &Value) -> bool {
     match value {
         Value::Null | Value::Bool(false) | Value::Integer(0) => true,

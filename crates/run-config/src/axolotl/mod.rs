@@ -1,11 +1,11 @@
-//! axolotl's YAML in this configuration's keys.
+//! Converts axolotl's YAML to the keys of this configuration.
 //!
-//! Every key of such a file is honoured, without effect on what is learned here (one note names those), or refused. What
-//! the file leaves unsaid is the preset `axolotl`. Meanings after axolotl 0.18: `utils/schemas`, `core/builders`, `loaders`.
+//! Every key of such a file is supported, has no effect on the training (one note names these keys), or is rejected.
+//! Values that the file leaves out are those of the preset `axolotl`. Meanings follow axolotl 0.18: `utils/schemas`, `core/builders`, `loaders`.
 //!
 //! ```text
-//! keys.rs     keys without counterpart: without effect, or refused with what to do
-//! datasets.rs the data file and what its rows hold
+//! keys.rs     keys without counterpart: without effect, or rejected with a remedy
+//! datasets.rs the data file and its format
 //! format.rs   prompt formats, by name or written out
 //! ```
 
@@ -16,13 +16,13 @@ mod keys;
 mod tests;
 
 use super::error::{Problem, nearest};
+use super::keys::KEYS;
 use super::raw::{RawConfig, RawEntry, key_and_value};
-use super::reader::KEYS;
 use super::value::Value;
 use hub::HubName;
 use keys::is_off;
 
-/// How a value is written elsewhere.
+/// How axolotl reads a value.
 #[derive(Clone, Copy)]
 enum Kind {
     /// A number, or a text of one, as `1e-4` is in YAML 1.1.
@@ -33,7 +33,7 @@ enum Kind {
     Plain,
 }
 
-/// Keys of one meaning under two names.
+/// Keys of axolotl, our names for them, and how axolotl reads the values.
 const SAME: [(&str, &str, Kind); 29] = [
     ("micro_batch_size", "batch_size", Kind::Number),
     ("num_epochs", "num_epochs", Kind::Number),
@@ -70,7 +70,20 @@ const SAME: [(&str, &str, Kind); 29] = [
     ("max_steps", "max_steps", Kind::Number),
 ];
 
-/// Of these, zero means zero; elsewhere axolotl takes it for absent.
+/// Our name of an axolotl key that has the same meaning under another name.
+pub(super) fn known_elsewhere(name: &str) -> Option<&'static str> {
+    let found = SAME.iter().find(|(theirs, ..)| *theirs == name);
+    found.map(|(_, ours, _)| *ours)
+}
+
+/// axolotl's name of one of our keys.
+#[cfg(test)]
+pub(super) fn name_of(key: &str) -> Option<&'static str> {
+    let found = SAME.iter().find(|(_, ours, _)| *ours == key);
+    found.map(|(theirs, ..)| *theirs)
+}
+
+/// For these keys zero means zero. For others, axolotl treats zero as absent.
 const ZERO_COUNTS: [&str; 10] = [
     "micro_batch_size",
     "num_epochs",
@@ -84,7 +97,7 @@ const ZERO_COUNTS: [&str; 10] = [
     "seed",
 ];
 
-/// Keys that are honoured in ways of their own.
+/// Supported keys that are converted one by one.
 const OTHERS: [&str; 37] = [
     "base_model",
     "model_revision",
@@ -125,10 +138,10 @@ const OTHERS: [&str; 37] = [
     "plugins",
 ];
 
-/// Keys by which the best adapter is chosen; the validation loss does it here.
+/// The key that selects the best adapter. Here the validation loss selects it.
 const BEST: &str = "metric_for_best_model";
 
-/// AdamW's names in transformers, and whether its moments are of 8 bits.
+/// The names of AdamW in transformers, and whether its moments have 8 bits.
 const OPTIMIZERS: [(&str, bool); 10] = [
     ("adamw_torch", false),
     ("adamw_torch_fused", false),
@@ -142,8 +155,8 @@ const OPTIMIZERS: [(&str, bool); 10] = [
     ("adamw_torch_8bit", true),
 ];
 
-/// Replaces the keys of an axolotl file by this configuration's. Overrides of axolotl's own keys come before the file's.
-/// Returns those of this configuration's keys, and everything that is wrong.
+/// Replaces the keys of an axolotl file by those of this configuration. Overrides of axolotl's keys replace those of the
+/// file. Returns the overrides of our own keys, and everything that is wrong.
 pub(super) fn convert(raw: &mut RawConfig, overrides: &[String]) -> (Vec<String>, Vec<Problem>) {
     let mut ours = Vec::new();
     for text in overrides {
@@ -287,7 +300,7 @@ impl Converter {
                 if known.is_none() {
                     self.problem(
                         &revision,
-                        "names a revision of a model on the Hub, and base_model is no name there",
+                        "names a revision of a model on the Hub, and base_model is not a name on the Hub",
                     );
                 }
                 let name = known.map_or(name.clone(), |_| revised);
@@ -329,7 +342,7 @@ impl Converter {
             let entry = self.entry_or_file(key);
             self.set("quant_bits", Value::Integer(bits), &entry);
             self.notes.push(format!(
-                "{key}: the base has {bits} bits a weight in this trainer's own form; bitsandbytes' settings (NF4, double \
+                "{key}: the base has {bits} bits per weight in this trainer's own format; bitsandbytes' settings (NF4, double \
                  quantization, thresholds) have no counterpart"
             ));
         }
@@ -364,7 +377,7 @@ impl Converter {
         }
     }
 
-    /// How many rows an update has, and what it does.
+    /// The number of examples per optimizer step, and the optimizer.
     fn update(&mut self) {
         let accumulation = self.on("gradient_accumulation_steps");
         match (accumulation, self.on("batch_size")) {
@@ -383,7 +396,7 @@ impl Converter {
                         let steps = Value::Integer(rows / micro);
                         self.set("gradient_accumulation_steps", steps, &entry);
                     }
-                    // The problem is another key's, and named there.
+                    // The problem is reported for the other key.
                     (Value::Integer(_), Some(_)) => {}
                     _ => self.problem(&entry, "must be a whole number, beside micro_batch_size"),
                 }
@@ -413,7 +426,7 @@ impl Converter {
         }
     }
 
-    /// The format of the computation: bf16 where it is asked for by name, what suits the device where it is "auto".
+    /// The compute dtype: bf16 if it is requested by name; `auto` leaves the choice to the device.
     fn precision(&mut self) {
         let is_auto = |entry: &Option<RawEntry>| {
             let auto = Value::String("auto".into());
@@ -472,7 +485,7 @@ impl Converter {
                 let unread = ["warmup_steps", "warmup_ratio"].map(|key| self.on(key));
                 for entry in unread.into_iter().flatten() {
                     self.notes.push(format!(
-                        "{}: the constant schedule has no warm-up, in axolotl neither; constant_with_warmup has one",
+                        "{}: the constant schedule has no warm-up, as in axolotl; constant_with_warmup has one",
                         entry.key
                     ));
                 }
@@ -485,7 +498,7 @@ impl Converter {
                 };
                 let is_zero = value == Value::Integer(0);
                 self.set("warmup_steps", value, &steps);
-                // Zero steps are a warm-up of no steps, whatever the ratio is.
+                // With zero steps there is no warm-up, whatever the ratio is.
                 if let Some(ratio) = ratio.filter(|_| !is_zero) {
                     self.set("warmup_ratio", number(&ratio.value), &ratio);
                 }
@@ -506,7 +519,7 @@ impl Converter {
         self.strategy(&["save_strategy"], "save");
     }
 
-    /// When there are validations or checkpoints, where neither steps nor a number an epoch are given.
+    /// When validations and checkpoints happen if neither steps nor a number per epoch are given.
     fn strategy(&mut self, names: &[&str], what: &str) {
         let Some(entry) = names.iter().find_map(|name| self.on(name)) else {
             return;
@@ -522,7 +535,7 @@ impl Converter {
             Value::String(word) if word == "steps" => {
                 self.problem(&entry, format!("needs {steps} beside it"));
             }
-            // There is a validation at the end, and a checkpoint every few minutes; neither changes what is learned.
+            // A validation at the end and a checkpoint every few minutes remain; neither changes the training.
             Value::String(word) if word == "no" => {}
             Value::Bool(false) => {}
             _ => self.problem(&entry, "must be steps, epoch or no"),
@@ -535,7 +548,7 @@ impl Converter {
         {
             self.problem(
                 &entry,
-                "rows longer than sequence_len are left out and counted, never cut; write drop",
+                "rows longer than sequence_len are skipped and counted, never truncated; write drop",
             );
         }
         if let Some(entry) = self.on("eval_sequence_len") {
@@ -554,7 +567,7 @@ impl Converter {
         }
     }
 
-    /// Everything that is left: without effect, refused, or unknown.
+    /// All other keys: without effect, rejected, or unknown.
     fn others(&mut self) {
         self.special_tokens();
         self.plugins();
@@ -599,7 +612,7 @@ impl Converter {
         }
         if !unread.is_empty() {
             self.notes.push(format!(
-                "keys of axolotl's that do not change what is learned here, and are not read: {}",
+                "axolotl's keys that do not change the training and are not read: {}",
                 unread.join(", ")
             ));
         }
@@ -610,7 +623,7 @@ impl Converter {
         let known = known.chain(OTHERS).chain(keys::names());
         let message = match nearest(&entry.key, known) {
             Some(name) => format!("unknown key; did you mean {name}?"),
-            None => "unknown key, of axolotl's as of this trainer's; take it out".into(),
+            None => "unknown key, for axolotl and for this trainer; take it out".into(),
         };
         self.problem(entry, message);
     }
@@ -623,7 +636,7 @@ impl Converter {
             return self.problem(&entry, "must be a mapping of token names to tokens");
         };
         for token in tokens.iter().filter(|token| !is_off(&token.value)) {
-            // Nothing is padded here, and no text holds the unknown token.
+            // This trainer pads nothing, and no text holds the unknown token.
             if ["pad_token", "unk_token"].contains(&token.key.as_str()) {
                 continue;
             }
@@ -667,7 +680,7 @@ impl Converter {
         })
     }
 
-    /// The file in messages about what is not there.
+    /// The file, for messages about missing keys.
     fn file(&self) -> String {
         let written = self.theirs.iter().find(|entry| entry.location != "--set");
         let location = written.map_or("--set", |entry| &entry.location);
