@@ -2,14 +2,30 @@
 
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
-use llama_burn::{DecoderLayer, Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
+use llama_burn::{DecoderLayer, Llama, LlamaConfig, LoadError, LoadOptions, RmsNorm, VocabTable};
 use lora_core::{compact, cpu, quantize_data};
+
+use super::protocol::WorkerSpec;
+use device::ModelLoader;
+
+/// The model of a contender: that of its files, or one of random weights.
+///
+/// # Errors
+///
+/// What is wrong with the files.
+pub(super) fn load(spec: &WorkerSpec, loader: &ModelLoader) -> Result<Llama, LoadError> {
+    if spec.random_weights {
+        let (options, device) = (loader.load_options(), loader.device());
+        return Ok(random(&loader.config, options, &device));
+    }
+    loader.load(|_| {})
+}
 
 /// A model with random weights, quantized as it is made: every decoder layer has memory of its own and the
 /// same numbers, so that only one layer ever exists in f32 and the numbers are drawn once.
 ///
 /// It says nothing about losses.
-pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Llama {
+fn random(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Llama {
     let host = Device::flex();
     let one_layer = LlamaConfig {
         vocab_size: 1,

@@ -16,6 +16,7 @@ mod hardware;
 mod kernels;
 mod machine;
 mod memory;
+mod open_model;
 pub mod process_memory;
 mod quiet;
 mod self_test;
@@ -31,6 +32,7 @@ pub use hardware::{Hardware, hardware, type_name, types};
 pub use kernels::{KeptKernels, KernelArgs, first_step, kept_kernels, switches};
 pub use machine::Machine;
 pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
+pub use open_model::{ModelLoader, ModelOptions};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 
 /// A device that has started.

@@ -7,7 +7,7 @@ use lora_core::{LoraError, Quantization};
 
 use crate::checkpoint::Division;
 use crate::plan::{Plan, PlanOptions, Workload};
-use crate::train::quantization;
+use crate::prepare::quantization;
 use data::{Data, Order, Prefixes};
 use device::{Backend, Selected};
 use run_config::{BatchSize, Checkpointing, Config};
@@ -168,9 +168,12 @@ impl Fit {
     }
 }
 
-/// Whether beginnings are shared. Dropout draws a mask for each row: shared, they would have one.
-pub fn prefixes(config: &Config) -> Prefixes {
-    if config.share_prefixes && config.lora_dropout == 0.0 {
+/// Whether a run computes common prompt prefixes once. Dropout draws a mask for each example: shared, they would have
+/// one. Nor are prefixes shared where an example's length changes what its tokens are rotated by.
+pub fn prefixes(config: &Config, model: &LlamaConfig, data: &Data) -> Prefixes {
+    let rows = data.train.rows.iter().chain(&data.validation.rows);
+    let longest = rows.map(|row| row.ids.len()).max().unwrap_or(0);
+    if config.share_prefixes && config.lora_dropout == 0.0 && !model.rotates_by_length(longest) {
         Prefixes::Shared
     } else {
         Prefixes::Apart
@@ -348,25 +351,9 @@ impl<'a> Search<'a> {
             .is_none_or(|available| plan.resident_peak() as f64 <= AT_MOST * available as f64)
     }
 
-    /// As [`prefixes`]; apart as well where a row's length changes what its tokens are rotated by.
-    fn prefixes(&self) -> Prefixes {
-        let rows = self
-            .data
-            .train
-            .rows
-            .iter()
-            .chain(&self.data.validation.rows);
-        let longest = rows.map(|row| row.ids.len()).max().unwrap_or(0);
-        if self.model.rotates_by_length(longest) {
-            Prefixes::Apart
-        } else {
-            prefixes(self.config)
-        }
-    }
-
     /// The run with these settings.
     fn at(&self, rows: usize, steps: usize, checkpointing: bool) -> Result<Fit, LoraError> {
-        let prefixes = self.prefixes();
+        let prefixes = prefixes(self.config, self.model, self.data);
         let mut heaviest: Option<Plan> = None;
         let mut tokens = 0;
         for workload in self.heaviest(rows, steps, prefixes) {

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use train_step::loss::LossSums;
+
 /// The file of metrics cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the metrics to {}: {source}", path.display())]
@@ -62,6 +64,28 @@ pub struct ValidationLine {
     pub val_tokens: usize,
     /// Seconds it took.
     pub val_s: f64,
+}
+
+/// A validation's numbers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// Cross entropy a supervised token, in nats.
+    pub loss: f64,
+    /// Share of the supervised tokens that the model ranks first.
+    pub accuracy: f64,
+    /// Share of the examples whose whole completion the model ranks first: exact match.
+    pub row_accuracy: f64,
+}
+
+impl Scores {
+    /// Those of a validation.
+    pub fn of(sums: &LossSums) -> Self {
+        Self {
+            loss: sums.mean(),
+            accuracy: sums.accuracy(),
+            row_accuracy: sums.row_accuracy(),
+        }
+    }
 }
 
 /// A step that was left out because a loss or gradient is not finite.

@@ -40,7 +40,8 @@ const PLAIN_WIDTH: usize = 100;
 
 type Lines = Arc<Mutex<Box<dyn Write + Send>>>;
 
-/// Shows lines and progress.
+/// Shows lines and progress. A clone is the same screen.
+#[derive(Clone)]
 pub struct Screen {
     style: Style,
     /// Draws nothing where there is no terminal.
@@ -105,7 +106,7 @@ impl Screen {
     }
 
     /// Shows the progress of something of known length that comes before the run, such as loading weights.
-    pub fn task(&self, name: &str, length: usize) -> Task<'_> {
+    pub fn task(&self, name: &str, length: usize) -> Task {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         bar.set_length(length as u64);
         bar.set_style(bar_style(
@@ -115,7 +116,7 @@ impl Screen {
         let bar = self.bars.add(bar);
         bar.set_message(name.to_string());
         Task {
-            screen: self,
+            screen: self.clone(),
             bar,
             name: name.into(),
             started: Instant::now(),
@@ -185,14 +186,14 @@ pub fn wrap(text: &str, width: usize) -> Vec<String> {
 }
 
 /// Something with a known length that is under way; dropping it takes its bar away.
-pub struct Task<'a> {
-    screen: &'a Screen,
+pub struct Task {
+    screen: Screen,
     bar: ProgressBar,
     name: String,
     started: Instant,
 }
 
-impl Task<'_> {
+impl Task {
     /// So much of it is done.
     pub fn at(&self, done: usize) {
         self.bar.set_position(done as u64);
@@ -206,7 +207,7 @@ impl Task<'_> {
     }
 }
 
-impl Drop for Task<'_> {
+impl Drop for Task {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

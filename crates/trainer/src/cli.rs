@@ -28,9 +28,9 @@ use lora_train::interrupt::{Interrupt, RESUMABLE};
 use lora_train::output::Existing;
 use lora_train::plan;
 use lora_train::plan::{Plan, PlanOptions, Workload};
-use lora_train::screen::RunScreen;
-use lora_train::train::{self, Ended, Request, RunFiles, TrainError};
+use lora_train::{Ended, Request, RunFiles, RunScreen, TrainError};
 use run_config::{self, Config};
+use terminal::{Screen, ScreenKind};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -331,13 +331,13 @@ pub fn main() -> ExitCode {
         eprintln!("error: {error}");
         return ExitCode::FAILURE;
     }
-    let mut screen = RunScreen::new(terminal::ScreenKind::detect());
+    let screen = Screen::new(ScreenKind::detect());
     let logger =
         env_logger::Builder::from_env(env_logger::Env::default().default_filter_or("warn"));
     let logger = { logger }.build();
     // Only a second logger makes this fail, and then there is one.
     let _ = screen.install_logger(logger);
-    match run(command, &mut screen) {
+    match run(command, &screen) {
         Ok(code) => code,
         Err(error) => {
             drop(screen);
@@ -367,7 +367,7 @@ fn whole_chain(error: &anyhow::Error) -> String {
     llama_burn::limited::clipped(&text, 10_000).into_owned()
 }
 
-fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
+fn run(command: Command, screen: &Screen) -> anyhow::Result<ExitCode> {
     match command {
         Command::Train(args) => return train(args, screen),
         Command::InspectData(args) => {
@@ -429,7 +429,7 @@ fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
 }
 
 /// Trains; the exit code is 0 for a run that is done and [`RESUMABLE`] for one that stopped before.
-fn train(args: Train, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
+fn train(args: Train, screen: &Screen) -> anyhow::Result<ExitCode> {
     let auto = args.resume.as_deref() == Some(Path::new("auto"));
     let from = args.resume.filter(|_| !auto);
     // A run that goes on has its configuration in its folder.
@@ -469,7 +469,8 @@ fn train(args: Train, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
         resume,
     };
     let interrupt = Interrupt::of_signals().context("cannot listen for Ctrl-C")?;
-    match train::train(&request, &interrupt, screen) {
+    let mut screen = RunScreen::from(screen.clone());
+    match lora_train::train(&request, &interrupt, &mut screen) {
         Ok(Ended::Done(_)) => Ok(ExitCode::SUCCESS),
         Ok(Ended::Interrupted(_)) => Ok(ExitCode::from(RESUMABLE)),
         Err(error) => Err(error.into()),
@@ -509,7 +510,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
     let length = config.max_seq_len.min(model.positions());
     let options = PlanOptions {
         lora: config.lora_config(),
-        quantization: train::quantization(&config),
+        quantization: lora_train::quantization(&config),
         float_bytes: if on_gpu { 2 } else { 4 },
         gradient_checkpointing: config.gradient_checkpointing != run_config::Checkpointing::Off,
         accumulates: config.gradient_accumulation_steps > 1,

@@ -4,19 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::curve;
+use crate::metrics::Scores;
 use terminal::Style;
 use terminal::human;
-
-/// A validation's numbers.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Scores {
-    /// Cross entropy a supervised token, in nats.
-    pub loss: f64,
-    /// Share of the supervised tokens that the model ranks first.
-    pub accuracy: f64,
-    /// Share of the rows whose whole answer is right.
-    pub row_accuracy: f64,
-}
 
 /// What a run ended with. Plain data: the loop fills it in.
 #[derive(Debug, Clone, PartialEq, Default)]
