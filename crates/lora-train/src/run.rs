@@ -83,7 +83,6 @@ impl<'a> Run<'a> {
     /// A failure of the device, a loss that is not a number; what could be saved is.
     pub fn train(mut self) -> Result<Self, TrainError> {
         let setup = self.session.setup;
-        // Before the first validation, which sets no step.
         let first = self.session.progress.next();
         if setup.resumed.as_ref().is_some_and(|resumed| resumed.forced) {
             // What was forced once need not be forced again.

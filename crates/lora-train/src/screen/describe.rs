@@ -14,7 +14,7 @@ use terminal::human;
 
 impl RunSummary {
     /// The summary of a run that is about to train.
-    pub fn of(setup: &Setup, fit: &Fit) -> Self {
+    pub(crate) fn of(setup: &Setup, fit: &Fit) -> Self {
         let (config, selected) = (&setup.config, setup.selected());
         let memory_there = device::device_memory(selected, config.device_memory);
         let shape = plan::shape(&setup.loader.config);

@@ -8,7 +8,7 @@ use crate::metrics::Scores;
 use terminal::Style;
 use terminal::human;
 
-/// What a run ended with. Plain data: the loop fills it in.
+/// What a run ended with. Plain data, which [`on_finish`](crate::TrainingCallback::on_finish) receives.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunResult {
     /// Optimizer steps taken.

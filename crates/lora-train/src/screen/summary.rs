@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use terminal::Style;
 use terminal::{KEPT_SPACE, human, wrap};
 
-/// Everything that a user should see before the first step. Plain data: the loop fills it in.
+/// Everything that a user should see before the first step. Plain data, which
+/// [`on_start`](crate::TrainingCallback::on_start) receives.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunSummary {
     /// The run's name.
