@@ -21,8 +21,8 @@ pub trait TrainingCallback {
     /// What [`on_preparing`](Self::on_preparing) reported is done, or has failed.
     fn on_prepared(&mut self) {}
 
-    /// Nothing is left to train: the resumed run is complete. No other method but
-    /// [`on_message`](Self::on_message) is called.
+    /// Nothing is left to train: the resumed run is complete, and its adapter is written. No weights are loaded, and no
+    /// other method is called after this one.
     fn on_already_done(&mut self, output: &OutputFolder, total_steps: usize) {
         let _ = (output, total_steps);
     }
