@@ -8,8 +8,8 @@ use burn::module::{Lora, Module, ModuleMapper, Param, ParamGroup, ParamId, QLora
 use burn::optim::{GradientsAccumulator, GradientsParams, ModuleOptimizer};
 use burn::tensor::activation::log_softmax;
 use burn::tensor::quantization::{Calibration, QuantScheme, QuantValue, ScaleDtype};
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use llama_burn::{LlamaConfig, LoadOptions};
+use burn::tensor::{Device, FloatDType, Int, Tensor, TensorData};
+use llama_burn::LlamaConfig;
 use lora_core::{LoraConfig, Quantization};
 
 use super::burn_llama::BurnLlama;
@@ -17,7 +17,7 @@ use super::error::BenchError;
 use super::ours::{StepReport, peak_memory, sync};
 use super::protocol::{Loaded, PeakMemory, Phases, Row, WorkerSpec};
 use super::random_model;
-use device::Selected;
+use device::{ModelLoader, ModelOptions, Selected};
 use peft::{AdapterTensors, read_adapter};
 use train_step::optimizer::AdamW;
 
@@ -40,18 +40,15 @@ impl BurnQlora {
         let started = Instant::now();
         let config = LlamaConfig::from_file(&spec.model)?;
         let (adapter_config, adapter) = read_adapter(&spec.adapter)?;
-        let device = selected.device.clone().autodiff();
-        let options = LoadOptions {
+        let options = ModelOptions {
+            compute_dtype: Some(FloatDType::F32),
             quantization: Quantization::None,
-            quantize_lm_head: false,
-            dtype: DType::F32,
+            autodiff: true,
+            ..ModelOptions::default()
         };
-        let model = if spec.random_weights {
-            random_model::random(&config, options, &device)
-        } else {
-            llama_burn::load(&spec.model, &config, options, &device, |_| {})?
-        };
-        let model = BurnLlama::new(model, &config);
+        let loader = ModelLoader::on(&spec.model, config, selected.clone(), options)?;
+        let (model, device) = (random_model::load(spec, &loader)?, loader.device());
+        let model = BurnLlama::new(model, &loader.config);
         let model = with_adapters(model, &adapter_config.lora, &adapter, &device)?;
         let burn = Self {
             model,

@@ -1,10 +1,10 @@
 //! This trainer: every call of the benchmark into its hot path is in this file.
 //!
-//! A step is that of [`train`](lora_train::train), without validation, clipping and the screen.
+//! A step is that of [`train`](lora_train::train()), without validation, clipping and the screen.
 
 use std::time::Instant;
 
-use burn::tensor::{DType, Device, FloatDType};
+use burn::tensor::{Device, FloatDType};
 use llama_burn::{Llama, LlamaConfig, LoadOptions};
 use lora_core::{LoraConfig, Quantization};
 
@@ -13,7 +13,7 @@ use super::protocol::{Loaded, OursSettings, PeakMemory, Phases, WorkerSpec};
 use super::random_model;
 use data::{Batch, Dataset, Prefixes, TokenizedRow};
 use device::process_memory as memory;
-use device::{Backend, Selected};
+use device::{Backend, ModelLoader, ModelOptions, Selected};
 use lora_train::fit;
 use lora_train::plan::{Plan, PlanOptions, Workload};
 use peft::read_adapter;
@@ -68,26 +68,21 @@ impl Ours {
         } else {
             Prefixes::Apart
         };
-        let dtype = device::compute_dtype(selected, requested(&settings.compute_dtype))?;
-        let stored = device::prepare(selected, dtype)?;
-        let options = LoadOptions {
+        let options = ModelOptions {
+            compute_dtype: requested(&settings.compute_dtype),
             quantization: Quantization::from_bits(settings.quant_bits).unwrap_or_default(),
-            quantize_lm_head: false,
-            dtype: DType::from(stored),
+            autodiff: true,
+            ..ModelOptions::default()
         };
-        let device = selected.device.clone().autodiff();
-        let model = if spec.random_weights {
-            random_model::random(&config, options, &device)
-        } else {
-            llama_burn::load(&spec.model, &config, options, &device, |_| {})?
-        };
+        let loader = ModelLoader::on(&spec.model, config, selected.clone(), options)?;
+        let model = random_model::load(spec, &loader)?;
         let model = adapter.put_on(model, &lora)?;
         let memory = Memory {
             spec,
             prefixes,
             lora: &lora,
-            config: &config,
-            options,
+            config: &loader.config,
+            options: loader.load_options(),
             on_gpu,
             available: device::device_memory(selected, None)
                 .map(|memory| memory.usable(selected.backend)),
@@ -107,7 +102,7 @@ impl Ours {
                 16 => "base not quantized".to_string(),
                 bits => format!("{bits}-bit base"),
             },
-            format!("{dtype:?}").to_lowercase(),
+            format!("{:?}", loader.compute_dtype).to_lowercase(),
             match (settings.on_tape, checkpointing) {
                 (true, _) => "Burn's autodiff graph over the whole model",
                 (false, true) => "gradient checkpointing on",

@@ -3,14 +3,30 @@
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::{compact, quantize_data, widens_tables};
-use llama_burn::{DecoderLayer, Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
+use llama_burn::{DecoderLayer, Llama, LlamaConfig, LoadError, LoadOptions, RmsNorm, VocabTable};
+
+use super::protocol::WorkerSpec;
+use device::ModelLoader;
+
+/// The model of a contender: that of its files, or one of random weights.
+///
+/// # Errors
+///
+/// What is wrong with the files.
+pub(super) fn load(spec: &WorkerSpec, loader: &ModelLoader) -> Result<Llama, LoadError> {
+    if spec.random_weights {
+        let (options, device) = (loader.load_options(), loader.device());
+        return Ok(random(&loader.config, options, &device));
+    }
+    loader.load(|_| {})
+}
 
 /// A model with random weights, quantized while it is made: every decoder layer has memory of its
 /// own and the same numbers, so that only one layer ever exists in f32 and the numbers are drawn
 /// once.
 ///
 /// Its losses are meaningless.
-pub(super) fn random(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Llama {
+fn random(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Llama {
     let host = Device::flex();
     let one_layer = LlamaConfig {
         vocab_size: 1,

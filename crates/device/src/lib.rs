@@ -15,6 +15,7 @@ mod hardware;
 mod kernel_cache;
 mod machine;
 mod memory;
+mod open_model;
 pub mod process_memory;
 mod quiet;
 mod self_test;
@@ -30,6 +31,7 @@ pub use hardware::{Hardware, hardware, type_name, types};
 pub use kernel_cache::{KeptKernels, KernelArgs, first_step, kept_kernels, switches};
 pub use machine::Machine;
 pub use memory::{DeviceMemory, Known, device_memory, largest_buffer};
+pub use open_model::{ModelLoader, ModelOptions};
 pub use self_test::{SELF_TEST_TOLERANCE, self_test};
 
 /// A device that has started.

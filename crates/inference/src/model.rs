@@ -3,13 +3,13 @@
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-use burn::tensor::{DType, FloatDType, Tensor};
+use burn::tensor::{FloatDType, Tensor};
 use clap::Args;
-use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError, LoadOptions};
+use llama_burn::{ConfigError, Llama, LlamaConfig, LoadError};
 use lora_core::{LoraConfig, LoraError, LoraLinear, Quantization};
 
 use data::{DataError, ModelFiles};
-use device::{Backend, CheckOptions, DeviceError, KernelArgs, Selected};
+use device::{Backend, DeviceError, KernelArgs, ModelLoader, ModelOptions, Selected};
 use export::merge::{Survival, SurvivalReport};
 use hub::{self, HubError, Need};
 use peft::{AdapterConfig, AdapterError, read_adapter};
@@ -115,41 +115,27 @@ impl Inference {
         };
         let config = LlamaConfig::from_file(&folder)?;
         let files = ModelFiles::read(&folder)?;
-        let selected = device::select(args.backend)?;
-        let dtype = device::compute_dtype(&selected, args.compute_dtype)?;
-        let stored = device::prepare(&selected, dtype)?;
-        let checks = device::check_device(
-            &selected,
-            &CheckOptions {
-                model: &config,
-                quantization,
-                dtype: stored,
-                lora: &LoraConfig::default(),
-                longest_row: PROMPT,
-            },
-        )?;
-        device::verdict(&selected, &checks)?;
+        let options = ModelOptions {
+            compute_dtype: args.compute_dtype,
+            quantization,
+            ..ModelOptions::default()
+        };
+        let loader = ModelLoader::new(&folder, config, args.backend, options)?;
+        loader.check(&LoraConfig::default(), PROMPT)?;
         let switches = device::switches();
         if !switches.is_empty() {
             // Standard output belongs to the answers.
             log::warn!("as asked for: {}", switches.join(", "));
         }
-        let options = LoadOptions {
-            quantization,
-            quantize_lm_head: false,
-            dtype: DType::from(stored),
-        };
-        let task = screen.task("loading weights", config.tensor_shapes().len());
-        let base = llama_burn::load(&folder, &config, options, &selected.device, |tensor| {
-            task.at(tensor.done)
-        })?;
+        let task = screen.task("loading weights", loader.tensors());
+        let base = loader.load(|tensor| task.at(tensor.done))?;
         drop(task);
         Ok(Self {
             folder,
-            config,
+            config: loader.config,
             files,
-            selected,
-            dtype,
+            selected: loader.selected,
+            dtype: loader.compute_dtype,
             quantization,
             base,
         })

@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 
 use serde::{Deserialize, Serialize};
 
+use train_step::loss::LossSums;
+
 /// The file of metrics cannot be written.
 #[derive(Debug, thiserror::Error)]
 #[error("cannot write the metrics to {}: {source}", path.display())]
@@ -63,6 +65,28 @@ pub struct ValidationLine {
     pub val_tokens: usize,
     /// Seconds it took.
     pub val_s: f64,
+}
+
+/// A validation's numbers.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Scores {
+    /// Cross entropy per token in the loss, in nats.
+    pub loss: f64,
+    /// Share of the tokens in the loss that the model ranks first.
+    pub accuracy: f64,
+    /// Share of the examples whose whole target is right: exact match.
+    pub row_accuracy: f64,
+}
+
+impl Scores {
+    /// The numbers of a validation's sums.
+    pub fn of(sums: &LossSums) -> Self {
+        Self {
+            loss: sums.mean(),
+            accuracy: sums.accuracy(),
+            row_accuracy: sums.row_accuracy(),
+        }
+    }
 }
 
 /// A step that was skipped because a loss or gradient is not finite.

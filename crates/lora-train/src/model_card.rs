@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 
 use sha2::{Digest, Sha256};
 
-use crate::screen::Scores;
+use crate::metrics::Scores;
 use hub::HubName;
 use run_config::Config;
 use terminal::human;

@@ -2,6 +2,7 @@
 //! plain lines.
 
 mod curve;
+mod describe;
 mod preparing;
 mod result;
 mod run;
@@ -9,37 +10,31 @@ mod summary;
 
 use std::fmt;
 use std::io::Write;
-use std::ops::Deref;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressState};
-use terminal::{Screen, ScreenKind, bar_style, human};
+use terminal::{Screen, ScreenKind, Task, bar_style, human};
 
 use self::preparing::Preparing;
 use self::run::Run;
+use crate::callback::TrainingCallback;
 use crate::metrics::{History, TrainLine, ValidationLine};
-use device::KeptKernels;
+use crate::output::OutputFolder;
 
-pub use result::{RunResult, Scores};
+pub(crate) use describe::precision;
+pub use result::RunResult;
 pub use summary::{AdapterSummary, DataSummary, RunSummary, StepSummary};
 
-/// Shows a run. Its methods are called in the order of a run: [`start`](Self::start),
-/// [`step`](Self::step) and [`validation`](Self::validation), [`finish`](Self::finish).
+/// Shows a run: on a terminal with a progress bar, elsewhere as plain lines.
 pub struct RunScreen {
     screen: Screen,
     run: Option<Run>,
     /// Until the first step is done.
     preparing: Option<Preparing>,
-}
-
-impl Deref for RunScreen {
-    type Target = Screen;
-
-    fn deref(&self) -> &Screen {
-        &self.screen
-    }
+    /// While weights are loaded.
+    loading: Option<Task>,
 }
 
 impl From<Screen> for RunScreen {
@@ -48,6 +43,7 @@ impl From<Screen> for RunScreen {
             screen,
             run: None,
             preparing: None,
+            loading: None,
         }
     }
 }
@@ -63,17 +59,12 @@ impl RunScreen {
         Screen::writing_to(writer).into()
     }
 
-    /// Says what will be trained, and puts up the progress bar.
-    pub fn start(&mut self, summary: &RunSummary) {
-        for line in summary.lines(self.style(), self.width()) {
-            self.line(&line);
-        }
-        let end = Arc::new(AtomicU64::new(0));
+    /// The bar of a run of this length. It also shows the milliseconds left until `end`, where that is not 0.
+    fn bar(&self, steps: usize, end: Arc<AtomicU64>) -> ProgressBar {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
-        bar.set_length(summary.steps.total as u64);
-        let end_of_run = Arc::clone(&end);
+        bar.set_length(steps as u64);
         let times = move |state: &ProgressState, out: &mut dyn fmt::Write| {
-            let left = match end_of_run.load(Ordering::Relaxed) {
+            let left = match end.load(Ordering::Relaxed) {
                 0 => String::new(),
                 end => {
                     let left = Duration::from_millis(end).saturating_sub(state.elapsed());
@@ -92,18 +83,18 @@ impl RunScreen {
         );
         bar.set_message("the first step takes longest on a GPU: its kernels are compiled");
         let bar = self.screen.add(bar);
-        if self.printer().is_none() {
+        if self.screen.printer().is_none() {
             // The times go on during a long step.
             bar.enable_steady_tick(Duration::from_secs(1));
         }
-        self.run = Some(Run::new(bar, end, &summary.steps));
+        bar
     }
+}
 
-    /// Says how many kernels are ready until the first step is done, or [`prepared`](Self::prepared) is called: on a bar
-    /// every second, without a terminal as a line every half minute. `what` is what the kernels are needed for; `kernels`
-    /// returns those on disk.
-    pub fn preparing(&mut self, what: &'static str, kernels: fn() -> Option<KeptKernels>) {
-        self.prepared();
+impl TrainingCallback for RunScreen {
+    /// Shows how many kernels are ready: on a bar every second, without a terminal as a line every half minute.
+    fn on_preparing(&mut self, what: &'static str) {
+        self.on_prepared();
         let bar = match &self.run {
             Some(run) => run.bar.clone(),
             None => {
@@ -112,7 +103,8 @@ impl RunScreen {
                 self.screen.add(bar)
             }
         };
-        self.preparing = Some(match self.printer() {
+        let kernels = device::kept_kernels;
+        self.preparing = Some(match self.screen.printer() {
             Some(printer) => {
                 let tell = move |text: String| printer.line(&text);
                 Preparing::new(what, Duration::from_secs(30), kernels, tell)
@@ -124,22 +116,50 @@ impl RunScreen {
         });
     }
 
-    /// What kernels were prepared for is done.
-    pub fn prepared(&mut self) {
+    fn on_prepared(&mut self) {
         self.preparing = None;
     }
 
-    /// Goes on after `step` steps of an earlier session, which had this history.
-    pub fn resume(&mut self, step: usize, history: &History) {
+    fn on_already_done(&mut self, output: &OutputFolder, total_steps: usize) {
+        self.screen.line(&format!(
+            "{}: all {total_steps} steps of this run are done. Its adapter is in {}",
+            output.path().display(),
+            output.adapter().display()
+        ));
+    }
+
+    fn on_loading(&mut self, done: usize, total: usize) {
+        let screen = &self.screen;
+        let task = self
+            .loading
+            .get_or_insert_with(|| screen.task("loading weights", total));
+        task.at(done);
+    }
+
+    fn on_loaded(&mut self) {
+        self.loading = None;
+    }
+
+    /// Shows what will be trained, and puts up the progress bar.
+    fn on_start(&mut self, summary: &RunSummary) {
+        for line in summary.lines(self.screen.style(), self.screen.width()) {
+            self.screen.line(&line);
+        }
+        let end = Arc::new(AtomicU64::new(0));
+        let bar = self.bar(summary.steps.total, Arc::clone(&end));
+        self.run = Some(Run::new(bar, end, &summary.steps));
+    }
+
+    fn on_resume(&mut self, step: usize, history: &History) {
         if let Some(run) = &mut self.run {
             run.resume(step, history);
         }
     }
 
     /// Shows a step: on the bar, or as a line every `logging_steps`.
-    pub fn step(&mut self, line: &TrainLine) {
+    fn on_step(&mut self, line: &TrainLine) {
         self.preparing = None;
-        let (width, printer) = (self.width(), self.printer());
+        let (width, printer) = (self.screen.width(), self.screen.printer());
         let Some(run) = &mut self.run else {
             return;
         };
@@ -154,8 +174,7 @@ impl RunScreen {
         }
     }
 
-    /// Shows how far a validation is.
-    pub fn validating(&self, done: usize, total: usize) {
+    fn on_validating(&mut self, done: usize, total: usize) {
         if let Some(run) = &self.run {
             run.bar
                 .set_message(format!("validating: {done}/{total} rows"));
@@ -163,17 +182,20 @@ impl RunScreen {
     }
 
     /// Shows a validation, with its change since the last one.
-    pub fn validation(&mut self, line: &ValidationLine) {
-        let style = self.style();
+    fn on_validation(&mut self, line: &ValidationLine) {
         let Some(run) = &mut self.run else {
             return;
         };
-        let text = run.validation(line, style);
-        self.line(&text);
+        let text = run.validation(line, self.screen.style());
+        self.screen.line(&text);
     }
 
-    /// Takes the bar away and says what came of the run.
-    pub fn finish(&mut self, result: &RunResult) {
+    fn on_message(&mut self, text: &str) {
+        self.screen.note(text);
+    }
+
+    /// Removes the bar and shows what came of the run.
+    fn on_finish(&mut self, result: &RunResult) {
         let (losses, validations) = match self.run.take() {
             Some(run) => {
                 run.bar.finish_and_clear();
@@ -181,8 +203,9 @@ impl RunScreen {
             }
             None => Default::default(),
         };
-        for line in result.lines(&losses, &validations, self.style(), self.width()) {
-            self.line(&line);
+        let (style, width) = (self.screen.style(), self.screen.width());
+        for line in result.lines(&losses, &validations, style, width) {
+            self.screen.line(&line);
         }
     }
 }
@@ -191,6 +214,7 @@ impl RunScreen {
 impl Drop for RunScreen {
     fn drop(&mut self) {
         self.preparing = None;
+        self.loading = None;
         if let Some(run) = &self.run {
             run.bar.abandon();
         }
@@ -263,15 +287,15 @@ mod tests {
         let mut summary = summary::tests::summary();
         summary.steps.total = 25;
         summary.steps.logging_steps = 10;
-        screen.start(&summary);
-        screen.validation(&validation(0, 3.0, 0.0));
+        screen.on_start(&summary);
+        screen.on_validation(&validation(0, 3.0, 0.0));
         for step in 1..=25 {
-            screen.step(&line(step));
-            screen.validating(step, 25);
+            screen.on_step(&line(step));
+            screen.on_validating(step, 25);
         }
-        screen.validation(&validation(25, 0.5, 0.75));
-        screen.validation(&validation(25, 0.6, 0.75));
-        screen.finish(&result::tests::result());
+        screen.on_validation(&validation(25, 0.5, 0.75));
+        screen.on_validation(&validation(25, 0.6, 0.75));
+        screen.on_finish(&result::tests::result());
         let text = printed.text();
         assert!(
             !text.contains('\u{1b}') && !text.contains('\r'),
@@ -313,10 +337,10 @@ mod tests {
     #[test]
     fn calls_out_of_order_do_nothing() {
         let (mut screen, printed) = screen();
-        screen.step(&line(1));
-        screen.validation(&validation(1, 1.0, 0.5));
+        screen.on_step(&line(1));
+        screen.on_validation(&validation(1, 1.0, 0.5));
         assert_eq!(printed.text(), "");
-        screen.finish(&RunResult::default());
+        screen.on_finish(&RunResult::default());
     }
 
     /// Refuses everything, as a closed pipe does.
@@ -335,8 +359,8 @@ mod tests {
     #[test]
     fn a_screen_that_nobody_reads_does_not_stop_the_run() {
         let mut screen = RunScreen::writing_to(Box::new(Closed));
-        screen.start(&summary::tests::summary());
-        screen.step(&line(1));
-        screen.finish(&RunResult::default());
+        screen.on_start(&summary::tests::summary());
+        screen.on_step(&line(1));
+        screen.on_finish(&RunResult::default());
     }
 }

@@ -2,14 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use burn::tensor::{DType, Device, Tensor};
-use llama_burn::{Llama, LlamaConfig, LoadOptions, Weights};
+use burn::tensor::{Device, FloatDType, Tensor};
+use llama_burn::{Llama, LlamaConfig, Weights};
 use lora_core::Quantization;
 
 use super::difference::{curves, max_abs, relative};
 use super::reference::Reference;
 use super::run;
 use super::{Check, ParityError, Section};
+use device::ModelOptions;
 use peft::{AdapterTensors, magnitude_name, tensor_names};
 
 // Both sides compute in f32 and differ only in the order of their sums. On models of this kind that
@@ -43,13 +44,12 @@ pub(super) fn check(
             got: reference.vocab,
         });
     }
-    let options = LoadOptions {
-        quantize_lm_head: false,
+    let options = ModelOptions {
         quantization: Quantization::None,
-        dtype: DType::F32,
+        autodiff: true,
+        ..ModelOptions::default()
     };
-    let device = device.clone().autodiff();
-    let base = llama_burn::load(&reference.model, &config, options, &device, |_| {})?;
+    let base = options.load(&reference.model, &config, device, FloatDType::F32, |_| {})?;
     let lora = &reference.config.lora;
     let adapted = reference.adapter.put_on(base.clone(), lora)?;
 

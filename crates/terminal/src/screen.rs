@@ -41,7 +41,8 @@ const PLAIN_WIDTH: usize = 100;
 
 type Lines = Arc<Mutex<Box<dyn Write + Send>>>;
 
-/// Prints lines and shows progress.
+/// Prints lines and shows progress. A clone is the same screen.
+#[derive(Clone)]
 pub struct Screen {
     style: Style,
     /// Draws nothing without a terminal.
@@ -106,7 +107,7 @@ impl Screen {
     }
 
     /// Shows the progress of work of known length before the run, such as loading weights.
-    pub fn task(&self, name: &str, length: usize) -> Task<'_> {
+    pub fn task(&self, name: &str, length: usize) -> Task {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         bar.set_length(length as u64);
         bar.set_style(bar_style(
@@ -116,7 +117,7 @@ impl Screen {
         let bar = self.bars.add(bar);
         bar.set_message(name.to_string());
         Task {
-            screen: self,
+            screen: self.clone(),
             bar,
             name: name.into(),
             started: Instant::now(),
@@ -186,14 +187,14 @@ pub fn wrap(text: &str, width: usize) -> Vec<String> {
 }
 
 /// Work of known length in progress. Dropping it removes its progress bar.
-pub struct Task<'a> {
-    screen: &'a Screen,
+pub struct Task {
+    screen: Screen,
     bar: ProgressBar,
     name: String,
     started: Instant,
 }
 
-impl Task<'_> {
+impl Task {
     /// Sets how much of it is done.
     pub fn at(&self, done: usize) {
         self.bar.set_position(done as u64);
@@ -207,7 +208,7 @@ impl Task<'_> {
     }
 }
 
-impl Drop for Task<'_> {
+impl Drop for Task {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
     }

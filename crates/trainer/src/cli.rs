@@ -26,9 +26,9 @@ use lora_train::interrupt::{Interrupt, RESUMABLE};
 use lora_train::output::Existing;
 use lora_train::plan;
 use lora_train::plan::{Plan, PlanOptions, Workload};
-use lora_train::screen::RunScreen;
-use lora_train::train::{self, Ended, Request, RunFiles, TrainError};
+use lora_train::{Ended, Request, RunFiles, RunScreen, TrainError};
 use run_config::{self, Config};
+use terminal::{Screen, ScreenKind};
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
@@ -229,7 +229,7 @@ pub fn main() -> ExitCode {
     command_line::run_with_codes(
         |screen| {
             command.kernels().apply()?;
-            run(command, &mut screen.into())
+            run(command, &screen)
         },
         exit_code,
     )
@@ -246,7 +246,7 @@ fn exit_code(error: &anyhow::Error) -> ExitCode {
     }
 }
 
-fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
+fn run(command: Command, screen: &Screen) -> anyhow::Result<ExitCode> {
     match command {
         Command::Train(args) => return train(args, screen),
         Command::InspectData(args) => {
@@ -288,7 +288,7 @@ fn run(command: Command, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
 }
 
 /// Trains; the exit code is 0 for a run that is done and [`RESUMABLE`] for one that stopped before.
-fn train(args: Train, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
+fn train(args: Train, screen: &Screen) -> anyhow::Result<ExitCode> {
     let auto = args.resume.as_deref() == Some(Path::new("auto"));
     let from = args.resume.filter(|_| !auto);
     // A run to resume has its configuration in its folder.
@@ -328,7 +328,8 @@ fn train(args: Train, screen: &mut RunScreen) -> anyhow::Result<ExitCode> {
         resume,
     };
     let interrupt = Interrupt::of_signals().context("cannot listen for Ctrl-C")?;
-    match train::train(&request, &interrupt, screen) {
+    let mut screen = RunScreen::from(screen.clone());
+    match lora_train::train(&request, &interrupt, &mut screen) {
         Ok(Ended::Done(_)) => Ok(ExitCode::SUCCESS),
         Ok(Ended::Interrupted(_)) => Ok(ExitCode::from(RESUMABLE)),
         Err(error) => Err(error.into()),
@@ -368,7 +369,7 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
     let length = config.max_seq_len.min(model.positions());
     let options = PlanOptions {
         lora: config.lora_config(),
-        quantization: train::quantization(&config),
+        quantization: lora_train::quantization(&config),
         float_bytes: if on_gpu { 2 } else { 4 },
         gradient_checkpointing: config.gradient_checkpointing != run_config::Checkpointing::Off,
         accumulates: config.gradient_accumulation_steps > 1,

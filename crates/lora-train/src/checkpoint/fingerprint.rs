@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use super::error::io;
 use super::{CheckpointError, hash};
-use crate::train::RunFiles;
+use crate::files::RunFiles;
 
 /// The files of a tokenizer and its templates.
 const TOKENIZER: [&str; 6] = [

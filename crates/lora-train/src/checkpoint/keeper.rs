@@ -5,11 +5,11 @@ use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
 use super::{AdapterFile, Checkpoint, CheckpointError, Fingerprint, Snapshot, Store};
+use crate::callback::TrainingCallback;
 use crate::interrupt::Interrupt;
 use crate::output::OutputFolder;
 use peft::{AdapterConfig, AdapterTensors, write_adapter};
 use run_config::Config;
-use terminal::Screen;
 
 /// A copy on the host takes at most this share of a run's time.
 const COPYING: f64 = 0.01;
@@ -135,9 +135,9 @@ impl Keeper {
 
     /// Writes a checkpoint. If the disk is full, older ones are removed; if that is not enough, the
     /// user is informed and the run continues.
-    pub fn write(&mut self, snapshot: &Snapshot, screen: &Screen) {
+    pub fn write(&mut self, snapshot: &Snapshot, callback: &mut dyn TrainingCallback) {
         self.written = Instant::now();
-        self.watch_data(screen);
+        self.watch_data(callback);
         let progress = &snapshot.state.progress;
         let step = progress.step;
         let mut written = self.try_write(snapshot);
@@ -149,15 +149,16 @@ impl Keeper {
             written = self.try_write(snapshot);
         }
         match written {
-            Ok(()) => {
+            Ok(folder) => {
                 self.newest = Some(step);
                 self.copy = None;
+                callback.on_checkpoint(step, &folder);
                 if self.failed.take().is_some() {
-                    screen.note("checkpoints are written again");
+                    callback.on_message("checkpoints are written again");
                 }
                 let limit = self.save_total_limit;
                 if let Err(error) = self.store.prune(step, limit, progress.kept) {
-                    screen.note(&format!("an old checkpoint could not be removed: {error}"));
+                    callback.on_message(&format!("an old checkpoint could not be removed: {error}"));
                 }
             }
             // Not at every try.
@@ -168,25 +169,24 @@ impl Keeper {
                     Some(newest) => format!("the newest one is of step {newest}"),
                     None => "there is none yet".into(),
                 };
-                screen.note(&format!(
+                callback.on_message(&format!(
                     "step {step}: the checkpoint could not be written, {newest}: {error}. The run continues and tries again"
                 ));
             }
         }
     }
 
-    fn try_write(&self, snapshot: &Snapshot) -> Result<(), CheckpointError> {
+    fn try_write(&self, snapshot: &Snapshot) -> Result<PathBuf, CheckpointError> {
         let progress = &snapshot.state.progress;
         // If it is the adapter of this very step, the checkpoint holds it anyway.
         let other = progress.kept.is_some_and(|kept| kept != progress.step);
         let kept = self.kept.as_ref().filter(|_| other);
         let write_kept = |folder: &Path| kept.map_or(Ok(()), |kept| kept.write(folder));
-        let written = self.store.write(snapshot, &self.config, &write_kept);
-        written.map(|_| ())
+        self.store.write(snapshot, &self.config, &write_kept)
     }
 
     /// Writes the kept adapter into its folder if it is not there yet, and reports a failure.
-    pub fn write_adapter(&mut self, screen: &Screen) {
+    pub fn write_adapter(&mut self, callback: &mut dyn TrainingCallback) {
         if !self.owed {
             return;
         }
@@ -198,7 +198,7 @@ impl Keeper {
             Err(_) if self.told => {}
             Err(error) => {
                 self.told = true;
-                screen.note(&format!(
+                callback.on_message(&format!(
                     "the adapter could not be written: {error}. The run continues and tries again"
                 ));
             }
@@ -220,7 +220,7 @@ impl Keeper {
     pub fn finish(
         &mut self,
         interrupt: &Interrupt,
-        screen: &Screen,
+        callback: &mut dyn TrainingCallback,
     ) -> Result<(), CheckpointError> {
         let started = Instant::now();
         let mut told = false;
@@ -232,7 +232,7 @@ impl Keeper {
                 }
                 Err(error) => {
                     if !told {
-                        screen.note(&format!(
+                        callback.on_message(&format!(
                             "the run is over, but {error}. Make room: writing is tried again for up to an \
                              hour. Ctrl-C discards the adapter"
                         ));
@@ -250,19 +250,19 @@ impl Keeper {
 
     /// After a failure: writes a checkpoint of the last copy if that is newer than the last
     /// checkpoint.
-    pub fn rescue(&mut self, screen: &Screen) {
+    pub fn rescue(&mut self, callback: &mut dyn TrainingCallback) {
         let copy = self.copy.take();
         let newer = copy.filter(|copy| Some(copy.state.progress.step) > self.newest);
         if let Some(copy) = newer {
-            self.write(&copy, screen);
+            self.write(&copy, callback);
         }
     }
 
     /// Reports once which data files have changed since the run read them.
-    fn watch_data(&mut self, screen: &Screen) {
+    fn watch_data(&mut self, callback: &mut dyn TrainingCallback) {
         for path in self.files.changed_data() {
             if !self.changed.contains(&path) {
-                screen.note(&format!(
+                callback.on_message(&format!(
                     "{} has changed since the run read it. The run continues with the data it has read; resuming will \
                      require the original file",
                     path.display()

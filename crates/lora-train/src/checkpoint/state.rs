@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::Fingerprint;
 use crate::fit::Fit;
-use crate::screen::Scores;
+use crate::metrics::Scores;
 use data::Prefixes;
 use train_step::loss_scale::LossScale;
 
@@ -134,7 +134,7 @@ mod scores {
     use serde::de::Error;
     use serde::{Deserialize, Deserializer, Serialize, Serializer};
 
-    use crate::screen::Scores;
+    use crate::metrics::Scores;
 
     pub fn serialize<S: Serializer>(scores: &Option<Scores>, s: S) -> Result<S::Ok, S::Error> {
         let text = scores.map(|scores| {

@@ -4,21 +4,11 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use super::curve;
+use crate::metrics::Scores;
 use terminal::Style;
 use terminal::human;
 
-/// A validation's numbers.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct Scores {
-    /// Cross entropy per token in the loss, in nats.
-    pub loss: f64,
-    /// Share of the tokens in the loss that the model ranks first.
-    pub accuracy: f64,
-    /// Share of the examples whose whole target is right: exact match.
-    pub row_accuracy: f64,
-}
-
-/// The result of a run. Plain data, filled in by the training loop.
+/// The result of a run. Plain data, which [`on_finish`](crate::TrainingCallback::on_finish) receives.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunResult {
     /// Optimizer steps taken.

@@ -5,7 +5,8 @@ use std::path::PathBuf;
 use terminal::Style;
 use terminal::{KEPT_SPACE, human, wrap};
 
-/// The summary of a run before its first step. Plain data, filled in by the training loop.
+/// The summary of a run before its first step. Plain data, which
+/// [`on_start`](crate::TrainingCallback::on_start) receives.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct RunSummary {
     /// The run's name.

@@ -1,28 +1,16 @@
-//! How a configuration fits the memory: `batch_size = "auto"`, `gradient_checkpointing = "auto"`,
-//! micro-batches computed together, and the refusal of a run before any weight is loaded.
+//! The search for what fits: micro-batches and gradient checkpointing, the fastest first.
 
 use burn::tensor::{DType, FloatDType};
 use llama_burn::LlamaConfig;
 use lora_core::{LoraError, Quantization};
 
-use crate::checkpoint::Division;
+use super::{Fit, FitError, is_comfortable, prefixes};
 use crate::plan::{Plan, PlanOptions, Workload};
-use crate::train::quantization;
+use crate::prepare::quantization;
 use data::{Data, Order, Prefixes};
 use device::{Backend, Selected};
 use run_config::{BatchSize, Checkpointing, Config};
 use terminal::human;
-
-/// Gradient checkpointing is off if the run then takes at most this share of the free memory. The
-/// rest is for other programs.
-const COMFORTABLE: f64 = 0.5;
-
-/// As [`COMFORTABLE`] on a GPU, whose memory other programs seldom want during a run. The rest is
-/// for errors of the prediction. The driver's share is not counted as free in the first place.
-const COMFORTABLE_ON_GPU: f64 = 0.9;
-
-/// As [`COMFORTABLE`], a number of bytes for GPUs whose free memory is unknown.
-const SMALL: u64 = 1 << 30;
 
 /// A run that is predicted to take more than this share of the free memory is refused. The rest is
 /// for errors of the prediction.
@@ -31,175 +19,14 @@ const AT_MOST: f64 = 0.95;
 /// The search for the largest micro-batch looks at this many; of longer runs, at the first ones.
 const LOOKED_AT: usize = 50_000;
 
-/// The settings of a run that fits.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Fit {
-    /// Examples per micro-batch.
-    pub batch_size: usize,
-    /// Micro-batches per update.
-    pub gradient_accumulation_steps: usize,
-    /// Whether gradient checkpointing is on.
-    pub gradient_checkpointing: bool,
-    /// Whether shared prefixes are computed once.
-    pub prefixes: Prefixes,
-    /// The predicted memory.
-    pub plan: Plan,
-    /// Bytes of the largest tensor that grows with the examples of a micro-batch.
-    pub largest_activation: u64,
-}
-
-/// Why a run does not fit.
-#[derive(Debug, thiserror::Error)]
-pub enum FitError {
-    /// The adapters' configuration.
-    #[error(transparent)]
-    Lora(#[from] LoraError),
-    /// Too little memory.
-    #[error(
-        "this run needs about {needed} of memory and {available} {whose}. The largest part is {what}. {advice}",
-        needed = human::bytes(*needed),
-        available = human::bytes(*available),
-    )]
-    TooLarge {
-        /// Bytes that are needed.
-        needed: u64,
-        /// Bytes that are available.
-        available: u64,
-        /// What the available bytes are, in words that continue "… GiB".
-        whose: &'static str,
-        /// The largest part.
-        what: String,
-        /// Settings that would fit, or that no setting fits.
-        advice: String,
-    },
-    /// One tensor is too large, whatever the memory.
-    #[error(
-        "{what} takes {needed} in one tensor, and this device's largest buffer is {limit}. {advice}",
-        needed = human::bytes(*needed),
-        limit = human::bytes(*limit),
-    )]
-    Buffer {
-        /// The tensor.
-        what: String,
-        /// Its bytes.
-        needed: u64,
-        /// The largest buffer.
-        limit: u64,
-        /// What would fit.
-        advice: &'static str,
-    },
-}
-
-/// Decides the settings that `config` leaves open and checks that the run fits.
-///
-/// # Errors
-///
-/// If it does not fit, with the settings that would.
-pub fn fit(
-    config: &Config,
-    model: &LlamaConfig,
-    selected: &Selected,
-    dtype: FloatDType,
-    data: &Data,
-) -> Result<Fit, FitError> {
-    Search::new(config, model, selected, dtype, data).run()
-}
-
-/// As [`fit`] for a run that is resumed: it divides its examples into micro-batches as before,
-/// because the last bits of float sums depend on the division. If the division no longer fits, as
-/// on another machine, a new one is chosen and the second value is true.
-///
-/// # Errors
-///
-/// As [`fit`].
-pub fn refit(
-    config: &Config,
-    model: &LlamaConfig,
-    selected: &Selected,
-    dtype: FloatDType,
-    data: &Data,
-    before: Division,
-) -> Result<(Fit, bool), FitError> {
-    let search = Search::new(config, model, selected, dtype, data);
-    // Recomputing changes no bit, so a setting in the configuration takes precedence.
-    let checkpointing = match config.gradient_checkpointing {
-        Checkpointing::On => true,
-        Checkpointing::Off => false,
-        Checkpointing::Auto => before.gradient_checkpointing,
-    };
-    let rows = before.batch_size.max(1);
-    let steps = before.gradient_accumulation_steps.max(1);
-    let mut fit = search.at(rows, steps, checkpointing)?;
-    if !before.share_prefixes {
-        fit.prefixes = Prefixes::Apart;
-    }
-    if search.binds(&fit) && search.fits(&fit.plan) {
-        Ok((fit, false))
-    } else {
-        Ok((search.run()?, true))
-    }
-}
-
-impl Fit {
-    /// The same update in smaller micro-batches, for a device whose memory is too small; if that is
-    /// not possible, with gradient checkpointing on where the configuration leaves it open. `None`
-    /// if neither is possible.
-    pub fn smaller(&self, config: &Config) -> Option<Self> {
-        let rows = self.batch_size;
-        // The largest divisor up to the half, so that an update keeps its examples.
-        let fewer = (1..=rows / 2)
-            .rev()
-            .find(|fewer| rows.is_multiple_of(*fewer));
-        match fewer {
-            Some(fewer) => Some(Self {
-                batch_size: fewer,
-                gradient_accumulation_steps: self.gradient_accumulation_steps * (rows / fewer),
-                ..self.clone()
-            }),
-            None if !self.gradient_checkpointing
-                && config.gradient_checkpointing == Checkpointing::Auto =>
-            {
-                Some(Self {
-                    gradient_checkpointing: true,
-                    ..self.clone()
-                })
-            }
-            None => None,
-        }
-    }
-}
-
-/// Whether prefixes are shared. Dropout draws a mask per example, and shared tokens could have only
-/// one.
-pub fn prefixes(config: &Config) -> Prefixes {
-    if config.share_prefixes && config.lora_dropout == 0.0 {
-        Prefixes::Shared
-    } else {
-        Prefixes::Apart
-    }
-}
-
-/// Whether micro-batches of an update may be computed together. Not with dropout, whose masks
-/// belong to a micro-batch, and not with a configured limit of tokens.
+/// Whether micro-batches of an update may be computed together. Dropout's masks belong to a micro-batch,
+/// and a limit of tokens was asked for.
 fn merges(config: &Config) -> bool {
     config.merge_micro_batches && config.lora_dropout == 0.0 && config.max_batch_tokens.is_none()
 }
 
-/// Whether a run of this peak needs no gradient checkpointing under `gradient_checkpointing =
-/// "auto"`.
-pub fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
-    let share = if on_gpu {
-        COMFORTABLE_ON_GPU
-    } else {
-        COMFORTABLE
-    };
-    match available {
-        Some(available) => peak as f64 <= share * available as f64,
-        None => peak < SMALL,
-    }
-}
-
-struct Search<'a> {
+/// The settings that a configuration leaves open, tried in the order of their speed.
+pub(super) struct Search<'a> {
     config: &'a Config,
     model: &'a LlamaConfig,
     data: &'a Data,
@@ -211,7 +38,7 @@ struct Search<'a> {
 }
 
 impl<'a> Search<'a> {
-    fn new(
+    pub(super) fn new(
         config: &'a Config,
         model: &'a LlamaConfig,
         selected: &Selected,
@@ -231,7 +58,7 @@ impl<'a> Search<'a> {
         }
     }
 
-    fn run(&self) -> Result<Fit, FitError> {
+    pub(super) fn run(&self) -> Result<Fit, FitError> {
         self.check_weights()?;
         let auto = self.config.gradient_checkpointing == Checkpointing::Auto;
         let choices: &[bool] = match self.config.gradient_checkpointing {
@@ -290,9 +117,9 @@ impl<'a> Search<'a> {
         self.binds(fit) && is_comfortable(peak, self.available, self.on_gpu)
     }
 
-    /// Whether the device has buffers for the activations. A driver refuses larger ones however
-    /// much memory is free.
-    fn binds(&self, fit: &Fit) -> bool {
+    /// Whether the device has buffers for the activations. A driver refuses larger ones however much memory is
+    /// free.
+    pub(super) fn binds(&self, fit: &Fit) -> bool {
         self.limit
             .is_none_or(|limit| fit.largest_activation <= limit)
     }
@@ -347,31 +174,19 @@ impl<'a> Search<'a> {
         }
     }
 
-    fn fits(&self, plan: &Plan) -> bool {
+    pub(super) fn fits(&self, plan: &Plan) -> bool {
         self.available
             .is_none_or(|available| plan.resident_peak() as f64 <= AT_MOST * available as f64)
     }
 
-    /// As [`prefixes`]; sharing is also off if the length of an example changes its rotary
-    /// frequencies.
-    fn prefixes(&self) -> Prefixes {
-        let rows = self
-            .data
-            .train
-            .rows
-            .iter()
-            .chain(&self.data.validation.rows);
-        let longest = rows.map(|row| row.ids.len()).max().unwrap_or(0);
-        if self.model.rotates_by_length(longest) {
-            Prefixes::Apart
-        } else {
-            prefixes(self.config)
-        }
-    }
-
     /// The run with these settings.
-    fn at(&self, rows: usize, steps: usize, checkpointing: bool) -> Result<Fit, LoraError> {
-        let prefixes = self.prefixes();
+    pub(super) fn at(
+        &self,
+        rows: usize,
+        steps: usize,
+        checkpointing: bool,
+    ) -> Result<Fit, LoraError> {
+        let prefixes = prefixes(self.config, self.model, self.data);
         let mut heaviest: Option<Plan> = None;
         let mut tokens = 0;
         for workload in self.heaviest(rows, steps, prefixes) {
@@ -504,58 +319,5 @@ impl<'a> Search<'a> {
             what: largest.map_or_else(String::new, |part| part.name.clone()),
             advice,
         })
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn where_nobody_tells_what_is_free_only_small_runs_keep_their_activations() {
-        assert!(is_comfortable(500 << 20, None, false));
-        assert!(!is_comfortable(9 << 30, None, true));
-        assert!(is_comfortable(9 << 30, Some(20 << 30), false));
-        assert!(!is_comfortable(500 << 20, Some(600 << 20), false));
-        assert!(is_comfortable(500 << 20, Some(600 << 20), true));
-    }
-
-    #[test]
-    fn smaller_micro_batches_keep_an_update_s_rows_and_then_activations_go() {
-        let config = Config::load(None, None, &[]).unwrap();
-        let json = serde_json::json!({
-            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
-            "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
-            "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
-        });
-        let model = LlamaConfig::from_json(json.as_object().unwrap()).unwrap();
-        let options = PlanOptions {
-            lora: config.lora_config(),
-            quantization: Quantization::None,
-            float_bytes: 4,
-            gradient_checkpointing: false,
-            accumulates: false,
-            on_gpu: false,
-            workload: Workload::of_rows(&[], 0),
-        };
-        let fit = |batch_size| Fit {
-            batch_size,
-            gradient_accumulation_steps: 2,
-            gradient_checkpointing: false,
-            prefixes: Prefixes::Shared,
-            plan: Plan::new(&model, &options).unwrap(),
-            largest_activation: 0,
-        };
-        let divided = |rows| {
-            let smaller = fit(rows).smaller(&config).unwrap();
-            (smaller.batch_size, smaller.gradient_accumulation_steps)
-        };
-        assert_eq!(
-            (divided(8), divided(9), divided(5)),
-            ((4, 4), (3, 6), (1, 10))
-        );
-        let alone = fit(1).smaller(&config).unwrap();
-        assert!(alone.gradient_checkpointing && alone.batch_size == 1);
-        assert_eq!(alone.smaller(&config), None);
     }
 }

@@ -1,0 +1,247 @@
+//! What of a configuration fits the memory there is: `batch_size = "auto"`, `gradient_checkpointing =
+//! "auto"`, micro-batches computed together, and a refusal before any weight is loaded.
+//!
+//! This file holds what is decided, and `search.rs` how it is found.
+
+mod search;
+
+use burn::tensor::FloatDType;
+use llama_burn::LlamaConfig;
+use lora_core::LoraError;
+
+use self::search::Search;
+use crate::checkpoint::Division;
+use crate::plan::Plan;
+use data::{Data, Prefixes};
+use device::Selected;
+use run_config::{Checkpointing, Config};
+use terminal::human;
+
+/// Activations are kept rather than recomputed where the run then takes at most this share of the
+/// memory that is free: other programs want some too.
+const COMFORTABLE: f64 = 0.5;
+
+/// As [`COMFORTABLE`] on a GPU, whose memory others seldom want in the middle of a run; the rest is for what a
+/// prediction may be off by. What is left to the driver is not counted as free in the first place.
+const COMFORTABLE_ON_GPU: f64 = 0.9;
+
+/// As [`COMFORTABLE`] where nobody tells what is free: a run that no machine minds.
+const SMALL: u64 = 1 << 30;
+
+/// A run as it will be.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Fit {
+    /// Rows of a micro-batch.
+    pub batch_size: usize,
+    /// Micro-batches of an update.
+    pub gradient_accumulation_steps: usize,
+    /// Whether activations are recomputed.
+    pub gradient_checkpointing: bool,
+    /// Whether common beginnings are computed once.
+    pub prefixes: Prefixes,
+    /// What it will need.
+    pub plan: Plan,
+    /// Bytes of the largest tensor that grows with the rows of a micro-batch.
+    pub largest_activation: u64,
+}
+
+/// Why a run cannot be.
+#[derive(Debug, thiserror::Error)]
+pub enum FitError {
+    /// The adapters' configuration.
+    #[error(transparent)]
+    Lora(#[from] LoraError),
+    /// Too little memory.
+    #[error(
+        "this run needs about {needed} of memory and {available} {whose}: {what} is the most of it. {advice}",
+        needed = human::bytes(*needed),
+        available = human::bytes(*available),
+    )]
+    TooLarge {
+        /// Bytes that are needed.
+        needed: u64,
+        /// Bytes that there are for it.
+        available: u64,
+        /// What these are, in words that continue "… GiB".
+        whose: &'static str,
+        /// The largest part.
+        what: String,
+        /// Settings that would fit, or that none would.
+        advice: String,
+    },
+    /// One tensor is too large, whatever the memory.
+    #[error(
+        "{what} takes {needed} in one tensor and this device's buffers end at {limit}. {advice}",
+        needed = human::bytes(*needed),
+        limit = human::bytes(*limit),
+    )]
+    Buffer {
+        /// The tensor.
+        what: String,
+        /// Its bytes.
+        needed: u64,
+        /// The largest buffer.
+        limit: u64,
+        /// What would fit.
+        advice: &'static str,
+    },
+}
+
+/// Decides what `config` leaves open and checks that it fits.
+///
+/// # Errors
+///
+/// If it does not, with the settings that would.
+pub fn fit(
+    config: &Config,
+    model: &LlamaConfig,
+    selected: &Selected,
+    dtype: FloatDType,
+    data: &Data,
+) -> Result<Fit, FitError> {
+    Search::new(config, model, selected, dtype, data).run()
+}
+
+/// As [`fit`] for a run that goes on: it divides its rows as before, because sums of floats depend on that in
+/// their last bits. Where that does not fit any more, as on another machine, it is decided anew, and the
+/// second value says so.
+///
+/// # Errors
+///
+/// As [`fit`].
+pub fn refit(
+    config: &Config,
+    model: &LlamaConfig,
+    selected: &Selected,
+    dtype: FloatDType,
+    data: &Data,
+    before: Division,
+) -> Result<(Fit, bool), FitError> {
+    let search = Search::new(config, model, selected, dtype, data);
+    // Recomputing changes no bit, so a word of the user's counts.
+    let checkpointing = match config.gradient_checkpointing {
+        Checkpointing::On => true,
+        Checkpointing::Off => false,
+        Checkpointing::Auto => before.gradient_checkpointing,
+    };
+    let rows = before.batch_size.max(1);
+    let steps = before.gradient_accumulation_steps.max(1);
+    let mut fit = search.at(rows, steps, checkpointing)?;
+    if !before.share_prefixes {
+        fit.prefixes = Prefixes::Apart;
+    }
+    if search.binds(&fit) && search.fits(&fit.plan) {
+        Ok((fit, false))
+    } else {
+        Ok((search.run()?, true))
+    }
+}
+
+impl Fit {
+    /// The same update in smaller micro-batches, for a device whose memory is too small; without that, with
+    /// activations recomputed where the configuration leaves it open. `None` where neither is possible.
+    pub fn smaller(&self, config: &Config) -> Option<Self> {
+        let rows = self.batch_size;
+        // The largest divisor up to the half, so that an update keeps its rows.
+        let fewer = (1..=rows / 2)
+            .rev()
+            .find(|fewer| rows.is_multiple_of(*fewer));
+        match fewer {
+            Some(fewer) => Some(Self {
+                batch_size: fewer,
+                gradient_accumulation_steps: self.gradient_accumulation_steps * (rows / fewer),
+                ..self.clone()
+            }),
+            None if !self.gradient_checkpointing
+                && config.gradient_checkpointing == Checkpointing::Auto =>
+            {
+                Some(Self {
+                    gradient_checkpointing: true,
+                    ..self.clone()
+                })
+            }
+            None => None,
+        }
+    }
+}
+
+/// Whether a run computes common prompt prefixes once. Dropout draws a mask for each example: shared, they would have
+/// one. Nor are prefixes shared where an example's length changes what its tokens are rotated by.
+pub fn prefixes(config: &Config, model: &LlamaConfig, data: &Data) -> Prefixes {
+    let rows = data.train.rows.iter().chain(&data.validation.rows);
+    let longest = rows.map(|row| row.ids.len()).max().unwrap_or(0);
+    if config.share_prefixes && config.lora_dropout == 0.0 && !model.rotates_by_length(longest) {
+        Prefixes::Shared
+    } else {
+        Prefixes::Apart
+    }
+}
+
+/// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
+pub fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
+    let share = if on_gpu {
+        COMFORTABLE_ON_GPU
+    } else {
+        COMFORTABLE
+    };
+    match available {
+        Some(available) => peak as f64 <= share * available as f64,
+        None => peak < SMALL,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use lora_core::Quantization;
+
+    use super::*;
+    use crate::plan::{PlanOptions, Workload};
+
+    #[test]
+    fn where_nobody_tells_what_is_free_only_small_runs_keep_their_activations() {
+        assert!(is_comfortable(500 << 20, None, false));
+        assert!(!is_comfortable(9 << 30, None, true));
+        assert!(is_comfortable(9 << 30, Some(20 << 30), false));
+        assert!(!is_comfortable(500 << 20, Some(600 << 20), false));
+        assert!(is_comfortable(500 << 20, Some(600 << 20), true));
+    }
+
+    #[test]
+    fn smaller_micro_batches_keep_an_update_s_rows_and_then_activations_go() {
+        let config = Config::load(None, None, &[]).unwrap();
+        let json = serde_json::json!({
+            "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,
+            "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "num_key_value_heads": 1, "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
+        });
+        let model = LlamaConfig::from_json(json.as_object().unwrap()).unwrap();
+        let options = PlanOptions {
+            lora: config.lora_config(),
+            quantization: Quantization::None,
+            float_bytes: 4,
+            gradient_checkpointing: false,
+            accumulates: false,
+            on_gpu: false,
+            workload: Workload::of_rows(&[], 0),
+        };
+        let fit = |batch_size| Fit {
+            batch_size,
+            gradient_accumulation_steps: 2,
+            gradient_checkpointing: false,
+            prefixes: Prefixes::Shared,
+            plan: Plan::new(&model, &options).unwrap(),
+            largest_activation: 0,
+        };
+        let divided = |rows| {
+            let smaller = fit(rows).smaller(&config).unwrap();
+            (smaller.batch_size, smaller.gradient_accumulation_steps)
+        };
+        assert_eq!(
+            (divided(8), divided(9), divided(5)),
+            ((4, 4), (3, 6), (1, 10))
+        );
+        let alone = fit(1).smaller(&config).unwrap();
+        assert!(alone.gradient_checkpointing && alone.batch_size == 1);
+        assert_eq!(alone.smaller(&config), None);
+    }
+}

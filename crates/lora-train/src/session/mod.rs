@@ -1,0 +1,339 @@
+//! What a run has beside its model while it trains: where it is, its files, and what it does when something fails.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `mod.rs` | what a step computes, tried again where the device's memory is too small |
+//! | `validate.rs` | validation, and the adapter that is kept |
+//! | `saving.rs` | checkpoints, and what is saved when the device fails |
+
+mod saving;
+mod validate;
+
+use std::rc::Rc;
+use std::time::Instant;
+
+use llama_burn::Llama;
+
+use crate::callback::TrainingCallback;
+use crate::checkpoint::{Keeper, Progress};
+use crate::error::{TrainError, WrongNumbers};
+use crate::fit::Fit;
+use crate::guard::{DeviceFault, FaultKind, Guard};
+use crate::interrupt::Interrupt;
+use crate::metrics::{MetricsError, MetricsWriter, SkippedLine, TrainLine};
+use crate::prepare::{self, Setup};
+use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
+use data::Order;
+use device::Backend;
+use run_config::{OnNonFinite, OnOutOfMemory};
+use terminal::human;
+use train_step::FlatGradients;
+use train_step::loss_scale::LossScale;
+use train_step::optimizer::Optimizer;
+
+/// What learns: the model with its adapters, and their optimizer.
+pub struct Learner {
+    /// The model.
+    pub model: Llama,
+    /// Its optimizer, with the moments of every adapter.
+    pub optimizer: Optimizer,
+}
+
+impl Learner {
+    /// Updates the adapters.
+    pub fn step(mut self, learning_rate: f64, gradients: FlatGradients) -> Self {
+        self.model = self.optimizer.step(learning_rate, self.model, gradients);
+        self
+    }
+}
+
+/// A run under way.
+pub struct Session<'a> {
+    /// What does not change.
+    pub setup: &'a Setup,
+    /// How examples are divided; smaller where the device's memory turned out too small.
+    pub fit: &'a mut Fit,
+    /// Where the run is.
+    pub progress: &'a mut Progress,
+    /// Writes checkpoints and the adapter.
+    pub keeper: &'a mut Keeper,
+    /// `metrics.jsonl`.
+    pub metrics: MetricsWriter,
+    /// Whether the run shall stop.
+    pub interrupt: &'a Interrupt,
+    /// What observes the run.
+    pub callback: &'a mut dyn TrainingCallback,
+    /// Shared, so that work on the session can run under it.
+    guard: Rc<Guard>,
+    started: Instant,
+    /// Seconds of earlier sessions.
+    before: f64,
+    metrics_fail: bool,
+    /// The last step whose comparison with the CPU went well; the one before the run is step 0's.
+    checked: usize,
+}
+
+impl<'a> Session<'a> {
+    /// Begins. From here on failures of the device are caught.
+    pub fn new(
+        setup: &'a Setup,
+        fit: &'a mut Fit,
+        progress: &'a mut Progress,
+        keeper: &'a mut Keeper,
+        metrics: MetricsWriter,
+        interrupt: &'a Interrupt,
+        callback: &'a mut dyn TrainingCallback,
+    ) -> Self {
+        Self {
+            setup,
+            fit,
+            before: progress.seconds,
+            checked: progress.step,
+            progress,
+            keeper,
+            metrics,
+            interrupt,
+            callback,
+            guard: Rc::new(Guard::install()),
+            started: Instant::now(),
+            metrics_fail: false,
+        }
+    }
+
+    /// The order of the rows, in the micro-batches of now.
+    pub fn order(&self) -> Order {
+        prepare::order(&self.setup.config, &self.setup.data, self.fit)
+    }
+
+    /// Computes something whose memory grows with the rows of a micro-batch. Where the device has too little,
+    /// micro-batches become smaller and it is computed again.
+    ///
+    /// # Errors
+    ///
+    /// Any other failure of the device, and one that smaller micro-batches do not cure; the run's work is
+    /// saved then as far as it can be.
+    pub fn compute<T>(
+        &mut self,
+        learner: &Learner,
+        work: impl Fn(&mut Self) -> T,
+    ) -> Result<T, TrainError> {
+        let guard = Rc::clone(&self.guard);
+        loop {
+            let fault = match guard.run(|| work(self)) {
+                Ok(value) => return Ok(value),
+                Err(fault) => fault,
+            };
+            let smaller = match (fault.kind, self.setup.config.on_out_of_memory) {
+                (FaultKind::OutOfMemory, OnOutOfMemory::Halve) => {
+                    self.fit.smaller(&self.setup.config)
+                }
+                _ => None,
+            };
+            let Some(smaller) = smaller else {
+                return Err(self.rescue(fault, Some(learner)));
+            };
+            // What the failed pass still has under way fails too, and must not be taken for the next one's.
+            let device = &self.setup.selected().device;
+            guard.settle(|| drop(device.sync()));
+            self.report_smaller(&fault, &smaller);
+            *self.fit = smaller;
+        }
+    }
+
+    /// Reports that micro-batches become smaller after `fault`.
+    fn report_smaller(&mut self, fault: &DeviceFault, smaller: &Fit) {
+        let what = if smaller.batch_size == self.fit.batch_size {
+            "activations are recomputed".into()
+        } else {
+            format!(
+                "micro-batches have {} rows instead of {}, and {} of them make an update",
+                smaller.batch_size, self.fit.batch_size, smaller.gradient_accumulation_steps
+            )
+        };
+        let same = if self.setup.config.lora_dropout > 0.0 {
+            "the same update but for the dropout's masks"
+        } else {
+            "the same update"
+        };
+        self.callback.on_message(&format!(
+            "step {}: {fault}. {}. From here on {what}: {same}",
+            self.progress.next(),
+            self.memory()
+        ));
+    }
+
+    /// The gradient of a step. Where it leaves the range of f16, the loss scale is halved and it is computed again.
+    ///
+    /// # Errors
+    ///
+    /// As [`compute`](Self::compute); the inner error is a loss or gradient that is not a number.
+    pub fn gradient(
+        &mut self,
+        learner: &Learner,
+        step: usize,
+    ) -> Result<Result<StepGradient, NotFinite>, TrainError> {
+        loop {
+            let gradient = self.compute(learner, |session| {
+                let input = StepInput {
+                    rows: &session.setup.data.train,
+                    micro_batches: &session.order().step(step - 1),
+                    fit: session.fit,
+                    step,
+                    seed: session.setup.config.seed,
+                    max_grad_norm: session.setup.config.max_grad_norm,
+                    loss_scale: session
+                        .progress
+                        .loss_scale
+                        .map_or(1.0, |scale| scale.factor),
+                };
+                step::gradient(&learner.model, input)
+            })?;
+            match gradient {
+                Ok(gradient) => return Ok(Ok(gradient)),
+                Err(NoGradient::NotFinite(problem)) => return Ok(Err(problem)),
+                Err(NoGradient::OutOfRange) => {
+                    let scale = self.progress.loss_scale.and_then(LossScale::halved);
+                    log::debug!(
+                        "step {step}: a gradient left the range of f16; loss scale {scale:?}"
+                    );
+                    self.progress.loss_scale = scale;
+                }
+            }
+        }
+    }
+
+    /// Updates the parameters.
+    ///
+    /// # Errors
+    ///
+    /// A failure of the device; the run's work is saved then as far as it can be.
+    pub fn update(
+        &mut self,
+        learner: Learner,
+        learning_rate: f64,
+        gradients: FlatGradients,
+    ) -> Result<Learner, TrainError> {
+        let outcome = self.guard.run(|| learner.step(learning_rate, gradients));
+        // Half an update may be done: what is on the device is of no use.
+        outcome.map_err(|fault| self.rescue(fault, None))
+    }
+
+    /// Compares a layer with the CPU, if `check_every` says that it is time: a decoder layer as it is now, another
+    /// one each time, on hidden states of this step's first rows, forward and backward. The model as a whole may
+    /// not fit the host.
+    ///
+    /// Nothing is done on the CPU, which is what others are compared with.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::WrongNumbers`] with the operation that differs most. Nothing of this step is kept, and no
+    /// checkpoint is made of what may be wrong already.
+    pub fn check(&mut self, learner: &Learner) -> Result<(), TrainError> {
+        let (every, step) = (self.setup.config.check_every, self.progress.next());
+        if self.setup.selected().backend == Backend::Cpu
+            || every == 0
+            || !step.is_multiple_of(every)
+        {
+            return Ok(());
+        }
+        let index = step / every % learner.model.layers.len().max(1);
+        let checks = self.compute(learner, |session| {
+            let rows = session.order().step(step - 1);
+            let rows = rows
+                .first()
+                .map_or(&[][..], |rows| &rows[..rows.len().min(2)]);
+            let batch = session.setup.data.train.batch(rows, session.fit.prefixes);
+            device::check_layer(
+                session.setup.selected(),
+                &learner.model,
+                index,
+                &batch.tokens,
+            )
+        })?;
+        let verdict = checks.and_then(|checks| device::verdict(self.setup.selected(), &checks));
+        match verdict {
+            Ok(()) => {
+                self.checked = step;
+                Ok(())
+            }
+            Err(error) => Err(TrainError::WrongNumbers(Box::new(WrongNumbers {
+                step,
+                layer: index,
+                checked: self.checked,
+                resume: self.how_to_resume(),
+                resumable: self.keeper.newest().is_some(),
+                error,
+            }))),
+        }
+    }
+
+    /// Makes a step's line public.
+    pub fn record(&mut self, line: &TrainLine) {
+        self.callback.on_step(line);
+        let written = self.metrics.train(line);
+        self.tell(written);
+    }
+
+    /// A full disk, or one that has gone, is no reason to stop: the lines wait in memory.
+    fn tell(&mut self, written: Result<(), MetricsError>) {
+        match written {
+            Err(error) if !self.metrics_fail => {
+                self.metrics_fail = true;
+                self.callback.on_message(&format!(
+                    "{error}. The run goes on, and the lines are written when there is room"
+                ));
+            }
+            Err(_) => {}
+            Ok(()) => self.metrics_fail = false,
+        }
+    }
+
+    /// A step whose loss or gradient is not a number: leaves it out, if that is allowed.
+    ///
+    /// # Errors
+    ///
+    /// [`TrainError::NotFinite`] if not, or not any more; the step before it is saved.
+    pub fn skip(&mut self, problem: NotFinite, learner: &Learner) -> Result<(), TrainError> {
+        let allowed = match self.setup.config.on_non_finite {
+            OnNonFinite::Skip => self.setup.config.max_skipped_steps,
+            OnNonFinite::Stop => 0,
+        };
+        if self.progress.skipped >= allowed {
+            if self.progress.step > 0 && Some(self.progress.step) > self.keeper.newest() {
+                self.save(learner)?;
+            }
+            return Err(TrainError::NotFinite {
+                skipped: match self.progress.skipped {
+                    0 => String::new(),
+                    steps => format!(
+                        " {} skipped before it, as many as max_skipped_steps allows.",
+                        human::counted(steps as u64, "step")
+                    ),
+                },
+                resume: self.how_to_resume(),
+                problem,
+            });
+        }
+        self.progress.skipped += 1;
+        self.progress.step = problem.step;
+        let factor = self.progress.rate_factor();
+        self.callback.on_message(&format!(
+            "{problem}. The step is skipped ({} of {allowed}), and the learning rate is {factor} of its schedule from \
+             here on",
+            self.progress.skipped
+        ));
+        let written = self.metrics.skipped(&SkippedLine {
+            step: problem.step,
+            epoch: self.order().epoch_at(problem.step),
+            skipped: problem.to_string(),
+            rate_factor: factor,
+        });
+        self.tell(written);
+        Ok(())
+    }
+
+    /// Seconds of work, those of earlier sessions included.
+    pub fn seconds(&self) -> f64 {
+        self.before + self.started.elapsed().as_secs_f64()
+    }
+}
