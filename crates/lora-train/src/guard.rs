@@ -210,14 +210,14 @@ impl Guard {
     /// As [`run`](Self::run), of the second attempt if there was one.
     pub fn run_repeatable<T>(
         &self,
-        work: impl Fn() -> T,
+        mut work: impl FnMut() -> T,
         wait: impl FnOnce(),
     ) -> Result<T, DeviceFault> {
-        match self.run(&work) {
+        match self.run(&mut work) {
             Err(fault) if fault.kind == FaultKind::KernelCompilation => {
                 log::warn!("{fault}; computing it once more");
                 self.settle(wait);
-                self.run(&work)
+                self.run(&mut work)
             }
             outcome => outcome,
         }

@@ -158,7 +158,8 @@ impl Keeper {
                 }
                 let limit = self.save_total_limit;
                 if let Err(error) = self.store.prune(step, limit, progress.kept) {
-                    callback.on_message(&format!("an old checkpoint could not be removed: {error}"));
+                    callback
+                        .on_message(&format!("an old checkpoint could not be removed: {error}"));
                 }
             }
             // Not at every try.

@@ -119,7 +119,9 @@ impl<'a> Session<'a> {
     ) -> Result<T, TrainError> {
         let guard = Rc::clone(&self.guard);
         loop {
-            let fault = match guard.run(|| work(self)) {
+            let device = self.setup.selected().device.clone();
+            let wait = || drop(device.sync());
+            let fault = match guard.run_repeatable(|| work(self), wait) {
                 Ok(value) => return Ok(value),
                 Err(fault) => fault,
             };
@@ -133,7 +135,6 @@ impl<'a> Session<'a> {
                 return Err(self.rescue(fault, Some(learner)));
             };
             // What the failed pass still has under way fails too, and must not be taken for the next one's.
-            let device = &self.setup.selected().device;
             guard.settle(|| drop(device.sync()));
             self.report_smaller(&fault, &smaller);
             *self.fit = smaller;

@@ -87,8 +87,12 @@ impl Session<'_> {
             FaultKind::Lost => "This is the driver's doing, or the machine's: another program, \
                                 overheating, sleep"
                 .to_string(),
+            FaultKind::KernelCompilation => {
+                "Another backend or dtype compiles other kernels; RUST_LOG=debug prints more"
+                    .to_string()
+            }
             FaultKind::Other => {
-                "This is probably an error in the trainer; RUST_LOG=debug tells more".to_string()
+                "This is probably an error in the trainer; RUST_LOG=debug prints more".to_string()
             }
         };
         TrainError::Fault {
