@@ -28,7 +28,7 @@ use lora_train::plan;
 use lora_train::plan::{Plan, PlanOptions, Workload};
 use lora_train::{Ended, Request, RunFiles, RunScreen, TrainError};
 use run_config::{self, Config};
-use terminal::{Screen, ScreenKind};
+use terminal::Screen;
 
 /// Fine-tunes Llama-family models with LoRA over 8-bit weights.
 #[derive(Parser)]
