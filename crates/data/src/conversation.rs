@@ -437,7 +437,7 @@ mod tests {
     #[test]
     fn a_message_that_is_none_says_which_and_why() {
         for (messages, parts) in [
-            (json!("[1"), ["messages is a text", "no JSON"]),
+            (json!("[1"), ["messages is a text", "not JSON"]),
             (json!(7), ["messages must be a list", "a number"]),
             (json!([said("user", "a"), 3]), ["messages[1]", "a number"]),
             (
@@ -496,7 +496,7 @@ mod tests {
             assert_eq!(of(nothing).unwrap(), None);
         }
         for (wrong, part) in [
-            (json!("[1"), "no JSON"),
+            (json!("[1"), "not JSON"),
             (json!({}), "a list"),
             (json!([3]), "a number"),
         ] {
@@ -561,7 +561,7 @@ mod tests {
         };
         assert!(marked("assistant", "weight", json!(0)).contains("no turn"));
         assert!(marked("assistant", "weight", json!(0.5)).contains("0.5"));
-        assert!(marked("user", "train", json!(true)).contains("only the assistant's"));
+        assert!(marked("user", "train", json!(true)).contains("the assistant's messages only"));
         assert!(marked("assistant", "function_call", json!({"name": "f"})).contains("tool_calls"));
     }
 

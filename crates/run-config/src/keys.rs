@@ -155,7 +155,7 @@ macro_rules! keys {
 /// What `base_model` must be.
 const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
 /// What `dataset_path` must be.
-const DATA: &str = "the path of a file of rows (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
+const DATA: &str = "the path of a data file (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
 
 keys! {
     fn read(reader);
@@ -163,17 +163,17 @@ keys! {
     section "Model and data";
 
     /// The model: a folder, a name on the Hugging Face Hub (`ORG/NAME` or `ORG/NAME@REVISION`), a GGUF file, or
-    /// `embedded` for the small model in this program.
+    /// `"embedded"` for the small model in this program.
     base_model: String = reader.required("base_model", MODEL), text(MODEL),
         [Transformers: "model_name_or_path", Other: "model"];
 
-    /// The training data: JSON lines, a JSON array, CSV, TSV or Parquet; or `embedded` for the small data set in this
+    /// The training data: JSON lines, a JSON array, CSV, TSV or Parquet; or `"embedded"` for the small data set in this
     /// program.
     dataset_path: PathBuf = reader.required("dataset_path", DATA), path(DATA),
         [Transformers: "train_file", Other: "data"];
 
     /// A separate file for validation. Nothing is then split off `dataset_path`.
-    val_dataset_path: Option<PathBuf> = None, optional(path("the path of a file of rows")),
+    val_dataset_path: Option<PathBuf> = None, optional(path("the path of a data file")),
         [Transformers: "validation_file"];
 
     /// How much of `dataset_path` is held out for validation: a fraction below 1, or a number of examples. 0 holds out
@@ -181,7 +181,7 @@ keys! {
     val_set_size: f64 = if val_dataset_path.is_some() { 0.0 } else { 0.05 }, val_set_size(),
         [Other: "test_size"];
 
-    /// The format of the examples. `auto` detects it from the names of the columns.
+    /// The format of the examples. `"auto"` detects it from the names of the columns.
     dataset_format: Option<Format> = None, dataset_format(),
         [Other: "dataset_type"];
 
@@ -219,12 +219,12 @@ keys! {
     peft_use_dora: bool = false, boolean(),
         [Peft: "use_dora", Other: "dora"];
 
-    /// The linear modules that are adapted: a list of names, `all-linear`, or one regular expression that matches whole
+    /// The linear modules that are adapted: a list of names, `"all-linear"`, or one regular expression that matches whole
     /// module names.
     target_modules: TargetModules = LoraConfig::default().target_modules, target_modules(),
         [Peft: "target_modules", Other: "lora_target_modules"];
 
-    /// The decoder layers that are adapted, counted from 0. `none` adapts all.
+    /// The decoder layers that are adapted, counted from 0. `"none"` adapts all.
     layers_to_transform: Option<Vec<usize>> = None, layers(),
         [Peft: "layers_to_transform"];
 
@@ -266,11 +266,11 @@ keys! {
     quantize_lm_head: bool = false, boolean(),
         [];
 
-    /// The number format in which the layers compute. `auto` chooses the best one of the device.
+    /// The number format in which the layers compute. `"auto"` chooses the best one of the device.
     compute_dtype: ComputeDtype = ComputeDtype::default(), choice::<ComputeDtype>(),
         [Transformers: "bf16", Transformers: "fp16", Other: "dtype"];
 
-    /// The memory of the device. `none` asks the driver, which not every driver answers.
+    /// The memory of the device. `"none"` asks the driver, which not every driver answers.
     device_memory: Option<u64> = None, optional(bytes()),
         [];
 
@@ -288,7 +288,7 @@ keys! {
     max_steps: Option<usize> = None, optional(whole(1)),
         [Transformers: "max_steps"];
 
-    /// Examples per micro-batch. `auto` takes as many as memory allows of the 8 × `gradient_accumulation_steps` examples
+    /// Examples per micro-batch. `"auto"` takes as many as memory allows of the 8 × `gradient_accumulation_steps` examples
     /// of an optimizer step.
     batch_size: BatchSize = BatchSize::Rows(8), batch_size(),
         [Transformers: "per_device_train_batch_size", Other: "micro_batch_size"];
@@ -333,7 +333,7 @@ keys! {
     max_grad_norm: f64 = 1.0, not_negative(),
         [Transformers: "max_grad_norm", Other: "clip_grad_norm"];
 
-    /// Recompute the activations of a layer in the backward pass instead of keeping them. `auto` recomputes where there
+    /// Recompute the activations of a layer in the backward pass instead of keeping them. `"auto"` recomputes where there
     /// is not enough memory to keep them.
     gradient_checkpointing: Checkpointing = Checkpointing::Auto, checkpointing(),
         [Transformers: "gradient_checkpointing"];
@@ -379,17 +379,17 @@ keys! {
     saves_per_epoch: Option<usize> = None, optional(whole(1)),
         [];
 
-    /// Minutes between two checkpoints. If this key, `save_steps` and `saves_per_epoch` are all `none`, only Ctrl-C writes
+    /// Minutes between two checkpoints. If this key, `save_steps` and `saves_per_epoch` are all `"none"`, only Ctrl-C writes
     /// a checkpoint.
     save_minutes: Option<f64> = Some(5.0), optional(positive()),
         [];
 
-    /// The number of checkpoints to keep, in addition to the one of the best validation. `none` keeps all.
+    /// The number of checkpoints to keep, in addition to the one of the best validation. `"none"` keeps all.
     save_total_limit: Option<usize> = Some(2), optional(whole(1)),
         [Transformers: "save_total_limit"];
 
-    /// What happens if a loss or gradient is not a number: `stop` ends the run with a checkpoint of the step before;
-    /// `skip` skips the step and halves the learning rate from there on.
+    /// What happens if a loss or gradient is not a number: `"stop"` ends the run with a checkpoint of the step before;
+    /// `"skip"` skips the step and halves the learning rate from there on.
     on_non_finite: OnNonFinite = OnNonFinite::default(), choice::<OnNonFinite>(),
         [];
 
@@ -397,8 +397,8 @@ keys! {
     max_skipped_steps: usize = 3, whole(0),
         [];
 
-    /// What happens if a micro-batch does not fit into the memory of the device: `halve` halves the micro-batches and
-    /// accumulates more of them, `stop` ends the run with a checkpoint of the step before.
+    /// What happens if a micro-batch does not fit into the memory of the device: `"halve"` halves the micro-batches and
+    /// accumulates more of them, `"stop"` ends the run with a checkpoint of the step before.
     on_out_of_memory: OnOutOfMemory = OnOutOfMemory::default(), choice::<OnOutOfMemory>(),
         [];
 

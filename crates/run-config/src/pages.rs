@@ -17,13 +17,13 @@ const PAGE: &str = "\
 # Configuration keys
 
 A configuration is a TOML or JSON file of these keys, or a YAML file of axolotl. `base_model` and
-`dataset_path` are required. `\"none\"` turns an optional key off. `--set KEY=VALUE` overrides one key.
+`dataset_path` are required. `\"none\"` turns an optional key off. `--set KEY=VALUE` overrides a key.
 
 [configs/all-keys.toml](../configs/all-keys.toml) has every key with its default.
 [Training](training.md) and [data](data.md) explain what the keys do together.
 
-Names in PEFT, transformers, TRL, FinLoRA and axolotl are given where a key means the same. Values
-of the presets are those that FinLoRA's and axolotl's files leave out.
+*Elsewhere* gives the name of the key in PEFT, transformers, TRL, FinLoRA and axolotl. *Presets*
+gives the value of the key if a file of FinLoRA or axolotl leaves it out.
 
 This page is written from the table in `crates/run-config/src/keys.rs`.
 ";
@@ -31,12 +31,71 @@ This page is written from the table in `crates/run-config/src/keys.rs`.
 const EXAMPLE: &str = "\
 # cargo xtask train --config configs/all-keys.toml
 #
-# Every key with its default. The defaults of base_model and dataset_path here are the small model and
-# data in the program; your own configuration needs only the keys that differ. docs/configuration.md
-# has the names of the keys in PEFT, transformers, TRL, FinLoRA and axolotl.
+# Every key with its default. base_model and dataset_path, which have none, are the small model and
+# data set in the program. Your own configuration needs only the keys that differ.
+# docs/configuration.md has the names of the keys in PEFT, transformers, TRL, FinLoRA and axolotl.
 #
 # Written from the table in crates/run-config/src/keys.rs.
 ";
+
+/// Sections of the documentation that explain a key further.
+const FURTHER: [(&str, &str, &str); 13] = [
+    ("base_model", "hub.md", "the Hub"),
+    ("dataset_path", "data.md", "data"),
+    ("dataset_format", "data.md#formats", "formats"),
+    (
+        "dataset_columns",
+        "data.md#other-column-names",
+        "other column names",
+    ),
+    (
+        "prompt_template",
+        "data.md#prompt-templates",
+        "prompt templates",
+    ),
+    ("peft_use_dora", "adapters.md#dora", "DoRA"),
+    (
+        "trainable_token_indices",
+        "adapters.md#trainable-tokens",
+        "trainable tokens",
+    ),
+    (
+        "init_adapter",
+        "adapters.md#continue-training",
+        "continue training",
+    ),
+    (
+        "compute_dtype",
+        "hardware.md#number-formats",
+        "number formats",
+    ),
+    (
+        "batch_size",
+        "training.md#memory-and-batches",
+        "memory and batches",
+    ),
+    (
+        "share_prefixes",
+        "training.md#memory-and-batches",
+        "memory and batches",
+    ),
+    (
+        "merge_micro_batches",
+        "training.md#memory-and-batches",
+        "memory and batches",
+    ),
+    (
+        "check_every",
+        "hardware.md#the-check-before-a-run",
+        "the check before a run",
+    ),
+];
+
+/// Where a key is explained further.
+fn further(key: &Key) -> Option<String> {
+    let found = FURTHER.iter().find(|(name, ..)| *name == key.name);
+    found.map(|(_, page, title)| format!("See [{title}]({page})."))
+}
 
 /// The keys of a configuration that sets only what it must, with the names of these.
 fn defaults() -> (Table, Vec<String>) {
@@ -147,9 +206,14 @@ fn page() -> String {
         };
         text += "\n";
         text += &wrapped(&format!("{default} Values: {}.", key.allowed), "");
-        for more in [exclusive(&key), elsewhere(&key), presets(&key)]
-            .into_iter()
-            .flatten()
+        for more in [
+            exclusive(&key),
+            elsewhere(&key),
+            presets(&key),
+            further(&key),
+        ]
+        .into_iter()
+        .flatten()
         {
             text += "\n";
             text += &wrapped(&more, "");
@@ -233,6 +297,22 @@ fn lines_are_wrapped_and_a_key_without_meaning_is_noticed() {
             !key.samples.is_empty() && !key.allowed.is_empty(),
             "{}",
             key.name
+        );
+    }
+}
+
+#[test]
+fn the_sections_that_explain_keys_further_exist() {
+    let docs = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../docs");
+    for (key, link, _) in FURTHER {
+        assert!(keys().iter().any(|known| known.name == key), "{key}");
+        let (file, anchor) = link.split_once('#').unwrap_or((link, ""));
+        let text = std::fs::read_to_string(docs.join(file)).unwrap();
+        let headings = text.lines().filter(|line| line.starts_with("## "));
+        let mut anchors = headings.map(|line| line[3..].to_lowercase().replace(' ', "-"));
+        assert!(
+            anchor.is_empty() || anchors.any(|known| known == anchor),
+            "{link}"
         );
     }
 }

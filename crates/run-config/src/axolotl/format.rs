@@ -266,8 +266,8 @@ mod tests {
     fn what_python_would_not_format_is_refused() {
         for (key, text, part) in [
             ("format", "{context}", "\"{context}\" is not a placeholder"),
-            ("format", "{instruction!r}", "no placeholder"),
-            ("format", "{instruction} {", "no placeholder"),
+            ("format", "{instruction!r}", "is not a placeholder"),
+            ("format", "{instruction} {", "is not a placeholder"),
             (
                 "no_input_format",
                 "{instruction} {input}",

@@ -322,12 +322,12 @@ fn what_cannot_be_honoured_is_refused_with_its_line_and_name() {
         (
             "warmup",
             "model_revision: v1",
-            ["model_revision = \"v1\"", "no name"],
+            ["model_revision = \"v1\"", "not a name"],
         ),
         (
             "warmup",
             "excess_length_strategy: truncate",
-            ["excess_length_strategy", "never cut"],
+            ["excess_length_strategy", "never truncated"],
         ),
         ("warmup", "rl: dpo", ["rl = \"dpo\"", "preferences"]),
     ] {
@@ -394,7 +394,7 @@ fn data_sets_are_read_as_their_types_say_or_refused() {
         ),
         (
             "    type:\n      format: '{text}'",
-            ["datasets[0].type.format", "no placeholder"],
+            ["datasets[0].type.format", "not a placeholder"],
         ),
         (
             "    type: chat_template\nchat_template: chatml",

@@ -7,7 +7,7 @@ use super::{Kind, Parsed, Value, must_be, nearest, number, optional};
 
 /// `val_set_size`: a fraction of the examples, or a number of them.
 pub(in super::super) fn val_set_size() -> Kind<f64> {
-    let allowed = "a fraction of the rows (at least 0, below 1) or a whole number of rows";
+    let allowed = "a fraction of the examples (at least 0, below 1) or a whole number of examples";
     let valid = |x: f64| (0.0..1.0).contains(&x) || (x >= 1.0 && x.fract() == 0.0);
     number(allowed, valid).with_samples([0.0, 0.05, 100.0])
 }
