@@ -8,7 +8,7 @@ use crate::screen::{RunResult, RunSummary};
 
 /// Observes a run, as `transformers`' `TrainerCallback` does. [`train()`](crate::train()) calls the methods in the order
 /// of this list, on its own thread; a method that is left out does nothing. Nothing that an observer does changes the
-/// run, but the run waits for it.
+/// run, but the run waits for it. A panic of an observer ends the run like a failure of the device.
 ///
 /// [`RunScreen`](crate::screen::RunScreen) is the observer that prints; [`Silent`] prints nothing.
 pub trait TrainingCallback {
