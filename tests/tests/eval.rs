@@ -293,7 +293,7 @@ fn an_adapter_is_evaluated_with_its_own_template_and_another_needs_force() {
 fn held_out_rows_are_those_that_training_kept_aside() {
     let workspace = Workspace::new();
     let text = eval(&workspace, &["--held-out", "4", "--scorer", "likelihood"]).succeeded();
-    assert!(text.contains("4 rows"), "{text}");
+    assert!(text.contains("4 examples"), "{text}");
     let lines = |text: String| -> Vec<u64> {
         let lines = text.lines();
         let line = |line| serde_json::from_str::<Value>(line).expect("JSON")["line"].as_u64();

@@ -20,7 +20,7 @@ pub(super) fn speed(result: &ScenarioResult) -> Table {
             "min–max",
             "s/step",
             "computed",
-            "utilization",
+            "of peak",
             "peak memory",
             "loaded",
         ],
@@ -48,7 +48,7 @@ pub(super) fn speed(result: &ScenarioResult) -> Table {
     }
     table.notes.push(format!(
         "tokens/s: useful tokens, those of the examples without padding, each counted in full; median of the rounds. computed: tokens that \
-         went through the layers per useful token. utilization: {} per useful token, relative to the square product's rate in the \
+         went through the layers per useful token. of peak: {} per useful token, relative to the square product's rate in the \
          same type; above 100 % if prefixes are shared. loaded: the peak until the model was loaded.",
         flop(result.flops_per_token)
     ));

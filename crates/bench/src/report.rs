@@ -81,7 +81,7 @@ fn scaling(results: &[&ScenarioResult]) -> Table {
             "ms/token",
             "per token",
             "ms/GFLOP",
-            "utilization",
+            "of peak",
             "peak memory",
         ],
     );

@@ -170,7 +170,7 @@ struct GpuReport {
     /// Small sizes, for a quick check or for software drivers; speeds are then not meaningful
     #[arg(long)]
     quick: bool,
-    /// The time limit; the report lists what was skipped
+    /// The time limit in seconds; the report lists what was skipped
     #[arg(long, value_name = "N", default_value_t = 540)]
     seconds: u64,
     /// The folder for report.md, report.json and logs/
