@@ -20,7 +20,8 @@ use crate::{gpu_report, interop};
 /// `cargo check` that also warns, so the CUDA, SPIR-V and MSL code is checked there and needs no
 /// pass of its own.
 ///
-/// `full` adds the GPU bundle: its builds, each optimised as a whole, and its script on the software driver.
+/// `full` adds the processors that this machine is not, and the GPU bundle: its builds, each optimised
+/// as a whole, and its script on the software driver.
 pub fn run(full: bool) -> Result<ExitCode> {
     let started = Instant::now();
     let mut format = cargo::cargo("fmt");
@@ -66,6 +67,9 @@ pub fn run(full: bool) -> Result<ExitCode> {
         code = timed("GPU report on the software driver", gpu_report::quick)?;
     }
     if code == 0 && full {
+        code = timed("other processors", || other_processors(&mut totals))?;
+    }
+    if code == 0 && full {
         code = timed(
             "GPU bundle, and its script on the software driver",
             || match bundle::bundle(&BundleArgs::default())? {
@@ -77,6 +81,25 @@ pub fn run(full: bool) -> Result<ExitCode> {
     eprintln!("xtask: everything took {}", clock(started.elapsed()));
     totals.print();
     Ok(ExitCode::from(code))
+}
+
+/// `.ci/other-processors`: x86-64 without AVX-512 and aarch64 under qemu, Windows checked.
+///
+/// The script installs Debian packages. Outside CI that is not xtask's decision.
+fn other_processors(totals: &mut Totals) -> Result<u8> {
+    if !test::in_ci() {
+        eprintln!(
+            "xtask: NOT CHECKED: other processors. With CI=true, as root on Debian: installs qemu and cross compilers"
+        );
+        return Ok(0);
+    }
+    let root =
+        cargo::workspace_root().context("`cargo xtask` runs it, which names the workspace")?;
+    let mut script = Command::new(root.join(".ci/other-processors"));
+    script
+        .args(test::packages(Machine::ask().has_wgpu()))
+        .env("TRAINER_BIN", cargo::trainer_binary()?);
+    test::run_and_count(&mut script, totals)
 }
 
 /// The GPU backends to check: all that this platform can build.
@@ -140,7 +163,7 @@ fn announce(name: &str) {
 }
 
 /// `12 min 05 s`
-fn clock(time: Duration) -> String {
+pub fn clock(time: Duration) -> String {
     let seconds = time.as_secs();
     format!("{} min {:02} s", seconds / 60, seconds % 60)
 }

@@ -4,10 +4,12 @@ use std::env;
 use std::ffi::OsString;
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
 
 use crate::cargo::{self, exit_code, trainer_binary};
+use crate::ci::clock;
 use crate::detect::Machine;
 
 /// Whether a missing requirement is a failure rather than a skip.
@@ -52,10 +54,12 @@ pub fn run_all(filter: &[OsString], totals: &mut Totals) -> Result<u8> {
     build
         .args(["--release", "--all-targets"])
         .args(packages(wgpu));
+    let since = Instant::now();
     let status = build.status().context("cannot start cargo")?;
     if !status.success() {
         return Ok(exit_code(status));
     }
+    eprintln!("xtask: building the tests took {}", clock(since.elapsed()));
 
     // xtask's own tests run separately: a build of the whole workspace would replace the running
     // xtask.
