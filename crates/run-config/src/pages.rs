@@ -281,7 +281,7 @@ fn the_commented_example_is_that_of_the_table_of_keys_and_has_the_defaults() {
 
 #[test]
 fn lines_are_wrapped_and_a_key_without_meaning_is_noticed() {
-    let long = wrapped(&"word ".repeat(50).trim_end().to_string(), "# ");
+    let long = wrapped("word ".repeat(50).trim_end(), "# ");
     assert!(
         long.lines().count() == 3 && long.lines().all(|line| line.len() <= WIDTH),
         "{long}"
