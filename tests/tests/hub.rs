@@ -359,7 +359,7 @@ fn the_next_run_goes_on_where_one_gave_up() {
     let error = place.get(NAME, Need::Model).unwrap_err();
     assert!(matches!(error, HubError::NoConnection { .. }), "{error}");
     assert!(
-        error.to_string().contains("503") && error.to_string().contains("goes on"),
+        error.to_string().contains("503") && error.to_string().contains("the same command resumes"),
         "{error}"
     );
     let hash = sha256(&model().files["model.safetensors"]);
