@@ -42,7 +42,7 @@ fn the_example_trains_what_the_program_trains_and_evaluates_what_the_run_reporte
 
     let program = folder.path().join("program").display().to_string();
     let arguments = ["train", "--output-dir", &program];
-    let settings = ["--set", "max_steps=200", "--set", "eval_steps=50"];
+    let settings = ["--set", "max_steps=100", "--set", "eval_steps=50"];
     run(&[&arguments[..], &settings].concat()).succeeded();
     assert!(
         adapter_bytes(&output) == adapter_bytes(Path::new(&program)),

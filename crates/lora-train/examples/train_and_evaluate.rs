@@ -22,7 +22,7 @@ impl TrainingCallback for Progress {
 /// Returns the scores of the base model, those of the adapter, and the adapter's folder, which PEFT loads.
 pub fn train_and_evaluate(output: &Path) -> Result<(Scores, Scores, PathBuf), Box<dyn Error>> {
     // The keys of a configuration file. Without a file, the model and data are the embedded ones.
-    let settings = ["max_steps=200", "eval_steps=50"].map(String::from);
+    let settings = ["max_steps=100", "eval_steps=50"].map(String::from);
     let mut config = Config::load(None, None, &settings)?;
     config.output_dir = output.into();
     let request = Request::new(config);
