@@ -65,7 +65,7 @@ pub struct OursSettings {
     /// Whether a beginning that rows of a micro-batch share is computed once.
     pub share_prefixes: bool,
     /// The plain way: the whole model on Burn's tape, which knows no checkpointing.
-    pub on_tape: bool,
+    pub in_graph: bool,
 }
 
 /// What can be set of PEFT.

@@ -82,7 +82,7 @@ impl DecoderLayer {
                 layer: self,
                 context,
                 dropout_seed,
-                wanted: None,
+                output_positions: None,
             };
             return pass.forward(&x).0;
         }

@@ -141,11 +141,12 @@ mod tests {
         let scores = model.logits(hidden.clone());
         let tape = (scores.clone() * gradient.clone()).sum().backward();
         let plain = hidden.clone().inner();
-        assert!(distance(&model.logits_plain(&plain), &scores.inner()) < 1e-6);
+        assert!(distance(&model.manual_logits(&plain), &scores.inner()) < 1e-6);
         let mut collected = HashMap::new();
-        let below = model.logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
-            collected.insert(param.id, gradient);
-        });
+        let below =
+            model.manual_logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
+                collected.insert(param.id, gradient);
+            });
         assert!(distance(&below, &hidden.grad(&tape).unwrap()) < 2e-6);
         let adapter = model.lm_head_adapter.as_ref().unwrap();
         for param in [&adapter.a, &adapter.b] {

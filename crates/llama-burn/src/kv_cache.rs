@@ -46,7 +46,7 @@ impl KvCache {
 
 impl Llama {
     /// Reads the rows' prompts and gives, with their cache, the last layer's output at each row's last
-    /// token: `[rows, hidden]`, for [`logits_plain`](Self::logits_plain).
+    /// token: `[rows, hidden]`, for [`manual_logits`](Self::manual_logits).
     ///
     /// # Errors
     ///
@@ -57,18 +57,18 @@ impl Llama {
         }
         let (packed, places) = PackedTokens::sharing_for(rows, LEAST_SHARED, &self.config);
         packed.check(&self.config)?;
-        let context = self.pass_context(&packed);
+        let context = self.manual_context(&packed);
         let device = self.device().without_autodiff();
         let last = places.iter().filter_map(|places| places.last());
         let last = indices(last.map(|place| *place as i32).collect(), &device);
-        let mut hidden = self.pass_embeddings(&packed.ids);
+        let mut hidden = self.manual_embeddings(&packed.ids);
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let pass = LayerPass {
                 layer,
                 context: &context,
                 dropout_seed: None,
-                wanted: (index + 1 == self.layers.len()).then_some(&last),
+                output_positions: (index + 1 == self.layers.len()).then_some(&last),
             };
             let (output, activations) = pass.forward(&hidden);
             let [k, v] = activations.into_keys_values();
@@ -118,13 +118,13 @@ impl Llama {
         let device = self.device().without_autodiff();
         let positions: Vec<u32> = cache.lengths.iter().map(|length| *length as u32).collect();
         let context = PackedContext::of_positions(&positions, &self.config, self.dtype(), &device);
-        let mut hidden = self.pass_embeddings(tokens);
+        let mut hidden = self.manual_embeddings(tokens);
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
             let pass = LayerPass {
                 layer,
                 context: &context,
                 dropout_seed: None,
-                wanted: None,
+                output_positions: None,
             };
             hidden = pass.decode(&hidden, cache.as_mut());
         }
@@ -173,7 +173,11 @@ mod tests {
     }
 
     fn assert_same(model: &Llama, hidden: &Tensor<2>, texts: &[Vec<u32>], left: &[usize]) {
-        let got: Vec<f32> = model.logits_plain(hidden).into_data().try_to_vec().unwrap();
+        let got: Vec<f32> = model
+            .manual_logits(hidden)
+            .into_data()
+            .try_to_vec()
+            .unwrap();
         let vocab = model.config.vocab_size;
         for (row, got) in left.iter().zip(got.chunks_exact(vocab)) {
             let text = &texts[*row];

@@ -113,7 +113,7 @@ impl TokenRows {
         &self,
         ids: &[u32],
         gradient: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
         let places = self.places();
         let positions = ids.iter().enumerate();
@@ -127,7 +127,7 @@ impl TokenRows {
             let here = &positions[end(rows.start)..end(rows.end)];
             sums_of_positions(rows, here, &gradient)
         });
-        collect(&self.rows, Tensor::cat(sums.collect(), 0));
+        accumulate(&self.rows, Tensor::cat(sums.collect(), 0));
     }
 
     /// Puts the rows' scores in the place of their tokens', on the tape that these are on.
@@ -145,7 +145,7 @@ impl TokenRows {
     }
 
     /// The gradient of the table's scores, from which those of the rows' are taken, and what comes through the rows
-    /// added to `below`; the rows' gradient goes to `collect`, in f32.
+    /// added to `below`; the rows' gradient goes to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
@@ -156,13 +156,13 @@ impl TokenRows {
         &self,
         hidden: Tensor<2>,
         gradient: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> [Tensor<2>; 2] {
         let index = self.index();
         let own = gradient.clone().select(1, index.clone());
         let others = gradient.select_assign(1, index, own.clone().neg(), IndexingUpdateOp::Add);
         let rows = self.plain(hidden.dtype());
-        collect(&self.rows, multiply_in_f32(own.clone().transpose(), hidden));
+        accumulate(&self.rows, multiply_in_f32(own.clone().transpose(), hidden));
         [others, multiply_add(None, 1.0, own, rows)]
     }
 }
@@ -282,9 +282,9 @@ mod tests {
             assert_eq!(merged.lm_head.is_none(), tied && !head);
             let states = merged.hidden_states(&packed);
             assert!(distance(&model.hidden_states(&packed), &states) < 1e-6);
-            let embedded = model.pass_inputs(&packed, [&[]]).hidden;
+            let embedded = model.manual_inputs(&packed, [&[]]).hidden;
             assert!(distance(&embedded, &merged.embed(&packed)) < 1e-7);
-            for scores in [model.logits(states.clone()), model.logits_plain(&states)] {
+            for scores in [model.logits(states.clone()), model.manual_logits(&states)] {
                 assert!(distance(&scores, &merged.logits(states.clone())) < 1e-6);
             }
             // Each table has other rows than before.
@@ -309,9 +309,10 @@ mod tests {
             let tape = (scores * gradient.clone()).sum().backward();
             let mut collected = HashMap::new();
             let plain = hidden.clone().inner();
-            let below = model.logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
-                collected.insert(param.id, gradient);
-            });
+            let below =
+                model.manual_logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
+                    collected.insert(param.id, gradient);
+                });
             assert!(distance(&below, &hidden.grad(&tape).unwrap()) < 2e-6);
             let rows = &model.rows_of_head().unwrap().rows;
             let expected = rows.val().grad(&tape).unwrap();

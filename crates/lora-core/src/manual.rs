@@ -132,7 +132,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         (outputs, low)
     }
 
-    /// The gradients of the adapters, each given to `collect` in f32, and, if `input_gradient` is set, of `x`.
+    /// The gradients of the adapters, each given to `accumulate` in f32, and, if `input_gradient` is set, of `x`.
     ///
     /// `x` is called only where there are adapters: it may compute the input again. `low` is what the
     /// forward pass left.
@@ -147,7 +147,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         low: LowRank<N>,
         gradients: [Tensor<2>; N],
         input_gradient: bool,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Option<Tensor<2>> {
         let dtype = gradients[0].dtype();
         // What is left of a gradient behind a DoRA's scaling, and under dropout what it changes of the base.
@@ -163,7 +163,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 let product =
                     gradient.clone().cast(DType::F32) * scaled.output.clone().cast(DType::F32);
                 let sum = product.sum_dim(0) / scaled.scaling.norms.clone();
-                collect(&dora.magnitude, sum);
+                accumulate(&dora.magnitude, sum);
                 let through = gradient.clone() * scaled.scaling.factor.clone().cast(dtype);
                 if self.drops_in(i) {
                     beside[i] = Some(gradient);
@@ -174,7 +174,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         for (i, gradient) in gradients.iter().enumerate() {
             if let (Some(adapter), Some(low)) = (self.layers[i].adapter(), &low.products[i]) {
                 let b = multiply_in_f32(low.clone().transpose(), gradient.clone());
-                collect(&adapter.b, b);
+                accumulate(&adapter.b, b);
             }
         }
         let low_gradients = if self.drops() {
@@ -208,11 +208,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             let x = x();
             match low_gradients {
                 LowGradients::Together(Some(all)) => {
-                    self.through_shared(x, all, low.all_a, &mut below, collect);
+                    self.through_shared(x, all, low.all_a, &mut below, accumulate);
                 }
                 LowGradients::Together(None) => {}
                 LowGradients::Apart(all) => {
-                    self.through_dropped(x, all, through_mask, &mut below, collect);
+                    self.through_dropped(x, all, through_mask, &mut below, accumulate);
                 }
             }
         }
@@ -316,7 +316,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         all: Tensor<2>,
         all_a: Option<Tensor<2>>,
         below: &mut Option<Tensor<2>>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
         let dtype = x.dtype();
         let turned = transposes_low_rank(&x);
@@ -333,7 +333,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             } else {
                 a_gradients.clone().narrow(1, start, r)
             };
-            collect(&adapter.a, gradient);
+            accumulate(&adapter.a, gradient);
             start += r;
         }
         if let Some(sum) = below.take() {
@@ -350,7 +350,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         low_gradients: [Option<Tensor<2>>; N],
         mut through_mask: [Option<Tensor<2>>; N],
         below: &mut Option<Tensor<2>>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
         for (i, gradient) in low_gradients.into_iter().enumerate() {
             let (Some(gradient), Some(adapter)) = (gradient, self.layers[i].adapter()) else {
@@ -358,7 +358,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             };
             let dropped = self.dropped(i, x.clone());
             let a = multiply_in_f32(dropped.transpose(), gradient.clone());
-            collect(&adapter.a, a);
+            accumulate(&adapter.a, a);
             if let Some(sum) = below.take() {
                 let a = factor(&adapter.a, x.dtype()).transpose();
                 let through = multiply_add(through_mask[i].take(), 1.0, gradient, a);

@@ -211,10 +211,10 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     let forward = started.elapsed();
 
     let mut gradients = Vec::new();
-    let mut collect =
-        |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
+    let mut add =
+        |param: &Param<Tensor<2>>, gradient| add_gradient(&mut gradients, param, gradient);
     let (sums, gradient) =
-        loss::loss_and_gradient(model, hidden, batch, &passes.targets, scale, &mut collect);
+        loss::loss_and_gradient(model, hidden, batch, &passes.targets, scale, &mut add);
     let mut gradient = Some(passes.spread(gradient, batch.tokens.ids.len()));
     match sums {
         Loss::Known(sums) => into.totals.add(sums),
@@ -228,15 +228,15 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
         };
         let pass = passes.layer(index);
         let activations = activations.unwrap_or_else(|| pass.forward(&input).1);
-        let mut collect =
-            |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
+        let mut add =
+            |param: &Param<Tensor<2>>, gradient| add_gradient(&mut gradients, param, gradient);
         let needed = index > lowest || model.embed_rows.is_some();
-        gradient = pass.backward(&input, activations, above, needed, &mut collect);
+        gradient = pass.backward(&input, activations, above, needed, &mut add);
     }
     if let (Some(rows), Some(gradient)) = (&model.embed_rows, gradient) {
-        let mut collect =
-            |param: &Param<Tensor<2>>, gradient| collected(&mut gradients, param, gradient);
-        rows.embeddings_backward(&batch.tokens.ids, gradient, &mut collect);
+        let mut add =
+            |param: &Param<Tensor<2>>, gradient| add_gradient(&mut gradients, param, gradient);
+        rows.embeddings_backward(&batch.tokens.ids, gradient, &mut add);
     }
     into.add(gradients);
     into.times.forward_s += forward.as_secs_f64();
@@ -246,7 +246,11 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
 
 /// Takes a gradient; of a parameter that came before, as the head's adapter does with every piece of the loss, it
 /// is added.
-fn collected(all: &mut Vec<(ParamId, Tensor<2>)>, param: &Param<Tensor<2>>, gradient: Tensor<2>) {
+fn add_gradient(
+    all: &mut Vec<(ParamId, Tensor<2>)>,
+    param: &Param<Tensor<2>>,
+    gradient: Tensor<2>,
+) {
     match all.iter().position(|(id, _)| *id == param.id) {
         Some(index) => {
             let sum = &mut all[index].1;
@@ -258,7 +262,7 @@ fn collected(all: &mut Vec<(ParamId, Tensor<2>)>, param: &Param<Tensor<2>>, grad
 
 /// As [`accumulate`], the plain way: the whole model on Burn's tape. What the written-out passes are
 /// compared with.
-pub fn accumulate_on_tape(
+pub fn accumulate_in_graph(
     model: &Llama,
     batch: &Batch,
     dropout_seed: u64,
@@ -272,7 +276,7 @@ pub fn accumulate_on_tape(
         hidden = layer.forward(hidden, &context, Some(seed));
     }
     let positions = loss::token_ids(&batch.target_positions, &hidden.device().without_autodiff());
-    let (sums, loss) = loss::loss_on_tape(model, hidden.select(0, positions), batch);
+    let (sums, loss) = loss::loss_in_graph(model, hidden.select(0, positions), batch);
     into.totals.add(sums);
     let mut of_loss = loss.backward();
     let params = model.trainable().flat_map(|(_, params)| params);
@@ -308,7 +312,7 @@ struct Passes<'a> {
 impl<'a> Passes<'a> {
     fn new(model: &'a Llama, batch: &Batch, dropout_seed: Option<u64>) -> Self {
         let lists = [&batch.target_positions[..], &batch.target_ids];
-        let inputs = model.pass_inputs(&batch.tokens, lists);
+        let inputs = model.manual_inputs(&batch.tokens, lists);
         let [supervised, targets] = inputs.indices;
         Self {
             model,
@@ -334,7 +338,7 @@ impl<'a> Passes<'a> {
             layer: &self.model.layers[index],
             context: &self.context,
             dropout_seed: seeds.map(|seeds| seeds.fork(index as u64).next_u64()),
-            wanted: self.narrows(index).then_some(&self.supervised),
+            output_positions: self.narrows(index).then_some(&self.supervised),
         }
     }
 

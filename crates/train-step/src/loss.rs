@@ -10,19 +10,15 @@ use burn::module::Param;
 use burn::tensor::activation::log_softmax;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use gpu_counts::read_floats;
-use kernels::{CrossEntropy, LossTerms, Targets};
+use kernels::{CrossEntropy, LossTerms, Targets, logits_bytes};
 use llama_burn::Llama;
 
 use crate::flat::joined;
 use data::Batch;
 
-pub use kernels::{
-    LOGITS_BYTES as SCORE_BYTES, LOGITS_BYTES_GPU as SCORE_BYTES_GPU, logits_bytes as score_bytes,
-};
-
 /// Positions whose scores take at most this many bytes.
-pub fn positions_at_once(vocab_size: usize, score_bytes: usize) -> usize {
-    (score_bytes / (4 * vocab_size.max(1))).max(1)
+pub fn positions_at_once(vocab_size: usize, logits_bytes: usize) -> usize {
+    (logits_bytes / (4 * vocab_size.max(1))).max(1)
 }
 
 /// Sums over the supervised positions of a batch.
@@ -117,14 +113,14 @@ pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch, targets: &Tensor<1,
 }
 
 /// As [`loss()`], and the gradient of the summed loss with respect to `hidden`, times `scale`; those of the head's
-/// adapter go to `collect`, piece by piece.
+/// adapter go to `accumulate`, piece by piece.
 pub fn loss_and_gradient(
     model: &Llama,
     hidden: Tensor<2>,
     batch: &Batch,
     targets: &Tensor<1, Int>,
     scale: f64,
-    collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
 ) -> (Loss, Tensor<2>) {
     let mut sums = Sums::default();
     let mut gradients = Vec::new();
@@ -136,7 +132,7 @@ pub fn loss_and_gradient(
         } else {
             gradient.mul_scalar(scale)
         };
-        gradients.push(model.logits_backward(&hidden, gradient, collect));
+        gradients.push(model.manual_logits_backward(&hidden, gradient, accumulate));
     }
     let gradient = match gradients.len() {
         1 => gradients.remove(0),
@@ -146,7 +142,7 @@ pub fn loss_and_gradient(
 }
 
 /// As [`loss()`], on the tape that `hidden` is on: the summed loss, for a backward pass.
-pub fn loss_on_tape(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, Tensor<1>) {
+pub fn loss_in_graph(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, Tensor<1>) {
     let tokens = batch.target_ids.len();
     let targets = token_ids(&batch.target_ids, &hidden.device().without_autodiff());
     let logits = model.logits(hidden);
@@ -166,7 +162,7 @@ pub fn loss_on_tape(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSum
 
 /// Positions whose scores exist together.
 fn pieces(model: &Llama, batch: &Batch) -> impl Iterator<Item = Range<usize>> + use<> {
-    let at_once = positions_at_once(model.config.vocab_size, score_bytes(&model.device()));
+    let at_once = positions_at_once(model.config.vocab_size, logits_bytes(&model.device()));
     let count = batch.target_ids.len();
     (0..count)
         .step_by(at_once)
@@ -203,7 +199,7 @@ fn scores_gradient(
     piece: Range<usize>,
     sums: &mut Sums,
 ) -> Tensor<2> {
-    let (m, logits) = (piece.len(), model.logits_plain(hidden));
+    let (m, logits) = (piece.len(), model.manual_logits(hidden));
     let targets = Targets {
         on_device: targets.clone().narrow(0, piece.start, m),
         ids: &batch.target_ids[piece],

@@ -14,22 +14,22 @@ impl HeadAdapter {
         multiply_add(Some(logits), self.scale, low, b)
     }
 
-    /// Adds the gradient of `hidden` along the path to `d_hidden`; the factors' gradients go to `collect`, in f32.
+    /// Adds the gradient of `hidden` along the path to `d_hidden`; the factors' gradients go to `accumulate`, in f32.
     pub(super) fn backward(
         &self,
         hidden: Tensor<2>,
         gradient: Tensor<2>,
         d_hidden: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Tensor<2> {
         let dtype = hidden.dtype();
         let a = factor(&self.a, dtype);
         let low = multiply_add(None, 1.0, hidden.clone(), a.clone());
         let low = low.mul_scalar(self.scale);
-        collect(&self.b, multiply_in_f32(low.transpose(), gradient.clone()));
+        accumulate(&self.b, multiply_in_f32(low.transpose(), gradient.clone()));
         let b = factor(&self.b, dtype).transpose();
         let d_low = multiply_add(None, self.scale, gradient, b);
-        collect(&self.a, multiply_in_f32(hidden.transpose(), d_low.clone()));
+        accumulate(&self.a, multiply_in_f32(hidden.transpose(), d_low.clone()));
         multiply_add(Some(d_hidden), 1.0, d_low, a.transpose())
     }
 }

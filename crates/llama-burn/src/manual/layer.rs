@@ -28,7 +28,7 @@ pub struct LayerPass<'a> {
     pub dropout_seed: Option<u64>,
     /// The tokens whose output is wanted, `[m]`; all where there is none. In the last layer only those
     /// that predict something: beyond its keys and values nothing else has an effect.
-    pub wanted: Option<&'a Tensor<1, Int>>,
+    pub output_positions: Option<&'a Tensor<1, Int>>,
 }
 
 /// What a forward pass leaves for the backward pass, beside the layer's input.
@@ -139,7 +139,7 @@ impl LayerPass<'_> {
     }
 
     /// The gradient of the layer's input from that of its output, if `input_gradient` is set; those of
-    /// the adapters go to `collect`, in f32.
+    /// the adapters go to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
@@ -151,7 +151,7 @@ impl LayerPass<'_> {
         activations: Activations,
         gradient: Tensor<2>,
         input_gradient: bool,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Option<Tensor<2>> {
         let Activations {
             attention: saved,
@@ -178,13 +178,13 @@ impl LayerPass<'_> {
         let down = self.down_group();
         let dtype = self.context.dtype;
         let of_block = [gradient.clone().cast(dtype)];
-        let through = down.backward(product, down_low, of_block, through_gate, collect)?;
+        let through = down.backward(product, down_low, of_block, through_gate, accumulate)?;
         let (gate, up) = swiglu_backward(gate, up, through);
         let norm = &layer.post_attention_layernorm;
         let normalised = || norm.again(&middle, &middle_rms, dtype);
         let gain = norm.gain();
         let gate_up = self.gate_up_group();
-        let through = gate_up.backward(normalised, gate_up_low, [gate, up], needed, collect)?;
+        let through = gate_up.backward(normalised, gate_up_low, [gate, up], needed, accumulate)?;
         let gradient = norm.backward(&middle, middle_rms, gain, through, gradient);
         drop(middle);
 
@@ -192,7 +192,7 @@ impl LayerPass<'_> {
         let mixed = || mixed.unwrap_or_else(|| unreachable!("kept for the output's adapter"));
         let output = self.output_group();
         let of_block = [gradient.clone().cast(dtype)];
-        let through = output.backward(mixed, output_low, of_block, below_adapters, collect)?;
+        let through = output.backward(mixed, output_low, of_block, below_adapters, accumulate)?;
         let through = self.scatter(through, x.dims()[0]);
         let heads = layer.self_attn.heads();
         let [q, k, v] = attention_backward(saved, through, &self.context.attention, heads);
@@ -209,7 +209,7 @@ impl LayerPass<'_> {
             attention_low,
             [q, k, v],
             input_gradient,
-            collect,
+            accumulate,
         )?;
         Some(norm.backward(x, inverse_rms, gain, through, residual?))
     }
@@ -243,18 +243,18 @@ impl LayerPass<'_> {
 
     /// The wanted rows.
     fn select(&self, x: Tensor<2>) -> Tensor<2> {
-        match self.wanted {
-            Some(wanted) => x.select(0, wanted.clone()),
+        match self.output_positions {
+            Some(positions) => x.select(0, positions.clone()),
             None => x,
         }
     }
 
     /// Wanted rows back among `n`; a token that is wanted several times gets the sum.
     fn scatter(&self, x: Tensor<2>, n: usize) -> Tensor<2> {
-        let Some(wanted) = self.wanted else {
+        let Some(positions) = self.output_positions else {
             return x;
         };
         let nothing = Tensor::zeros([n, x.dims()[1]], (&x.device(), x.dtype()));
-        nothing.select_assign(0, wanted.clone(), x, IndexingUpdateOp::Add)
+        nothing.select_assign(0, positions.clone(), x, IndexingUpdateOp::Add)
     }
 }

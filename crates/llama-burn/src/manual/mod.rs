@@ -13,4 +13,4 @@ mod model;
 pub mod operations;
 
 pub use layer::{Activations, LayerPass};
-pub use model::PassInputs;
+pub use model::ManualInputs;

@@ -10,7 +10,7 @@ use crate::{Llama, PackedContext, PackedTokens};
 
 /// What passes through the layers start from.
 #[derive(Debug, Clone)]
-pub struct PassInputs<const N: usize> {
+pub struct ManualInputs<const N: usize> {
     /// What every layer needs to know of the batch.
     pub context: PackedContext,
     /// The embeddings, `[n, hidden]`, f32.
@@ -25,12 +25,12 @@ impl Llama {
     /// # Panics
     ///
     /// As [`embed`](Self::embed).
-    pub fn pass_embeddings(&self, ids: &[u32]) -> Tensor<2> {
+    pub fn manual_embeddings(&self, ids: &[u32]) -> Tensor<2> {
         self.embedded(ids).without_autodiff().cast(DType::F32)
     }
 
     /// As [`context`](Self::context), for passes outside an autodiff graph ([`LayerPass`](crate::LayerPass)).
-    pub fn pass_context(&self, packed: &PackedTokens) -> PackedContext {
+    pub fn manual_context(&self, packed: &PackedTokens) -> PackedContext {
         let device = self.device().without_autodiff();
         PackedContext::new(packed, &self.config, self.dtype(), &device)
     }
@@ -41,11 +41,11 @@ impl Llama {
     /// # Panics
     ///
     /// As [`embed`](Self::embed).
-    pub fn pass_inputs<const N: usize>(
+    pub fn manual_inputs<const N: usize>(
         &self,
         packed: &PackedTokens,
         lists: [&[u32]; N],
-    ) -> PassInputs<N> {
+    ) -> ManualInputs<N> {
         let device = self.device().without_autodiff();
         let mut uploads = Uploads::default();
         let (dtype, most) = (self.dtype(), SCORES_AT_ONCE);
@@ -57,7 +57,7 @@ impl Llama {
         let uploaded = uploads.send(&device);
         let hidden = self.embed_tokens.rows_at(&rows, &uploaded);
         let hidden = hidden.without_autodiff().cast(DType::F32);
-        PassInputs {
+        ManualInputs {
             context: context.on_device(&uploaded),
             hidden: match trained {
                 Some((rows, planned)) => rows.put(hidden, &planned, &uploaded),
@@ -68,7 +68,7 @@ impl Llama {
     }
 
     /// As [`logits`](Self::logits), outside any autodiff graph. `hidden` is f32.
-    pub fn logits_plain(&self, hidden: &Tensor<2>) -> Tensor<2> {
+    pub fn manual_logits(&self, hidden: &Tensor<2>) -> Tensor<2> {
         let (hidden, _) = self.norm.manual_forward(hidden, self.dtype());
         let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => {
@@ -94,18 +94,18 @@ impl Llama {
         scores.cast(DType::F32)
     }
 
-    /// The gradient of `hidden` from that of [`logits_plain`](Self::logits_plain)'s output; those of the head's
-    /// adapter go to `collect`, in f32.
+    /// The gradient of `hidden` from that of [`manual_logits`](Self::manual_logits)'s output; those of the head's
+    /// adapter go to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
     /// - `hidden`, output: `[m, hidden]`, f32
     /// - `gradient`: `[m, vocab]`, f32
-    pub fn logits_backward(
+    pub fn manual_logits_backward(
         &self,
         hidden: &Tensor<2>,
         gradient: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Tensor<2> {
         let dtype = self.dtype();
         let gradient = gradient.cast(dtype);
@@ -116,7 +116,7 @@ impl Llama {
         let adapter = adapter.map(|adapter| (adapter, gradient.clone()));
         let (gradient, of_rows) = match self.rows_of_head() {
             Some(rows) => {
-                let [others, below] = rows.scores_backward(normalised(), gradient, collect);
+                let [others, below] = rows.scores_backward(normalised(), gradient, accumulate);
                 (others, Some(below))
             }
             None => (gradient, None),
@@ -147,7 +147,7 @@ impl Llama {
             None => through,
         };
         let through = match adapter {
-            Some((adapter, of_all)) => adapter.backward(normalised(), of_all, through, collect),
+            Some((adapter, of_all)) => adapter.backward(normalised(), of_all, through, accumulate),
             None => through,
         };
         let (gain, nothing) = (self.norm.gain(), hidden.zeros_like());
