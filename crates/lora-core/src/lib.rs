@@ -31,6 +31,7 @@
 //! # Ok::<(), lora_core::LoraError>(())
 //! ```
 
+mod autodiff;
 mod config;
 mod count;
 mod dora;
