@@ -9,7 +9,7 @@ use kernels::{frozen_linear, product};
 use crate::LoraLinear;
 
 impl LoraLinear {
-    /// The layer's output. In training, with dropout, each call draws a mask of its own.
+    /// The layer's output. In training with dropout, each call draws a new mask.
     ///
     /// # Shapes
     ///
@@ -23,8 +23,9 @@ impl LoraLinear {
         self.forward_seeded(x, None)
     }
 
-    /// As [`forward`](Self::forward), with the dropout mask fixed by `dropout_seed`: the same on every
-    /// device, in a recomputation, and without a tape. See [`AdapterDropout::forward`].
+    /// As [`forward`](Self::forward), with the dropout mask fixed by `dropout_seed`. The mask is the same on every
+    /// device, in a recomputation, and outside an autodiff graph. See
+    /// [`AdapterDropout::forward`](crate::AdapterDropout::forward).
     pub fn forward_seeded<const D: usize>(
         &self,
         x: Tensor<D>,
@@ -40,23 +41,23 @@ impl LoraLinear {
         let rows = shape[..D - 1].iter().product::<usize>();
         let x = x.reshape([rows, d_in]);
         let base = self.weight.base();
-        // Only `unfreeze()` makes the base trainable, and then full fine-tuning is what was asked for.
-        let of_base = |x: Tensor<2>| {
+        // Only `unfreeze()` makes the base trainable, for full fine-tuning.
+        let base_product = |x: Tensor<2>| {
             if base.is_require_grad() {
                 product(x, base.clone())
             } else {
                 frozen_linear(x, base.clone())
             }
         };
-        let mut y = of_base(x.clone());
+        let mut y = base_product(x.clone());
         if let Some(adapter) = self.adapter() {
             let dropped = self.dropout.forward(x.clone(), dropout_seed);
             let dtype = x.dtype();
-            // γ goes onto the [n, r] product, the smallest tensor of the chain.
-            let low = product(dropped.clone(), adapter.a.val().cast(dtype));
-            let low = product(low.mul_scalar(adapter.scale), adapter.b.val().cast(dtype));
+            // γ multiplies x·A, `[n, r]`, the smallest tensor of the chain.
+            let xa = product(dropped.clone(), adapter.a.val().cast(dtype));
+            let delta = product(xa.mul_scalar(adapter.scale), adapter.b.val().cast(dtype));
             y = match &self.dora {
-                None => y + low,
+                None => y + delta,
                 Some(dora) => {
                     let norms = dora.norms(&base, adapter);
                     let norms = if x.is_autodiff() {
@@ -66,11 +67,11 @@ impl LoraLinear {
                     };
                     let factor = (dora.magnitude.val() / norms).cast(dtype);
                     if self.dropout.acts(&x, dropout_seed) {
-                        // As in PEFT: the base sees the whole input, DoRA's part the dropped one.
-                        let through = of_base(dropped);
-                        y - through.clone() + (through + low) * factor
+                        // As in PEFT: the base layer gets the whole input, the part that DoRA scales the dropped one.
+                        let dropped_base = base_product(dropped);
+                        y - dropped_base.clone() + (dropped_base + delta) * factor
                     } else {
-                        (y + low) * factor
+                        (y + delta) * factor
                     }
                 }
             };
@@ -85,9 +86,9 @@ impl LoraLinear {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
     use crate::AdapterDropout;
     use crate::linear::tests::{adapted, random, values};
+    use burn::module::Module;
     use burn::tensor::{Device, Tolerance};
     use kernels::Quantization;
 
@@ -124,12 +125,12 @@ mod tests {
                 _ => layer.weight.base().inner().dequantize(),
             };
             // h = x·W₀ + 4·x·A·B: the textbook derivatives, on the dense weight.
-            let through_b = grad.clone().matmul(plain_b.transpose()) * 4.0;
-            let expected_a = plain_x.clone().transpose().matmul(through_b.clone());
+            let d_xa = grad.clone().matmul(plain_b.transpose()) * 4.0;
+            let expected_a = plain_x.clone().transpose().matmul(d_xa.clone());
             let expected_b = (plain_x.matmul(plain_a.clone()) * 4.0)
                 .transpose()
                 .matmul(grad.clone());
-            let expected_x = grad.matmul(base.transpose()) + through_b.matmul(plain_a.transpose());
+            let expected_x = grad.matmul(base.transpose()) + d_xa.matmul(plain_a.transpose());
             for (got, expected) in [
                 (a.grad(&gradients), expected_a),
                 (b.grad(&gradients), expected_b),

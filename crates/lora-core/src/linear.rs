@@ -1,4 +1,4 @@
-//! A linear layer with a frozen weight and a trainable low-rank path beside it.
+//! A linear layer with a frozen weight and a trainable LoRA adapter: the module and its construction.
 
 use burn::module::{LoraAdapter, Module, Param, Reparameterizer};
 use burn::nn::Linear;
@@ -11,20 +11,19 @@ use crate::{AdapterDropout, Dora, Init, LoraConfig, LoraError};
 /// A linear layer whose weight is frozen, with or without a LoRA adapter:
 /// `h = x·W₀ + b + γ·(x·A)·B`.
 ///
-/// The second path is computed from its factors; `W₀ + γ·A·B` is never built. The adapter is stored
-/// as Burn stores its own ([`LoraAdapter`] on the weight's [`Param`]), so records, `valid()`,
-/// `materialize()`, module visitors and optimizer groups work as they do there; only the forward
-/// and the backward pass differ.
+/// The adapter's term is computed from its factors; `W₀ + γ·A·B` is never built. The adapter is stored as in Burn
+/// ([`LoraAdapter`] on the weight's [`Param`]), so records, `valid()`, `materialize()`, module visitors and optimizer
+/// groups work as for Burn's LoRA. Only the forward and the backward pass differ.
 #[derive(Module, Debug)]
 pub struct LoraLinear {
-    /// The frozen weight W₀, `[d_in, d_out]`, float or quantized. It carries the adapter:
+    /// The frozen weight W₀, `[d_in, d_out]`, float or quantized, with the adapter:
     /// [`base`](Param::base) is W₀ alone, [`val`](Param::val) would build `W₀ + γ·A·B`.
     pub weight: Param<Tensor<2>>,
     /// The frozen bias, `[d_out]`.
     pub bias: Option<Param<Tensor<1>>>,
-    /// Acts on the adapter's input in training.
+    /// Dropout of the adapter's input in training.
     pub dropout: AdapterDropout,
-    /// The trained lengths of the outputs' weights, where the adapter is a DoRA.
+    /// The trained magnitude per output, if the adapter is a DoRA.
     pub dora: Option<Dora>,
 }
 
@@ -39,18 +38,18 @@ impl LoraLinear {
         }
     }
 
-    /// Freezes `linear` and gives it an adapter, whose `A` depends on `seed` only and whose `B` is
-    /// zero: the output is that of `linear`, bit for bit, until `B` is trained.
+    /// Freezes `linear` and adds an adapter. Its `A` depends on `seed` only and its `B` is zero: until `B` is trained,
+    /// the output is that of `linear`, bit for bit.
     ///
     /// # Errors
     ///
-    /// If `config` is invalid. Its `target_modules` are the caller's affair: they select layers by
-    /// name ([`LoraConfig::selector`]), which a layer does not know.
+    /// If `config` is invalid. Its `target_modules` are not used here: they select layers by name
+    /// ([`LoraConfig::selector`]), and a layer does not know its name.
     pub fn new(linear: Linear, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
         Self::frozen(linear).with_new_adapter(config, seed)
     }
 
-    /// Adds a fresh adapter as [`new`](Self::new) does.
+    /// Adds a new adapter as [`new`](Self::new) does.
     ///
     /// # Errors
     ///
@@ -59,7 +58,7 @@ impl LoraLinear {
         config.validate()?;
         let [d_in, d_out] = self.weight.lazy_shape().dims();
         let device = self.weight.lazy_device();
-        // Burn keeps parameters in their own memory pools when it is told that they are parameters.
+        // Burn keeps persistent allocations, such as parameters, in separate memory pools.
         let (a, b) = device.memory_persistent_allocations((), |_| {
             let mut rng = CounterRng::new(seed);
             let a = match config.init {
@@ -115,7 +114,8 @@ impl LoraLinear {
         Ok(self)
     }
 
-    /// Makes the adapter a DoRA with this magnitude, or with one that leaves the output as it is.
+    /// Makes the adapter a DoRA with this magnitude. Without one, the magnitude is chosen so that the output does not
+    /// change.
     ///
     /// # Shapes
     ///
@@ -135,8 +135,8 @@ impl LoraLinear {
         Ok(self)
     }
 
-    /// Computes what depends on the weights only, once, for a layer that is not trained any more. Training
-    /// it afterwards would use a DoRA's old norms.
+    /// Caches a DoRA's scaling, for a layer that is not trained any more. Training the layer afterwards would use the old
+    /// norms.
     pub fn settled(mut self) -> Self {
         if let (Some(dora), Some(adapter)) = (&self.dora, self.adapter()) {
             self.dora = Some(dora.clone().settle(&self.weight.base(), adapter));
@@ -144,8 +144,8 @@ impl LoraLinear {
         self
     }
 
-    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and, where it is a
-    /// DoRA, the magnitude `[1, d_out]`. Empty without an adapter.
+    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and, for a DoRA, the magnitude
+    /// `[1, d_out]`. Empty without an adapter.
     pub fn trainable(&self) -> Vec<&Param<Tensor<2>>> {
         let Some(adapter) = self.adapter() else {
             return Vec::new();
@@ -161,7 +161,7 @@ impl LoraLinear {
     ///
     /// # Errors
     ///
-    /// If it is quantized already.
+    /// If the weight is quantized already.
     pub fn quantize(mut self, quantization: Quantization) -> Result<Self, LoraError> {
         let adapter = self.adapter().cloned();
         let base = quantize(self.weight.base(), quantization)?;
@@ -215,7 +215,7 @@ fn check_shape(
     }
 }
 
-/// Puts an adapter that exists already onto a parameter: Burn's own reparameterizers only make new ones.
+/// Attaches an existing adapter to a parameter: Burn's own reparameterizers only create new adapters.
 struct Attach(Option<LoraAdapter>);
 
 impl Reparameterizer for Attach {
@@ -312,7 +312,7 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn burns_materialize_gives_the_merged_weight() {
+    fn burns_materialize_returns_the_merged_weight() {
         let device = Device::flex();
         let layer = adapted(&device, Quantization::None);
         let x = random([5, 64], 3, &device);
