@@ -53,8 +53,8 @@ pub struct PlannedAttention {
 }
 
 impl PlannedAttention {
-    /// Plans attention between these segments for tensors of type `dtype` on `device`. If scores are stored in memory, at
-    /// most `scores_at_once` of them at a time.
+    /// Plans attention between these segments for tensors of type `dtype` on `device`. If scores are stored in memory,
+    /// at most `scores_at_once` of them at a time.
     pub fn new(
         segments: &[Segment],
         heads: Heads,
@@ -193,8 +193,8 @@ mod tests {
             .collect()
     }
 
-    /// Sequences that share prefixes at two levels, some longer than a tile of queries or a chunk of keys, and the segments
-    /// of each sequence.
+    /// Sequences that share prefixes at two levels, some longer than a tile of queries or a chunk of keys, and the
+    /// segments of each sequence.
     fn shared() -> (Vec<Segment>, [Vec<usize>; 5]) {
         let segments = segments(&[
             (20, None),

@@ -44,8 +44,8 @@ pub trait Kernels: Debug + Sync {
         false
     }
 
-    /// Whether the hidden activations x·A of several adapters are computed transposed. They are slices of one tensor: a slice
-    /// of rows is contiguous, while a slice of columns would be copied.
+    /// Whether the hidden activations x·A of several adapters are computed transposed. They are slices of one tensor: a
+    /// slice of rows is contiguous, while a slice of columns would be copied.
     fn transposes_low_rank(&self) -> bool {
         true
     }

@@ -1,7 +1,7 @@
 //! The product with a frozen weight. In an autodiff graph it saves the packed weight only.
 //!
-//! Burn's product with a quantized weight in an autodiff graph dequantizes the weight and saves the dense result for the
-//! backward pass (burn-backend `q_matmul`, burn-autodiff `float_matmul`), so that 8-bit storage saves no memory in
+//! Burn's product with a quantized weight in an autodiff graph dequantizes the weight and saves the dense result for
+//! the backward pass (burn-backend `q_matmul`, burn-autodiff `float_matmul`), so that 8-bit storage saves no memory in
 //! training. Here the backward pass unpacks the weight again.
 
 use burn::backend::autodiff::{
@@ -18,8 +18,8 @@ use crate::cpu::frozen_linear::flex;
 use crate::dispatch::of;
 use crate::gpu_products::{ProductOps, product, product_of};
 
-/// A backend's products with a frozen quantized weight. The default bodies work on every backend; a backend overrides them
-/// with faster kernels.
+/// A backend's products with a frozen quantized weight. The default bodies work on every backend; a backend overrides
+/// them with faster kernels.
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(feature = "cube"))]
 pub trait FrozenLinearOps: ProductOps {
     /// `x · W`, with x `[n, d_in]` and W `[d_in, d_out]`.
@@ -197,7 +197,8 @@ pub enum Direction {
 }
 
 impl Direction {
-    /// The lengths of the dimension of a weight `[d_in, d_out]` that the product sums over, and of the output's dimension.
+    /// The lengths of the dimension of a weight `[d_in, d_out]` that the product sums over, and of the output's
+    /// dimension.
     pub(crate) fn inner_and_outer(self, [d_in, d_out]: [usize; 2]) -> (usize, usize) {
         match self {
             Self::Forward => (d_in, d_out),
@@ -206,7 +207,8 @@ impl Direction {
     }
 }
 
-/// `sum + x · W`, or with `Wᵀ`, outside an autodiff graph, in the sum's type, and in the sum's memory if it is not shared.
+/// `sum + x · W`, or with `Wᵀ`, outside an autodiff graph, in the sum's type, and in the sum's memory if it is not
+/// shared.
 ///
 /// # Shapes
 ///
@@ -240,9 +242,9 @@ pub(crate) fn quantized_product(
     })
 }
 
-/// CubeCL backends (CUDA, ROCm, Vulkan, Metal, WebGPU) use the default bodies: dequantize, then the backend's float product,
-/// in both directions. The dense weight exists for one product only, and its buffer is reused for the next one. Burn's
-/// fused quantized product reads fewer bytes, but its kernel is chosen for single rows; see
+/// CubeCL backends (CUDA, ROCm, Vulkan, Metal, WebGPU) use the default bodies: dequantize, then the backend's float
+/// product, in both directions. The dense weight exists for one product only, and its buffer is reused for the next
+/// one. Burn's fused quantized product reads fewer bytes, but its kernel is chosen for single rows; see
 /// docs/decisions/quantized-weights.md.
 #[cfg(feature = "cube")]
 impl FrozenLinearOps for burn_cubecl::CubeBackend {}

@@ -6,8 +6,8 @@ pub enum Fusion {
     /// Consecutive operations. The manual passes order their operations for this setting.
     ///
     /// Burn's default follows up to five independent chains of operations at a time. A decoder layer has more, and then
-    /// their order decides what is fused: with more chains (1 to 20 were tried) a layer of Llama 3.1 8B took more launches
-    /// and up to twice the memory traffic.
+    /// their order decides what is fused: with more chains (1 to 20 were tried) a layer of Llama 3.1 8B took more
+    /// launches and up to twice the memory traffic.
     InOrder,
     /// Nothing, for drivers with errors in fused kernels.
     Off,

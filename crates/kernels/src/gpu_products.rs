@@ -1,4 +1,5 @@
-//! Matrix products on GPUs that Burn's `matmul` does not offer: an f32 result from 16-bit factors, and f32 without TF32.
+//! Matrix products on GPUs that Burn's `matmul` does not offer: an f32 result from 16-bit factors, and f32 without
+//! TF32.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,8 +16,8 @@ use burn::tensor::{DType, FloatDType, Shape, Tensor};
 /// Whether f32 products on GPUs avoid TF32.
 static EXACT: AtomicBool = AtomicBool::new(false);
 
-/// Makes f32 products on this process's GPUs keep all 24 bits of their factors' mantissas. Otherwise Burn uses TF32, which
-/// keeps 11 bits, on GPUs that have it (NVIDIA since Ampere).
+/// Makes f32 products on this process's GPUs keep all 24 bits of their factors' mantissas. Otherwise Burn uses TF32,
+/// which keeps 11 bits, on GPUs that have it (NVIDIA since Ampere).
 ///
 /// Applies to the products of this crate, in an autodiff graph and outside one, not to `Tensor::matmul`.
 pub fn use_exact_f32(exact: bool) {

@@ -1,8 +1,9 @@
-//! Pre-quantized frozen weights, such as GGUF's Q8_0: integers and scales of another program, in blocks along the input.
+//! Pre-quantized frozen weights, such as GGUF's Q8_0: integers and scales of another program, in blocks along the
+//! input.
 //!
 //! In llama.cpp's formats 32 weights of the same output share a scale: blocks along `d_in`, while
-//! [`quantize_data`](crate::quantize_data) makes blocks along `d_out`. Quantizing such a weight again would lose accuracy
-//! a second time; here its integers and scales are used unchanged.
+//! [`quantize_data`](crate::quantize_data) makes blocks along `d_out`. Quantizing such a weight again would lose
+//! accuracy a second time; here its integers and scales are used unchanged.
 
 use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype};
 use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
@@ -53,8 +54,8 @@ impl IntegerWeight {
 
     /// The quantized tensor `[d_in, d_out]` on a device.
     ///
-    /// GPUs keep the layout `[d_out, d_in]` and use a transposed view, so that the four integers of a word share a scale. The
-    /// CPU's products read rows of `[d_in, d_out]`, so the CPU stores the transposed weight.
+    /// GPUs keep the layout `[d_out, d_in]` and use a transposed view, so that the four integers of a word share a
+    /// scale. The CPU's products read rows of `[d_in, d_out]`, so the CPU stores the transposed weight.
     pub fn on(self, device: &Device) -> Tensor<2> {
         let scheme = QuantScheme::default().with_value(QuantValue::Q8S);
         let block = self.block as u8;

@@ -7,9 +7,9 @@ use burn::tensor::{Device, Tensor};
 /// The largest number of floating-point operations per launch; 0 without a limit.
 static MOST_FLOPS: AtomicU64 = AtomicU64::new(0);
 
-/// Splits matrix products on this process's GPUs into chunks of rows with at most this many floating-point operations each;
-/// `None` removes the limit. For weak GPUs: a driver resets a device that one launch keeps busy for too long (Windows after
-/// 2 seconds), and a display on the same GPU freezes meanwhile.
+/// Splits matrix products on this process's GPUs into chunks of rows with at most this many floating-point operations
+/// each; `None` removes the limit. For weak GPUs: a driver resets a device that one launch keeps busy for too long
+/// (Windows after 2 seconds), and a display on the same GPU freezes meanwhile.
 pub fn limit_launches(flops: Option<u64>) {
     MOST_FLOPS.store(flops.unwrap_or(0), Ordering::Relaxed);
 }
@@ -52,8 +52,8 @@ pub fn largest_buffer(device: &Device) -> Option<usize> {
     }
 }
 
-/// Overrides [`largest_buffer`] for every GPU of this process until it is dropped. For counting, on any device, the work of a
-/// larger one. Kernels on buffers that are larger than the device's limit fail.
+/// Overrides [`largest_buffer`] for every GPU of this process until it is dropped. For counting, on any device, the
+/// work of a larger one. Kernels on buffers that are larger than the device's limit fail.
 #[derive(Debug)]
 #[must_use = "the override ends when it is dropped"]
 pub struct AssumedBuffer(());

@@ -7,8 +7,8 @@ use crate::gpu_products::product_in_f32;
 use crate::limits::{by_rows, rows_at_once};
 use crate::spoil::spoilt;
 
-/// `sum + scale · left · right`; without a sum, the product alone. The result uses the sum's memory if it is not shared.
-/// Operands may be transposed or narrowed views.
+/// `sum + scale · left · right`; without a sum, the product alone. The result uses the sum's memory if it is not
+/// shared. Operands may be transposed or narrowed views.
 ///
 /// The output has the sum's type, or without a sum the factors' type.
 ///

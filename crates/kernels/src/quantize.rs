@@ -1,15 +1,15 @@
 //! Frozen weights in 8 or 4 bits: Burn's symmetric, per-block scheme, quantized on the host.
 //!
-//! The host quantizes, not the device, for two reasons: every backend has the same integers and scales, so that results can
-//! be compared, and the dense weight never needs memory on the device.
+//! The host quantizes, not the device, for two reasons: every backend has the same integers and scales, so that results
+//! can be compared, and the dense weight never needs memory on the device.
 
 use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype};
 use burn::tensor::{Bytes, DType, Tensor, TensorData};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// The number of weights that share a scale, along the output dimension. A layer whose width is not a multiple of 32 uses
-/// the largest power of two that divides it.
+/// The number of weights that share a scale, along the output dimension. A layer whose width is not a multiple of 32
+/// uses the largest power of two that divides it.
 pub const BLOCK: usize = 32;
 
 /// How a frozen weight is stored.
@@ -20,8 +20,8 @@ pub enum Quantization {
     /// 8 bits: integers in ±127 and an f32 scale per block.
     #[default]
     Bits8,
-    /// 4 bits: integers in ±7 and an f32 scale per block. Burn's CPU backend widens them to a byte each, so that they save
-    /// memory on GPUs only.
+    /// 4 bits: integers in ±7 and an f32 scale per block. Burn's CPU backend widens them to a byte each, so that they
+    /// save memory on GPUs only.
     Bits4,
 }
 
@@ -36,8 +36,8 @@ impl Quantization {
         }
     }
 
-    /// The number of weights that share a scale in a row of `d_out` weights. `None` if the row cannot be packed into 32-bit
-    /// words and stays dense.
+    /// The number of weights that share a scale in a row of `d_out` weights. `None` if the row cannot be packed into
+    /// 32-bit words and stays dense.
     pub fn block(self, d_out: usize) -> Option<usize> {
         let (_, _, smallest) = self.format()?;
         let block = 1usize << d_out.trailing_zeros().min(BLOCK.trailing_zeros());
@@ -81,7 +81,8 @@ pub struct QuantizationError {
 /// Quantizes a `[d_in, d_out]` row-major weight: round to nearest, scale = largest magnitude of the
 /// block over 127 (8 bits) or 7 (4 bits), as Burn's `quantize_dynamic` and llama.cpp's Q8_0 do.
 ///
-/// Returns the data for [`Tensor::from_data`] and its error, or `None` if `quantization` is off or the row cannot be packed.
+/// Returns the data for [`Tensor::from_data`] and its error, or `None` if `quantization` is off or the row cannot be
+/// packed.
 ///
 /// # Panics
 ///
@@ -132,8 +133,8 @@ fn scheme(value: QuantValue, block: usize) -> QuantScheme {
         .per_block([block as u8], ScaleDtype::F32)
 }
 
-/// As [`quantize`], computed on the tensor's device, for weights that were made there. An integer may differ from the host's
-/// if a weight lies halfway between two integers.
+/// As [`quantize`], computed on the tensor's device, for weights that were made there. An integer may differ from the
+/// host's if a weight lies halfway between two integers.
 ///
 /// # Shapes
 ///
@@ -224,8 +225,8 @@ pub fn quantize(
 
 /// The same weight without unused memory.
 ///
-/// Burn's CPU backend stores the scales of a quantized tensor separately, but keeps the buffer that held them too, an eighth
-/// more than the integers need. Tensors of other backends are returned unchanged.
+/// Burn's CPU backend stores the scales of a quantized tensor separately, but keeps the buffer that held them too, an
+/// eighth more than the integers need. Tensors of other backends are returned unchanged.
 pub fn compact(weight: Tensor<2>) -> Tensor<2> {
     crate::cpu::compact(weight)
 }

@@ -6,8 +6,8 @@ use burn::tensor::{DType, Tensor};
 use crate::dispatch::of;
 use crate::spoil::spoilt;
 
-/// `1 / sqrt(mean(x²) + eps)` of each row, `[n, 1]` in f32, saved for the backward pass. On GPUs a recomputation would take
-/// additional kernels. `None` for a kernel that recomputes it while it reads the row.
+/// `1 / sqrt(mean(x²) + eps)` of each row, `[n, 1]` in f32, saved for the backward pass. On GPUs a recomputation would
+/// take additional kernels. `None` for a kernel that recomputes it while it reads the row.
 #[derive(Debug, Clone)]
 pub struct InverseRms(pub(crate) Option<Tensor<2>>);
 

@@ -85,8 +85,8 @@ pub enum Rotation {
 }
 
 /// Rotates every head of `x` by its row's angles: `(x₁, x₂) → (x₁·cos − x₂·sin, x₂·cos + x₁·sin)`, where x₁ and x₂ are
-/// the halves of a head, then multiplies by `scale` ([`query_scale`](crate::query_scale) for queries). Computed in f32 and returned
-/// in the type of `x`, in its memory if it is not shared.
+/// the halves of a head, then multiplies by `scale` ([`query_scale`](crate::query_scale) for queries). Computed in f32
+/// and returned in the type of `x`, in its memory if it is not shared.
 ///
 /// # Shapes
 ///

@@ -34,8 +34,8 @@ pub fn spoil(operation: Option<&str>) {
     ACTIVE.store(operation.is_some(), Ordering::Relaxed);
 }
 
-/// The output of an operation, a tenth too large if the operation has the fault. Results of the CPU are not changed: they
-/// are the reference.
+/// The output of an operation, a tenth too large if the operation has the fault. Results of the CPU are not changed:
+/// they are the reference.
 #[inline]
 pub fn spoilt<const D: usize>(operation: &str, x: Tensor<D>) -> Tensor<D> {
     if ACTIVE.load(Ordering::Relaxed) {

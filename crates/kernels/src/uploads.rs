@@ -1,5 +1,5 @@
-//! Joins a batch's indices and tables into one tensor per type for the copy to a GPU. A separate copy per tensor would make
-//! the GPU's queue wait each time.
+//! Joins a batch's indices and tables into one tensor per type for the copy to a GPU. A separate copy per tensor would
+//! make the GPU's queue wait each time.
 
 use std::ops::Range;
 

@@ -4,8 +4,8 @@ use burn::tensor::{DType, Device, Tensor};
 
 use crate::dispatch::{of, of_device};
 
-/// The type that products with a vocabulary weight are computed in. The CPU keeps the weight in the 16 bits of its file and
-/// computes in f32: half the memory without loss of accuracy.
+/// The type that products with a vocabulary weight are computed in. The CPU keeps the weight in the 16 bits of its file
+/// and computes in f32: half the memory without loss of accuracy.
 pub fn table_dtype(table: &Tensor<2>) -> DType {
     of(table).table_dtype(table.dtype())
 }

@@ -89,9 +89,9 @@ pub struct LlamaConfig {
 }
 
 impl LlamaConfig {
-    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file. If
-    /// the configuration of a folder ties the output layer to the embedding, but its files hold two different weights, the
-    /// two are not tied (as in transformers 5).
+    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file. If the configuration
+    /// of a folder ties the output layer to the embedding, but its files hold two different weights, the two are not
+    /// tied (as in transformers 5).
     ///
     /// # Errors
     ///
@@ -130,8 +130,8 @@ impl LlamaConfig {
         }
     }
 
-    /// Reads the object of `config.json`, with `rope_theta` and `rope_scaling` as in transformers 4 or `rope_parameters` as
-    /// in transformers 5.
+    /// Reads the object of `config.json`, with `rope_theta` and `rope_scaling` as in transformers 4 or
+    /// `rope_parameters` as in transformers 5.
     ///
     /// # Errors
     ///
@@ -198,8 +198,8 @@ impl LlamaConfig {
         Ok(self)
     }
 
-    /// The number of positions of the model: `max_position_embeddings`, multiplied by the factor of a scaling that does not
-    /// change this key.
+    /// The number of positions of the model: `max_position_embeddings`, multiplied by the factor of a scaling that does
+    /// not change this key.
     pub fn positions(&self) -> usize {
         self.rope_scaling.positions(self.max_position_embeddings)
     }
@@ -250,8 +250,8 @@ impl LlamaConfig {
         shapes
     }
 
-    /// Counts the parameters that `lora` trains and those of the model, from shapes. A tied output layer counts once, and can
-    /// still be adapted.
+    /// Counts the parameters that `lora` trains and those of the model, from shapes. A tied output layer counts once,
+    /// and can still be adapted.
     ///
     /// # Errors
     ///
@@ -285,8 +285,8 @@ impl LlamaConfig {
         Ok(with_rows(counts))
     }
 
-    /// The number of trained rows of embedding and output layer. A tied output layer with the embedding's tokens shares the
-    /// embedding's rows.
+    /// The number of trained rows of embedding and output layer. A tied output layer with the embedding's tokens shares
+    /// the embedding's rows.
     fn trained_rows(&self, lora: &LoraConfig) -> usize {
         let lists = lora.trainable_token_indices.iter();
         let mut lists: Vec<&[usize]> = lists.map(|(_, tokens)| &tokens[..]).collect();
@@ -329,8 +329,8 @@ pub(crate) fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) 
     }
 }
 
-/// The largest accepted value of a key: several times that of any real model. Small enough that lists of all tensors stay
-/// short and no product of these values, in bytes, overflows 64 bits.
+/// The largest accepted value of a key: several times that of any real model. Small enough that lists of all tensors
+/// stay short and no product of these values, in bytes, overflows 64 bits.
 fn largest(key: &str) -> u64 {
     match key {
         "num_hidden_layers" => 1 << 11,

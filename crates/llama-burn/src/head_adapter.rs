@@ -58,8 +58,8 @@ impl Llama {
         Ok(self)
     }
 
-    /// The model with the adapter of its output layer merged into that layer's weight, which is then no longer tied to the
-    /// embedding.
+    /// The model with the adapter of its output layer merged into that layer's weight, which is then no longer tied to
+    /// the embedding.
     ///
     /// # Errors
     ///

@@ -48,8 +48,8 @@ impl KvCache {
 }
 
 impl Llama {
-    /// Prefills prompts. Returns their cache and the last layer's output at each prompt's last token, `[sequences, hidden]`,
-    /// for [`manual_logits`](Self::manual_logits).
+    /// Prefills prompts. Returns their cache and the last layer's output at each prompt's last token, `[sequences,
+    /// hidden]`, for [`manual_logits`](Self::manual_logits).
     ///
     /// # Errors
     ///
@@ -88,13 +88,13 @@ impl Llama {
 
     /// Appends one token to every sequence and returns the last layer's output there, `[sequences, hidden]`.
     ///
-    /// Under the rope type "dynamic" beyond `max_position_embeddings`, the new token is rotated by the frequencies of its
-    /// sequence's length so far, and earlier tokens keep their rotation, as in transformers with a cache.
+    /// Under the rope type "dynamic" beyond `max_position_embeddings`, the new token is rotated by the frequencies of
+    /// its sequence's length so far, and earlier tokens keep their rotation, as in transformers with a cache.
     ///
     /// # Errors
     ///
-    /// A number of tokens that differs from the number of sequences, a token outside the vocabulary, or a sequence that has
-    /// used all of the model's positions. The cache is then unchanged.
+    /// A number of tokens that differs from the number of sequences, a token outside the vocabulary, or a sequence that
+    /// has used all of the model's positions. The cache is then unchanged.
     pub fn decode(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor<2>, PackedError> {
         if tokens.len() != cache.rows() || tokens.is_empty() {
             return Err(PackedError::Rows {

@@ -67,8 +67,8 @@ pub enum LoadError {
 ///
 /// Integers of at most 8 bits and their scales in a GGUF file are stored as 8-bit tensors without another quantization.
 ///
-/// Tensors are read, transposed and quantized one at a time on the host, so that only the largest tensor is in memory in
-/// addition to the quantized model. `report` is called for each tensor.
+/// Tensors are read, transposed and quantized one at a time on the host, so that only the largest tensor is in memory
+/// in addition to the quantized model. `report` is called for each tensor.
 ///
 /// # Errors
 ///
@@ -200,8 +200,8 @@ impl Loader<'_> {
         })
     }
 
-    /// The weight of the embedding or output layer. On the CPU, which computes in f32, it keeps its file's 16 bits: half the
-    /// memory, the same results. Elsewhere it has the compute type.
+    /// The weight of the embedding or output layer. On the CPU, which computes in f32, it keeps its file's 16 bits:
+    /// half the memory, the same results. Elsewhere it has the compute type.
     fn table(&mut self, name: &str, vocab: usize, hidden: usize) -> Result<VocabTable, LoadError> {
         let stored = self.weights.read_as_stored(name)?;
         let keeps = kernels::widens_tables(self.device) && self.options.dtype == DType::F32;

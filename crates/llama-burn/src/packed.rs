@@ -12,8 +12,8 @@ use crate::rope::{self, Place};
 /// Token sequences packed into one batch. A sequence attends only to itself, and its positions start from 0.
 ///
 /// Sequences can share a prefix. The segments then form a prefix tree (trie), and a sequence is a path from a root to
-/// the segment of its last token. A token's hidden state depends on earlier tokens only, so the shared prefix is computed
-/// once without changing the result; its gradient is the sum of the gradients of its sequences.
+/// the segment of its last token. A token's hidden state depends on earlier tokens only, so the shared prefix is
+/// computed once without changing the result; its gradient is the sum of the gradients of its sequences.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PackedTokens {
     /// The token ids of all segments, `n` in total.
@@ -89,8 +89,8 @@ impl PackedTokens {
         packed
     }
 
-    /// Packs sequences and stores shared prefixes of at least `least` tokens once. Also returns, per sequence, the indices of
-    /// its tokens in the packed batch.
+    /// Packs sequences and stores shared prefixes of at least `least` tokens once. Also returns, per sequence, the
+    /// indices of its tokens in the packed batch.
     pub fn sharing_prefixes(sequences: &[&[u32]], least: usize) -> (Self, Vec<Vec<u32>>) {
         let mut sharing = Sharing {
             sequences,
@@ -107,8 +107,8 @@ impl PackedTokens {
         (sharing.packed, sharing.places)
     }
 
-    /// As [`sharing_prefixes`](Self::sharing_prefixes), without prefix sharing for sequences whose rotary frequencies depend
-    /// on their length.
+    /// As [`sharing_prefixes`](Self::sharing_prefixes), without prefix sharing for sequences whose rotary frequencies
+    /// depend on their length.
     pub fn sharing_for(
         sequences: &[&[u32]],
         least: usize,

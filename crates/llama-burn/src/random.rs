@@ -10,9 +10,9 @@ use crate::model::decoder_layer;
 use crate::{Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
 
 impl Llama {
-    /// A model with random weights that the device draws and quantizes, one tensor at a time: normal with Hugging Face's
-    /// `initializer_range`, norms 1, biases 0. This takes no host memory, and a GPU makes a model of 8 billion parameters in
-    /// seconds. The weights differ between devices.
+    /// A model with random weights that the device draws and quantizes, one tensor at a time: normal with Hugging
+    /// Face's `initializer_range`, norms 1, biases 0. This takes no host memory, and a GPU makes a model of 8 billion
+    /// parameters in seconds. The weights differ between devices.
     ///
     /// All weights are frozen. The output layer is not quantized.
     pub fn random_on_device(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Self {

@@ -8,7 +8,8 @@ use lora_core::LoraLinear;
 use crate::{Llama, VocabTable};
 
 impl Llama {
-    /// Separates the weight of a tied output layer from the embedding. No copy is made until one of the two is replaced.
+    /// Separates the weight of a tied output layer from the embedding. No copy is made until one of the two is
+    /// replaced.
     pub fn untie(&mut self) {
         if self.lm_head.is_none() && self.quantized_lm_head.is_empty() {
             self.lm_head = Some(self.embed_tokens.clone());
@@ -16,9 +17,9 @@ impl Llama {
         self.config.tie_word_embeddings = false;
     }
 
-    /// Replaces a tensor by `values`, row-major as Hugging Face stores them, frozen and in the compute type. A quantized
-    /// weight becomes a dense one. A bias may be new. The output layer of a tied model is replaced together with the
-    /// embedding, under the embedding's name.
+    /// Replaces a tensor by `values`, row-major as Hugging Face stores them, frozen and in the compute type. A
+    /// quantized weight becomes a dense one. A bias may be new. The output layer of a tied model is replaced together
+    /// with the embedding, under the embedding's name.
     ///
     /// Returns whether the model has a tensor of this name and size; if not, nothing changes.
     pub fn set_tensor(&mut self, name: &str, values: Vec<f32>) -> bool {

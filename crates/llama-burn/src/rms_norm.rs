@@ -34,7 +34,8 @@ impl RmsNorm {
         kernels::rms_norm_again(x, inverse, self.gain(), self.eps, dtype)
     }
 
-    /// `sum` plus the gradient of `x`. `gain` is [`gain`](Self::gain), called before the operations that compute `gradient`.
+    /// `sum` plus the gradient of `x`. `gain` is [`gain`](Self::gain), called before the operations that compute
+    /// `gradient`.
     pub(crate) fn backward(
         &self,
         x: &Tensor<2>,

@@ -1,5 +1,5 @@
-//! The angles of rotary position embeddings (Su et al., 2021, <https://arxiv.org/abs/2104.09864>) as Hugging Face's Llama
-//! computes them.
+//! The angles of rotary position embeddings (Su et al., 2021, <https://arxiv.org/abs/2104.09864>) as Hugging Face's
+//! Llama computes them.
 
 use kernels::{PlannedRotary, Uploads};
 

@@ -1,5 +1,5 @@
-//! How rotary frequencies are scaled for contexts longer than in a model's training: transformers' `modeling_rope_utils`,
-//! with the settings in every form of versions 4 and 5.
+//! How rotary frequencies are scaled for contexts longer than in a model's training: transformers'
+//! `modeling_rope_utils`, with the settings in every form of versions 4 and 5.
 
 use std::f64::consts::TAU;
 
@@ -160,9 +160,9 @@ impl RopeScaling {
 
     /// How many positions a model of `max_position_embeddings` has.
     ///
-    /// For `linear` and `dynamic`, transformers' configurations state the original context in `max_position_embeddings`, and
-    /// the context is that times the factor. For `yarn` it is the original context times the factor, unless
-    /// `max_position_embeddings` is larger. Llama 3.1's configurations state the context itself.
+    /// For `linear` and `dynamic`, transformers' configurations state the original context in
+    /// `max_position_embeddings`, and the context is that times the factor. For `yarn` it is the original context times
+    /// the factor, unless `max_position_embeddings` is larger. Llama 3.1's configurations state the context itself.
     pub(crate) fn positions(self, max_position_embeddings: usize) -> usize {
         let stretched = match self {
             Self::Default | Self::Llama3 { .. } => 0.0,
@@ -178,9 +178,10 @@ impl RopeScaling {
 
 /// Reads the base and the scaling of a model with heads of `head_dim` and `max_position_embeddings`.
 ///
-/// As in transformers 5: `rope_scaling` takes precedence over `rope_parameters`, and the base comes from the object that
-/// was used. The original context comes from the configuration itself, else from the settings, else it is
-/// `max_position_embeddings`. Version 4 takes YaRN's factor from the ratio of the two contexts, version 5 from `factor`.
+/// As in transformers 5: `rope_scaling` takes precedence over `rope_parameters`, and the base comes from the object
+/// that was used. The original context comes from the configuration itself, else from the settings, else it is
+/// `max_position_embeddings`. Version 4 takes YaRN's factor from the ratio of the two contexts, version 5 from
+/// `factor`.
 ///
 /// # Errors
 ///

@@ -87,7 +87,8 @@ impl TokenRows {
         }
     }
 
-    /// Replaces the embeddings of the rows' tokens, `[n, hidden]`, in the autodiff graph of `embeddings` if it is in one.
+    /// Replaces the embeddings of the rows' tokens, `[n, hidden]`, in the autodiff graph of `embeddings` if it is in
+    /// one.
     pub(crate) fn put(
         &self,
         embeddings: Tensor<2>,
@@ -145,8 +146,8 @@ impl TokenRows {
         logits.select_assign(1, index, new - old, IndexingUpdateOp::Add)
     }
 
-    /// Returns the gradient of the frozen weight's logits, with zeros for the rows' tokens, and the rows' part of the gradient
-    /// of `hidden`. The rows' gradient goes to `accumulate`, in f32.
+    /// Returns the gradient of the frozen weight's logits, with zeros for the rows' tokens, and the rows' part of the
+    /// gradient of `hidden`. The rows' gradient goes to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
@@ -171,8 +172,8 @@ impl TokenRows {
     }
 }
 
-/// The sums `[rows, hidden]` over the positions of each row. `positions` holds sorted pairs of row and position. The sums
-/// are a matrix product, whose order of summation is the same in every run.
+/// The sums `[rows, hidden]` over the positions of each row. `positions` holds sorted pairs of row and position. The
+/// sums are a matrix product, whose order of summation is the same in every run.
 fn sums_of_positions(
     rows: Range<usize>,
     positions: &[(usize, usize)],

@@ -4,8 +4,8 @@ use serde_json::{Map, Value};
 
 use crate::config::{ConfigError, invalid};
 
-/// Rejects weights that are stored quantized, and settings of transformers' `LlamaConfig` that change the results and are
-/// not supported.
+/// Rejects weights that are stored quantized, and settings of transformers' `LlamaConfig` that change the results and
+/// are not supported.
 ///
 /// # Errors
 ///

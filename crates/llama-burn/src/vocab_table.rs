@@ -5,8 +5,8 @@ use burn::tensor::{DType, Device, FloatDType, Tensor};
 use kernels::{Ints, Uploaded, Uploads, table_dtype, table_logits, table_logits_backward};
 
 /// A `[vocab, hidden]` weight in shards of at most [`PIECE_BYTES`], because GPUs limit the size of one buffer. A device
-/// that binds larger buffers gets larger shards, so that logits need not be concatenated. On the CPU the weight may keep
-/// its file's 16 bits, although the model computes in f32.
+/// that binds larger buffers gets larger shards, so that logits need not be concatenated. On the CPU the weight may
+/// keep its file's 16 bits, although the model computes in f32.
 #[derive(Module, Debug)]
 pub struct VocabTable {
     /// The shards in order, `[rows, hidden]` each; all except the last have `rows_per_piece` rows.

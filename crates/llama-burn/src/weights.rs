@@ -241,9 +241,9 @@ impl Weights {
         }
     }
 
-    /// Whether a folder holds a weight of the output layer that differs from the embedding, even if its configuration ties
-    /// the two: transformers 5 then uses both. Returns `false` for files that cannot be read; [`open`](Self::open) reports
-    /// the error.
+    /// Whether a folder holds a weight of the output layer that differs from the embedding, even if its configuration
+    /// ties the two: transformers 5 then uses both. Returns `false` for files that cannot be read; [`open`](Self::open)
+    /// reports the error.
     pub(crate) fn has_untied_head(folder: &Path) -> bool {
         let Ok(mut weights) = Self::open(folder) else {
             return false;
@@ -263,8 +263,8 @@ impl Weights {
 
     /// Compares names and shapes with those that the model needs.
     ///
-    /// Two kinds of additional tensors are ignored because they are redundant: `rotary_emb.inv_freq`, which follows from the
-    /// configuration, and a copy of the embedding as a tied head.
+    /// Two kinds of additional tensors are ignored because they are redundant: `rotary_emb.inv_freq`, which follows
+    /// from the configuration, and a copy of the embedding as a tied head.
     ///
     /// # Errors
     ///

@@ -71,8 +71,8 @@ pub struct LoraConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Values that differ from `lora_alpha`, as `rank_pattern`.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>): the magnitude of each output's weights is a separate
-    /// parameter, and the adapter changes their direction.
+    /// DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>): the magnitude of each output's weights is a
+    /// separate parameter, and the adapter changes their direction.
     pub use_dora: bool,
     /// Which of the base model's biases belong to the adapter.
     pub bias: Bias,

@@ -40,9 +40,9 @@ impl AdapterDropout {
 
     /// Drops elements of `x`.
     ///
-    /// With a seed it always drops, and the mask depends on `seed` and the shape only: the manual passes train outside an
-    /// autodiff graph. Without a seed it behaves as `burn::nn::Dropout`: it drops in training state and in an autodiff
-    /// graph only, and each call draws a new mask.
+    /// With a seed it always drops, and the mask depends on `seed` and the shape only: the manual passes train outside
+    /// an autodiff graph. Without a seed it behaves as `burn::nn::Dropout`: it drops in training state and in an
+    /// autodiff graph only, and each call draws a new mask.
     ///
     /// # Shapes
     ///

@@ -14,8 +14,8 @@
 //! | [`LoraError`] | `error.rs` | what can be wrong |
 //! | [`kernels`] | crate `kernels` | the operations underneath: products with frozen weights, 8- and 4-bit quantization |
 //!
-//! This crate does not depend on Llama, on files or on command lines, and names no backend: crate [`kernels`] chooses the
-//! implementation by the device of the tensors.
+//! This crate does not depend on Llama, on files or on command lines, and names no backend: crate [`kernels`] chooses
+//! the implementation by the device of the tensors.
 //!
 //! ```
 //! use burn::nn::LinearConfig;

@@ -135,8 +135,8 @@ impl LoraLinear {
         Ok(self)
     }
 
-    /// Caches a DoRA's scaling, for a layer that is not trained any more. Training the layer afterwards would use the old
-    /// norms.
+    /// Caches a DoRA's scaling, for a layer that is not trained any more. Training the layer afterwards would use the
+    /// old norms.
     pub fn settled(mut self) -> Self {
         if let (Some(dora), Some(adapter)) = (&self.dora, self.adapter()) {
             self.dora = Some(dora.clone().settle(&self.weight.base(), adapter));

@@ -317,8 +317,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
     }
 
-    /// The gradients of A, and the adapters' part of the input's gradient, for adapters that share their input. `all` is
-    /// the result of [`low_gradients`](Self::low_gradients).
+    /// The gradients of A, and the adapters' part of the input's gradient, for adapters that share their input. `all`
+    /// is the result of [`low_gradients`](Self::low_gradients).
     fn shared_backward(
         &self,
         x: Tensor<2>,
@@ -431,8 +431,8 @@ mod tests {
         normal(shape, 0.3, &mut CounterRng::new(seed), device)
     }
 
-    /// Three layers of different widths and ranks, the second without an adapter, one with a bias. With `dora` the first
-    /// layer is a DoRA.
+    /// Three layers of different widths and ranks, the second without an adapter, one with a bias. With `dora` the
+    /// first layer is a DoRA.
     fn layers(
         device: &Device,
         quantization: Quantization,

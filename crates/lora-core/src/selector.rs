@@ -134,8 +134,8 @@ impl ModuleSelector {
         self.targets.contains(name) && self.layers.as_ref().is_none_or(in_layers)
     }
 
-    /// Checks that every entry of `config`, from which the selector was made, matches a linear module of these names. An
-    /// entry without a match is most likely a typing error, and would have no effect.
+    /// Checks that every entry of `config`, from which the selector was made, matches a linear module of these names.
+    /// An entry without a match is most likely a typing error, and would have no effect.
     ///
     /// # Errors
     ///

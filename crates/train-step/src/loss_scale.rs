@@ -1,10 +1,10 @@
 //! A factor on the loss that keeps gradients within the range of f16, as torch.amp's `GradScaler` does (Micikevicius et
 //! al., 2018, <https://arxiv.org/abs/1710.03740>).
 //!
-//! f16 has no numbers between 0 and 6e-8 and none above 65,504. The loss is multiplied by a power of two, which changes no
-//! digit of the gradients, and gradients are divided by it in f32. If a gradient overflows, the factor is halved and the
-//! same step is computed again: unlike with `GradScaler`, no examples are skipped. After 2,000 steps without overflow the
-//! factor is doubled.
+//! f16 has no numbers between 0 and 6e-8 and none above 65,504. The loss is multiplied by a power of two, which changes
+//! no digit of the gradients, and gradients are divided by it in f32. If a gradient overflows, the factor is halved and
+//! the same step is computed again: unlike with `GradScaler`, no examples are skipped. After 2,000 steps without
+//! overflow the factor is doubled.
 
 use burn::tensor::DType;
 use serde::{Deserialize, Serialize};

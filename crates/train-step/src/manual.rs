@@ -243,8 +243,8 @@ pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch, targets: &Tensor<1,
     sums.into_loss(batch)
 }
 
-/// As [`loss()`]. Also returns the gradient of the summed loss with respect to `hidden`, times `scale`. The gradients of
-/// the head's adapter go to `accumulate`, once per chunk.
+/// As [`loss()`]. Also returns the gradient of the summed loss with respect to `hidden`, times `scale`. The gradients
+/// of the head's adapter go to `accumulate`, once per chunk.
 pub fn loss_and_gradient(
     model: &Llama,
     hidden: Tensor<2>,

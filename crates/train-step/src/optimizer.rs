@@ -1,8 +1,8 @@
 //! Burn's AdamW (Loshchilov and Hutter, 2019, <https://arxiv.org/abs/1711.05101>). Every hyper-parameter is set
 //! explicitly, because Burn's defaults differ from PyTorch's.
 //!
-//! All parameters are updated together as one flat tensor. On a GPU a step is then a few kernel launches, instead of a few
-//! per tensor for several hundred small tensors. The parameters in the model are views of the flat tensor.
+//! All parameters are updated together as one flat tensor. On a GPU a step is then a few kernel launches, instead of a
+//! few per tensor for several hundred small tensors. The parameters in the model are views of the flat tensor.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -39,14 +39,15 @@ impl Default for AdamW {
 }
 
 impl AdamW {
-    /// Burn's optimizer, without state and without clipping: Burn clips each tensor separately, PyTorch by the global norm
-    /// ([`AdapterGradients::into_mean`](crate::gradients::AdapterGradients::into_mean)).
+    /// Burn's optimizer, without state and without clipping: Burn clips each tensor separately, PyTorch by the global
+    /// norm ([`AdapterGradients::into_mean`](crate::gradients::AdapterGradients::into_mean)).
     pub fn init(&self) -> ModuleOptimizer {
         self.config().init()
     }
 
     /// As [`init`](Self::init), with a state that can be copied to the host and restored, so that a run can be resumed.
-    /// Burn's record of the state is keyed by ids that each process draws anew, and loads onto the build's first device.
+    /// Burn's record of the state is keyed by ids that each process draws anew, and loads onto the build's first
+    /// device.
     pub fn resumable(&self) -> Optimizer {
         Optimizer {
             adamw: self.config().build(),
@@ -260,9 +261,9 @@ impl Optimizer {
 
 /// Makes Burn's autodiff graph drop parameters that have been replaced.
 ///
-/// Burn registers every tensor that requires a gradient, about a kilobyte each, and drops those that no longer exist only
-/// in a backward pass. The manual passes run no backward pass in a graph, so that memory would grow with every parameter
-/// and step.
+/// Burn registers every tensor that requires a gradient, about a kilobyte each, and drops those that no longer exist
+/// only in a backward pass. The manual passes run no backward pass in a graph, so that memory would grow with every
+/// parameter and step.
 fn sweep<M: Module>(module: &M) {
     if let Some(device) = module.devices().into_iter().next() {
         let one = Tensor::<1>::ones([1], &device.autodiff()).require_grad();

@@ -1,7 +1,7 @@
 //! Counts what a training step costs a GPU: launches, uploads, blocking reads, memory traffic, FLOPs.
 //!
-//! A step is counted for a model of 2 layers and for one of 3 layers. Their difference is one layer; a model of n layers
-//! costs the step of 2 layers plus n − 2 differences. Both models have a first and a last layer.
+//! A step is counted for a model of 2 layers and for one of 3 layers. Their difference is one layer; a model of n
+//! layers costs the step of 2 layers plus n − 2 differences. Both models have a first and a last layer.
 
 use burn::tensor::Device;
 use gpu_counts::{Counts, Mode, count};

@@ -1,9 +1,9 @@
 //! Attention as a batch of matrix products over padded segments, for any backend.
 //!
-//! Queries are processed in tiles, so that the scores of one tile exist at a time. A tile attends to keys up to the last one
-//! that is visible to it. Query heads that share a key head are stacked as additional queries, so that keys and values are
-//! never repeated. The backward pass recomputes the weights from each query's log-sum-exp, without another softmax, as in
-//! FlashAttention (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>).
+//! Queries are processed in tiles, so that the scores of one tile exist at a time. A tile attends to keys up to the
+//! last one that is visible to it. Query heads that share a key head are stacked as additional queries, so that keys
+//! and values are never repeated. The backward pass recomputes the weights from each query's log-sum-exp, without
+//! another softmax, as in FlashAttention (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>).
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, FloatDType, Tensor};
@@ -61,8 +61,8 @@ impl Layout<'_> {
         self.heads.query / self.heads.key
     }
 
-    /// `[segments · queries, heads · d]` → `[segments, key heads, queries · group, d]`: the queries of heads that share a key
-    /// head are adjacent.
+    /// `[segments · queries, heads · d]` → `[segments, key heads, queries · group, d]`: the queries of heads that share
+    /// a key head are adjacent.
     fn stack(&self, x: Tensor<2>) -> Tensor<4> {
         let Heads { key, d, .. } = self.heads;
         let (segments, queries) = (self.padded.segments, self.padded.queries);
@@ -80,8 +80,8 @@ impl Layout<'_> {
         self.padded.gather_queries(x)
     }
 
-    /// Keys or values of all segments, `[segments, key heads, keys, d]`, contiguous per head: a matrix product would otherwise
-    /// copy them for every tile.
+    /// Keys or values of all segments, `[segments, key heads, keys, d]`, contiguous per head: a matrix product would
+    /// otherwise copy them for every tile.
     fn keys(&self, x: Tensor<2>) -> Tensor<4> {
         let Heads { key, d, .. } = self.heads;
         let (segments, keys) = (self.padded.segments, self.padded.keys);
@@ -177,7 +177,8 @@ pub fn forward(
     let dtype = q.dtype();
     let q = layout.stack(padded.spread_queries(q));
     let ((keys, k), (values, v)) = (layout.keys_and_saved(k), layout.keys_and_saved(v));
-    // Unnormalized weights are at most 1, and their products with values may overflow f16: in f16 they are 16 times smaller.
+    // Unnormalized weights are at most 1, and their products with values may overflow f16: in f16 they are 16 times
+    // smaller.
     let head_room = if dtype == DType::F16 { 16f64 } else { 1.0 };
     // All slices come before the arithmetic: Burn fuses consecutive operations.
     let parts: Vec<_> = padded
@@ -217,8 +218,8 @@ pub fn forward(
                 let (flat, unflat) = ([segments * key, rows, 1], [segments, key, rows, 1]);
                 let most = most.reshape(flat);
                 let mixed = product(weights.clone(), v);
-                // Burn does not fuse a product with the next operation. A free change of shape is inserted here, so that
-                // the sum can be fused and reads 16-bit weights.
+                // Burn does not fuse a product with the next operation. A free change of shape is inserted here, so
+                // that the sum can be fused and reads 16-bit weights.
                 let sum = weights.reshape([segments * key, rows, visible]);
                 let sum = sum.cast(DType::F32).mul_scalar(head_room).sum_dim(2);
                 let log_sum = sum.clone().log() + most;
@@ -324,8 +325,8 @@ fn concatenated(mut tiles: Vec<Tensor<4>>) -> Tensor<4> {
     }
 }
 
-/// The sum of the tiles' gradients of the keys, `[segments, key heads, visible, d]` each. A tile contributes to its visible
-/// keys only, and the visible keys of a tile include those of the tile before it.
+/// The sum of the tiles' gradients of the keys, `[segments, key heads, visible, d]` each. A tile contributes to its
+/// visible keys only, and the visible keys of a tile include those of the tile before it.
 fn sum_over_tiles(tiles: Vec<Tensor<4>>, padded: &Padded) -> Tensor<4> {
     let mut start = 0;
     let mut blocks = Vec::with_capacity(tiles.len());

@@ -1,5 +1,5 @@
-//! The KV cache for any backend: the keys and values of all sequences in one tensor, with prompts aligned right, so that all
-//! sequences continue at the same index.
+//! The KV cache for any backend: the keys and values of all sequences in one tensor, with prompts aligned right, so
+//! that all sequences continue at the same index.
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData, s};

@@ -8,9 +8,9 @@ use crate::attention::Heads;
 use crate::ranges::{AttentionRanges, SegmentRanges};
 use crate::uploads::{Floats, Ints, Uploaded, Uploads};
 
-/// A packed batch with its segments padded to the longest: queries `[segments, queries]`, keys `[segments, keys]`. Only the
-/// tensors of attention are padded. This costs little compared with the linear layers, and avoids scores between different
-/// sequences.
+/// A packed batch with its segments padded to the longest: queries `[segments, queries]`, keys `[segments, keys]`. Only
+/// the tensors of attention are padded. This costs little compared with the linear layers, and avoids scores between
+/// different sequences.
 #[derive(Debug, Clone)]
 pub struct Padded {
     pub segments: usize,
@@ -33,8 +33,8 @@ pub struct Tile {
     pub queries: Range<usize>,
     /// The number of keys, from the first on, that are visible to any of them.
     pub visible: usize,
-    /// The last key that is visible to each query, `[segments or 1, 1, group · queries, 1]`: query heads that share a key head
-    /// are adjacent.
+    /// The last key that is visible to each query, `[segments or 1, 1, group · queries, 1]`: query heads that share a
+    /// key head are adjacent.
     last_seen: Tensor<4>,
     /// The keys' indices, `[1, 1, 1, visible]`.
     numbers: Tensor<4>,
@@ -57,8 +57,8 @@ struct Shared {
     places: Tensor<1, Int>,
     /// Each token's index among the keys of its own segment, `[n]`.
     own: Tensor<1, Int>,
-    /// For each token that is visible to several segments, its indices among the keys of the others: `[times · several]`. A
-    /// token that is visible to fewer segments repeats an index.
+    /// For each token that is visible to several segments, its indices among the keys of the others: `[times ·
+    /// several]`. A token that is visible to fewer segments repeats an index.
     copies: Tensor<1, Int>,
     /// 1 for such an index, 0 for a repeated one: `[times, several, 1]`.
     counts: Tensor<3>,
@@ -323,11 +323,12 @@ impl Padded {
 }
 
 impl Tile {
-    /// The attention mask of a tile, added to its scores: 0 for a visible key, very negative elsewhere, within the range of
-    /// `dtype`. `[segments or 1, 1, group · queries, visible]`, f32.
+    /// The attention mask of a tile, added to its scores: 0 for a visible key, very negative elsewhere, within the
+    /// range of `dtype`. `[segments or 1, 1, group · queries, visible]`, f32.
     ///
-    /// It is arithmetic on two small tensors, so that Burn fuses it into the kernels that need it. Keys after a sequence's end
-    /// follow every query of that sequence, so the causal mask hides them. The results of padded queries are never read.
+    /// It is arithmetic on two small tensors, so that Burn fuses it into the kernels that need it. Keys after a
+    /// sequence's end follow every query of that sequence, so the causal mask hides them. The results of padded queries
+    /// are never read.
     pub fn mask(&self, dtype: DType) -> Tensor<4> {
         let masked = match dtype {
             DType::F16 => MASKED_F16,

@@ -1,8 +1,8 @@
 //! Attention on the CPU, tile by tile: memory grows linearly with the tokens, forward and backward.
 //!
-//! The forward pass saves each query's log-sum-exp, from which the backward pass recomputes the weights of a tile, as in
-//! FlashAttention (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>). Scores exist for one tile per thread. Every sum
-//! has a fixed order, so that results repeat bit for bit.
+//! The forward pass saves each query's log-sum-exp, from which the backward pass recomputes the weights of a tile, as
+//! in FlashAttention (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>). Scores exist for one tile per thread.
+//! Every sum has a fixed order, so that results repeat bit for bit.
 
 use std::ops::Range;
 
@@ -24,8 +24,8 @@ const KEYS: usize = 256;
 /// The number of heads per thread that keeps all threads busy if each head is one task.
 const HEADS_A_THREAD: usize = 4;
 
-/// Whether the backward pass on the CPU processes each of `query_heads` heads as one task. It then stores gradients of keys
-/// and values per query head: two tensors as large as the queries.
+/// Whether the backward pass on the CPU processes each of `query_heads` heads as one task. It then stores gradients of
+/// keys and values per query head: two tensors as large as the queries.
 pub fn heads_apart(query_heads: usize) -> bool {
     query_heads >= HEADS_A_THREAD * rayon::current_num_threads()
 }
@@ -148,8 +148,8 @@ struct Upstream<'a> {
     log_sums: &'a [f32],
 }
 
-/// All gradients, with one task per head and five products per tile. Each head has its own sums for the gradients of keys
-/// and values, `[n, d]`; those of heads that share a key head are then added in the order of the heads.
+/// All gradients, with one task per head and five products per tile. Each head has its own sums for the gradients of
+/// keys and values, `[n, d]`; those of heads that share a key head are then added in the order of the heads.
 fn head_gradients(
     inputs: Inputs,
     upstream: Upstream,
@@ -252,7 +252,8 @@ fn query_gradients(
     (gradients, deltas)
 }
 
-/// The gradients of keys and values. Each task is a chunk of a segment's keys in one key head; no other task adds to them.
+/// The gradients of keys and values. Each task is a chunk of a segment's keys in one key head; no other task adds to
+/// them.
 fn key_gradients(
     inputs: Inputs,
     upstream: Upstream,
@@ -355,10 +356,11 @@ in_vectors! {
 }
 
 in_vectors! {
-    /// Turns a query's scores into weights, and `d_weights` into the gradient of the scores; 0 for keys that are not visible.
+    /// Turns a query's scores into weights, and `d_weights` into the gradient of the scores; 0 for keys that are not
+    /// visible.
     ///
-    /// Returns delta = rowsum(P ∘ dP), which the derivative of softmax subtracts. It must be given if the scores are not those
-    /// of all visible keys.
+    /// Returns delta = rowsum(P ∘ dP), which the derivative of softmax subtracts. It must be given if the scores are
+    /// not those of all visible keys.
     fn row_backward(
         scores: &mut [f32],
         d_weights: &mut [f32],
@@ -446,8 +448,8 @@ impl<'a> Keys<'a> {
 
     /// Turns scores into weights and `d_weights` into the gradient of the scores.
     ///
-    /// A tile has all keys that are visible to its queries. So delta = rowsum(dO ∘ O) is computed as rowsum(P ∘ dP), and the
-    /// output O need not be saved. `store` gets each query's delta and its index in `[n, heads]`.
+    /// A tile has all keys that are visible to its queries. So delta = rowsum(dO ∘ O) is computed as rowsum(P ∘ dP),
+    /// and the output O need not be saved. `store` gets each query's delta and its index in `[n, heads]`.
     fn scores_backward(
         &self,
         upstream: Upstream,

@@ -26,8 +26,8 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[u32]) -> CrossEntropy {
 }
 
 in_vectors! {
-    /// Turns logits into the gradient of the loss. Returns the loss, and the index of the first largest logit, as argmax does;
-    /// `None` if all logits are NaN.
+    /// Turns logits into the gradient of the loss. Returns the loss, and the index of the first largest logit, as
+    /// argmax does; `None` if all logits are NaN.
     fn cross_entropy_row(logits: &mut [f32], target: usize) -> (f64, Option<usize>) {
         let largest = cpu::max(logits);
         let best = logits.iter().position(|logit| *logit == largest);

@@ -1,5 +1,5 @@
-//! The CPU's kernels, and their common parts: views of matrices, the product, loops over rows on all threads and with the
-//! widest vectors, and an exponential for such loops.
+//! The CPU's kernels, and their common parts: views of matrices, the product, loops over rows on all threads and with
+//! the widest vectors, and an exponential for such loops.
 //!
 //! Burn's CPU backend runs one operation after the other, each through memory. A fused kernel reads and writes once.
 
@@ -56,8 +56,8 @@ pub fn is_cpu(device: &Device) -> bool {
     )
 }
 
-/// The values of a tensor on Burn's CPU backend, contiguous from the buffer's first element on. Copies only a tensor that is
-/// a slice or a transposed view of its buffer.
+/// The values of a tensor on Burn's CPU backend, contiguous from the buffer's first element on. Copies only a tensor
+/// that is a slice or a transposed view of its buffer.
 ///
 /// # Panics
 ///
@@ -251,8 +251,8 @@ impl<'a> MatrixMut<'a> {
     ///
     /// # Safety
     ///
-    /// `data` points to `(rows - 1) · stride + columns` elements that live for `'a`, and no other thread reads or writes these
-    /// columns meanwhile.
+    /// `data` points to `(rows - 1) · stride + columns` elements that live for `'a`, and no other thread reads or
+    /// writes these columns meanwhile.
     pub unsafe fn from_raw(data: *mut f32, rows: usize, columns: usize, stride: usize) -> Self {
         Self {
             data,
@@ -428,8 +428,8 @@ pub fn transposed<T: Copy + Default + Send + Sync>(
     output
 }
 
-/// Makes a `rows × width` matrix: `fill(first row, piece)` must write every element of its chunk of whole rows. Chunks are
-/// filled on all threads; `fill` calls a function of [`in_vectors!`](crate::in_vectors).
+/// Makes a `rows × width` matrix: `fill(first row, piece)` must write every element of its chunk of whole rows. Chunks
+/// are filled on all threads; `fill` calls a function of [`in_vectors!`](crate::in_vectors).
 pub fn fill_rows(
     rows: usize,
     width: usize,
@@ -446,8 +446,8 @@ pub fn fill_rows(
     output
 }
 
-/// Calls `work(first row, piece)` for chunks of whole rows of `width` elements, on all threads. `work` calls a function of
-/// [`in_vectors!`](crate::in_vectors).
+/// Calls `work(first row, piece)` for chunks of whole rows of `width` elements, on all threads. `work` calls a function
+/// of [`in_vectors!`](crate::in_vectors).
 pub fn for_each_piece<T: Send>(
     data: &mut [T],
     width: usize,
@@ -467,8 +467,8 @@ pub fn rows_per_piece(width: usize) -> usize {
 
 /// The work of [`vectorized`].
 ///
-/// It is not a closure: the compiler may not inline a closure that the functions for several kinds of processors call, and
-/// then compiles it for the smallest vectors. See also [`in_vectors!`](crate::in_vectors).
+/// It is not a closure: the compiler may not inline a closure that the functions for several kinds of processors call,
+/// and then compiles it for the smallest vectors. See also [`in_vectors!`](crate::in_vectors).
 pub trait Work {
     /// The result.
     type Output;
@@ -506,8 +506,8 @@ pub fn vectors() -> Vectors {
 
 /// Defines a function that is compiled for each kind of [`Vectors`] and runs the variant for this processor.
 ///
-/// Functions that the body calls must be `#[inline(always)]`, and the body must not have a closure that is called twice. A
-/// call costs a few nanoseconds: pass a row or more.
+/// Functions that the body calls must be `#[inline(always)]`, and the body must not have a closure that is called
+/// twice. A call costs a few nanoseconds: pass a row or more.
 #[macro_export]
 macro_rules! in_vectors {
     (
@@ -594,8 +594,8 @@ pub(crate) fn prefetch<T>(data: &[T], index: usize) {
 
 /// eˣ with a relative error of at most 2e-7, in operations that compilers vectorize.
 ///
-/// As in Cephes' `expf`: x = n·ln 2 + r, a polynomial for eʳ, and n added to the exponent. Below -87 the result is 0 or close
-/// to 0, above 88 it is near the largest float.
+/// As in Cephes' `expf`: x = n·ln 2 + r, a polynomial for eʳ, and n added to the exponent. Below -87 the result is 0 or
+/// close to 0, above 88 it is near the largest float.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;

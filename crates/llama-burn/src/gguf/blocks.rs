@@ -1,7 +1,7 @@
 //! Decodes ggml's blocks.
 //!
-//! Kinds whose blocks have scales but no offsets (Q8_0, Q4_0, Q5_0, Q6_K) are integers of at most 8 bits times a scale, so
-//! that they fit 8-bit tensors without another quantization. The layouts are those of ggml's `dequantize_row_*`.
+//! Kinds whose blocks have scales but no offsets (Q8_0, Q4_0, Q5_0, Q6_K) are integers of at most 8 bits times a scale,
+//! so that they fit 8-bit tensors without another quantization. The layouts are those of ggml's `dequantize_row_*`.
 
 use half::{bf16, f16};
 
@@ -147,7 +147,8 @@ fn six_bits(block: &[u8], integers: &mut [i8], scales: &mut [f32]) {
     }
 }
 
-/// Q4_K and Q5_K: eight groups of 32 elements, each with a scale and an offset of six bits, and a common scale and offset.
+/// Q4_K and Q5_K: eight groups of 32 elements, each with a scale and an offset of six bits, and a common scale and
+/// offset.
 fn super_block(head: &[u8], low: &[u8], high: &[u8; 32], values: &mut [f32]) {
     let (scale, least) = (half(head), half(&head[2..]));
     let packed = &head[4..];
@@ -169,8 +170,8 @@ fn super_block(head: &[u8], low: &[u8], high: &[u8; 32], values: &mut [f32]) {
     }
 }
 
-/// Encodes Q8_0 as ggml's reference quantizer: scale = largest magnitude over 127, in f16. The integers are computed with
-/// the scale before this rounding.
+/// Encodes Q8_0 as ggml's reference quantizer: scale = largest magnitude over 127, in f16. The integers are computed
+/// with the scale before this rounding.
 pub(super) fn quantize_q8_0(values: &[f32], out: &mut Vec<u8>) {
     for block in values.chunks_exact(32) {
         let peak = block.iter().fold(0f32, |peak, x| peak.max(x.abs()));

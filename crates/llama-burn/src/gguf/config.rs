@@ -267,8 +267,8 @@ fn positive(header: &Header, key: &str) -> Result<Option<f64>, GgufError> {
     }
 }
 
-/// Whether llama.cpp computes these settings as transformers does: it supports the default betas and a rounded ramp only,
-/// and computes a ramp with exchanged ends as a step.
+/// Whether llama.cpp computes these settings as transformers does: it supports the default betas and a rounded ramp
+/// only, and computes a ramp with exchanged ends as a step.
 fn is_llama_cpps(yarn: &Yarn, theta: f64, head_dim: usize) -> bool {
     let [low, high] = yarn.ramp(theta, head_dim);
     yarn.truncate && yarn.beta_fast == 32.0 && yarn.beta_slow == 1.0 && low <= high
@@ -317,9 +317,9 @@ fn factors_of(scaling: RopeScaling, head_dim: usize, theta: f64) -> Vec<f32> {
 
 /// The settings of Llama 3.1's scaling that have these factors as their result.
 ///
-/// With 1/factor = 1/f + (1 − 1/f)·s, the blend s is linear in the frequency, so two frequencies on the ramp determine it.
-/// Several settings describe the same line; the choice has no effect. Meta's settings (low 1, high 4, context 8192) are
-/// tried first.
+/// With 1/factor = 1/f + (1 − 1/f)·s, the blend s is linear in the frequency, so two frequencies on the ramp determine
+/// it. Several settings describe the same line; the choice has no effect. Meta's settings (low 1, high 4, context 8192)
+/// are tried first.
 fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     let factor = f64::from(*factors.last()?);
     let head_dim = 2 * factors.len();

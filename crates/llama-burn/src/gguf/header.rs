@@ -115,7 +115,8 @@ impl Header {
         }
     }
 
-    /// Converts offsets to positions in the file, and checks that every tensor is inside the file and that none overlap.
+    /// Converts offsets to positions in the file, and checks that every tensor is inside the file and that none
+    /// overlap.
     fn place_tensors(&mut self, data: u64, length: u64) -> Result<(), GgufError> {
         let path = &self.path;
         let wrong = |name: &str, at: u64, reason: String| GgufError::Damaged {

@@ -10,8 +10,9 @@
 //! | `names`, `config` | a Llama's tensors and shape: llama.cpp's names to Hugging Face's |
 //! | `write` | [`GgufWriter`] |
 //!
-//! Implements the format's specification (ggml's `docs/gguf.md`), tested against the Python package `gguf` and llama.cpp.
-//! Existing crates for GGUF allocate whatever size a damaged file states, so this reader is a separate implementation.
+//! Implements the format's specification (ggml's `docs/gguf.md`), tested against the Python package `gguf` and
+//! llama.cpp. Existing crates for GGUF allocate whatever size a damaged file states, so this reader is a separate
+//! implementation.
 
 mod blocks;
 mod config;

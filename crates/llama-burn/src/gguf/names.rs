@@ -1,7 +1,7 @@
 //! A Llama's tensors under llama.cpp's names and Hugging Face's.
 //!
-//! llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face the two halves of a head. llama.cpp's converter
-//! therefore reorders the rows of the query and key projections.
+//! llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face the two halves of a head. llama.cpp's
+//! converter therefore reorders the rows of the query and key projections.
 
 /// A module of a decoder layer: Hugging Face's name, llama.cpp's.
 const IN_LAYER: [(&str, &str); 9] = [

@@ -14,7 +14,8 @@ impl HeadAdapter {
         multiply_add(Some(logits), self.scale, xa, b)
     }
 
-    /// Adds the adapter's part of the gradient of `hidden` to `d_hidden`. The factors' gradients go to `accumulate`, in f32.
+    /// Adds the adapter's part of the gradient of `hidden` to `d_hidden`. The factors' gradients go to `accumulate`, in
+    /// f32.
     pub(super) fn backward(
         &self,
         hidden: Tensor<2>,

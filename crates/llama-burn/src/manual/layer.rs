@@ -26,8 +26,8 @@ pub struct LayerPass<'a> {
     pub context: &'a PackedContext,
     /// Turns dropout on and fixes its masks.
     pub dropout_seed: Option<u64>,
-    /// The tokens whose output is computed, `[m]`; `None` means all. In the last layer only the loss positions are needed:
-    /// the other tokens affect them through keys and values only.
+    /// The tokens whose output is computed, `[m]`; `None` means all. In the last layer only the loss positions are
+    /// needed: the other tokens affect them through keys and values only.
     pub output_positions: Option<&'a Tensor<1, Int>>,
 }
 
@@ -83,8 +83,8 @@ impl LayerPass<'_> {
         (output, activations)
     }
 
-    /// As [`forward`](Self::forward), for the next token of every sequence. It attends to `cache` and to itself; its key and
-    /// value are added to the cache.
+    /// As [`forward`](Self::forward), for the next token of every sequence. It attends to `cache` and to itself; its
+    /// key and value are added to the cache.
     ///
     /// # Shapes
     ///
@@ -108,7 +108,8 @@ impl LayerPass<'_> {
         ([q, k, v], low, inverse_rms)
     }
 
-    /// From the attention output before `o_proj` to the layer's output. `residual` is the layer's input at these tokens.
+    /// From the attention output before `o_proj` to the layer's output. `residual` is the layer's input at these
+    /// tokens.
     fn after_attention(
         &self,
         mixed: Tensor<2>,

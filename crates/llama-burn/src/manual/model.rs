@@ -35,8 +35,8 @@ impl Llama {
         PackedContext::new(packed, &self.config, self.dtype(), &device)
     }
 
-    /// A packed batch on the device, ready for the manual passes: its context, its embeddings, and additional `lists` of
-    /// positions or tokens. On a GPU all of this takes two copies from the host.
+    /// A packed batch on the device, ready for the manual passes: its context, its embeddings, and additional `lists`
+    /// of positions or tokens. On a GPU all of this takes two copies from the host.
     ///
     /// # Panics
     ///
@@ -94,8 +94,8 @@ impl Llama {
         logits.cast(DType::F32)
     }
 
-    /// The gradient of `hidden` from that of [`manual_logits`](Self::manual_logits)' output. The gradients of the head's
-    /// adapter and trained rows go to `accumulate`, in f32.
+    /// The gradient of `hidden` from that of [`manual_logits`](Self::manual_logits)' output. The gradients of the
+    /// head's adapter and trained rows go to `accumulate`, in f32.
     ///
     /// # Shapes
     ///

@@ -1,5 +1,5 @@
-//! The operations of a layer one by one, as [`LayerPass`](crate::LayerPass) runs them. A check of a device compares each
-//! with the CPU, so that a difference can be attributed to an operation.
+//! The operations of a layer one by one, as [`LayerPass`](crate::LayerPass) runs them. A check of a device compares
+//! each with the CPU, so that a difference can be attributed to an operation.
 
 use burn::tensor::{DType, Tensor};
 use kernels::{Rotation, attention, attention_backward, query_scale, rotate};

@@ -5,12 +5,13 @@ use std::ops::Range;
 
 use super::tiles::{Job, Scratch, Sums, Weight};
 
-/// One register. With `BF16` its methods require AVX512-BF16, without it AVX-512 F and BW: see [`super::bf16::is_supported`] and [`super::f32_tiles::is_supported`].
+/// One register. With `BF16` its methods require AVX512-BF16, without it AVX-512 F and BW: see
+/// [`super::bf16::is_supported`] and [`super::f32_tiles::is_supported`].
 #[derive(Clone, Copy)]
 pub(super) struct Avx512<const BF16: bool>(__m512);
 
-// SAFETY of the intrinsics below: the processor has them, by the type's contract; loads read 16 elements through references
-// to arrays of 16.
+// SAFETY of the intrinsics below: the processor has them, by the type's contract; loads read 16 elements through
+// references to arrays of 16.
 impl<const BF16: bool> Sums for Avx512<BF16> {
     const NUMBERS: usize = if BF16 { 2 } else { 1 };
     const CHUNK: usize = if BF16 { 4096 } else { 768 };

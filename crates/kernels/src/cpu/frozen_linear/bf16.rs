@@ -1,19 +1,19 @@
 //! The CPU with AVX512-BF16: products with an 8-bit weight as pairs of bf16 numbers, summed in f32.
 //!
-//! `vdpbf16ps` multiplies 32 pairs of bf16 numbers and adds them to 16 sums. So activations are rounded to bf16 once per
-//! call. Each thread unpacks cache-sized panels of the weight into pairs along the inner dimension; the pairs of 32 columns
-//! ("lanes") of the output are contiguous.
+//! `vdpbf16ps` multiplies 32 pairs of bf16 numbers and adds them to 16 sums. So activations are rounded to bf16 once
+//! per call. Each thread unpacks cache-sized panels of the weight into pairs along the inner dimension; the pairs of 32
+//! columns ("lanes") of the output are contiguous.
 //!
 //! # Error
 //!
 //! Rounding to bf16 changes a number by up to 2⁻⁸ of itself, 1.7e-3 in the root mean square.
 //!
-//! - Backward (`g · Wᵀ`): the sum runs over weights of a block, which share a scale. The product uses the integers, which are
-//!   exact in bf16, and the scale multiplies the f32 sum of each block. Only the activations are rounded: relative Frobenius
-//!   error against f32 about 1.7e-3.
-//! - Forward (`x · W`): every term of a sum has a different scale. Scaled activations would have to be rounded again for
-//!   every block of columns, a third of the product's time. So the weight is scaled and then rounded. Both factors are
-//!   rounded: about 2.4e-3.
+//! - Backward (`g · Wᵀ`): the sum runs over weights of a block, which share a scale. The product uses the integers,
+//!   which are exact in bf16, and the scale multiplies the f32 sum of each block. Only the activations are rounded:
+//!   relative Frobenius error against f32 about 1.7e-3.
+//! - Forward (`x · W`): every term of a sum has a different scale. Scaled activations would have to be rounded again
+//!   for every block of columns, a third of the product's time. So the weight is scaled and then rounded. Both factors
+//!   are rounded: about 2.4e-3.
 //!
 //! Sums run in f32 in a fixed order: results do not depend on the number of threads.
 
@@ -87,8 +87,8 @@ pub(crate) fn self_check() -> Result<(), String> {
         return Err("the processor has no AVX512-BF16".into());
     }
     let (n, d_in, d_out, block) = (ROWS + 5, 2 * LANES + 7, LANES + 12, 4);
-    // Numbers of few bits, whose sums are exact in every order, so that results must be equal. The last bit of an activation
-    // is rounded off.
+    // Numbers of few bits, whose sums are exact in every order, so that results must be equal. The last bit of an
+    // activation is rounded off.
     let number = |i: usize, range: usize| ((i * i + i / 3) % range) as f32 - (range / 2) as f32;
     let integers: Vec<i8> = (0..d_in * d_out).map(|i| number(i, 255) as i8).collect();
     let scales: Vec<f32> = (0..d_in * d_out / block)
@@ -370,8 +370,8 @@ fn push_scales(scales: &mut Vec<Lanes<f32>>, weight: Weight, first: usize, colum
     }
 }
 
-/// Writes a tile's weights, rounded to bf16, to one half of its pairs. Lanes beyond the end of W get arbitrary values or zero;
-/// their results are never stored.
+/// Writes a tile's weights, rounded to bf16, to one half of its pairs. Lanes beyond the end of W get arbitrary values
+/// or zero; their results are never stored.
 #[inline(always)]
 fn add_row<const SHIFT: u32>(
     pairs: &mut Lanes<u32>,

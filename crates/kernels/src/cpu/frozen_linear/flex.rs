@@ -1,7 +1,7 @@
 //! Products with 8-bit weights on the CPU, unpacked panel by panel (see `panels.rs`).
 //!
-//! Flex's `dequantize` is a scalar loop with a division per element to find its block, and takes longer than the product.
-//! Here a block's scale is applied to a run of integers at once, in the processor's widest vectors.
+//! Flex's `dequantize` is a scalar loop with a division per element to find its block, and takes longer than the
+//! product. Here a block's scale is applied to a run of integers at once, in the processor's widest vectors.
 
 use std::ops::Range;
 
@@ -105,8 +105,8 @@ pub(super) struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
-    /// `None` for layouts and types that the general product must handle: a transposed or per-tensor weight, blocks over
-    /// several rows, a second level of scales, activations that are not f32.
+    /// `None` for layouts and types that the general product must handle: a transposed or per-tensor weight, blocks
+    /// over several rows, a second level of scales, activations that are not f32.
     fn read(x: &FlexTensor, weight: &'a QuantizedTensor<Flex>) -> Option<Self> {
         let tensor = weight.tensor();
         let DType::QFloat(scheme) = weight.dtype() else {

@@ -1,8 +1,8 @@
-//! Products with a packed weight `[d_in, d_out]` that is not an f32 matrix: every thread unpacks panels of it into its own
-//! buffer and multiplies with them. On processors with AVX-512 `f32_tiles.rs` is used instead.
+//! Products with a packed weight `[d_in, d_out]` that is not an f32 matrix: every thread unpacks panels of it into its
+//! own buffer and multiplies with them. On processors with AVX-512 `f32_tiles.rs` is used instead.
 //!
-//! A panel is a range of columns of W forward and of rows of W backward. Both are columns of the output, so that no thread
-//! waits for another and no output is written twice.
+//! A panel is a range of columns of W forward and of rows of W backward. Both are columns of the output, so that no
+//! thread waits for another and no output is written twice.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -19,7 +19,8 @@ const PANEL: usize = 16 * 1024;
 /// Panels are multiples of this: the width of the product's micro-tile.
 const UNIT: usize = 32;
 
-/// The smallest number of columns in a forward panel. With fewer, memory would be read in parts of less than two cache lines.
+/// The smallest number of columns in a forward panel. With fewer, memory would be read in parts of less than two cache
+/// lines.
 const COLUMNS: usize = 128;
 
 thread_local! {
@@ -156,8 +157,8 @@ fn for_each_panel<S: Stored>(
     });
 }
 
-/// Divides `0..along` equally among threads, and each share into panels of about `size`. All except the last are multiples
-/// of `unit`.
+/// Divides `0..along` equally among threads, and each share into panels of about `size`. All except the last are
+/// multiples of `unit`.
 fn panels(along: usize, unit: usize, size: usize, threads: usize) -> Vec<Range<usize>> {
     let units = along.div_ceil(unit);
     let mut panels = Vec::new();

@@ -1,9 +1,9 @@
 //! Products in tiles: the common part of the CPU's kernels for a packed weight.
 //!
-//! The output is divided into tiles of [`LANES`] columns. A thread takes a few tiles, unpacks their part of the weight into
-//! a panel that fits its second-level cache, with the values for a tile's columns contiguous, and multiplies strips of up to
-//! [`ROWS`] rows with it. The activations are read in place, and neither operand is packed a second time, as a general
-//! product would pack a panel.
+//! The output is divided into tiles of [`LANES`] columns. A thread takes a few tiles, unpacks their part of the weight
+//! into a panel that fits its second-level cache, with the values for a tile's columns contiguous, and multiplies
+//! strips of up to [`ROWS`] rows with it. The activations are read in place, and neither operand is packed a second
+//! time, as a general product would pack a panel.
 //!
 //! Factors are items of four bytes: the bits of an f32, or a pair of bf16 numbers.
 //!
@@ -80,8 +80,8 @@ pub(super) trait Weight: Sync {
     /// Replaces all items of `panel` by these tiles of the output's columns and these indices of the inner
     /// dimension.
     ///
-    /// `#[inline(always)]`, as are its callees: it is compiled with the target features of [`Sums::columns`]. Loops instead of
-    /// closures, which the compiler may compile without these features.
+    /// `#[inline(always)]`, as are its callees: it is compiled with the target features of [`Sums::columns`]. Loops
+    /// instead of closures, which the compiler may compile without these features.
     fn fill<S: Sums>(&self, panel: &mut Panel, tiles: Range<usize>, inner: Range<usize>);
 }
 
@@ -290,8 +290,8 @@ impl<S: Sums, W: Weight> Job<'_, S, W> {
         }
     }
 
-    /// A strip of activations, `[height, width]` from this row and item on: in place, or a copy if its rows would evict one
-    /// another from the first-level cache.
+    /// A strip of activations, `[height, width]` from this row and item on: in place, or a copy if its rows would evict
+    /// one another from the first-level cache.
     #[inline(always)]
     fn strip<'x>(
         &'x self,
@@ -342,7 +342,8 @@ impl<S: Sums, W: Weight> Job<'_, S, W> {
     ///
     /// # Safety
     ///
-    /// No other thread uses these rows of the tile that starts at the column. They are initialized if they are added to.
+    /// No other thread uses these rows of the tile that starts at the column. They are initialized if they are added
+    /// to.
     #[inline(always)]
     unsafe fn store<const HEIGHT: usize>(
         &self,
@@ -401,8 +402,9 @@ fn sums<S: Sums, const HEIGHT: usize>(
 /// The number of bytes of a row that are transposed at a time.
 pub(super) const SEGMENT: usize = 64;
 
-/// Transposes a part of a row-major matrix of bytes, in words of four neighbouring bytes of a row. Words beyond the last of
-/// `rows` and bytes beyond `count` (at most [`SEGMENT`]) are zero. `bytes` start at the first byte of the first row.
+/// Transposes a part of a row-major matrix of bytes, in words of four neighbouring bytes of a row. Words beyond the
+/// last of `rows` and bytes beyond `count` (at most [`SEGMENT`]) are zero. `bytes` start at the first byte of the first
+/// row.
 #[inline(always)]
 pub(super) fn transposed_words<S: Sums>(
     bytes: &[i8],
