@@ -105,7 +105,7 @@ fn other_files_and_versions_are_errors() {
     assert!(
         read(b"PK\x03\x04 and more")
             .unwrap_err()
-            .contains("no GGUF file")
+            .contains("not a GGUF file")
     );
     let mut old = file(&[], &[], 0);
     old[4] = 1;
