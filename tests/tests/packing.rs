@@ -11,7 +11,7 @@ use parity::against_reference;
 use peft::{AdapterTensors, WholeTensor};
 use tests::fixture;
 use train_step::gradients::{
-    AdapterGradients, PassOptions, accumulate, accumulate_on_tape, evaluate,
+    AdapterGradients, PassOptions, accumulate, accumulate_in_graph, evaluate,
 };
 use train_step::loss::LossSums;
 
@@ -258,7 +258,7 @@ fn the_written_out_passes_have_the_loss_and_the_gradients_of_burns_tape() {
         let batch = batch(&[0, 1, 2, 3, 4]);
         let got = gradients(&model, std::slice::from_ref(&batch), false);
         let mut sums = AdapterGradients::default();
-        accumulate_on_tape(&model, &batch, 5, &mut sums);
+        accumulate_in_graph(&model, &batch, 5, &mut sums);
         assert_same(&got, &named(&model, sums));
     }
 }

@@ -35,7 +35,7 @@ pub(super) fn all() -> Vec<Entrant> {
         ours("ours-plain", "ours f32, plain", |settings| {
             settings.gradient_checkpointing = Some(false);
             settings.share_prefixes = false;
-            settings.on_tape = true;
+            settings.in_graph = true;
         }),
         ours("ours-checkpointed", "ours f32, checkpointed", |settings| {
             settings.gradient_checkpointing = Some(true);
@@ -78,7 +78,7 @@ fn ours(id: &'static str, name: &'static str, change: impl Fn(&mut OursSettings)
         compute_dtype: "f32".into(),
         gradient_checkpointing: None,
         share_prefixes: true,
-        on_tape: false,
+        in_graph: false,
     };
     change(&mut settings);
     Entrant {

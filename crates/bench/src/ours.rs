@@ -39,7 +39,7 @@ pub(super) struct Ours {
     rows: Dataset,
     prefixes: Prefixes,
     options: PassOptions,
-    on_tape: bool,
+    in_graph: bool,
     /// Whether the micro-batches of a step are computed together.
     merges: bool,
     learning_rate: f64,
@@ -93,7 +93,7 @@ impl Ours {
         };
         let accumulates = spec.steps.iter().any(|step| step.len() > 1);
         let merges = accumulates
-            && !settings.on_tape
+            && !settings.in_graph
             && !checkpointing
             && memory.keeps_activations(spec.steps.iter().map(|step| step.concat()).collect())?;
         let description = format!(
@@ -103,7 +103,7 @@ impl Ours {
                 bits => format!("{bits}-bit base"),
             },
             format!("{:?}", loader.compute_dtype).to_lowercase(),
-            match (settings.on_tape, checkpointing) {
+            match (settings.in_graph, checkpointing) {
                 (true, _) => "Burn's autodiff graph over the whole model",
                 (false, true) => "gradient checkpointing on",
                 (false, false) => "gradient checkpointing off",
@@ -129,7 +129,7 @@ impl Ours {
             optimizer: AdamW::default().resumable(),
             rows: dataset(spec),
             prefixes,
-            on_tape: settings.on_tape,
+            in_graph: settings.in_graph,
             merges,
             learning_rate: spec.learning_rate,
             device: selected.device.clone(),
@@ -164,7 +164,7 @@ impl Ours {
             let batch = self.rows.batch(indices, self.prefixes);
             let packed = Instant::now();
             computed_tokens += batch.tokens.ids.len() as u64;
-            pass(&self.model, &batch, self.options, self.on_tape, &mut sums);
+            pass(&self.model, &batch, self.options, self.in_graph, &mut sums);
             phases.data += (packed - started).as_secs_f64();
             phases.pass += packed.elapsed().as_secs_f64();
         }
@@ -201,11 +201,11 @@ fn pass(
     model: &Llama,
     batch: &Batch,
     options: PassOptions,
-    on_tape: bool,
+    in_graph: bool,
     sums: &mut AdapterGradients,
 ) {
-    if on_tape {
-        gradients::accumulate_on_tape(model, batch, options.dropout_seed, sums)
+    if in_graph {
+        gradients::accumulate_in_graph(model, batch, options.dropout_seed, sums)
     } else {
         gradients::accumulate(model, batch, options, sums)
     }

@@ -28,7 +28,7 @@ pub(super) fn device_and_floors(
             compute_dtype: "auto".into(),
             gradient_checkpointing: None,
             share_prefixes: true,
-            on_tape: false,
+            in_graph: false,
         }),
         device: options.device.name().into(),
         model: model.into(),

@@ -67,7 +67,7 @@ pub struct OursSettings {
     pub share_prefixes: bool,
     /// Whether to train through Burn's autodiff graph over the whole model, which has no gradient
     /// checkpointing.
-    pub on_tape: bool,
+    pub in_graph: bool,
 }
 
 /// The settings of PEFT.

@@ -114,8 +114,8 @@ pub fn check_layer(
 ) -> Result<Vec<Check>, DeviceError> {
     let most = tokens_at_most(selected.is_software);
     let packed = cut(rows, most);
-    let context = model.pass_context(&packed);
-    let mut hidden = model.pass_embeddings(&packed.ids);
+    let context = model.manual_context(&packed);
+    let mut hidden = model.manual_embeddings(&packed.ids);
     for layer in &model.layers[..index] {
         hidden = layer_pass(layer, &context).forward(&hidden).0;
     }
@@ -238,7 +238,7 @@ fn layer_pass<'a>(
         layer,
         context,
         dropout_seed: None,
-        wanted: None,
+        output_positions: None,
     }
 }
 

@@ -116,8 +116,8 @@ fn measure(dtype: FloatDType, device: &Device, steps: usize) -> Result<Numbers, 
         target_modules: TargetModules::AllLinear,
         ..LoraConfig::default()
     };
-    let on_tape = device.clone().autodiff();
-    let model = load(&paths.model_dir, &config, options(dtype), &on_tape, |_| {})?;
+    let in_graph = device.clone().autodiff();
+    let model = load(&paths.model_dir, &config, options(dtype), &in_graph, |_| {})?;
     let model = model.with_lora(&lora, 1)?;
     // With the initial B = 0, A would have no gradient and the scale no effect.
     let mut adapter = AdapterTensors::from_model(&model)?;

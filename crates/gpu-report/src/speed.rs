@@ -250,18 +250,18 @@ impl Bench<'_> {
             ..config.clone()
         };
         let tokens = self.tokens();
-        let on_tape = self.device.clone().autodiff();
-        let model = Llama::random_on_device(&config, options(dtype), &on_tape);
+        let in_graph = self.device.clone().autodiff();
+        let model = Llama::random_on_device(&config, options(dtype), &in_graph);
         let model = model.with_lora(&LoraConfig::default(), 1)?;
         let batch = batch(1, tokens, config.vocab_size);
-        let context = model.pass_context(&batch.tokens);
+        let context = model.manual_context(&batch.tokens);
         let pass = LayerPass {
             layer: &model.layers[0],
             context: &context,
             dropout_seed: None,
-            wanted: None,
+            output_positions: None,
         };
-        let x = model.pass_embeddings(&batch.tokens.ids);
+        let x = model.manual_embeddings(&batch.tokens.ids);
         let size = format!("{tokens} tokens");
         let forward = seconds(self.device, || pass.forward(&x))?;
         let text = format!("{what}, forward");

@@ -1,4 +1,4 @@
-//! One AdamW update of all parameters as one long tensor (Loshchilov and Hutter, 2019,
+//! One AdamW update of all parameters as one flat tensor (Loshchilov and Hutter, 2019,
 //! <https://arxiv.org/abs/1711.05101>).
 
 use burn::optim::{AdamW, AdaptiveMomentumState};

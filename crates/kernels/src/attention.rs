@@ -53,8 +53,8 @@ pub struct PlannedAttention {
 }
 
 impl PlannedAttention {
-    /// Plans attention between these segments for tensors of type `dtype` on `device`. Where scores exist in memory,
-    /// at most `scores_at_once` of them exist at a time.
+    /// Plans attention between these segments for tensors of type `dtype` on `device`. If scores are stored in memory,
+    /// at most `scores_at_once` of them at a time.
     pub fn new(
         segments: &[Segment],
         heads: Heads,
@@ -86,7 +86,7 @@ impl PlannedAttention {
 #[derive(Debug, Clone)]
 #[allow(clippy::large_enum_variant)] // One per layer, and the large one is the usual one.
 pub enum SavedAttention {
-    /// Of a kernel that computes the weights again from each query's log-sum-exp.
+    /// For a kernel that recomputes the attention weights from each query's log-sum-exp.
     LogSumExp {
         /// Rotated queries, `[n, heads · d]`.
         q: Tensor<2>,
@@ -97,7 +97,7 @@ pub enum SavedAttention {
         /// Each query's log-sum-exp of scores, `[n, heads]`.
         log_sums: Tensor<2>,
     },
-    /// Of the composition.
+    /// For the composition.
     Padded(Box<composed::attention::Attended>),
 }
 
@@ -111,7 +111,7 @@ impl SavedAttention {
     }
 }
 
-/// What queries are multiplied by before [`attention`] reads them: 1/√d, or 1 where the kernel scales the scores.
+/// The factor by which queries are multiplied before [`attention`]: 1/√d, or 1 if the kernel scales the scores.
 pub fn query_scale(q: &Tensor<2>, heads: Heads) -> f64 {
     of(q).query_scale(heads)
 }
@@ -142,7 +142,7 @@ pub fn attention_backward(
     layout: &AttentionLayout,
     heads: Heads,
 ) -> [Tensor<2>; 3] {
-    // The pass that saved decides: a backward pass needs what its own forward pass kept.
+    // The forward pass decides: the backward pass needs what it saved.
     let gradients = match saved {
         SavedAttention::LogSumExp { q, k, v, log_sums } => {
             cpu::attention::gradients([q, k, v], log_sums, gradient, &layout.ranges, heads)
@@ -158,7 +158,7 @@ pub fn attention_backward(
 ///
 /// # Panics
 ///
-/// If the layout was made for a device without autodiff.
+/// If the layout was made for a device outside an autodiff graph.
 pub fn attention_in_graph(
     q: Tensor<2>,
     k: Tensor<2>,
@@ -193,7 +193,7 @@ mod tests {
             .collect()
     }
 
-    /// Sequences that share prefixes at two levels, some longer than a tile of queries or a piece of keys, and the
+    /// Sequences that share prefixes at two levels, some longer than a tile of queries or a chunk of keys, and the
     /// segments of each sequence.
     fn shared() -> (Vec<Segment>, [Vec<usize>; 5]) {
         let segments = segments(&[
@@ -258,7 +258,7 @@ mod tests {
             assert!(matches!(saved, SavedAttention::LogSumExp { .. }));
             assert!(distance(&output, &y) < 1e-6);
             check(&attention_backward(saved, gradient.clone(), &layout, HEADS));
-            // Both ways of the CPU's backward pass, whichever the number of threads chose above.
+            // Both variants of the CPU's backward pass; above, the number of threads chose one.
             for threads in [1, 3] {
                 let pool = rayon::ThreadPoolBuilder::new().num_threads(threads);
                 let pool = pool.build().unwrap();

@@ -1,4 +1,4 @@
-//! Which implementation of an operation runs: a [`Kernels`] per kind of device.
+//! Chooses the implementation of an operation: one [`Kernels`] per kind of device.
 
 use std::fmt::Debug;
 
@@ -15,16 +15,16 @@ use crate::loss::{CrossEntropy, LOGITS_BYTES_GPU, Targets};
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
 
-/// The operations of a LoRA training step outside an autodiff graph. Every body here is a composition of Burn's
-/// operations and right on any backend. A backend overrides a method where it has something faster.
+/// The operations of a LoRA training step outside an autodiff graph. Every default body is a composition of Burn's
+/// operations that works on any backend. A backend overrides a method with a faster kernel.
 ///
 /// The arguments are those of the crate's functions of the same names, which choose the implementation by the device
 /// of their first tensor.
 #[allow(missing_docs)] // Each method is documented at the function of its name.
 pub trait Kernels: Debug + Sync {
-    // How operands lie.
+    // The layout of operands.
 
-    /// Whether a batch's index tables are copied to the device as one tensor of each type. Every copy makes a GPU wait.
+    /// Whether a batch's index tables are copied to the device as one tensor per type. Every copy makes a GPU wait.
     fn joins_uploads(&self) -> bool {
         true
     }
@@ -34,7 +34,7 @@ pub trait Kernels: Debug + Sync {
         false
     }
 
-    /// What queries are multiplied by before attention reads them: 1/√d, or 1 where attention scales the scores.
+    /// The factor by which queries are multiplied before attention: 1/√d, or 1 if attention scales the scores.
     fn query_scale(&self, heads: Heads) -> f64 {
         1.0 / (heads.d as f64).sqrt()
     }
@@ -44,8 +44,8 @@ pub trait Kernels: Debug + Sync {
         false
     }
 
-    /// Whether the low-rank products of several adapters are computed transposed. They are parts of one tensor, of
-    /// which a part of the rows is one piece of memory, while a part of the columns would be copied.
+    /// Whether the hidden activations x·A of several adapters are computed transposed. They are slices of one tensor: a
+    /// slice of rows is contiguous, while a slice of columns would be copied.
     fn transposes_low_rank(&self) -> bool {
         true
     }
@@ -55,7 +55,7 @@ pub trait Kernels: Debug + Sync {
         stored
     }
 
-    /// The bytes of logits that exist at a time at most.
+    /// The largest number of bytes of logits in memory at a time.
     fn logits_bytes(&self, device: &Device) -> usize {
         crate::largest_buffer(device).map_or(LOGITS_BYTES_GPU, |most| LOGITS_BYTES_GPU.min(most))
     }

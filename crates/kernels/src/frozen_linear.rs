@@ -1,8 +1,8 @@
-//! The product with a frozen weight, whose tape keeps nothing but the packed weight.
+//! The product with a frozen weight. In an autodiff graph it saves the packed weight only.
 //!
-//! Burn's own path for a quantized weight under autodiff dequantizes it and keeps the dense result
-//! until the backward pass (burn-backend `q_matmul`, burn-autodiff `float_matmul`), so that 8-bit
-//! storage saves nothing in training. Here the backward pass unpacks the weight again.
+//! Burn's product with a quantized weight in an autodiff graph dequantizes the weight and saves the dense result for
+//! the backward pass (burn-backend `q_matmul`, burn-autodiff `float_matmul`), so that 8-bit storage saves no memory in
+//! training. Here the backward pass unpacks the weight again.
 
 use burn::backend::autodiff::{
     Autodiff,
@@ -18,8 +18,8 @@ use crate::cpu::frozen_linear::flex;
 use crate::dispatch::of;
 use crate::gpu_products::{ProductOps, product, product_of};
 
-/// What a backend does for a frozen quantized weight. The bodies here are right everywhere; a
-/// backend overrides them where it has something faster.
+/// A backend's products with a frozen quantized weight. The default bodies work on every backend; a backend overrides
+/// them with faster kernels.
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(feature = "cube"))]
 pub trait FrozenLinearOps: ProductOps {
     /// `x · W`, with x `[n, d_in]` and W `[d_in, d_out]`.
@@ -42,7 +42,7 @@ pub trait FrozenLinearOps: ProductOps {
         product_of::<Self>(grad, Self::float_transpose(dense))
     }
 
-    /// `sum + x · W`, or `sum + x · Wᵀ` where `backward`, in the sum's type; for passes without a tape.
+    /// `sum + x · W`, or with `backward` `sum + x · Wᵀ`, in the sum's type, outside an autodiff graph.
     #[fusion(default)]
     fn frozen_linear_add(
         sum: FloatTensor<Self>,
@@ -94,7 +94,7 @@ impl FrozenLinearOps for Flex {
     }
 }
 
-/// The tape's entry. Its state is the packed weight: a reference, not a copy of the values.
+/// The node in the autodiff graph. Its state is the packed weight: a reference, not a copy of the values.
 #[derive(Debug)]
 struct FrozenLinearBackward;
 
@@ -138,16 +138,16 @@ impl<B: FrozenLinearOps, C: CheckpointStrategy> FrozenLinearOps for Autodiff<B, 
         _grad: FloatTensor<Self>,
         _weight: QuantizedTensor<Self>,
     ) -> FloatTensor<Self> {
-        // Only `FrozenLinearBackward` calls it, on the backend below this one.
+        // Only `FrozenLinearBackward` calls it, on the inner backend.
         unreachable!("second derivatives are not supported, as anywhere in burn-autodiff")
     }
 }
 
 /// The product of `x` with a frozen weight.
 ///
-/// No gradient is computed or kept for the weight. A quantized weight is unpacked for each product,
-/// forward and backward, and never kept dense: on the CPU panel by panel into a cache-sized buffer,
-/// on GPUs by the backend's kernels. A dense weight takes part as a constant.
+/// The weight gets no gradient. A quantized weight is unpacked for each product, forward and backward, and never stored
+/// dense: on the CPU panel by panel into a cache-sized buffer, on GPUs by the backend's kernels. A dense weight is a
+/// constant.
 ///
 /// # Shapes
 ///
@@ -164,7 +164,7 @@ pub fn frozen_linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
         d_in, rows,
         "frozen_linear: x is [n, {d_in}], the weight [{rows}, d_out]"
     );
-    // Without its tape the weight is a constant: burn-autodiff then computes nothing for it.
+    // Detached from its graph the weight is a constant: burn-autodiff computes no gradient for it.
     let weight = weight.without_autodiff();
     match weight.dtype() {
         DType::QFloat(_) => Tensor::from_dispatch(Dispatch::frozen_linear_forward(
@@ -176,7 +176,7 @@ pub fn frozen_linear(x: Tensor<2>, weight: Tensor<2>) -> Tensor<2> {
     }
 }
 
-/// `dY · Wᵀ`: the gradient of [`frozen_linear`]'s input, outside any tape.
+/// `dY · Wᵀ`: the gradient of [`frozen_linear`]'s input, outside an autodiff graph.
 ///
 /// # Shapes
 ///
@@ -187,18 +187,18 @@ pub fn frozen_linear_backward(gradient: Tensor<2>, weight: Tensor<2>) -> Tensor<
     frozen_product(None, gradient, weight, Direction::Backward)
 }
 
-/// Which way a weight `[d_in, d_out]` is applied.
+/// The direction of a product with a weight `[d_in, d_out]`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Direction {
     /// `x · W`.
     Forward,
-    /// `x · Wᵀ`, as gradients go.
+    /// `x · Wᵀ`, for gradients.
     Backward,
 }
 
 impl Direction {
-    /// The lengths of the dimension of a weight `[d_in, d_out]` that is summed over, and of the one that goes into
-    /// the output.
+    /// The lengths of the dimension of a weight `[d_in, d_out]` that the product sums over, and of the output's
+    /// dimension.
     pub(crate) fn inner_and_outer(self, [d_in, d_out]: [usize; 2]) -> (usize, usize) {
         match self {
             Self::Forward => (d_in, d_out),
@@ -207,7 +207,8 @@ impl Direction {
     }
 }
 
-/// `sum + x · W`, or with `Wᵀ`, outside any graph, in the sum's type, and in the sum's memory where that is not shared.
+/// `sum + x · W`, or with `Wᵀ`, outside an autodiff graph, in the sum's type, and in the sum's memory if it is not
+/// shared.
 ///
 /// # Shapes
 ///
@@ -241,9 +242,9 @@ pub(crate) fn quantized_product(
     })
 }
 
-/// CubeCL backends (CUDA, ROCm, Vulkan, Metal, WebGPU): dequantize, then the backend's float product, in both directions,
-/// as the trait's bodies do. The dense weight lives for the one product only, and its buffer is used again for the next.
-/// Burn's fused quantized product reads fewer bytes, but its kernel is chosen for single rows; see
+/// CubeCL backends (CUDA, ROCm, Vulkan, Metal, WebGPU) use the default bodies: dequantize, then the backend's float
+/// product, in both directions. The dense weight exists for one product only, and its buffer is reused for the next
+/// one. Burn's fused quantized product reads fewer bytes, but its kernel is chosen for single rows; see
 /// docs/decisions/quantized-weights.md.
 #[cfg(feature = "cube")]
 impl FrozenLinearOps for burn_cubecl::CubeBackend {}
@@ -264,7 +265,7 @@ mod tests {
     fn forward_and_backward_equal_the_dense_product_of_the_dequantized_weight() {
         let device = Device::flex();
         let mut rng = CounterRng::new(11);
-        // Widths that are no multiple of the panel, of 32 or of a vector; one row; many rows.
+        // Widths that are not multiples of the panel, of 32 or of a vector; one row; many rows.
         for (n, d_in, d_out) in [
             (1, 64, 32),
             (7, 100, 172),
@@ -303,7 +304,7 @@ mod tests {
     }
 
     #[test]
-    fn without_a_tape_the_result_is_the_same() {
+    fn outside_an_autodiff_graph_the_result_is_the_same() {
         let device = Device::flex();
         let mut rng = CounterRng::new(12);
         let weight = init::normal([64, 96], 0.05, &mut rng, &device);

@@ -1,21 +1,21 @@
-//! How Burn looks for operations on GPUs that it can fuse into one kernel.
+//! How Burn searches for operations on GPUs that it can fuse into one kernel.
 
 /// What Burn fuses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Fusion {
-    /// Operations that follow one another. The passes here are written for it.
+    /// Consecutive operations. The manual passes order their operations for this setting.
     ///
-    /// Burn's own setting follows up to five independent chains at a time. In a decoder layer there are more, and what
-    /// is fused then depends on which come first: a layer of Llama 3.1 8B took more launches and twice the memory
-    /// traffic the more chains were followed (1 to 20 were tried).
+    /// Burn's default follows up to five independent chains of operations at a time. A decoder layer has more, and then
+    /// their order decides what is fused: with more chains (1 to 20 were tried) a layer of Llama 3.1 8B took more
+    /// launches and up to twice the memory traffic.
     InOrder,
-    /// Nothing, for drivers that compute fused kernels wrong.
+    /// Nothing, for drivers with errors in fused kernels.
     Off,
 }
 
-/// Sets what Burn fuses in this process. To be called before a GPU is used; whether it was in time.
+/// Sets what Burn fuses in this process. Must be called before a GPU is used; returns whether it was.
 ///
-/// Burn's environment variables still count; a `burn.toml` in the current folder does not.
+/// Burn's environment variables still apply; a `burn.toml` in the current folder does not.
 #[cfg(feature = "cube")]
 pub fn set_fusion(fusion: Fusion) -> bool {
     use burn_cubecl::cubecl::config::RuntimeConfig;
@@ -34,7 +34,7 @@ fn settings(fusion: Fusion) -> serde_json::Result<burn::BurnConfig> {
     })
 }
 
-/// As above; without a GPU backend there is nothing to set.
+/// Without a GPU backend there is nothing to set.
 #[cfg(not(feature = "cube"))]
 pub fn set_fusion(_fusion: Fusion) -> bool {
     false
@@ -45,7 +45,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn burn_understands_the_settings() {
+    fn burn_parses_the_settings() {
         let search = |fusion| settings(fusion).unwrap().fusion().beam_search.clone();
         assert_eq!(search(Fusion::InOrder).max_blocks, 1);
         assert_eq!(search(Fusion::InOrder).max_explorations, None);

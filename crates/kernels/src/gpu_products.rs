@@ -1,5 +1,5 @@
-//! Matrix products on GPUs that Burn's own `matmul` does not offer: with a result in f32 from factors in 16 bits, and in
-//! f32 without TF32.
+//! Matrix products on GPUs that Burn's `matmul` does not offer: an f32 result from 16-bit factors, and f32 without
+//! TF32.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -13,11 +13,11 @@ use burn::backend::tensor::FloatTensor;
 use burn::backend::{Backend, Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, FloatDType, Shape, Tensor};
 
-/// Whether f32 products on GPUs keep all bits of their factors.
+/// Whether f32 products on GPUs avoid TF32.
 static EXACT: AtomicBool = AtomicBool::new(false);
 
-/// Has f32 products on GPUs of this process keep all 24 bits of their factors' mantissas. Without it Burn takes TF32,
-/// which keeps 11, wherever a GPU has it (NVIDIA's since Ampere).
+/// Makes f32 products on this process's GPUs keep all 24 bits of their factors' mantissas. Otherwise Burn uses TF32,
+/// which keeps 11 bits, on GPUs that have it (NVIDIA since Ampere).
 ///
 /// Applies to the products of this crate, in an autodiff graph and outside one, not to `Tensor::matmul`.
 pub fn use_exact_f32(exact: bool) {
@@ -29,10 +29,10 @@ pub fn is_exact_f32() -> bool {
     EXACT.load(Ordering::Relaxed)
 }
 
-/// Products that a backend computes in another way than its `float_matmul`. The bodies here are right everywhere.
+/// Products that a backend computes differently from its `float_matmul`. The default bodies work on every backend.
 #[backend_extension(Flex, Cube: cfg(feature = "cube"), Autodiff, Fusion: cfg(feature = "cube"))]
 pub trait ProductOps: Backend {
-    /// `left · right` in f32. Factors in 16 bits are multiplied as they are, and the sums are not rounded to their type.
+    /// `left · right` in f32. 16-bit factors are multiplied unchanged, and the sums are not rounded to their type.
     #[fusion(dtype = DType::F32, shape = product_shape(left, right))]
     fn product_in_f32(left: FloatTensor<Self>, right: FloatTensor<Self>) -> FloatTensor<Self> {
         let left = Self::float_cast(left, FloatDType::F32);
@@ -68,17 +68,17 @@ impl<B: ProductOps> Backward<B, 2> for ExactProductBackward {
         let shapes = [left.shape(), right.shape()];
         if let Some(node) = left_node {
             let of_left = B::exact_product(gradient.clone(), B::float_transpose(right));
-            gradients.register::<B>(node.id, unrepeated::<B>(of_left, &shapes[0]));
+            gradients.register::<B>(node.id, sum_broadcast::<B>(of_left, &shapes[0]));
         }
         if let Some(node) = right_node {
             let of_right = B::exact_product(B::float_transpose(left), gradient);
-            gradients.register::<B>(node.id, unrepeated::<B>(of_right, &shapes[1]));
+            gradients.register::<B>(node.id, sum_broadcast::<B>(of_right, &shapes[1]));
         }
     }
 }
 
-/// The sum over the dimensions in which a factor of this shape was repeated.
-fn unrepeated<B: Backend>(mut gradient: FloatTensor<B>, shape: &Shape) -> FloatTensor<B> {
+/// The sum over the dimensions in which a factor of this shape was broadcast.
+fn sum_broadcast<B: Backend>(mut gradient: FloatTensor<B>, shape: &Shape) -> FloatTensor<B> {
     for (dimension, length) in shape.iter().enumerate() {
         if *length == 1 && gradient.shape()[dimension] > 1 {
             gradient = B::float_sum_dim(gradient, dimension);
@@ -117,7 +117,7 @@ impl ProductOps for burn_cubecl::CubeBackend {
     }
 }
 
-/// Kernels that use no matrix units: those know TF32 only.
+/// Kernels without matrix units, which support f32 as TF32 only.
 #[cfg(feature = "cube")]
 mod exact {
     use burn_cubecl::cubecl::ir::{ElemType, FloatKind};
@@ -154,7 +154,7 @@ mod exact {
     }
 }
 
-/// The product in a backend's own tensors, exact where that is asked for.
+/// The product of a backend's primitive tensors, exact if requested ([`use_exact_f32`]).
 pub(crate) fn product_of<B: ProductOps>(
     left: FloatTensor<B>,
     right: FloatTensor<B>,
@@ -166,7 +166,7 @@ pub(crate) fn product_of<B: ProductOps>(
     }
 }
 
-/// `left · right`, exact where f32 is asked to be ([`use_exact_f32`]).
+/// `left · right`, without TF32 if requested ([`use_exact_f32`]).
 ///
 /// # Shapes
 ///
@@ -185,7 +185,7 @@ pub fn product<const D: usize>(left: Tensor<D>, right: Tensor<D>) -> Tensor<D> {
     }
 }
 
-/// As [`product`], with the result in f32 whatever the type of the factors.
+/// As [`product`], with the result in f32 for every type of the factors.
 pub(crate) fn product_in_f32(left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
     match left.dtype() {
         DType::F32 => product(left, right),
@@ -196,7 +196,7 @@ pub(crate) fn product_in_f32(left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
     }
 }
 
-/// `[.., n, k] · [.., k, m]`; leading dimensions of 1 are repeated.
+/// The shape of `[.., n, k] · [.., k, m]`; leading dimensions of 1 are broadcast.
 #[cfg(feature = "cube")]
 fn product_shape(left: &Shape, right: &Shape) -> Shape {
     let (left, right): (Vec<usize>, Vec<usize>) = (

@@ -1,10 +1,10 @@
-//! Starting values, drawn on the host so that every device starts from the same numbers.
+//! Initial values, drawn on the host so that every device starts from the same numbers.
 
 use burn::tensor::{Device, Tensor, TensorData};
 
 use crate::CounterRng;
 
-/// `A` as PEFT starts it: Kaiming-uniform with a = √5 over `[d_in, r]`, uniform in ±1/√d_in.
+/// PEFT's initialization of `A`: Kaiming-uniform with a = √5 over `[d_in, r]`, that is uniform in ±1/√d_in.
 ///
 /// # Shapes
 ///

@@ -1,18 +1,19 @@
-//! Frozen weights whose integers and scales another program made, in blocks along the input.
+//! Pre-quantized frozen weights, such as GGUF's Q8_0: integers and scales of another program, in blocks along the
+//! input.
 //!
-//! llama.cpp shares a scale among 32 weights that meet the same output: blocks along `d_in`, where
-//! [`quantize_data`](crate::quantize_data) makes them along `d_out`. Quantizing such a weight again would lose
-//! accuracy a second time; here it is taken over bit for bit.
+//! In llama.cpp's formats 32 weights of the same output share a scale: blocks along `d_in`, while
+//! [`quantize_data`](crate::quantize_data) makes blocks along `d_out`. Quantizing such a weight again would lose
+//! accuracy a second time; here its integers and scales are used unchanged.
 
 use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype};
 use burn::tensor::{Bytes, DType, Device, Tensor, TensorData};
 
 use crate::cpu;
 
-/// An 8-bit weight with a scale for every `block` rows of a column of `[d_in, d_out]`.
+/// An 8-bit weight with one scale per `block` rows of a column of `[d_in, d_out]`.
 #[derive(Debug, Clone, PartialEq)]
 pub struct IntegerWeight {
-    /// `[d_out, d_in]`: as other programs lay it out, an output's weights side by side.
+    /// `[d_out, d_in]`, the layout of other programs: the weights of one output are contiguous.
     integers: Vec<i8>,
     /// `[d_out, d_in / block]`.
     scales: Vec<f32>,
@@ -42,7 +43,7 @@ impl IntegerWeight {
             "blocks of {block} along {d_in}"
         );
         assert_eq!(integers.len(), d_in * d_out, "a [{d_in}, {d_out}] weight");
-        assert_eq!(scales.len() * block, integers.len(), "a scale a block");
+        assert_eq!(scales.len() * block, integers.len(), "one scale per block");
         Self {
             integers,
             scales,
@@ -53,8 +54,8 @@ impl IntegerWeight {
 
     /// The quantized tensor `[d_in, d_out]` on a device.
     ///
-    /// GPUs keep the layout above and see it transposed, so that the four integers of a word share a scale. On
-    /// the CPU, whose products read rows of `[d_in, d_out]`, it is turned.
+    /// GPUs keep the layout `[d_out, d_in]` and use a transposed view, so that the four integers of a word share a
+    /// scale. The CPU's products read rows of `[d_in, d_out]`, so the CPU stores the transposed weight.
     pub fn on(self, device: &Device) -> Tensor<2> {
         let scheme = QuantScheme::default().with_value(QuantValue::Q8S);
         let block = self.block as u8;
@@ -79,7 +80,7 @@ impl IntegerWeight {
 
 /// Burn's layout: the values, then the scales.
 fn data(integers: Vec<i8>, scales: &[f32], shape: [usize; 2], scheme: QuantScheme) -> TensorData {
-    // The scales of a block of at least four follow at a multiple of four bytes.
+    // The scales start at a multiple of four bytes, because blocks have at least four integers.
     let mut bytes = integers;
     bytes.reserve_exact(scales.len() * 4);
     for scale in scales {
@@ -119,7 +120,7 @@ mod tests {
         (a - b).powf_scalar(2.0).sum().sqrt().into_scalar::<f32>() / norm
     }
 
-    /// Products, both ways, against the dense weight; negative scales and -128 are in it.
+    /// Compares products in both directions with the dense weight, which includes negative scales and -128.
     fn check_products(device: &Device) {
         let mut rng = CounterRng::new(3);
         for (n, dims, block) in [

@@ -1,4 +1,4 @@
-//! Keys and values of the tokens so far, so that the next token costs one token's work.
+//! The KV cache of a layer: keys and values of the tokens so far, so that the next token costs one token's work.
 
 use std::fmt::Debug;
 
@@ -30,10 +30,10 @@ impl Clone for Box<dyn KvCache> {
     }
 }
 
-/// Where the tokens of each sequence's prompt lie in the packed batch of prompts.
+/// The indices of each prompt's tokens in the packed batch of prompts.
 #[derive(Debug, Clone, Copy)]
 pub struct PromptTokens<'a> {
-    /// For each sequence the indices of its tokens, ascending.
+    /// Per sequence the indices of its tokens, ascending.
     pub places: &'a [Vec<u32>],
     /// The heads of the layer.
     pub heads: Heads,

@@ -1,16 +1,16 @@
-//! The operations that a LoRA training step consists of, each computed as well as its device can.
+//! The operations of a LoRA training step, with kernels for the backends where they are faster than Burn's operations.
 //!
 //! | file | what it holds |
 //! | --- | --- |
-//! | `dispatch.rs` | [`Kernels`]: every operation once, with Burn's composition as the default body |
-//! | `composed/` | those compositions, from Burn's own operations, for any backend |
+//! | `dispatch.rs` | [`Kernels`]: a trait with every operation; the default bodies are compositions of Burn's operations |
+//! | `composed/` | those compositions, for any backend |
 //! | `cpu/` | the CPU's kernels |
-//! | `frozen_linear.rs`, `gpu_products.rs` | operations that Burn's autodiff graph has to know: backend extensions |
+//! | `frozen_linear.rs`, `gpu_products.rs` | operations that work in Burn's autodiff graph too: backend extensions |
 //! | `rms_norm.rs`, `rope.rs`, `swiglu.rs`, `attention.rs`, `kv_cache.rs`, `vocab.rs`, `loss.rs`, `products.rs`, `adamw.rs` | the functions that callers use, one file per operation |
 //! | `quantize.rs`, `integers.rs` | 8- and 4-bit weights |
 //! | `ranges.rs`, `uploads.rs` | which tokens attend to which; a batch's index tables on the device |
-//! | `fusion.rs`, `limits.rs` | what Burn fuses on GPUs; what a device can do at most |
-//! | `spoil.rs` | an operation made wrong on purpose, for tests of the checks |
+//! | `fusion.rs`, `limits.rs` | what Burn fuses on GPUs; the limits and features of a device |
+//! | `spoil.rs` | fault injection: makes an operation wrong, for tests of the checks |
 //! | `random.rs`, `init.rs` | seeded numbers, the same on every device |
 //!
 //! These functions compute outside an autodiff graph: forward and backward passes are separate functions, and what a

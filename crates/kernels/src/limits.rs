@@ -1,15 +1,15 @@
-//! What a device can do at most.
+//! Limits and features of a device.
 
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
 use burn::tensor::{Device, Tensor};
 
-/// Floating-point operations of a launch at most; 0 without a limit.
+/// The largest number of floating-point operations per launch; 0 without a limit.
 static MOST_FLOPS: AtomicU64 = AtomicU64::new(0);
 
-/// Has matrix products on GPUs of this process come in pieces of rows of at most so many floating-point operations
-/// each, or, with `None`, whole again. For weak GPUs: a driver resets a device that one launch keeps busy for too long
-/// (Windows after 2 seconds), and a screen that the same GPU draws stands still meanwhile.
+/// Splits matrix products on this process's GPUs into chunks of rows with at most this many floating-point operations
+/// each; `None` removes the limit. For weak GPUs: a driver resets a device that one launch keeps busy for too long
+/// (Windows after 2 seconds), and a display on the same GPU freezes meanwhile.
 pub fn limit_launches(flops: Option<u64>) {
     MOST_FLOPS.store(flops.unwrap_or(0), Ordering::Relaxed);
 }
@@ -25,7 +25,7 @@ pub(crate) fn rows_at_once([n, k, m]: [usize; 3]) -> usize {
     }
 }
 
-/// `product` of pieces of so many rows of `x`, one below the other; `sum` goes along.
+/// Applies `product` to chunks of this many rows of `x`, and of `sum`, and concatenates the results.
 pub(crate) fn by_rows(
     sum: Option<Tensor<2>>,
     x: Tensor<2>,
@@ -40,7 +40,7 @@ pub(crate) fn by_rows(
     Tensor::cat(pieces.collect(), 0)
 }
 
-/// 0 where nothing is assumed.
+/// The assumed limit; 0 if none is assumed.
 static ASSUMED: AtomicUsize = AtomicUsize::new(0);
 
 /// The largest buffer that a kernel on this device reads or writes, in bytes; `None` on the CPU.
@@ -52,14 +52,14 @@ pub fn largest_buffer(device: &Device) -> Option<usize> {
     }
 }
 
-/// Has every GPU of this process taken for one with this [`largest_buffer`], until it is dropped: for counting, on
-/// whatever device there is, what a larger one would be asked for. Work on larger buffers than the device has fails.
+/// Overrides [`largest_buffer`] for every GPU of this process until it is dropped. For counting, on any device, the
+/// work of a larger one. Kernels on buffers that are larger than the device's limit fail.
 #[derive(Debug)]
-#[must_use = "it ends when it is dropped"]
+#[must_use = "the override ends when it is dropped"]
 pub struct AssumedBuffer(());
 
 impl AssumedBuffer {
-    /// Assumes `bytes` from here on.
+    /// Assumes `bytes`.
     pub fn new(bytes: usize) -> Self {
         ASSUMED.store(bytes, Ordering::Relaxed);
         Self(())
@@ -72,13 +72,13 @@ impl Drop for AssumedBuffer {
     }
 }
 
-/// Whether a GPU multiplies f32 in TF32, which keeps 11 bits of each factor, unless it is told not to
-/// ([`use_exact_f32`](crate::use_exact_f32)).
+/// Whether a GPU multiplies f32 in TF32, which keeps 11 bits of each factor. [`use_exact_f32`](crate::use_exact_f32)
+/// prevents it.
 pub fn has_tf32(device: &Device) -> bool {
     units(device).is_some_and(|units| units.tf32)
 }
 
-/// Whether a GPU has matrix units that multiply f16 and add up in f32.
+/// Whether a GPU has matrix units that multiply f16 and accumulate in f32.
 pub fn has_f16_matrix_units(device: &Device) -> bool {
     units(device).is_some_and(|units| units.f16)
 }
@@ -137,7 +137,7 @@ mod tests {
     use crate::{CounterRng, normal};
 
     #[test]
-    fn a_product_in_pieces_of_rows_is_the_whole_one() {
+    fn a_product_in_chunks_of_rows_equals_the_whole_product() {
         assert_eq!(rows_at_once([100, 8, 4]), 100);
         let device = Device::flex();
         let mut rng = CounterRng::new(1);

@@ -1,22 +1,22 @@
-//! Cross entropy of logits, with its gradient in the logits' memory where that is possible.
+//! Cross entropy of logits, with its gradient in the logits' memory if possible.
 
 use burn::tensor::{Device, Int, Tensor};
 
 use crate::dispatch::{of, of_device};
 
-/// Bytes of logits that exist at a time on the CPU, where they stay near the processor.
+/// Bytes of logits that exist at a time on the CPU, so that they stay in its caches.
 pub const LOGITS_BYTES: usize = 32 << 20;
 
-/// As [`LOGITS_BYTES`] on a GPU: 523 positions of a vocabulary of 128,256. Every piece reads the output layer's weights
-/// once forward and once backward.
+/// As [`LOGITS_BYTES`] on a GPU: 523 positions of a vocabulary of 128,256. Every chunk of positions reads the output
+/// layer's weights once forward and once backward.
 pub const LOGITS_BYTES_GPU: usize = 256 << 20;
 
-/// Bytes of logits that exist at a time on this device: on a GPU no more than it binds to a kernel as one buffer.
+/// Bytes of logits that exist at a time on this device: on a GPU at most the size of a buffer that a kernel can bind.
 pub fn logits_bytes(device: &Device) -> usize {
     of_device(device).logits_bytes(device)
 }
 
-/// The tokens that some positions should predict.
+/// The target tokens of some positions.
 #[derive(Debug, Clone)]
 pub struct Targets<'a> {
     /// On the host.
@@ -34,13 +34,13 @@ pub struct CrossEntropy {
     pub terms: LossTerms,
 }
 
-/// What a cross entropy sums up to, in nats, and which positions predict their target as the most likely token.
+/// The summed cross entropy in nats, and the hits: the positions whose most likely token is the target.
 #[derive(Debug, Clone)]
-#[allow(clippy::large_enum_variant)] // One per piece of a batch.
+#[allow(clippy::large_enum_variant)] // One per chunk of a batch.
 pub enum LossTerms {
     /// Computed on the host.
     OnHost {
-        /// The cross entropies, added up.
+        /// The sum of the cross entropies.
         loss: f64,
         /// One per position.
         hits: Vec<bool>,

@@ -1,4 +1,4 @@
-//! Float products that add to a sum, outside any autodiff graph.
+//! Float products that add to a sum, outside an autodiff graph.
 
 use burn::tensor::{DType, Tensor};
 
@@ -7,10 +7,10 @@ use crate::gpu_products::product_in_f32;
 use crate::limits::{by_rows, rows_at_once};
 use crate::spoil::spoilt;
 
-/// `sum + scale · left · right`; without a sum, the product alone. The sum's memory is used again where
-/// nobody else has it, and operands may be transposed or narrowed views.
+/// `sum + scale · left · right`; without a sum, the product alone. The result uses the sum's memory if it is not
+/// shared. Operands may be transposed or narrowed views.
 ///
-/// The output has the sum's type, without a sum the factors'.
+/// The output has the sum's type, or without a sum the factors' type.
 ///
 /// # Shapes
 ///
@@ -26,13 +26,13 @@ pub fn multiply_add(
     of(&left).multiply_add(sum, scale, left, right)
 }
 
-/// Whether the low-rank products of several adapters are best computed transposed, `[Σ r, n]`: see
+/// Whether the hidden activations x·A of several adapters are computed transposed, `[Σ r, n]`: see
 /// [`Kernels::transposes_low_rank`](crate::Kernels::transposes_low_rank).
 pub fn transposes_low_rank(x: &Tensor<2>) -> bool {
     of(x).transposes_low_rank()
 }
 
-/// `left · right` in f32, whatever the type of the factors: sums of products of 16-bit factors are not rounded.
+/// `left · right` in f32, for every type of the factors: sums of products of 16-bit factors are not rounded.
 ///
 /// # Shapes
 ///
@@ -60,7 +60,7 @@ mod tests {
     use burn::tensor::{Device, Tolerance};
 
     #[test]
-    fn sums_and_views_give_what_burns_operations_give() {
+    fn sums_and_views_equal_burns_operations() {
         let device = Device::flex();
         let mut rng = CounterRng::new(3);
         let mut random = |shape| init::normal(shape, 1.0, &mut rng, &device);
@@ -77,7 +77,7 @@ mod tests {
             multiply_add(None, 0.5, x.clone(), right.clone()),
             product.clone(),
         );
-        // A sum that somebody else holds too keeps its values.
+        // A shared sum keeps its values.
         let (kept, before) = (sum.clone(), sum.clone().into_data());
         same(
             multiply_add(Some(sum.clone()), 0.5, x, right),

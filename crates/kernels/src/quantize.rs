@@ -1,27 +1,27 @@
 //! Frozen weights in 8 or 4 bits: Burn's symmetric, per-block scheme, quantized on the host.
 //!
-//! The host does it, not the device, for two reasons: every backend then holds the same integers
-//! and scales, so that their results can be compared; and a device never sees the dense weight.
+//! The host quantizes, not the device, for two reasons: every backend has the same integers and scales, so that results
+//! can be compared, and the dense weight never needs memory on the device.
 
 use burn::tensor::quantization::{QuantScheme, QuantStore, QuantValue, ScaleDtype};
 use burn::tensor::{Bytes, DType, Tensor, TensorData};
 use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
-/// Weights that share a scale, along the output dimension. A layer whose width 32 does not divide
-/// uses the largest power of two that does.
+/// The number of weights that share a scale, along the output dimension. A layer whose width is not a multiple of 32
+/// uses the largest power of two that divides it.
 pub const BLOCK: usize = 32;
 
 /// How a frozen weight is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Quantization {
-    /// As it is, in the device's float type.
+    /// Not quantized, in the device's float type.
     None,
-    /// 8 bits: integers in ±127 and an f32 scale a block.
+    /// 8 bits: integers in ±127 and an f32 scale per block.
     #[default]
     Bits8,
-    /// 4 bits: integers in ±7 and an f32 scale a block. Burn's CPU backend widens them to a byte
-    /// each when it takes them in, so they save memory on GPUs only.
+    /// 4 bits: integers in ±7 and an f32 scale per block. Burn's CPU backend widens them to a byte each, so that they
+    /// save memory on GPUs only.
     Bits4,
 }
 
@@ -36,16 +36,15 @@ impl Quantization {
         }
     }
 
-    /// Weights that share a scale in a row of `d_out` weights, or `None` where the row cannot be
-    /// packed into 32-bit words and stays dense.
+    /// The number of weights that share a scale in a row of `d_out` weights. `None` if the row cannot be packed into
+    /// 32-bit words and stays dense.
     pub fn block(self, d_out: usize) -> Option<usize> {
         let (_, _, smallest) = self.format()?;
         let block = 1usize << d_out.trailing_zeros().min(BLOCK.trailing_zeros());
         (block >= smallest).then_some(block)
     }
 
-    /// Bytes that a `[d_in, d_out]` weight takes, scales included; `dense_bytes` a weight where it
-    /// is not quantized.
+    /// Bytes of a `[d_in, d_out]` weight, scales included; `dense_bytes` per element if it is not quantized.
     pub fn bytes(self, d_in: usize, d_out: usize, dense_bytes: usize) -> usize {
         let weights = d_in * d_out;
         match (self.block(d_out), self) {
@@ -70,7 +69,7 @@ impl Quantization {
 #[error("this weight is quantized already")]
 pub struct AlreadyQuantized;
 
-/// How far a quantized weight is from the original.
+/// The error of a quantized weight.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct QuantizationError {
     /// Largest absolute difference of an element.
@@ -82,8 +81,8 @@ pub struct QuantizationError {
 /// Quantizes a `[d_in, d_out]` row-major weight: round to nearest, scale = largest magnitude of the
 /// block over 127 (8 bits) or 7 (4 bits), as Burn's `quantize_dynamic` and llama.cpp's Q8_0 do.
 ///
-/// Returns the data that [`Tensor::from_data`] takes, and how far it is from the original; `None`
-/// where `quantization` is off or the row cannot be packed.
+/// Returns the data for [`Tensor::from_data`] and its error, or `None` if `quantization` is off or the row cannot be
+/// packed.
 ///
 /// # Panics
 ///
@@ -98,7 +97,7 @@ pub fn quantize_data(
     let block = quantization.block(d_out)?;
     let mut integers = vec![0i8; values.len()];
     let mut scales = vec![0f32; values.len() / block];
-    // Rows in parallel; each gives its largest error and its sums of squares.
+    // Rows in parallel; each returns its largest error and its sums of squares.
     let (max_abs, difference, norm) = integers
         .par_chunks_mut(d_out)
         .zip(scales.par_chunks_mut(d_out / block))
@@ -134,8 +133,8 @@ fn scheme(value: QuantValue, block: usize) -> QuantScheme {
         .per_block([block as u8], ScaleDtype::F32)
 }
 
-/// As [`quantize`], computed by the tensor's own device: for weights that were made there. The integers may differ
-/// from the host's where a weight lies halfway between two of them.
+/// As [`quantize`], computed on the tensor's device, for weights that were made there. An integer may differ from the
+/// host's if a weight lies halfway between two integers.
 ///
 /// # Shapes
 ///
@@ -176,7 +175,7 @@ fn quantize_row(
         .zip(scales);
     for ((integers, row), scale) in blocks {
         let peak = row.iter().fold(0f32, |peak, x| peak.max(x.abs()));
-        // A scale of zero would divide by zero; a block of zeros stays zeros under any scale.
+        // A scale of zero would divide by zero; a block of zeros stays zero under any scale.
         *scale = match peak / largest {
             scale if scale >= f32::MIN_POSITIVE => scale,
             _ => f32::MIN_POSITIVE,
@@ -194,14 +193,14 @@ fn quantize_row(
     (max_abs, difference, norm)
 }
 
-/// Quantizes a weight that is on a device already, and puts it back there.
+/// Quantizes a weight of a device on the host and copies it back.
 ///
-/// A weight that cannot be packed comes back as it was.
+/// A weight that cannot be packed is returned unchanged.
 ///
 /// # Shapes
 ///
 /// - `weight`: `[d_in, d_out]`, float
-/// - output: `[d_in, d_out]`, quantized, off the tape
+/// - output: `[d_in, d_out]`, quantized, outside an autodiff graph
 ///
 /// # Errors
 ///
@@ -224,11 +223,10 @@ pub fn quantize(
     Ok(compact(Tensor::from_data(data, &device)))
 }
 
-/// The same weight in no more memory than it needs.
+/// The same weight without unused memory.
 ///
-/// Burn's CPU backend takes the scales out of a quantized tensor's bytes and keeps them apart; the
-/// buffer that they were in keeps its size, an eighth more than the integers fill. Other backends'
-/// tensors come back as they are.
+/// Burn's CPU backend stores the scales of a quantized tensor separately, but keeps the buffer that held them too, an
+/// eighth more than the integers need. Tensors of other backends are returned unchanged.
 pub fn compact(weight: Tensor<2>) -> Tensor<2> {
     crate::cpu::compact(weight)
 }
@@ -254,7 +252,7 @@ mod tests {
     }
 
     #[test]
-    fn burn_dequantizes_what_the_host_quantized_and_the_reported_error_is_true() {
+    fn burn_dequantizes_what_the_host_quantized_and_the_reported_error_is_correct() {
         for quantization in [Quantization::Bits8, Quantization::Bits4] {
             let values = weight(48, 96);
             let (data, error) = quantize_data(&values, [48, 96], quantization).unwrap();
@@ -281,7 +279,7 @@ mod tests {
     }
 
     #[test]
-    fn the_host_and_burns_own_quantizer_give_the_same_weight() {
+    fn the_host_and_burns_quantizer_return_the_same_weight() {
         let values = weight(64, 64);
         let (data, _) = quantize_data(&values, [64, 64], Quantization::Bits8).unwrap();
         let ours = Tensor::<2>::from_data(data, &Device::flex()).dequantize();

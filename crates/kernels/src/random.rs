@@ -1,6 +1,6 @@
 //! Random numbers that depend on a seed and a position only, so that every device gets the same ones.
 
-/// A counter-based generator: number `i` of seed `s` is `mix(s, i)`, whatever came before.
+/// A counter-based generator: number `i` of seed `s` is `mix(s, i)`, independent of earlier numbers.
 ///
 /// The mixing function is SplitMix64's finaliser (Steele, Lea and Flood, 2014,
 /// <https://doi.org/10.1145/2660193.2660195>). It runs on the host: the devices' own generators

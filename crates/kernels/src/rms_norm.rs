@@ -1,20 +1,20 @@
 //! Root-mean-square normalization (Zhang and Sennrich, 2019, <https://arxiv.org/abs/1910.07467>):
-//! `x / sqrt(mean(x²) + eps) · gain` over the last dimension, computed in f32 whatever the type of `x`.
+//! `x / sqrt(mean(x²) + eps) · gain` over the last dimension, computed in f32 for every type of `x`.
 
 use burn::tensor::{DType, Tensor};
 
 use crate::dispatch::of;
 use crate::spoil::spoilt;
 
-/// `1 / sqrt(mean(x²) + eps)` of each row, `[n, 1]` in f32, saved for the backward pass. On GPUs computing it again
-/// takes kernels of its own; a kernel that computes it again while it reads the row saves nothing.
+/// `1 / sqrt(mean(x²) + eps)` of each row, `[n, 1]` in f32, saved for the backward pass. On GPUs a recomputation would
+/// take additional kernels. `None` for a kernel that recomputes it while it reads the row.
 #[derive(Debug, Clone)]
 pub struct InverseRms(pub(crate) Option<Tensor<2>>);
 
-/// A norm's gain `[hidden]` as a row `[1, hidden]`, in f32 and outside any graph.
+/// A norm's gain `[hidden]` as a row `[1, hidden]`, in f32 and outside an autodiff graph.
 ///
-/// To be called before the arithmetic that uses it: Burn fuses operations that follow one another, and a change of
-/// shape ends a group.
+/// Must be called before the arithmetic that uses it: Burn fuses consecutive operations, and a change of shape ends a
+/// group.
 pub fn gain_row(gain: Tensor<1>) -> Tensor<2> {
     gain.without_autodiff().cast(DType::F32).unsqueeze()
 }
@@ -30,12 +30,12 @@ pub fn rms_norm(x: &Tensor<2>, gain: Tensor<2>, eps: f64, dtype: DType) -> (Tens
     (spoilt("rms_norm", output), inverse)
 }
 
-/// What [`rms_norm`] returns beside its output.
+/// The second result of [`rms_norm`].
 pub fn inverse_rms(x: &Tensor<2>, eps: f64) -> InverseRms {
     of(x).inverse_rms(x, eps)
 }
 
-/// The output of [`rms_norm`] computed again, from what was saved.
+/// Recomputes the output of [`rms_norm`] from the saved value.
 pub fn rms_norm_again(
     x: &Tensor<2>,
     inverse: &InverseRms,

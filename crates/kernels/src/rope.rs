@@ -21,9 +21,9 @@ pub struct RotaryTables {
 pub(crate) struct WholeHeads {
     /// `[n, 1, head_dim]`: the cosines twice.
     pub(crate) cos: Tensor<3>,
-    /// The sines, those of the first half negative.
+    /// The sines, negative in the first half.
     pub(crate) sin: Tensor<3>,
-    /// The dimensions of a head in order, and with its halves exchanged, `[head_dim]` each.
+    /// The indices of a head's dimensions in order, and with the halves exchanged, `[head_dim]` each.
     pub(crate) straight: Tensor<1, Int>,
     pub(crate) exchanged: Tensor<1, Int>,
 }
@@ -85,8 +85,8 @@ pub enum Rotation {
 }
 
 /// Rotates every head of `x` by its row's angles: `(x₁, x₂) → (x₁·cos − x₂·sin, x₂·cos + x₁·sin)`, where x₁ and x₂ are
-/// the halves of a head, then multiplies by `scale` ([`query_scale`](crate::query_scale) for queries). Computed in f32 and returned in the type of `x`, in its memory where
-/// that is not shared.
+/// the halves of a head, then multiplies by `scale` ([`query_scale`](crate::query_scale) for queries). Computed in f32
+/// and returned in the type of `x`, in its memory if it is not shared.
 ///
 /// # Shapes
 ///
@@ -163,7 +163,7 @@ mod tests {
     }
 
     #[test]
-    fn every_way_to_rotate_is_the_same_and_the_inverse_undoes_it() {
+    fn every_implementation_rotates_alike_and_the_inverse_undoes_it() {
         let device = Device::flex();
         let values: Vec<f32> = (0..24).map(|i| (i as f32).sin()).collect();
         let x = Tensor::<2>::from_data(TensorData::new(values, [3, 8]), &device);

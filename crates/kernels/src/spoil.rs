@@ -1,7 +1,6 @@
-//! An operation made wrong on purpose on the device, for tests of what has to notice it.
+//! Fault injection: makes an operation of the device wrong, for tests of the checks that must detect it.
 //!
-//! A driver's bug cannot be had on demand; this stands in for one. Nothing acts until [`spoil`] is called, and
-//! until then an operation pays for one relaxed load.
+//! It simulates a driver's bug. Without a call of [`spoil`] it has no effect and costs one relaxed load per operation.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -10,7 +9,7 @@ use burn::tensor::Tensor;
 
 use crate::cpu;
 
-/// The operations that can be made wrong.
+/// The operations into which a fault can be injected.
 pub const OPERATIONS: [&str; 12] = [
     "rms_norm",
     "rms_norm_backward",
@@ -29,14 +28,14 @@ pub const OPERATIONS: [&str; 12] = [
 static ACTIVE: AtomicBool = AtomicBool::new(false);
 static SPOILT: Mutex<Option<String>> = Mutex::new(None);
 
-/// Makes one of [`OPERATIONS`] wrong from here on, or, with `None`, none any more. It counts for the process.
+/// Injects a fault into one of [`OPERATIONS`], for the whole process; `None` removes it.
 pub fn spoil(operation: Option<&str>) {
     *SPOILT.lock().unwrap_or_else(PoisonError::into_inner) = operation.map(String::from);
     ACTIVE.store(operation.is_some(), Ordering::Relaxed);
 }
 
-/// The output of an operation, or something that is a tenth too large where it is the one that is wrong. What
-/// the CPU computes stays right: it is what others are compared with.
+/// The output of an operation, a tenth too large if the operation has the fault. Results of the CPU are not changed:
+/// they are the reference.
 #[inline]
 pub fn spoilt<const D: usize>(operation: &str, x: Tensor<D>) -> Tensor<D> {
     if ACTIVE.load(Ordering::Relaxed) {

@@ -14,7 +14,7 @@ pub fn swiglu(gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
     spoilt("swiglu", of(gate).swiglu(gate, up))
 }
 
-/// The gradients of `gate` and `up` from the gradient G of [`swiglu`]'s output, in their memory where it is not shared:
+/// The gradients of `gate` and `up` from the gradient G of [`swiglu`]'s output, in their memory if it is not shared:
 /// with σ the sigmoid of gate, `G·up·σ·(1 + gate·(1 − σ))` and `G·gate·σ`.
 pub fn swiglu_backward(
     gate: Tensor<2>,

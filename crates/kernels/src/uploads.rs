@@ -1,23 +1,23 @@
-//! A batch's indices and tables, copied to a GPU in one piece of each type. A copy of its own for every tensor
-//! would each time make the GPU's queue wait.
+//! Joins a batch's indices and tables into one tensor per type for the copy to a GPU. A separate copy per tensor would
+//! make the GPU's queue wait each time.
 
 use std::ops::Range;
 
 use crate::dispatch;
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
-/// What is to be copied.
+/// The values to copy.
 #[derive(Debug, Default)]
 pub struct Uploads {
     ints: Vec<i32>,
     floats: Vec<f32>,
 }
 
-/// Where integers lie among all that are copied.
+/// The range of some integers among all that are copied.
 #[derive(Debug, Clone)]
 pub struct Ints(Range<usize>);
 
-/// Where floats lie among all that are copied.
+/// The range of some floats among all that are copied.
 #[derive(Debug, Clone)]
 pub struct Floats(Range<usize>);
 
@@ -45,7 +45,7 @@ impl Uploads {
     pub fn send(self, device: &Device) -> Uploaded {
         let device = device.clone().without_autodiff();
         if !dispatch::of_device(&device).joins_uploads() {
-            // Here a copy costs nothing, and kernels want tensors that start where their memory does.
+            // Separate tensors: here a copy is free, and kernels need tensors that start where their memory starts.
             return Uploaded(Copied::Apart(self, device));
         }
         let (ints, floats) = (self.ints.len(), self.floats.len());
@@ -62,7 +62,7 @@ impl Uploads {
     }
 }
 
-/// What was copied.
+/// The copied values on the device.
 #[derive(Debug)]
 pub struct Uploaded(Copied);
 
@@ -88,7 +88,7 @@ impl Uploaded {
             Copied::Together {
                 ints: Some(all), ..
             } => all.clone().narrow(0, at.0.start, count),
-            Copied::Together { ints: None, .. } => unreachable!("a part of what was copied"),
+            Copied::Together { ints: None, .. } => unreachable!("a range of the copied values"),
         }
     }
 
@@ -105,7 +105,7 @@ impl Uploaded {
                 let part = all.clone().narrow(0, at.0.start, at.0.len());
                 part.reshape(shape)
             }
-            Copied::Together { floats: None, .. } => unreachable!("a part of what was copied"),
+            Copied::Together { floats: None, .. } => unreachable!("a range of the copied values"),
         }
     }
 }

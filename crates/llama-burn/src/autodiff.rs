@@ -1,8 +1,7 @@
 //! The model in Burn's autodiff graph: the forward pass of every part, in the order of `modeling_llama.py`.
 //!
-//! This is the road for full fine-tuning and for Rust programs that embed the model in a graph of their own, and the
-//! reference that the tests compare the manual passes with. Training an adapter runs [`manual`](crate::LayerPass), which
-//! builds no graph.
+//! Full fine-tuning and Rust programs that put the model into a larger graph use it, and the tests compare the manual
+//! passes with it. Training an adapter runs the manual passes ([`LayerPass`]), which build no graph.
 
 use burn::tensor::activation::silu;
 use burn::tensor::{DType, FloatDType, Tensor};
@@ -66,7 +65,7 @@ impl Mlp {
 
 impl DecoderLayer {
     /// Runs the layer in the autodiff graph of `x`. Outside a graph it runs the manual forward pass ([`LayerPass`]).
-    /// The same `dropout_seed` drops the same elements again.
+    /// The same `dropout_seed` always drops the same elements.
     ///
     /// # Shapes
     ///
@@ -82,7 +81,7 @@ impl DecoderLayer {
                 layer: self,
                 context,
                 dropout_seed,
-                wanted: None,
+                output_positions: None,
             };
             return pass.forward(&x).0;
         }
@@ -95,14 +94,14 @@ impl DecoderLayer {
 }
 
 impl HeadAdapter {
-    /// Adds the adapter's path to `logits`.
+    /// Adds the adapter's output to `logits`.
     fn forward(&self, hidden: Tensor<2>, logits: Tensor<2>) -> Tensor<2> {
         let dtype = hidden.dtype();
-        let low = hidden
+        let xa = hidden
             .matmul(self.a.val().cast(dtype))
             .mul_scalar(self.scale);
-        let path = low.matmul(self.b.val().cast(dtype));
-        logits.clone() + path.cast(logits.dtype())
+        let delta = xa.matmul(self.b.val().cast(dtype));
+        logits.clone() + delta.cast(logits.dtype())
     }
 }
 
@@ -112,11 +111,11 @@ impl Llama {
         PackedContext::new(packed, &self.config, self.dtype(), &self.device())
     }
 
-    /// The embeddings of the tokens, `[n, hidden]`; with trained rows in the model's graph.
+    /// The embeddings of the tokens, `[n, hidden]`. Trained rows put them into the model's autodiff graph.
     ///
     /// # Panics
     ///
-    /// If a token is outside the vocabulary; [`PackedTokens::check`] tells before.
+    /// If a token is outside the vocabulary; [`PackedTokens::check`] reports it as an error.
     pub fn embed(&self, packed: &PackedTokens) -> Tensor<2> {
         self.embedded(&packed.ids)
     }
@@ -138,9 +137,9 @@ impl Llama {
         hidden
     }
 
-    /// Final norm and head: the score of every token, in f32.
+    /// Final norm and head: the logits in f32.
     ///
-    /// Give it only the positions whose scores are needed: the head is most of a small model.
+    /// Pass only the positions whose logits are needed: the head is most of the work of a small model.
     ///
     /// # Shapes
     ///
@@ -148,24 +147,24 @@ impl Llama {
     /// - output: `[m, vocab]`
     pub fn logits(&self, hidden: Tensor<2>) -> Tensor<2> {
         let hidden = self.norm.forward(hidden);
-        let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
+        let logits = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => {
                 let table = head.as_ref().unwrap_or(&self.embed_tokens);
                 table.logits(hidden.clone())
             }
             (pieces, _) => {
-                let scores = pieces.iter().map(|piece| piece.forward(hidden.clone()));
-                Tensor::cat(scores.collect(), 1)
+                let logits = pieces.iter().map(|piece| piece.forward(hidden.clone()));
+                Tensor::cat(logits.collect(), 1)
             }
         };
-        let scores = match self.rows_of_head() {
-            Some(rows) => rows.scores(hidden.clone(), scores),
-            None => scores,
+        let logits = match self.rows_of_head() {
+            Some(rows) => rows.logits(hidden.clone(), logits),
+            None => logits,
         };
-        let scores = match &self.lm_head_adapter {
-            Some(adapter) => adapter.forward(hidden, scores),
-            None => scores,
+        let logits = match &self.lm_head_adapter {
+            Some(adapter) => adapter.forward(hidden, logits),
+            None => logits,
         };
-        scores.cast(DType::F32)
+        logits.cast(DType::F32)
     }
 }

@@ -1,4 +1,4 @@
-//! A Llama's shape, read from Hugging Face's `config.json`.
+//! The configuration of a Llama, read from Hugging Face's `config.json`.
 
 use std::path::{Path, PathBuf};
 
@@ -11,7 +11,7 @@ use crate::rope_scaling::{self, RopeScaling};
 use crate::unsupported;
 use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Weights};
 
-/// What is wrong with a `config.json`.
+/// Why a `config.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
@@ -19,7 +19,7 @@ pub enum ConfigError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
     /// The text is not JSON, or not an object.
@@ -27,13 +27,13 @@ pub enum ConfigError {
     NotJson {
         /// The file.
         path: PathBuf,
-        /// What the parser says.
+        /// The parser's message.
         reason: String,
     },
-    /// A GGUF file whose metadata describe no Llama.
+    /// The metadata of a GGUF file do not describe a Llama.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// Another kind of model.
+    /// The model is not a Llama.
     #[error(
         "the model is of type {0:?}, not \"llama\"; only Llama-family models (LlamaForCausalLM) can be trained"
     )]
@@ -41,14 +41,14 @@ pub enum ConfigError {
     /// A key is missing.
     #[error("config.json lacks {0:?}")]
     Missing(&'static str),
-    /// A key has a value that a Llama cannot have, or one that is not supported.
+    /// A key has an invalid or unsupported value.
     #[error("config.json: {key} is {value}; {expected}")]
     Invalid {
         /// The key.
         key: String,
         /// Its value.
         value: String,
-        /// What would be right.
+        /// What is expected.
         expected: String,
     },
 }
@@ -62,7 +62,7 @@ fn weight_bytes(object: &Map<String, Value>) -> usize {
     }
 }
 
-/// The shape of a Llama, with Hugging Face's names.
+/// The configuration of a Llama, with Hugging Face's names.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)] // The names are Hugging Face's; their documentation is there.
 pub struct LlamaConfig {
@@ -84,14 +84,14 @@ pub struct LlamaConfig {
     pub bos_token_id: Option<u32>,
     /// Llama 3 has several.
     pub eos_token_ids: Vec<u32>,
-    /// Bytes of a weight in the files: 4 where `dtype` (or `torch_dtype`) is float32, else 2.
+    /// Bytes per weight in the files: 4 if `dtype` (or `torch_dtype`) is float32, else 2.
     pub weight_bytes: usize,
 }
 
 impl LlamaConfig {
-    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file. A folder whose
-    /// configuration ties the output layer to the embedding and whose files hold two different tables has two
-    /// (transformers 5).
+    /// Reads `config.json`, the `config.json` of a model folder, or the metadata of a GGUF file. If the configuration
+    /// of a folder ties the output layer to the embedding, but its files hold two different weights, the two are not
+    /// tied (as in transformers 5).
     ///
     /// # Errors
     ///
@@ -118,20 +118,20 @@ impl LlamaConfig {
         match value {
             Value::Object(object) => {
                 let mut config = Self::from_json(&object)?;
-                if config.tie_word_embeddings && folder.is_some_and(Weights::has_two_tables) {
+                if config.tie_word_embeddings && folder.is_some_and(Weights::has_untied_head) {
                     config.tie_word_embeddings = false;
                 }
                 Ok(config)
             }
             _ => Err(ConfigError::NotJson {
                 path,
-                reason: "it holds another kind of value".into(),
+                reason: "it holds a value of another type".into(),
             }),
         }
     }
 
-    /// Reads the object that `config.json` holds. Both transformers 4's `rope_theta` with
-    /// `rope_scaling` and transformers 5's `rope_parameters` are understood.
+    /// Reads the object of `config.json`, with `rope_theta` and `rope_scaling` as in transformers 4 or
+    /// `rope_parameters` as in transformers 5.
     ///
     /// # Errors
     ///
@@ -198,14 +198,14 @@ impl LlamaConfig {
         Ok(self)
     }
 
-    /// How many positions the model has: `max_position_embeddings`, times the factor of a scaling that leaves that
-    /// number as it was.
+    /// The number of positions of the model: `max_position_embeddings`, multiplied by the factor of a scaling that does
+    /// not change this key.
     pub fn positions(&self) -> usize {
         self.rope_scaling.positions(self.max_position_embeddings)
     }
 
-    /// Whether frequencies depend on the length of a sequence of `length` tokens, so that it has nothing in
-    /// common with longer sequences that begin alike.
+    /// Whether rotary frequencies depend on the length of a sequence of `length` tokens. Such a sequence cannot share a
+    /// prefix with longer ones.
     pub fn rotates_by_length(&self, length: usize) -> bool {
         matches!(self.rope_scaling, RopeScaling::Dynamic { .. })
             && length > self.max_position_embeddings
@@ -227,7 +227,7 @@ impl LlamaConfig {
         ]
     }
 
-    /// Every tensor of the checkpoint, by Hugging Face's name and shape (linear weights `[out, in]`).
+    /// Every tensor of the checkpoint with Hugging Face's name and shape (linear weights `[out, in]`).
     pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
         let (vocab, hidden) = (self.vocab_size, self.hidden_size);
         let mut shapes = vec![(EMBEDDING_WEIGHT.to_string(), vec![vocab, hidden])];
@@ -250,8 +250,8 @@ impl LlamaConfig {
         shapes
     }
 
-    /// Counts the parameters that `lora` trains and what the model stores, from shapes. An output layer that
-    /// is the embedding counts once, and can be adapted all the same.
+    /// Counts the parameters that `lora` trains and those of the model, from shapes. A tied output layer counts once,
+    /// and can still be adapted.
     ///
     /// # Errors
     ///
@@ -285,8 +285,8 @@ impl LlamaConfig {
         Ok(with_rows(counts))
     }
 
-    /// Rows of the vocabulary tables that are trained. A tied output layer with the embedding's tokens has the
-    /// embedding's rows.
+    /// The number of trained rows of embedding and output layer. A tied output layer with the embedding's tokens shares
+    /// the embedding's rows.
     fn trained_rows(&self, lora: &LoraConfig) -> usize {
         let lists = lora.trainable_token_indices.iter();
         let mut lists: Vec<&[usize]> = lists.map(|(_, tokens)| &tokens[..]).collect();
@@ -296,7 +296,7 @@ impl LlamaConfig {
         lists.into_iter().map(<[usize]>::len).sum()
     }
 
-    /// The modules as lora-core counts them: linear weights `[d_in, d_out]`.
+    /// The modules in lora-core's form: linear weights `[d_in, d_out]`.
     pub fn module_shapes(&self) -> Vec<ModuleShape> {
         let linear = |name: &str| name == "lm_head" || name.ends_with("_proj");
         self.tensor_shapes()
@@ -329,8 +329,8 @@ pub(crate) fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) 
     }
 }
 
-/// The largest number that is believed: several times that of any real model, and small enough that lists of all
-/// tensors stay short and no product of a model's numbers, in bytes, leaves 64 bits.
+/// The largest accepted value of a key: several times that of any real model. Small enough that lists of all tensors
+/// stay short and no product of these values, in bytes, overflows 64 bits.
 fn largest(key: &str) -> u64 {
     match key {
         "num_hidden_layers" => 1 << 11,
@@ -358,7 +358,7 @@ impl<'a> Keys<'a> {
             Some(value) => match value.as_u64() {
                 Some(count) if (1..=largest).contains(&count) => Ok(Some(count as usize)),
                 Some(count) if count > largest => {
-                    let expected = format!("no Llama has more than {largest}");
+                    let expected = format!("at most {largest} is supported");
                     Err(invalid(key, value, &expected))
                 }
                 _ => Err(invalid(key, value, "expected a whole number of at least 1")),
@@ -423,7 +423,7 @@ mod tests {
         }
     }
 
-    /// The published shape of a model, as its `config.json` states it.
+    /// The configuration of a published model.
     fn published(
         [vocab, hidden, inter, layers, heads, kv]: [usize; 6],
         tied: bool,

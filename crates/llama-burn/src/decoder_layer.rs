@@ -30,7 +30,7 @@ impl DecoderLayer {
         ]
     }
 
-    /// As [`linears`](Self::linears), to be changed.
+    /// As [`linears`](Self::linears), mutable.
     pub fn linears_mut(&mut self) -> [(&'static str, &mut LoraLinear); 7] {
         let (attention, mlp) = (&mut self.self_attn, &mut self.mlp);
         [
@@ -45,7 +45,7 @@ impl DecoderLayer {
     }
 }
 
-/// A dropout seed for each module of a layer, from the layer's.
+/// Derives a dropout seed per module from the layer's seed.
 pub(crate) struct DropoutSeeds(pub(crate) Option<u64>);
 
 impl DropoutSeeds {

@@ -1,4 +1,4 @@
-//! A low-rank path beside the output layer.
+//! A LoRA adapter of the output layer.
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor, TensorData};
@@ -7,10 +7,9 @@ use lora_core::{LoraConfig, LoraError};
 
 use crate::Llama;
 
-/// A LoRA on the output layer: `scores += γ·(h·A)·B` with the normalised hidden states h.
+/// A LoRA adapter of the output layer: `logits += γ·(h·A)·B` with the normalized hidden states h.
 ///
-/// The layer itself is a table that may be the embedding, lie in pieces, or be quantized; the path does
-/// not touch it.
+/// It is separate from the layer's weight, which may be tied to the embedding, sharded or quantized.
 #[derive(Module, Debug)]
 pub struct HeadAdapter {
     /// `[hidden, r]`.
@@ -22,7 +21,7 @@ pub struct HeadAdapter {
 }
 
 impl HeadAdapter {
-    /// With these factors, trainable.
+    /// An adapter with these factors, trainable.
     pub fn new(a: Tensor<2>, b: Tensor<2>, scale: f64) -> Self {
         Self {
             a: Param::from_tensor(a),
@@ -33,7 +32,7 @@ impl HeadAdapter {
 }
 
 impl Llama {
-    /// Gives the output layer a fresh adapter, whose `A` depends on `seed` only and whose `B` is zero.
+    /// Adds a new adapter to the output layer. Its `A` depends on `seed` only, its `B` is zero.
     pub(crate) fn with_new_head_adapter(
         mut self,
         lora: &LoraConfig,
@@ -59,12 +58,12 @@ impl Llama {
         Ok(self)
     }
 
-    /// The model with the adapter of its output layer merged into that layer's table, which is its own then
-    /// and no longer the embedding's.
+    /// The model with the adapter of its output layer merged into that layer's weight, which is then no longer tied to
+    /// the embedding.
     ///
     /// # Errors
     ///
-    /// What the device says where it does not give a tensor back.
+    /// The device's message if a tensor cannot be read back.
     pub fn with_merged_head(mut self) -> Result<Self, String> {
         let Some(adapter) = self.lm_head_adapter.take() else {
             return Ok(self);
@@ -73,7 +72,7 @@ impl Llama {
         let b = adapter.b.val().without_autodiff();
         let mut values = self.head_values()?;
         let hidden = self.config.hidden_size;
-        // Rows of the table at a time: the whole product is as large as the table.
+        // Some rows at a time: the whole product would be as large as the weight.
         const ROWS: usize = 8192;
         let mut start = 0;
         for piece in values.chunks_mut(ROWS * hidden) {
@@ -106,7 +105,7 @@ mod tests {
         norm(a.clone() - b.clone()) / norm(b.clone())
     }
 
-    /// A model with an adapter on its head only, B not zero.
+    /// A model with an adapter on its head only, with B ≠ 0.
     fn adapted(tied: bool, device: &Device) -> Llama {
         let config = crate::LlamaConfig {
             tie_word_embeddings: tied,
@@ -133,39 +132,40 @@ mod tests {
     }
 
     #[test]
-    fn scores_and_gradients_without_a_tape_are_those_of_the_tape() {
+    fn manual_logits_and_gradients_are_those_of_the_autodiff_graph() {
         let device = Device::flex().autodiff();
         let model = adapted(true, &device);
         let hidden = normal([5, 32], 1.0, &mut CounterRng::new(4), &device).require_grad();
         let gradient = normal([5, 48], 1.0, &mut CounterRng::new(5), &device);
-        let scores = model.logits(hidden.clone());
-        let tape = (scores.clone() * gradient.clone()).sum().backward();
+        let logits = model.logits(hidden.clone());
+        let expected = (logits.clone() * gradient.clone()).sum().backward();
         let plain = hidden.clone().inner();
-        assert!(distance(&model.logits_plain(&plain), &scores.inner()) < 1e-6);
-        let mut collected = HashMap::new();
-        let below = model.logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
-            collected.insert(param.id, gradient);
-        });
-        assert!(distance(&below, &hidden.grad(&tape).unwrap()) < 2e-6);
+        assert!(distance(&model.manual_logits(&plain), &logits.inner()) < 1e-6);
+        let mut accumulated = HashMap::new();
+        let d_hidden =
+            model.manual_logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
+                accumulated.insert(param.id, gradient);
+            });
+        assert!(distance(&d_hidden, &hidden.grad(&expected).unwrap()) < 2e-6);
         let adapter = model.lm_head_adapter.as_ref().unwrap();
         for param in [&adapter.a, &adapter.b] {
-            let expected = param.val().grad(&tape).unwrap();
-            assert!(distance(&collected[&param.id], &expected) < 2e-6);
+            let expected = param.val().grad(&expected).unwrap();
+            assert!(distance(&accumulated[&param.id], &expected) < 2e-6);
         }
-        assert_eq!(collected.len(), 2);
+        assert_eq!(accumulated.len(), 2);
     }
 
     #[test]
-    fn merged_it_gives_the_same_scores_and_the_embedding_stays() {
+    fn a_merged_head_has_the_same_logits_and_the_embedding_stays() {
         let device = Device::flex();
         for tied in [true, false] {
             let model = adapted(tied, &device);
             let hidden = normal([5, 32], 1.0, &mut CounterRng::new(4), &device);
-            let scores = model.logits(hidden.clone());
+            let logits = model.logits(hidden.clone());
             let embedding = model.embed_tokens.values().unwrap();
             let merged = model.with_merged_head().unwrap();
             assert!(merged.lm_head_adapter.is_none());
-            assert!(distance(&merged.logits(hidden), &scores) < 1e-6);
+            assert!(distance(&merged.logits(hidden), &logits) < 1e-6);
             assert_eq!(merged.embed_tokens.values().unwrap(), embedding);
         }
     }

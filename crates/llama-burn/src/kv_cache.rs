@@ -1,7 +1,7 @@
-//! Keys and values of the tokens so far, so that the next one costs one token's work.
+//! The KV cache: keys and values of the tokens so far, so that the next token costs one token's work.
 //!
-//! Prompts are read as a packed batch: what they begin with alike is computed once, and on the CPU it is
-//! also kept once. After that every row grows by one token a step.
+//! Prompts are prefilled as one packed batch: shared prefixes are computed once, and on the CPU also stored once. After
+//! that every sequence grows by one token per step.
 
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 use kernels::{PromptTokens, kv_cache};
@@ -9,66 +9,69 @@ use kernels::{PromptTokens, kv_cache};
 use crate::packed::PackedError;
 use crate::{LayerPass, Llama, PackedContext, PackedTokens};
 
-/// Beginnings that are shorter are computed for each row: the bookkeeping would cost more.
+/// Shorter prefixes are computed per sequence: the bookkeeping of sharing them would cost more.
 const LEAST_SHARED: usize = 4;
 
-/// What the layers keep of several rows that are being continued. Made by [`Llama::prefill`].
+/// The keys and values of all layers for several sequences. Made by [`Llama::prefill`].
 #[derive(Debug, Clone)]
 pub struct KvCache {
     layers: Vec<Box<dyn kernels::KvCache>>,
-    /// Tokens of each row so far.
+    /// The length of each sequence so far.
     lengths: Vec<usize>,
 }
 
 impl KvCache {
-    /// How many rows there are.
+    /// The number of sequences.
     pub fn rows(&self) -> usize {
         self.lengths.len()
     }
 
-    /// Tokens of each row so far.
+    /// The length of each sequence so far, in tokens.
     pub fn lengths(&self) -> &[usize] {
         &self.lengths
     }
 
-    /// Goes on with these rows only, in this order; the others' memory is given back.
+    /// Keeps these sequences only, in this order, and frees the memory of the others.
     ///
     /// # Panics
     ///
-    /// If there is no such row.
-    pub fn keep(&mut self, rows: &[usize]) {
-        self.lengths = rows.iter().map(|row| self.lengths[*row]).collect();
+    /// If an index is out of bounds.
+    pub fn keep(&mut self, sequences: &[usize]) {
+        self.lengths = sequences
+            .iter()
+            .map(|sequence| self.lengths[*sequence])
+            .collect();
         for layer in &mut self.layers {
-            layer.keep(rows);
+            layer.keep(sequences);
         }
     }
 }
 
 impl Llama {
-    /// Reads the rows' prompts and gives, with their cache, the last layer's output at each row's last
-    /// token: `[rows, hidden]`, for [`logits_plain`](Self::logits_plain).
+    /// Prefills prompts. Returns their cache and the last layer's output at each prompt's last token, `[sequences,
+    /// hidden]`, for [`manual_logits`](Self::manual_logits).
     ///
     /// # Errors
     ///
-    /// An empty row, a token outside the vocabulary, or a row that is longer than the model's positions.
-    pub fn prefill(&self, rows: &[&[u32]]) -> Result<(KvCache, Tensor<2>), PackedError> {
-        if rows.is_empty() || rows.iter().any(|row| row.is_empty()) {
+    /// An empty prompt, a token outside the vocabulary, or a prompt that is longer than the model's positions.
+    pub fn prefill(&self, sequences: &[&[u32]]) -> Result<(KvCache, Tensor<2>), PackedError> {
+        if sequences.is_empty() || sequences.iter().any(|sequence| sequence.is_empty()) {
             return Err(PackedError::Empty);
         }
-        let (packed, places) = PackedTokens::sharing_for(rows, LEAST_SHARED, &self.config);
+        let (packed, places) = PackedTokens::sharing_for(sequences, LEAST_SHARED, &self.config);
         packed.check(&self.config)?;
-        let context = self.pass_context(&packed);
+        let context = self.manual_context(&packed);
         let device = self.device().without_autodiff();
         let last = places.iter().filter_map(|places| places.last());
         let last = indices(last.map(|place| *place as i32).collect(), &device);
-        let mut hidden = self.pass_embeddings(&packed.ids);
+        let mut hidden = self.manual_embeddings(&packed.ids);
         let mut layers = Vec::with_capacity(self.layers.len());
         for (index, layer) in self.layers.iter().enumerate() {
             let pass = LayerPass {
                 layer,
                 context: &context,
                 dropout_seed: None,
-                wanted: (index + 1 == self.layers.len()).then_some(&last),
+                output_positions: (index + 1 == self.layers.len()).then_some(&last),
             };
             let (output, activations) = pass.forward(&hidden);
             let [k, v] = activations.into_keys_values();
@@ -79,19 +82,19 @@ impl Llama {
             layers.push(kv_cache(k, v, prompts));
             hidden = output;
         }
-        let lengths = rows.iter().map(|row| row.len()).collect();
+        let lengths = sequences.iter().map(|sequence| sequence.len()).collect();
         Ok((KvCache { layers, lengths }, hidden))
     }
 
-    /// Reads one more token of every row and gives the last layer's output there, `[rows, hidden]`.
+    /// Appends one token to every sequence and returns the last layer's output there, `[sequences, hidden]`.
     ///
-    /// Under the rope type "dynamic" beyond `max_position_embeddings`, the new token is rotated by the frequencies of its
-    /// row's length so far, and older ones stay as they were: what transformers does with a cache.
+    /// Under the rope type "dynamic" beyond `max_position_embeddings`, the new token is rotated by the frequencies of
+    /// its sequence's length so far, and earlier tokens keep their rotation, as in transformers with a cache.
     ///
     /// # Errors
     ///
-    /// A number of tokens that is not that of rows, a token outside the vocabulary, or a row that has
-    /// used up the model's positions; the cache is then as before.
+    /// A number of tokens that differs from the number of sequences, a token outside the vocabulary, or a sequence that
+    /// has used all of the model's positions. The cache is then unchanged.
     pub fn decode(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor<2>, PackedError> {
         if tokens.len() != cache.rows() || tokens.is_empty() {
             return Err(PackedError::Rows {
@@ -118,13 +121,13 @@ impl Llama {
         let device = self.device().without_autodiff();
         let positions: Vec<u32> = cache.lengths.iter().map(|length| *length as u32).collect();
         let context = PackedContext::of_positions(&positions, &self.config, self.dtype(), &device);
-        let mut hidden = self.pass_embeddings(tokens);
+        let mut hidden = self.manual_embeddings(tokens);
         for (layer, cache) in self.layers.iter().zip(&mut cache.layers) {
             let pass = LayerPass {
                 layer,
                 context: &context,
                 dropout_seed: None,
-                wanted: None,
+                output_positions: None,
             };
             hidden = pass.decode(&hidden, cache.as_mut());
         }
@@ -142,29 +145,30 @@ fn indices(values: Vec<i32>, device: &Device) -> Tensor<1, Int> {
 mod tests {
     use super::*;
 
-    /// Rows continued from the cache, some dropped on the way, against the whole rows computed anew.
+    /// Compares sequences continued from the cache, some of them dropped meanwhile, with whole sequences computed anew.
     fn assert_continued(device: &Device) {
         let config = crate::model::tests::config();
         let model = Llama::random(&config, 1, device);
-        let rows: [&[u32]; 4] = [
+        let sequences: [&[u32]; 4] = [
             &[1, 2, 3, 4, 5, 6, 7],
             &[1, 2, 3, 4, 5, 9],
             &[11],
             &[1, 2, 3, 4, 5],
         ];
-        let next = |row: usize, step: usize| ((row * 13 + step * 7) % config.vocab_size) as u32;
-        let (mut cache, hidden) = model.prefill(&rows).unwrap();
-        let mut texts: Vec<Vec<u32>> = rows.iter().map(|row| row.to_vec()).collect();
-        let mut left: Vec<usize> = (0..rows.len()).collect();
+        let next =
+            |sequence: usize, step: usize| ((sequence * 13 + step * 7) % config.vocab_size) as u32;
+        let (mut cache, hidden) = model.prefill(&sequences).unwrap();
+        let mut texts: Vec<Vec<u32>> = sequences.iter().map(|sequence| sequence.to_vec()).collect();
+        let mut left: Vec<usize> = (0..sequences.len()).collect();
         assert_same(&model, &hidden, &texts, &left);
         for step in 0..40 {
             if step == 3 {
                 left = vec![3, 0, 1];
                 cache.keep(&[3, 0, 1]);
             }
-            let tokens: Vec<u32> = left.iter().map(|row| next(*row, step)).collect();
-            for (row, token) in left.iter().zip(&tokens) {
-                texts[*row].push(*token);
+            let tokens: Vec<u32> = left.iter().map(|sequence| next(*sequence, step)).collect();
+            for (sequence, token) in left.iter().zip(&tokens) {
+                texts[*sequence].push(*token);
             }
             let hidden = model.decode(&mut cache, &tokens).unwrap();
             assert_same(&model, &hidden, &texts, &left);
@@ -173,27 +177,31 @@ mod tests {
     }
 
     fn assert_same(model: &Llama, hidden: &Tensor<2>, texts: &[Vec<u32>], left: &[usize]) {
-        let got: Vec<f32> = model.logits_plain(hidden).into_data().try_to_vec().unwrap();
+        let got: Vec<f32> = model
+            .manual_logits(hidden)
+            .into_data()
+            .try_to_vec()
+            .unwrap();
         let vocab = model.config.vocab_size;
-        for (row, got) in left.iter().zip(got.chunks_exact(vocab)) {
-            let text = &texts[*row];
+        for (sequence, got) in left.iter().zip(got.chunks_exact(vocab)) {
+            let text = &texts[*sequence];
             let whole = model.hidden_states(&PackedTokens::from_rows([&text[..]]));
             let last = model.logits(whole.narrow(0, text.len() - 1, 1));
             let expected: Vec<f32> = last.into_data().try_to_vec().unwrap();
             for (got, expected) in got.iter().zip(&expected) {
-                // f32 sums in another order, on scores of about 10.
+                // f32 sums in another order, of logits of about 10.
                 assert!((got - expected).abs() < 2e-5, "{got} {expected}");
             }
         }
     }
 
     #[test]
-    fn rows_continued_from_the_cache_are_the_rows_computed_anew() {
+    fn sequences_continued_from_the_cache_are_those_computed_anew() {
         assert_continued(&Device::flex());
     }
 
     #[test]
-    fn what_cannot_be_continued_is_an_error_and_leaves_the_cache_as_it_was() {
+    fn invalid_tokens_are_an_error_and_leave_the_cache_unchanged() {
         let config = crate::model::tests::config();
         let model = Llama::random(&config, 1, &Device::flex());
         assert!(matches!(model.prefill(&[&[]]), Err(PackedError::Empty)));

@@ -2,19 +2,21 @@
 //!
 //! | file | what it holds |
 //! | --- | --- |
-//! | `config` | [`LlamaConfig`] from `config.json` |
-//! | `weights`, `load` | safetensors, one tensor at a time, quantized as they come |
+//! | `config`, `unsupported` | [`LlamaConfig`] from `config.json`; settings that are rejected |
+//! | `weights`, `load` | safetensors and GGUF to a [`Llama`], quantized one tensor at a time |
 //! | [`floats`] | f32, f16 and bf16 from bytes |
-//! | [`gguf`] | llama.cpp's files: read as they are, and written |
-//! | `packed` | sequences packed into one, each attending within itself |
-//! | `model`, `decoder_layer`, `attention`, `mlp`, `rms_norm`, `vocab_table` | the parts and their parameters, with Hugging Face's names |
+//! | [`gguf`] | llama.cpp's file format, read and written |
+//! | `packed` | sequences packed into one batch, with shared prefixes in a prefix tree |
+//! | `model`, `decoder_layer`, `attention`, `mlp`, `rms_norm`, `vocab_table` | the modules and their parameters, with Hugging Face's names |
 //! | `autodiff` | the forward pass in Burn's autodiff graph, as in `modeling_llama.py` |
-//! | [`manual`] | the forward and backward pass without a graph, which training runs |
+//! | [`manual`] | the manual forward and backward pass without a graph, which training runs |
+//! | [`operations`] | the operations of a layer one by one, for checks of a device |
 //! | `rope`, `rope_scaling` | the angles of rotary position embeddings |
 //! | `kv_cache` | generation token by token |
-//! | `head_adapter`, `token_rows` | an adapter of the output layer; trained rows of the embedding |
+//! | `head_adapter`, `token_rows` | a LoRA adapter of the output layer; trained rows of embedding and output layer |
 //! | `replace` | single tensors, replaced or read back by name |
-//! | [`limited`] | files and messages of bounded length |
+//! | `random` | a model with random weights made on the device, for measurements |
+//! | [`limited`] | untrusted files: reads up to a size limit |
 //!
 //! The reference is `transformers`' `LlamaForCausalLM`; the workspace's tests compare with it.
 
@@ -49,8 +51,8 @@ pub use head_adapter::HeadAdapter;
 pub use kernels::{SCORES_AT_ONCE, Segment, heads_apart};
 pub use kv_cache::KvCache;
 pub use load::{LoadError, LoadOptions, TensorReport, load};
-pub use manual::operations as pieces;
-pub use manual::{Activations, LayerPass, PassInputs};
+pub use manual::operations;
+pub use manual::{Activations, LayerPass, ManualInputs};
 pub use mlp::Mlp;
 pub use model::{Llama, decoder_layer};
 pub use packed::{PackedContext, PackedError, PackedTokens};

@@ -1,4 +1,4 @@
-//! Files that nobody should trust: read up to a limit, quoted up to a length.
+//! Untrusted files: reads up to a size limit, quotes up to a length.
 
 use std::borrow::Cow;
 use std::fs::File;
@@ -10,16 +10,14 @@ pub const LARGEST_SETTINGS: u64 = 16 << 20;
 /// The largest index of shards and the largest `tokenizer.json`. Real ones reach some tens of megabytes.
 pub const LARGEST_TABLE: u64 = 256 << 20;
 
-/// What editors on Windows begin a UTF-8 file with; no part of its text.
+/// The byte order mark that editors on Windows put before UTF-8 text.
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
-/// The bytes of a file that has at most `limit` of them, without the byte order mark that editors on Windows begin a
-/// file with.
+/// The bytes of a file of at most `limit` bytes, without a byte order mark.
 ///
 /// # Errors
 ///
-/// What the system says; [`ErrorKind::FileTooLarge`] with the limit for a larger file, of which no more than the
-/// limit is read.
+/// The system's error; [`ErrorKind::FileTooLarge`] for a larger file, of which `limit + 1` bytes are read.
 pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
     let mut bytes = Vec::new();
     File::open(path)?.take(limit + 1).read_to_end(&mut bytes)?;
@@ -39,7 +37,7 @@ pub fn read(path: &Path, limit: u64) -> io::Result<Vec<u8>> {
 ///
 /// # Errors
 ///
-/// As [`read`]; [`ErrorKind::InvalidData`] for what is not UTF-8.
+/// As [`read`]; [`ErrorKind::InvalidData`] for bytes that are not UTF-8.
 pub fn read_to_string(path: &Path, limit: u64) -> io::Result<String> {
     String::from_utf8(read(path, limit)?).map_err(|error| {
         let at = error.utf8_error().valid_up_to();
@@ -50,7 +48,7 @@ pub fn read_to_string(path: &Path, limit: u64) -> io::Result<String> {
     })
 }
 
-/// A text as a message quotes it: its first `most` characters, and how many there are.
+/// A text for a message: if it is longer than `most` characters, its first `most` characters and its length.
 pub fn clipped(text: &str, most: usize) -> Cow<'_, str> {
     match text.char_indices().nth(most) {
         None => text.into(),
@@ -82,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn long_texts_are_quoted_in_part() {
+    fn long_texts_are_truncated() {
         assert_eq!(clipped("äöü", 3), "äöü");
         assert_eq!(clipped("äöüx", 3), "äöü… (4 characters)");
     }

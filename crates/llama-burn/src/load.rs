@@ -16,9 +16,9 @@ use crate::{Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
 /// How weights are stored.
 #[derive(Debug, Clone, Copy)]
 pub struct LoadOptions {
-    /// For the linear modules of the decoder. Norms, embedding and head stay floats.
+    /// Quantization of the decoder's linear modules. Norms, embedding and head stay floats.
     pub quantization: Quantization,
-    /// Whether the output layer is quantized as well; a tied one cannot be.
+    /// Whether the output layer is quantized too; a tied output layer cannot be.
     pub quantize_lm_head: bool,
     /// The type that the model computes in; embedding, head and unquantized weights are stored in it.
     pub dtype: DType,
@@ -35,28 +35,28 @@ impl Default for LoadOptions {
     }
 }
 
-/// What became of one tensor.
+/// How one tensor was loaded.
 #[derive(Debug, Clone)]
 pub struct TensorReport {
     /// Hugging Face's name.
     pub name: String,
     /// Its shape in the file.
     pub shape: Vec<usize>,
-    /// How far the quantized weight is from the original; none where it stayed a float.
+    /// The error of the quantized weight; `None` if it stayed a float.
     pub quantization: Option<QuantizationError>,
     /// Tensors read so far, this one included.
     pub done: usize,
-    /// Tensors in all.
+    /// The total number of tensors.
     pub total: usize,
 }
 
 /// Why a model cannot be loaded.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
-    /// The weight files.
+    /// The weight files are invalid.
     #[error(transparent)]
     Weights(#[from] WeightsError),
-    /// The output layer is to be quantized, but it is the embedding.
+    /// The output layer is to be quantized, but it is tied to the embedding.
     #[error(
         "quantize_lm_head is set, but this model's lm_head is tied to its embedding, which stays unquantized; leave quantize_lm_head out"
     )]
@@ -65,14 +65,14 @@ pub enum LoadError {
 
 /// Reads the weights of `folder`, or of a GGUF file, for `config` onto `device`, frozen, without adapters.
 ///
-/// What a GGUF file holds as integers of at most 8 bits with their scales goes into 8-bit tensors as it is.
+/// Integers of at most 8 bits and their scales in a GGUF file are stored as 8-bit tensors without another quantization.
 ///
-/// Tensors are read, turned and quantized one at a time on the host, so that beside the packed model
-/// only the largest tensor is ever in memory. `report` hears of each.
+/// Tensors are read, transposed and quantized one at a time on the host, so that only the largest tensor is in memory
+/// in addition to the quantized model. `report` is called for each tensor.
 ///
 /// # Errors
 ///
-/// A missing, unexpected, ill-shaped or damaged tensor, by name.
+/// Names a tensor that is missing, unexpected, damaged or has the wrong shape.
 pub fn load(
     folder: &Path,
     config: &LlamaConfig,
@@ -132,7 +132,7 @@ pub fn load(
     })
 }
 
-/// The file's own integers lose nothing.
+/// The error of a GGUF file's integers, which are not quantized again.
 const EXACT: QuantizationError = QuantizationError {
     max_abs: 0.0,
     relative: 0.0,
@@ -191,14 +191,14 @@ impl Loader<'_> {
         let hidden = values.len();
         self.note(name, &[hidden], None);
         Ok(RmsNorm {
-            // f32 whatever the compute type: the norm computes in it.
+            // f32 for every compute type: the norm computes in f32.
             weight: self.place(TensorData::new(values, [hidden]), Some(DType::F32)),
             eps: config.rms_norm_eps,
         })
     }
 
-    /// On the CPU, which computes in f32, a table stays in its file's 16 bits: half the memory, the same
-    /// numbers. Elsewhere it has the type that is computed in.
+    /// The weight of the embedding or output layer. On the CPU, which computes in f32, it keeps its file's 16 bits:
+    /// half the memory, the same results. Elsewhere it has the compute type.
     fn table(&mut self, name: &str, vocab: usize, hidden: usize) -> Result<VocabTable, LoadError> {
         let stored = self.weights.read_as_stored(name)?;
         let keeps = kernels::widens_tables(self.device) && self.options.dtype == DType::F32;
@@ -224,14 +224,14 @@ impl Loader<'_> {
         })
     }
 
-    /// The output layer as quantized linear modules of a piece of the vocabulary each.
+    /// The output layer in quantized shards, each a linear module for a part of the vocabulary.
     fn quantized_head(
         &mut self,
         vocab: usize,
         hidden: usize,
     ) -> Result<Vec<LoraLinear>, LoadError> {
         let name = HEAD_WEIGHT;
-        // Whole blocks in every piece but perhaps the last.
+        // Whole blocks in every shard except perhaps the last.
         let rows =
             VocabTable::rows_per_piece(hidden, 4, self.device).next_multiple_of(lora_core::BLOCK);
         if let Some(tensor) = self.integers(name)? {
@@ -257,8 +257,8 @@ impl Loader<'_> {
         let mut worst: Option<QuantizationError> = None;
         let pieces = values.chunks(rows * hidden).map(|piece| {
             let rows = piece.len() / hidden;
-            let turned = cpu::transposed(piece, [rows, hidden]);
-            let (weight, error) = self.packed_or_dense(turned, [hidden, rows]);
+            let transposed = cpu::transposed(piece, [rows, hidden]);
+            let (weight, error) = self.packed_or_dense(transposed, [hidden, rows]);
             if error.map(|e| e.relative) > worst.map(|e| e.relative) {
                 worst = error;
             }
@@ -269,7 +269,7 @@ impl Loader<'_> {
         Ok(pieces)
     }
 
-    /// The file's own integers, where the model is to have 8-bit weights.
+    /// The integers of a GGUF file, if weights are to be 8-bit.
     fn integers(&self, name: &str) -> Result<Option<IntegerTensor>, LoadError> {
         match self.options.quantization {
             Quantization::Bits8 => Ok(self.weights.integers(name)?),
@@ -277,7 +277,7 @@ impl Loader<'_> {
         }
     }
 
-    /// A `[d_in, d_out]` weight of the file's own integers.
+    /// A `[d_in, d_out]` weight from a GGUF file's integers.
     fn exact(
         &self,
         tensor: IntegerTensor,
@@ -290,7 +290,7 @@ impl Loader<'_> {
         (frozen(tensor), Some(EXACT))
     }
 
-    /// Quantizes a `[d_in, d_out]` weight and puts it on the device; as it is where it cannot be packed.
+    /// Quantizes a `[d_in, d_out]` weight and copies it to the device; dense if it cannot be packed.
     fn packed_or_dense(
         &self,
         values: Vec<f32>,
@@ -308,7 +308,7 @@ impl Loader<'_> {
         }
     }
 
-    /// Puts data on the device as a frozen parameter, in `dtype` or as it is.
+    /// Copies data to the device as a frozen parameter, in `dtype` or in the data's type.
     fn place<const D: usize>(&self, data: TensorData, dtype: Option<DType>) -> Param<Tensor<D>> {
         frozen(self.tensor(data, dtype))
     }
@@ -331,7 +331,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_quantized_head_scores_as_the_dense_one_within_its_rounding() {
+    fn a_quantized_head_has_the_dense_ones_logits_within_its_rounding() {
         let config: LlamaConfig = {
             let text = r#"{"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 64,
                 "num_hidden_layers": 1, "num_attention_heads": 2, "initializer_range": 0.2}"#;

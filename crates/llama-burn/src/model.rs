@@ -1,4 +1,4 @@
-//! The model.
+//! The model: its parameters, adapters and modules by name.
 
 use burn::module::{Module, Param};
 use burn::nn::Linear;
@@ -17,17 +17,17 @@ pub struct Llama {
     pub embed_tokens: VocabTable,
     pub layers: Vec<DecoderLayer>,
     pub norm: RmsNorm,
-    /// None where the head is tied to the embedding or quantized.
+    /// `None` if the head is tied to the embedding or quantized.
     pub lm_head: Option<VocabTable>,
-    /// The head in quantized pieces, `[hidden, rows]` each; empty where it is not quantized.
+    /// The quantized head in shards, `[hidden, rows]` each; empty if it is not quantized.
     pub quantized_lm_head: Vec<LoraLinear>,
-    /// A low-rank path beside the head.
+    /// The head's LoRA adapter.
     pub lm_head_adapter: Option<HeadAdapter>,
-    /// Rows that take the place of the embedding's, and of a tied head's that has none of its own.
+    /// Trained rows that replace rows of the embedding, and of a tied head without `head_rows`.
     pub embed_rows: Option<TokenRows>,
-    /// Rows that take the place of the head's.
+    /// Trained rows that replace rows of the head.
     pub head_rows: Option<TokenRows>,
-    /// The shape it was made from.
+    /// The model's configuration.
     #[module(skip)]
     pub config: LlamaConfig,
 }
@@ -35,8 +35,8 @@ pub struct Llama {
 impl Llama {
     /// A model with random weights: normal with Hugging Face's `initializer_range`, norms 1, biases 0.
     ///
-    /// The numbers depend on `seed` only, so every device starts from the same model. All of it is
-    /// frozen; `unfreeze()` makes every weight trainable.
+    /// The weights depend on `seed` only, so that every device starts from the same model. All are frozen; `unfreeze()`
+    /// makes them trainable.
     pub fn random(config: &LlamaConfig, seed: u64, device: &Device) -> Self {
         let root = CounterRng::new(seed);
         let mut tensor = 0;
@@ -92,15 +92,15 @@ impl Llama {
         }
     }
 
-    /// Gives every linear module that `lora` selects a fresh adapter.
+    /// Adds a new adapter to every linear module that `lora` selects.
     ///
-    /// An adapter's start depends on `seed` and the module's name, not on which others are adapted.
+    /// An adapter's initialization depends on `seed` and the module's name, not on which other modules are adapted.
     ///
     /// # Errors
     ///
     /// If `lora` is invalid, selects nothing, or a selected module has an adapter.
     pub fn with_lora(mut self, lora: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
-        // Counting tells an invalid configuration and one that selects nothing.
+        // Counting reports a configuration that is invalid or selects no module.
         self.count(lora)?;
         let selector = lora.selector()?;
         let root = CounterRng::new(seed);
@@ -122,8 +122,7 @@ impl Llama {
         Ok(self)
     }
 
-    /// Computes once what depends on the adapters' values only, for a model that is used and not trained
-    /// ([`LoraLinear::settled`]).
+    /// Caches the DoRA scalings, for inference with a model that is not trained any more ([`LoraLinear::settled`]).
     pub fn settled(mut self) -> Self {
         for (_, linear) in self.linears_mut() {
             if linear.dora.is_some() {
@@ -142,8 +141,8 @@ impl Llama {
         self.config.count(lora, lora_core::Quantization::None, 4)
     }
 
-    /// The trainable tensors of every adapter by the module's full name: A `[d_in, r]`, B `[r, d_out]` and,
-    /// where it is a DoRA, the magnitude `[1, d_out]`; of a table's rows `[tokens, hidden]`.
+    /// The trainable tensors by the module's full name: of an adapter A `[d_in, r]`, B `[r, d_out]` and, for a DoRA,
+    /// the magnitude `[1, d_out]`; of trained token rows `[tokens, hidden]`.
     pub fn trainable(&self) -> impl Iterator<Item = (String, Vec<&Param<Tensor<2>>>)> {
         let linears = self.linears();
         let linears = linears.map(|(module, linear)| (module, linear.trainable()));
@@ -160,7 +159,7 @@ impl Llama {
         linears.chain(head).chain(rows)
     }
 
-    /// Every linear module of the decoder with its full name, `model.layers.0.self_attn.q_proj` and so on.
+    /// Every linear module of the decoder with its full name, such as `model.layers.0.self_attn.q_proj`.
     pub fn linears(&self) -> impl Iterator<Item = (String, &LoraLinear)> {
         self.layers.iter().enumerate().flat_map(|(index, layer)| {
             let named = layer.linears().into_iter();
@@ -168,7 +167,7 @@ impl Llama {
         })
     }
 
-    /// As [`linears`](Self::linears), to be changed.
+    /// As [`linears`](Self::linears), mutable.
     pub fn linears_mut(&mut self) -> impl Iterator<Item = (String, &mut LoraLinear)> {
         self.layers
             .iter_mut()
@@ -179,7 +178,7 @@ impl Llama {
             })
     }
 
-    /// Where the model is, with the tape its tensors are on or not.
+    /// The device of the model's tensors, with autodiff if they are in an autodiff graph.
     pub fn device(&self) -> Device {
         self.embed_tokens.pieces[0].lazy_device()
     }
@@ -189,7 +188,7 @@ impl Llama {
         self.embed_tokens.compute_dtype()
     }
 
-    /// The embeddings of these tokens, `[ids.len(), hidden]`; with trained rows in the model's graph.
+    /// The embeddings of these tokens, `[ids.len(), hidden]`; with trained rows in the model's autodiff graph.
     pub(crate) fn embedded(&self, ids: &[u32]) -> Tensor<2> {
         let mut embeddings = self.embed_tokens.rows(ids);
         let Some(rows) = &self.embed_rows else {
@@ -205,7 +204,7 @@ impl Llama {
     }
 }
 
-/// Puts a layer together from its norms (input, post-attention) and linear modules in
+/// Builds a layer from its norms (input, post-attention) and linear modules in
 /// [`LlamaConfig::layer_linears`]' order.
 pub fn decoder_layer(
     config: &LlamaConfig,
@@ -271,12 +270,12 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn packed_rows_give_what_each_row_gives_alone() {
+    fn packed_sequences_have_the_logits_of_each_sequence_alone() {
         let model = Llama::random(&config(), 1, &Device::flex());
-        let rows: [&[u32]; 3] = [&[1, 2, 3, 4, 5], &[7, 8], &[9, 10, 11]];
-        let packed = model.logits(model.hidden_states(&PackedTokens::from_rows(rows)));
+        let sequences: [&[u32]; 3] = [&[1, 2, 3, 4, 5], &[7, 8], &[9, 10, 11]];
+        let packed = model.logits(model.hidden_states(&PackedTokens::from_rows(sequences)));
         let alone =
-            rows.map(|row| model.logits(model.hidden_states(&PackedTokens::from_rows([row]))));
+            sequences.map(|ids| model.logits(model.hidden_states(&PackedTokens::from_rows([ids]))));
         packed.into_data().assert_approx_eq::<f32>(
             &Tensor::cat(alone.to_vec(), 0).into_data(),
             Tolerance::absolute(1e-5),
@@ -284,11 +283,11 @@ pub(crate) mod tests {
     }
 
     #[test]
-    fn a_position_does_not_see_what_follows() {
+    fn a_position_does_not_attend_to_later_positions() {
         let model = Llama::random(&config(), 1, &Device::flex());
-        let run = |row: &[u32]| {
+        let run = |ids: &[u32]| {
             model
-                .hidden_states(&PackedTokens::from_rows([row]))
+                .hidden_states(&PackedTokens::from_rows([ids]))
                 .narrow(0, 0, 3)
         };
         let (a, b) = (run(&[1, 2, 3, 4]), run(&[1, 2, 3, 40]));

@@ -1,4 +1,4 @@
-//! Rows packed into one sequence without padding, their common beginnings once.
+//! Token sequences packed into one batch without padding, with shared prefixes stored once.
 
 use burn::tensor::{DType, Device};
 use kernels::{
@@ -9,15 +9,14 @@ use kernels::{
 use crate::LlamaConfig;
 use crate::rope::{self, Place};
 
-/// Token rows in one sequence. A row attends only to itself, and its positions start from 0.
+/// Token sequences packed into one batch. A sequence attends only to itself, and its positions start from 0.
 ///
-/// Rows that begin alike can share that beginning: the sequence is then a forest of segments, and a
-/// row is a path from a root to where its last token lies. Since a token's hidden state depends on
-/// the tokens before it only, the shared part is computed once without changing anything; its
-/// gradient is the sum of its rows' gradients.
+/// Sequences can share a prefix. The segments then form a prefix tree (trie), and a sequence is a path from a root to
+/// the segment of its last token. A token's hidden state depends on earlier tokens only, so the shared prefix is
+/// computed once without changing the result; its gradient is the sum of the gradients of its sequences.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct PackedTokens {
-    /// The token ids of all segments, `n` in all.
+    /// The token ids of all segments, `n` in total.
     pub ids: Vec<u32>,
     /// The segments, in the order of their ids; a parent comes before its children.
     pub segments: Vec<Segment>,
@@ -26,81 +25,81 @@ pub struct PackedTokens {
 /// Why tokens cannot be packed for a model.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum PackedError {
-    /// No token at all.
+    /// The batch has no tokens.
     #[error("a batch holds no tokens")]
     Empty,
-    /// The lengths do not add up, one is zero, or a parent does not come before its child.
+    /// The lengths do not sum to the number of tokens, one is zero, or a parent does not come before its child.
     #[error("{tokens} tokens, but segments {segments:?}")]
     Segments {
-        /// Tokens given.
+        /// The number of tokens.
         tokens: usize,
-        /// Segments given.
+        /// The segments.
         segments: Vec<Segment>,
     },
-    /// A token that the embedding does not have.
+    /// A token id outside the vocabulary.
     #[error(
         "token {position} has the id {id}, but the model's vocabulary has {vocab_size} entries"
     )]
     OutsideVocabulary {
-        /// Where it stands in the packed sequence.
+        /// The token's index in the packed batch.
         position: usize,
         /// The id.
         id: u32,
         /// The size of the vocabulary.
         vocab_size: usize,
     },
-    /// Not one token a row.
-    #[error("{got} tokens for {expected} rows that are being continued")]
+    /// The number of new tokens differs from the number of cached sequences.
+    #[error("{got} tokens for {expected} sequences in the cache; pass one token per sequence")]
     Rows {
-        /// Rows there are.
+        /// The number of sequences.
         expected: usize,
-        /// Tokens given.
+        /// The number of tokens.
         got: usize,
     },
-    /// A row is longer than the positions that the model knows.
+    /// A sequence has more tokens than the model has positions.
     #[error(
-        "a row has {length} tokens, but the model's positions end at {max_position_embeddings}"
+        "a sequence has {length} tokens, but the model's positions end at {max_position_embeddings}"
     )]
     TooLong {
-        /// The row's length.
+        /// The sequence's length.
         length: usize,
         /// The model's limit.
         max_position_embeddings: usize,
     },
-    /// Rows of other lengths share tokens with a row that is too long for it.
+    /// A sequence that is too long for prefix sharing shares a prefix.
     #[error(
-        "a row of {length} tokens shares its beginning with others; under the model's rope type \"dynamic\" rows of \
-         more than {max_position_embeddings} tokens have to stand alone"
+        "a sequence of {length} tokens shares a prefix with others; with the rope type \"dynamic\", sequences of more \
+         than {max_position_embeddings} tokens cannot share prefixes"
     )]
     Shared {
-        /// The row's length.
+        /// The sequence's length.
         length: usize,
-        /// Up to where rows may share.
+        /// The longest sequence that may share a prefix.
         max_position_embeddings: usize,
     },
 }
 
 impl PackedTokens {
-    /// Packs rows, each for itself.
-    pub fn from_rows<'a>(rows: impl IntoIterator<Item = &'a [u32]>) -> Self {
+    /// Packs sequences without prefix sharing.
+    pub fn from_rows<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
         let mut packed = Self::default();
-        for row in rows {
-            packed.push(row, None);
+        for sequence in sequences {
+            packed.push(sequence, None);
         }
         packed
     }
 
-    /// Packs rows that share what they begin with alike, if it has at least `least` tokens; and where
-    /// the tokens of each row lie in the packed sequence.
-    pub fn sharing_prefixes(rows: &[&[u32]], least: usize) -> (Self, Vec<Vec<u32>>) {
+    /// Packs sequences and stores shared prefixes of at least `least` tokens once. Also returns, per sequence, the
+    /// indices of its tokens in the packed batch.
+    pub fn sharing_prefixes(sequences: &[&[u32]], least: usize) -> (Self, Vec<Vec<u32>>) {
         let mut sharing = Sharing {
-            rows,
+            sequences,
             least: least.max(1),
             packed: Self::default(),
-            places: vec![Vec::new(); rows.len()],
+            places: vec![Vec::new(); sequences.len()],
         };
-        let all: Vec<usize> = (0..rows.len())
-            .filter(|row| !rows[*row].is_empty())
+        let all: Vec<usize> = (0..sequences.len())
+            .filter(|sequence| !sequences[*sequence].is_empty())
             .collect();
         for group in sharing.groups(&all, 0) {
             sharing.add(&group, 0, None);
@@ -108,29 +107,34 @@ impl PackedTokens {
         (sharing.packed, sharing.places)
     }
 
-    /// As [`sharing_prefixes`](Self::sharing_prefixes), but rows whose frequencies depend on their length stand alone.
+    /// As [`sharing_prefixes`](Self::sharing_prefixes), without prefix sharing for sequences whose rotary frequencies
+    /// depend on their length.
     pub fn sharing_for(
-        rows: &[&[u32]],
+        sequences: &[&[u32]],
         least: usize,
         config: &LlamaConfig,
     ) -> (Self, Vec<Vec<u32>>) {
-        let alone = |row: &&[u32]| config.rotates_by_length(row.len());
-        if !rows.iter().any(alone) {
-            return Self::sharing_prefixes(rows, least);
+        let alone = |sequence: &&[u32]| config.rotates_by_length(sequence.len());
+        if !sequences.iter().any(alone) {
+            return Self::sharing_prefixes(sequences, least);
         }
-        let short = rows
+        let short = sequences
             .iter()
-            .map(|row| if alone(row) { &[][..] } else { *row });
+            .map(|sequence| if alone(sequence) { &[][..] } else { *sequence });
         let (mut packed, mut places) = Self::sharing_prefixes(&short.collect::<Vec<_>>(), least);
-        for (row, places) in rows.iter().zip(&mut places).filter(|(row, _)| alone(row)) {
+        for (sequence, places) in sequences
+            .iter()
+            .zip(&mut places)
+            .filter(|(sequence, _)| alone(sequence))
+        {
             let first = packed.ids.len() as u32;
-            places.extend(first..first + row.len() as u32);
-            packed.push(row, None);
+            places.extend(first..first + sequence.len() as u32);
+            packed.push(sequence, None);
         }
         (packed, places)
     }
 
-    /// Adds a segment and gives its index.
+    /// Adds a segment and returns its index.
     fn push(&mut self, ids: &[u32], parent: Option<usize>) -> usize {
         self.ids.extend_from_slice(ids);
         self.segments.push(Segment {
@@ -140,12 +144,12 @@ impl PackedTokens {
         self.segments.len() - 1
     }
 
-    /// Where each segment starts in the sequence.
+    /// The index of each segment's first token in the packed batch.
     pub fn starts(&self) -> Vec<usize> {
         kernels::starts(&self.segments)
     }
 
-    /// The position of each segment's first token in its rows.
+    /// The position of each segment's first token in its sequences.
     pub fn offsets(&self) -> Vec<usize> {
         kernels::offsets(&self.segments)
     }
@@ -154,7 +158,7 @@ impl PackedTokens {
     ///
     /// # Errors
     ///
-    /// The first thing that does not fit.
+    /// The first mismatch.
     pub fn check(&self, config: &LlamaConfig) -> Result<(), PackedError> {
         if self.ids.is_empty() {
             return Err(PackedError::Empty);
@@ -201,7 +205,7 @@ impl PackedTokens {
         }
     }
 
-    /// Each token's position within its row.
+    /// Each token's position within its sequence.
     pub fn positions(&self) -> Vec<u32> {
         let segments = self.segments.iter().zip(self.offsets());
         segments
@@ -209,8 +213,8 @@ impl PackedTokens {
             .collect()
     }
 
-    /// Each token's place. A segment's end stands for its rows': where the length matters, [`check`](Self::check)
-    /// lets a row be one segment only.
+    /// Each token's place. The end of its segment counts as the length of its sequences. Where the length matters,
+    /// [`check`](Self::check) permits one segment per sequence only.
     fn places(&self) -> Vec<Place> {
         let segments = self.segments.iter().zip(self.offsets());
         let places = segments.flat_map(|(segment, offset)| {
@@ -221,92 +225,98 @@ impl PackedTokens {
     }
 }
 
-/// Builds a forest of common beginnings.
+/// Builds the prefix tree of some sequences.
 struct Sharing<'a> {
-    rows: &'a [&'a [u32]],
+    sequences: &'a [&'a [u32]],
     least: usize,
     packed: PackedTokens,
     places: Vec<Vec<u32>>,
 }
 
 impl Sharing<'_> {
-    /// Adds what these rows have from `start` on. They agree in the token there.
-    fn add(&mut self, rows: &[usize], start: usize, parent: Option<usize>) {
-        let end = self.agree_until(rows, start);
-        if rows.len() == 1 || end - start >= self.least {
-            let segment = self.segment(rows, start, end, parent);
-            let longer: Vec<usize> = rows
+    /// Adds the tokens of these sequences from `start` on. The token at `start` is the same in all of them.
+    fn add(&mut self, sequences: &[usize], start: usize, parent: Option<usize>) {
+        let end = self.agree_until(sequences, start);
+        if sequences.len() == 1 || end - start >= self.least {
+            let segment = self.segment(sequences, start, end, parent);
+            let longer: Vec<usize> = sequences
                 .iter()
                 .copied()
-                .filter(|row| self.rows[*row].len() > end)
+                .filter(|sequence| self.sequences[*sequence].len() > end)
                 .collect();
             for group in self.groups(&longer, end) {
                 self.add(&group, end, Some(segment));
             }
             return;
         }
-        // Too little to share among all: perhaps some of them agree for longer.
-        let (longer, ended): (Vec<usize>, Vec<usize>) =
-            rows.iter().partition(|row| self.rows[**row].len() > end);
-        for row in ended {
-            self.segment(&[row], start, end, parent);
+        // The prefix of all is too short to share; a subset may have a longer one.
+        let (longer, ended): (Vec<usize>, Vec<usize>) = sequences
+            .iter()
+            .partition(|sequence| self.sequences[**sequence].len() > end);
+        for sequence in ended {
+            self.segment(&[sequence], start, end, parent);
         }
         for group in self.groups(&longer, end) {
             match group[..] {
-                [row] => {
-                    self.segment(&[row], start, self.rows[row].len(), parent);
+                [sequence] => {
+                    self.segment(&[sequence], start, self.sequences[sequence].len(), parent);
                 }
                 _ => self.add(&group, start, parent),
             }
         }
     }
 
-    /// Adds one segment of rows that agree from `start` to `end`.
+    /// Adds one segment of sequences that are equal from `start` to `end`.
     fn segment(
         &mut self,
-        rows: &[usize],
+        sequences: &[usize],
         start: usize,
         end: usize,
         parent: Option<usize>,
     ) -> usize {
         let first = self.packed.ids.len() as u32;
-        for row in rows {
-            self.places[*row].extend(first..first + (end - start) as u32);
+        for sequence in sequences {
+            self.places[*sequence].extend(first..first + (end - start) as u32);
         }
-        self.packed.push(&self.rows[rows[0]][start..end], parent)
+        self.packed
+            .push(&self.sequences[sequences[0]][start..end], parent)
     }
 
-    /// Rows by their token at `at`, in the order of their first rows.
-    fn groups(&self, rows: &[usize], at: usize) -> Vec<Vec<usize>> {
+    /// Groups sequences by their token at `at`, in the order of each group's first sequence.
+    fn groups(&self, sequences: &[usize], at: usize) -> Vec<Vec<usize>> {
         let mut groups: Vec<Vec<usize>> = Vec::new();
         let mut by_token = std::collections::HashMap::new();
-        for row in rows {
-            let group = *by_token.entry(self.rows[*row][at]).or_insert(groups.len());
+        for sequence in sequences {
+            let group = *by_token
+                .entry(self.sequences[*sequence][at])
+                .or_insert(groups.len());
             match groups.get_mut(group) {
-                Some(group) => group.push(*row),
-                None => groups.push(vec![*row]),
+                Some(group) => group.push(*sequence),
+                None => groups.push(vec![*sequence]),
             }
         }
         groups
     }
 
-    /// Where the rows stop having the same tokens, or one of them ends.
-    fn agree_until(&self, rows: &[usize], start: usize) -> usize {
-        let first = self.rows[rows[0]];
-        let agree = |row: &usize| {
-            let pairs = first[start..].iter().zip(&self.rows[*row][start..]);
+    /// The index of the first token in which the sequences differ, or at which one of them ends.
+    fn agree_until(&self, sequences: &[usize], start: usize) -> usize {
+        let first = self.sequences[sequences[0]];
+        let agree = |sequence: &usize| {
+            let pairs = first[start..]
+                .iter()
+                .zip(&self.sequences[*sequence][start..]);
             start + pairs.take_while(|(a, b)| a == b).count()
         };
-        rows.iter().map(agree).min().unwrap_or(start)
+        sequences.iter().map(agree).min().unwrap_or(start)
     }
 }
 
-/// What every layer needs to know of a packed sequence, put on the device once per batch.
+/// The data of a packed batch that every layer needs, copied to the device once per batch.
 #[derive(Debug, Clone)]
 pub struct PackedContext {
     /// The type that products are computed in.
     pub(crate) dtype: DType,
-    /// Which tokens attend to which.
+    /// Which tokens attend to which tokens.
     pub(crate) attention: AttentionLayout,
     /// The cosines and sines of the tokens' positions.
     pub(crate) rotary: RotaryTables,
@@ -320,7 +330,7 @@ impl PackedContext {
         planned.on_device(&uploads.send(device))
     }
 
-    /// For tokens at these positions whose attention a cache computes.
+    /// The context of tokens at these positions, for attention with a KV cache.
     pub(crate) fn of_positions(
         positions: &[u32],
         config: &LlamaConfig,
@@ -328,7 +338,7 @@ impl PackedContext {
         device: &Device,
     ) -> Self {
         let mut uploads = Uploads::default();
-        // Read one by one, each when its row had as many tokens.
+        // Each token is the last one of its sequence so far.
         let places = positions.iter().map(|position| Place {
             position: *position,
             length: *position as usize + 1,
@@ -343,7 +353,7 @@ impl PackedContext {
     }
 }
 
-/// A context whose indices and tables are about to be copied to the device.
+/// A [`PackedContext`] whose indices and tables are not copied to the device yet.
 pub(crate) struct Planned {
     dtype: DType,
     attention: PlannedAttention,
@@ -400,27 +410,27 @@ mod tests {
             .collect()
     }
 
-    /// Every row read back from where its tokens lie, with its positions.
-    fn assert_rows(packed: &PackedTokens, places: &[Vec<u32>], rows: &[&[u32]]) {
+    /// Checks that the indices of every sequence return its tokens and positions.
+    fn assert_sequences(packed: &PackedTokens, places: &[Vec<u32>], sequences: &[&[u32]]) {
         let positions = packed.positions();
-        for (places, row) in places.iter().zip(rows) {
+        for (places, sequence) in places.iter().zip(sequences) {
             let ids: Vec<u32> = places.iter().map(|i| packed.ids[*i as usize]).collect();
-            assert_eq!(ids, *row);
+            assert_eq!(ids, *sequence);
             let read: Vec<u32> = places.iter().map(|i| positions[*i as usize]).collect();
-            assert_eq!(read, (0..row.len() as u32).collect::<Vec<_>>());
+            assert_eq!(read, (0..sequence.len() as u32).collect::<Vec<_>>());
         }
     }
 
     #[test]
-    fn positions_restart_in_each_row() {
+    fn positions_restart_in_each_sequence() {
         let packed = PackedTokens::from_rows([&[5, 6, 7][..], &[8, 9]]);
         assert_eq!(lengths(&packed), [(3, None), (2, None)]);
         assert_eq!(packed.positions(), [0, 1, 2, 0, 1]);
     }
 
     #[test]
-    fn common_beginnings_are_packed_once_at_every_level() {
-        let rows: [&[u32]; 6] = [
+    fn shared_prefixes_are_packed_once_at_every_level() {
+        let sequences: [&[u32]; 6] = [
             &[1, 2, 3, 4, 5],
             &[9, 9],
             &[1, 2, 3, 4, 6, 7],
@@ -428,9 +438,9 @@ mod tests {
             &[1, 2, 3, 4, 6, 8],
             &[1, 2],
         ];
-        let (packed, places) = PackedTokens::sharing_prefixes(&rows, 2);
-        assert_rows(&packed, &places, &rows);
-        // [1 2] by five rows, [3 4] by three of them; 6 alone is too short to be shared.
+        let (packed, places) = PackedTokens::sharing_prefixes(&sequences, 2);
+        assert_sequences(&packed, &places, &sequences);
+        // [1 2] is shared by five sequences, [3 4] by three of them; 6 is too short to be shared.
         assert_eq!(
             lengths(&packed),
             [
@@ -443,25 +453,25 @@ mod tests {
                 (2, None)
             ]
         );
-        let (one, places) = PackedTokens::sharing_prefixes(&rows, 1);
-        assert_rows(&one, &places, &rows);
+        let (one, places) = PackedTokens::sharing_prefixes(&sequences, 1);
+        assert_sequences(&one, &places, &sequences);
         assert_eq!(one.ids.len(), 11);
-        let (none, places) = PackedTokens::sharing_prefixes(&rows, 100);
-        assert_rows(&none, &places, &rows);
-        let all: usize = rows.iter().map(|row| row.len()).sum();
+        let (none, places) = PackedTokens::sharing_prefixes(&sequences, 100);
+        assert_sequences(&none, &places, &sequences);
+        let all: usize = sequences.iter().map(|sequence| sequence.len()).sum();
         assert_eq!(none.ids.len(), all);
     }
 
     #[test]
-    fn equal_rows_and_rows_within_rows_lie_in_one_place() {
-        let rows: [&[u32]; 3] = [&[1, 2, 3], &[1, 2, 3], &[1, 2, 3, 4]];
-        let (packed, places) = PackedTokens::sharing_prefixes(&rows, 3);
-        assert_rows(&packed, &places, &rows);
+    fn equal_sequences_and_prefixes_of_others_are_packed_once() {
+        let sequences: [&[u32]; 3] = [&[1, 2, 3], &[1, 2, 3], &[1, 2, 3, 4]];
+        let (packed, places) = PackedTokens::sharing_prefixes(&sequences, 3);
+        assert_sequences(&packed, &places, &sequences);
         assert_eq!(lengths(&packed), [(3, None), (1, Some(0))]);
     }
 
     #[test]
-    fn what_cannot_be_a_forest_is_refused() {
+    fn segments_that_are_no_prefix_tree_are_refused() {
         let mut packed = PackedTokens::from_rows([&[1, 2][..], &[3]]);
         packed.segments[0].parent = Some(1);
         let config = crate::model::tests::config();
@@ -472,7 +482,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_whose_length_changes_their_angles_stand_alone_and_are_as_alone() {
+    fn sequences_whose_length_changes_their_frequencies_share_nothing_and_compute_as_alone() {
         let config = LlamaConfig {
             max_position_embeddings: 8,
             rope_scaling: crate::RopeScaling::Dynamic { factor: 3.0 },
@@ -480,19 +490,19 @@ mod tests {
         };
         assert_eq!(config.positions(), 24);
         let whole: Vec<u32> = (1..=20).collect();
-        let rows: [&[u32]; 5] = [&whole[..7], &whole[..12], &whole[..8], &whole, &whole[..12]];
-        let (shared, _) = PackedTokens::sharing_prefixes(&rows, 2);
+        let sequences: [&[u32]; 5] = [&whole[..7], &whole[..12], &whole[..8], &whole, &whole[..12]];
+        let (shared, _) = PackedTokens::sharing_prefixes(&sequences, 2);
         assert!(matches!(
             shared.check(&config),
             Err(PackedError::Shared { .. })
         ));
-        let (packed, places) = PackedTokens::sharing_for(&rows, 2, &config);
+        let (packed, places) = PackedTokens::sharing_for(&sequences, 2, &config);
         packed.check(&config).unwrap();
-        // Only the two short rows share.
+        // Only the two short sequences share a prefix.
         assert_eq!(packed.ids.len(), 8 + 12 + 20 + 12);
-        for (row, places) in rows.iter().zip(&places) {
+        for (sequence, places) in sequences.iter().zip(&places) {
             let ids = places.iter().map(|place| packed.ids[*place as usize]);
-            assert_eq!(ids.collect::<Vec<_>>(), *row);
+            assert_eq!(ids.collect::<Vec<_>>(), *sequence);
         }
         let model = crate::Llama::random(&config, 1, &Device::flex());
         let logits = |packed: &PackedTokens| {
@@ -500,18 +510,18 @@ mod tests {
             logits.into_data().try_to_vec::<f32>().unwrap()
         };
         let (vocab, together) = (config.vocab_size, logits(&packed));
-        for (row, places) in rows.iter().zip(&places) {
-            let alone = logits(&PackedTokens::from_rows([*row]));
+        for (sequence, places) in sequences.iter().zip(&places) {
+            let alone = logits(&PackedTokens::from_rows([*sequence]));
             for (alone, place) in alone.chunks_exact(vocab).zip(places) {
                 let together = &together[*place as usize * vocab..][..vocab];
                 for (one, other) in alone.iter().zip(together) {
-                    // f32 sums in another order, on scores of about 10.
+                    // f32 sums in another order, of logits of about 10.
                     assert!((one - other).abs() < 2e-5, "{one} {other}");
                 }
             }
         }
-        // The same beginning in a longer row is another sequence: its second token is not what it was.
-        let at = |row: usize| &together[places[row][7] as usize * vocab..][..vocab];
+        // The same prefix in a longer sequence has other frequencies, and so other logits.
+        let at = |sequence: usize| &together[places[sequence][7] as usize * vocab..][..vocab];
         let difference = at(1).iter().zip(at(3)).map(|(a, b)| (a - b).abs());
         assert!(difference.fold(0.0, f32::max) > 1e-3);
     }

@@ -1,4 +1,4 @@
-//! A model of a shape without its weights, made on the device: for measurements, which do not depend on the values.
+//! A model with random weights made on the device: for measurements, which do not depend on the values.
 
 use burn::module::Param;
 use burn::nn::Linear;
@@ -10,11 +10,11 @@ use crate::model::decoder_layer;
 use crate::{Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
 
 impl Llama {
-    /// A model with random weights that the device draws and quantizes itself, one tensor at a time: normal with
-    /// Hugging Face's `initializer_range`, norms 1, biases 0. The host's memory is not needed, and a graphics card
-    /// makes a model of 8 billion parameters in seconds. The numbers differ from device to device.
+    /// A model with random weights that the device draws and quantizes, one tensor at a time: normal with Hugging
+    /// Face's `initializer_range`, norms 1, biases 0. This takes no host memory, and a GPU makes a model of 8 billion
+    /// parameters in seconds. The weights differ between devices.
     ///
-    /// All of it is frozen. The output layer is not quantized.
+    /// All weights are frozen. The output layer is not quantized.
     pub fn random_on_device(config: &LlamaConfig, options: LoadOptions, device: &Device) -> Self {
         let draw = Draw {
             config,
@@ -50,21 +50,21 @@ struct Draw<'a> {
 impl Draw<'_> {
     fn linear(&self, d_in: usize, d_out: usize, bias: bool) -> LoraLinear {
         let quantization = self.options.quantization;
-        let weight = self.kept(|draw| match quantization.block(d_out) {
+        let weight = self.parameter(|draw| match quantization.block(d_out) {
             Some(_) => quantize_on_device(draw.normal([d_in, d_out], DType::F32), quantization),
             None => draw.normal([d_in, d_out], draw.options.dtype),
         });
         let zeros = |draw: &Self| Tensor::zeros([d_out], (draw.device, draw.options.dtype));
         LoraLinear::frozen(Linear {
             weight,
-            bias: bias.then(|| self.kept(zeros)),
+            bias: bias.then(|| self.parameter(zeros)),
         })
     }
 
     fn norm(&self) -> RmsNorm {
         let hidden = self.config.hidden_size;
         RmsNorm {
-            weight: self.kept(|draw| Tensor::ones([hidden], (draw.device, DType::F32))),
+            weight: self.parameter(|draw| Tensor::ones([hidden], (draw.device, DType::F32))),
             eps: self.config.rms_norm_eps,
         }
     }
@@ -74,7 +74,7 @@ impl Draw<'_> {
         let rows_per_piece = VocabTable::rows_per_piece(hidden, dtype.size(), self.device);
         let pieces = (0..vocab).step_by(rows_per_piece).map(|start| {
             let rows = rows_per_piece.min(vocab - start);
-            self.kept(move |draw| draw.normal([rows, hidden], dtype))
+            self.parameter(move |draw| draw.normal([rows, hidden], dtype))
         });
         VocabTable {
             pieces: pieces.collect(),
@@ -87,8 +87,11 @@ impl Draw<'_> {
         Tensor::random(shape, normal, (self.device, dtype))
     }
 
-    /// A frozen parameter in the memory that the device keeps for parameters.
-    fn kept<const D: usize>(&self, make: impl Fn(&Self) -> Tensor<D> + Send) -> Param<Tensor<D>> {
+    /// A frozen parameter in the device's memory for persistent allocations.
+    fn parameter<const D: usize>(
+        &self,
+        make: impl Fn(&Self) -> Tensor<D> + Send,
+    ) -> Param<Tensor<D>> {
         let tensor = self.device.memory_persistent_allocations(self, make);
         Param::initialized(Default::default(), tensor).set_require_grad(false)
     }
@@ -100,7 +103,7 @@ mod tests {
     use lora_core::Quantization;
 
     #[test]
-    fn it_has_the_shapes_and_types_of_a_loaded_model() {
+    fn a_random_model_has_the_shapes_and_types_of_a_loaded_one() {
         let config = crate::model::tests::config();
         let device = Device::flex();
         let model = Llama::random_on_device(&config, LoadOptions::default(), &device);
@@ -115,9 +118,9 @@ mod tests {
             [config.intermediate_size, config.hidden_size]
         );
         let packed = crate::PackedTokens::from_rows([&[1u32, 2, 3][..]]);
-        let scores = model.logits(model.hidden_states(&packed));
-        assert_eq!(scores.dims(), [3, config.vocab_size]);
-        let largest = scores.abs().max().into_scalar::<f32>();
+        let logits = model.logits(model.hidden_states(&packed));
+        assert_eq!(logits.dims(), [3, config.vocab_size]);
+        let largest = logits.abs().max().into_scalar::<f32>();
         assert!(largest > 0.0 && largest.is_finite(), "{largest}");
         let options = LoadOptions {
             quantization: Quantization::None,

@@ -8,8 +8,8 @@ use lora_core::LoraLinear;
 use crate::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Llama, VocabTable};
 
 impl Llama {
-    /// Gives the output layer a table of its own where it is tied to the embedding. No copy is made until
-    /// one of the two is replaced.
+    /// Separates the weight of a tied output layer from the embedding. No copy is made until one of the two is
+    /// replaced.
     pub fn untie(&mut self) {
         if self.lm_head.is_none() && self.quantized_lm_head.is_empty() {
             self.lm_head = Some(self.embed_tokens.clone());
@@ -17,11 +17,11 @@ impl Llama {
         self.config.tie_word_embeddings = false;
     }
 
-    /// Puts `values`, row-major as Hugging Face stores them, in the place of a tensor, frozen and in the
-    /// type that the model computes in; a quantized weight becomes a dense one. A bias may be new. The
-    /// output layer of a tied model is replaced together with the embedding, under the embedding's name.
+    /// Replaces a tensor by `values`, row-major as Hugging Face stores them, frozen and in the compute type. A
+    /// quantized weight becomes a dense one. A bias may be new. The output layer of a tied model is replaced together
+    /// with the embedding, under the embedding's name.
     ///
-    /// Gives whether the model has a tensor of this name and size; if not, nothing is changed.
+    /// Returns whether the model has a tensor of this name and size; if not, nothing changes.
     pub fn set_tensor(&mut self, name: &str, values: Vec<f32>) -> bool {
         let (device, dtype) = (self.device(), self.dtype());
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
@@ -56,7 +56,7 @@ impl Llama {
                 if values.len() != hidden {
                     return false;
                 }
-                // f32 whatever the compute type: the norm computes in it.
+                // f32 for every compute type: the norm computes in f32.
                 norm.weight = frozen(TensorData::new(values, [hidden]), DType::F32, &device);
                 return true;
             }
@@ -70,12 +70,12 @@ impl Llama {
         set_linear(linear, end, values, dtype, &device)
     }
 
-    /// The output layer's table on the host in f32, `[vocab, hidden]` row-major: a quantized one as it is
-    /// used, a tied one the embedding's.
+    /// The output layer's weight on the host in f32, `[vocab, hidden]` row-major: dequantized if it is quantized, the
+    /// embedding's if the two are tied.
     ///
     /// # Errors
     ///
-    /// What the device says where it does not give a tensor back.
+    /// The device's message if a tensor cannot be read back.
     pub fn head_values(&self) -> Result<Vec<f32>, String> {
         if self.quantized_lm_head.is_empty() {
             return self.lm_head.as_ref().unwrap_or(&self.embed_tokens).values();
@@ -89,11 +89,11 @@ impl Llama {
 }
 
 impl VocabTable {
-    /// The table on the host in f32, row-major.
+    /// The weight on the host in f32, row-major.
     ///
     /// # Errors
     ///
-    /// What the device says where it does not give a tensor back.
+    /// The device's message if a tensor cannot be read back.
     pub fn values(&self) -> Result<Vec<f32>, String> {
         let mut values = Vec::new();
         for piece in &self.pieces {
@@ -155,7 +155,7 @@ mod tests {
     use crate::PackedTokens;
     use crate::model::tests::config;
 
-    /// Every tensor of one model put into another gives the first one's scores.
+    /// A model into which every tensor of another model is copied has the other model's logits.
     #[test]
     fn a_model_whose_every_tensor_is_replaced_is_the_other_model() {
         let device = Device::flex();

@@ -5,22 +5,22 @@ use burn::tensor::{DType, Tensor};
 use kernels::InverseRms;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
-/// computed in f32 whatever the type of `x`.
+/// computed in f32 for every type of `x`.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
     /// The gain, `[hidden]`.
     pub weight: Param<Tensor<1>>,
-    /// Keeps the root away from zero.
+    /// Keeps the square root away from zero.
     pub eps: f64,
 }
 
-/// The manual passes, each a function of crate `kernels` with this norm's parameters.
+/// The manual passes: functions of crate `kernels` with this norm's parameters.
 impl RmsNorm {
     pub(crate) fn gain(&self) -> Tensor<2> {
         kernels::gain_row(self.weight.val())
     }
 
-    /// The output in type `dtype`, and what [`again`](Self::again) and [`backward`](Self::backward) need.
+    /// The output in type `dtype`, and the saved value for [`again`](Self::again) and [`backward`](Self::backward).
     pub(crate) fn manual_forward(&self, x: &Tensor<2>, dtype: DType) -> (Tensor<2>, InverseRms) {
         kernels::rms_norm(x, self.gain(), self.eps, dtype)
     }
@@ -29,12 +29,13 @@ impl RmsNorm {
         kernels::inverse_rms(x, self.eps)
     }
 
-    /// The output of [`manual_forward`](Self::manual_forward) computed again.
+    /// The output of [`manual_forward`](Self::manual_forward), recomputed.
     pub(crate) fn again(&self, x: &Tensor<2>, inverse: &InverseRms, dtype: DType) -> Tensor<2> {
         kernels::rms_norm_again(x, inverse, self.gain(), self.eps, dtype)
     }
 
-    /// `sum` plus the gradient of `x`. `gain` is [`gain`](Self::gain), asked for before the operations that lead here.
+    /// `sum` plus the gradient of `x`. `gain` is [`gain`](Self::gain), called before the operations that compute
+    /// `gradient`.
     pub(crate) fn backward(
         &self,
         x: &Tensor<2>,

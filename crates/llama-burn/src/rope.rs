@@ -1,5 +1,5 @@
-//! The angles of rotary position embeddings (Su et al., 2021, <https://arxiv.org/abs/2104.09864>) as Hugging Face's Llama
-//! computes them.
+//! The angles of rotary position embeddings (Su et al., 2021, <https://arxiv.org/abs/2104.09864>) as Hugging Face's
+//! Llama computes them.
 
 use kernels::{PlannedRotary, Uploads};
 
@@ -8,7 +8,7 @@ use crate::LlamaConfig;
 /// The angle per position of each pair of dimensions: `head_dim / 2` values, of sequences up to
 /// `max_position_embeddings` tokens.
 ///
-/// As transformers' `modeling_rope_utils` computes them, in f32.
+/// Computed in f32, as in transformers' `modeling_rope_utils`.
 pub fn inverse_frequencies(config: &LlamaConfig) -> Vec<f32> {
     frequencies_at(config, 0)
 }
@@ -25,7 +25,7 @@ fn frequencies_at(config: &LlamaConfig, length: usize) -> Vec<f32> {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Place {
     pub(crate) position: u32,
-    /// The tokens of the sequence when this one was read.
+    /// The length of the sequence when this token was read.
     pub(crate) length: usize,
 }
 

@@ -1,5 +1,5 @@
-//! How rotary frequencies are changed for contexts longer than a model was trained with: transformers'
-//! `modeling_rope_utils`, read from every place where versions 4 and 5 keep the settings.
+//! How rotary frequencies are scaled for contexts longer than in a model's training: transformers'
+//! `modeling_rope_utils`, with the settings in every form of versions 4 and 5.
 
 use std::f64::consts::TAU;
 
@@ -7,21 +7,21 @@ use serde_json::{Map, Value};
 
 use crate::config::{ConfigError, Keys, invalid};
 
-/// The largest context that is believed, as for every count of a `config.json`.
+/// The largest context that is accepted, the limit of every count in a `config.json`.
 const LONGEST: f64 = (1u64 << 28) as f64;
 
-/// How rotary frequencies are changed for long contexts (transformers' `rope_type`).
+/// How rotary frequencies are scaled for long contexts (transformers' `rope_type`).
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum RopeScaling {
-    /// As trained.
+    /// Not scaled.
     Default,
     /// Every frequency divided by `factor` (position interpolation).
     Linear {
-        /// By how much the context grew.
+        /// The ratio of the new context to the original one.
         factor: f64,
     },
-    /// A larger base for sequences longer than `max_position_embeddings` ("NTK-aware" scaling). Every length has
-    /// frequencies of its own; up to the limit they are those of [`Default`](Self::Default).
+    /// A larger base for sequences longer than `max_position_embeddings` ("NTK-aware" scaling). The
+    /// frequencies depend on the sequence's length; up to the limit they are those of [`Default`](Self::Default).
     Dynamic {
         /// How fast the base grows with the length.
         factor: f64,
@@ -31,13 +31,13 @@ pub enum RopeScaling {
     Yarn(Yarn),
     /// Llama 3.1's: long wavelengths divided by `factor`, short ones kept, a ramp between.
     Llama3 {
-        /// By how much long wavelengths are stretched.
+        /// The factor by which long wavelengths are stretched.
         factor: f64,
         /// Wavelengths longer than the original context over this are stretched.
         low_freq_factor: f64,
         /// Wavelengths shorter than the original context over this are kept.
         high_freq_factor: f64,
-        /// The context the model was trained with first.
+        /// The context of the model's original training.
         original_max_position_embeddings: f64,
     },
 }
@@ -45,21 +45,21 @@ pub enum RopeScaling {
 /// YaRN's settings, by transformers' names.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Yarn {
-    /// By how much slow frequencies are divided.
+    /// The divisor of slow frequencies.
     pub factor: f64,
-    /// The context the model was trained with first.
+    /// The context of the model's original training.
     pub original_max_position_embeddings: f64,
-    /// What cosines and sines are multiplied with.
+    /// The factor on cosines and sines.
     pub attention_factor: f64,
-    /// Dimensions that turn more often than this within the original context are kept.
+    /// Dimensions with more rotations than this within the original context are kept.
     pub beta_fast: f64,
-    /// Dimensions that turn less often than this within the original context are divided.
+    /// Dimensions with fewer rotations than this within the original context are divided.
     pub beta_slow: f64,
-    /// Whether the ramp's ends are rounded to whole dimensions, away from each other.
+    /// Whether the ramp's ends are rounded outwards to whole dimensions.
     pub truncate: bool,
 }
 
-/// 0.1 · mscale · ln(factor) + 1: how much sharper attention is made for a longer context.
+/// 0.1 · mscale · ln(factor) + 1: YaRN's factor on attention for a longer context.
 pub(crate) fn sharpening(factor: f64, mscale: f64) -> f64 {
     if factor <= 1.0 {
         1.0
@@ -73,7 +73,7 @@ impl Yarn {
     pub(crate) fn ramp(&self, theta: f64, head_dim: usize) -> [f64; 2] {
         let dim = head_dim as f64;
         let context = self.original_max_position_embeddings;
-        // The pair that turns this often within the original context.
+        // The pair with this many rotations within the original context.
         let pair = |turns: f64| dim * (context / (turns * TAU)).ln() / (2.0 * theta.ln());
         let (low, high) = (pair(self.beta_fast), pair(self.beta_slow));
         let (low, high) = if self.truncate {
@@ -107,7 +107,7 @@ pub(crate) fn plain(theta: f64, head_dim: usize) -> Vec<f64> {
 
 impl RopeScaling {
     /// The angles per position, `head_dim / 2` values, of a sequence of `length` tokens in a model of
-    /// `max_position_embeddings`. Only [`Dynamic`](Self::Dynamic) looks at the lengths.
+    /// `max_position_embeddings`. Only [`Dynamic`](Self::Dynamic) depends on the lengths.
     pub(crate) fn frequencies(
         self,
         theta: f64,
@@ -150,7 +150,7 @@ impl RopeScaling {
         }
     }
 
-    /// What cosines and sines are multiplied with.
+    /// The factor on cosines and sines.
     pub(crate) fn attention_factor(self) -> f64 {
         match self {
             Self::Yarn(yarn) => yarn.attention_factor,
@@ -160,9 +160,9 @@ impl RopeScaling {
 
     /// How many positions a model of `max_position_embeddings` has.
     ///
-    /// transformers' configurations leave `max_position_embeddings` as it was trained for `linear` and `dynamic`, and
-    /// the context is that times the factor. Under `yarn` it is the original context times the factor, where
-    /// `max_position_embeddings` does not say so already; Llama 3.1's configurations state the context.
+    /// For `linear` and `dynamic`, transformers' configurations state the original context in
+    /// `max_position_embeddings`, and the context is that times the factor. For `yarn` it is the original context times
+    /// the factor, unless `max_position_embeddings` is larger. Llama 3.1's configurations state the context itself.
     pub(crate) fn positions(self, max_position_embeddings: usize) -> usize {
         let stretched = match self {
             Self::Default | Self::Llama3 { .. } => 0.0,
@@ -171,16 +171,17 @@ impl RopeScaling {
             }
             Self::Yarn(yarn) => yarn.original_max_position_embeddings * yarn.factor,
         };
-        // A float that is too large becomes the limit.
+        // The conversion saturates.
         max_position_embeddings.max(stretched.min(LONGEST) as usize)
     }
 }
 
 /// Reads the base and the scaling of a model with heads of `head_dim` and `max_position_embeddings`.
 ///
-/// As transformers 5 reads them: `rope_scaling` first where `rope_parameters` is there as well, the base from whichever
-/// it took; the original context from the configuration itself, then from the settings, then
-/// `max_position_embeddings`. Version 4 takes YaRN's factor from the ratio of the two contexts, 5 from `factor`.
+/// As in transformers 5: `rope_scaling` takes precedence over `rope_parameters`, and the base comes from the object
+/// that was used. The original context comes from the configuration itself, else from the settings, else it is
+/// `max_position_embeddings`. Version 4 takes YaRN's factor from the ratio of the two contexts, version 5 from
+/// `factor`.
 ///
 /// # Errors
 ///
@@ -246,7 +247,7 @@ pub(crate) fn read(
             ));
         }
         "yarn" => {
-            // A factor that is null is the ratio of the contexts; one that is not there is an error.
+            // A factor of null means the ratio of the contexts; a missing factor is an error.
             let factor = match settings.0.get("factor") {
                 Some(Value::Null) => max_position_embeddings as f64 / original()?,
                 _ => need("factor")?,
@@ -315,8 +316,8 @@ mod tests {
     }
 
     #[test]
-    fn dynamic_frequencies_are_the_models_own_up_to_its_limit_and_stretch_the_slowest_by_the_factor()
-     {
+    fn dynamic_frequencies_are_unscaled_up_to_the_limit_and_then_stretch_the_slowest_by_the_factor()
+    {
         let (theta, dim, limit, factor) = (10_000.0, 64, 4096, 4.0);
         let dynamic = RopeScaling::Dynamic { factor };
         let own = plain(theta, dim);
@@ -339,7 +340,7 @@ mod tests {
     }
 
     #[test]
-    fn yarn_keeps_what_turns_often_and_divides_what_turns_rarely() {
+    fn yarn_keeps_fast_frequencies_and_divides_slow_ones() {
         let (theta, dim) = (10_000.0, 128);
         let settings =
             json!({"rope_scaling": {"rope_type": "yarn", "factor": 8.0, "truncate": false}});
@@ -355,7 +356,7 @@ mod tests {
             } else if turns < 1.0 {
                 assert_close(own / 8.0, *scaled);
             } else {
-                // The ramp is linear in the pair's number, and so in the logarithm of the turns.
+                // The ramp is linear in the pair's index, and so in the logarithm of the rotations.
                 let kept = turns.ln() / 32f64.ln();
                 assert_close(*scaled, own * kept + own / 8.0 * (1.0 - kept));
             }
@@ -370,7 +371,7 @@ mod tests {
     }
 
     #[test]
-    fn yarns_attention_factor_is_given_or_follows_from_the_factor() {
+    fn yarns_attention_factor_is_configured_or_follows_from_the_factor() {
         let of = |rest: Value| {
             let mut settings = json!({"type": "yarn", "factor": 1f64.exp()});
             let (Value::Object(all), Value::Object(rest)) = (&mut settings, rest) else {
@@ -392,7 +393,7 @@ mod tests {
     }
 
     #[test]
-    fn the_original_context_and_the_factor_stand_where_transformers_looks_for_them() {
+    fn the_original_context_and_the_factor_are_read_where_transformers_reads_them() {
         let yarn = |config: Value| match parse(config).unwrap() {
             (_, RopeScaling::Yarn(yarn)) => [yarn.factor, yarn.original_max_position_embeddings],
             other => panic!("{other:?}"),
@@ -423,7 +424,7 @@ mod tests {
                 "{kind}"
             );
         }
-        // Already stretched.
+        // `max_position_embeddings` is the stretched context already.
         let yarn = json!({"type": "yarn", "factor": 4, "original_max_position_embeddings": 1024});
         assert_eq!(positions(yarn), 4096);
         assert_eq!(
@@ -433,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn settings_that_mean_nothing_are_named() {
+    fn invalid_settings_are_named() {
         let cases = [
             (json!({"rope_type": "longrope", "factor": 2}), "longrope"),
             (json!({"rope_type": 3}), "rope_type is 3"),

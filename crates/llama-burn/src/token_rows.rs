@@ -1,4 +1,5 @@
-//! Rows of a vocabulary table that are trained while the table is frozen, whatever type it is stored in.
+//! Rows of an embedding or `lm_head` weight that are trained while the weight is frozen, in whatever type it is stored
+//! (PEFT's `trainable_token_indices`).
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -9,24 +10,24 @@ use kernels::{Floats, Ints, Uploaded, Uploads, multiply_add, multiply_in_f32};
 
 use crate::Llama;
 
-/// Rows whose gradient from the embeddings is summed at a time, with a factor for each of their positions.
+/// Rows whose gradient from the embeddings is summed at a time, in a product with one factor per row and position.
 const ROWS_AT_ONCE: usize = 256;
 
-/// Rows that take the place of a table's.
+/// Trained rows that replace rows of a weight.
 #[derive(Module, Debug)]
 pub struct TokenRows {
     /// `[tokens, hidden]`, f32, trainable.
     pub rows: Param<Tensor<2>>,
-    /// Whose rows they are, each token once.
+    /// The token of each row; no token occurs twice.
     #[module(skip)]
     pub tokens: Vec<usize>,
 }
 
-/// Which of a batch's embeddings are replaced.
+/// Which of a batch's embeddings the trained rows replace.
 pub(crate) struct PlannedTokenRows {
-    /// 1 where an embedding is kept, else 0.
+    /// 1 for an embedding that is kept, 0 for one that is replaced.
     keep: Floats,
-    /// The row that takes its place; 0 where it is kept.
+    /// The trained row that replaces it; 0 for an embedding that is kept.
     which: Ints,
     count: usize,
 }
@@ -36,7 +37,7 @@ impl TokenRows {
     ///
     /// # Panics
     ///
-    /// If there is not a row for each token.
+    /// If the values do not hold one row per token.
     pub fn new(tokens: Vec<usize>, values: Vec<f32>, device: &Device) -> Self {
         let hidden = values.len() / tokens.len().max(1);
         let data = TensorData::new(values, [tokens.len(), hidden]);
@@ -47,21 +48,21 @@ impl TokenRows {
         }
     }
 
-    /// Outside any tape, in a type.
-    fn plain(&self, dtype: DType) -> Tensor<2> {
+    /// The rows outside an autodiff graph, in type `dtype`.
+    fn detached(&self, dtype: DType) -> Tensor<2> {
         self.rows.val().without_autodiff().cast(dtype)
     }
 
-    /// In the type of `other`, on the tape if it is on one.
-    fn beside(&self, other: &Tensor<2>) -> Tensor<2> {
+    /// The rows in the type of `other`, and in its autodiff graph if it is in one.
+    fn like(&self, other: &Tensor<2>) -> Tensor<2> {
         if other.is_autodiff() {
             self.rows.val().cast(other.dtype())
         } else {
-            self.plain(other.dtype())
+            self.detached(other.dtype())
         }
     }
 
-    /// The tokens on the device of the rows.
+    /// The tokens, on the device of the rows.
     fn index(&self) -> Tensor<1, Int> {
         let tokens: Vec<i32> = self.tokens.iter().map(|token| *token as i32).collect();
         let device = self.rows.lazy_device().without_autodiff();
@@ -69,15 +70,15 @@ impl TokenRows {
         Tensor::from_data(data, (&device, DType::I32))
     }
 
-    /// Each token's row.
-    fn places(&self) -> HashMap<u32, usize> {
+    /// The index of each token's row.
+    fn row_of_token(&self) -> HashMap<u32, usize> {
         let rows = self.tokens.iter().enumerate();
         rows.map(|(row, token)| (*token as u32, row)).collect()
     }
 
     /// Plans [`put`](Self::put) for these tokens.
     pub(crate) fn planned(&self, ids: &[u32], uploads: &mut Uploads) -> PlannedTokenRows {
-        let places = self.places();
+        let places = self.row_of_token();
         let rows: Vec<Option<&usize>> = ids.iter().map(|id| places.get(id)).collect();
         PlannedTokenRows {
             keep: uploads.floats(rows.iter().map(|row| f32::from(row.is_none()))),
@@ -86,7 +87,8 @@ impl TokenRows {
         }
     }
 
-    /// Puts the rows in the place of the embeddings of their tokens, `[n, hidden]`, on the tape that these are on.
+    /// Replaces the embeddings of the rows' tokens, `[n, hidden]`, in the autodiff graph of `embeddings` if it is in
+    /// one.
     pub(crate) fn put(
         &self,
         embeddings: Tensor<2>,
@@ -98,7 +100,7 @@ impl TokenRows {
         if embeddings.is_autodiff() {
             keep = keep.autodiff();
         }
-        let rows = self.beside(&embeddings);
+        let rows = self.like(&embeddings);
         let rows = rows.select(0, uploaded.ints(&planned.which));
         let replaced = rows * keep.clone().neg().add_scalar(1.0);
         embeddings * keep + replaced
@@ -113,9 +115,9 @@ impl TokenRows {
         &self,
         ids: &[u32],
         gradient: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
-        let places = self.places();
+        let places = self.row_of_token();
         let positions = ids.iter().enumerate();
         let positions = positions.filter_map(|(at, id)| Some((*places.get(id)?, at)));
         let mut positions: Vec<(usize, usize)> = positions.collect();
@@ -127,48 +129,51 @@ impl TokenRows {
             let here = &positions[end(rows.start)..end(rows.end)];
             sums_of_positions(rows, here, &gradient)
         });
-        collect(&self.rows, Tensor::cat(sums.collect(), 0));
+        accumulate(&self.rows, Tensor::cat(sums.collect(), 0));
     }
 
-    /// Puts the rows' scores in the place of their tokens', on the tape that these are on.
+    /// Replaces the logits of the rows' tokens, in the autodiff graph of `logits` if it is in one.
     ///
     /// # Shapes
     ///
     /// - `hidden`: `[m, hidden]`
-    /// - `scores`, output: `[m, vocab]`
-    pub(crate) fn scores(&self, hidden: Tensor<2>, scores: Tensor<2>) -> Tensor<2> {
-        let rows = self.beside(&hidden);
-        let own = hidden.matmul(rows.transpose()).cast(scores.dtype());
+    /// - `logits`, output: `[m, vocab]`
+    pub(crate) fn logits(&self, hidden: Tensor<2>, logits: Tensor<2>) -> Tensor<2> {
+        let rows = self.like(&hidden);
+        let new = hidden.matmul(rows.transpose()).cast(logits.dtype());
         let index = self.index();
-        let others = scores.clone().select(1, index.clone());
-        scores.select_assign(1, index, own - others, IndexingUpdateOp::Add)
+        let old = logits.clone().select(1, index.clone());
+        logits.select_assign(1, index, new - old, IndexingUpdateOp::Add)
     }
 
-    /// The gradient of the table's scores, from which those of the rows' are taken, and what comes through the rows
-    /// added to `below`; the rows' gradient goes to `collect`, in f32.
+    /// Returns the gradient of the frozen weight's logits, with zeros for the rows' tokens, and the rows' part of the
+    /// gradient of `hidden`. The rows' gradient goes to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
-    /// - `hidden`: `[m, hidden]`, normalised
+    /// - `hidden`: `[m, hidden]`, normalized
     /// - `gradient`, first output: `[m, vocab]`
     /// - second output: `[m, hidden]`
-    pub(crate) fn scores_backward(
+    pub(crate) fn logits_backward(
         &self,
         hidden: Tensor<2>,
         gradient: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> [Tensor<2>; 2] {
         let index = self.index();
-        let own = gradient.clone().select(1, index.clone());
-        let others = gradient.select_assign(1, index, own.clone().neg(), IndexingUpdateOp::Add);
-        let rows = self.plain(hidden.dtype());
-        collect(&self.rows, multiply_in_f32(own.clone().transpose(), hidden));
-        [others, multiply_add(None, 1.0, own, rows)]
+        let d_rows = gradient.clone().select(1, index.clone());
+        let others = gradient.select_assign(1, index, d_rows.clone().neg(), IndexingUpdateOp::Add);
+        let rows = self.detached(hidden.dtype());
+        accumulate(
+            &self.rows,
+            multiply_in_f32(d_rows.clone().transpose(), hidden),
+        );
+        [others, multiply_add(None, 1.0, d_rows, rows)]
     }
 }
 
-/// The sums `[rows, hidden]` over the positions of each row, given as pairs of both in order: a product, whose order of
-/// summing does not change from run to run.
+/// The sums `[rows, hidden]` over the positions of each row. `positions` holds sorted pairs of row and position. The
+/// sums are a matrix product, whose order of summation is the same in every run.
 fn sums_of_positions(
     rows: Range<usize>,
     positions: &[(usize, usize)],
@@ -193,22 +198,22 @@ fn sums_of_positions(
 }
 
 impl Llama {
-    /// The rows that take the place of the output layer's: its own, or a tied embedding's.
+    /// The trained rows of the output layer: `head_rows`, or those of a tied embedding.
     pub(crate) fn rows_of_head(&self) -> Option<&TokenRows> {
         let tied = self.lm_head.is_none() && self.config.tie_word_embeddings;
         let embedding = self.embed_rows.as_ref().filter(|_| tied);
         self.head_rows.as_ref().or(embedding)
     }
 
-    /// The model with its trained rows written into the tables. A tied output layer whose rows are others than the
-    /// embedding's becomes a table of its own.
+    /// The model with its trained rows written into the weights. A tied output layer with rows that differ from the
+    /// embedding's gets a separate weight.
     ///
     /// # Errors
     ///
-    /// What the device says where it does not give a tensor back.
+    /// The device's message if a tensor cannot be read back.
     pub fn with_merged_rows(mut self) -> Result<Self, String> {
         let written = |rows: &TokenRows, mut values: Vec<f32>| {
-            let data = rows.plain(DType::F32).into_data();
+            let data = rows.detached(DType::F32).into_data();
             let own: Vec<f32> = data.try_to_vec().map_err(|error| format!("{error:?}"))?;
             let hidden = own.len() / rows.tokens.len().max(1);
             for (token, row) in rows.tokens.iter().zip(own.chunks_exact(hidden.max(1))) {
@@ -258,7 +263,7 @@ mod tests {
         TokenRows::new(tokens.to_vec(), values.collect(), device)
     }
 
-    /// A tied or an untied model with rows of its embedding, and perhaps of its head.
+    /// A tied or untied model with trained rows of its embedding, and with `head` also of its head.
     fn trained(tied: bool, head: bool, device: &Device) -> Llama {
         let config = crate::LlamaConfig {
             tie_word_embeddings: tied,
@@ -271,7 +276,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_beside_the_tables_are_the_tables_with_these_rows() {
+    fn trained_rows_act_as_weights_with_these_rows() {
         let device = Device::flex();
         let ids = [1u32, 3, 7, 3, 9];
         let packed = PackedTokens::from_rows([&ids[..]]);
@@ -282,12 +287,12 @@ mod tests {
             assert_eq!(merged.lm_head.is_none(), tied && !head);
             let states = merged.hidden_states(&packed);
             assert!(distance(&model.hidden_states(&packed), &states) < 1e-6);
-            let embedded = model.pass_inputs(&packed, [&[]]).hidden;
+            let embedded = model.manual_inputs(&packed, [&[]]).hidden;
             assert!(distance(&embedded, &merged.embed(&packed)) < 1e-7);
-            for scores in [model.logits(states.clone()), model.logits_plain(&states)] {
-                assert!(distance(&scores, &merged.logits(states.clone())) < 1e-6);
+            for logits in [model.logits(states.clone()), model.manual_logits(&states)] {
+                assert!(distance(&logits, &merged.logits(states.clone())) < 1e-6);
             }
-            // Each table has other rows than before.
+            // Each weight has changed.
             let before = Llama::random(&model.config, 1, &device);
             assert!(distance(&before.embed(&packed), &embedded) > 0.1);
             let others = before.logits(states.clone());
@@ -299,24 +304,25 @@ mod tests {
     }
 
     #[test]
-    fn gradients_of_scores_are_those_of_the_tape() {
+    fn manual_gradients_of_logits_are_those_of_the_autodiff_graph() {
         let device = Device::flex().autodiff();
         for (tied, head) in [(true, false), (false, true)] {
             let model = trained(tied, head, &device);
             let hidden = normal([5, 32], 1.0, &mut CounterRng::new(4), &device).require_grad();
             let gradient = normal([5, 48], 1.0, &mut CounterRng::new(5), &device);
-            let scores = model.logits(hidden.clone());
-            let tape = (scores * gradient.clone()).sum().backward();
-            let mut collected = HashMap::new();
+            let logits = model.logits(hidden.clone());
+            let expected = (logits * gradient.clone()).sum().backward();
+            let mut accumulated = HashMap::new();
             let plain = hidden.clone().inner();
-            let below = model.logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
-                collected.insert(param.id, gradient);
-            });
-            assert!(distance(&below, &hidden.grad(&tape).unwrap()) < 2e-6);
+            let d_hidden =
+                model.manual_logits_backward(&plain, gradient.inner(), &mut |param, gradient| {
+                    accumulated.insert(param.id, gradient);
+                });
+            assert!(distance(&d_hidden, &hidden.grad(&expected).unwrap()) < 2e-6);
             let rows = &model.rows_of_head().unwrap().rows;
-            let expected = rows.val().grad(&tape).unwrap();
-            assert!(distance(&collected[&rows.id], &expected) < 2e-6);
-            assert_eq!(collected.len(), 1);
+            let d_rows = rows.val().grad(&expected).unwrap();
+            assert!(distance(&accumulated[&rows.id], &d_rows) < 2e-6);
+            assert_eq!(accumulated.len(), 1);
         }
     }
 

@@ -1,11 +1,11 @@
-//! Settings of a `config.json` that would change the numbers and are not supported: refused by name.
+//! Settings of a `config.json` that would change the results and are not supported: rejected by name.
 
 use serde_json::{Map, Value};
 
 use crate::config::{ConfigError, invalid};
 
-/// Refuses weights that are stored quantized, and settings of transformers' `LlamaConfig` that change what a model
-/// computes and have no counterpart here.
+/// Rejects weights that are stored quantized, and settings of transformers' `LlamaConfig` that change the results and
+/// are not supported.
 ///
 /// # Errors
 ///
@@ -77,7 +77,7 @@ mod tests {
     }
 
     #[test]
-    fn what_changes_the_numbers_is_refused_by_name() {
+    fn settings_that_change_the_results_are_rejected_by_name() {
         for (config, parts) in [
             (
                 json!({"quantization_config": {"quant_method": "gptq", "bits": 4}}),
@@ -108,7 +108,7 @@ mod tests {
     }
 
     #[test]
-    fn values_that_change_nothing_are_taken() {
+    fn values_without_effect_are_accepted() {
         let config = json!({"attention_dropout": 0, "partial_rotary_factor": 1.0, "hidden_act": "silu",
             "quantization_config": null, "rope_scaling": null, "rope_parameters": {"partial_rotary_factor": null}});
         assert_eq!(refused(config), None);

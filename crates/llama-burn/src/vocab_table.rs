@@ -1,36 +1,36 @@
-//! The embedding and the output layer: one row a token.
+//! The weight of the embedding and of the output layer: one row per token.
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 use kernels::{Ints, Uploaded, Uploads, table_dtype, table_logits, table_logits_backward};
 
-/// A `[vocab, hidden]` table in pieces of at most [`PIECE_BYTES`], because graphics adapters limit how
-/// large one buffer may be; of more where the device binds more, which saves putting scores together. On the CPU a table may be in 16 bits, as its file is, though the model
-/// computes in f32.
+/// A `[vocab, hidden]` weight in shards of at most [`PIECE_BYTES`], because GPUs limit the size of one buffer. A device
+/// that binds larger buffers gets larger shards, so that logits need not be concatenated. On the CPU the weight may
+/// keep its file's 16 bits, although the model computes in f32.
 #[derive(Module, Debug)]
 pub struct VocabTable {
-    /// Rows in order, `[rows, hidden]` each; all but the last have `rows_per_piece` rows.
+    /// The shards in order, `[rows, hidden]` each; all except the last have `rows_per_piece` rows.
     pub pieces: Vec<Param<Tensor<2>>>,
-    /// Rows of every piece but the last.
+    /// Rows of every shard except the last.
     pub rows_per_piece: usize,
 }
 
-/// Where the rows of a batch's tokens lie.
+/// The rows of a batch's tokens.
 pub(crate) struct PlannedRows {
-    /// A piece, and the rows of it that the batch needs.
+    /// A shard, and the rows of it that the batch needs.
     pieces: Vec<(usize, Ints)>,
-    /// The tokens' places among those rows, if they come from several pieces.
+    /// Each token's index among those rows, if they come from several shards.
     order: Option<Ints>,
 }
 
-/// WebGPU's default limit for a buffer that a shader reads is 128 MiB; some room is left.
+/// WebGPU's default limit for a buffer that a shader reads is 128 MiB; this leaves some room.
 pub const PIECE_BYTES: usize = 120 << 20;
 
-/// The most that a piece has anywhere: places in it fit 32 bits.
+/// The largest shard on any device: indices into it fit 32 bits.
 const MOST_BYTES: usize = 2 << 30;
 
 impl VocabTable {
-    /// How many rows of `hidden` elements of `element_bytes` bytes a piece holds on `device`.
+    /// How many rows of `hidden` elements of `element_bytes` bytes a shard holds on `device`.
     pub fn rows_per_piece(hidden: usize, element_bytes: usize, device: &Device) -> usize {
         let piece = match kernels::largest_buffer(device) {
             Some(largest) => (largest / 16 * 15).clamp(PIECE_BYTES, MOST_BYTES),
@@ -39,12 +39,12 @@ impl VocabTable {
         (piece / (hidden * element_bytes)).max(1)
     }
 
-    /// The type that products with the table are computed in.
+    /// The type that products with the weight are computed in.
     pub fn compute_dtype(&self) -> DType {
         table_dtype(&self.pieces[0].val().without_autodiff())
     }
 
-    /// The rows of these tokens, in the type that is computed in.
+    /// The rows of these tokens, in the compute type.
     ///
     /// # Shapes
     ///
@@ -52,14 +52,14 @@ impl VocabTable {
     ///
     /// # Panics
     ///
-    /// If an id is outside the table; [`PackedTokens::check`](crate::PackedTokens::check) tells before.
+    /// If an id is outside the vocabulary; [`PackedTokens::check`](crate::PackedTokens::check) reports it as an error.
     pub fn rows(&self, ids: &[u32]) -> Tensor<2> {
         let mut uploads = Uploads::default();
         let planned = self.planned_rows(ids, &mut uploads);
         self.rows_at(&planned, &uploads.send(&self.pieces[0].lazy_device()))
     }
 
-    /// Where the rows of these tokens lie, for [`rows_at`](Self::rows_at).
+    /// Plans the rows of these tokens, for [`rows_at`](Self::rows_at).
     ///
     /// # Panics
     ///
@@ -81,19 +81,23 @@ impl VocabTable {
             let local = here().map(|i| (ids[i] as usize % per_piece) as i32);
             pieces.push((piece, uploads.ints(local)));
         }
-        assert_eq!(next as usize, ids.len(), "a token id is outside the table");
+        assert_eq!(
+            next as usize,
+            ids.len(),
+            "a token id is outside the vocabulary"
+        );
         PlannedRows {
             order: (pieces.len() > 1).then(|| uploads.ints(order)),
             pieces,
         }
     }
 
-    /// As [`rows`](Self::rows), of what was planned and copied to the device.
+    /// As [`rows`](Self::rows), for rows whose indices are on the device already.
     pub(crate) fn rows_at(&self, planned: &PlannedRows, uploaded: &Uploaded) -> Tensor<2> {
         let found = planned
             .pieces
             .iter()
-            .map(|(piece, places)| value(&self.pieces[*piece]).select(0, uploaded.ints(places)));
+            .map(|(piece, rows)| value(&self.pieces[*piece]).select(0, uploaded.ints(rows)));
         let mut found: Vec<Tensor<2>> = found.collect();
         let rows = match &planned.order {
             None => found.remove(0),
@@ -102,7 +106,7 @@ impl VocabTable {
         self.widened(rows)
     }
 
-    /// The logit of every token for each row of `hidden`, in the autodiff graph of `hidden` if it is in one.
+    /// The logits for each row of `hidden`, in the autodiff graph of `hidden` if it is in one.
     ///
     /// # Shapes
     ///
@@ -153,7 +157,7 @@ impl VocabTable {
     }
 }
 
-/// The piece, off the tape unless it is being trained.
+/// The shard, outside the autodiff graph unless it is trained.
 fn value(piece: &Param<Tensor<2>>) -> Tensor<2> {
     let tensor = piece.val();
     if tensor.is_require_grad() {
@@ -169,7 +173,7 @@ mod tests {
     use burn::tensor::{Int, TensorData};
 
     #[test]
-    fn pieces_act_as_one_table() {
+    fn shards_act_as_one_weight() {
         let device = Device::flex();
         let values: Vec<f32> = (0..10 * 4).map(|i| (i as f32).sin()).collect();
         let whole = Tensor::<2>::from_data(TensorData::new(values, [10, 4]), &device);
@@ -186,8 +190,8 @@ mod tests {
             .rows(&ids)
             .into_data()
             .assert_eq(&expected.clone().into_data(), true);
-        let scores = table.logits(expected.clone());
-        scores.into_data().assert_approx_eq::<f32>(
+        let logits = table.logits(expected.clone());
+        logits.into_data().assert_approx_eq::<f32>(
             &expected.matmul(whole.transpose()).into_data(),
             burn::tensor::Tolerance::absolute(1e-6),
         );

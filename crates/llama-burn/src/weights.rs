@@ -1,5 +1,5 @@
-//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index. Those of a GGUF
-//! file appear under Hugging Face's names and in its order of rows.
+//! Tensors of a Hugging Face model folder: `model.safetensors`, or shards with their index. The tensors of a GGUF file
+//! have Hugging Face's names and order of rows.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -13,7 +13,7 @@ use crate::floats::{first_not_finite, halves, to_f32};
 use crate::gguf::{self, GgufError, GgufFile, IntegerTensor, Rows, TensorKind};
 use crate::limited::{self, LARGEST_TABLE, clipped};
 
-/// What is wrong with the weight files.
+/// Why weight files cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum WeightsError {
     /// The folder has no weights.
@@ -24,13 +24,13 @@ pub enum WeightsError {
         /// The folder.
         folder: PathBuf,
     },
-    /// A GGUF file.
+    /// The GGUF file is invalid.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// The configuration in a GGUF file.
+    /// The configuration in a GGUF file is invalid.
     #[error(transparent)]
     GgufConfig(#[from] Box<crate::ConfigError>),
-    /// The folder has weights in PyTorch's pickle format only, which can run any code when it is read.
+    /// The folder has weights in PyTorch's pickle format only. Reading a pickle file can execute arbitrary code.
     #[error(
         "{folder} has no safetensors weights, only {file}, a pickle file, which is never read here; load the model with transformers and save it again with save_pretrained, which writes safetensors"
     )]
@@ -40,15 +40,15 @@ pub enum WeightsError {
         /// One of its pickle files.
         file: String,
     },
-    /// A file cannot be read or is no safetensors file.
+    /// A file cannot be read or is not a safetensors file.
     #[error("{file} cannot be read: {reason}; it may be cut off, download it again")]
     Unreadable {
         /// The file.
         file: PathBuf,
-        /// What the reader says.
+        /// The reader's message.
         reason: String,
     },
-    /// The index is not what it should be.
+    /// The index of the shards is invalid.
     #[error("{file}: {reason}")]
     Index {
         /// The file.
@@ -56,7 +56,7 @@ pub enum WeightsError {
         /// What is wrong.
         reason: String,
     },
-    /// A tensor that the model needs is absent.
+    /// A tensor that the model needs is missing.
     #[error("the weights lack the tensor {name} (expected shape {expected:?})")]
     MissingTensor {
         /// Its name.
@@ -64,7 +64,7 @@ pub enum WeightsError {
         /// The shape that config.json calls for.
         expected: Vec<usize>,
     },
-    /// A tensor that the model does not have.
+    /// A tensor that the model does not need.
     #[error(
         "the weights hold a tensor that config.json does not call for: {name} {shape:?}; do config.json and weights belong together?"
     )]
@@ -84,7 +84,7 @@ pub enum WeightsError {
         /// The shape in the file.
         got: Vec<usize>,
     },
-    /// A tensor of a type that holds no weights.
+    /// A tensor with an unsupported type.
     #[error("the tensor {name} is of type {got}; f32, f16 and bf16 are supported")]
     WrongType {
         /// Its name.
@@ -92,21 +92,21 @@ pub enum WeightsError {
         /// Its type.
         got: String,
     },
-    /// A weight that is not a number.
+    /// A weight that is infinite or NaN.
     #[error(
         "the tensor {name} holds {value} at element {index}; the file is damaged or the model diverged"
     )]
     NotFinite {
         /// Its name.
         name: String,
-        /// The first such element.
+        /// The index of the first such element.
         index: usize,
         /// Its value.
         value: f32,
     },
 }
 
-/// The open, memory-mapped weight files of a folder. Tensors are read one at a time, when asked for.
+/// The open, memory-mapped weight files of a folder. Tensors are read one at a time, on request.
 pub struct Weights {
     shards: Vec<Shard>,
     /// Name → shard, shape.
@@ -129,12 +129,11 @@ struct Gguf {
 struct Shard {
     file: PathBuf,
     store: SafetensorsStore,
-    /// Bytes of tensors that were read since it was mapped.
+    /// Bytes of tensors that were read since the file was mapped.
     read: usize,
 }
 
-/// A file is mapped anew after this many bytes: what was read of it counts as this process's memory
-/// until then.
+/// A file is mapped anew after this many bytes: until then, pages that were read count as this process's memory.
 pub const MAPPED_BYTES: usize = 32 << 20;
 
 impl Shard {
@@ -148,7 +147,7 @@ impl Shard {
     }
 
     fn map(file: &Path) -> SafetensorsStore {
-        // Whatever is in the name map, burn-store's defaults would rename numbered keys.
+        // burn-store's default would rename keys with numbers.
         SafetensorsStore::from_file(file).map_indices_contiguous(false)
     }
 
@@ -165,7 +164,7 @@ impl Weights {
     ///
     /// # Errors
     ///
-    /// If there are none, or a file is cut off or damaged.
+    /// If the folder has no weights, or a file is truncated or damaged.
     pub fn open(folder: &Path) -> Result<Self, WeightsError> {
         if gguf::is_gguf(folder) {
             return Self::open_gguf(folder);
@@ -200,7 +199,7 @@ impl Weights {
         let config = LlamaConfig::from_json(&config).map_err(Box::new)?;
         let mut tensors = BTreeMap::new();
         for (name, place) in &file.header.tensors {
-            // What scales the rotary frequencies is in the configuration.
+            // The scaling of the rotary frequencies is part of the configuration.
             if name == "rope_freqs.weight" {
                 continue;
             }
@@ -217,8 +216,7 @@ impl Weights {
         })
     }
 
-    /// A matrix as the integers and scales that a GGUF file holds (Q8_0, Q4_0, Q5_0, Q6_K); `None` where the
-    /// weights are something else.
+    /// A matrix as the integers and scales of a GGUF file (Q8_0, Q4_0, Q5_0, Q6_K); `None` for other kinds of weights.
     ///
     /// # Errors
     ///
@@ -246,9 +244,10 @@ impl Weights {
         }
     }
 
-    /// Whether a folder holds a table of the output layer that is not the embedding's, whatever its configuration says of
-    /// tied tables: transformers 5 then uses both. Of files that cannot be read, [`open`](Self::open) says what is wrong.
-    pub(crate) fn has_two_tables(folder: &Path) -> bool {
+    /// Whether a folder holds a weight of the output layer that differs from the embedding, even if its configuration
+    /// ties the two: transformers 5 then uses both. Returns `false` for files that cannot be read; [`open`](Self::open)
+    /// reports the error.
+    pub(crate) fn has_untied_head(folder: &Path) -> bool {
         let Ok(mut weights) = Self::open(folder) else {
             return false;
         };
@@ -266,14 +265,14 @@ impl Weights {
         }
     }
 
-    /// Compares names and shapes with those that the model calls for.
+    /// Compares names and shapes with those that the model needs.
     ///
-    /// Two kinds of tensor that are not called for say nothing new and are let pass: `rotary_emb.inv_freq`, which follows
+    /// Two kinds of additional tensors are ignored because they are redundant: `rotary_emb.inv_freq`, which follows
     /// from the configuration, and a copy of the embedding as a tied head.
     ///
     /// # Errors
     ///
-    /// The first missing, ill-shaped or unexpected tensor.
+    /// The first tensor that is missing, has the wrong shape or is unexpected.
     pub fn check(&self, expected: &[(String, Vec<usize>)]) -> Result<(), WeightsError> {
         for (name, shape) in expected {
             match self.tensors.get(name) {
@@ -313,7 +312,7 @@ impl Weights {
     ///
     /// # Errors
     ///
-    /// If it is absent, cut off, of another type, or holds something that is not a number.
+    /// If it is missing, truncated, of an unsupported type, or holds an infinite value or NaN.
     pub fn read(&mut self, name: &str) -> Result<Vec<f32>, WeightsError> {
         if let (Some(gguf), Some((_, shape))) = (&self.gguf, self.tensors.get(name)) {
             let values = gguf.read(name, shape)?;
@@ -326,8 +325,8 @@ impl Weights {
         Ok(values)
     }
 
-    /// A tensor's values in the file's own type, f32, f16 or bf16, flat and row-major. What a GGUF file
-    /// holds in fewer bits comes in f32.
+    /// A tensor's values in the file's type, f32, f16 or bf16, flat and row-major. Quantized tensors of a GGUF file are
+    /// returned in f32.
     ///
     /// # Errors
     ///
@@ -335,7 +334,7 @@ impl Weights {
     pub fn read_as_stored(&mut self, name: &str) -> Result<Stored, WeightsError> {
         if let Some(kind) = self.gguf.as_ref().and_then(|gguf| gguf.kind(name)) {
             let values = self.read(name)?;
-            // Exact: the values were 16 bits wide before.
+            // Exact: the file holds 16-bit values.
             return Ok(match kind {
                 TensorKind::F16 => Stored::F16(values.into_iter().map(f16::from_f32).collect()),
                 TensorKind::BF16 => Stored::Bf16(values.into_iter().map(bf16::from_f32).collect()),
@@ -397,7 +396,7 @@ impl Gguf {
         self.file.header.kind(&theirs).ok()
     }
 
-    /// llama.cpp's name of a tensor and the order of its rows.
+    /// llama.cpp's name of a tensor, and the order of its rows.
     fn place(&self, name: &str, shape: &[usize]) -> Result<(String, Option<Rows>), WeightsError> {
         let theirs = gguf::llama_cpp_name(name).unwrap_or_else(|| name.into());
         let rows = gguf::rows_of(name, self.head_dim);
@@ -407,7 +406,7 @@ impl Gguf {
                     file: self.file.header.path.clone(),
                     name: theirs,
                     reason: format!(
-                        "has {count} rows, no multiple of the head's {}",
+                        "has {count} rows, which is not a multiple of the head's {}",
                         self.head_dim
                     ),
                 };
@@ -431,7 +430,7 @@ impl Gguf {
     }
 }
 
-/// Values in the type that a file holds them in.
+/// Values in the type of their file.
 #[derive(Debug, Clone)]
 #[allow(missing_docs)] // The types' names.
 pub enum Stored {
@@ -441,7 +440,7 @@ pub enum Stored {
 }
 
 impl Stored {
-    /// The values of `[rows, width]` in pieces of at most `at_once` rows, in their own type.
+    /// The values of `[rows, width]` in shards of at most `at_once` rows, in their type.
     pub fn into_pieces(self, width: usize, at_once: usize) -> Vec<TensorData> {
         fn cut<T: Element>(values: Vec<T>, width: usize, at_once: usize) -> Vec<TensorData> {
             if values.len() <= at_once * width {
@@ -479,16 +478,16 @@ fn check_finite(name: &str, values: impl Iterator<Item = f32>) -> Result<(), Wei
     }
 }
 
-/// Compared by name: burn-pack's type list is its own.
-fn is(dtype: &str, wanted: DType) -> bool {
-    dtype.eq_ignore_ascii_case(&format!("{wanted:?}"))
+/// Compared by name, because burn-pack has a separate type enum.
+fn is(dtype: &str, expected: DType) -> bool {
+    dtype.eq_ignore_ascii_case(&format!("{expected:?}"))
 }
 
-/// The weight files of a model folder: `model.safetensors`, else those that its index names.
+/// The weight files of a model folder: `model.safetensors`, else the files that its index names.
 ///
 /// # Errors
 ///
-/// If there are none, or pickle files only, or one that the index names is not there.
+/// If the folder has no weights or pickle files only, or a file that the index names is missing.
 pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     let single = folder.join("model.safetensors");
     let index = folder.join("model.safetensors.index.json");
@@ -507,7 +506,7 @@ pub fn weight_files(folder: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     }
 }
 
-/// The name of a file with weights in PyTorch's own format.
+/// The name of a file with weights in PyTorch's pickle format.
 fn pickle_file(folder: &Path) -> Option<String> {
     let entries = std::fs::read_dir(folder).ok()?;
     let names = entries.filter_map(|entry| entry.ok()?.file_name().into_string().ok());
@@ -518,7 +517,7 @@ fn pickle_file(folder: &Path) -> Option<String> {
     names.filter(is_pickle).min()
 }
 
-/// The files that the index names, each once. A name that leads out of the folder is refused.
+/// The files that the index names, each once. A name that leads out of the folder is rejected.
 fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError> {
     let wrong = |reason: String| WeightsError::Index {
         file: index.to_path_buf(),
@@ -536,7 +535,7 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
             Some(name) if Path::new(name).file_name() == Some(name.as_ref()) => names.insert(name),
             _ => {
                 return Err(wrong(format!(
-                    "{} is in {}, which is no file name",
+                    "{} is in {}, which is not a file name",
                     clipped(tensor, 200),
                     clipped(&file.to_string(), 200)
                 )));
@@ -546,7 +545,7 @@ fn shard_files(folder: &Path, index: &Path) -> Result<Vec<PathBuf>, WeightsError
     let files: Vec<PathBuf> = names.into_iter().map(|name| folder.join(name)).collect();
     match files.iter().find(|file| !file.is_file()) {
         Some(missing) => Err(wrong(format!(
-            "it names {}, which is not there",
+            "it names {}, which is missing",
             clipped(&missing.display().to_string(), 400)
         ))),
         None => Ok(files),
@@ -558,7 +557,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_pickle_only_folder_is_told_from_an_empty_one() {
+    fn a_folder_with_pickle_files_only_is_distinguished_from_an_empty_one() {
         let folder = tempfile::tempdir().unwrap();
         let error = || weight_files(folder.path()).unwrap_err();
         assert!(matches!(error(), WeightsError::NoWeights { .. }));

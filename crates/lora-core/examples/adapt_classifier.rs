@@ -5,10 +5,10 @@
 //! cargo run --release -p lora-core --example adapt_classifier --features wgpu -- --backend wgpu
 //! ```
 //!
-//! 1. A plain Burn model learns which of three spiral arms a point is on.
-//! 2. The plane is turned by 40 degrees: the model is now often wrong.
-//! 3. Its layers are quantized to 8 bits and frozen, and adapters of rank 4 learn the turned plane.
-//! 4. The adapters are merged into a plain Burn model again, which gives the same answers.
+//! 1. A plain Burn model learns to classify points by the spiral arm they are on; there are three arms.
+//! 2. The plane is rotated by 40 degrees: the model is now often wrong.
+//! 3. Its layers are quantized to 8 bits and frozen, and adapters of rank 4 learn the rotated plane.
+//! 4. The adapters are merged into a plain Burn model again, which makes the same predictions.
 
 use burn::module::Module;
 use burn::nn::loss::CrossEntropyLossConfig;
@@ -77,16 +77,16 @@ impl AdaptedClassifier {
     }
 }
 
-/// Points on three spiral arms, turned by `angle`, and the arm of each.
+/// Points on three spiral arms, rotated by `angle`, and the arm of each.
 fn spirals(count: usize, angle: f64, seed: u64, device: &Device) -> (Tensor<2>, Tensor<1, Int>) {
     let mut rng = CounterRng::new(seed);
     let mut points = Vec::with_capacity(2 * count);
     let mut arms = Vec::with_capacity(count);
     for index in 0..count {
         let (arm, radius) = (index % 3, rng.uniform());
-        let turn =
+        let theta =
             angle + 4.0 * radius + arm as f64 * std::f64::consts::TAU / 3.0 + 0.1 * rng.normal();
-        points.extend([(radius * turn.cos()) as f32, (radius * turn.sin()) as f32]);
+        points.extend([(radius * theta.cos()) as f32, (radius * theta.sin()) as f32]);
         arms.push(arm as i32);
     }
     (
@@ -95,7 +95,7 @@ fn spirals(count: usize, angle: f64, seed: u64, device: &Device) -> (Tensor<2>, 
     )
 }
 
-/// Trains whatever in `model` is trainable.
+/// Trains the trainable parameters of `model`.
 fn train<M: Module>(
     mut model: M,
     forward: impl Fn(&M, Tensor<2>) -> Tensor<2>,
@@ -113,9 +113,9 @@ fn train<M: Module>(
     model
 }
 
-fn accuracy(scores: Tensor<2>, arms: Tensor<1, Int>) -> f32 {
+fn accuracy(logits: Tensor<2>, arms: Tensor<1, Int>) -> f32 {
     let count = arms.dims()[0];
-    let hits = scores.argmax(1).reshape([count]).equal(arms).float().sum();
+    let hits = logits.argmax(1).reshape([count]).equal(arms).float().sum();
     100.0 * hits.into_scalar::<f32>() / count as f32
 }
 
@@ -143,9 +143,9 @@ fn main() -> Result<(), LoraError> {
         std::process::exit(2);
     };
     let device = plain.clone().autodiff();
-    let turned = 40f64.to_radians();
+    let rotation = 40f64.to_radians();
     let (x, arms) = spirals(3_000, 0.0, 1, &plain);
-    let (x_turned, arms_turned) = spirals(3_000, turned, 2, &plain);
+    let (x_rotated, arms_rotated) = spirals(3_000, rotation, 2, &plain);
 
     let base = Classifier {
         input: LinearConfig::new(2, 64).init(&device),
@@ -155,34 +155,34 @@ fn main() -> Result<(), LoraError> {
     let base = train(base, Classifier::forward, 0.0, &device);
     let valid = base.valid();
     println!(
-        "base model, the plane it knows:    {:5.1} %",
+        "base model, original plane:        {:5.1} %",
         accuracy(valid.forward(x), arms)
     );
-    let before = accuracy(valid.forward(x_turned.clone()), arms_turned.clone());
-    println!("base model, turned plane:          {before:5.1} %");
+    let before = accuracy(valid.forward(x_rotated.clone()), arms_rotated.clone());
+    println!("base model, rotated plane:         {before:5.1} %");
 
     let config = LoraConfig {
         r: 4,
         ..LoraConfig::default()
     };
     let adapted = AdaptedClassifier::new(base, &config)?;
-    let adapted = train(adapted, AdaptedClassifier::forward, turned, &device);
-    let scores = adapted.valid().forward(x_turned.clone());
+    let adapted = train(adapted, AdaptedClassifier::forward, rotation, &device);
+    let logits = adapted.valid().forward(x_rotated.clone());
     println!(
-        "8-bit base and adapters, turned:   {:5.1} %",
-        accuracy(scores.clone(), arms_turned.clone())
+        "8-bit base and adapters, rotated:  {:5.1} %",
+        accuracy(logits.clone(), arms_rotated.clone())
     );
 
     let merged = adapted.merge();
-    let merged_scores = merged.forward(x_turned);
-    let difference = (merged_scores.clone() - scores)
+    let merged_logits = merged.forward(x_rotated);
+    let difference = (merged_logits.clone() - logits)
         .abs()
         .max()
         .into_scalar::<f32>();
     println!(
         "merged into a plain Burn model:    {:5.1} %",
-        accuracy(merged_scores, arms_turned)
+        accuracy(merged_logits, arms_rotated)
     );
-    println!("largest difference of a score after merging: {difference:.1e}");
+    println!("largest difference of a logit after merging: {difference:.1e}");
     Ok(())
 }

@@ -15,7 +15,7 @@ pub enum TargetModules {
     AllLinear,
 }
 
-/// Which modules get none, whatever [`TargetModules`] says (PEFT's `exclude_modules`).
+/// Which modules get no adapter, even if [`TargetModules`] selects them (PEFT's `exclude_modules`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ExcludeModules {
     /// As [`TargetModules::Names`].
@@ -27,16 +27,16 @@ pub enum ExcludeModules {
 /// Which of the base model's biases were trained with the adapter (PEFT's `bias`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Bias {
-    /// None.
+    /// No bias.
     #[default]
     None,
     /// Every bias of the model.
     All,
-    /// Those of the modules that have an adapter.
+    /// The biases of the modules that have an adapter.
     LoraOnly,
 }
 
-/// How the adapter's `A` starts. `B` always starts at zero, so the first output is the base model's.
+/// How the adapter's `A` is initialized. `B` is always zero, so the first output is the base model's.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Init {
     /// Kaiming-uniform with a = √5, that is uniform in ±1/√d_in: PEFT's default and that of `nn.Linear`.
@@ -59,31 +59,31 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// Which modules are adapted.
     pub target_modules: TargetModules,
-    /// How `A` starts.
+    /// How `A` is initialized.
     pub init: Init,
-    /// Adapt these decoder layers only; all where `None`.
+    /// Adapt these decoder layers only; `None` means all.
     pub layers_to_transform: Option<Vec<usize>>,
-    /// What the list of layers is called in module names, as regular expressions; empty for any name.
+    /// The name of the list of layers in module names, as regular expressions; empty for any name.
     pub layers_pattern: Vec<String>,
     /// Modules that get no adapter although they are targets.
     pub exclude_modules: Option<ExcludeModules>,
-    /// Ranks that differ from `r`: the first expression that a module's name ends with counts.
+    /// Ranks that differ from `r`. The first expression that matches the end of a module's name applies.
     pub rank_pattern: Vec<(String, usize)>,
     /// Values that differ from `lora_alpha`, as `rank_pattern`.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>): the length of each output's weights
-    /// is a parameter of its own, and the adapter changes their direction.
+    /// DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>): the magnitude of each output's weights is a
+    /// separate parameter, and the adapter changes their direction.
     pub use_dora: bool,
     /// Which of the base model's biases belong to the adapter.
     pub bias: Bias,
     /// Whether `B` has a bias.
     pub lora_bias: bool,
-    /// Modules that belong to the adapter as a whole; they get no low-rank factors.
+    /// Modules that are trained and saved as a whole with the adapter; they get no low-rank factors.
     pub modules_to_save: Vec<String>,
-    /// Whether, in a model whose output layer is its embedding, an adapter on one of the two is on both.
+    /// Whether, in a model whose output layer is tied to its embedding, an adapter on one of the two applies to both.
     pub ensure_weight_tying: bool,
-    /// Tokens whose rows of a vocabulary table belong to the adapter, by the end of the table's module name
-    /// (`embed_tokens`); in the order of the rows in the adapter's file.
+    /// Tokens whose rows of an embedding or `lm_head` weight belong to the adapter, by the end of the module's name
+    /// (`embed_tokens`), in the order of the rows in the adapter's file.
     pub trainable_token_indices: Vec<(String, Vec<usize>)>,
 }
 
@@ -115,7 +115,7 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
-    /// The scale γ of the adapter: α/r, or α/√r with `use_rslora`. Where patterns apply, a module's is
+    /// The scale γ of the adapter: α/r, or α/√r with `use_rslora`. A module to which patterns apply has
     /// [`ModuleSelector::scale`].
     pub fn scale(&self) -> f64 {
         scale(self.r, self.lora_alpha, self.use_rslora)
@@ -125,7 +125,7 @@ impl LoraConfig {
     ///
     /// # Errors
     ///
-    /// The first invalid field, with its value and what would be right.
+    /// Names the first invalid field, its value and what is expected.
     pub fn validate(&self) -> Result<(), LoraError> {
         let ranks = self.rank_pattern.iter().map(|(_, r)| *r);
         if ranks.chain([self.r]).any(|r| r == 0) {
@@ -157,8 +157,8 @@ impl LoraConfig {
         ModuleSelector::new(self)
     }
 
-    /// These settings with the rank and α that `selector` gives the module of this name, and without
-    /// patterns: what [`LoraLinear::with_new_adapter`](crate::LoraLinear::with_new_adapter) takes.
+    /// The settings for one module: the rank and α that `selector` gives it, without patterns. The argument of
+    /// [`LoraLinear::with_new_adapter`](crate::LoraLinear::with_new_adapter).
     pub fn of_module(&self, selector: &ModuleSelector, name: &str) -> Self {
         Self {
             r: selector.r(name),

@@ -11,12 +11,12 @@ pub struct ModuleShape {
     pub name: String,
     /// The shape of its weight; `[d_in, d_out]` for a linear module.
     pub shape: Vec<usize>,
-    /// Whether it is a linear module, which an adapter or quantization can apply to. The
-    /// embedding, norms, biases and the output layer's bias are not.
+    /// Whether it is a linear module, to which an adapter or quantization can apply. Embedding, norms and biases are
+    /// not.
     pub is_linear: bool,
 }
 
-/// How many parameters train, how many are frozen, and what they take.
+/// How many parameters are trainable and frozen, and their bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ParameterCounts {
     /// Elements of all adapters' `A` and `B`, and of a DoRA's magnitudes.
@@ -35,11 +35,11 @@ pub struct ParameterCounts {
 
 impl ParameterCounts {
     /// Counts a model of these modules under `config`, its linear modules (without `lm_head`) stored
-    /// as `quantization` says and everything else with `float_bytes` bytes an element.
+    /// with `quantization` and everything else with `float_bytes` bytes per element.
     ///
     /// # Errors
     ///
-    /// If `config` is invalid, selects no module, or has an entry that matches none.
+    /// If `config` is invalid, selects no module, or has an entry that matches no module.
     pub fn new(
         modules: &[ModuleShape],
         config: &LoraConfig,
@@ -73,7 +73,7 @@ impl ParameterCounts {
         }
         if counts.adapted_modules == 0 {
             return Err(LoraError::NothingSelected {
-                targets: asked_for(config),
+                targets: selection(config),
                 available: kinds(modules),
             });
         }
@@ -84,14 +84,14 @@ impl ParameterCounts {
         Ok(counts)
     }
 
-    /// Frozen parameters a trainable one.
+    /// The ratio of frozen to trainable parameters.
     pub fn ratio(&self) -> f64 {
         self.frozen as f64 / self.trainable as f64
     }
 }
 
-/// The selection as a user writes it: `target_modules = q_proj, k_proj in layers 7, 8`.
-fn asked_for(config: &LoraConfig) -> String {
+/// The selection as in a configuration: `target_modules = q_proj, k_proj with layers_to_transform = 7, 8`.
+fn selection(config: &LoraConfig) -> String {
     let targets = match &config.target_modules {
         TargetModules::Names(names) => names.join(", "),
         TargetModules::Regex(pattern) => format!("{pattern:?}"),
@@ -107,7 +107,7 @@ fn asked_for(config: &LoraConfig) -> String {
     format!("target_modules = {targets}{layers}")
 }
 
-/// The kinds of linear modules, each once, in order.
+/// The last components of linear modules' names, each once, in order.
 fn kinds(modules: &[ModuleShape]) -> String {
     let linear = modules.iter().filter(|module| module.is_linear);
     selector::kinds(linear.map(|module| module.name.as_str())).join(", ")
@@ -161,13 +161,13 @@ mod tests {
         assert_eq!(counts.frozen, 70_553_706_496);
         assert_eq!(format!("{:.1}", counts.ratio()), "6332.7");
         assert_eq!(counts.adapted_modules, 240);
-        // Linear weights in the decoder: 8 bits and a 32-bit scale each 32.
+        // Linear weights in the decoder: 8 bits each and a 32-bit scale per 32 weights.
         let linear = counts.frozen - 2 * 128_256 * 8192 - (2 * 80 + 1) * 8192;
         assert_eq!(counts.linear_bytes, linear + linear / 8);
     }
 
     #[test]
-    fn all_linear_leaves_the_head_out_and_a_wrong_target_names_what_there_is() {
+    fn all_linear_excludes_the_head_and_a_wrong_target_lists_the_kinds_of_modules() {
         let mut config = LoraConfig {
             r: 1,
             target_modules: TargetModules::AllLinear,

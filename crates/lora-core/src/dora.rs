@@ -1,28 +1,28 @@
-//! DoRA: an adapter that changes the direction of each output's weights, and a trained length for each.
+//! DoRA: an adapter that changes the direction of each output's weights, with a trained magnitude per output.
 
 use burn::module::{LoraAdapter, Module, Param};
 use burn::tensor::{DType, Tensor};
 
 use kernels::{Direction, frozen_product, product};
 
-/// What DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>) adds to an adapter.
+/// The magnitudes that DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>) adds to an adapter.
 ///
-/// The layer's weight is `(W₀ + γ·A·B)` with its columns scaled to the trained lengths m:
+/// The layer's weight is `W₀ + γ·A·B` with its columns scaled to the trained magnitudes m:
 /// `h = (m / ‖W₀ + γ·A·B‖) ⊙ (x·W₀ + γ·(x·A)·B)`. As in PEFT (and the paper's section 4.3) the norm is a
 /// constant in the backward pass.
 #[derive(Module, Debug)]
 pub struct Dora {
-    /// The length m of each output's weights, `[1, d_out]`.
+    /// The magnitude m of each output, `[1, d_out]`: the norm of its column of weights.
     pub magnitude: Param<Tensor<2>>,
-    /// ‖W₀‖² of each output, `[1, d_out]`, f32 and off the tape.
+    /// ‖W₀‖² per column, `[1, d_out]`, f32 and outside the autodiff graph.
     #[module(skip)]
     squared_norms: Tensor<2>,
-    /// m / ‖W₀ + γ·A·B‖ where it is computed already, because nothing is trained.
+    /// The cached m / ‖W₀ + γ·A·B‖ of a layer that is not trained.
     #[module(skip)]
     settled: Option<Tensor<2>>,
 }
 
-/// The factor of each output, m / n, and the norms n it is made of, `[1, d_out]`.
+/// The factor m / n per output, and the norms n, `[1, d_out]` each.
 #[derive(Debug, Clone)]
 pub(crate) struct Scaling {
     pub(crate) factor: Tensor<2>,
@@ -30,8 +30,8 @@ pub(crate) struct Scaling {
 }
 
 impl Dora {
-    /// For a weight whose columns have these squared norms; without a magnitude, that of the columns of
-    /// `W₀ + γ·A·B`, so that the layer's output does not change.
+    /// For the weight whose dense values are `dense`. Without a magnitude, the norms of the columns of `W₀ + γ·A·B`, so
+    /// that the layer's output does not change.
     pub(crate) fn new(
         weight: &Tensor<2>,
         adapter: &LoraAdapter,
@@ -39,7 +39,7 @@ impl Dora {
         magnitude: Option<Tensor<2>>,
     ) -> Self {
         let squared_norms = dense.cast(DType::F32).square().sum_dim(0);
-        let start = match magnitude {
+        let magnitude = match magnitude {
             Some(magnitude) => magnitude,
             None => {
                 let norms = norms(weight, adapter, &squared_norms);
@@ -51,32 +51,32 @@ impl Dora {
             }
         };
         Self {
-            magnitude: Param::from_tensor(start),
+            magnitude: Param::from_tensor(magnitude),
             squared_norms,
             settled: None,
         }
     }
 
-    /// For another weight in the first one's place: its quantized form.
+    /// The same magnitudes for another weight: the quantized form of the first.
     pub(crate) fn with_weight(mut self, dense: Tensor<2>) -> Self {
         self.squared_norms = dense.cast(DType::F32).square().sum_dim(0);
         self.settled = None;
         self
     }
 
-    /// Computes the factors once and for all: for a layer that is not trained.
+    /// Caches the factors, for a layer that is not trained.
     pub(crate) fn settle(mut self, weight: &Tensor<2>, adapter: &LoraAdapter) -> Self {
         self.settled = None;
         self.settled = Some(self.scaling(weight, adapter).factor);
         self
     }
 
-    /// ‖W₀ + γ·A·B‖ of each output, `[1, d_out]`, off the tape.
+    /// ‖W₀ + γ·A·B‖ per column, `[1, d_out]`, outside the autodiff graph.
     pub(crate) fn norms(&self, weight: &Tensor<2>, adapter: &LoraAdapter) -> Tensor<2> {
         norms(weight, adapter, &self.squared_norms)
     }
 
-    /// The factor of each output in f32, off the tape.
+    /// The factor per output in f32, outside the autodiff graph.
     pub(crate) fn scaling(&self, weight: &Tensor<2>, adapter: &LoraAdapter) -> Scaling {
         if let Some(factor) = &self.settled {
             return Scaling {
@@ -92,23 +92,24 @@ impl Dora {
     }
 }
 
-/// ‖W₀ + γ·A·B‖ of each column without building the sum:
+/// ‖W₀ + γ·A·B‖ per column without building the sum: the square root of
 /// ‖w‖² + 2γ·b·(Aᵀw) + γ²·b·(AᵀA)·b, where Aᵀ·W₀ is a product of r rows with the frozen weight.
 fn norms(weight: &Tensor<2>, adapter: &LoraAdapter, squared_norms: &Tensor<2>) -> Tensor<2> {
     let a = adapter.a.val().without_autodiff();
     let b = adapter.b.val().without_autodiff();
     let weight = weight.clone().without_autodiff();
-    let turned = a.clone().transpose();
+    let a_transposed = a.clone().transpose();
     let dtype = match weight.dtype() {
         DType::QFloat(_) => DType::F32,
         dtype => dtype,
     };
-    let cross = frozen_product(None, turned.clone().cast(dtype), weight, Direction::Forward);
+    let left = a_transposed.clone().cast(dtype);
+    let cross = frozen_product(None, left, weight, Direction::Forward);
     let scale = adapter.scale;
     let inner = cross.cast(DType::F32).mul_scalar(2.0 * scale)
-        + product(product(turned, a), b.clone()).mul_scalar(scale * scale);
+        + product(product(a_transposed, a), b.clone()).mul_scalar(scale * scale);
     let squares = squared_norms.clone() + (b * inner).sum_dim(0);
-    // A column of zeros has no direction; a factor that is not a number would spoil the whole output.
+    // A column of zeros has norm 0; the factor m / 0 would make the output NaN.
     squares.clamp_min(f32::MIN_POSITIVE).sqrt()
 }
 
@@ -168,23 +169,20 @@ mod tests {
             let weight = sum.clone() * factor.clone();
             let bias = layer.bias.as_ref().unwrap().val().inner().unsqueeze();
             let expected = x_plain.clone().matmul(weight.clone()) + bias;
-            // f32 sums of 64 products, and a norm that is put together from three sums.
+            // f32 sums of 64 products, and a norm that is computed from three sums.
             assert!(distance(&y.inner(), &expected) < 3e-6);
             assert!(distance(&layer.merge().weight.val(), &weight) < 1e-6);
             let restored = layer.unmerge(layer.merge()).unwrap();
             assert!(distance(&restored.weight.val(), &layer.dense_base()) < 3e-6);
 
-            // Where the norm is a constant, the scaled gradient takes the gradient's place.
+            // With the norm a constant, the scaled gradient replaces the gradient.
             let scaled = grad.clone() * factor;
-            let through = scaled.clone().matmul(plain(b).transpose()) * SCALE;
-            let low = x_plain.clone().matmul(plain(a)) * SCALE;
+            let d_xa = scaled.clone().matmul(plain(b).transpose()) * SCALE;
+            let xa = x_plain.clone().matmul(plain(a)) * SCALE;
             let unscaled = x_plain.clone().matmul(sum);
             for (got, expected) in [
-                (
-                    a.val().grad(&gradients),
-                    x_plain.transpose().matmul(through),
-                ),
-                (b.val().grad(&gradients), low.transpose().matmul(scaled)),
+                (a.val().grad(&gradients), x_plain.transpose().matmul(d_xa)),
+                (b.val().grad(&gradients), xa.transpose().matmul(scaled)),
                 (
                     magnitude.val().grad(&gradients),
                     (grad.clone() * unscaled).sum_dim(0) / norms,
@@ -198,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_fresh_one_has_the_norms_of_the_weights_that_are_used_and_leaves_the_output() {
+    fn a_new_dora_has_the_norms_of_the_dequantized_weights_and_keeps_the_output() {
         let device = Device::flex();
         let config = LoraConfig {
             r: 4,
@@ -211,16 +209,16 @@ mod tests {
             let x = random([5, 64], 3, &device);
             let before = base.forward(x.clone());
             let dense = base.dense_base();
-            let fresh = base.with_new_adapter(&config, 7).unwrap();
-            let magnitude = fresh.dora.as_ref().unwrap().magnitude.val();
+            let new = base.with_new_adapter(&config, 7).unwrap();
+            let magnitude = new.dora.as_ref().unwrap().magnitude.val();
             let norms = dense.square().sum_dim(0).sqrt();
             assert!(distance(&magnitude, &norms) < 1e-6);
-            assert!(distance(&fresh.forward(x), &before) < 1e-6);
+            assert!(distance(&new.forward(x), &before) < 1e-6);
         }
     }
 
     #[test]
-    fn settling_changes_no_output_and_leaving_the_adapter_out_none_of_the_base_s() {
+    fn a_cached_scaling_keeps_the_output_and_a_layer_without_its_adapter_has_no_dora() {
         let device = Device::flex();
         let layer = layer(&device, Quantization::Bits8);
         let x = random([5, 64], 3, &device);
@@ -231,7 +229,7 @@ mod tests {
     }
 
     #[test]
-    fn a_column_of_zeros_stays_one() {
+    fn a_column_of_zeros_stays_zero() {
         let device = Device::flex();
         let mut linear = LinearConfig::new(8, 4).with_bias(false).init(&device);
         linear.weight = Param::from_tensor(Tensor::zeros([8, 4], &device));

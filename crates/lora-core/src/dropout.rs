@@ -1,4 +1,4 @@
-//! Dropout on the adapter's input, with masks that a seed fixes.
+//! Dropout of the adapter's input, with masks that a seed fixes.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -9,9 +9,9 @@ use kernels::CounterRng;
 
 /// Zeroes elements of the adapter's input in training and scales the rest by `1/(1 - prob)`.
 ///
-/// Differs from `burn::nn::Dropout` in one point: the mask comes from a seed on the host, not from
-/// the device's generator. So a layer that is run again during the backward pass drops the same
-/// elements, and every backend drops the same ones.
+/// Differs from `burn::nn::Dropout` in one point: the mask comes from a seed on the host, not from the device's
+/// generator. A layer that runs again during the backward pass therefore drops the same elements, and so does every
+/// backend.
 #[derive(Module, Debug)]
 pub struct AdapterDropout {
     /// Probability of dropping an element, in `[0, 1)`.
@@ -20,7 +20,7 @@ pub struct AdapterDropout {
     pub training: Param<Flag>,
 }
 
-/// Seeds for calls that bring none.
+/// Seeds for calls without a seed.
 static NEXT_SEED: AtomicU64 = AtomicU64::new(0);
 
 impl AdapterDropout {
@@ -40,9 +40,9 @@ impl AdapterDropout {
 
     /// Drops elements of `x`.
     ///
-    /// With a seed it always does, and the mask depends on `seed` and the shape only: a pass without a
-    /// tape, whose layers are run again in the backward pass, is training too. Without a seed it does as
-    /// `burn::nn::Dropout`: in training state and with a tape only, and each call draws a mask of its own.
+    /// With a seed it always drops, and the mask depends on `seed` and the shape only: the manual passes train outside
+    /// an autodiff graph. Without a seed it behaves as `burn::nn::Dropout`: it drops in training state and in an
+    /// autodiff graph only, and each call draws a new mask.
     ///
     /// # Shapes
     ///
@@ -90,7 +90,7 @@ mod tests {
     }
 
     #[test]
-    fn validation_and_tensors_without_a_tape_drop_nothing() {
+    fn validation_and_tensors_outside_an_autodiff_graph_drop_nothing() {
         let dropout = AdapterDropout::new(0.5);
         let plain = Tensor::<2>::ones([4, 4], &Device::flex());
         let tracked = Tensor::<2>::ones([4, 4], &Device::flex().autodiff());
@@ -109,14 +109,20 @@ mod tests {
     }
 
     #[test]
-    fn a_seed_drops_the_same_elements_with_and_without_a_tape() {
+    fn a_seed_drops_the_same_elements_inside_and_outside_an_autodiff_graph() {
         let dropout = AdapterDropout::new(0.5);
         let plain = Tensor::<2>::ones([8, 8], &Device::flex());
-        let without = dropout.valid().forward(plain.clone(), Some(1));
-        let with = dropout.forward(plain.autodiff(), Some(1)).inner();
-        without
+        let outside = dropout.valid().forward(plain.clone(), Some(1));
+        let inside = dropout.forward(plain.autodiff(), Some(1)).inner();
+        outside
             .into_data()
-            .assert_eq(&with.clone().into_data(), true);
-        assert!(with.into_data().try_to_vec::<f32>().unwrap().contains(&0.0));
+            .assert_eq(&inside.clone().into_data(), true);
+        assert!(
+            inside
+                .into_data()
+                .try_to_vec::<f32>()
+                .unwrap()
+                .contains(&0.0)
+        );
     }
 }

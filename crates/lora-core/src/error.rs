@@ -1,4 +1,4 @@
-//! What can be wrong with a LoRA configuration or with the tensors it is applied to.
+//! Errors of a LoRA configuration, or of the tensors that it is applied to.
 
 use kernels::AlreadyQuantized;
 
@@ -24,7 +24,7 @@ pub enum LoraError {
         field: &'static str,
         /// The expression as written.
         pattern: String,
-        /// What the regex engine says.
+        /// The regex engine's message.
         reason: String,
     },
     /// PEFT does not allow `layers_to_transform` together with a string in `target_modules`.
@@ -32,17 +32,17 @@ pub enum LoraError {
         "layers_to_transform cannot be used when target_modules is a string ({0:?}); list the module names instead"
     )]
     LayersWithPattern(String),
-    /// `layers_pattern` says where a layer's number is, and no layer is named.
+    /// `layers_pattern` is set, but `layers_to_transform` names no layer.
     #[error(
         "layers_pattern is set but layers_to_transform is not; name the layers, or leave it out"
     )]
     PatternWithoutLayers,
-    /// PEFT does not allow both.
+    /// PEFT does not allow both `use_dora` and `lora_bias`.
     #[error(
         "use_dora and lora_bias are both set, which PEFT does not support; leave lora_bias out"
     )]
     DoraWithBias,
-    /// What the output layer does not take in training.
+    /// DoRA or dropout on the output layer's adapter, which training does not support.
     #[error(
         "lm_head is a target, and its adapter can be trained neither as a DoRA nor with dropout; leave peft_use_dora and lora_dropout out, or lm_head"
     )]
@@ -60,21 +60,21 @@ pub enum LoraError {
     MatchesNothing {
         /// The setting.
         field: &'static str,
-        /// The entry as written.
+        /// The entry as the configuration has it.
         entry: Box<str>,
-        /// What there is.
+        /// The names that an entry can match.
         among: Box<str>,
-        /// The most similar name, where one is similar.
+        /// The most similar name, if one is similar enough.
         nearest: Option<Box<str>>,
     },
-    /// A tensor has another shape than the layer needs.
+    /// A tensor does not have the shape that the layer needs.
     #[error("{name} has shape {got:?}, expected {expected:?}")]
     Shape {
         /// Which tensor.
         name: &'static str,
         /// The shape the layer needs.
         expected: Vec<usize>,
-        /// The shape it was given.
+        /// The tensor's shape.
         got: Vec<usize>,
     },
     /// The layer is quantized or has an adapter already.

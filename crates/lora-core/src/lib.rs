@@ -1,18 +1,21 @@
 //! LoRA over frozen, optionally 8-bit weights, for any Burn model on any Burn device.
 //!
-//! | item | what it is |
-//! | --- | --- |
-//! | [`LoraConfig`], [`TargetModules`], [`Init`] | what to adapt and how, with PEFT's names and meaning |
-//! | [`LoraLinear`] | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
-//! | [`Dora`] | what makes such an adapter a DoRA: a trained magnitude per output |
-//! | [`LinearGroup`] | the same layers' forward and backward pass without an autodiff graph, for trainers |
-//! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | between adapters and plain `Linear`s |
-//! | [`ModuleSelector`] | which modules of a model a configuration selects |
-//! | [`ParameterCounts`] | trainable and frozen parameters from shapes alone |
-//! | [`kernels`] | the operations underneath: products with frozen weights, 8- and 4-bit quantization |
+//! | item | file | what it is |
+//! | --- | --- | --- |
+//! | [`LoraConfig`], [`TargetModules`], [`Init`] | `config.rs` | what to adapt and how, with PEFT's names and meaning |
+//! | [`LoraLinear`] | `linear.rs` | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
+//! | [`LoraLinear::forward`] | `autodiff.rs` | its forward pass in Burn's autodiff graph |
+//! | [`LinearGroup`] | `manual.rs` | the manual forward and backward pass, without a graph, for trainers |
+//! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
+//! | [`Dora`] | `dora.rs` | DoRA: a trained magnitude per output |
+//! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | `merge.rs` | adds the adapter to a plain `Linear`, or subtracts it |
+//! | [`ModuleSelector`] | `selector.rs` | which modules of a model a configuration selects |
+//! | [`ParameterCounts`] | `count.rs` | trainable and frozen parameters from shapes alone |
+//! | [`LoraError`] | `error.rs` | what can be wrong |
+//! | [`kernels`] | crate `kernels` | the operations underneath: products with frozen weights, 8- and 4-bit quantization |
 //!
-//! This crate does not depend on Llama, on files or on command lines, and names no backend: crate [`kernels`] runs each
-//! operation where its tensors are.
+//! This crate does not depend on Llama, on files or on command lines, and names no backend: crate [`kernels`] chooses
+//! the implementation by the device of the tensors.
 //!
 //! ```
 //! use burn::nn::LinearConfig;
@@ -31,6 +34,7 @@
 //! # Ok::<(), lora_core::LoraError>(())
 //! ```
 
+mod autodiff;
 mod config;
 mod count;
 mod dora;

@@ -1,32 +1,29 @@
-//! A linear layer with a frozen weight and a trainable low-rank path beside it.
+//! A linear layer with a frozen weight and a trainable LoRA adapter: the module and its construction.
 
 use burn::module::{LoraAdapter, Module, Param, Reparameterizer};
 use burn::nn::Linear;
 use burn::tensor::Tensor;
 
-use kernels::{
-    CounterRng, Quantization, frozen_linear, kaiming_uniform, normal, product, quantize,
-};
+use kernels::{CounterRng, Quantization, kaiming_uniform, normal, quantize};
 
 use crate::{AdapterDropout, Dora, Init, LoraConfig, LoraError};
 
 /// A linear layer whose weight is frozen, with or without a LoRA adapter:
 /// `h = x·W₀ + b + γ·(x·A)·B`.
 ///
-/// The second path is computed from its factors; `W₀ + γ·A·B` is never built. The adapter is stored
-/// as Burn stores its own ([`LoraAdapter`] on the weight's [`Param`]), so records, `valid()`,
-/// `materialize()`, module visitors and optimizer groups work as they do there; only the forward
-/// and the backward pass differ.
+/// The adapter's term is computed from its factors; `W₀ + γ·A·B` is never built. The adapter is stored as in Burn
+/// ([`LoraAdapter`] on the weight's [`Param`]), so records, `valid()`, `materialize()`, module visitors and optimizer
+/// groups work as for Burn's LoRA. Only the forward and the backward pass differ.
 #[derive(Module, Debug)]
 pub struct LoraLinear {
-    /// The frozen weight W₀, `[d_in, d_out]`, float or quantized. It carries the adapter:
+    /// The frozen weight W₀, `[d_in, d_out]`, float or quantized, with the adapter:
     /// [`base`](Param::base) is W₀ alone, [`val`](Param::val) would build `W₀ + γ·A·B`.
     pub weight: Param<Tensor<2>>,
     /// The frozen bias, `[d_out]`.
     pub bias: Option<Param<Tensor<1>>>,
-    /// Acts on the adapter's input in training.
+    /// Dropout of the adapter's input in training.
     pub dropout: AdapterDropout,
-    /// The trained lengths of the outputs' weights, where the adapter is a DoRA.
+    /// The trained magnitude per output, if the adapter is a DoRA.
     pub dora: Option<Dora>,
 }
 
@@ -41,18 +38,18 @@ impl LoraLinear {
         }
     }
 
-    /// Freezes `linear` and gives it an adapter, whose `A` depends on `seed` only and whose `B` is
-    /// zero: the output is that of `linear`, bit for bit, until `B` is trained.
+    /// Freezes `linear` and adds an adapter. Its `A` depends on `seed` only and its `B` is zero: until `B` is trained,
+    /// the output is that of `linear`, bit for bit.
     ///
     /// # Errors
     ///
-    /// If `config` is invalid. Its `target_modules` are the caller's affair: they select layers by
-    /// name ([`LoraConfig::selector`]), which a layer does not know.
+    /// If `config` is invalid. Its `target_modules` are not used here: they select layers by name
+    /// ([`LoraConfig::selector`]), and a layer does not know its name.
     pub fn new(linear: Linear, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
         Self::frozen(linear).with_new_adapter(config, seed)
     }
 
-    /// Adds a fresh adapter as [`new`](Self::new) does.
+    /// Adds a new adapter as [`new`](Self::new) does.
     ///
     /// # Errors
     ///
@@ -61,7 +58,7 @@ impl LoraLinear {
         config.validate()?;
         let [d_in, d_out] = self.weight.lazy_shape().dims();
         let device = self.weight.lazy_device();
-        // Burn keeps parameters in their own memory pools when it is told that they are parameters.
+        // Burn keeps persistent allocations, such as parameters, in separate memory pools.
         let (a, b) = device.memory_persistent_allocations((), |_| {
             let mut rng = CounterRng::new(seed);
             let a = match config.init {
@@ -117,7 +114,8 @@ impl LoraLinear {
         Ok(self)
     }
 
-    /// Makes the adapter a DoRA with this magnitude, or with one that leaves the output as it is.
+    /// Makes the adapter a DoRA with this magnitude. Without one, the magnitude is chosen so that the output does not
+    /// change.
     ///
     /// # Shapes
     ///
@@ -137,8 +135,8 @@ impl LoraLinear {
         Ok(self)
     }
 
-    /// Computes what depends on the weights only, once, for a layer that is not trained any more. Training
-    /// it afterwards would use a DoRA's old norms.
+    /// Caches a DoRA's scaling, for a layer that is not trained any more. Training the layer afterwards would use the
+    /// old norms.
     pub fn settled(mut self) -> Self {
         if let (Some(dora), Some(adapter)) = (&self.dora, self.adapter()) {
             self.dora = Some(dora.clone().settle(&self.weight.base(), adapter));
@@ -146,8 +144,8 @@ impl LoraLinear {
         self
     }
 
-    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and, where it is a
-    /// DoRA, the magnitude `[1, d_out]`. Empty without an adapter.
+    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and, for a DoRA, the magnitude
+    /// `[1, d_out]`. Empty without an adapter.
     pub fn trainable(&self) -> Vec<&Param<Tensor<2>>> {
         let Some(adapter) = self.adapter() else {
             return Vec::new();
@@ -163,7 +161,7 @@ impl LoraLinear {
     ///
     /// # Errors
     ///
-    /// If it is quantized already.
+    /// If the weight is quantized already.
     pub fn quantize(mut self, quantization: Quantization) -> Result<Self, LoraError> {
         let adapter = self.adapter().cloned();
         let base = quantize(self.weight.base(), quantization)?;
@@ -199,79 +197,6 @@ impl LoraLinear {
     pub fn dims(&self) -> [usize; 2] {
         self.weight.lazy_shape().dims()
     }
-
-    /// The layer's output. In training, with dropout, each call draws a mask of its own.
-    ///
-    /// # Shapes
-    ///
-    /// - `x`: `[..., d_in]`
-    /// - output: `[..., d_out]`
-    ///
-    /// # Panics
-    ///
-    /// If the last dimension of `x` is not `d_in`.
-    pub fn forward<const D: usize>(&self, x: Tensor<D>) -> Tensor<D> {
-        self.forward_seeded(x, None)
-    }
-
-    /// As [`forward`](Self::forward), with the dropout mask fixed by `dropout_seed`: the same on every
-    /// device, in a recomputation, and without a tape. See [`AdapterDropout::forward`].
-    pub fn forward_seeded<const D: usize>(
-        &self,
-        x: Tensor<D>,
-        dropout_seed: Option<u64>,
-    ) -> Tensor<D> {
-        let mut shape = x.dims();
-        let [d_in, d_out] = self.dims();
-        assert_eq!(
-            shape[D - 1],
-            d_in,
-            "x is {shape:?}, the layer takes [..., {d_in}]"
-        );
-        let rows = shape[..D - 1].iter().product::<usize>();
-        let x = x.reshape([rows, d_in]);
-        let base = self.weight.base();
-        // Only `unfreeze()` makes the base trainable, and then full fine-tuning is what was asked for.
-        let of_base = |x: Tensor<2>| {
-            if base.is_require_grad() {
-                product(x, base.clone())
-            } else {
-                frozen_linear(x, base.clone())
-            }
-        };
-        let mut y = of_base(x.clone());
-        if let Some(adapter) = self.adapter() {
-            let dropped = self.dropout.forward(x.clone(), dropout_seed);
-            let dtype = x.dtype();
-            // γ goes onto the [n, r] product, the smallest tensor of the chain.
-            let low = product(dropped.clone(), adapter.a.val().cast(dtype));
-            let low = product(low.mul_scalar(adapter.scale), adapter.b.val().cast(dtype));
-            y = match &self.dora {
-                None => y + low,
-                Some(dora) => {
-                    let norms = dora.norms(&base, adapter);
-                    let norms = if x.is_autodiff() {
-                        norms.autodiff()
-                    } else {
-                        norms
-                    };
-                    let factor = (dora.magnitude.val() / norms).cast(dtype);
-                    if self.dropout.acts(&x, dropout_seed) {
-                        // As in PEFT: the base sees the whole input, DoRA's part the dropped one.
-                        let through = of_base(dropped);
-                        y - through.clone() + (through + low) * factor
-                    } else {
-                        (y + low) * factor
-                    }
-                }
-            };
-        }
-        if let Some(bias) = &self.bias {
-            y = y + bias.val().unsqueeze();
-        }
-        shape[D - 1] = d_out;
-        y.reshape(shape)
-    }
 }
 
 fn check_shape(
@@ -290,7 +215,7 @@ fn check_shape(
     }
 }
 
-/// Puts an adapter that exists already onto a parameter: Burn's own reparameterizers only make new ones.
+/// Attaches an existing adapter to a parameter: Burn's own reparameterizers only create new adapters.
 struct Attach(Option<LoraAdapter>);
 
 impl Reparameterizer for Attach {
@@ -306,18 +231,18 @@ impl Reparameterizer for Attach {
 }
 
 #[cfg(test)]
-mod tests {
+pub(crate) mod tests {
     use super::*;
     use burn::module::{ModuleVisitor, ParamId};
     use burn::nn::LinearConfig;
     use burn::optim::AdamWConfig;
     use burn::tensor::{DType, Device, TensorData, Tolerance};
 
-    fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
+    pub(crate) fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
         x.clone().into_data().try_to_vec().unwrap()
     }
 
-    fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
+    pub(crate) fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
         normal(shape, 0.3, &mut CounterRng::new(seed), device)
     }
 
@@ -329,7 +254,7 @@ mod tests {
     }
 
     /// A layer with B ≠ 0, γ = 4, and its dense weight, factors and bias.
-    fn adapted(device: &Device, quantization: Quantization) -> LoraLinear {
+    pub(crate) fn adapted(device: &Device, quantization: Quantization) -> LoraLinear {
         let linear = LinearConfig::new(64, 96).init(device);
         LoraLinear::frozen(linear)
             .with_adapter(random([64, 4], 1, device), random([4, 96], 2, device), 4.0)
@@ -349,81 +274,6 @@ mod tests {
             let after = values(&base.with_new_adapter(&config(8), 5).unwrap().forward(x));
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&before), bits(&after));
-        }
-    }
-
-    #[test]
-    fn forward_is_the_frozen_product_plus_bias_plus_the_scaled_adapter() {
-        let device = Device::flex();
-        let layer = adapted(&device, Quantization::None);
-        let x = random([2 * 3, 64], 3, &device);
-        let adapter = layer.adapter().unwrap();
-        let weight = layer.weight.base() + adapter.a.val().matmul(adapter.b.val()) * 4.0;
-        let expected = x.clone().matmul(weight) + layer.bias.as_ref().unwrap().val().unsqueeze();
-        let got = layer.forward(x.reshape([2, 3, 64]));
-        assert_eq!(got.dims(), [2, 3, 96]);
-        let tolerance = Tolerance::absolute(2e-5);
-        got.reshape([6, 96])
-            .into_data()
-            .assert_approx_eq::<f32>(&expected.into_data(), tolerance);
-    }
-
-    #[test]
-    fn gradients_are_those_of_the_dense_formula_and_the_frozen_weight_has_none() {
-        let device = Device::flex().autodiff();
-        for quantization in [Quantization::None, Quantization::Bits8] {
-            let layer = adapted(&device, quantization);
-            let (a, b) = layer.adapter().map(|x| (x.a.val(), x.b.val())).unwrap();
-            let x = random([7, 64], 3, &device).require_grad();
-            let grad = random([7, 96], 4, &device);
-            let gradients = (layer.forward(x.clone()) * grad.clone()).sum().backward();
-
-            let (plain_a, plain_b) = (a.clone().inner(), b.clone().inner());
-            let (plain_x, grad) = (x.clone().inner(), grad.inner());
-            let base = match quantization {
-                Quantization::None => layer.weight.base().inner(),
-                _ => layer.weight.base().inner().dequantize(),
-            };
-            // h = x·W₀ + 4·x·A·B: the textbook derivatives, on the dense weight.
-            let through_b = grad.clone().matmul(plain_b.transpose()) * 4.0;
-            let expected_a = plain_x.clone().transpose().matmul(through_b.clone());
-            let expected_b = (plain_x.matmul(plain_a.clone()) * 4.0)
-                .transpose()
-                .matmul(grad.clone());
-            let expected_x = grad.matmul(base.transpose()) + through_b.matmul(plain_a.transpose());
-            for (got, expected) in [
-                (a.grad(&gradients), expected_a),
-                (b.grad(&gradients), expected_b),
-                (x.grad(&gradients), expected_x),
-            ] {
-                let (got, expected) = (got.unwrap(), expected);
-                let norm = expected
-                    .clone()
-                    .powf_scalar(2.)
-                    .sum()
-                    .sqrt()
-                    .into_scalar::<f32>();
-                let difference = (got - expected)
-                    .powf_scalar(2.)
-                    .sum()
-                    .sqrt()
-                    .into_scalar::<f32>();
-                assert!(
-                    difference / norm < 2e-6,
-                    "{quantization:?}: {}",
-                    difference / norm
-                );
-            }
-            assert!(layer.weight.base().grad(&gradients).is_none());
-            assert!(
-                layer
-                    .bias
-                    .as_ref()
-                    .unwrap()
-                    .val()
-                    .grad(&gradients)
-                    .is_none()
-            );
         }
     }
 
@@ -462,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn burns_materialize_gives_the_merged_weight() {
+    fn burns_materialize_returns_the_merged_weight() {
         let device = Device::flex();
         let layer = adapted(&device, Quantization::None);
         let x = random([5, 64], 3, &device);
@@ -505,22 +355,6 @@ mod tests {
             trained.weight.base().into_data().as_bytes(),
             layer.weight.base().into_data().as_bytes()
         );
-    }
-
-    #[test]
-    fn dropout_acts_in_training_only_and_a_seed_fixes_it() {
-        let device = Device::flex().autodiff();
-        let mut layer = adapted(&device, Quantization::None);
-        layer.dropout = AdapterDropout::new(0.5);
-        let x = random([5, 64], 3, &device);
-        let run = |seed| values(&layer.forward_seeded(x.clone(), seed).inner());
-        assert_eq!(run(Some(1)), run(Some(1)));
-        assert_ne!(run(Some(1)), run(Some(2)));
-        let mut undropped = layer.clone();
-        undropped.dropout = AdapterDropout::new(0.0);
-        let valid = values(&layer.valid().forward(x.clone().inner()));
-        assert_eq!(valid, values(&undropped.forward(x.clone()).inner()));
-        assert_ne!(valid, run(Some(1)));
     }
 
     #[test]

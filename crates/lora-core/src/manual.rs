@@ -1,15 +1,14 @@
-//! Forward and backward passes of LoRA layers written out, without a tape.
+//! Manual forward and backward passes of LoRA layers, without an autodiff graph.
 //!
-//! A tape computes the gradient of every operation by itself. Written out, layers with the same input
-//! share the products with it, sums are accumulated where they lie, nothing is kept that the backward
-//! pass does not read, and the order of every sum is fixed. The mathematics is that of
-//! [`LoraLinear::forward`]; the tests compare with Burn's tape.
+//! An autodiff graph computes the gradient of every operation separately. The manual passes share the products of
+//! layers with the same input, accumulate sums in place, save only what the backward pass reads, and fix the order of
+//! every sum. The mathematics is that of [`LoraLinear::forward`]; the tests compare with Burn's autodiff graph.
 //!
 //! For `h = x·W₀ + γ·(x·A)·B` and the gradient G of h (Hu et al., 2021,
 //! <https://arxiv.org/abs/2106.09685>): ∂A = γ·xᵀ·(G·Bᵀ), ∂B = γ·(x·A)ᵀ·G, ∂x = G·W₀ᵀ + γ·(G·Bᵀ)·Aᵀ.
 //!
-//! A DoRA scales h by m/n for each output, n a constant: ∂m = Σ G ⊙ h / n over the rows, and G ⊙ m/n takes
-//! G's place in the rest.
+//! A DoRA scales each output of h by m/n, with n a constant: ∂m = Σ G ⊙ h / n over the rows, and G ⊙ m/n replaces
+//! G everywhere else.
 
 use burn::module::Param;
 use burn::tensor::{DType, Tensor};
@@ -21,27 +20,27 @@ use kernels::{
 use crate::LoraLinear;
 use crate::dora::Scaling;
 
-/// Layers that take the same input, run together outside any tape.
+/// Layers with the same input, run together outside an autodiff graph.
 ///
-/// The frozen weights get no gradient, trainable or not.
+/// The frozen weights get no gradient, even if they are trainable.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearGroup<'a, const N: usize> {
     layers: [&'a LoraLinear; N],
     dropout_seeds: [Option<u64>; N],
 }
 
-/// What a forward pass leaves for the backward pass: the adapters' low-rank products γ·x·A, `[n, r]` each, and
-/// of a DoRA what it scales, `[n, d_out]`.
+/// What a forward pass saves for the backward pass: the adapters' hidden activations γ·x·A, `[n, r]` each, and for a
+/// DoRA the output before its scaling, `[n, d_out]`.
 #[derive(Debug, Clone)]
 pub struct LowRank<const N: usize> {
     products: [Option<Tensor<2>>; N],
     scaled: [Option<Scaled>; N],
-    /// The adapters' A side by side, `[d_in, Σ r]`, where all share one product with the input; on GPUs times γ where
-    /// that is one number.
+    /// The adapters' A side by side, `[d_in, Σ r]`, if all share one product with the input. On GPUs multiplied by γ if
+    /// all adapters have the same γ.
     all_a: Option<Tensor<2>>,
 }
 
-/// What a DoRA scales, before that.
+/// A DoRA's output before the scaling, and the scaling.
 #[derive(Debug, Clone)]
 struct Scaled {
     output: Tensor<2>,
@@ -49,7 +48,7 @@ struct Scaled {
 }
 
 impl<'a, const N: usize> LinearGroup<'a, N> {
-    /// A group. With seeds the layers' dropout acts, as in [`LoraLinear::forward_seeded`].
+    /// A group of layers. With seeds the layers' dropout acts, as in [`LoraLinear::forward_seeded`].
     pub fn new(layers: [&'a LoraLinear; N], dropout_seeds: [Option<u64>; N]) -> Self {
         Self {
             layers,
@@ -62,8 +61,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         self.layers.iter().any(|layer| layer.adapter().is_some())
     }
 
-    /// The outputs, each added to its sum where one is given. An output has the type of its sum, or without one the
-    /// type of `x`, which products are computed in.
+    /// The outputs, each added to its entry of `sums` if there is one. An output has the type of its sum, or without a
+    /// sum the type of `x`, in which products are computed.
     ///
     /// # Shapes
     ///
@@ -85,22 +84,23 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             let weight = layer.weight.base();
             let sum = sums[i].take();
             let mut y = match (&products[i], layer.adapter(), &layer.dora) {
-                (Some(low), Some(adapter), Some(dora)) => {
+                (Some(xa), Some(adapter), Some(dora)) => {
                     let scaling = dora.scaling(&weight, adapter);
                     let b = factor(&adapter.b, x.dtype());
                     let by = scaling.factor.clone().cast(x.dtype());
                     let dropped = self.dropped(i, x.clone());
-                    let through = frozen_product(None, dropped, weight.clone(), Direction::Forward);
-                    // Under dropout the base's own part sees the whole input.
-                    let base = self.drops_in(i).then(|| {
-                        let own = frozen_product(None, x.clone(), weight, Direction::Forward);
-                        own - through.clone()
+                    let dropped_base =
+                        frozen_product(None, dropped, weight.clone(), Direction::Forward);
+                    // Under dropout the base layer gets the whole input, the scaled part the dropped one.
+                    let undropped = self.drops_in(i).then(|| {
+                        let base = frozen_product(None, x.clone(), weight, Direction::Forward);
+                        base - dropped_base.clone()
                     });
-                    let output = multiply_add(Some(through), 1.0, low.clone(), b);
+                    let output = multiply_add(Some(dropped_base), 1.0, xa.clone(), b);
                     let y = output.clone() * by;
                     scaled[i] = Some(Scaled { output, scaling });
-                    let y = match base {
-                        Some(base) => y + base,
+                    let y = match undropped {
+                        Some(undropped) => y + undropped,
                         None => y,
                     };
                     match sum {
@@ -111,10 +111,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         None => y,
                     }
                 }
-                (Some(low), Some(adapter), None) => {
+                (Some(xa), Some(adapter), None) => {
                     let y = frozen_product(sum, x.clone(), weight, Direction::Forward);
                     let b = factor(&adapter.b, x.dtype());
-                    multiply_add(Some(y), 1.0, low.clone(), b)
+                    multiply_add(Some(y), 1.0, xa.clone(), b)
                 }
                 _ => frozen_product(sum, x.clone(), weight, Direction::Forward),
             };
@@ -124,102 +124,110 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             }
             y
         });
-        let low = LowRank {
+        let saved = LowRank {
             products,
             scaled,
             all_a,
         };
-        (outputs, low)
+        (outputs, saved)
     }
 
-    /// The gradients of the adapters, each given to `collect` in f32, and, if `input_gradient` is set, of `x`.
+    /// Computes the gradients of the adapters, each passed to `accumulate` in f32. Returns the gradient of `x` if
+    /// `input_gradient` is set.
     ///
-    /// `x` is called only where there are adapters: it may compute the input again. `low` is what the
-    /// forward pass left.
+    /// `x` is called only if a layer has an adapter, because it may compute the input again. `saved` comes from
+    /// [`forward`](Self::forward).
     ///
     /// # Shapes
     ///
     /// - `x`, output: `[n, d_in]`
-    /// - `gradients`: `[n, d_out]` of each layer
+    /// - `d_outputs`: `[n, d_out]` of each layer
     pub fn backward(
         &self,
         x: impl FnOnce() -> Tensor<2>,
-        low: LowRank<N>,
-        gradients: [Tensor<2>; N],
+        saved: LowRank<N>,
+        d_outputs: [Tensor<2>; N],
         input_gradient: bool,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Option<Tensor<2>> {
-        let dtype = gradients[0].dtype();
-        // What is left of a gradient behind a DoRA's scaling, and under dropout what it changes of the base.
-        let mut beside: [Option<Tensor<2>>; N] = [const { None }; N];
-        let gradients: [Tensor<2>; N] = {
+        let dtype = d_outputs[0].dtype();
+        // Under dropout, the gradients of a DoRA's outputs before the scaling: the base layer's undropped part is not
+        // scaled.
+        let mut d_unscaled: [Option<Tensor<2>>; N] = [const { None }; N];
+        let d_outputs: [Tensor<2>; N] = {
             let mut index = 0;
-            gradients.map(|gradient| {
+            d_outputs.map(|d_output| {
                 let i = index;
                 index += 1;
-                let (Some(dora), Some(scaled)) = (&self.layers[i].dora, &low.scaled[i]) else {
-                    return gradient;
+                let (Some(dora), Some(scaled)) = (&self.layers[i].dora, &saved.scaled[i]) else {
+                    return d_output;
                 };
                 let product =
-                    gradient.clone().cast(DType::F32) * scaled.output.clone().cast(DType::F32);
+                    d_output.clone().cast(DType::F32) * scaled.output.clone().cast(DType::F32);
                 let sum = product.sum_dim(0) / scaled.scaling.norms.clone();
-                collect(&dora.magnitude, sum);
-                let through = gradient.clone() * scaled.scaling.factor.clone().cast(dtype);
+                accumulate(&dora.magnitude, sum);
+                let d_scaled = d_output.clone() * scaled.scaling.factor.clone().cast(dtype);
                 if self.drops_in(i) {
-                    beside[i] = Some(gradient);
+                    d_unscaled[i] = Some(d_output);
                 }
-                through
+                d_scaled
             })
         };
-        for (i, gradient) in gradients.iter().enumerate() {
-            if let (Some(adapter), Some(low)) = (self.layers[i].adapter(), &low.products[i]) {
-                let b = multiply_in_f32(low.clone().transpose(), gradient.clone());
-                collect(&adapter.b, b);
+        for (i, d_output) in d_outputs.iter().enumerate() {
+            if let (Some(adapter), Some(xa)) = (self.layers[i].adapter(), &saved.products[i]) {
+                let d_b = multiply_in_f32(xa.clone().transpose(), d_output.clone());
+                accumulate(&adapter.b, d_b);
             }
         }
         let low_gradients = if self.drops() {
             LowGradients::Apart(std::array::from_fn(|i| {
                 let adapter = self.layers[i].adapter()?;
                 let b = factor(&adapter.b, dtype).transpose();
-                Some(multiply_add(None, adapter.scale, gradients[i].clone(), b))
+                Some(multiply_add(None, adapter.scale, d_outputs[i].clone(), b))
             }))
         } else {
-            LowGradients::Together(self.low_gradients(&gradients, dtype))
+            LowGradients::Together(self.low_gradients(&d_outputs, dtype))
         };
-        let mut below = None;
-        let mut through_mask: [Option<Tensor<2>>; N] = [const { None }; N];
+        let mut d_input = None;
+        // The gradients of the dropped inputs, before the dropout mask.
+        let mut d_dropped: [Option<Tensor<2>>; N] = [const { None }; N];
         if input_gradient {
-            for (i, gradient) in gradients.into_iter().enumerate() {
+            for (i, d_output) in d_outputs.into_iter().enumerate() {
                 let weight = self.layers[i].weight.base();
-                let own = match beside[i].take() {
-                    None => gradient,
-                    Some(own) => {
-                        let rest = gradient - own.clone();
+                let d_base = match d_unscaled[i].take() {
+                    None => d_output,
+                    Some(d_base) => {
+                        let difference = d_output - d_base.clone();
                         let weight = weight.clone();
-                        through_mask[i] =
-                            Some(frozen_product(None, rest, weight, Direction::Backward));
-                        own
+                        d_dropped[i] = Some(frozen_product(
+                            None,
+                            difference,
+                            weight,
+                            Direction::Backward,
+                        ));
+                        d_base
                     }
                 };
-                below = Some(frozen_product(below, own, weight, Direction::Backward));
+                d_input = Some(frozen_product(d_input, d_base, weight, Direction::Backward));
             }
         }
         if self.has_adapters() {
             let x = x();
             match low_gradients {
                 LowGradients::Together(Some(all)) => {
-                    self.through_shared(x, all, low.all_a, &mut below, collect);
+                    self.shared_backward(x, all, saved.all_a, &mut d_input, accumulate);
                 }
                 LowGradients::Together(None) => {}
                 LowGradients::Apart(all) => {
-                    self.through_dropped(x, all, through_mask, &mut below, collect);
+                    self.dropped_backward(x, all, d_dropped, &mut d_input, accumulate);
                 }
             }
         }
-        below
+        d_input
     }
 
-    /// γ·x·A of every adapter; one product for all of them unless dropout gives each an input of its own.
+    /// γ·x·A of every adapter, in one product for all of them unless each has its own dropout mask. Also returns the
+    /// `all_a` of [`LowRank`].
     fn low_rank(&self, x: &Tensor<2>) -> ([Option<Tensor<2>>; N], Option<Tensor<2>>) {
         if !self.has_adapters() {
             return ([const { None }; N], None);
@@ -234,63 +242,62 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             return (apart, None);
         }
         let scale = self.common_scale();
-        let (low, all) = if transposes_low_rank(x) {
+        let (xa, all_a) = if transposes_low_rank(x) {
             // Transposed, so that each adapter's part is contiguous.
-            let all = scaled(self.all_a(x.dtype()), scale);
-            (product(all.clone().transpose(), x.clone().transpose()), all)
+            let all_a = scaled(self.all_a(x.dtype()), scale);
+            let xa = product(all_a.clone().transpose(), x.clone().transpose());
+            (xa, all_a)
         } else {
-            let all = self.all_a(x.dtype());
-            (
-                multiply_add(None, scale.unwrap_or(1.0), x.clone(), all.clone()),
-                all,
-            )
+            let all_a = self.all_a(x.dtype());
+            let xa = multiply_add(None, scale.unwrap_or(1.0), x.clone(), all_a.clone());
+            (xa, all_a)
         };
         let mut start = 0;
         let products = std::array::from_fn(|i| {
             let adapter = self.layers[i].adapter()?;
             let r = adapter.a.lazy_shape()[1];
             start += r;
-            let low = if transposes_low_rank(x) {
-                low.clone().narrow(0, start - r, r).transpose()
+            let xa = if transposes_low_rank(x) {
+                xa.clone().narrow(0, start - r, r).transpose()
             } else {
-                low.clone().narrow(1, start - r, r)
+                xa.clone().narrow(1, start - r, r)
             };
             Some(match scale {
-                Some(_) => low,
-                None => low.mul_scalar(adapter.scale),
+                Some(_) => xa,
+                None => xa.mul_scalar(adapter.scale),
             })
         });
-        (products, Some(all))
+        (products, Some(all_a))
     }
 
-    /// γ·G·Bᵀ of every adapter side by side: `[n, Σ r]`. Where [`transposes_low_rank`] it is turned, `[Σ r, n]`, and without a γ that
-    /// is one number.
-    fn low_gradients(&self, gradients: &[Tensor<2>; N], dtype: DType) -> Option<Tensor<2>> {
-        let turned = transposes_low_rank(&gradients[0]);
+    /// γ·G·Bᵀ of every adapter side by side: `[n, Σ r]`. With [`transposes_low_rank`] it is transposed, `[Σ r, n]`, and
+    /// has no factor γ if all adapters have the same γ.
+    fn low_gradients(&self, d_outputs: &[Tensor<2>; N], dtype: DType) -> Option<Tensor<2>> {
+        let transposed = transposes_low_rank(&d_outputs[0]);
         let common = self.common_scale().is_some();
         let parts = self
             .layers
             .iter()
-            .zip(gradients)
-            .filter_map(|(layer, gradient)| {
+            .zip(d_outputs)
+            .filter_map(|(layer, d_output)| {
                 let adapter = layer.adapter()?;
                 let b = factor(&adapter.b, dtype);
-                Some(if turned {
-                    let part = product(b, gradient.clone().transpose());
+                Some(if transposed {
+                    let part = product(b, d_output.clone().transpose());
                     scaled(part, (!common).then_some(adapter.scale))
                 } else {
-                    multiply_add(None, adapter.scale, gradient.clone(), b.transpose())
+                    multiply_add(None, adapter.scale, d_output.clone(), b.transpose())
                 })
             });
         let mut parts: Vec<Tensor<2>> = parts.collect();
         Some(match parts.len() {
             0 => return None,
             1 => parts.remove(0),
-            _ => Tensor::cat(parts, if turned { 0 } else { 1 }),
+            _ => Tensor::cat(parts, if transposed { 0 } else { 1 }),
         })
     }
 
-    /// The scale of all adapters, if it is one.
+    /// The scale γ of all adapters, if they have the same.
     fn common_scale(&self) -> Option<f64> {
         let mut scales = self
             .layers
@@ -310,17 +317,19 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
     }
 
-    fn through_shared(
+    /// The gradients of A, and the adapters' part of the input's gradient, for adapters that share their input. `all`
+    /// is the result of [`low_gradients`](Self::low_gradients).
+    fn shared_backward(
         &self,
         x: Tensor<2>,
         all: Tensor<2>,
         all_a: Option<Tensor<2>>,
-        below: &mut Option<Tensor<2>>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        d_input: &mut Option<Tensor<2>>,
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
         let dtype = x.dtype();
-        let turned = transposes_low_rank(&x);
-        let a_gradients = if turned {
+        let transposed = transposes_low_rank(&x);
+        let d_all_a = if transposed {
             scaled(multiply_in_f32(all.clone(), x), self.common_scale())
         } else {
             multiply_in_f32(x.transpose(), all.clone())
@@ -328,42 +337,44 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         let mut start = 0;
         for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
             let r = adapter.a.lazy_shape()[1];
-            let gradient = if turned {
-                a_gradients.clone().narrow(0, start, r).transpose()
+            let d_a = if transposed {
+                d_all_a.clone().narrow(0, start, r).transpose()
             } else {
-                a_gradients.clone().narrow(1, start, r)
+                d_all_a.clone().narrow(1, start, r)
             };
-            collect(&adapter.a, gradient);
+            accumulate(&adapter.a, d_a);
             start += r;
         }
-        if let Some(sum) = below.take() {
-            // On GPUs it has the factor γ that the gradients lack.
+        if let Some(sum) = d_input.take() {
+            // On GPUs `all_a` has the factor γ that `all` lacks.
             let a = all_a.unwrap_or_else(|| self.all_a(dtype)).transpose();
-            let all = if turned { all.transpose() } else { all };
-            *below = Some(multiply_add(Some(sum), 1.0, all, a));
+            let all = if transposed { all.transpose() } else { all };
+            *d_input = Some(multiply_add(Some(sum), 1.0, all, a));
         }
     }
 
-    fn through_dropped(
+    /// As [`shared_backward`](Self::shared_backward), for adapters with a dropout mask each. `d_dropped` is the base
+    /// layers' part of the dropped inputs' gradients.
+    fn dropped_backward(
         &self,
         x: Tensor<2>,
         low_gradients: [Option<Tensor<2>>; N],
-        mut through_mask: [Option<Tensor<2>>; N],
-        below: &mut Option<Tensor<2>>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        mut d_dropped: [Option<Tensor<2>>; N],
+        d_input: &mut Option<Tensor<2>>,
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
         for (i, gradient) in low_gradients.into_iter().enumerate() {
             let (Some(gradient), Some(adapter)) = (gradient, self.layers[i].adapter()) else {
                 continue;
             };
             let dropped = self.dropped(i, x.clone());
-            let a = multiply_in_f32(dropped.transpose(), gradient.clone());
-            collect(&adapter.a, a);
-            if let Some(sum) = below.take() {
+            let d_a = multiply_in_f32(dropped.transpose(), gradient.clone());
+            accumulate(&adapter.a, d_a);
+            if let Some(sum) = d_input.take() {
                 let a = factor(&adapter.a, x.dtype()).transpose();
-                let through = multiply_add(through_mask[i].take(), 1.0, gradient, a);
-                // The mask scales what it keeps, in both directions alike.
-                *below = Some(sum + self.dropped(i, through));
+                let d_dropped = multiply_add(d_dropped[i].take(), 1.0, gradient, a);
+                // The backward pass of a dropout mask is the same multiplication as its forward pass.
+                *d_input = Some(sum + self.dropped(i, d_dropped));
             }
         }
     }
@@ -376,7 +387,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         self.dropout_seeds[layer].is_some() && self.layers[layer].dropout.prob > 0.0
     }
 
-    /// `x` through a layer's dropout mask, which its seed fixes.
+    /// `x` times a layer's dropout mask, which its seed fixes.
     fn dropped(&self, layer: usize, x: Tensor<2>) -> Tensor<2> {
         match self.dropout_seeds[layer] {
             Some(seed) => self.layers[layer].dropout.forward(x, Some(seed)),
@@ -385,12 +396,12 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     }
 }
 
-/// What reaches the adapters' low-rank products.
+/// The gradients of the adapters' hidden activations x·A.
 #[allow(clippy::large_enum_variant)] // It lives for a few lines.
 enum LowGradients<const N: usize> {
-    /// Of all adapters, as they share their input.
+    /// Of all adapters in one tensor, because they share their input.
     Together(Option<Tensor<2>>),
-    /// Of each, as under dropout.
+    /// Of each adapter, under dropout.
     Apart([Option<Tensor<2>>; N]),
 }
 
@@ -401,7 +412,7 @@ fn scaled(x: Tensor<2>, scale: Option<f64>) -> Tensor<2> {
     }
 }
 
-/// A factor's value in the type that is computed in, off the tape.
+/// A factor's value in the type that products are computed in, outside the autodiff graph.
 fn factor(param: &Param<Tensor<2>>, dtype: DType) -> Tensor<2> {
     param.val().without_autodiff().cast(dtype)
 }
@@ -420,8 +431,8 @@ mod tests {
         normal(shape, 0.3, &mut CounterRng::new(seed), device)
     }
 
-    /// Three layers of different widths and ranks, the second without an adapter, one with a bias; with
-    /// `dora` the first is one.
+    /// Three layers of different widths and ranks, the second without an adapter, one with a bias. With `dora` the
+    /// first layer is a DoRA.
     fn layers(
         device: &Device,
         quantization: Quantization,
@@ -452,7 +463,7 @@ mod tests {
     }
 
     #[test]
-    fn outputs_and_gradients_are_those_of_the_tape() {
+    fn outputs_and_gradients_are_those_of_the_autodiff_graph() {
         let device = Device::flex().autodiff();
         for quantization in [Quantization::None, Quantization::Bits8] {
             for (dropout, dora) in [(0.0, false), (0.3, false), (0.0, true), (0.3, true)] {
@@ -468,12 +479,12 @@ mod tests {
                     sum = sum + (y.clone() * gradients[i].clone()).sum();
                     outputs.push(y.inner());
                 }
-                let tape = sum.backward();
+                let reference = sum.backward();
 
                 let group = LinearGroup::new(layers.each_ref(), seeds);
                 let plain = x.clone().inner();
-                let start = outputs[2].clone() * 2.0;
-                let (got, low) = group.forward(&plain, [None, None, Some(start)]);
+                let sum = outputs[2].clone() * 2.0;
+                let (got, saved) = group.forward(&plain, [None, None, Some(sum)]);
                 let [first, second, third] = got;
                 let expected_third = outputs[2].clone() * 3.0;
                 for (got, expected) in [
@@ -484,41 +495,41 @@ mod tests {
                     assert!(distance(got, expected) < 2e-6);
                 }
 
-                let mut collected: HashMap<ParamId, Tensor<2>> = HashMap::new();
-                let below = group.backward(
+                let mut accumulated: HashMap<ParamId, Tensor<2>> = HashMap::new();
+                let d_input = group.backward(
                     || plain.clone(),
-                    low,
+                    saved,
                     gradients.clone().map(|gradient| gradient.inner()),
                     true,
                     &mut |param, gradient| {
-                        collected.insert(param.id, gradient);
+                        accumulated.insert(param.id, gradient);
                     },
                 );
                 // f32 sums of up to 96 products in another order.
-                assert!(distance(&below.unwrap(), &x.grad(&tape).unwrap()) < 2e-6);
-                assert_eq!(collected.len(), if dora { 5 } else { 4 });
+                assert!(distance(&d_input.unwrap(), &x.grad(&reference).unwrap()) < 2e-6);
+                assert_eq!(accumulated.len(), if dora { 5 } else { 4 });
                 for param in layers.iter().flat_map(LoraLinear::trainable) {
-                    let expected = param.val().grad(&tape).unwrap();
-                    assert!(distance(&collected[&param.id], &expected) < 2e-6);
+                    let expected = param.val().grad(&reference).unwrap();
+                    assert!(distance(&accumulated[&param.id], &expected) < 2e-6);
                 }
             }
         }
     }
 
     #[test]
-    fn without_adapters_the_input_is_not_asked_for() {
+    fn without_adapters_the_input_is_not_computed() {
         let device = Device::flex();
         let layer = LoraLinear::frozen(LinearConfig::new(8, 4).init(&device));
         let group = LinearGroup::new([&layer], [None]);
-        let (_, low) = group.forward(&Tensor::ones([3, 8], &device), [None]);
-        let below = group.backward(
+        let (_, saved) = group.forward(&Tensor::ones([3, 8], &device), [None]);
+        let d_input = group.backward(
             || panic!("nothing needs the input"),
-            low,
+            saved,
             [Tensor::ones([3, 4], &device)],
             true,
             &mut |_, _| panic!("nothing is trained"),
         );
-        assert_eq!(below.unwrap().dims(), [3, 8]);
+        assert_eq!(d_input.unwrap().dims(), [3, 8]);
         let none = group.backward(
             || panic!("nothing needs the input"),
             group.forward(&Tensor::ones([3, 8], &device), [None]).1,

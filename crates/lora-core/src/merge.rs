@@ -1,4 +1,4 @@
-//! Between an adapted layer and a plain one.
+//! Between a layer with an adapter and a plain `Linear`.
 
 use burn::module::Param;
 use burn::nn::Linear;
@@ -7,11 +7,10 @@ use burn::tensor::{DType, Tensor};
 use crate::{LoraError, LoraLinear};
 
 impl LoraLinear {
-    /// The layer as a plain `Linear` with the weight `W₀ + γ·A·B`, its columns scaled where the adapter is a
-    /// DoRA, off the tape.
+    /// The layer as a plain `Linear` with the weight `W₀ + γ·A·B`, outside the autodiff graph. A DoRA scales its
+    /// columns.
     ///
-    /// A quantized W₀ is dequantized first, so the result is dense. A layer without an adapter gives
-    /// its own weight.
+    /// A quantized W₀ is dequantized first, so the result is dense. Without an adapter the weight is W₀.
     ///
     /// # Shapes
     ///
@@ -31,10 +30,10 @@ impl LoraLinear {
         self.plain_linear(weight)
     }
 
-    /// Takes this layer's adapter out of `merged` again: the weight becomes `W − γ·A·B`, a DoRA's columns
-    /// scaled back before.
+    /// Subtracts this layer's adapter from `merged`: the weight becomes `W − γ·A·B`. For a DoRA the columns are first
+    /// divided by their factors.
     ///
-    /// Equal to W₀ up to one rounding of the sum.
+    /// The result equals W₀ up to one rounding of the sum.
     ///
     /// # Errors
     ///
@@ -57,7 +56,7 @@ impl LoraLinear {
         Ok(self.plain_linear(weight - delta))
     }
 
-    /// W₀, dense and off the tape, `[d_in, d_out]`.
+    /// W₀, dense and outside the autodiff graph, `[d_in, d_out]`.
     pub fn dense_base(&self) -> Tensor<2> {
         let base = self.weight.base().without_autodiff();
         match base.dtype() {
@@ -66,7 +65,7 @@ impl LoraLinear {
         }
     }
 
-    /// What the adapter adds to the weight, `γ·A·B` `[d_in, d_out]`, off the tape.
+    /// `γ·A·B`, `[d_in, d_out]`: what the adapter adds to the weight, outside the autodiff graph.
     pub fn adapter_delta(&self) -> Option<Tensor<2>> {
         self.adapter().map(|adapter| {
             let a = adapter.a.val().without_autodiff();
@@ -75,7 +74,7 @@ impl LoraLinear {
         })
     }
 
-    /// A DoRA's factor of each column, `[1, d_out]`, in the type of the dense weight.
+    /// A DoRA's factor per column, `[1, d_out]`, in the type of the dense weight.
     fn dora_factor(&self) -> Option<Tensor<2>> {
         let (dora, adapter) = (self.dora.as_ref()?, self.adapter()?);
         let base = self.weight.base();
@@ -137,7 +136,7 @@ mod tests {
     }
 
     #[test]
-    fn unmerging_gives_the_frozen_weight_back() {
+    fn unmerging_restores_the_frozen_weight() {
         let (layer, _) = adapted(Quantization::Bits8, true);
         let restored = layer.unmerge(layer.merge()).unwrap();
         let difference = (restored.weight.val() - layer.dense_base()).abs().max();

@@ -8,8 +8,8 @@ use crate::{ExcludeModules, LoraConfig, LoraError, TargetModules};
 /// Decides by full module name (`model.layers.0.self_attn.q_proj`) whether a module is adapted, and with
 /// which rank and scale.
 ///
-/// Expressions are those of Python's `re`, look-around included. One that needs more than a million
-/// steps on a name counts as not matching.
+/// Regular expressions have the syntax of Python's `re`, with look-around. An expression that needs more than a million
+/// steps for a name counts as not matching.
 #[derive(Debug, Clone)]
 pub struct ModuleSelector {
     targets: Names,
@@ -45,23 +45,23 @@ impl Names {
         }
     }
 
-    /// Whether the name itself, not only its end, is in a list: PEFT then asks for no layer.
+    /// Whether the full name, not only its end, is in a list. PEFT then ignores `layers_to_transform`.
     fn lists(&self, name: &str) -> bool {
         matches!(self, Names::List(names) if names.iter().any(|target| target == name))
     }
 }
 
-/// `layers_to_transform`, and where in a name the layer's number is.
+/// `layers_to_transform`, and the patterns that find the layer's index in a name.
 #[derive(Debug, Clone)]
 struct Layers {
     indices: Vec<usize>,
-    places: Vec<Regex>,
+    patterns: Vec<Regex>,
 }
 
 impl Layers {
     fn contain(&self, name: &str) -> bool {
-        let index = self.places.iter().find_map(|place| {
-            let captures = place.captures(name).ok()??;
+        let index = self.patterns.iter().find_map(|pattern| {
+            let captures = pattern.captures(name).ok()??;
             captures.name("index")?.as_str().parse::<usize>().ok()
         });
         index.is_some_and(|index| self.indices.contains(&index))
@@ -71,7 +71,7 @@ impl Layers {
 impl ModuleSelector {
     pub(crate) fn new(config: &LoraConfig) -> Result<Self, LoraError> {
         let as_string = match &config.target_modules {
-            // PEFT would have nothing to do without low-rank factors.
+            // Without low-rank factors PEFT has nothing to train.
             TargetModules::Names(names) if names.iter().all(|name| name.is_empty()) => {
                 return Err(LoraError::NoTargets);
             }
@@ -106,7 +106,7 @@ impl ModuleSelector {
             None => None,
             Some(indices) => Some(Layers {
                 indices,
-                places: places(&config.layers_pattern)?,
+                patterns: layer_patterns(&config.layers_pattern)?,
             }),
         };
         Ok(Self {
@@ -124,7 +124,7 @@ impl ModuleSelector {
 
     /// Whether the module of this full name is adapted.
     ///
-    /// The output layer is recognised by its name, `lm_head`; `all-linear` leaves it out.
+    /// The output layer is recognised by its name, `lm_head`; `all-linear` excludes it.
     pub fn matches(&self, name: &str) -> bool {
         let excluded = self.exclude.as_ref().is_some_and(|set| set.contains(name));
         if excluded || self.saved.iter().any(|saved| matches(saved, name)) {
@@ -134,12 +134,12 @@ impl ModuleSelector {
         self.targets.contains(name) && self.layers.as_ref().is_none_or(in_layers)
     }
 
-    /// Checks that every entry of `config`, which this was made from, means something for linear modules of these names:
-    /// one that matches nothing is a slip, and would be without effect.
+    /// Checks that every entry of `config`, from which the selector was made, matches a linear module of these names.
+    /// An entry without a match is most likely a typing error, and would have no effect.
     ///
     /// # Errors
     ///
-    /// [`LoraError::MatchesNothing`] with the first that does not.
+    /// [`LoraError::MatchesNothing`] with the first entry that matches no module.
     pub fn check(&self, config: &LoraConfig, names: &[&str]) -> Result<(), LoraError> {
         let all = "the model's linear modules";
         let nothing = |field, entry: &str, among: &str| LoraError::MatchesNothing {
@@ -175,7 +175,7 @@ impl ModuleSelector {
             let has = |index: usize| {
                 let one = Layers {
                     indices: vec![index],
-                    places: layers.places.clone(),
+                    patterns: layers.patterns.clone(),
                 };
                 names.iter().any(|name| one.contain(name))
             };
@@ -221,7 +221,7 @@ impl ModuleSelector {
     }
 }
 
-/// The value of the first expression that matches the end of a name, from a dot or the beginning on.
+/// The value of the first expression that matches a name's end, whole components only.
 fn first<T: Copy>(patterns: &[(Regex, T)], name: &str) -> Option<T> {
     let found = patterns.iter().find(|(regex, _)| matches(regex, name));
     found.map(|(_, value)| *value)
@@ -239,12 +239,12 @@ pub(crate) fn kinds<'a>(names: impl Iterator<Item = &'a str>) -> Vec<&'a str> {
     kinds
 }
 
-/// The kind of module whose name is most like this one, where one is alike enough that a slip is likely.
+/// The kind of module with the most similar name, if it is similar enough for a typing error.
 fn nearest(entry: &str, names: &[&str]) -> Option<Box<str>> {
-    let likeness = |kind: &str| strsim::jaro_winkler(&entry.to_lowercase(), kind);
+    let similarity = |kind: &str| strsim::jaro_winkler(&entry.to_lowercase(), kind);
     let kinds = kinds(names.iter().copied()).into_iter();
-    let alike = kinds.filter(|kind| likeness(kind) > 0.8);
-    let nearest = alike.max_by(|a, b| likeness(a).total_cmp(&likeness(b)));
+    let alike = kinds.filter(|kind| similarity(kind) > 0.8);
+    let nearest = alike.max_by(|a, b| similarity(a).total_cmp(&similarity(b)));
     nearest.filter(|kind| *kind != entry).map(Box::from)
 }
 
@@ -263,18 +263,18 @@ fn patterns<T: Copy>(
     compiled.collect()
 }
 
-/// Where a layer's number is in a name: after any component that is not the first, or after these.
-fn places(layers_pattern: &[String]) -> Result<Vec<Regex>, LoraError> {
+/// Patterns that find the layer's index in a name: after any component except the first, or after one of these.
+fn layer_patterns(layers_pattern: &[String]) -> Result<Vec<Regex>, LoraError> {
     const FIELD: &str = "layers_pattern";
     if layers_pattern.is_empty() {
         let any = r"\A.*?\.[^.]*\.(?P<index>\d+)\.";
         return Ok(vec![compile(FIELD, any, any)?]);
     }
-    let places = layers_pattern.iter().map(|pattern| {
+    let patterns = layers_pattern.iter().map(|pattern| {
         let text = format!(r"\A(?:|.*?\.){pattern}\.(?P<index>\d+)\.");
         compile(FIELD, pattern, &text)
     });
-    places.collect()
+    patterns.collect()
 }
 
 /// An expression that must match the whole name.
@@ -341,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn all_linear_leaves_the_output_layer_out() {
+    fn all_linear_excludes_the_output_layer() {
         let selector = with_targets(TargetModules::AllLinear).selector().unwrap();
         assert!(selector.matches(Q0));
         assert!(!selector.matches("lm_head"));
@@ -374,7 +374,7 @@ mod tests {
     }
 
     #[test]
-    fn layers_pattern_says_where_the_number_is() {
+    fn layers_pattern_finds_the_layers_index() {
         let mut config = with_targets(names(&["q_proj"]));
         config.layers_to_transform = Some(vec![0]);
         for (pattern, expected) in [("layers", true), ("blocks", false), ("lay[a-z]+", true)] {
@@ -390,7 +390,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_excluded_or_saved_as_a_whole_is_not_adapted() {
+    fn excluded_modules_and_modules_to_save_are_not_adapted() {
         let mut config = with_targets(TargetModules::AllLinear);
         config.exclude_modules = Some(ExcludeModules::Names(vec!["q_proj".into()]));
         let selector = config.selector().unwrap();
@@ -408,7 +408,7 @@ mod tests {
     }
 
     #[test]
-    fn look_around_is_understood() {
+    fn look_around_is_supported() {
         let pattern = r"(?!.*layers\.1\.).*(?<!k)_proj";
         let selector = with_targets(TargetModules::Regex(pattern.into()));
         let selector = selector.selector().unwrap();
@@ -480,7 +480,7 @@ mod tests {
                 ["rank_pattern: \"qproj\"", "did you mean \"q_proj\""],
             ),
             (
-                // It is there, and has no adapter.
+                // The module exists, but has no adapter.
                 LoraConfig {
                     alpha_pattern: vec![("up_proj".into(), 4.0)],
                     ..base()

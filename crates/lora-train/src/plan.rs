@@ -244,11 +244,11 @@ impl PlanOptions {
     }
 
     /// Bytes of the logits that exist at a time.
-    fn score_bytes(&self) -> usize {
+    fn logits_bytes(&self) -> usize {
         if self.on_gpu {
-            train_step::loss::SCORE_BYTES_GPU
+            kernels::LOGITS_BYTES_GPU
         } else {
-            train_step::loss::SCORE_BYTES
+            kernels::LOGITS_BYTES
         }
     }
 

@@ -1,25 +1,25 @@
-//! Tensors of many shapes as one long one.
+//! Many tensors joined into one flat tensor.
 
 use burn::module::ParamId;
 use burn::tensor::{Shape, Tensor};
 
-/// The gradients of many parameters, one after the other.
+/// The gradients of many parameters, joined.
 #[derive(Debug, Clone, Default)]
 pub struct FlatGradients {
     /// The parameters, in the gradients' order.
     pub ids: Vec<ParamId>,
-    /// Their gradients, row-major; none without parameters.
+    /// Their gradients, row-major; `None` without parameters.
     pub values: Option<Tensor<1>>,
 }
 
-/// Tensors joined at a time: with their sum as many as every WebGPU adapter binds to a kernel.
+/// Tensors joined per launch: with the output, as many buffers as every WebGPU device binds to a kernel.
 const AT_ONCE: usize = 7;
 
-/// Tensors one after the other, in few kernel launches.
+/// Joins tensors in their order, in few kernel launches.
 ///
 /// # Panics
 ///
-/// Without any.
+/// If there are no tensors.
 pub fn joined(mut parts: Vec<Tensor<1>>) -> Tensor<1> {
     assert!(!parts.is_empty(), "nothing to join");
     while parts.len() > 1 {
@@ -38,7 +38,7 @@ pub fn joined(mut parts: Vec<Tensor<1>>) -> Tensor<1> {
     parts.remove(0)
 }
 
-/// Where each of these shapes lies among all of them.
+/// The range of each of these shapes in the flat tensor.
 pub fn places(shapes: &[Shape]) -> Vec<std::ops::Range<usize>> {
     let mut start = 0;
     shapes

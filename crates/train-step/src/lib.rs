@@ -1,18 +1,23 @@
 //! The arithmetic of a training step: from a batch to updated adapters. Files, screens and configurations are not part
 //! of it.
 //!
-//! | module | what it holds |
+//! | file | what it holds |
 //! | --- | --- |
-//! | [`loss`] | cross entropy over the supervised positions, in pieces |
-//! | [`gradients`] | the passes over a batch, gradients summed over micro-batches |
+//! | [`gradients`] | gradients summed over micro-batches, averaged and clipped |
+//! | `manual.rs` | the forward and backward pass that training runs, and the loss in chunks of positions |
+//! | `autodiff.rs` | the same passes in Burn's autodiff graph, for comparison |
+//! | [`loss`] | sums of the loss, on the device and read back to the host |
 //! | [`loss_scale`] | the factor that keeps gradients within f16's range |
-//! | [`optimizer`] | AdamW over one flat buffer |
+//! | [`optimizer`] | AdamW over one flat tensor |
+//! | `flat.rs` | many tensors joined into one |
 //! | [`step_counts`] | launches, uploads, reads and bytes of a step |
 
+mod autodiff;
 mod flat;
 pub mod gradients;
 pub mod loss;
 pub mod loss_scale;
+mod manual;
 pub mod optimizer;
 pub mod step_counts;
 

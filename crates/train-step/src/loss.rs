@@ -1,42 +1,28 @@
-//! Cross entropy over supervised positions.
-//!
-//! Scores exist for some positions at a time, so that those of a large vocabulary never exist whole and
-//! no buffer passes what a graphics driver binds. Pieces of positions need no second pass over the
-//! scores, as pieces of the vocabulary would.
+//! Sums of the cross entropy over the loss positions, on the device and read back to the host.
 
-use std::ops::Range;
-
-use burn::module::Param;
-use burn::tensor::activation::log_softmax;
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use burn::tensor::{Device, Int, Tensor, TensorData};
 use gpu_counts::read_floats;
-use kernels::{CrossEntropy, LossTerms, Targets};
-use llama_burn::Llama;
 
 use crate::flat::joined;
-use data::Batch;
+pub use crate::manual::{loss, loss_and_gradient};
 
-pub use kernels::{
-    LOGITS_BYTES as SCORE_BYTES, LOGITS_BYTES_GPU as SCORE_BYTES_GPU, logits_bytes as score_bytes,
-};
-
-/// Positions whose scores take at most this many bytes.
-pub fn positions_at_once(vocab_size: usize, score_bytes: usize) -> usize {
-    (score_bytes / (4 * vocab_size.max(1))).max(1)
+/// The number of positions whose logits take at most `logits_bytes` bytes, at least 1.
+pub fn positions_at_once(vocab_size: usize, logits_bytes: usize) -> usize {
+    (logits_bytes / (4 * vocab_size.max(1))).max(1)
 }
 
-/// Sums over the supervised positions of a batch.
+/// Sums over the loss positions of a batch.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct LossSums {
-    /// Cross entropies in nats, added up.
+    /// The sum of the cross entropies, in nats.
     pub loss: f64,
-    /// Positions whose best-scored token is the target.
+    /// The number of positions whose most likely token is the target.
     pub correct: usize,
-    /// Positions.
+    /// The number of positions.
     pub tokens: usize,
-    /// Rows whose every position is predicted right.
+    /// The number of examples whose every position is predicted correctly.
     pub correct_rows: usize,
-    /// Rows.
+    /// The number of examples.
     pub rows: usize,
 }
 
@@ -50,33 +36,33 @@ impl LossSums {
         self.rows += other.rows;
     }
 
-    /// Cross entropy a token, in nats; not a number without tokens.
+    /// Cross entropy per token, in nats; NaN without tokens.
     pub fn mean(&self) -> f64 {
         self.loss / self.tokens as f64
     }
 
-    /// Share of positions predicted right.
+    /// Share of positions predicted correctly.
     pub fn accuracy(&self) -> f64 {
         self.correct as f64 / self.tokens as f64
     }
 
-    /// Share of rows predicted right as a whole: the answer, word for word, and its end.
+    /// Share of examples whose whole completion, end token included, is predicted correctly.
     pub fn row_accuracy(&self) -> f64 {
         self.correct_rows as f64 / self.rows as f64
     }
 }
 
-/// The sums of a batch, where they are.
+/// The sums of a batch, on the host or still on the device.
 #[derive(Debug, Clone)]
 pub enum Loss {
     /// On the host.
     Known(LossSums),
-    /// Still being computed by a GPU, which the host need not wait for.
+    /// Still being computed by a GPU; the host need not wait.
     OnDevice(LossOnDevice),
 }
 
 impl Loss {
-    /// The sums on the host, which waits for them if it has to.
+    /// The sums on the host. Waits for the device where it is still computing.
     ///
     /// # Panics
     ///
@@ -94,136 +80,15 @@ impl Loss {
 /// A batch's loss as a GPU computes it.
 #[derive(Debug, Clone)]
 pub struct LossOnDevice {
-    /// Cross entropies of each piece, added up: `[1]` each.
-    losses: Vec<Tensor<1>>,
-    /// 1 where a piece's position is predicted right, else 0: `[m]` each.
-    hits: Vec<Tensor<1>>,
-    targets_per_row: Vec<usize>,
+    /// The summed cross entropy of each chunk, `[1]` each.
+    pub(crate) losses: Vec<Tensor<1>>,
+    /// 1 for each position of a chunk that is predicted correctly, else 0: `[m]` per chunk.
+    pub(crate) hits: Vec<Tensor<1>>,
+    pub(crate) targets_per_row: Vec<usize>,
 }
 
-/// Loss of the supervised positions.
-///
-/// # Shapes
-///
-/// - `hidden`: `[m, hidden]`, the last layer's output at the positions that predict
-/// - `targets`: `[m]`, the tokens that they predict
-pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch, targets: &Tensor<1, Int>) -> Loss {
-    let mut sums = Sums::default();
-    for piece in pieces(model, batch) {
-        let hidden = hidden.clone().narrow(0, piece.start, piece.len());
-        scores_gradient(model, &hidden, batch, targets, piece, &mut sums);
-    }
-    sums.of(batch)
-}
-
-/// As [`loss()`], and the gradient of the summed loss with respect to `hidden`, times `scale`; those of the head's
-/// adapter go to `collect`, piece by piece.
-pub fn loss_and_gradient(
-    model: &Llama,
-    hidden: Tensor<2>,
-    batch: &Batch,
-    targets: &Tensor<1, Int>,
-    scale: f64,
-    collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
-) -> (Loss, Tensor<2>) {
-    let mut sums = Sums::default();
-    let mut gradients = Vec::new();
-    for piece in pieces(model, batch) {
-        let hidden = hidden.clone().narrow(0, piece.start, piece.len());
-        let gradient = scores_gradient(model, &hidden, batch, targets, piece, &mut sums);
-        let gradient = if scale == 1.0 {
-            gradient
-        } else {
-            gradient.mul_scalar(scale)
-        };
-        gradients.push(model.logits_backward(&hidden, gradient, collect));
-    }
-    let gradient = match gradients.len() {
-        1 => gradients.remove(0),
-        _ => Tensor::cat(gradients, 0),
-    };
-    (sums.of(batch), gradient)
-}
-
-/// As [`loss()`], on the tape that `hidden` is on: the summed loss, for a backward pass.
-pub fn loss_on_tape(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, Tensor<1>) {
-    let tokens = batch.target_ids.len();
-    let targets = token_ids(&batch.target_ids, &hidden.device().without_autodiff());
-    let logits = model.logits(hidden);
-    let best = logits.clone().inner().argmax(1).reshape([tokens]);
-    let log_probabilities = log_softmax(logits, 1).gather(1, targets.reshape([tokens, 1]));
-    let loss = log_probabilities.sum().neg();
-    let (best, sum) = (best.float().cast(DType::F32), loss.clone().inner());
-    let read =
-        read_floats(Tensor::cat(vec![sum, best], 0)).unwrap_or_else(|error| panic!("{error}"));
-    let hit = |(best, target): (&f32, &u32)| *best as u32 == *target;
-    let hits: Vec<bool> = read[1..].iter().zip(&batch.target_ids).map(hit).collect();
-    (
-        counted(f64::from(read[0]), &hits, &batch.targets_per_row),
-        loss,
-    )
-}
-
-/// Positions whose scores exist together.
-fn pieces(model: &Llama, batch: &Batch) -> impl Iterator<Item = Range<usize>> + use<> {
-    let at_once = positions_at_once(model.config.vocab_size, score_bytes(&model.device()));
-    let count = batch.target_ids.len();
-    (0..count)
-        .step_by(at_once)
-        .map(move |start| start..count.min(start + at_once))
-}
-
-/// What the pieces of a batch sum up to.
-#[derive(Default)]
-struct Sums {
-    loss: f64,
-    hits: Vec<bool>,
-    on_device: Option<(Vec<Tensor<1>>, Vec<Tensor<1>>)>,
-}
-
-impl Sums {
-    fn of(self, batch: &Batch) -> Loss {
-        match self.on_device {
-            None => Loss::Known(counted(self.loss, &self.hits, &batch.targets_per_row)),
-            Some((losses, hits)) => Loss::OnDevice(LossOnDevice {
-                losses,
-                hits,
-                targets_per_row: batch.targets_per_row.clone(),
-            }),
-        }
-    }
-}
-
-/// The gradient of a piece's scores, `[m, vocab]` in f32; its loss goes to `sums`.
-fn scores_gradient(
-    model: &Llama,
-    hidden: &Tensor<2>,
-    batch: &Batch,
-    targets: &Tensor<1, Int>,
-    piece: Range<usize>,
-    sums: &mut Sums,
-) -> Tensor<2> {
-    let (m, logits) = (piece.len(), model.logits_plain(hidden));
-    let targets = Targets {
-        on_device: targets.clone().narrow(0, piece.start, m),
-        ids: &batch.target_ids[piece],
-    };
-    let CrossEntropy { gradient, terms } = kernels::cross_entropy(logits, targets);
-    match terms {
-        LossTerms::OnHost { loss, hits } => {
-            sums.loss += loss;
-            sums.hits.extend(hits);
-        }
-        LossTerms::OnDevice { loss, hits } => {
-            let (losses, all_hits) = sums.on_device.get_or_insert_default();
-            losses.push(loss);
-            all_hits.push(hits);
-        }
-    }
-    gradient
-}
-
-/// Reads losses and hits, with one more number of any meaning, in one go; `None` where there is nothing to read.
+/// Reads losses and hits, together with one more number of any meaning, in one transfer. Returns `None` without
+/// anything to read.
 ///
 /// # Panics
 ///
@@ -256,8 +121,8 @@ pub fn read(number: Option<Tensor<1>>, losses: Vec<LossOnDevice>) -> Option<(f64
     Some((first, sums))
 }
 
-/// Counts what was predicted right, position by position and row by row.
-fn counted(loss: f64, hits: &[bool], targets_per_row: &[usize]) -> LossSums {
+/// Counts the correct predictions per position and per example.
+pub(crate) fn counted(loss: f64, hits: &[bool], targets_per_row: &[usize]) -> LossSums {
     let mut sums = LossSums {
         loss,
         tokens: hits.len(),
@@ -265,14 +130,14 @@ fn counted(loss: f64, hits: &[bool], targets_per_row: &[usize]) -> LossSums {
     };
     let mut next = 0;
     for targets in targets_per_row {
-        let right = hits[next..next + targets]
+        let correct = hits[next..next + targets]
             .iter()
             .filter(|hit| **hit)
             .count();
         next += targets;
-        sums.correct += right;
+        sums.correct += correct;
         sums.rows += 1;
-        sums.correct_rows += usize::from(right == *targets);
+        sums.correct_rows += usize::from(correct == *targets);
     }
     sums
 }

@@ -1,8 +1,8 @@
-//! AdamW (Loshchilov and Hutter, 2019, <https://arxiv.org/abs/1711.05101>): Burn's, with every
-//! hyper-parameter given, because Burn's defaults are not PyTorch's.
+//! Burn's AdamW (Loshchilov and Hutter, 2019, <https://arxiv.org/abs/1711.05101>). Every hyper-parameter is set
+//! explicitly, because Burn's defaults differ from PyTorch's.
 //!
-//! All parameters are updated together, as one long tensor: on a GPU a step is a handful of kernel launches, not a few
-//! for each of several hundred small tensors. The parameters in the model are parts of that tensor.
+//! All parameters are updated together as one flat tensor. On a GPU a step is then a few kernel launches, instead of a
+//! few per tensor for several hundred small tensors. The parameters in the model are views of the flat tensor.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -13,21 +13,21 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 
 use crate::flat::{FlatGradients, joined};
 
-/// AdamW's hyper-parameters, but for the learning rate, which the schedule gives.
+/// AdamW's hyper-parameters except the learning rate, which comes from the schedule.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AdamW {
-    /// Decay of the mean of gradients.
+    /// Decay of the first moment, the mean of gradients.
     pub beta_1: f64,
-    /// Decay of the mean of squared gradients.
+    /// Decay of the second moment, the mean of squared gradients.
     pub beta_2: f64,
-    /// Keeps the division away from zero.
+    /// Added to the denominator, so that it is not zero.
     pub epsilon: f64,
     /// Decoupled weight decay, times the learning rate.
     pub weight_decay: f64,
 }
 
 impl Default for AdamW {
-    /// PyTorch's, without weight decay: β 0.9 and 0.999, ε 1e-8.
+    /// PyTorch's defaults, but without weight decay: β 0.9 and 0.999, ε 1e-8.
     fn default() -> Self {
         Self {
             beta_1: 0.9,
@@ -39,20 +39,20 @@ impl Default for AdamW {
 }
 
 impl AdamW {
-    /// An optimizer without state. Clipping is not its affair: Burn clips each tensor by itself, PyTorch
-    /// all together ([`AdapterGradients::into_mean`](crate::gradients::AdapterGradients::into_mean)).
+    /// Burn's optimizer, without state and without clipping: Burn clips each tensor separately, PyTorch by the global
+    /// norm ([`AdapterGradients::into_mean`](crate::gradients::AdapterGradients::into_mean)).
     pub fn init(&self) -> ModuleOptimizer {
         self.config().init()
     }
 
-    /// As [`init`](Self::init), with a state that can be taken to the host and put back: what a run that
-    /// can be resumed needs. Burn's own record of it is keyed by numbers that each process draws anew, and
-    /// loads onto whichever device is the build's first.
+    /// As [`init`](Self::init), with a state that can be copied to the host and restored, so that a run can be resumed.
+    /// Burn's record of the state is keyed by ids that each process draws anew, and loads onto the build's first
+    /// device.
     pub fn resumable(&self) -> Optimizer {
         Optimizer {
             adamw: self.config().build(),
-            together: None,
-            apart: HashMap::new(),
+            flat: None,
+            separate: HashMap::new(),
             since_sweep: 0,
         }
     }
@@ -69,23 +69,22 @@ impl AdamW {
     }
 }
 
-/// Burn's AdamW over all parameters at once, with each parameter's state in reach. A step's arithmetic is
-/// [`ModuleOptimizer`]'s, element for element.
+/// Burn's AdamW over all parameters at once, with access to each parameter's state. A step computes the same as
+/// [`ModuleOptimizer`], element by element.
 ///
-/// It keeps the parameters' values: between two steps nothing else may change them.
+/// The optimizer keeps the parameters' values: nothing else may change them between two steps.
 pub struct Optimizer {
     adamw: burn::optim::AdamW,
     /// The parameters of the last step.
-    together: Option<Together>,
-    /// What is remembered of parameters that the last step did not update, as before the first step of a run that
-    /// goes on.
-    apart: HashMap<ParamId, AdaptiveMomentumState<1>>,
-    /// Steps since the tape was rid of parameters that are gone.
+    flat: Option<Flat>,
+    /// The state of parameters that the last step did not update, for example before the first step of a resumed run.
+    separate: HashMap<ParamId, AdaptiveMomentumState<1>>,
+    /// Steps since the last [`sweep`].
     since_sweep: usize,
 }
 
-/// Parameters that are updated together, one after the other.
-struct Together {
+/// Parameters that are updated together, joined into one tensor.
+struct Flat {
     ids: Vec<ParamId>,
     places: HashMap<ParamId, Range<usize>>,
     values: Tensor<1>,
@@ -95,14 +94,14 @@ struct Together {
 /// Steps between two sweeps.
 const SWEEP: usize = 16;
 
-/// What AdamW remembers of a parameter, on the host.
+/// AdamW's state of a parameter, on the host.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Moments {
-    /// Updates that the parameter has had.
+    /// The number of updates so far.
     pub updates: usize,
-    /// Decayed mean of its gradients.
+    /// The first moment: the decayed mean of gradients.
     pub first: Vec<f32>,
-    /// Decayed mean of their squares.
+    /// The second moment: the decayed mean of squared gradients.
     pub second: Vec<f32>,
 }
 
@@ -111,7 +110,7 @@ impl Optimizer {
     ///
     /// # Panics
     ///
-    /// If a gradient is not of the module's parameters.
+    /// If a gradient does not belong to a parameter of the module.
     pub fn step<M: Module>(
         &mut self,
         learning_rate: f64,
@@ -121,23 +120,23 @@ impl Optimizer {
         let Some(values) = gradients.values else {
             return module;
         };
-        let mut together = match self.together.take() {
-            Some(together) if together.ids == gradients.ids => together,
+        let mut flat = match self.flat.take() {
+            Some(flat) if flat.ids == gradients.ids => flat,
             other => {
-                self.take_apart(other);
-                self.put_together(&module, gradients.ids)
+                self.split(other);
+                self.join(&module, gradients.ids)
             }
         };
-        let state = together.state.take();
+        let state = flat.state.take();
         let (updated, state) =
-            kernels::adamw(&self.adamw, learning_rate, together.values, values, state);
-        together.state = state;
-        let module = module.map(&mut Place {
-            places: &together.places,
+            kernels::adamw(&self.adamw, learning_rate, flat.values, values, state);
+        flat.state = state;
+        let module = module.map(&mut Views {
+            places: &flat.places,
             values: &updated,
         });
-        together.values = updated;
-        self.together = Some(together);
+        flat.values = updated;
+        self.flat = Some(flat);
         self.since_sweep += 1;
         if self.since_sweep >= SWEEP {
             self.since_sweep = 0;
@@ -146,46 +145,48 @@ impl Optimizer {
         module
     }
 
-    /// What is remembered of each parameter by itself.
-    fn take_apart(&mut self, together: Option<Together>) {
-        let Some((together, state)) = together.and_then(|mut together| {
-            let state = together.state.take()?;
-            Some((together, state))
+    /// Splits the state of the flat tensor into one state per parameter.
+    fn split(&mut self, flat: Option<Flat>) {
+        let Some((flat, state)) = flat.and_then(|mut flat| {
+            let state = flat.state.take()?;
+            Some((flat, state))
         }) else {
             return;
         };
-        for (id, place) in together.places {
+        for (id, place) in flat.places {
             let part = |x: &Tensor<1>| x.clone().narrow(0, place.start, place.len());
             let of_parameter = AdaptiveMomentumState::new(
                 state.time,
                 part(&state.moment_1),
                 part(&state.moment_2),
             );
-            self.apart.insert(id, of_parameter);
+            self.separate.insert(id, of_parameter);
         }
     }
 
-    /// The parameters with these ids, with what is remembered of them.
-    fn put_together<M: Module>(&mut self, module: &M, ids: Vec<ParamId>) -> Together {
+    /// Joins the parameters with these ids and their states.
+    fn join<M: Module>(&mut self, module: &M, ids: Vec<ParamId>) -> Flat {
         let mut values = Values {
-            wanted: ids.iter().map(|id| (*id, None)).collect(),
+            found: ids.iter().map(|id| (*id, None)).collect(),
         };
         module.visit(&mut values);
         let mut start = 0;
         let mut places = HashMap::new();
         let values: Vec<Tensor<1>> = ids
             .iter()
-            .map(|id| match values.wanted.remove(id).flatten() {
+            .map(|id| match values.found.remove(id).flatten() {
                 Some(value) => {
                     let length = value.dims()[0];
                     places.insert(*id, start..start + length);
                     start += length;
                     value
                 }
-                None => panic!("the model has no parameter {id} that its gradient is of"),
+                None => {
+                    panic!("a gradient belongs to parameter {id}, which the model does not have")
+                }
             })
             .collect();
-        let states: Vec<_> = ids.iter().map(|id| self.apart.remove(id)).collect();
+        let states: Vec<_> = ids.iter().map(|id| self.separate.remove(id)).collect();
         let state = match states.iter().flatten().map(|state| state.time).max() {
             None => None,
             Some(time) => {
@@ -193,11 +194,11 @@ impl Optimizer {
                     Some(state) => {
                         assert_eq!(
                             state.time, time,
-                            "parameters that are updated together have had the same number of updates"
+                            "parameters that are updated together have the same number of updates"
                         );
                         (state.moment_1, state.moment_2)
                     }
-                    None => panic!("a parameter joins others that have had updates"),
+                    None => panic!("a new parameter cannot join parameters that have been updated"),
                 });
                 let (first, second): (Vec<_>, Vec<_>) = all.unzip();
                 Some(AdaptiveMomentumState::new(
@@ -207,7 +208,7 @@ impl Optimizer {
                 ))
             }
         };
-        Together {
+        Flat {
             ids,
             places,
             values: joined(values),
@@ -215,22 +216,21 @@ impl Optimizer {
         }
     }
 
-    /// What is remembered of a parameter; `None` before its first update.
+    /// The state of a parameter; `None` before its first update.
     ///
     /// # Panics
     ///
-    /// If the device does not give it back.
+    /// If it cannot be read from the device.
     pub fn moments(&self, id: ParamId) -> Option<Moments> {
-        let together = self.together.as_ref();
-        let here = together
-            .and_then(|together| Some((together.places.get(&id)?, together.state.as_ref()?)));
+        let flat = self.flat.as_ref();
+        let here = flat.and_then(|flat| Some((flat.places.get(&id)?, flat.state.as_ref()?)));
         let (updates, first, second) = match here {
             Some((place, state)) => {
                 let part = |x: &Tensor<1>| x.clone().narrow(0, place.start, place.len());
                 (state.time, part(&state.moment_1), part(&state.moment_2))
             }
             None => {
-                let state = self.apart.get(&id)?;
+                let state = self.separate.get(&id)?;
                 (state.time, state.moment_1.clone(), state.moment_2.clone())
             }
         };
@@ -241,10 +241,10 @@ impl Optimizer {
         })
     }
 
-    /// Puts back what [`moments`](Self::moments) returned, of a parameter whose value is set as well.
+    /// Restores the result of [`moments`](Self::moments), for a parameter whose value is restored too.
     pub fn set_moments(&mut self, id: ParamId, moments: Moments, device: &Device) {
-        let together = self.together.take();
-        self.take_apart(together);
+        let flat = self.flat.take();
+        self.split(flat);
         let device = device.clone().without_autodiff();
         let place = |values: Vec<f32>| {
             let count = values.len();
@@ -255,15 +255,15 @@ impl Optimizer {
             place(moments.first),
             place(moments.second),
         );
-        self.apart.insert(id, momentum);
+        self.separate.insert(id, momentum);
     }
 }
 
-/// Has Burn's tape forget parameters that have been replaced.
+/// Makes Burn's autodiff graph drop parameters that have been replaced.
 ///
-/// It takes note of every tensor that requires a gradient, about a kilobyte each, and forgets those that are
-/// gone only when something is differentiated. Training here differentiates nothing on the tape, so a run
-/// would grow by that for every parameter and step.
+/// Burn registers every tensor that requires a gradient, about a kilobyte each, and drops those that no longer exist
+/// only in a backward pass. The manual passes run no backward pass in a graph, so that memory would grow with every
+/// parameter and step.
 fn sweep<M: Module>(module: &M) {
     if let Some(device) = module.devices().into_iter().next() {
         let one = Tensor::<1>::ones([1], &device.autodiff()).require_grad();
@@ -275,21 +275,21 @@ fn sweep<M: Module>(module: &M) {
 ///
 /// # Panics
 ///
-/// If the device does not give them back.
+/// If they cannot be read from the device.
 pub fn to_host<const D: usize>(tensor: Tensor<D>) -> Vec<f32> {
     let data = tensor.into_data().convert::<f32>();
     let values = data.try_to_vec();
     values.unwrap_or_else(|error| panic!("a tensor cannot be read from the device: {error:?}"))
 }
 
-/// Finds the values of parameters.
+/// Finds the values of parameters by their ids.
 struct Values {
-    wanted: HashMap<ParamId, Option<Tensor<1>>>,
+    found: HashMap<ParamId, Option<Tensor<1>>>,
 }
 
 impl ModuleVisitor for Values {
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        if let Some(value) = self.wanted.get_mut(&param.id) {
+        if let Some(value) = self.found.get_mut(&param.id) {
             let tensor = param.val().without_autodiff();
             let count = tensor.shape().num_elements();
             *value = Some(tensor.reshape([count]));
@@ -297,13 +297,13 @@ impl ModuleVisitor for Values {
     }
 }
 
-/// Makes parameters the parts of a long tensor.
-struct Place<'a> {
+/// Replaces parameters by views of the flat tensor.
+struct Views<'a> {
     places: &'a HashMap<ParamId, Range<usize>>,
     values: &'a Tensor<1>,
 }
 
-impl ModuleMapper for Place<'_> {
+impl ModuleMapper for Views<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (id, tensor, mapper) = param.consume();
         let Some(place) = self.places.get(&id) else {
@@ -335,7 +335,7 @@ mod tests {
         GradientsParams::from_grads(loss.backward(), linear)
     }
 
-    /// Those of the weight and the bias as one tensor.
+    /// The gradients of weight and bias as one tensor.
     fn flat(linear: &Linear, mut gradients: GradientsParams) -> FlatGradients {
         let bias = linear.bias.as_ref().unwrap().id;
         let weight = gradients.remove::<2>(linear.weight.id).unwrap();
@@ -352,22 +352,22 @@ mod tests {
     }
 
     #[test]
-    fn a_step_is_burn_s_bit_for_bit_and_goes_on_from_moments_that_were_on_the_host() {
+    fn a_step_equals_burns_bit_for_bit_and_continues_from_restored_moments() {
         let adamw = AdamW {
             weight_decay: 0.1,
             ..AdamW::default()
         };
         let device = Device::flex().autodiff();
-        let mut theirs = LinearConfig::new(3, 4).init(&device);
-        let mut ours = theirs.clone();
+        let mut reference = LinearConfig::new(3, 4).init(&device);
+        let mut ours = reference.clone();
         let (mut burn, mut optimizer) = (adamw.init(), adamw.resumable());
         for step in 0..6 {
             let scale = 1.0 - 0.1 * f64::from(step);
-            let update = gradients(&theirs, scale);
-            theirs = burn.step(0.01, theirs, update);
+            let update = gradients(&reference, scale);
+            reference = burn.step(0.01, reference, update);
             let update = flat(&ours, gradients(&ours, scale));
             ours = optimizer.step(0.01, ours, update);
-            assert_eq!(values(&theirs), values(&ours));
+            assert_eq!(values(&reference), values(&ours));
             if step % 2 == 0 {
                 continue;
             }

@@ -1,7 +1,7 @@
-//! What a training step asks of a GPU, counted: launches, uploads, blocking reads, memory traffic, FLOPs.
+//! Counts what a training step costs a GPU: launches, uploads, blocking reads, memory traffic, FLOPs.
 //!
-//! A step of a model with 2 and of one with 3 layers is counted; their difference is a layer, and a model of any
-//! number of layers is the first plus that many differences. The first and last layers are in both.
+//! A step is counted for a model of 2 layers and for one of 3 layers. Their difference is one layer; a model of n
+//! layers costs the step of 2 layers plus n − 2 differences. Both models have a first and a last layer.
 
 use burn::tensor::Device;
 use gpu_counts::{Counts, Mode, count};
@@ -14,41 +14,41 @@ use crate::loss_scale::LossScale;
 use crate::optimizer::{AdamW, Optimizer};
 use data::{Batch, BatchRow, Prefixes};
 
-/// What is to be counted.
+/// The step to count.
 #[derive(Debug, Clone)]
 pub struct StepShape {
     /// The model; its weights are not needed.
     pub model: LlamaConfig,
-    /// How weights are stored, and what is computed in.
+    /// How weights are stored, and the compute type.
     pub options: LoadOptions,
     /// The adapters.
     pub lora: LoraConfig,
-    /// The token ids of each example of a micro-batch. Examples that begin alike share that beginning.
+    /// The token ids of each example of a micro-batch. Examples share common prefixes.
     pub examples: Vec<Vec<u32>>,
-    /// How many tokens at the end of each example the loss is on.
+    /// The number of tokens at the end of each example that are in the loss.
     pub supervised: usize,
-    /// Micro-batches of an update.
+    /// Micro-batches per optimizer step.
     pub micro_batches: usize,
     /// Whether activations are recomputed in the backward pass.
     pub gradient_checkpointing: bool,
-    /// Whether kernels run.
+    /// Whether the kernels really run.
     pub mode: Mode,
 }
 
-/// A step as it was counted.
+/// The counts of a step.
 #[derive(Debug, Clone, Serialize)]
 pub struct StepCounts {
     /// One decoder layer, forward and backward.
     pub layer: Counts,
     /// The whole step: all layers, embedding, output layer, loss, optimizer.
     pub step: Counts,
-    /// Layers of the model.
+    /// The number of layers.
     pub layers: usize,
-    /// Tokens that go through the layers.
+    /// Tokens per micro-batch in the layers; shared prefixes count once.
     pub tokens: usize,
 }
 
-/// Examples of `length` tokens, each with ids of its own.
+/// Examples of `length` tokens without shared prefixes.
 pub fn examples(count: usize, length: usize, vocab_size: usize) -> Vec<Vec<u32>> {
     let id = |example: usize, place: usize| ((example * 7919 + place * 31 + 1) % vocab_size) as u32;
     (0..count)
@@ -56,7 +56,7 @@ pub fn examples(count: usize, length: usize, vocab_size: usize) -> Vec<Vec<u32>>
         .collect()
 }
 
-/// Counts a step on `device`; `None` where the device counts nothing, as the CPU backend.
+/// Counts a step on `device`; `None` on a device without counters, such as the CPU.
 ///
 /// # Errors
 ///
@@ -83,7 +83,7 @@ pub fn count_step(shape: &StepShape, device: &Device) -> Result<Option<StepCount
     }))
 }
 
-/// How often each launch occurs in `more` beyond `less`.
+/// How many more times each launch occurs in `more` than in `less`.
 fn difference(more: &Counts, less: &Counts) -> std::collections::BTreeMap<String, u64> {
     let details = more.details.iter().filter_map(|(name, count)| {
         let before = less.details.get(name).copied().unwrap_or(0);
@@ -109,7 +109,7 @@ fn few_layers(
     let mut optimizer = AdamW::default().resumable();
     let batch = batch(shape);
     let mut counted = None;
-    // Burn looks for what it can fuse while operations come for the first time; later steps repeat what it found.
+    // Burn searches for fusions in the first step and reuses them later: the second step is the one that is reported.
     for _ in 0..2 {
         let (next, counts) = count(&device, shape.mode, || {
             step(model, &mut optimizer, shape, &batch)
@@ -120,7 +120,7 @@ fn few_layers(
     Ok(counted)
 }
 
-/// An optimizer step, as training does it.
+/// An optimizer step, as in training.
 fn step(model: Llama, optimizer: &mut Optimizer, shape: &StepShape, batch: &Batch) -> Llama {
     let mut sums = AdapterGradients::default();
     for _ in 0..shape.micro_batches {

@@ -3,7 +3,7 @@
 use burn::module::Param;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use kernels::{frozen_linear_backward, multiply_add, multiply_in_f32};
-use llama_burn::{DecoderLayer, Llama, PackedContext, RmsNorm, VocabTable, pieces};
+use llama_burn::{DecoderLayer, Llama, PackedContext, RmsNorm, VocabTable, operations};
 use lora_core::{LinearGroup, LoraLinear};
 
 use super::layer_pass;
@@ -156,8 +156,11 @@ impl<'a> Run<'a> {
     fn norms(&self, outputs: &mut Outputs) -> Result<(), String> {
         let norm = &self.layer.input_layernorm;
         let (x, gradient) = (self.hidden(), self.gradient().cast(self.dtype));
-        outputs.push(named("rms_norm", pieces::rms_norm(norm, &x, self.dtype))?);
-        let through = pieces::rms_norm_backward(norm, &x, gradient);
+        outputs.push(named(
+            "rms_norm",
+            operations::rms_norm(norm, &x, self.dtype),
+        )?);
+        let through = operations::rms_norm_backward(norm, &x, gradient);
         outputs.push(named("rms_norm_backward", through)?);
         Ok(())
     }
@@ -220,14 +223,17 @@ impl<'a> Run<'a> {
         let keys = config.num_key_value_heads * config.head_dim;
         let [q, k, v, gradient] = [(50, queries), (51, keys), (52, keys), (53, queries)]
             .map(|(seed, width)| self.place(self.inputs.more(seed, width)));
-        outputs.push(named("rope", pieces::rope(q.clone(), self.context, false))?);
+        outputs.push(named(
+            "rope",
+            operations::rope(q.clone(), self.context, false),
+        )?);
         outputs.push(named(
             "rope_backward",
-            pieces::rope(k.clone(), self.context, true),
+            operations::rope(k.clone(), self.context, true),
         )?);
         let attention = &self.layer.self_attn;
         let (mixed, gradients) =
-            pieces::attend_and_back(attention, [q, k, v], gradient, self.context);
+            operations::attend_and_back(attention, [q, k, v], gradient, self.context);
         outputs.push(named("attention", mixed)?);
         for gradient in gradients {
             outputs.push(named("attention_backward", gradient)?);
@@ -239,8 +245,8 @@ impl<'a> Run<'a> {
         let width = subject.config.intermediate_size;
         let [gate, up, gradient] =
             [60, 61, 62].map(|seed| self.place(self.inputs.more(seed, width)));
-        outputs.push(named("swiglu", pieces::swiglu(&gate, &up))?);
-        for gradient in pieces::swiglu_backward(gate, up, gradient) {
+        outputs.push(named("swiglu", operations::swiglu(&gate, &up))?);
+        for gradient in operations::swiglu_backward(gate, up, gradient) {
             outputs.push(named("swiglu_backward", gradient)?);
         }
         Ok(())

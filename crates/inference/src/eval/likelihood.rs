@@ -6,10 +6,11 @@
 //! once.
 
 use burn::tensor::Tensor;
+use kernels::logits_bytes;
 use llama_burn::{LayerPass, Llama, PackedError, PackedTokens};
 use rayon::prelude::*;
 
-use train_step::loss::{positions_at_once, score_bytes, token_ids};
+use train_step::loss::{positions_at_once, token_ids};
 
 /// Shorter prefixes are computed for each sequence: the bookkeeping would cost more.
 const LEAST_SHARED: usize = 4;
@@ -88,10 +89,10 @@ pub fn log_likelihoods(
         asked[place_of(*place)].push(*id);
     }
     let vocab = model.config.vocab_size;
-    let at_once = positions_at_once(vocab, score_bytes(&model.device()));
+    let at_once = positions_at_once(vocab, logits_bytes(&model.device()));
     let mut known: Vec<Vec<f64>> = Vec::with_capacity(predicts.len());
     for (start, asked) in (0..).step_by(at_once).zip(asked.chunks(at_once)) {
-        let scores = model.logits_plain(&hidden.clone().narrow(0, start, asked.len()));
+        let scores = model.manual_logits(&hidden.clone().narrow(0, start, asked.len()));
         let scores = read(scores)?;
         known.par_extend(
             scores
@@ -128,15 +129,15 @@ pub fn most_likely(likelihoods: &[f64]) -> Option<usize> {
 
 /// The last layer's output at these positions, `[m, hidden]`.
 fn hidden_at(model: &Llama, packed: &PackedTokens, places: &[u32]) -> Tensor<2> {
-    let context = model.pass_context(packed);
+    let context = model.manual_context(packed);
     let wanted = token_ids(places, &model.device().without_autodiff());
-    let mut hidden = model.pass_embeddings(&packed.ids);
+    let mut hidden = model.manual_embeddings(&packed.ids);
     for (index, layer) in model.layers.iter().enumerate() {
         let pass = LayerPass {
             layer,
             context: &context,
             dropout_seed: None,
-            wanted: (index + 1 == model.layers.len()).then_some(&wanted),
+            output_positions: (index + 1 == model.layers.len()).then_some(&wanted),
         };
         hidden = pass.forward(&hidden).0;
     }

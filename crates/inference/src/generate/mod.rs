@@ -149,7 +149,7 @@ impl Generator<'_> {
         let positions = self.model.config.positions();
         for step in 0..limits.max_new_tokens {
             let vocab = self.model.config.vocab_size;
-            let mut scores = read(self.model.logits_plain(&hidden))?;
+            let mut scores = read(self.model.manual_logits(&hidden))?;
             for (scores, index) in scores.chunks_exact_mut(vocab).zip(&left) {
                 let row = &mut rows[*index];
                 let next = sampling.next(scores, &row.ids, first_row + index, step);

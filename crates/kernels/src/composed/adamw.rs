@@ -1,4 +1,4 @@
-//! AdamW as Burn computes it.
+//! Burn's AdamW.
 
 use burn::optim::{AdamW, AdamWState as BurnState, Optimizer as _};
 use burn::tensor::Tensor;

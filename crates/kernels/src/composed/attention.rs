@@ -1,9 +1,9 @@
 //! Attention as a batch of matrix products over padded segments, for any backend.
 //!
-//! Queries come in tiles, so that scores exist for some of them at a time, and each tile sees keys up to its last
-//! visible one. Query heads that share a key head lie side by side as further queries, so that keys and values
-//! are never repeated. The backward pass computes the weights again from each query's log-sum-exp, as
-//! FlashAttention does (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>): without a softmax of its own.
+//! Queries are processed in tiles, so that the scores of one tile exist at a time. A tile attends to keys up to the
+//! last one that is visible to it. Query heads that share a key head are stacked as additional queries, so that keys
+//! and values are never repeated. The backward pass recomputes the weights from each query's log-sum-exp, without
+//! another softmax, as in FlashAttention (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>).
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, FloatDType, Tensor};
@@ -12,7 +12,7 @@ use super::padding::{Padded, Tile};
 use crate::attention::Heads;
 use crate::product;
 
-/// Scores that exist at a time at most: 128 MiB in f32, which every graphics adapter binds as one buffer.
+/// The largest number of scores that exist at a time: 128 MiB in f32, which every GPU binds as one buffer.
 pub const SCORES_AT_ONCE: usize = 1 << 25;
 
 /// What the backward pass needs.
@@ -20,28 +20,28 @@ pub const SCORES_AT_ONCE: usize = 1 << 25;
 pub struct Attended {
     /// The scaled queries, stacked.
     q: Tensor<4>,
-    k: Kept,
-    v: Kept,
+    k: Saved,
+    v: Saved,
     /// The output, stacked.
     output: Tensor<4>,
-    /// Each query's log-sum-exp of scores by tile, `[segments, key heads, queries · group, 1]`, f32.
+    /// Each query's log-sum-exp of scores, per tile, `[segments, key heads, queries · group, 1]`, f32.
     log_sums: Vec<Tensor<4>>,
 }
 
-/// Keys or values as the backward pass finds them.
+/// Keys or values, saved for the backward pass.
 #[derive(Debug, Clone)]
-enum Kept {
-    /// As attention reads them, where nothing is padded or shared: `[segments, key heads, keys, d]`.
+enum Saved {
+    /// In the layout of attention, if nothing is padded or shared: `[segments, key heads, keys, d]`.
     Spread(Tensor<4>),
-    /// As they came, `[n, key heads · d]`, where they would grow.
+    /// In the layout of the input, `[n, key heads · d]`, if the other layout is larger.
     Packed(Tensor<2>),
 }
 
 impl Attended {
     pub fn into_keys_values(self) -> [Tensor<2>; 2] {
-        [self.k, self.v].map(|kept| match kept {
-            Kept::Packed(x) => x,
-            Kept::Spread(x) => {
+        [self.k, self.v].map(|saved| match saved {
+            Saved::Packed(x) => x,
+            Saved::Spread(x) => {
                 let [segments, key, keys, d] = x.dims();
                 x.swap_dims(1, 2).reshape([segments * keys, key * d])
             }
@@ -61,8 +61,8 @@ impl Layout<'_> {
         self.heads.query / self.heads.key
     }
 
-    /// `[segments · queries, heads · d]` → `[segments, key heads, queries · group, d]`: queries of the heads that
-    /// share a key head side by side.
+    /// `[segments · queries, heads · d]` → `[segments, key heads, queries · group, d]`: the queries of heads that share
+    /// a key head are adjacent.
     fn stack(&self, x: Tensor<2>) -> Tensor<4> {
         let Heads { key, d, .. } = self.heads;
         let (segments, queries) = (self.padded.segments, self.padded.queries);
@@ -71,7 +71,7 @@ impl Layout<'_> {
             .reshape([segments, key, queries * self.group(), d])
     }
 
-    /// The opposite of [`stack`](Self::stack), the padding left out: `[n, heads · d]`.
+    /// The opposite of [`stack`](Self::stack), without the padding: `[n, heads · d]`.
     fn unstack(&self, x: Tensor<4>) -> Tensor<2> {
         let Heads { query, key, d } = self.heads;
         let (segments, queries) = (self.padded.segments, self.padded.queries);
@@ -80,34 +80,34 @@ impl Layout<'_> {
         self.padded.gather_queries(x)
     }
 
-    /// Keys or values of all segments, `[segments, key heads, keys, d]`, each head's in one piece: a matrix product
-    /// would otherwise copy them for every tile.
+    /// Keys or values of all segments, `[segments, key heads, keys, d]`, contiguous per head: a matrix product would
+    /// otherwise copy them for every tile.
     fn keys(&self, x: Tensor<2>) -> Tensor<4> {
         let Heads { key, d, .. } = self.heads;
         let (segments, keys) = (self.padded.segments, self.padded.keys);
         let x = self.padded.spread_keys(x);
-        // The shape in between cannot be had by other strides, so the heads are copied apart here.
+        // No strides describe the intermediate shape, so this copies the heads.
         x.reshape([segments, keys, key, d])
             .swap_dims(1, 2)
             .reshape([segments, key, keys * d])
             .reshape([segments, key, keys, d])
     }
 
-    /// Keys or values as [`keys`](Self::keys) makes them, and as they are kept for the backward pass.
-    fn keys_and_kept(&self, x: Tensor<2>) -> (Tensor<4>, Kept) {
+    /// Keys or values in the layout of [`keys`](Self::keys), and in the form that is saved for the backward pass.
+    fn keys_and_saved(&self, x: Tensor<2>) -> (Tensor<4>, Saved) {
         let spread = self.keys(x.clone());
-        let kept = if self.padded.is_plain() {
-            Kept::Spread(spread.clone())
+        let saved = if self.padded.is_plain() {
+            Saved::Spread(spread.clone())
         } else {
-            Kept::Packed(x)
+            Saved::Packed(x)
         };
-        (spread, kept)
+        (spread, saved)
     }
 
-    fn kept_keys(&self, kept: Kept) -> Tensor<4> {
-        match kept {
-            Kept::Spread(spread) => spread,
-            Kept::Packed(x) => self.keys(x),
+    fn saved_keys(&self, saved: Saved) -> Tensor<4> {
+        match saved {
+            Saved::Spread(spread) => spread,
+            Saved::Packed(x) => self.keys(x),
         }
     }
 
@@ -119,7 +119,7 @@ impl Layout<'_> {
             .sum_keys(x.swap_dims(1, 2).reshape([segments * keys, key * d]))
     }
 
-    /// A tile's part of what is stacked.
+    /// A tile's rows of a stacked tensor.
     fn rows(&self, x: &Tensor<4>, tile: &Tile) -> Tensor<4> {
         let (first, count) = (tile.queries.start, tile.queries.len());
         if count == self.padded.queries {
@@ -130,8 +130,8 @@ impl Layout<'_> {
         }
     }
 
-    /// The keys or values that a tile sees.
-    fn seen(&self, x: &Tensor<4>, tile: &Tile) -> Tensor<4> {
+    /// The keys or values that are visible to a tile.
+    fn visible(&self, x: &Tensor<4>, tile: &Tile) -> Tensor<4> {
         if tile.visible == self.padded.keys {
             x.clone()
         } else {
@@ -155,7 +155,7 @@ pub fn forward_in_graph(
     let q = layout.stack(padded.spread_queries(q));
     let (k, v) = (layout.keys(k), layout.keys(v));
     let tiles = padded.tiles.iter().map(|tile| {
-        let (k, v) = (layout.seen(&k, tile), layout.seen(&v, tile));
+        let (k, v) = (layout.visible(&k, tile), layout.visible(&v, tile));
         let scores = layout.rows(&q, tile).matmul(k.swap_dims(2, 3));
         let mask = tile.mask(DType::F32);
         let mask = if in_graph { mask.autodiff() } else { mask };
@@ -176,22 +176,28 @@ pub fn forward(
     let layout = Layout { padded, heads };
     let dtype = q.dtype();
     let q = layout.stack(padded.spread_queries(q));
-    let ((keys, k), (values, v)) = (layout.keys_and_kept(k), layout.keys_and_kept(v));
-    // Unnormalised weights are at most 1, and their sum with values may leave f16: there they are 16 times smaller.
+    let ((keys, k), (values, v)) = (layout.keys_and_saved(k), layout.keys_and_saved(v));
+    // Unnormalized weights are at most 1, and their products with values may overflow f16: in f16 they are 16 times
+    // smaller.
     let head_room = if dtype == DType::F16 { 16f64 } else { 1.0 };
-    // Parts are taken before anything is computed with them: Burn fuses what follows one another.
+    // All slices come before the arithmetic: Burn fuses consecutive operations.
     let parts: Vec<_> = padded
         .tiles
         .iter()
         .map(|tile| {
-            let k = layout.seen(&keys, tile).swap_dims(2, 3);
-            (tile, layout.rows(&q, tile), k, layout.seen(&values, tile))
+            let k = layout.visible(&keys, tile).swap_dims(2, 3);
+            (
+                tile,
+                layout.rows(&q, tile),
+                k,
+                layout.visible(&values, tile),
+            )
         })
         .collect();
     let mut outputs = Vec::with_capacity(parts.len());
     let mut log_sums = Vec::with_capacity(parts.len());
     for (tile, q, k, v) in parts {
-        // In the type of the product, which has rounded them already.
+        // In the type of the product, which has rounded the scores already.
         let scores = (product(q, k).cast(DType::F32) + tile.mask(dtype)).cast(dtype);
         let most = scores.clone().max_dim(3).cast(DType::F32);
         let shift = if head_room > 1.0 {
@@ -212,8 +218,8 @@ pub fn forward(
                 let (flat, unflat) = ([segments * key, rows, 1], [segments, key, rows, 1]);
                 let most = most.reshape(flat);
                 let mixed = product(weights.clone(), v);
-                // Burn fuses a product with nothing here, and what follows such an operation with nothing either: a
-                // change of shape, which costs nothing, takes that place, so that the sum reads 16-bit weights.
+                // Burn does not fuse a product with the next operation. A free change of shape is inserted here, so
+                // that the sum can be fused and reads 16-bit weights.
                 let sum = weights.reshape([segments * key, rows, visible]);
                 let sum = sum.cast(DType::F32).mul_scalar(head_room).sum_dim(2);
                 let log_sum = sum.clone().log() + most;
@@ -230,7 +236,7 @@ pub fn forward(
         outputs.push(mixed.cast(dtype));
         log_sums.push(log_sum);
     }
-    let output = together(outputs);
+    let output = concatenated(outputs);
     let attended = Attended {
         q,
         k,
@@ -259,8 +265,8 @@ pub fn backward(
     let layout = Layout { padded, heads };
     let dtype = q.dtype();
     let gradient = layout.stack(padded.spread_gradient(gradient));
-    let (keys, values) = (layout.kept_keys(k), layout.kept_keys(v));
-    // What the softmax's derivative subtracts: the weighted mean of the gradients of a query's weights.
+    let (keys, values) = (layout.saved_keys(k), layout.saved_keys(v));
+    // delta = rowsum(dO ∘ O), which the derivative of softmax subtracts.
     let delta = gradient.clone().cast(DType::F32) * output.cast(DType::F32);
     let delta = delta.sum_dim(3);
     let parts: Vec<_> = padded
@@ -270,8 +276,8 @@ pub fn backward(
         .map(|(tile, log_sums)| Part {
             tile,
             q: layout.rows(&q, tile),
-            k: layout.seen(&keys, tile),
-            v: layout.seen(&values, tile),
+            k: layout.visible(&keys, tile),
+            v: layout.visible(&values, tile),
             gradient: layout.rows(&gradient, tile),
             delta: layout.rows(&delta, tile),
             log_sums,
@@ -286,21 +292,21 @@ pub fn backward(
         let weights = (scores + part.tile.mask(dtype) - part.log_sums)
             .exp()
             .cast(dtype);
-        let through = product(gradient.clone(), part.v.swap_dims(2, 3));
-        let through = through.cast(DType::F32) - part.delta;
-        let scores = (through * weights.clone().cast(DType::F32)).cast(dtype);
+        let d_weights = product(gradient.clone(), part.v.swap_dims(2, 3));
+        let d_weights = d_weights.cast(DType::F32) - part.delta;
+        let d_scores = (d_weights * weights.clone().cast(DType::F32)).cast(dtype);
         d_v.push(product(weights.swap_dims(2, 3), gradient));
-        d_k.push(product(scores.clone().swap_dims(2, 3), q));
-        d_q.push(product(scores, k));
+        d_k.push(product(d_scores.clone().swap_dims(2, 3), q));
+        d_q.push(product(d_scores, k));
     }
     [
-        layout.unstack(together(d_q)),
-        layout.sum_keys(sum_of_beginnings(d_k, padded)),
-        layout.sum_keys(sum_of_beginnings(d_v, padded)),
+        layout.unstack(concatenated(d_q)),
+        layout.sum_keys(sum_over_tiles(d_k, padded)),
+        layout.sum_keys(sum_over_tiles(d_v, padded)),
     ]
 }
 
-/// What a tile's backward pass reads.
+/// The inputs of a tile's backward pass.
 struct Part<'a> {
     tile: &'a Tile,
     q: Tensor<4>,
@@ -311,17 +317,17 @@ struct Part<'a> {
     log_sums: Tensor<4>,
 }
 
-/// Tiles one after the other.
-fn together(mut tiles: Vec<Tensor<4>>) -> Tensor<4> {
+/// Concatenates tiles.
+fn concatenated(mut tiles: Vec<Tensor<4>>) -> Tensor<4> {
     match tiles.len() {
         1 => tiles.remove(0),
         _ => Tensor::cat(tiles, 2),
     }
 }
 
-/// The sum of what the tiles give the keys, `[segments, key heads, visible, d]` each: a tile has something for its
-/// visible keys only, and each sees at least what the one before it sees.
-fn sum_of_beginnings(tiles: Vec<Tensor<4>>, padded: &Padded) -> Tensor<4> {
+/// The sum of the tiles' gradients of the keys, `[segments, key heads, visible, d]` each. A tile contributes to its
+/// visible keys only, and the visible keys of a tile include those of the tile before it.
+fn sum_over_tiles(tiles: Vec<Tensor<4>>, padded: &Padded) -> Tensor<4> {
     let mut start = 0;
     let mut blocks = Vec::with_capacity(tiles.len());
     for (index, tile) in padded.tiles.iter().enumerate() {
@@ -342,5 +348,5 @@ fn sum_of_beginnings(tiles: Vec<Tensor<4>>, padded: &Padded) -> Tensor<4> {
             .cast(dtype)
     });
     let blocks = sums.collect();
-    together(blocks)
+    concatenated(blocks)
 }

@@ -1,5 +1,5 @@
-//! The cache for any backend: every sequence's keys and values in one tensor, prompts aligned right so that all sequences
-//! continue at the same place.
+//! The KV cache for any backend: the keys and values of all sequences in one tensor, with prompts aligned right, so
+//! that all sequences continue at the same index.
 
 use burn::tensor::activation::softmax;
 use burn::tensor::{DType, FloatDType, Tensor, TensorData, s};
@@ -9,16 +9,16 @@ use crate::attention::Heads;
 use crate::kv_cache::{KvCache, PromptTokens, indices};
 use crate::product;
 
-/// Tokens that room is made for at a time.
+/// The number of tokens by which the capacity grows.
 const BLOCK: usize = 64;
 
 #[derive(Debug, Clone)]
 pub struct Cache {
-    /// Keys and values, `[rows, key heads, capacity, d]`.
+    /// Keys and values, `[sequences, key heads, capacity, d]`.
     keys_values: [Tensor<4>; 2],
-    /// The longest prompt and what came after.
+    /// The number of tokens of the longest sequence.
     used: usize,
-    /// Places before each row's prompt.
+    /// The padding before each sequence's prompt.
     padding: Vec<usize>,
 }
 
@@ -28,7 +28,7 @@ impl Cache {
         let longest = prompts.places.iter().map(Vec::len).max().unwrap_or(0);
         let padding = prompts.places.iter().map(|places| longest - places.len());
         let padding: Vec<usize> = padding.collect();
-        // Padded places repeat token 0: any would do, the mask hides them.
+        // The padding repeats token 0; the mask hides it.
         let spread = prompts.places.iter().zip(&padding);
         let spread = spread.flat_map(|(places, padding)| {
             let tokens = places.iter().map(|place| *place as i32);
@@ -47,7 +47,7 @@ impl Cache {
         }
     }
 
-    /// Adds a token to every row.
+    /// Adds a token to every sequence.
     fn push(&mut self, new: [Tensor<2>; 2], heads: Heads) {
         let rows = self.padding.len();
         let at = self.used;
@@ -64,7 +64,7 @@ impl Cache {
         self.used += 1;
     }
 
-    /// 0 where a row has a token, very negative elsewhere: `[rows, 1, 1, capacity]`.
+    /// 0 for a token of a sequence, very negative elsewhere: `[sequences, 1, 1, capacity]`.
     fn mask(&self, capacity: usize, scores: &Tensor<4>) -> Tensor<4> {
         let row = |padding: &usize| {
             let hidden = |place: usize| place < *padding || place >= self.used;

@@ -1,4 +1,4 @@
-//! Cross entropy as Burn's operations.
+//! Cross entropy as a composition of Burn's operations.
 
 use burn::tensor::{DType, IndexingUpdateOp, Tensor};
 

@@ -1,4 +1,4 @@
-//! Operations composed of Burn's, for any backend: the default bodies of [`Kernels`](crate::Kernels).
+//! Compositions of Burn's operations, for any backend: the default bodies of [`Kernels`](crate::Kernels).
 
 pub mod adamw;
 pub mod attention;

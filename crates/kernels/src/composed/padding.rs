@@ -1,4 +1,4 @@
-//! Segments side by side, for attention as a batch of matrix products.
+//! Pads the segments of a packed batch, for attention as a batch of matrix products.
 
 use std::ops::Range;
 
@@ -8,63 +8,63 @@ use crate::attention::Heads;
 use crate::ranges::{AttentionRanges, SegmentRanges};
 use crate::uploads::{Floats, Ints, Uploaded, Uploads};
 
-/// A packed batch with its segments padded to the longest: queries `[segments, queries]`, keys
-/// `[segments, keys]`. Only attention's own tensors are padded so, which costs little next to the linear
-/// layers, and saves the scores between different rows.
+/// A packed batch with its segments padded to the longest: queries `[segments, queries]`, keys `[segments, keys]`. Only
+/// the tensors of attention are padded. This costs little compared with the linear layers, and avoids scores between
+/// different sequences.
 #[derive(Debug, Clone)]
 pub struct Padded {
     pub segments: usize,
-    /// The longest segment.
+    /// The length of the longest segment.
     pub queries: usize,
-    /// The longest row.
+    /// The length of the longest sequence.
     pub keys: usize,
-    /// None where every segment has as many tokens as the longest.
+    /// `None` if all segments have the same length.
     padding: Option<Padding>,
-    /// None where no segments share a beginning: keys then lie as queries do.
+    /// `None` without shared prefixes: keys then have the layout of queries.
     shared: Option<Shared>,
-    /// Pieces of the queries whose scores exist at a time.
+    /// The tiles of the queries; the scores of one tile exist at a time.
     pub tiles: Vec<Tile>,
 }
 
-/// Queries whose scores exist together.
+/// A tile of queries, whose scores exist together.
 #[derive(Debug, Clone)]
 pub struct Tile {
-    /// Their places in every segment.
+    /// Their range in every segment.
     pub queries: Range<usize>,
-    /// How many keys, from the first on, any of them sees.
+    /// The number of keys, from the first on, that are visible to any of them.
     pub visible: usize,
-    /// The last key that each query sees, `[segments or 1, 1, group · queries, 1]`: the query heads that share a
-    /// key head lie side by side.
+    /// The last key that is visible to each query, `[segments or 1, 1, group · queries, 1]`: query heads that share a
+    /// key head are adjacent.
     last_seen: Tensor<4>,
-    /// The keys' numbers, `[1, 1, 1, visible]`.
+    /// The keys' indices, `[1, 1, 1, visible]`.
     numbers: Tensor<4>,
 }
 
 #[derive(Debug, Clone)]
 struct Padding {
-    /// Packed index of each query's place, `[segments · queries]`; padded places repeat a token.
+    /// The packed index of each padded index, `[segments · queries]`; the padding repeats a token.
     places: Tensor<1, Int>,
-    /// And back, `[n]`.
+    /// The padded index of each packed index, `[n]`.
     back: Tensor<1, Int>,
-    /// 1 where a place is a token, 0 where it is padding, `[segments · queries, 1]`.
+    /// 1 for a token, 0 for padding, `[segments · queries, 1]`.
     tokens: Tensor<2>,
 }
 
-/// Where keys lie when a beginning belongs to several segments.
+/// The layout of keys if several segments share a prefix.
 #[derive(Debug, Clone)]
 struct Shared {
-    /// Packed index of each key's place, `[segments · keys]`.
+    /// The packed index of each padded key, `[segments · keys]`.
     places: Tensor<1, Int>,
-    /// For each token its place among its own segment's keys, `[n]`.
+    /// Each token's index among the keys of its own segment, `[n]`.
     own: Tensor<1, Int>,
-    /// For each token that several segments see, its places in the others: `[times · several]`; a token that fewer
-    /// segments see repeats a place.
+    /// For each token that is visible to several segments, its indices among the keys of the others: `[times ·
+    /// several]`. A token that is visible to fewer segments repeats an index.
     copies: Tensor<1, Int>,
-    /// 1 where that is a place of the token, 0 where it repeats one: `[times, several, 1]`.
+    /// 1 for such an index, 0 for a repeated one: `[times, several, 1]`.
     counts: Tensor<3>,
-    /// For each token its number among those that several segments see, `[n]`; any for the rest.
+    /// Each token's index among those that are visible to several segments, `[n]`; arbitrary for other tokens.
     number: Tensor<1, Int>,
-    /// 1 for a token that several segments see, else 0: `[n, 1]`.
+    /// 1 for a token that is visible to several segments, else 0: `[n, 1]`.
     several: Tensor<2>,
 }
 
@@ -78,7 +78,7 @@ pub struct PlannedPadded {
     group: usize,
     padding: Option<(Ints, Ints, Floats)>,
     shared: Option<PlannedShared>,
-    /// The segments that `last_seen` tells apart: all, or one for all.
+    /// The number of segments in `last_seen`: all, or 1 if they are alike.
     apart: usize,
     last_seen: Floats,
     numbers: Floats,
@@ -93,11 +93,11 @@ struct PlannedShared {
     counts: Floats,
     number: Ints,
     several: Floats,
-    /// The most places that a token has beside its own, and the tokens that have any.
+    /// The largest number of other segments to which a token is visible, and the number of tokens with any.
     shape: [usize; 2],
 }
 
-/// A tile's first query lies where a graphics card can bind a buffer's part without a copy.
+/// The alignment of a tile's first query with which a GPU can bind a part of a buffer without a copy.
 const ALIGNMENT: usize = 64;
 
 impl PlannedPadded {
@@ -123,7 +123,7 @@ impl PlannedPadded {
             let mut back = Vec::with_capacity(tokens);
             let mut is_token = Vec::with_capacity(segments * queries);
             for (index, span) in ranges.iter().enumerate() {
-                // A padded place repeats the first token: any would do.
+                // The padding repeats the first token; any token would do.
                 let own = span.own.clone();
                 let padded = queries - own.len();
                 back.extend((0..own.len()).map(|i| (index * queries + i) as i32));
@@ -207,7 +207,7 @@ impl PlannedPadded {
 impl PlannedShared {
     fn new(ranges: &[SegmentRanges], keys: usize, tokens: usize, uploads: &mut Uploads) -> Self {
         let mut key_places = Vec::with_capacity(ranges.len() * keys);
-        // Every place of every token among the keys of all segments.
+        // Every index of every token among the keys of all segments.
         let mut places: Vec<Vec<i32>> = vec![Vec::new(); tokens];
         let mut own = vec![0; tokens];
         for (index, span) in ranges.iter().enumerate() {
@@ -263,12 +263,12 @@ impl PlannedShared {
 }
 
 impl Padded {
-    /// Whether every token has one place among the queries and one among the keys.
+    /// Whether nothing is padded or shared: every token has one index among the queries and one among the keys.
     pub fn is_plain(&self) -> bool {
         self.padding.is_none() && self.shared.is_none()
     }
 
-    /// Queries side by side: `[n, width]` → `[segments · queries, width]`.
+    /// Pads queries: `[n, width]` → `[segments · queries, width]`.
     pub fn spread_queries(&self, x: Tensor<2>) -> Tensor<2> {
         match &self.padding {
             Some(padding) => x.select(0, padding.places.clone()),
@@ -276,8 +276,7 @@ impl Padded {
         }
     }
 
-    /// As [`spread_queries`](Self::spread_queries), with zeros at padded places: what a gradient needs, which
-    /// must not count twice.
+    /// As [`spread_queries`](Self::spread_queries), with zeros as padding, so that no gradient counts twice.
     pub fn spread_gradient(&self, x: Tensor<2>) -> Tensor<2> {
         match &self.padding {
             Some(padding) => {
@@ -296,7 +295,7 @@ impl Padded {
         }
     }
 
-    /// Keys or values side by side: `[n, width]` → `[segments · keys, width]`.
+    /// Pads keys or values: `[n, width]` → `[segments · keys, width]`.
     pub fn spread_keys(&self, x: Tensor<2>) -> Tensor<2> {
         match &self.shared {
             Some(shared) => x.select(0, shared.places.clone()),
@@ -304,14 +303,14 @@ impl Padded {
         }
     }
 
-    /// Adds up what belongs to each key: `[segments · keys, width]` → `[n, width]` for `n` tokens.
+    /// Sums the gradients of each key: `[segments · keys, width]` → `[n, width]` for `n` tokens.
     pub fn sum_keys(&self, x: Tensor<2>) -> Tensor<2> {
         let Some(shared) = &self.shared else {
             return self.gather_queries(x);
         };
         let width = x.dims()[1];
         let [times, several, _] = shared.counts.dims();
-        // Each token's own place, and for those that several segments see the sum over their other places.
+        // The gradient in each token's own segment, plus the sum over the other segments to which the token is visible.
         let copies = x.clone().select(0, shared.copies.clone());
         let copies = copies.reshape([times, several, width]).cast(DType::F32);
         let sums = (copies * shared.counts.clone())
@@ -324,12 +323,12 @@ impl Padded {
 }
 
 impl Tile {
-    /// Added to the tile's scores: 0 where a query may look, very negative elsewhere, within what `dtype` holds.
-    /// `[segments or 1, 1, group · queries, visible]`, f32.
+    /// The attention mask of a tile, added to its scores: 0 for a visible key, very negative elsewhere, within the
+    /// range of `dtype`. `[segments or 1, 1, group · queries, visible]`, f32.
     ///
-    /// Written as arithmetic on two small tensors, so that Burn computes it inside the kernels that need it.
-    /// Keys past a row's end lie after every query of that row, so the causal mask hides them; what padded
-    /// queries compute is never read.
+    /// It is arithmetic on two small tensors, so that Burn fuses it into the kernels that need it. Keys after a
+    /// sequence's end follow every query of that sequence, so the causal mask hides them. The results of padded queries
+    /// are never read.
     pub fn mask(&self, dtype: DType) -> Tensor<4> {
         let masked = match dtype {
             DType::F16 => MASKED_F16,
@@ -374,7 +373,7 @@ mod tests {
     }
 
     #[test]
-    fn what_several_rows_see_is_summed_over_all_of_them() {
+    fn gradients_of_a_shared_prefix_are_summed_over_its_sequences() {
         // The sequences 1 2 3 4 5, 1 2 3 4 6 7 8, 1 2 9 and 11.
         let segments = [
             (2, None),
@@ -405,7 +404,7 @@ mod tests {
     }
 
     #[test]
-    fn a_tile_sees_keys_up_to_its_last_query_only() {
+    fn only_keys_up_to_its_last_query_are_visible_to_a_tile() {
         let (_, padded) = padded(&[(300, None)], 64 * HEADS.query * 300);
         let tiles: Vec<_> = padded
             .tiles

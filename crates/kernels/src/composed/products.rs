@@ -1,4 +1,4 @@
-//! Products as Burn's matmul computes them.
+//! Products with Burn's `matmul`.
 
 use burn::tensor::{DType, Tensor};
 
@@ -30,7 +30,7 @@ pub fn multiply_add(
     }
 }
 
-/// The scale goes onto the smaller operand.
+/// Multiplies the smaller operand by the scale.
 fn scaled(scale: f64, left: Tensor<2>, right: Tensor<2>) -> Tensor<2> {
     if scale == 1.0 {
         return product(left, right);

@@ -1,5 +1,5 @@
-//! RoPE as Burn's operations: both parts of a rotation by selection, so that Burn fuses everything into one kernel that
-//! reads `x` by index.
+//! RoPE as a composition of Burn's operations. It selects both operands of the rotation by index, so that Burn fuses
+//! everything into one kernel.
 
 use burn::tensor::{DType, Tensor};
 

@@ -1,8 +1,8 @@
 //! Attention on the CPU, tile by tile: memory grows linearly with the tokens, forward and backward.
 //!
-//! The forward pass keeps each query's log-sum-exp; the backward pass computes the weights of a tile
-//! again from it, as FlashAttention does (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>). Scores
-//! exist for one tile a thread. Every sum has a fixed order, so that results repeat bit for bit.
+//! The forward pass saves each query's log-sum-exp, from which the backward pass recomputes the weights of a tile, as
+//! in FlashAttention (Dao et al., 2022, <https://arxiv.org/abs/2205.14135>). Scores exist for one tile per thread.
+//! Every sum has a fixed order, so that results repeat bit for bit.
 
 use std::ops::Range;
 
@@ -15,17 +15,17 @@ use burn::tensor::Tensor;
 use crate::attention::{Heads, SavedAttention};
 use crate::ranges::{AttentionRanges, SegmentRanges};
 
-/// Queries whose scores exist at a time.
+/// Queries per tile.
 const QUERIES: usize = 128;
 
-/// Keys whose gradients a task adds up.
+/// Keys per task of the backward pass.
 const KEYS: usize = 256;
 
-/// Heads that keep a thread busy when each is one piece of work.
+/// The number of heads per thread that keeps all threads busy if each head is one task.
 const HEADS_A_THREAD: usize = 4;
 
-/// Whether the backward pass on the CPU takes heads one by one, and so holds gradients of keys and values
-/// for each of so many query heads: two tensors as large as the queries.
+/// Whether the backward pass on the CPU processes each of `query_heads` heads as one task. It then stores gradients of
+/// keys and values per query head: two tensors as large as the queries.
 pub fn heads_apart(query_heads: usize) -> bool {
     query_heads >= HEADS_A_THREAD * rayon::current_num_threads()
 }
@@ -110,8 +110,8 @@ fn forward(
             scores.resize(tile.count * keys.count, 0.0);
             keys.scores(inputs, heads, tile, scores);
             for (i, row) in scores.chunks_exact_mut(keys.count).enumerate() {
-                let (seen, hidden) = row.split_at_mut(keys.seen_by(tile.first + i));
-                let log_sum = softmax(seen);
+                let (visible, hidden) = row.split_at_mut(keys.visible_to(tile.first + i));
+                let log_sum = softmax(visible);
                 hidden.fill(0.0);
                 // SAFETY: this query and head are this task's.
                 unsafe { *sums.at((keys.query(i)) * heads.query + tile.head) = log_sum };
@@ -132,7 +132,7 @@ fn backward(
 ) -> [Vec<f32>; 3] {
     let n = log_sums.len() / heads.query.max(1);
     let upstream = Upstream { gradient, log_sums };
-    // A thread a head computes weights once, if there are heads enough to keep all threads at work.
+    // One task per head computes the weights once, if there are enough heads to keep all threads busy.
     if heads_apart(heads.query) {
         return head_gradients(inputs, upstream, ranges, heads, n);
     }
@@ -141,15 +141,15 @@ fn backward(
     [q, k, v]
 }
 
-/// What comes down to a query: the output's gradient and the log-sum-exp.
+/// The output's gradient and the log-sum-exp of each query.
 #[derive(Clone, Copy)]
 struct Upstream<'a> {
     gradient: &'a [f32],
     log_sums: &'a [f32],
 }
 
-/// All gradients, head by head: five products a tile. Each head adds up gradients of keys and values of
-/// its own, `[n, d]`; those of the heads that share a key head are added in their order.
+/// All gradients, with one task per head and five products per tile. Each head has its own sums for the gradients of
+/// keys and values, `[n, d]`; those of heads that share a key head are then added in the order of the heads.
 fn head_gradients(
     inputs: Inputs,
     upstream: Upstream,
@@ -161,7 +161,7 @@ fn head_gradients(
     let out = Shared::new(&mut d_q);
     let of_heads = (0..heads.query).into_par_iter().map(|head| {
         let (mut d_k, mut d_v) = (vec![0f32; n * heads.d], vec![0f32; n * heads.d]);
-        let (mut scores, mut through) = (Vec::new(), Vec::new());
+        let (mut scores, mut d_weights) = (Vec::new(), Vec::new());
         for (segment, span) in ranges.0.iter().enumerate() {
             for first in (0..span.own.len()).step_by(QUERIES) {
                 let count = QUERIES.min(span.own.len() - first);
@@ -173,16 +173,30 @@ fn head_gradients(
                 };
                 let keys = Keys::new(span, tile);
                 scores.resize(count * keys.count, 0.0);
-                through.resize(count * keys.count, 0.0);
+                d_weights.resize(count * keys.count, 0.0);
                 keys.scores(inputs, heads, tile, &mut scores);
-                keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, &mut through);
-                keys.weigh(upstream, heads, tile, &mut scores, &mut through, |_, _| {});
+                keys.products(
+                    upstream.gradient,
+                    inputs.v,
+                    heads,
+                    tile,
+                    1.0,
+                    &mut d_weights,
+                );
+                keys.scores_backward(
+                    upstream,
+                    heads,
+                    tile,
+                    &mut scores,
+                    &mut d_weights,
+                    |_, _| {},
+                );
                 let gradient = heads.queries(upstream.gradient, &keys.queries(tile), head);
                 keys.add(&scores, gradient, tile, 1.0, &mut d_v);
                 let q = heads.queries(inputs.q, &keys.queries(tile), head);
-                keys.add(&through, q, tile, heads.scale(), &mut d_k);
+                keys.add(&d_weights, q, tile, heads.scale(), &mut d_k);
                 // SAFETY: these rows' columns of this head are this task's.
-                unsafe { keys.mix(inputs.k, heads, tile, &through, heads.scale(), out) };
+                unsafe { keys.mix(inputs.k, heads, tile, &d_weights, heads.scale(), out) };
             }
         }
         (d_k, d_v)
@@ -219,25 +233,27 @@ fn query_gradients(
     let mut deltas = vec![0f32; n * heads.query];
     let (out, delta_out) = (Shared::new(&mut gradients), Shared::new(&mut deltas));
     let scratch = || (Vec::new(), Vec::new());
-    query_tiles(ranges, heads)
-        .into_par_iter()
-        .for_each_init(scratch, |(scores, through), tile| {
+    query_tiles(ranges, heads).into_par_iter().for_each_init(
+        scratch,
+        |(scores, d_weights), tile| {
             let keys = Keys::new(&ranges.0[tile.segment], tile);
             scores.resize(tile.count * keys.count, 0.0);
-            through.resize(tile.count * keys.count, 0.0);
+            d_weights.resize(tile.count * keys.count, 0.0);
             keys.scores(inputs, heads, tile, scores);
-            keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, through);
-            keys.weigh(upstream, heads, tile, scores, through, |at, delta| {
+            keys.products(upstream.gradient, inputs.v, heads, tile, 1.0, d_weights);
+            keys.scores_backward(upstream, heads, tile, scores, d_weights, |at, delta| {
                 // SAFETY: this query and head are this task's.
                 unsafe { *delta_out.at(at) = delta };
             });
             // SAFETY: these rows' columns of this head are this task's.
-            unsafe { keys.mix(inputs.k, heads, tile, through, heads.scale(), out) };
-        });
+            unsafe { keys.mix(inputs.k, heads, tile, d_weights, heads.scale(), out) };
+        },
+    );
     (gradients, deltas)
 }
 
-/// A piece of a segment's keys in one key head; nobody else adds to their gradients.
+/// The gradients of keys and values. Each task is a chunk of a segment's keys in one key head; no other task adds to
+/// them.
 fn key_gradients(
     inputs: Inputs,
     upstream: Upstream,
@@ -259,7 +275,7 @@ fn key_gradients(
     let scratch = || (Vec::new(), Vec::new());
     tasks.into_par_iter().for_each_init(
         scratch,
-        |(weights, through), (segment, key_head, first)| {
+        |(weights, d_weights), (segment, key_head, first)| {
             let own = &ranges.0[segment].own;
             let count = KEYS.min(own.len() - first);
             let keys = own.start + first..own.start + first + count;
@@ -270,16 +286,16 @@ fn key_gradients(
                 let data = out.at(keys.start * width + key_head * heads.d);
                 MatrixMut::from_raw(data, count, heads.d, width)
             };
-            for seer in &ranges.0[segment].descendants {
-                let queries = &ranges.0[*seer].own;
-                let itself = *seer == segment;
-                // A segment's own queries before these keys do not see them.
+            for descendant in &ranges.0[segment].descendants {
+                let queries = &ranges.0[*descendant].own;
+                let itself = *descendant == segment;
+                // These keys are not visible to earlier queries of the same segment.
                 let begin = if itself { first } else { 0 };
                 for from in (begin..queries.len()).step_by(QUERIES) {
                     let tokens =
                         queries.start + from..(queries.start + from + QUERIES).min(queries.end);
                     weights.resize(tokens.len() * count, 0.0);
-                    through.resize(tokens.len() * count, 0.0);
+                    d_weights.resize(tokens.len() * count, 0.0);
                     for head in heads.group(key_head) {
                         let q = heads.queries(inputs.q, &tokens, head);
                         let gradient = heads.queries(upstream.gradient, &tokens, head);
@@ -292,24 +308,32 @@ fn key_gradients(
                             k.transposed(),
                             Threads::One,
                         );
-                        let products = MatrixMut::new(through, tokens.len(), count, count);
+                        let products = MatrixMut::new(d_weights, tokens.len(), count, count);
                         cpu::multiply(products, false, 1.0, gradient, v.transposed(), Threads::One);
                         let rows = weights.chunks_exact_mut(count);
-                        let rows = rows.zip(through.chunks_exact_mut(count));
-                        for (i, (row, through)) in rows.enumerate() {
+                        let rows = rows.zip(d_weights.chunks_exact_mut(count));
+                        for (i, (row, d_weights)) in rows.enumerate() {
                             let at = (tokens.start + i) * heads.query + head;
-                            let seen = if itself {
+                            let visible = if itself {
                                 (from + i + 1).saturating_sub(first).min(count)
                             } else {
                                 count
                             };
                             let log_sum = upstream.log_sums[at];
-                            weigh_row(row, through, seen, log_sum, Some(deltas[at]));
+                            row_backward(row, d_weights, visible, log_sum, Some(deltas[at]));
                         }
                         let weights = Matrix::new(weights, tokens.len(), count, count).transposed();
                         cpu::multiply(output(v_out), true, 1.0, weights, gradient, Threads::One);
-                        let through = Matrix::new(through, tokens.len(), count, count).transposed();
-                        cpu::multiply(output(k_out), true, heads.scale(), through, q, Threads::One);
+                        let d_weights =
+                            Matrix::new(d_weights, tokens.len(), count, count).transposed();
+                        cpu::multiply(
+                            output(k_out),
+                            true,
+                            heads.scale(),
+                            d_weights,
+                            q,
+                            Threads::One,
+                        );
                     }
                 }
             }
@@ -319,7 +343,7 @@ fn key_gradients(
 }
 
 in_vectors! {
-    /// Turns scores into weights. Gives the log-sum-exp of the scores.
+    /// Turns scores into weights. Returns the log-sum-exp of the scores.
     fn softmax(scores: &mut [f32]) -> f32 {
         let largest = cpu::max(scores);
         let sum = cpu::exp_and_sum(scores, largest);
@@ -332,30 +356,30 @@ in_vectors! {
 }
 
 in_vectors! {
-    /// Turns a query's scores of all keys into weights, and what comes through the weights into the gradient of
-    /// the scores; 0 for keys past those it sees.
+    /// Turns a query's scores into weights, and `d_weights` into the gradient of the scores; 0 for keys that are not
+    /// visible.
     ///
-    /// `delta`, which it gives, is the sum of what comes through, weighted: what the softmax's derivative
-    /// subtracts. Where these are not all keys' scores it must be known from elsewhere.
-    fn weigh_row(
+    /// Returns delta = rowsum(P ∘ dP), which the derivative of softmax subtracts. It must be given if the scores are
+    /// not those of all visible keys.
+    fn row_backward(
         scores: &mut [f32],
-        through: &mut [f32],
-        seen: usize,
+        d_weights: &mut [f32],
+        visible: usize,
         log_sum: f32,
         delta: Option<f32>,
     ) -> f32 {
-        for weight in scores[..seen].iter_mut() {
+        for weight in scores[..visible].iter_mut() {
             *weight = cpu::exp(*weight - log_sum);
         }
-        scores[seen..].fill(0.0);
+        scores[visible..].fill(0.0);
         let delta = match delta {
             Some(delta) => delta,
-            None => cpu::dot(&scores[..seen], &through[..seen]),
+            None => cpu::dot(&scores[..visible], &d_weights[..visible]),
         };
-        for (weight, through) in scores[..seen].iter().zip(through[..seen].iter_mut()) {
-            *through = *weight * (*through - delta);
+        for (weight, d_weights) in scores[..visible].iter().zip(d_weights[..visible].iter_mut()) {
+            *d_weights = *weight * (*d_weights - delta);
         }
-        through[seen..].fill(0.0);
+        d_weights[visible..].fill(0.0);
         delta
     }
 }
@@ -384,7 +408,7 @@ fn query_tiles(ranges: &AttentionRanges, heads: Heads) -> Vec<Tile> {
     tiles
 }
 
-/// The keys that a tile's queries see, as ranges of the packed sequence.
+/// The keys that are visible to a tile's queries, as ranges of the packed batch.
 struct Keys<'a> {
     span: &'a SegmentRanges,
     first: usize,
@@ -403,7 +427,7 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// The ranges, each with its place among the keys.
+    /// The ranges, each with its first index among the keys.
     fn key_ranges(&self) -> impl Iterator<Item = (usize, &Range<usize>)> {
         let ranges = self.span.prefix.iter().chain([&self.own]);
         ranges.scan(0, |place, range| {
@@ -412,8 +436,8 @@ impl<'a> Keys<'a> {
         })
     }
 
-    /// How many keys the segment's query `i` sees.
-    fn seen_by(&self, i: usize) -> usize {
+    /// The number of keys that are visible to the segment's query `i`.
+    fn visible_to(&self, i: usize) -> usize {
         self.span.offset + i + 1
     }
 
@@ -422,28 +446,27 @@ impl<'a> Keys<'a> {
         self.span.own.start + self.first + i
     }
 
-    /// Turns scores into weights and what comes through the weights into the gradient of the scores.
+    /// Turns scores into weights and `d_weights` into the gradient of the scores.
     ///
-    /// A tile holds all keys that its queries see, so a query's delta, Σ output ∘ gradient, is the sum of
-    /// what comes through by weight, and the output need not be kept. `tell` gets it, with its place in
-    /// `[n, heads]`.
-    fn weigh(
+    /// A tile has all keys that are visible to its queries. So delta = rowsum(dO ∘ O) is computed as rowsum(P ∘ dP),
+    /// and the output O need not be saved. `store` gets each query's delta and its index in `[n, heads]`.
+    fn scores_backward(
         &self,
         upstream: Upstream,
         heads: Heads,
         tile: Tile,
         scores: &mut [f32],
-        through: &mut [f32],
-        tell: impl Fn(usize, f32),
+        d_weights: &mut [f32],
+        store: impl Fn(usize, f32),
     ) {
         let rows = scores.chunks_exact_mut(self.count);
-        let rows = rows.zip(through.chunks_exact_mut(self.count));
-        for (i, (row, through)) in rows.enumerate() {
+        let rows = rows.zip(d_weights.chunks_exact_mut(self.count));
+        for (i, (row, d_weights)) in rows.enumerate() {
             let at = self.query(i) * heads.query + tile.head;
-            let seen = self.seen_by(tile.first + i);
-            tell(
+            let visible = self.visible_to(tile.first + i);
+            store(
                 at,
-                weigh_row(row, through, seen, upstream.log_sums[at], None),
+                row_backward(row, d_weights, visible, upstream.log_sums[at], None),
             );
         }
     }
@@ -484,11 +507,11 @@ impl<'a> Keys<'a> {
         }
     }
 
-    /// `scale · weights · rows` into the tile's rows and head of `out`.
+    /// Writes `scale · weights · rows` to the tile's rows and head of `out`.
     ///
     /// # Safety
     ///
-    /// Nobody else reads or writes those elements of `out` meanwhile.
+    /// No other thread reads or writes those elements of `out` meanwhile.
     unsafe fn mix(
         &self,
         rows: &[f32],
@@ -502,7 +525,7 @@ impl<'a> Keys<'a> {
         for (place, range) in self.key_ranges() {
             let weights = Matrix::new(&weights[place..], tile.count, range.len(), self.count);
             let rows = heads.keys(rows, range, heads.key_head(tile.head));
-            // SAFETY: the caller's.
+            // SAFETY: the caller's promise.
             let out = unsafe {
                 let data = out.at(self.query(0) * width + tile.head * heads.d);
                 MatrixMut::from_raw(data, tile.count, heads.d, width)
@@ -529,7 +552,7 @@ impl Heads {
         head / (self.query / self.key)
     }
 
-    /// The query heads that look at a key head.
+    /// The query heads that share a key head.
     fn group(self, key_head: usize) -> Range<usize> {
         let group = self.query / self.key;
         key_head * group..(key_head + 1) * group
@@ -565,7 +588,7 @@ struct Shared {
     length: usize,
 }
 
-// SAFETY: whoever takes a pointer out of it promises that no two threads use the same elements.
+// SAFETY: every user of a pointer guarantees that no two threads use the same elements.
 unsafe impl Send for Shared {}
 unsafe impl Sync for Shared {}
 

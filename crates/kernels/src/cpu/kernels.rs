@@ -1,4 +1,4 @@
-//! The CPU's implementation of [`Kernels`]: f32 in kernels of its own, every other type as Burn composes it.
+//! The CPU's implementation of [`Kernels`]: kernels for f32, compositions for every other type.
 
 use burn::tensor::{DType, Device, Tensor};
 
@@ -17,7 +17,7 @@ use crate::{Kernels, composed, cpu};
 pub(crate) struct Cpu;
 
 impl Kernels for Cpu {
-    // A copy costs nothing here, and the kernels want tensors that start where their memory starts.
+    // A copy is free here, and the kernels need tensors that start where their memory starts.
     fn joins_uploads(&self) -> bool {
         false
     }
@@ -34,7 +34,7 @@ impl Kernels for Cpu {
         true
     }
 
-    // The kernels read a part of the columns where it lies.
+    // The kernels read a slice of columns in place.
     fn transposes_low_rank(&self) -> bool {
         false
     }

@@ -1,5 +1,5 @@
-//! The cache on the CPU: the prompts' keys and values as they were computed, shared beginnings once, and
-//! each row's own behind them.
+//! The KV cache on the CPU: the keys and values of the packed prompts, with shared prefixes once, followed by each
+//! sequence's new tokens.
 
 use std::ops::Range;
 
@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use crate::attention::Heads;
 use crate::kv_cache::{KvCache, PromptTokens};
 
-/// Below so many products, starting threads costs more than it brings.
+/// With fewer multiply-adds, starting threads costs more time than it saves.
 const PARALLEL_FROM: usize = 64 * 1024;
 
 #[derive(Debug, Clone)]
@@ -20,11 +20,11 @@ pub struct Cache {
     rows: Vec<Row>,
 }
 
-/// A row's tokens: where its prompt lies, and what came after.
+/// A sequence: the indices of its prompt, and the keys and values of its new tokens.
 #[derive(Debug, Clone)]
 struct Row {
     prompt: Vec<Range<usize>>,
-    /// Keys and values of the row's own tokens, `[tokens, width]`.
+    /// Keys and values of the tokens after the prompt, `[tokens, width]`.
     own: [Vec<f32>; 2],
 }
 
@@ -63,7 +63,7 @@ impl KvCache for Cache {
         let mut output = vec![0f32; self.rows.len() * query_width];
         let products = self.rows.iter().map(|row| row.tokens(width) * query_width);
         let products: usize = products.sum();
-        // Query heads that share a key head lie side by side, in the queries and in the output.
+        // Query heads that share a key head are adjacent, in the queries and in the output.
         let work = |(index, out): (usize, &mut [f32])| {
             let (row, key_head) = (index / heads.key, index % heads.key);
             let q = &q.as_slice()[index * group * heads.d..][..group * heads.d];
@@ -108,7 +108,7 @@ impl Row {
     }
 }
 
-/// The keys (0) or values (1) of a row in one key head, in the order of its tokens.
+/// The keys (0) or values (1) of a sequence in one key head, in the order of its tokens.
 #[derive(Clone, Copy)]
 struct Keys<'a> {
     row: &'a Row,
@@ -120,13 +120,13 @@ struct Keys<'a> {
 }
 
 impl<'a> Keys<'a> {
-    /// How many pieces its tokens lie in.
+    /// The number of contiguous chunks of its tokens.
     #[inline(always)]
     fn pieces(self) -> usize {
         self.row.prompt.len() + 1
     }
 
-    /// A piece's tokens one after the other, `[tokens, width]`.
+    /// The tokens of a chunk, `[tokens, width]`.
     #[inline(always)]
     fn piece(self, piece: usize) -> &'a [f32] {
         match self.row.prompt.get(piece) {
@@ -138,7 +138,7 @@ impl<'a> Keys<'a> {
     }
 }
 
-/// `softmax(q·kᵀ/√d)·v` for the queries `[group, d]` of one key head, into `out`, which is zero.
+/// Adds `softmax(q·kᵀ/√d)·v` for the queries `[group, d]` of one key head to `out`, which is zero.
 struct Mix<'a> {
     q: &'a [f32],
     keys: Keys<'a>,
@@ -169,7 +169,7 @@ fn mix(
     let d = keys.d;
     let scale = 1.0 / (d as f32).sqrt();
     let mut scores = vec![0f32; q.len() / d * tokens];
-    // Loops instead of closures, which the compiler may leave without the processor's vectors.
+    // Loops instead of closures, which the compiler may compile without the processor's vectors.
     let mut token = 0;
     for piece in 0..keys.pieces() {
         for key in keys.piece(piece).chunks_exact(keys.width) {
@@ -200,7 +200,7 @@ fn mix(
     }
 }
 
-/// Ascending places as ranges.
+/// Ascending indices as ranges.
 fn ranges(places: &[u32]) -> Vec<Range<usize>> {
     let mut ranges: Vec<Range<usize>> = Vec::new();
     for place in places.iter().map(|place| *place as usize) {

@@ -26,8 +26,8 @@ pub fn cross_entropy(logits: Tensor<2>, targets: &[u32]) -> CrossEntropy {
 }
 
 in_vectors! {
-    /// Turns logits into the gradient of the loss. Returns the loss, and the first place of the largest logit, as
-    /// an argmax would; logits that are not numbers have none.
+    /// Turns logits into the gradient of the loss. Returns the loss, and the index of the first largest logit, as
+    /// argmax does; `None` if all logits are NaN.
     fn cross_entropy_row(logits: &mut [f32], target: usize) -> (f64, Option<usize>) {
         let largest = cpu::max(logits);
         let best = logits.iter().position(|logit| *logit == largest);
@@ -38,7 +38,7 @@ in_vectors! {
             *probability *= scale;
         }
         logits[target] -= 1.0;
-        // A logit that is not a number is passed over by the maximum, not by the sum.
+        // The maximum ignores NaN, the sum does not.
         (largest as f64 + (sum as f64).ln() - chosen as f64, best)
     }
 }

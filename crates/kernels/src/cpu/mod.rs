@@ -1,8 +1,7 @@
-//! The CPU's kernels, and what they are made of: views of matrices, the product, loops over rows on all threads and in
-//! the widest vectors, and an exponential that such loops can use.
+//! The CPU's kernels, and their common parts: views of matrices, the product, loops over rows on all threads and with
+//! the widest vectors, and an exponential for such loops.
 //!
-//! Burn's CPU backend runs one operation after the other, each through memory. Kernels that know
-//! what comes next read and write once; this module is what they have in common.
+//! Burn's CPU backend runs one operation after the other, each through memory. A fused kernel reads and writes once.
 
 pub(crate) mod attention;
 pub(crate) mod frozen_linear;
@@ -33,23 +32,23 @@ use rayon::prelude::*;
 /// A tensor of Burn's CPU backend.
 pub type FlexTensor = FloatTensor<Flex>;
 
-/// Below this many multiply-adds, starting threads costs more than it brings.
+/// With fewer multiply-adds, starting threads costs more time than it saves.
 const PARALLEL_FROM: usize = 192 * 192 * 192;
 
-/// A piece of rows that one thread works on has at least this many floats: 64 KiB.
+/// The smallest number of floats in one thread's chunk of rows: 64 KiB.
 const PIECE: usize = 16 * 1024;
 
-/// Whether kernels for the CPU apply: f32 on Burn's CPU backend, and not on a tape.
+/// Whether the CPU's kernels apply: f32 on Burn's CPU backend, outside an autodiff graph.
 pub fn is_native<const D: usize>(x: &Tensor<D>) -> bool {
     x.dtype() == DType::F32 && is_on_cpu(x)
 }
 
-/// Whether a tensor is on Burn's CPU backend, and not on a tape.
+/// Whether a tensor is on Burn's CPU backend, outside an autodiff graph.
 pub fn is_on_cpu<const D: usize>(x: &Tensor<D>) -> bool {
     !x.is_autodiff() && is_cpu(&x.device())
 }
 
-/// Whether this is Burn's CPU backend, with a tape or without.
+/// Whether this is Burn's CPU backend, with or without autodiff.
 pub fn is_cpu(device: &Device) -> bool {
     matches!(
         device.clone().without_autodiff().as_dispatch(),
@@ -57,8 +56,8 @@ pub fn is_cpu(device: &Device) -> bool {
     )
 }
 
-/// The values of a tensor on Burn's CPU backend, contiguous from the buffer's first element on. No copy
-/// is made unless the tensor is a part or a transposed view of its buffer.
+/// The values of a tensor on Burn's CPU backend, contiguous from the buffer's first element on. Copies only a tensor
+/// that is a slice or a transposed view of its buffer.
 ///
 /// # Panics
 ///
@@ -67,7 +66,7 @@ pub fn values<const D: usize>(x: Tensor<D>) -> Values {
     Values::new(primitive_of(x))
 }
 
-/// The backend's tensor, with whatever layout it has.
+/// The backend's tensor, in its current layout.
 ///
 /// # Panics
 ///
@@ -75,7 +74,7 @@ pub fn values<const D: usize>(x: Tensor<D>) -> Values {
 pub fn primitive_of<const D: usize>(x: Tensor<D>) -> FlexTensor {
     match x.try_into_primitive::<Flex>() {
         Ok(tensor) => tensor,
-        Err(error) => panic!("a CPU kernel got a tensor from elsewhere: {error:?}"),
+        Err(error) => panic!("a CPU kernel got a tensor of another backend: {error:?}"),
     }
 }
 
@@ -92,38 +91,38 @@ impl Values {
         Self(tensor.to_contiguous())
     }
 
-    /// All elements, row by row.
+    /// All elements, row-major.
     pub fn as_slice(&self) -> &[f32] {
         self.0.storage()
     }
 
-    /// As [`as_slice`](Self::as_slice), to be changed; copies first if another tensor has the same buffer.
+    /// As [`as_slice`](Self::as_slice), mutable; copies first if another tensor shares the buffer.
     pub fn as_mut_slice(&mut self) -> &mut [f32] {
         self.0.storage_mut()
     }
 
-    /// Back to a tensor.
+    /// Converts back to a tensor.
     pub fn into_tensor<const D: usize>(self) -> Tensor<D> {
         Tensor::from_primitive::<Flex>(self.0)
     }
 
-    /// Back to the backend's tensor.
+    /// Converts back to the backend's tensor.
     pub fn into_primitive(self) -> FlexTensor {
         self.0
     }
 }
 
-/// A tensor on the CPU from its elements, row by row.
+/// A tensor on the CPU from its elements, row-major.
 pub fn tensor<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> Tensor<D> {
     Tensor::from_primitive::<Flex>(primitive(values, shape))
 }
 
-/// As [`tensor`], the backend's own.
+/// As [`tensor`], but the backend's tensor.
 pub fn primitive<const D: usize>(values: Vec<f32>, shape: [usize; D]) -> FlexTensor {
     Flex::float_from_data(TensorData::new(values, shape), &Default::default())
 }
 
-/// A matrix in somebody's memory.
+/// A view of a matrix in borrowed memory.
 #[derive(Debug, Clone, Copy)]
 pub struct Matrix<'a> {
     data: &'a [f32],
@@ -213,7 +212,7 @@ fn check(length: usize, rows: usize, columns: usize, stride: usize) {
     );
 }
 
-/// A matrix to be written.
+/// A mutable view of a matrix.
 #[derive(Debug)]
 pub struct MatrixMut<'a> {
     data: *mut f32,
@@ -248,12 +247,12 @@ impl<'a> MatrixMut<'a> {
         }
     }
 
-    /// Columns `start..start + count` of `rows` rows that other threads may write other columns of.
+    /// A view of `columns` columns of `rows` rows. Other threads may write other columns of the same rows.
     ///
     /// # Safety
     ///
-    /// `data` points to `(rows - 1) · stride + start + count` elements that live for `'a`, and nobody
-    /// else reads or writes these columns meanwhile.
+    /// `data` points to `(rows - 1) · stride + columns` elements that live for `'a`, and no other thread reads or
+    /// writes these columns meanwhile.
     pub unsafe fn from_raw(data: *mut f32, rows: usize, columns: usize, stride: usize) -> Self {
         Self {
             data,
@@ -265,12 +264,12 @@ impl<'a> MatrixMut<'a> {
     }
 }
 
-/// Who computes a product.
+/// The threads that compute a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Threads {
-    /// All threads, where the product is large enough.
+    /// All threads, if the product is large enough.
     All,
-    /// The calling one.
+    /// The calling thread.
     One,
 }
 
@@ -317,7 +316,7 @@ pub fn multiply(
     if pieces == 1 {
         part(0..m, 0..n);
     } else if n >= m {
-        // Every thread computes columns of its own: none waits for another.
+        // Every thread computes different columns, so that none waits for another.
         let each = n.div_ceil(pieces).next_multiple_of(COLUMNS_AT_ONCE);
         let starts = (0..n).into_par_iter().step_by(each);
         starts.for_each(|start| part(0..m, start..(start + each).min(n)));
@@ -328,11 +327,11 @@ pub fn multiply(
     }
 }
 
-/// What the product's innermost loop computes at once on most processors; pieces are multiples of it.
+/// The width of the product's micro-tile on most processors; parts are multiples of it.
 const COLUMNS_AT_ONCE: usize = 48;
 const ROWS_AT_ONCE: usize = 6;
 
-/// A place in a matrix, checked against its memory where it was made.
+/// A pointer into a matrix, checked against its memory when it is made.
 #[derive(Clone, Copy)]
 struct Place<T> {
     data: *const T,
@@ -340,12 +339,12 @@ struct Place<T> {
     column_stride: usize,
 }
 
-// SAFETY: threads get places of the same inputs, and of outputs that do not overlap.
+// SAFETY: threads share inputs only; their parts of the output do not overlap.
 unsafe impl<T> Sync for Place<T> {}
 unsafe impl<T> Send for Place<T> {}
 
 impl<T> Place<T> {
-    /// The place `rows` further down and `columns` to the right.
+    /// The part that starts `rows` rows down and `columns` columns to the right.
     fn part(self, rows: usize, columns: usize) -> Self {
         let offset = rows * self.row_stride + columns * self.column_stride;
         Self {
@@ -391,7 +390,7 @@ fn multiply_part(
     }
 }
 
-/// `scale · left · right` in memory of its own, `[left rows, right columns]`.
+/// `scale · left · right` in new memory, `[left rows, right columns]`.
 pub fn product(scale: f32, left: Matrix, right: Matrix, threads: Threads) -> Vec<f32> {
     let (rows, columns) = (left.rows, right.columns);
     let mut output = Vec::with_capacity(rows * columns);
@@ -429,8 +428,8 @@ pub fn transposed<T: Copy + Default + Send + Sync>(
     output
 }
 
-/// Makes a `rows × width` matrix: `fill(first row, piece)` must write every element of the piece of
-/// whole rows that it gets. Pieces are filled on all threads; `fill` calls a function of [`in_vectors!`](crate::in_vectors).
+/// Makes a `rows × width` matrix: `fill(first row, piece)` must write every element of its chunk of whole rows. Chunks
+/// are filled on all threads; `fill` calls a function of [`in_vectors!`](crate::in_vectors).
 pub fn fill_rows(
     rows: usize,
     width: usize,
@@ -447,8 +446,8 @@ pub fn fill_rows(
     output
 }
 
-/// Calls `work(first row, piece)` for pieces of whole rows of `width` elements, on all threads. `work` calls
-/// a function of [`in_vectors!`](crate::in_vectors).
+/// Calls `work(first row, piece)` for chunks of whole rows of `width` elements, on all threads. `work` calls a function
+/// of [`in_vectors!`](crate::in_vectors).
 pub fn for_each_piece<T: Send>(
     data: &mut [T],
     width: usize,
@@ -461,36 +460,36 @@ pub fn for_each_piece<T: Send>(
         .for_each(|(piece, data)| work(piece * rows, data));
 }
 
-/// Rows that [`for_each_piece`] gives one call, for loops over several matrices at once.
+/// Rows per call of [`for_each_piece`], for loops over several matrices at once.
 pub fn rows_per_piece(width: usize) -> usize {
     (PIECE / width.max(1)).max(1)
 }
 
-/// What [`vectorized`] runs.
+/// The work of [`vectorized`].
 ///
-/// No closure: what several functions call, as the kinds of processors need it, the compiler may not inline
-/// into any of them, and then compiles it for the smallest vectors. See also [`in_vectors!`](crate::in_vectors).
+/// It is not a closure: the compiler may not inline a closure that the functions for several kinds of processors call,
+/// and then compiles it for the smallest vectors. See also [`in_vectors!`](crate::in_vectors).
 pub trait Work {
-    /// What it gives.
+    /// The result.
     type Output;
 
-    /// Does it. Implementations are `#[inline(always)]`, and so is what they call. `FUSED` says whether
-    /// the processor multiplies and adds in one instruction.
+    /// Does the work. Implementations and the functions that they call are `#[inline(always)]`. `FUSED` means that the
+    /// processor multiplies and adds in one instruction.
     fn run<const FUSED: bool>(self) -> Self::Output;
 }
 
-/// The vectors that this processor computes in.
+/// The vector instructions of this processor.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Vectors {
     /// AVX-512 F and BW.
     Avx512,
-    /// AVX2, and multiplying and adding in one instruction.
+    /// AVX2 and FMA (multiply and add in one instruction).
     Avx2,
-    /// What every processor of the target has.
+    /// The vectors of every processor of the target.
     Baseline,
 }
 
-/// The widest vectors that this processor has.
+/// The widest vectors of this processor.
 #[inline(always)]
 pub fn vectors() -> Vectors {
     #[cfg(target_arch = "x86_64")]
@@ -505,10 +504,10 @@ pub fn vectors() -> Vectors {
     Vectors::Baseline
 }
 
-/// Defines a function that is compiled for each kind of [`Vectors`], and runs the one for this processor.
+/// Defines a function that is compiled for each kind of [`Vectors`] and runs the variant for this processor.
 ///
-/// What the body calls must be `#[inline(always)]`, and it holds no closure that is called twice. A call
-/// costs a few nanoseconds: give it a row or more.
+/// Functions that the body calls must be `#[inline(always)]`, and the body must not have a closure that is called
+/// twice. A call costs a few nanoseconds: pass a row or more.
 #[macro_export]
 macro_rules! in_vectors {
     (
@@ -534,7 +533,7 @@ macro_rules! in_vectors {
             }
 
             match $crate::cpu::vectors() {
-                // SAFETY: the processor has them.
+                // SAFETY: the processor has these instructions.
                 #[cfg(target_arch = "x86_64")]
                 $crate::cpu::Vectors::Avx512 => unsafe { avx512($($argument),*) },
                 // SAFETY: as above.
@@ -546,13 +545,13 @@ macro_rules! in_vectors {
     };
 }
 
-/// `a · b + c`, rounded once where it is `FUSED`. Elsewhere that would be a call.
+/// `a · b + c`, rounded once if `FUSED`. Without FMA, rounding once would be a function call.
 #[inline(always)]
 pub(crate) fn multiply_add<const FUSED: bool>(a: f32, b: f32, c: f32) -> f32 {
     if FUSED { a.mul_add(b, c) } else { a * b + c }
 }
 
-/// Runs `work` compiled for the widest vectors that the processor has.
+/// Runs `work` compiled for the processor's widest vectors.
 #[inline(always)]
 pub fn vectorized<W: Work>(work: W) -> W::Output {
     match vectors() {
@@ -566,7 +565,7 @@ pub fn vectorized<W: Work>(work: W) -> W::Output {
     }
 }
 
-// The compiler inlines the work and vectorizes it with the features of the function around it.
+// The compiler inlines the work and vectorizes it with the features of the calling function.
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw")]
 fn with_avx512<W: Work>(work: W) -> W::Output {
@@ -579,29 +578,28 @@ fn with_avx2<W: Work>(work: W) -> W::Output {
     work.run::<true>()
 }
 
-/// Begins to load the cache line at `index`, which may lie beyond the data; nothing where that cannot be
-/// asked for.
+/// Prefetches the cache line at `index`, which may be beyond the data. No effect on processors without the instruction.
 #[inline(always)]
 pub(crate) fn prefetch<T>(data: &[T], index: usize) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
         let place = data.as_ptr().wrapping_add(index);
-        // SAFETY: no address is wrong to prefetch, and every processor of this kind can.
+        // SAFETY: prefetching is valid for every address, and every processor of this kind supports it.
         unsafe { _mm_prefetch::<_MM_HINT_T0>(place.cast()) };
     }
     #[cfg(not(target_arch = "x86_64"))]
     let _ = (data, index);
 }
 
-/// eˣ, to a relative error of 2e-7, in operations that compilers turn into vector instructions.
+/// eˣ with a relative error of at most 2e-7, in operations that compilers vectorize.
 ///
-/// As in Cephes' `expf`: x = n·ln 2 + r, a polynomial for eʳ, and n into the exponent. Below -87 it is
-/// 0 or close to it, above 88 it is near the largest float.
+/// As in Cephes' `expf`: x = n·ln 2 + r, a polynomial for eʳ, and n added to the exponent. Below -87 the result is 0 or
+/// close to 0, above 88 it is near the largest float.
 #[inline(always)]
 pub fn exp(x: f32) -> f32 {
     const LOG2_E: f32 = std::f32::consts::LOG2_E;
-    // ln 2 in two parts, the first exact in few bits.
+    // ln 2 in two parts; the first is exact in few bits.
     const LN_2_HIGH: f32 = 0.693_359_4;
     const LN_2_LOW: f32 = -2.121_944_4e-4;
     // Adding and subtracting 1.5·2²³ rounds to an integer.
@@ -622,7 +620,7 @@ pub fn exp(x: f32) -> f32 {
     p * f32::from_bits(exponent as u32)
 }
 
-/// Independent sums that [`dot`] and its like run side by side, so that they fill vectors.
+/// The number of independent sums of [`dot`] and similar functions, so that they fill vectors.
 pub const LANES: usize = 32;
 
 /// Σ aᵢ·bᵢ in an order that depends on the length only.
@@ -676,7 +674,7 @@ pub fn max(a: &[f32]) -> f32 {
         .fold(f32::NEG_INFINITY, |a, b| a.max(*b))
 }
 
-/// Replaces each xᵢ by e to the power of xᵢ - `shift` and gives their sum.
+/// Replaces each xᵢ by e to the power of xᵢ - `shift` and returns their sum.
 #[inline(always)]
 pub fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
     let (lanes, rest) = x.as_chunks_mut::<LANES>();
@@ -695,7 +693,7 @@ pub fn exp_and_sum(x: &mut [f32], shift: f32) -> f32 {
     add_lanes(sums) + sum
 }
 
-/// The sum of sums that ran side by side, in a fixed order.
+/// The sum of the [`LANES`] independent sums, in a fixed order.
 #[inline(always)]
 pub fn add_lanes(sums: [f32; LANES]) -> f32 {
     let mut width = LANES / 2;
@@ -714,7 +712,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_exponential_is_right_to_two_in_ten_million() {
+    fn the_exponential_has_a_relative_error_of_at_most_2e_7() {
         let worst = (-870_000..880_000)
             .map(|i| i as f32 / 10_000.0)
             .map(|x| ((exp(x) as f64) / (x as f64).exp() - 1.0).abs())
@@ -725,10 +723,10 @@ mod tests {
     }
 
     #[test]
-    fn products_of_views_are_those_of_the_matrices() {
+    fn products_of_views_equal_those_of_the_matrices() {
         let a: Vec<f32> = (0..35).map(|i| (i as f32).sin()).collect();
         let b: Vec<f32> = (0..40).map(|i| (i as f32).cos()).collect();
-        // 3×4 in rows of 7, and the transposed of 5×4 in rows of 8.
+        // 3×4 in rows of 7, and the transpose of 5×4 in rows of 8.
         let left = Matrix::new(&a, 3, 4, 7);
         let right = Matrix::new(&b, 5, 4, 8).transposed();
         let got = product(2.0, left, right, Threads::One);
@@ -778,7 +776,7 @@ mod tests {
     }
 
     #[test]
-    fn turning_twice_gives_the_matrix_back() {
+    fn transposing_twice_restores_the_matrix() {
         let values: Vec<i8> = (0..70 * 133).map(|i| (i % 251) as u8 as i8).collect();
         let there = transposed(&values, [70, 133]);
         assert_eq!(there[5 * 70 + 7], values[7 * 133 + 5]);
@@ -786,7 +784,7 @@ mod tests {
     }
 
     #[test]
-    fn rows_are_filled_each_once() {
+    fn every_row_is_filled_once() {
         let width = 300;
         let filled = fill_rows(1000, width, |first, piece| {
             for (i, value) in piece.iter_mut().enumerate() {

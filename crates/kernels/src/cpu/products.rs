@@ -1,4 +1,4 @@
-//! Products on the CPU that read transposed and narrowed operands where they lie, and add into a sum's memory.
+//! Products on the CPU that read transposed and narrowed operands in place, and add to a sum in its memory.
 
 use burn::tensor::Tensor;
 
@@ -39,7 +39,7 @@ impl View {
         let tensor = cpu::primitive_of(x);
         let layout = tensor.layout();
         let strides = layout.strides();
-        // A view that runs backwards is copied; nothing here makes one.
+        // A view with negative strides is copied; no caller makes one.
         if strides.iter().all(|stride| *stride >= 0) {
             Self {
                 strides: [strides[0] as usize, strides[1] as usize],

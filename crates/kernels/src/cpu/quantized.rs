@@ -14,7 +14,7 @@ pub fn compact(weight: Tensor<2>) -> Tensor<2> {
     let DType::QFloat(scheme) = quantized.dtype() else {
         return Tensor::from_dispatch(weight);
     };
-    // A second level of scales is nothing that `quantize_data` makes.
+    // `quantize_data` makes no second level of scales.
     if scheme.num_levels() == 1 && quantized.tensor().is_contiguous() {
         let count = quantized.shape().num_elements();
         let integers = quantized.tensor().storage::<i8>()[..count].to_vec();

@@ -1,5 +1,5 @@
-//! RMSNorm on the CPU: each row is read and written once, and its root mean square is computed again in the backward
-//! pass while the row is read.
+//! RMSNorm on the CPU: each row is read and written once. The backward pass recomputes the root mean square while it
+//! reads the row.
 
 use std::mem::MaybeUninit;
 

@@ -1,16 +1,15 @@
-//! ggml's blocks to numbers.
+//! Decodes ggml's blocks.
 //!
-//! Kinds whose blocks have scales but no offsets (Q8_0, Q4_0, Q5_0, Q6_K) are integers of at most 8 bits
-//! times a scale, so that they go into 8-bit tensors as they are. The layouts are those of ggml's
-//! `dequantize_row_*`.
+//! Kinds whose blocks have scales but no offsets (Q8_0, Q4_0, Q5_0, Q6_K) are integers of at most 8 bits times a scale,
+//! so that they fit 8-bit tensors without another quantization. The layouts are those of ggml's `dequantize_row_*`.
 
 use half::{bf16, f16};
 
 use super::TensorKind;
 
-/// Writes the integers and scales of `bytes`, whole blocks; `None` for kinds that are something else.
+/// Decodes the integers and scales of `bytes`, whole blocks; `None` for other kinds.
 ///
-/// `integers` has an element for each of the tensor's, `scales` one for each [`integer_block`] of them.
+/// `integers` has one element per element of the tensor, `scales` one per [`integer_block`] elements.
 pub(super) fn integers(
     kind: TensorKind,
     bytes: &[u8],
@@ -48,7 +47,7 @@ pub(super) fn integers(
     Some(())
 }
 
-/// How many elements share a scale where a kind is integers times scales.
+/// The number of elements that share a scale, for kinds that are integers times scales.
 pub(super) fn integer_block(kind: TensorKind) -> Option<usize> {
     match kind {
         TensorKind::Q8_0 | TensorKind::Q4_0 | TensorKind::Q5_0 => Some(32),
@@ -57,7 +56,7 @@ pub(super) fn integer_block(kind: TensorKind) -> Option<usize> {
     }
 }
 
-/// Writes the values of `bytes`, whole blocks.
+/// Decodes the values of `bytes`, whole blocks.
 pub(super) fn dequantize(kind: TensorKind, bytes: &[u8], values: &mut [f32]) {
     let blocks = bytes
         .chunks_exact(kind.block_bytes())
@@ -110,7 +109,7 @@ fn half(bytes: &[u8]) -> f32 {
     f16::from_le_bytes([bytes[0], bytes[1]]).to_f32()
 }
 
-/// 16 bytes of two numbers each: the low halves are the first 16 elements, the high ones the others.
+/// 16 bytes of two 4-bit numbers each: the low halves are the first 16 elements, the high halves the others.
 fn nibbles<T>(bytes: &[u8], values: &mut [T], number: impl Fn(u8, usize) -> T) {
     for (i, byte) in bytes[..16].iter().enumerate() {
         values[i] = number(byte & 15, i);
@@ -126,7 +125,7 @@ fn fifth_bit(high: u32, i: usize) -> u8 {
     ((high >> i & 1) as u8) << 4
 }
 
-/// Q6_K: four low bits, two high bits, a scale for every 16 elements under a common one.
+/// Q6_K: four low bits, two high bits, one scale per 16 elements and a common scale.
 fn six_bits(block: &[u8], integers: &mut [i8], scales: &mut [f32]) {
     let (low, rest) = block.split_at(128);
     let (high, rest) = rest.split_at(64);
@@ -148,7 +147,8 @@ fn six_bits(block: &[u8], integers: &mut [i8], scales: &mut [f32]) {
     }
 }
 
-/// Q4_K and Q5_K: eight groups of 32 elements, each with a scale and an offset of six bits under common ones.
+/// Q4_K and Q5_K: eight groups of 32 elements, each with a scale and an offset of six bits, and a common scale and
+/// offset.
 fn super_block(head: &[u8], low: &[u8], high: &[u8; 32], values: &mut [f32]) {
     let (scale, least) = (half(head), half(&head[2..]));
     let packed = &head[4..];
@@ -170,8 +170,8 @@ fn super_block(head: &[u8], low: &[u8], high: &[u8; 32], values: &mut [f32]) {
     }
 }
 
-/// A block of Q8_0 as ggml's reference quantizer writes it: scale = largest magnitude over 127, in f16, and
-/// integers by the scale before that rounding.
+/// Encodes Q8_0 as ggml's reference quantizer: scale = largest magnitude over 127, in f16. The integers are computed
+/// with the scale before this rounding.
 pub(super) fn quantize_q8_0(values: &[f32], out: &mut Vec<u8>) {
     for block in values.chunks_exact(32) {
         let peak = block.iter().fold(0f32, |peak, x| peak.max(x.abs()));

@@ -1,4 +1,4 @@
-//! A Llama's shape between GGUF's metadata and Hugging Face's `config.json`.
+//! Converts a Llama's configuration between GGUF's metadata and Hugging Face's `config.json`.
 
 use serde_json::{Map, Number, Value as Json, json};
 
@@ -6,14 +6,14 @@ use super::{GgufError, Header, TensorKind, Value};
 use crate::rope_scaling::{plain, sharpening};
 use crate::{LlamaConfig, RopeScaling, Yarn};
 
-/// The tensor in which llama.cpp keeps what Llama 3.1's scaling divides each rotary frequency by.
+/// The tensor in which llama.cpp stores the divisors of the rotary frequencies for Llama 3.1's scaling.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
 
-/// The object that `config.json` of the same model holds.
+/// The `config.json` object of the same model.
 ///
 /// # Errors
 ///
-/// Another architecture, or a key that is missing or has a value that no Llama has.
+/// Another architecture, or a key that is missing or has an invalid value.
 pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufError> {
     let header = &file.header;
     const ARCHITECTURE: &str = "general.architecture";
@@ -30,7 +30,7 @@ pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufErro
         return Err(header.wrong("general.type", format!("is {kind:?}, not \"model\"")));
     }
     if header.count("llama.expert_count")?.unwrap_or(0) > 0 {
-        let reason = "is above 0: a mixture of experts is no Llama that can be trained here";
+        let reason = "is above 0; mixture-of-experts models are not supported";
         return Err(header.wrong("llama.expert_count", reason));
     }
     let need = |key: &str| match header.count(key)? {
@@ -50,7 +50,7 @@ pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufErro
     };
     for (key, of) in [
         ("llama.attention.value_length", "values"),
-        ("llama.rope.dimension_count", "rotated parts"),
+        ("llama.rope.dimension_count", "rotated dimensions"),
     ] {
         if let Some(other) = header.count(key)?.filter(|other| *other != head_dim) {
             let reason = format!(
@@ -69,7 +69,7 @@ pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufErro
             return Err(wrong_tensor(
                 header,
                 "token_embd.weight",
-                "is missing or no table",
+                "is missing or not a matrix",
             ));
         }
     };
@@ -163,7 +163,7 @@ fn wrong_tensor(header: &Header, name: &str, reason: impl Into<String>) -> GgufE
 fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Json, GgufError> {
     let header = &file.header;
     if let Some(place) = header.tensors.get(ROPE_FACTORS) {
-        // Checked before it is read: a wrong size must not become a large allocation.
+        // Checked before the tensor is read: a wrong size must not cause a large allocation.
         if place.shape != [head_dim as usize / 2] {
             let reason = format!(
                 "has the shape {:?}, expected [{}]",
@@ -173,8 +173,9 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
             return Err(wrong_tensor(header, ROPE_FACTORS, reason));
         }
         if let Some(kind @ ("linear" | "yarn")) = header.text(SCALING_TYPE)? {
-            let reason =
-                format!("is {kind:?} beside the tensor {ROPE_FACTORS}; one scaling is supported");
+            let reason = format!(
+                "is {kind:?} and the file has {ROPE_FACTORS}; only one scaling is supported"
+            );
             return Err(header.wrong(SCALING_TYPE, reason));
         }
         let factors = file.floats(ROPE_FACTORS)?;
@@ -190,7 +191,7 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
     }
     let kind = header.text(SCALING_TYPE)?;
     let yarn = kind == Some("yarn");
-    // llama.cpp takes a file without a type as "linear"; `scale_linear` is what older files have.
+    // In llama.cpp a missing type means "linear"; older files have `scale_linear`.
     let factor = match positive(header, "llama.rope.scaling.factor")? {
         Some(factor) => Some(factor),
         None => positive(header, "llama.rope.scale_linear")?,
@@ -246,8 +247,8 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
 
 const SCALING_TYPE: &str = "llama.rope.scaling.type";
 
-/// What changes llama.cpp's rotation further, and the value that changes nothing. The factor of attention of its own
-/// (`yarn_attn_factor`) is not the one of all types (`attn_factor`).
+/// Further settings of llama.cpp's rotation, with the values that have no effect. YaRN's factor on attention
+/// (`yarn_attn_factor`) is separate from the factor of all types (`attn_factor`).
 const NEUTRAL: &[(&str, f64)] = &[
     ("alpha", 0.0),
     ("yarn_log_multiplier", 0.0),
@@ -266,8 +267,8 @@ fn positive(header: &Header, key: &str) -> Result<Option<f64>, GgufError> {
     }
 }
 
-/// Whether llama.cpp computes these settings as transformers does: it knows the usual betas and a rounded ramp, and
-/// takes a ramp whose ends have changed places for a step.
+/// Whether llama.cpp computes these settings as transformers does: it supports the default betas and a rounded ramp
+/// only, and computes a ramp with exchanged ends as a step.
 fn is_llama_cpps(yarn: &Yarn, theta: f64, head_dim: usize) -> bool {
     let [low, high] = yarn.ramp(theta, head_dim);
     yarn.truncate && yarn.beta_fast == 32.0 && yarn.beta_slow == 1.0 && low <= high
@@ -293,8 +294,8 @@ fn scaling_json(scaling: RopeScaling) -> Json {
     }
 }
 
-/// What each rotary frequency is divided by, as the tensor `rope_freqs.weight` holds it; `None` where
-/// nothing but a common factor, or nothing, is changed.
+/// The divisor of each rotary frequency, the content of the tensor `rope_freqs.weight`; `None` if all have the same
+/// divisor.
 pub fn rope_factors(config: &LlamaConfig) -> Option<Vec<f32>> {
     let RopeScaling::Llama3 { .. } = config.rope_scaling else {
         return None;
@@ -314,11 +315,11 @@ fn factors_of(scaling: RopeScaling, head_dim: usize, theta: f64) -> Vec<f32> {
         .collect()
 }
 
-/// The settings of Llama 3.1's scaling that give these factors.
+/// The settings of Llama 3.1's scaling that have these factors as their result.
 ///
-/// The file holds the result only. With 1/factor = 1/f + (1 − 1/f)·s, the blend s is a straight line in the
-/// frequency, so two frequencies on the ramp give it back; which of the settings that mean the same line is
-/// taken changes nothing. Meta's own (low 1, high 4, context 8192) are tried first.
+/// With 1/factor = 1/f + (1 − 1/f)·s, the blend s is linear in the frequency, so two frequencies on the ramp determine
+/// it. Several settings describe the same line; the choice has no effect. Meta's settings (low 1, high 4, context 8192)
+/// are tried first.
 fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     let factor = f64::from(*factors.last()?);
     let head_dim = 2 * factors.len();
@@ -326,7 +327,7 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     if factors.iter().all(|factor| *factor == 1.0) {
         return Some(RopeScaling::Default);
     }
-    // Slower frequencies only.
+    // The scaling lowers frequencies only.
     if !factors
         .iter()
         .all(|factor| factor.is_finite() && *factor > 0.0)
@@ -351,7 +352,7 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
             .all(|(own, factor)| (f64::from(*own) / f64::from(*factor) - 1.0).abs() < 1e-4)
     };
     let mut candidates = vec![llama3(1.0, 4.0, 8192.0)];
-    // Frequencies with their blends; low frequencies come last and have none of the original.
+    // Frequencies with their blends; low frequencies come last and have blend 0.
     let points: Vec<(f64, f64)> = plain
         .iter()
         .zip(factors)
@@ -367,7 +368,7 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     let slope = |a: &(f64, f64), b: &(f64, f64)| (a.1 - b.1) / (a.0 - b.0);
     let line = match (ramp, divided) {
         ([Some(first), Some(last)], _) if first != last => Some((slope(first, last), *first)),
-        // With one frequency on the ramp, the flattest line that leaves its neighbours where they are.
+        // With one frequency on the ramp, the flattest line that keeps its neighbours unchanged.
         ([Some(only), _], Some(divided)) => {
             let below = slope(only, &(divided.0, 0.0));
             let above = kept.map_or(0.0, |kept| slope(&(kept.0, 1.0), only));
@@ -389,11 +390,11 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
     candidates.into_iter().find(fits)
 }
 
-/// The metadata of `config`'s shape, without tokenizer and names.
+/// The metadata of `config`, without tokenizer and names.
 ///
 /// # Errors
 ///
-/// A rotary scaling that llama.cpp does not compute, by its name.
+/// Names a rotary scaling that llama.cpp does not support.
 pub fn config_metadata(config: &LlamaConfig) -> Result<Vec<(String, Value)>, String> {
     let count = |x: usize| Value::U32(u32::try_from(x).unwrap_or(u32::MAX));
     let mut metadata: Vec<(String, Value)> = [
@@ -417,7 +418,7 @@ pub fn config_metadata(config: &LlamaConfig) -> Result<Vec<(String, Value)>, Str
     .into();
     let scaling = |key: &str, value| (format!("llama.rope.scaling.{key}"), value);
     match config.rope_scaling {
-        // Llama 3.1's is a tensor, see `rope_factors`.
+        // Llama 3.1's scaling is a tensor, see `rope_factors`.
         RopeScaling::Default | RopeScaling::Llama3 { .. } => {}
         RopeScaling::Linear { factor } => {
             metadata.push(scaling("type", Value::Text("linear".into())));
@@ -454,7 +455,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_scaling_is_found_again_from_its_factors() {
+    fn a_scaling_is_recovered_from_its_factors() {
         let llama3 = |factor, low, high, context| RopeScaling::Llama3 {
             factor,
             low_freq_factor: low,
@@ -484,7 +485,7 @@ mod tests {
     }
 
     #[test]
-    fn other_factors_are_none() {
+    fn other_factors_are_no_llama3_scaling() {
         let frequencies = 32;
         let zigzag: Vec<f32> = (0..frequencies).map(|i| 1.0 + (i % 3) as f32).collect();
         assert_eq!(llama3_scaling(&zigzag, 10_000.0), None);

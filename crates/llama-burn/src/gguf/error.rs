@@ -1,4 +1,4 @@
-//! What is wrong with a GGUF file.
+//! Errors of reading or writing a GGUF file.
 
 use std::path::PathBuf;
 
@@ -10,23 +10,23 @@ pub enum GgufError {
     Io {
         /// The file.
         file: PathBuf,
-        /// What the system says.
+        /// The system's error.
         source: std::io::Error,
     },
-    /// Another kind of file.
-    #[error("{} is no GGUF file: it begins with {got:?} instead of \"GGUF\"", file.display())]
+    /// The file is not a GGUF file.
+    #[error("{} is not a GGUF file: it begins with {got:?} instead of \"GGUF\"", file.display())]
     NotGguf {
         /// The file.
         file: PathBuf,
         /// Its first bytes.
         got: String,
     },
-    /// A version, or a byte order, of the format that is not read here.
+    /// A version or byte order of the format that is not supported.
     #[error("{}: {what}; GGUF versions 2 and 3 in little-endian byte order are read", file.display())]
     Version {
         /// The file.
         file: PathBuf,
-        /// What it says of itself.
+        /// The version or byte order.
         what: String,
     },
     /// The file contradicts itself or ends too early.
@@ -34,7 +34,7 @@ pub enum GgufError {
     Damaged {
         /// The file.
         file: PathBuf,
-        /// Where.
+        /// The offset of the error.
         at: u64,
         /// What is wrong there.
         reason: String,

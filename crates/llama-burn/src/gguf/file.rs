@@ -8,10 +8,10 @@ use rayon::prelude::*;
 
 use super::{GgufError, Header, TensorKind, blocks};
 
-/// Bytes that are read at a time, about.
+/// The approximate number of bytes that are read at a time.
 const PIECE: usize = 4 << 20;
 
-/// A GGUF file whose tensors are read one at a time, when asked for.
+/// A GGUF file whose tensors are read one at a time, on request.
 #[derive(Debug)]
 pub struct GgufFile {
     /// Metadata and tensor list.
@@ -19,14 +19,14 @@ pub struct GgufFile {
     file: File,
 }
 
-/// A tensor of integers with a scale for every `block` of them along its rows.
+/// A tensor of integers with one scale per `block` integers along its rows.
 #[derive(Debug, Clone, PartialEq)]
 pub struct IntegerTensor {
     /// Row-major, in the file's orientation: `[rows, columns]`.
     pub integers: Vec<i8>,
     /// `[rows, columns / block]`.
     pub scales: Vec<f32>,
-    /// Integers that share a scale.
+    /// The number of integers that share a scale.
     pub block: usize,
 }
 
@@ -48,7 +48,7 @@ impl GgufFile {
     ///
     /// # Errors
     ///
-    /// As [`Header::read`]; a part of a model that is split over several files.
+    /// As [`Header::read`]; also for one of several files of a split model.
     pub fn open(path: &Path) -> Result<Self, GgufError> {
         let io = |source| GgufError::Io {
             file: path.into(),
@@ -73,14 +73,14 @@ impl GgufFile {
     ///
     /// # Errors
     ///
-    /// If it is missing, of a type that is not read, or cannot be read.
+    /// If it is missing, of an unsupported type, or cannot be read.
     pub fn floats(&self, name: &str) -> Result<Vec<f32>, GgufError> {
         let kind = self.header.kind(name)?;
         let mut values = vec![0f32; self.elements(name)];
         self.pieces(name, kind, |bytes, first| {
             let count = bytes.len() / kind.block_bytes() * kind.block();
             let values = &mut values[first..][..count];
-            // Enough blocks for a thread to be worth waking.
+            // Enough blocks to make up for the cost of a thread.
             let blocks = 1 << 10;
             values
                 .par_chunks_mut(blocks * kind.block())
@@ -90,7 +90,7 @@ impl GgufFile {
         Ok(values)
     }
 
-    /// A tensor's integers and scales; `None` where it is not stored so (floats, kinds with offsets).
+    /// A tensor's integers and scales; `None` for other kinds (floats, kinds with offsets).
     ///
     /// # Errors
     ///
@@ -126,12 +126,12 @@ impl GgufFile {
     }
 
     fn elements(&self, name: &str) -> usize {
-        // The header was checked: the elements' bytes are in the file.
+        // The header's checks guarantee that the file has this many elements.
         let place = self.header.tensors.get(name);
         place.map_or(0, |place| place.shape.iter().product())
     }
 
-    /// Calls `work(bytes, first element)` for pieces of whole blocks.
+    /// Calls `work(bytes, first element)` for chunks of whole blocks.
     fn pieces(
         &self,
         name: &str,

@@ -1,7 +1,6 @@
-//! The beginning of a GGUF file: metadata and the list of tensors.
+//! The header of a GGUF file: metadata and the list of tensors.
 //!
-//! Nothing in it is believed: a count is compared with the bytes that are left before anything is
-//! allocated for it.
+//! The header is untrusted: a count is compared with the number of remaining bytes before memory is allocated.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -10,30 +9,30 @@ use std::path::{Path, PathBuf};
 use super::value::{ARRAY, Number, Source, read_array, read_value};
 use super::{Array, GgufError, TensorKind, Value};
 
-/// Metadata larger than this is refused. The largest vocabularies in use take a few dozen MiB.
+/// Metadata larger than this is rejected. The largest vocabularies in use take a few dozen MiB.
 const LARGEST_HEADER: u64 = 128 << 20;
-/// Names longer than this are refused; the format's own limit for keys.
+/// Longer names are rejected; the format's limit for keys.
 const LONGEST_NAME: usize = 65_535;
-/// Dimensions that ggml's tensors can have.
+/// The largest number of dimensions of ggml's tensors.
 const MOST_DIMENSIONS: u32 = 4;
 
 /// Where a tensor lies and how it is stored.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorPlace {
-    /// Row-major shape, the way Hugging Face writes it: a linear weight is `[out, in]`.
+    /// The row-major shape as in Hugging Face's files: a linear weight is `[out, in]`.
     pub shape: Vec<usize>,
-    /// The stored type's id; [`Header::kind`] tells whether it is read here.
+    /// The id of the stored type; [`Header::kind`] returns an error for an unsupported one.
     pub type_id: u32,
     /// The first byte, counted from the start of the file.
     pub start: u64,
-    /// How many bytes; 0 where the type is not known.
+    /// The number of bytes; 0 for an unknown type.
     pub bytes: u64,
 }
 
 /// Metadata and tensor list.
 #[derive(Debug, Clone, Default)]
 pub struct Header {
-    /// The file, for messages.
+    /// The file's path, for messages.
     pub path: PathBuf,
     /// Metadata by key.
     pub metadata: BTreeMap<String, Value>,
@@ -46,7 +45,7 @@ impl Header {
     ///
     /// # Errors
     ///
-    /// What is wrong, and at which byte.
+    /// Names the error and its byte offset.
     pub fn read(path: &Path, input: impl Read, length: u64) -> Result<Self, GgufError> {
         let mut reader = Reader {
             path,
@@ -87,7 +86,7 @@ impl Header {
             let key = reader.name()?;
             let value = reader.value(&key)?;
             if header.metadata.insert(key.clone(), value).is_some() {
-                return Err(reader.damaged_at(start, format!("the key {key} is there twice")));
+                return Err(reader.damaged_at(start, format!("the key {key} occurs twice")));
             }
         }
         let alignment = header.alignment()?;
@@ -95,7 +94,7 @@ impl Header {
             let start = reader.at;
             let (name, place) = reader.tensor(alignment)?;
             if header.tensors.insert(name.clone(), place).is_some() {
-                return Err(reader.damaged_at(start, format!("the tensor {name} is there twice")));
+                return Err(reader.damaged_at(start, format!("the tensor {name} occurs twice")));
             }
         }
         let data = reader.at.next_multiple_of(alignment);
@@ -116,7 +115,8 @@ impl Header {
         }
     }
 
-    /// Makes offsets positions in the file, and checks that every tensor is inside it and alone there.
+    /// Converts offsets to positions in the file, and checks that every tensor is inside the file and that none
+    /// overlap.
     fn place_tensors(&mut self, data: u64, length: u64) -> Result<(), GgufError> {
         let path = &self.path;
         let wrong = |name: &str, at: u64, reason: String| GgufError::Damaged {
@@ -140,7 +140,7 @@ impl Header {
                 _ => {
                     let bytes = place.bytes;
                     let reason = format!(
-                        "of {bytes} bytes at offset {offset} ends behind the file's end, {length}"
+                        "of {bytes} bytes at offset {offset} ends after the file's end, {length}"
                     );
                     return Err(wrong(name, data, reason));
                 }
@@ -150,7 +150,7 @@ impl Header {
         for pair in ranges.windows(2) {
             let ((_, end, one), (start, _, other)) = (pair[0], pair[1]);
             if start < end {
-                return Err(wrong(other, start, format!("lies over {one}")));
+                return Err(wrong(other, start, format!("overlaps {one}")));
             }
         }
         Ok(())
@@ -160,7 +160,7 @@ impl Header {
     ///
     /// # Errors
     ///
-    /// A tensor that is not there, or of a type that is not read.
+    /// A tensor that is missing or of an unsupported type.
     pub fn kind(&self, name: &str) -> Result<TensorKind, GgufError> {
         let wrong = |reason: String| GgufError::Tensor {
             file: self.path.clone(),
@@ -182,7 +182,7 @@ impl Header {
         }
     }
 
-    /// A key's value in a form that `read` gives; `None` where the key is missing.
+    /// A key's value, converted by `read`; `None` if the key is missing.
     ///
     /// # Errors
     ///
@@ -230,12 +230,12 @@ impl Header {
     }
 }
 
-/// Reads forward and knows where it is.
+/// Reads the header and counts the bytes.
 struct Reader<'a, R> {
     path: &'a Path,
     input: R,
     at: u64,
-    /// Where the header must have ended.
+    /// The largest offset at which the header may end.
     end: u64,
     length: u64,
 }
@@ -253,13 +253,13 @@ impl<R: Read> Reader<'_, R> {
         self.damaged_at(self.at, reason)
     }
 
-    /// Whether `count` things of at least `smallest` bytes can still come.
+    /// Checks that the file has room for `count` elements of at least `smallest` bytes.
     fn expect_room(&self, count: u64, smallest: u64, what: &str) -> Result<(), GgufError> {
         let left = self.end - self.at;
         match count.checked_mul(smallest) {
             Some(bytes) if bytes <= left => Ok(()),
             _ if self.end < self.length => Err(self.damaged(format!(
-                "it announces {count} {what}, more than the {LARGEST_HEADER} bytes of metadata that are read"
+                "it announces {count} {what}, more than fit in the supported {LARGEST_HEADER} bytes of metadata"
             ))),
             _ => Err(self.damaged(format!(
                 "it announces {count} {what}, and {left} bytes are left"
@@ -303,7 +303,7 @@ impl<R: Read> Reader<'_, R> {
                 let element: u32 = self.number()?;
                 let count: u64 = self.number()?;
                 if element == ARRAY {
-                    let reason = format!("{key} is an array of arrays, which no Llama has");
+                    let reason = format!("{key} is an array of arrays, which is not supported");
                     return Err(self.damaged_at(start, reason));
                 }
                 read_array(element, count, self)
@@ -343,14 +343,14 @@ impl<R: Read> Reader<'_, R> {
             }
         }
         let row = shape[0];
-        // The file's first dimension is the one whose elements lie side by side.
+        // The file's first dimension is the contiguous one.
         shape.reverse();
         let type_id: u32 = self.number()?;
         let offset: u64 = self.number()?;
         if !offset.is_multiple_of(alignment) {
             return wrong(
                 self,
-                format!("has the offset {offset}, no multiple of {alignment}"),
+                format!("has the offset {offset}, which is not a multiple of {alignment}"),
             );
         }
         let bytes = match TensorKind::from_id(type_id) {
@@ -398,7 +398,7 @@ impl<R: Read> Source for Reader<'_, R> {
         match self.number::<u8>()? {
             0 => Ok(false),
             1 => Ok(true),
-            other => Err(self.damaged(format!("a truth value of {other}"))),
+            other => Err(self.damaged(format!("a boolean of the value {other}"))),
         }
     }
 

@@ -1,6 +1,6 @@
 //! How a tensor is stored.
 
-/// A ggml tensor type that is read here.
+/// A supported ggml tensor type.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[allow(missing_docs, non_camel_case_types)] // ggml's names.
 pub enum TensorKind {
@@ -17,7 +17,7 @@ pub enum TensorKind {
     Q6_K,
 }
 
-/// Id in the file, kind, elements of a block, bytes of a block.
+/// Id in the file, kind, elements per block, bytes per block.
 const KINDS: [(u32, TensorKind, usize, usize); 11] = [
     (0, TensorKind::F32, 1, 4),
     (1, TensorKind::F16, 1, 2),
@@ -53,12 +53,12 @@ impl TensorKind {
         self.row().0
     }
 
-    /// Elements that are stored together, along a row.
+    /// The number of elements per block, along a row.
     pub fn block(self) -> usize {
         self.row().2
     }
 
-    /// Bytes of a block.
+    /// Bytes per block.
     pub fn block_bytes(self) -> usize {
         self.row().3
     }
@@ -81,7 +81,7 @@ impl TensorKind {
     }
 }
 
-/// ggml's name of a type that is not read here.
+/// ggml's name of an unsupported type.
 fn foreign_name(id: u32) -> String {
     let name = match id {
         9 => "Q8_1",

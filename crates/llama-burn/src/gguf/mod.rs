@@ -2,17 +2,17 @@
 //!
 //! | file | what it holds |
 //! | --- | --- |
-//! | `value` | [`Value`]: what a metadata key can hold |
-//! | `header` | [`Header`]: metadata and tensor list, read with every count checked against the file |
+//! | `value` | [`Value`]: the value of a metadata key |
+//! | `header` | [`Header`]: metadata and tensor list; every count is checked against the file's length |
 //! | `kind` | [`TensorKind`]: how tensors are stored |
 //! | `blocks` | ggml's blocks to floats, and to integers with their scales |
 //! | `file` | [`GgufFile`]: an open file and its tensors |
 //! | `names`, `config` | a Llama's tensors and shape: llama.cpp's names to Hugging Face's |
 //! | `write` | [`GgufWriter`] |
 //!
-//! Written after the format's description (ggml's `docs/gguf.md`) and checked against the Python package
-//! `gguf` and llama.cpp. The crates that read GGUF allocate what a damaged file asks them to, so the
-//! reader is ours.
+//! Implements the format's specification (ggml's `docs/gguf.md`), tested against the Python package `gguf` and
+//! llama.cpp. Existing crates for GGUF allocate whatever size a damaged file states, so this reader is a separate
+//! implementation.
 
 mod blocks;
 mod config;

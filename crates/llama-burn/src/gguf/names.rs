@@ -1,7 +1,7 @@
 //! A Llama's tensors under llama.cpp's names and Hugging Face's.
 //!
-//! llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face the two halves of a head, so
-//! llama.cpp's converter orders the rows of the query and key projections differently.
+//! llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face the two halves of a head. llama.cpp's
+//! converter therefore reorders the rows of the query and key projections.
 
 /// A module of a decoder layer: Hugging Face's name, llama.cpp's.
 const IN_LAYER: [(&str, &str); 9] = [
@@ -23,14 +23,14 @@ const OUTSIDE: [(&str, &str); 3] = [
 ];
 
 /// Hugging Face's name of a tensor (`model.layers.0.self_attn.q_proj.weight`) for llama.cpp's
-/// (`blk.0.attn_q.weight`); `None` for one that a Llama does not have.
+/// (`blk.0.attn_q.weight`); `None` for a tensor that a Llama does not have.
 pub fn hugging_face_name(name: &str) -> Option<String> {
     translate(name, "blk.", "model.layers.", |(theirs, ours)| {
         (ours, theirs)
     })
 }
 
-/// The other way round.
+/// llama.cpp's name of a tensor for Hugging Face's.
 pub fn llama_cpp_name(name: &str) -> Option<String> {
     translate(name, "model.layers.", "blk.", |(ours, theirs)| {
         (ours, theirs)
@@ -55,7 +55,7 @@ fn translate(
         None => Some(format!("{}.{kind}", find(&OUTSIDE, module)?)),
         Some(rest) => {
             let (layer, module) = rest.split_once('.')?;
-            // One way to write a number, so that two names never mean one tensor.
+            // Only the canonical form of a number, so that two names never mean one tensor.
             let number: u32 = layer.parse().ok()?;
             if number.to_string() != layer {
                 return None;
@@ -65,21 +65,21 @@ fn translate(
     }
 }
 
-/// How the rows of a projection are ordered in the two programs.
+/// The order of a projection's rows in the two programs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Rows {
-    /// Rows of a head.
+    /// Rows per head.
     pub head_dim: usize,
 }
 
-/// The order of rows of a tensor with this Hugging Face name; `None` where both programs agree.
+/// The order of rows of a tensor with this Hugging Face name; `None` if both programs have the same order.
 pub fn rows_of(name: &str, head_dim: usize) -> Option<Rows> {
     let rotated = name.contains(".q_proj.") || name.contains(".k_proj.");
     rotated.then_some(Rows { head_dim })
 }
 
 impl Rows {
-    /// llama.cpp's place for Hugging Face's row.
+    /// The index in llama.cpp's order of Hugging Face's row.
     pub fn in_llama_cpp(self, row: usize) -> usize {
         let (head, within) = (row / self.head_dim, row % self.head_dim);
         let half = self.head_dim / 2;

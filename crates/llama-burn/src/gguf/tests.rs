@@ -1,4 +1,4 @@
-//! Headers that are right, and headers that are not.
+//! Valid and invalid headers.
 
 use std::io::Cursor;
 use std::path::Path;
@@ -10,7 +10,7 @@ fn text(bytes: &mut Vec<u8>, text: &[u8]) {
     bytes.extend(text);
 }
 
-/// A header with these metadata and tensors, already in the file's form, and `data` bytes behind it.
+/// A header with these encoded metadata and tensors, followed by `data` bytes.
 fn file(keys: &[Vec<u8>], tensors: &[Vec<u8>], data: usize) -> Vec<u8> {
     let mut bytes = b"GGUF\x03\0\0\0".to_vec();
     bytes.extend((tensors.len() as u64).to_le_bytes());
@@ -101,11 +101,11 @@ fn every_type_of_value_is_read_as_it_was_written() {
 }
 
 #[test]
-fn a_file_that_is_something_else_says_what_it_is() {
+fn other_files_and_versions_are_errors() {
     assert!(
         read(b"PK\x03\x04 and more")
             .unwrap_err()
-            .contains("no GGUF file")
+            .contains("not a GGUF file")
     );
     let mut old = file(&[], &[], 0);
     old[4] = 1;
@@ -139,7 +139,7 @@ fn counts_that_the_file_has_no_room_for_are_refused_before_anything_is_allocated
 }
 
 #[test]
-fn every_contradiction_is_an_error_that_says_where() {
+fn every_contradiction_is_an_error_with_its_place() {
     let nested = [&9u32.to_le_bytes()[..], &1u64.to_le_bytes()].concat();
     let mut not_utf8 = Vec::new();
     text(&mut not_utf8, &[0xff, 0xfe]);
@@ -152,10 +152,10 @@ fn every_contradiction_is_an_error_that_says_where() {
             vec![],
             "type that does not exist",
         ),
-        (vec![key("flag", 7, &[2])], vec![], "truth value of 2"),
+        (vec![key("flag", 7, &[2])], vec![], "boolean of the value 2"),
         (vec![key("bad", 8, &not_utf8)], vec![], "not UTF-8"),
         (vec![key("", 4, &[0; 4])], vec![], "name of 0 bytes"),
-        (vec![one.clone(), one], vec![], "one is there twice"),
+        (vec![one.clone(), one], vec![], "one occurs twice"),
         (vec![alignment(0)], vec![], "power of two"),
         (vec![alignment(48)], vec![], "power of two"),
         (vec![], vec![tensor("w", &[], 0, 0)], "0 dimensions"),
@@ -171,31 +171,35 @@ fn every_contradiction_is_an_error_that_says_where() {
             "dimension of",
         ),
         (vec![], vec![tensor("w", &[33], 8, 0)], "blocks of 32"),
-        (vec![], vec![tensor("w", &[16], 0, 3)], "no multiple of 32"),
+        (
+            vec![],
+            vec![tensor("w", &[16], 0, 3)],
+            "not a multiple of 32",
+        ),
         (
             vec![],
             vec![tensor("w", &[17], 0, 0)],
-            "behind the file's end",
+            "after the file's end",
         ),
         (
             vec![],
             vec![tensor("w", &[4], 0, 1 << 62)],
-            "behind the file's end",
+            "after the file's end",
         ),
         (
             vec![],
             vec![tensor("w", &[4], 0, u64::MAX - 31)],
-            "behind the file's end",
+            "after the file's end",
         ),
         (
             vec![],
             vec![tensor("w", &[12], 0, 0), tensor("v", &[4], 0, 32)],
-            "lies over",
+            "overlaps",
         ),
         (
             vec![],
             vec![tensor("w", &[4], 0, 0), tensor("w", &[4], 0, 32)],
-            "w is there twice",
+            "w occurs twice",
         ),
     ] {
         let error = read(&file(&keys, &tensors, 64)).unwrap_err();
@@ -204,7 +208,7 @@ fn every_contradiction_is_an_error_that_says_where() {
             "{words}: {error}"
         );
     }
-    // A type that is not read matters only where its tensor is asked for.
+    // An unsupported type is an error only when its tensor is read.
     let header = read(&file(&[], &[tensor("w", &[256], 10, 0)], 64)).unwrap();
     let error = header.kind("w").unwrap_err().to_string();
     assert!(error.contains("Q2_K") && error.contains("Q4_K"), "{error}");
@@ -227,7 +231,7 @@ fn a_header_cut_anywhere_is_an_error() {
 }
 
 #[test]
-fn names_translate_there_and_back() {
+fn names_translate_in_both_directions() {
     for (ours, theirs) in [
         ("model.embed_tokens.weight", "token_embd.weight"),
         ("model.norm.weight", "output_norm.weight"),
@@ -263,7 +267,7 @@ fn names_translate_there_and_back() {
 }
 
 #[test]
-fn rows_of_rotated_projections_go_to_pairs_and_back() {
+fn rows_of_rotated_projections_are_reordered_in_both_directions() {
     let rows = rows_of("model.layers.0.self_attn.k_proj.weight", 4).unwrap();
     assert_eq!(rows_of("model.layers.0.self_attn.v_proj.weight", 4), None);
     // Two heads of four rows: halves [0 1 | 2 3] become pairs (0 2)(1 3).
@@ -277,7 +281,7 @@ fn rows_of_rotated_projections_go_to_pairs_and_back() {
 }
 
 #[test]
-fn q8_0_gives_back_what_it_can_hold() {
+fn q8_0_restores_values_that_it_can_represent() {
     // The largest magnitude of each block is a multiple of 127 of a scale that f16 holds.
     let mut values: Vec<f32> = (0..64)
         .map(|i| ((i * 7 % 255) as f32 - 127.0) * 0.5)
@@ -302,7 +306,7 @@ fn q8_0_gives_back_what_it_can_hold() {
 }
 
 #[test]
-fn a_value_that_f16_cannot_hold_is_refused_by_name() {
+fn a_value_outside_the_range_of_f16_is_rejected_by_name() {
     let plan = TensorPlan {
         name: "blk.0.attn_q.weight".into(),
         shape: vec![2],

@@ -1,4 +1,4 @@
-//! What a metadata key holds.
+//! The values of metadata keys.
 
 use std::io::{self, Write};
 
@@ -26,7 +26,7 @@ macro_rules! numbers {
             }
         })*
 
-        /// A metadata value, of the type that it has in the file.
+        /// A metadata value in the type of the file.
         #[derive(Debug, Clone, PartialEq)]
         #[allow(missing_docs)] // The variants are the format's types.
         pub enum Value {
@@ -36,7 +36,7 @@ macro_rules! numbers {
             Array(Array),
         }
 
-        /// An array, of the type that its elements have in the file. Arrays of arrays are not read.
+        /// An array of elements in the type of the file. Arrays of arrays are not supported.
         #[derive(Debug, Clone, PartialEq)]
         #[allow(missing_docs)] // The variants are the format's types.
         pub enum Array {
@@ -67,7 +67,7 @@ macro_rules! numbers {
         }
 
         impl Array {
-            /// How many elements it has.
+            /// The number of elements.
             pub fn len(&self) -> usize {
                 match self {
                     $(Self::$name(list) => list.len(),)*
@@ -92,7 +92,7 @@ macro_rules! numbers {
             }
         }
 
-        /// Reads a value of type `id` with `source`'s methods; `None` for a type that is not known.
+        /// Reads a value of type `id` with `source`'s methods; `None` for an unknown type.
         pub(super) fn read_value<S: Source>(id: u32, source: &mut S) -> Option<Result<Value, S::Error>> {
             Some(match id {
                 $($id => source.number().map(Value::$name),)*
@@ -111,7 +111,7 @@ macro_rules! numbers {
             Some(match id {
                 $($id => source.numbers(count).map(Array::$name),)*
                 BOOL => source.list(count, 1, S::flag).map(Array::Bool),
-                // The length of a text alone takes eight bytes.
+                // The length of a text takes eight bytes.
                 TEXT => source.list(count, 8, S::text).map(Array::Text),
                 _ => return None,
             })
@@ -128,7 +128,7 @@ numbers! {
     10 U64 u64, 11 I64 i64, 12 F64 f64,
 }
 
-/// Where values are read from.
+/// A reader of values.
 pub(super) trait Source: Sized {
     type Error;
     fn number<N: Number>(&mut self) -> Result<N, Self::Error>;
@@ -150,14 +150,14 @@ pub(super) fn write_text(text: &str, out: &mut dyn Write) -> io::Result<()> {
 }
 
 impl Array {
-    /// Whether it has no elements.
+    /// Whether the array is empty.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 }
 
 impl Value {
-    /// A whole number that is not negative, of whatever type.
+    /// A non-negative whole number of any type.
     pub fn as_count(&self) -> Option<u64> {
         match *self {
             Self::U8(x) => Some(x.into()),
@@ -172,7 +172,7 @@ impl Value {
         }
     }
 
-    /// A number as the shortest decimal that is stored like it: 1e-5 in f32 is 1e-5, as `config.json` has it.
+    /// A number as the shortest decimal with the same binary form: 1e-5 in f32 is 1e-5, as in `config.json`.
     pub fn as_decimal(&self) -> Option<f64> {
         match self {
             Self::F32(x) => x.to_string().parse().ok(),
@@ -213,7 +213,7 @@ impl Value {
         }
     }
 
-    /// A list of whole numbers, of whatever type; `None` where one is negative.
+    /// A list of whole numbers of any type; `None` if one is negative.
     pub fn as_counts(&self) -> Option<Vec<u64>> {
         let Self::Array(array) = self else {
             return None;

@@ -1,4 +1,4 @@
-//! Writing a GGUF file, a tensor at a time.
+//! Writes a GGUF file, one tensor at a time.
 
 use std::io::{self, Write};
 
@@ -7,10 +7,10 @@ use half::f16;
 use super::value::{Number, write_text};
 use super::{TensorKind, Value, blocks};
 
-/// Tensors begin at multiples of this.
+/// Tensors start at multiples of this.
 const ALIGNMENT: u64 = 32;
 
-/// A tensor that is going to be written.
+/// A tensor of the file: its name, shape and kind.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorPlan {
     /// llama.cpp's name.
@@ -31,7 +31,7 @@ impl TensorPlan {
     }
 }
 
-/// Writes a file in version 3: the header at once, then every tensor in the order that was announced.
+/// Writes a file in version 3: first the header, then every tensor in the order of the header.
 #[derive(Debug)]
 pub struct GgufWriter<W: Write> {
     out: W,
@@ -44,11 +44,11 @@ impl<W: Write> GgufWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the system says.
+    /// The system's error.
     ///
     /// # Panics
     ///
-    /// If a tensor is to be of a kind that is not written, or in blocks that do not divide its rows.
+    /// If a tensor has a kind that cannot be written, or its rows are not whole blocks.
     pub fn new(
         mut out: W,
         metadata: &[(String, Value)],
@@ -105,18 +105,18 @@ impl<W: Write> GgufWriter<W> {
     ///
     /// # Errors
     ///
-    /// What the system says; a value that F16 cannot hold, as [`io::ErrorKind::InvalidData`].
+    /// The system's error; [`io::ErrorKind::InvalidData`] for a value outside the range of F16.
     ///
     /// # Panics
     ///
-    /// If there is no next tensor, or it has another number of elements.
+    /// If no tensor is left, or the next one has another number of elements.
     pub fn write(&mut self, values: &[f32]) -> io::Result<()> {
         let plan = self
             .plans
             .get(self.next)
-            .expect("a tensor more than announced");
+            .expect("more tensors than in the header");
         assert_eq!(values.len(), plan.elements(), "{}", plan.name);
-        // Pieces of whole blocks, so that a large tensor is not in memory twice.
+        // In chunks of whole blocks, so that a large tensor is not in memory twice.
         let mut bytes = Vec::new();
         for values in values.chunks(1 << 18) {
             bytes.clear();
@@ -146,18 +146,18 @@ impl<W: Write> GgufWriter<W> {
         pad(&mut self.out, written)
     }
 
-    /// Gives the file back; it is complete.
+    /// Returns the complete file.
     ///
     /// # Panics
     ///
-    /// If a tensor was announced and not written.
+    /// If a tensor of the header was not written.
     pub fn finish(self) -> W {
         assert_eq!(self.next, self.plans.len(), "a tensor was not written");
         self.out
     }
 }
 
-/// Zeros from `at` up to where the next tensor may begin.
+/// Writes zeros from `at` up to the next multiple of the alignment.
 fn pad(out: &mut impl Write, at: u64) -> io::Result<()> {
     let zeros = at.next_multiple_of(ALIGNMENT) - at;
     out.write_all(&[0; ALIGNMENT as usize][..zeros as usize])

@@ -1,10 +1,10 @@
 //! A decoder layer's forward and backward pass.
 //!
-//! What the backward pass reads is kept, and nothing else: of element-wise chains only their inputs.
-//! Norms are computed again, attention's weights tile by tile.
+//! The forward pass saves only what the backward pass reads, and of element-wise chains only their inputs. The backward
+//! pass recomputes norms, and attention's weights tile by tile.
 //!
-//! Hidden states, and their gradients, are f32 from layer to layer: what is added to them is small beside them. Products
-//! and what lies between them within a block have the batch's type ([`PackedContext::new`]).
+//! Hidden states and their gradients are f32 from layer to layer, because each block adds small values to large ones.
+//! Within a block, products and the operations between them have the batch's type ([`PackedContext::new`]).
 
 use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
@@ -17,21 +17,21 @@ use lora_core::{LinearGroup, LowRank};
 use crate::decoder_layer::DropoutSeeds;
 use crate::{DecoderLayer, PackedContext};
 
-/// A layer about to be run on a packed batch.
+/// The passes of one layer on a packed batch.
 #[derive(Debug, Clone, Copy)]
 pub struct LayerPass<'a> {
     /// The layer.
     pub layer: &'a DecoderLayer,
     /// The batch.
     pub context: &'a PackedContext,
-    /// Makes dropout act, and fixes its masks.
+    /// Turns dropout on and fixes its masks.
     pub dropout_seed: Option<u64>,
-    /// The tokens whose output is wanted, `[m]`; all where there is none. In the last layer only those
-    /// that predict something: beyond its keys and values nothing else has an effect.
-    pub wanted: Option<&'a Tensor<1, Int>>,
+    /// The tokens whose output is computed, `[m]`; `None` means all. In the last layer only the loss positions are
+    /// needed: the other tokens affect them through keys and values only.
+    pub output_positions: Option<&'a Tensor<1, Int>>,
 }
 
-/// What a forward pass leaves for the backward pass, beside the layer's input.
+/// What a forward pass saves for the backward pass, in addition to the layer's input.
 #[derive(Debug, Clone)]
 pub struct Activations {
     attention: SavedAttention,
@@ -44,10 +44,9 @@ pub struct Activations {
 #[derive(Debug, Clone)]
 struct AfterAttention {
     output_low: LowRank<1>,
-    /// What attention mixed, `[m, heads · d]`, where the output module has an adapter: nothing else
-    /// reads it again.
+    /// The attention output before `o_proj`, `[m, heads · d]`, if `o_proj` has an adapter: nothing else reads it again.
     mixed: Option<Tensor<2>>,
-    /// What the feed-forward block gets and is added to, `[m, hidden]`.
+    /// The input and residual of the feed-forward block, `[m, hidden]`.
     middle: Tensor<2>,
     inverse_rms: InverseRms,
     gate: Tensor<2>,
@@ -57,7 +56,7 @@ struct AfterAttention {
 }
 
 impl Activations {
-    /// The keys, rotated, and the values of all tokens, `[n, key heads · d]` each.
+    /// The rotated keys and the values of all tokens, `[n, key heads · d]` each.
     pub(crate) fn into_keys_values(self) -> [Tensor<2>; 2] {
         self.attention.into_keys_values()
     }
@@ -69,7 +68,7 @@ impl LayerPass<'_> {
     /// # Shapes
     ///
     /// - `x`: `[n, hidden]`, f32
-    /// - output: `[n, hidden]`, or `[m, hidden]` for `m` wanted tokens, f32
+    /// - output: `[n, hidden]`, or `[m, hidden]` for `m` output positions, f32
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
         let ([q, k, v], attention_low, inverse_rms) = self.queries_keys_values(x);
         let heads = self.layer.self_attn.heads();
@@ -84,32 +83,33 @@ impl LayerPass<'_> {
         (output, activations)
     }
 
-    /// As [`forward`](Self::forward) for the next token of every row, which attends to `cache` and to
-    /// itself; its key and value are added to the cache.
+    /// As [`forward`](Self::forward), for the next token of every sequence. It attends to `cache` and to itself; its
+    /// key and value are added to the cache.
     ///
     /// # Shapes
     ///
-    /// - `x`, output: `[rows, hidden]`, f32
+    /// - `x`, output: `[sequences, hidden]`, f32
     pub(crate) fn decode(&self, x: &Tensor<2>, cache: &mut dyn KvCache) -> Tensor<2> {
         let ([q, k, v], ..) = self.queries_keys_values(x);
         let mixed = cache.attend(q, k, v, self.layer.self_attn.heads());
         self.after_attention(mixed, x.clone()).0
     }
 
-    /// Rotated queries and keys, and values; the queries times [`query_scale`].
+    /// Rotated queries and keys, and values. The queries are multiplied by [`query_scale`].
     fn queries_keys_values(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], LowRank<3>, InverseRms) {
         let norm = &self.layer.input_layernorm;
-        let (normalised, inverse_rms) = norm.manual_forward(x, self.context.dtype);
+        let (normalized, inverse_rms) = norm.manual_forward(x, self.context.dtype);
         let ([q, k, v], low) = self
             .attention_group()
-            .forward(&normalised, [const { None }; 3]);
+            .forward(&normalized, [const { None }; 3]);
         let scale = query_scale(&q, self.layer.self_attn.heads());
         let q = self.rotate(q, Rotation::Forward, scale);
         let k = self.rotate(k, Rotation::Forward, 1.0);
         ([q, k, v], low, inverse_rms)
     }
 
-    /// From what attention mixed to the layer's output. `residual` is the layer's input at these tokens.
+    /// From the attention output before `o_proj` to the layer's output. `residual` is the layer's input at these
+    /// tokens.
     fn after_attention(
         &self,
         mixed: Tensor<2>,
@@ -120,9 +120,9 @@ impl LayerPass<'_> {
         let mixed = group.has_adapters().then_some(mixed);
 
         let norm = &self.layer.post_attention_layernorm;
-        let (normalised, inverse_rms) = norm.manual_forward(&middle, self.context.dtype);
-        let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalised, [None, None]);
-        drop(normalised);
+        let (normalized, inverse_rms) = norm.manual_forward(&middle, self.context.dtype);
+        let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalized, [None, None]);
+        drop(normalized);
         let product = swiglu(&gate, &up);
         let ([output], down_low) = self.down_group().forward(&product, [Some(middle.clone())]);
         let after = AfterAttention {
@@ -138,20 +138,20 @@ impl LayerPass<'_> {
         (output, after)
     }
 
-    /// The gradient of the layer's input from that of its output, if `input_gradient` is set; those of
-    /// the adapters go to `collect`, in f32.
+    /// Returns the gradient of the layer's input if `input_gradient` is set. The gradients of the adapters go to
+    /// `accumulate`, in f32.
     ///
     /// # Shapes
     ///
-    /// - `x`, the result: `[n, hidden]`, f32
-    /// - `gradient`: as [`forward`](Self::forward)'s output
+    /// - `x`, output: `[n, hidden]`, f32
+    /// - `d_output`: as [`forward`](Self::forward)'s output
     pub fn backward(
         &self,
         x: &Tensor<2>,
         activations: Activations,
-        gradient: Tensor<2>,
+        d_output: Tensor<2>,
         input_gradient: bool,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Option<Tensor<2>> {
         let Activations {
             attention: saved,
@@ -170,48 +170,54 @@ impl LayerPass<'_> {
                 },
         } = activations;
         let layer = self.layer;
-        let below_adapters = input_gradient || self.attention_group().has_adapters();
-
-        let needed = below_adapters || self.output_group().has_adapters();
-        let through_gate = needed || self.gate_up_group().has_adapters();
+        // Which gradients are needed, from the first block of the layer to the last.
+        let d_mixed_needed = input_gradient || self.attention_group().has_adapters();
+        let d_middle_needed = d_mixed_needed || self.output_group().has_adapters();
+        let d_product_needed = d_middle_needed || self.gate_up_group().has_adapters();
         let product = || swiglu(&gate, &up);
         let down = self.down_group();
         let dtype = self.context.dtype;
-        let of_block = [gradient.clone().cast(dtype)];
-        let through = down.backward(product, down_low, of_block, through_gate, collect)?;
-        let (gate, up) = swiglu_backward(gate, up, through);
+        let d_block = [d_output.clone().cast(dtype)];
+        let d_product = down.backward(product, down_low, d_block, d_product_needed, accumulate)?;
+        let (d_gate, d_up) = swiglu_backward(gate, up, d_product);
         let norm = &layer.post_attention_layernorm;
-        let normalised = || norm.again(&middle, &middle_rms, dtype);
+        let normalized = || norm.again(&middle, &middle_rms, dtype);
         let gain = norm.gain();
         let gate_up = self.gate_up_group();
-        let through = gate_up.backward(normalised, gate_up_low, [gate, up], needed, collect)?;
-        let gradient = norm.backward(&middle, middle_rms, gain, through, gradient);
+        let d_normalized = gate_up.backward(
+            normalized,
+            gate_up_low,
+            [d_gate, d_up],
+            d_middle_needed,
+            accumulate,
+        )?;
+        let d_middle = norm.backward(&middle, middle_rms, gain, d_normalized, d_output);
         drop(middle);
 
-        // Asked for only where the module has an adapter.
-        let mixed = || mixed.unwrap_or_else(|| unreachable!("kept for the output's adapter"));
+        // Called only if `o_proj` has an adapter.
+        let mixed = || mixed.unwrap_or_else(|| unreachable!("saved for the adapter of o_proj"));
         let output = self.output_group();
-        let of_block = [gradient.clone().cast(dtype)];
-        let through = output.backward(mixed, output_low, of_block, below_adapters, collect)?;
-        let through = self.scatter(through, x.dims()[0]);
+        let d_block = [d_middle.clone().cast(dtype)];
+        let d_mixed = output.backward(mixed, output_low, d_block, d_mixed_needed, accumulate)?;
+        let d_mixed = self.scatter(d_mixed, x.dims()[0]);
         let heads = layer.self_attn.heads();
-        let [q, k, v] = attention_backward(saved, through, &self.context.attention, heads);
-        let scale = query_scale(&q, heads);
-        let q = self.rotate(q, Rotation::Inverse, scale);
-        let k = self.rotate(k, Rotation::Inverse, 1.0);
+        let [d_q, d_k, d_v] = attention_backward(saved, d_mixed, &self.context.attention, heads);
+        let scale = query_scale(&d_q, heads);
+        let d_q = self.rotate(d_q, Rotation::Inverse, scale);
+        let d_k = self.rotate(d_k, Rotation::Inverse, 1.0);
         let norm = &layer.input_layernorm;
-        let normalised = || norm.again(x, &inverse_rms, dtype);
+        let normalized = || norm.again(x, &inverse_rms, dtype);
         let attention = self.attention_group();
-        let residual = input_gradient.then(|| self.scatter(gradient, x.dims()[0]));
+        let residual = input_gradient.then(|| self.scatter(d_middle, x.dims()[0]));
         let gain = norm.gain();
-        let through = attention.backward(
-            normalised,
+        let d_normalized = attention.backward(
+            normalized,
             attention_low,
-            [q, k, v],
+            [d_q, d_k, d_v],
             input_gradient,
-            collect,
+            accumulate,
         )?;
-        Some(norm.backward(x, inverse_rms, gain, through, residual?))
+        Some(norm.backward(x, inverse_rms, gain, d_normalized, residual?))
     }
 
     fn attention_group(&self) -> LinearGroup<'_, 3> {
@@ -241,20 +247,20 @@ impl LayerPass<'_> {
         rotate(x, &self.context.rotary, rotation, scale)
     }
 
-    /// The wanted rows.
+    /// The rows at the output positions.
     fn select(&self, x: Tensor<2>) -> Tensor<2> {
-        match self.wanted {
-            Some(wanted) => x.select(0, wanted.clone()),
+        match self.output_positions {
+            Some(positions) => x.select(0, positions.clone()),
             None => x,
         }
     }
 
-    /// Wanted rows back among `n`; a token that is wanted several times gets the sum.
+    /// The opposite of [`select`](Self::select): rows among `n`, summed for a position that occurs several times.
     fn scatter(&self, x: Tensor<2>, n: usize) -> Tensor<2> {
-        let Some(wanted) = self.wanted else {
+        let Some(positions) = self.output_positions else {
             return x;
         };
-        let nothing = Tensor::zeros([n, x.dims()[1]], (&x.device(), x.dtype()));
-        nothing.select_assign(0, wanted.clone(), x, IndexingUpdateOp::Add)
+        let zeros = Tensor::zeros([n, x.dims()[1]], (&x.device(), x.dtype()));
+        zeros.select_assign(0, positions.clone(), x, IndexingUpdateOp::Add)
     }
 }

@@ -1,4 +1,4 @@
-//! What comes before the first layer and after the last.
+//! The model outside its layers: embeddings, final norm and output layer.
 
 use burn::module::Param;
 use burn::tensor::{DType, Int, Tensor};
@@ -8,44 +8,44 @@ use lora_core::LinearGroup;
 use crate::packed::Planned;
 use crate::{Llama, PackedContext, PackedTokens};
 
-/// What passes through the layers start from.
+/// The input of the manual passes through the layers.
 #[derive(Debug, Clone)]
-pub struct PassInputs<const N: usize> {
-    /// What every layer needs to know of the batch.
+pub struct ManualInputs<const N: usize> {
+    /// The data of the batch that every layer needs.
     pub context: PackedContext,
     /// The embeddings, `[n, hidden]`, f32.
     pub hidden: Tensor<2>,
-    /// The lists that came along.
+    /// The lists that were passed along.
     pub indices: [Tensor<1, Int>; N],
 }
 
 impl Llama {
-    /// As [`embed`](Self::embed), for passes outside an autodiff graph: f32, as hidden states are there.
+    /// As [`embed`](Self::embed), for the manual passes: f32, the type of their hidden states.
     ///
     /// # Panics
     ///
     /// As [`embed`](Self::embed).
-    pub fn pass_embeddings(&self, ids: &[u32]) -> Tensor<2> {
+    pub fn manual_embeddings(&self, ids: &[u32]) -> Tensor<2> {
         self.embedded(ids).without_autodiff().cast(DType::F32)
     }
 
-    /// As [`context`](Self::context), for passes outside an autodiff graph ([`LayerPass`](crate::LayerPass)).
-    pub fn pass_context(&self, packed: &PackedTokens) -> PackedContext {
+    /// As [`context`](Self::context), for the manual passes ([`LayerPass`](crate::LayerPass)).
+    pub fn manual_context(&self, packed: &PackedTokens) -> PackedContext {
         let device = self.device().without_autodiff();
         PackedContext::new(packed, &self.config, self.dtype(), &device)
     }
 
-    /// A packed batch on the device, ready for passes outside an autodiff graph: its context, its embeddings, and `lists` of
-    /// positions or tokens that go along. On a GPU all of it takes two copies from the host.
+    /// A packed batch on the device, ready for the manual passes: its context, its embeddings, and additional `lists`
+    /// of positions or tokens. On a GPU all of this takes two copies from the host.
     ///
     /// # Panics
     ///
     /// As [`embed`](Self::embed).
-    pub fn pass_inputs<const N: usize>(
+    pub fn manual_inputs<const N: usize>(
         &self,
         packed: &PackedTokens,
         lists: [&[u32]; N],
-    ) -> PassInputs<N> {
+    ) -> ManualInputs<N> {
         let device = self.device().without_autodiff();
         let mut uploads = Uploads::default();
         let (dtype, most) = (self.dtype(), SCORES_AT_ONCE);
@@ -57,7 +57,7 @@ impl Llama {
         let uploaded = uploads.send(&device);
         let hidden = self.embed_tokens.rows_at(&rows, &uploaded);
         let hidden = hidden.without_autodiff().cast(DType::F32);
-        PassInputs {
+        ManualInputs {
             context: context.on_device(&uploaded),
             hidden: match trained {
                 Some((rows, planned)) => rows.put(hidden, &planned, &uploaded),
@@ -67,61 +67,61 @@ impl Llama {
         }
     }
 
-    /// As [`logits`](Self::logits), outside any autodiff graph. `hidden` is f32.
-    pub fn logits_plain(&self, hidden: &Tensor<2>) -> Tensor<2> {
+    /// As [`logits`](Self::logits), outside an autodiff graph. `hidden` is f32.
+    pub fn manual_logits(&self, hidden: &Tensor<2>) -> Tensor<2> {
         let (hidden, _) = self.norm.manual_forward(hidden, self.dtype());
-        let scores = match (&self.quantized_lm_head[..], &self.lm_head) {
+        let logits = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => {
                 let table = head.as_ref().unwrap_or(&self.embed_tokens);
                 table.logits(hidden.clone())
             }
             (pieces, _) => {
-                let scores = pieces.iter().map(|piece| {
-                    let ([scores], _) = LinearGroup::new([piece], [None]).forward(&hidden, [None]);
-                    scores
+                let logits = pieces.iter().map(|piece| {
+                    let ([logits], _) = LinearGroup::new([piece], [None]).forward(&hidden, [None]);
+                    logits
                 });
-                Tensor::cat(scores.collect(), 1)
+                Tensor::cat(logits.collect(), 1)
             }
         };
-        let scores = match self.rows_of_head() {
-            Some(rows) => rows.scores(hidden.clone(), scores),
-            None => scores,
+        let logits = match self.rows_of_head() {
+            Some(rows) => rows.logits(hidden.clone(), logits),
+            None => logits,
         };
-        let scores = match &self.lm_head_adapter {
-            Some(adapter) => adapter.manual_forward(&hidden, scores),
-            None => scores,
+        let logits = match &self.lm_head_adapter {
+            Some(adapter) => adapter.manual_forward(&hidden, logits),
+            None => logits,
         };
-        scores.cast(DType::F32)
+        logits.cast(DType::F32)
     }
 
-    /// The gradient of `hidden` from that of [`logits_plain`](Self::logits_plain)'s output; those of the head's
-    /// adapter go to `collect`, in f32.
+    /// The gradient of `hidden` from that of [`manual_logits`](Self::manual_logits)' output. The gradients of the
+    /// head's adapter and trained rows go to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
     /// - `hidden`, output: `[m, hidden]`, f32
     /// - `gradient`: `[m, vocab]`, f32
-    pub fn logits_backward(
+    pub fn manual_logits_backward(
         &self,
         hidden: &Tensor<2>,
         gradient: Tensor<2>,
-        collect: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) -> Tensor<2> {
         let dtype = self.dtype();
         let gradient = gradient.cast(dtype);
-        let roots = self.norm.inverse_rms(hidden);
-        let normalised = || self.norm.again(hidden, &roots, dtype);
-        // Held only where it is needed: it is as large as the scores.
+        let inverse_rms = self.norm.inverse_rms(hidden);
+        let normalized = || self.norm.again(hidden, &inverse_rms, dtype);
+        // Kept only for an adapter: it is as large as the logits.
         let adapter = self.lm_head_adapter.as_ref();
         let adapter = adapter.map(|adapter| (adapter, gradient.clone()));
-        let (gradient, of_rows) = match self.rows_of_head() {
+        let (gradient, d_rows_input) = match self.rows_of_head() {
             Some(rows) => {
-                let [others, below] = rows.scores_backward(normalised(), gradient, collect);
-                (others, Some(below))
+                let [others, d_input] = rows.logits_backward(normalized(), gradient, accumulate);
+                (others, Some(d_input))
             }
             None => (gradient, None),
         };
-        let through = match (&self.quantized_lm_head[..], &self.lm_head) {
+        let d_normalized = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => head
                 .as_ref()
                 .unwrap_or(&self.embed_tokens)
@@ -142,15 +142,18 @@ impl Llama {
                 sum.unwrap_or_else(|| hidden.zeros_like())
             }
         };
-        let through = match of_rows {
-            Some(below) => through + below,
-            None => through,
+        let d_normalized = match d_rows_input {
+            Some(d_input) => d_normalized + d_input,
+            None => d_normalized,
         };
-        let through = match adapter {
-            Some((adapter, of_all)) => adapter.backward(normalised(), of_all, through, collect),
-            None => through,
+        let d_normalized = match adapter {
+            Some((adapter, d_logits)) => {
+                adapter.backward(normalized(), d_logits, d_normalized, accumulate)
+            }
+            None => d_normalized,
         };
-        let (gain, nothing) = (self.norm.gain(), hidden.zeros_like());
-        self.norm.backward(hidden, roots, gain, through, nothing)
+        let (gain, zeros) = (self.norm.gain(), hidden.zeros_like());
+        self.norm
+            .backward(hidden, inverse_rms, gain, d_normalized, zeros)
     }
 }

@@ -1,5 +1,5 @@
-//! The operations of a layer's pass one by one, as [`LayerPass`](crate::LayerPass) runs them: what a check of a
-//! device compares with the CPU, so that a difference has a name.
+//! The operations of a layer one by one, as [`LayerPass`](crate::LayerPass) runs them. A check of a device compares
+//! each with the CPU, so that a difference can be attributed to an operation.
 
 use burn::tensor::{DType, Tensor};
 use kernels::{Rotation, attention, attention_backward, query_scale, rotate};
@@ -14,11 +14,11 @@ pub fn rms_norm(norm: &RmsNorm, x: &Tensor<2>, dtype: DType) -> Tensor<2> {
 /// The gradient of the norm's input from that of its output, all `[n, hidden]`; of `x`'s type.
 pub fn rms_norm_backward(norm: &RmsNorm, x: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
     let inverse = norm.inverse_rms(x);
-    let nothing = x.zeros_like();
-    norm.backward(x, inverse, norm.gain(), gradient, nothing)
+    let zeros = x.zeros_like();
+    norm.backward(x, inverse, norm.gain(), gradient, zeros)
 }
 
-/// Queries or keys `[n, heads · d]` rotated by their positions' angles, or back.
+/// Queries or keys `[n, heads · d]` rotated by their positions' angles, or with `back` by the negative angles.
 pub fn rope(x: Tensor<2>, context: &PackedContext, back: bool) -> Tensor<2> {
     let rotation = if back {
         Rotation::Inverse
@@ -28,7 +28,7 @@ pub fn rope(x: Tensor<2>, context: &PackedContext, back: bool) -> Tensor<2> {
     rotate(x, &context.rotary, rotation, 1.0)
 }
 
-/// What attention mixes from rotated queries and keys, and the gradients of the three from that of the output.
+/// The attention output from rotated queries and keys, and the gradients of `q`, `k` and `v` from that of the output.
 ///
 /// # Shapes
 ///

@@ -86,7 +86,7 @@ pub(super) fn peak(
     };
 
     let supervised = options.workload.supervised;
-    let at_once = supervised.min(positions_at_once(model.vocab_size, options.score_bytes()));
+    let at_once = supervised.min(positions_at_once(model.vocab_size, options.logits_bytes()));
     let loss = Bytes {
         inputs,
         layers: kept_layers * all.layer() + if checkpointing { 0.0 } else { last },

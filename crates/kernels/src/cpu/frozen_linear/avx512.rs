@@ -5,18 +5,18 @@ use std::ops::Range;
 
 use super::tiles::{Job, Scratch, Sums, Weight};
 
-/// One register. With `BF16` its methods are for processors with AVX512-BF16 only, without for those with
-/// AVX-512 F and BW: see [`super::bf16::is_supported`] and [`super::f32_tiles::is_supported`].
+/// One register. With `BF16` its methods require AVX512-BF16, without it AVX-512 F and BW: see
+/// [`super::bf16::is_supported`] and [`super::f32_tiles::is_supported`].
 #[derive(Clone, Copy)]
 pub(super) struct Avx512<const BF16: bool>(__m512);
 
-// SAFETY of the intrinsics below: the processor has them, as the type's contract says; loads read 16
-// elements through references to arrays of that many.
+// SAFETY of the intrinsics below: the processor has them, by the type's contract; loads read 16 elements through
+// references to arrays of 16.
 impl<const BF16: bool> Sums for Avx512<BF16> {
     const NUMBERS: usize = if BF16 { 2 } else { 1 };
     const CHUNK: usize = if BF16 { 4096 } else { 768 };
 
-    // What this calls is inlined into one of the two, so that the features apply to all of it.
+    // Callees are inlined into one of the two functions, so that the target features apply to them.
     fn columns<W: Weight>(
         job: &Job<Self, W>,
         tiles: Range<usize>,
@@ -51,7 +51,7 @@ impl<const BF16: bool> Sums for Avx512<BF16> {
         }
     }
 
-    // Pairs of rows, then of pairs, are interleaved within quarters of a register; then the quarters move.
+    // Interleaves pairs of rows, then pairs of pairs, within quarters of a register; then moves the quarters.
     #[inline(always)]
     fn transposed(rows: [[u32; 16]; 16]) -> [[u32; 16]; 16] {
         // SAFETY: as above; 16 vectors are 16 rows of 16 words.

@@ -1,19 +1,19 @@
-//! The CPU with AVX512-BF16: products with an 8-bit weight out of pairs of bf16 numbers, summed in f32.
+//! The CPU with AVX512-BF16: products with an 8-bit weight as pairs of bf16 numbers, summed in f32.
 //!
-//! `vdpbf16ps` multiplies 32 pairs of bf16 numbers and adds them to 16 sums. So activations are
-//! rounded to bf16 once a call, and each thread unpacks panels of the weight, as large as its cache,
-//! into pairs along the inner dimension that lie side by side for 32 columns ("lanes") of the output.
+//! `vdpbf16ps` multiplies 32 pairs of bf16 numbers and adds them to 16 sums. So activations are rounded to bf16 once
+//! per call. Each thread unpacks cache-sized panels of the weight into pairs along the inner dimension; the pairs of 32
+//! columns ("lanes") of the output are contiguous.
 //!
 //! # Error
 //!
 //! Rounding to bf16 changes a number by up to 2⁻⁸ of itself, 1.7e-3 in the root mean square.
 //!
-//! - Backward (`g · Wᵀ`): a block's weights share a scale and are summed over, so the integers go
-//!   into the product, exact in bf16, and the scale multiplies the f32 sum of each block. Only the
-//!   activations are rounded: relative Frobenius error against f32 about 1.7e-3.
-//! - Forward (`x · W`): every term of a sum has another scale. Applying it to the activations would
-//!   round them anew for every block of columns, a third of the product's time; so it goes into the
-//!   weight before that is rounded. Both factors are rounded: about 2.4e-3.
+//! - Backward (`g · Wᵀ`): the sum runs over weights of a block, which share a scale. The product uses the integers,
+//!   which are exact in bf16, and the scale multiplies the f32 sum of each block. Only the activations are rounded:
+//!   relative Frobenius error against f32 about 1.7e-3.
+//! - Forward (`x · W`): every term of a sum has a different scale. Scaled activations would have to be rounded again
+//!   for every block of columns, a third of the product's time. So the weight is scaled and then rounded. Both factors
+//!   are rounded: about 2.4e-3.
 //!
 //! Sums run in f32 in a fixed order: results do not depend on the number of threads.
 
@@ -35,7 +35,7 @@ pub(crate) struct Weight<'a> {
     pub scales: &'a [f32],
     pub d_in: usize,
     pub d_out: usize,
-    /// Divides `d_out`, and is even: no pair has two scales.
+    /// The block size. Divides `d_out`, and is even, so that no pair has two scales.
     pub block: usize,
 }
 
@@ -77,18 +77,18 @@ pub(crate) fn backward(g: &[f32], n: usize, weight: Weight, output: Output) {
     native(g, n, weight, Direction::Backward, output);
 }
 
-/// Computes a small product of each kind with this processor's instructions and without.
+/// Compares a small product in each direction, computed with this processor's instructions, with an emulation.
 ///
 /// # Errors
 ///
-/// What differs, or that the processor lacks the instructions.
+/// The first difference, or that the processor lacks the instructions.
 pub(crate) fn self_check() -> Result<(), String> {
     if !is_supported() {
         return Err("the processor has no AVX512-BF16".into());
     }
     let (n, d_in, d_out, block) = (ROWS + 5, 2 * LANES + 7, LANES + 12, 4);
-    // Few-bit numbers, whose sums are exact in whatever order they are added, so that results must
-    // be equal; the last bit of an activation is there to be rounded off.
+    // Numbers of few bits, whose sums are exact in every order, so that results must be equal. The last bit of an
+    // activation is rounded off.
     let number = |i: usize, range: usize| ((i * i + i / 3) % range) as f32 - (range / 2) as f32;
     let integers: Vec<i8> = (0..d_in * d_out).map(|i| number(i, 255) as i8).collect();
     let scales: Vec<f32> = (0..d_in * d_out / block)
@@ -148,17 +148,17 @@ type Avx512 = super::avx512::Avx512<true>;
 #[cfg(target_arch = "x86_64")]
 impl PairSums for Avx512 {
     fn round(pairs: &mut [u32], x: &[f32]) {
-        // What this calls is inlined into it, so that the features apply to all of it.
+        // Callees are inlined, so that the target features apply to them.
         #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
         fn compiled(pairs: &mut [u32], x: &[f32]) {
             round(pairs, x);
         }
-        // SAFETY: the processor has them, as the type's contract says.
+        // SAFETY: the processor has the instructions, by the type's contract.
         unsafe { compiled(pairs, x) }
     }
 }
 
-/// The same in plain Rust, for processors without the instructions and to compare with.
+/// An emulation in plain Rust, for processors without the instructions and for comparison.
 #[derive(Clone, Copy)]
 struct Emulated([f32; 16]);
 
@@ -240,10 +240,10 @@ fn bf16(x: f32) -> u32 {
     }
 }
 
-/// Activations in pairs of bf16 numbers, row by row; an odd last one is paired with zero.
+/// Activations as pairs of bf16 numbers, row-major; an odd last number is paired with zero.
 struct Pairs {
     pairs: Vec<u32>,
-    /// From row to row: an odd number of cache lines, so that rows do not evict one another.
+    /// The stride of rows: an odd number of cache lines, so that rows do not evict one another.
     stride: usize,
 }
 
@@ -270,7 +270,7 @@ fn round(pairs: &mut [u32], x: &[f32]) {
     }
 }
 
-/// What panels hold of a weight: pairs along the dimension that is summed over.
+/// The panels of a weight: pairs along the dimension that the product sums over.
 struct WeightPairs<'a> {
     weight: Weight<'a>,
     direction: Direction,
@@ -301,8 +301,8 @@ impl tiles::Weight for WeightPairs<'_> {
 
 /// A forward tile: columns of W from `first` on, with their scales.
 ///
-/// Loops instead of iterators and closures, which the compiler may leave without the features
-/// of [`Sums::columns`].
+/// Loops instead of iterators and closures, which the compiler may compile without the target features of
+/// [`Sums::columns`].
 #[inline(always)]
 fn unpack_columns(items: &mut [Lanes<u32>], weight: Weight, first: usize, rows: Range<usize>) {
     let width = (weight.d_out - first).min(LANES);
@@ -370,8 +370,8 @@ fn push_scales(scales: &mut Vec<Lanes<f32>>, weight: Weight, first: usize, colum
     }
 }
 
-/// Adds a tile's weights, rounded to bf16, to one half of its pairs; lanes beyond the end of W get
-/// what comes next or zero, and are never stored.
+/// Writes a tile's weights, rounded to bf16, to one half of its pairs. Lanes beyond the end of W get arbitrary values
+/// or zero; their results are never stored.
 #[inline(always)]
 fn add_row<const SHIFT: u32>(
     pairs: &mut Lanes<u32>,
@@ -394,7 +394,7 @@ fn add_row<const SHIFT: u32>(
     }
 }
 
-/// Rare; apart, so that the usual case is a load and not a call of `memcpy`.
+/// The rare case, in a separate function, so that the usual case is a load instead of a call of `memcpy`.
 #[cold]
 #[inline(never)]
 fn padded(integers: &[i8]) -> [i8; LANES] {
@@ -416,7 +416,7 @@ mod tests {
     use super::*;
     use crate::CounterRng;
 
-    /// Normal numbers: integers, scales, activations for either direction.
+    /// Random integers, scales and activations for both directions.
     struct Case([usize; 4], Vec<i8>, Vec<f32>, Vec<f32>);
 
     impl Case {
@@ -493,7 +493,7 @@ mod tests {
 
     const DIRECTIONS: [Direction; 2] = [Direction::Forward, Direction::Backward];
 
-    /// Tiles, strips, runs and chunks that are full, and that are not.
+    /// Shapes with full and partial tiles, strips, runs and chunks.
     const SHAPES: [[usize; 4]; 14] = [
         [1, 1, 2, 2],
         [1, 33, 40, 8],
@@ -517,7 +517,7 @@ mod tests {
             let case = Case::new(shape);
             for direction in DIRECTIONS {
                 let fresh = case.compute::<S>(direction, None);
-                // What is rounded where is known, so only the order of f32 sums is left.
+                // The rounding is known, so that only the order of the f32 sums differs.
                 let rounded = case.expected(direction, |x, activation| {
                     if activation || direction == Direction::Forward {
                         bf16(x)
@@ -540,7 +540,7 @@ mod tests {
     }
 
     #[test]
-    fn products_are_those_of_rounded_factors_and_near_those_of_f32() {
+    fn products_equal_those_of_rounded_factors_and_are_near_those_of_f32() {
         check::<Emulated>("emulated");
         #[cfg(target_arch = "x86_64")]
         if is_supported() {
@@ -549,7 +549,7 @@ mod tests {
     }
 
     #[test]
-    fn the_processor_does_what_the_emulation_does() {
+    fn the_processor_and_the_emulation_agree() {
         if is_supported() {
             assert_eq!(self_check(), Ok(()))
         } else {

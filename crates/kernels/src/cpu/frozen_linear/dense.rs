@@ -1,6 +1,6 @@
-//! The backward product with a frozen weight that is an f32 matrix, on the CPU: in the tiles of quantized weights,
-//! where the processor has them. They turn the weight faster than a general product does (a tenth of the time
-//! here); forward, where nothing is turned, that one is as fast.
+//! The backward product with a frozen f32 weight on the CPU: in the tiles of quantized weights, if the processor has
+//! the instructions. They transpose the weight faster than the general product does (transposing takes a tenth of the
+//! time here). The forward product transposes nothing, and the general product is as fast.
 
 use burn::backend::Flex;
 use burn::tensor::Tensor;

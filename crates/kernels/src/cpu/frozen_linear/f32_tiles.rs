@@ -1,4 +1,4 @@
-//! The CPU with AVX-512: f32 products in tiles (see `tiles.rs`) with a weight that is no f32 matrix.
+//! The CPU with AVX-512: f32 products in tiles (see `tiles.rs`) with a weight that is not an f32 matrix.
 
 use std::ops::Range;
 
@@ -47,7 +47,7 @@ fn product_in<S: Sums>(
     tiles::product::<S>(x, [n, inner, outer], &weight, output);
 }
 
-/// What panels hold of a weight: its elements as f32.
+/// The panels of a weight: its elements as f32.
 struct Floats<'a, W> {
     weight: &'a W,
     direction: Direction,
@@ -67,7 +67,7 @@ impl<W: Stored> tiles::Weight for Floats<'_, W> {
         let height = panel.height;
         match self.direction {
             Direction::Forward => {
-                // Row by row, as the weight lies in memory.
+                // Row by row, in the order of the weight's memory.
                 for (i, row) in inner.enumerate() {
                     for tile in 0..tiles.len() {
                         let first = (tiles.start + tile) * LANES;
@@ -121,7 +121,7 @@ mod tests {
         }
     }
 
-    /// A weight that is stored as it is, and unpacked in the general way.
+    /// A weight that is stored as f32, and unpacked with the default method.
     struct Floats {
         values: Vec<f32>,
         shape: [usize; 2],
@@ -176,8 +176,7 @@ mod tests {
     #[test]
     fn products_are_those_of_the_unpacked_weight() {
         let mut rng = CounterRng::new(5);
-        // Tiles, strips and chunks that are full, and that are not; rows of 4 KiB; blocks that are not a
-        // tile's width.
+        // Full and partial tiles, strips and chunks; rows of 4 KiB; blocks that differ from a tile's width.
         for [n, d_in, d_out, block] in [
             [1, 1, 2, 2],
             [3, 33, 40, 8],

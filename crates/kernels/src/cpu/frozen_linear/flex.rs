@@ -1,8 +1,7 @@
-//! The CPU: 8-bit weights, unpacked panel by panel (see `panels.rs`).
+//! Products with 8-bit weights on the CPU, unpacked panel by panel (see `panels.rs`).
 //!
-//! Flex's own `dequantize` is a scalar loop that divides to find each element's block, and takes longer
-//! than the product it feeds. Here a block's scale is applied to a run of integers at once, in the
-//! widest vectors that the processor has.
+//! Flex's `dequantize` is a scalar loop with a division per element to find its block, and takes longer than the
+//! product. Here a block's scale is applied to a run of integers at once, in the processor's widest vectors.
 
 use std::ops::Range;
 
@@ -41,7 +40,7 @@ pub fn product(
     let x = Values::new(x);
     let d_in = packed.d_in;
     let sum = sum.map(Values::new);
-    // Pairs of weights must not have two scales.
+    // A pair of weights must have one scale.
     if precision::is_bf16() && packed.block.is_multiple_of(2) && n > 0 && d_in > 0 {
         return in_bf16(sum, x.as_slice(), n, &packed, direction);
     }
@@ -53,7 +52,7 @@ pub fn product(
     panels::product(sum, x.as_slice(), n, &packed, direction)
 }
 
-/// As [`product`] forward, for a few rows.
+/// As [`product`] forward, for few rows (decoding).
 fn of_few_rows(sum: Option<Values>, x: &[f32], n: usize, packed: &Packed) -> FlexTensor {
     let weight = few_rows::Weight {
         integers: packed.integers,
@@ -74,7 +73,7 @@ fn of_few_rows(sum: Option<Values>, x: &[f32], n: usize, packed: &Packed) -> Fle
     }
 }
 
-/// As [`product`], of operands rounded to bf16.
+/// As [`product`], with operands rounded to bf16.
 fn in_bf16(
     sum: Option<Values>,
     x: &[f32],
@@ -96,7 +95,7 @@ fn in_bf16(
     })
 }
 
-/// A quantized weight's integers and scales, where they lie as this file expects them.
+/// A quantized weight's integers and scales, in the layout that this file supports.
 pub(super) struct Packed<'a> {
     pub(super) integers: &'a [i8],
     pub(super) scales: &'a [f32],
@@ -106,8 +105,8 @@ pub(super) struct Packed<'a> {
 }
 
 impl<'a> Packed<'a> {
-    /// `None` for layouts and types that the general path must handle: a transposed or per-tensor
-    /// weight, blocks over several rows, a second scale level, activations that are not f32.
+    /// `None` for layouts and types that the general product must handle: a transposed or per-tensor weight, blocks
+    /// over several rows, a second level of scales, activations that are not f32.
     fn read(x: &FlexTensor, weight: &'a QuantizedTensor<Flex>) -> Option<Self> {
         let tensor = weight.tensor();
         let DType::QFloat(scheme) = weight.dtype() else {
@@ -150,7 +149,7 @@ impl Stored for Packed<'_> {
     #[inline(always)]
     fn unpack(&self, first: usize, panel: &mut [f32]) {
         let integers = &self.integers[first..][..panel.len()];
-        // The usual block as a constant lets the compiler unroll the inner loop without remainders.
+        // With the usual block size as a constant, the compiler unrolls the inner loop without remainders.
         if self.block == 32 && first.is_multiple_of(32) && panel.len().is_multiple_of(32) {
             let scales = &self.scales[first / 32..][..panel.len() / 32];
             return unpack_fixed::<32>(panel, integers, scales);
@@ -213,7 +212,7 @@ fn unpack_fixed<const BLOCK: usize>(panel: &mut [f32], integers: &[i8], scales: 
     let (panel, _) = panel.as_chunks_mut::<BLOCK>();
     let (integers, _) = integers.as_chunks::<BLOCK>();
     for ((panel, integers), scale) in panel.iter_mut().zip(integers).zip(scales) {
-        // Computed before it is written: the compiler then need not ask whether the two overlap.
+        // Computed before it is written, so that the compiler need not check whether the two overlap.
         let mut values = [0f32; BLOCK];
         for i in 0..BLOCK {
             values[i] = integers[i] as f32 * scale;

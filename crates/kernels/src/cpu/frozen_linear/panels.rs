@@ -1,8 +1,8 @@
-//! Products with a stored weight `[d_in, d_out]` that is no f32 matrix: every thread unpacks panels of it
-//! into a buffer of its own and multiplies with them. Where the processor has AVX-512, `f32_tiles.rs` does it.
+//! Products with a packed weight `[d_in, d_out]` that is not an f32 matrix: every thread unpacks panels of it into its
+//! own buffer and multiplies with them. On processors with AVX-512 `f32_tiles.rs` is used instead.
 //!
-//! A panel is some columns of W forward and some rows of it backward: columns of the output either way,
-//! so that no thread waits for another and no output is written twice.
+//! A panel is a range of columns of W forward and of rows of W backward. Both are columns of the output, so that no
+//! thread waits for another and no output is written twice.
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -13,35 +13,35 @@ use super::tiles::{LANES, Lanes, Output, SEGMENT, Sums};
 use super::{Direction, f32_tiles};
 use crate::cpu::{self, FlexTensor, Matrix, MatrixMut, Threads, Values};
 
-/// Floats in a panel, if it need not be larger: 64 KiB, which is still in the first caches when it is
-/// multiplied.
+/// The usual number of floats in a panel: 64 KiB, which stay in the first caches until they are multiplied.
 const PANEL: usize = 16 * 1024;
 
-/// Panels are multiples of this: of what the product's innermost loop computes at once.
+/// Panels are multiples of this: the width of the product's micro-tile.
 const UNIT: usize = 32;
 
-/// Columns of a panel at least, forward. Fewer would read memory in pieces of less than two cache lines.
+/// The smallest number of columns in a forward panel. With fewer, memory would be read in parts of less than two cache
+/// lines.
 const COLUMNS: usize = 128;
 
 thread_local! {
-    /// The panel that a thread works with; kept, so that its pages are not cleared for every product.
+    /// A thread's panel, kept between products, so that its pages are not cleared for every product.
     static BUFFER: RefCell<Vec<f32>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A weight `[d_in, d_out]`, row by row, in a form of its own.
+/// A row-major weight `[d_in, d_out]` in a packed form.
 pub(super) trait Stored: Sync {
     /// `[d_in, d_out]`.
     fn shape(&self) -> [usize; 2];
 
-    /// Columns that must be unpacked together.
+    /// The number of columns that must be unpacked together.
     fn block(&self) -> usize;
 
     /// Writes the elements from `first` on into `panel` as f32. Inlined into a function that is compiled
     /// for the processor's widest vectors.
     fn unpack(&self, first: usize, panel: &mut [f32]);
 
-    /// Writes these columns of at most [`LANES`] rows into `tile`, the bits of an f32 each: a column's rows
-    /// side by side, then zeros. `columns` begin with a block. Inlined as [`unpack`](Self::unpack) is.
+    /// Writes these columns of at most [`LANES`] rows into `tile`, as the bits of f32 numbers: the rows of a column are
+    /// contiguous, followed by zeros. `columns` start with a block. Inlined, as [`unpack`](Self::unpack) is.
     #[inline(always)]
     fn unpack_rows<S: Sums>(
         &self,
@@ -92,7 +92,7 @@ pub(super) fn product<S: Stored>(
     })
 }
 
-/// As [`product`], in general products with panels.
+/// As [`product`], with panels and the general product.
 pub(super) fn in_panels<S: Stored>(
     x: &[f32],
     n: usize,
@@ -108,7 +108,7 @@ pub(super) fn in_panels<S: Stored>(
     };
     let output = Columns(output);
     for_each_panel(weight, direction, |first, count, panel| {
-        // SAFETY: `output` has n · width elements, and these columns are this call's.
+        // SAFETY: `output` has n · width elements, and no other call writes these columns.
         let output = unsafe { output.columns(first, [n, count], width) };
         let (x, panel) = match direction {
             Direction::Forward => (
@@ -157,8 +157,8 @@ fn for_each_panel<S: Stored>(
     });
 }
 
-/// Divides `0..along` equally among threads, and each share into panels of about `size`; all but the last
-/// are whole units.
+/// Divides `0..along` equally among threads, and each share into panels of about `size`. All except the last are
+/// multiples of `unit`.
 fn panels(along: usize, unit: usize, size: usize, threads: usize) -> Vec<Range<usize>> {
     let units = along.div_ceil(unit);
     let mut panels = Vec::new();
@@ -205,14 +205,14 @@ impl<S: Stored> cpu::Work for Unpack<'_, S> {
 #[derive(Clone, Copy)]
 struct Columns(*mut f32);
 
-// SAFETY: every panel gives columns of its own.
+// SAFETY: every panel has different columns.
 unsafe impl Send for Columns {}
 unsafe impl Sync for Columns {}
 
 impl Columns {
     /// # Safety
     ///
-    /// The output has `rows · stride` elements, and nobody else uses these columns meanwhile.
+    /// The output has `rows · stride` elements, and no other thread uses these columns meanwhile.
     unsafe fn columns(
         &self,
         first: usize,

@@ -1,4 +1,4 @@
-//! What the CPU multiplies quantized weights in.
+//! The type in which the CPU multiplies quantized weights.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -11,15 +11,15 @@ pub fn has_bf16_products() -> bool {
     bf16::is_supported()
 }
 
-/// Makes the CPU multiply quantized weights in bf16 from now on, in the whole program, or in f32 again.
+/// Makes the CPU multiply quantized weights in bf16, in the whole process, or in f32 again.
 ///
 /// Everything else stays f32: activations between products, sums, adapters. See docs/decisions/precision.md
-/// for the error; whoever compares numbers between machines wants f32.
+/// for the error. Comparisons of results between machines need f32.
 ///
 /// # Errors
 ///
-/// Where the processor has no such products, or computes them wrong (a small product is compared with
-/// plain arithmetic first).
+/// If the processor has no such products, or computes them incorrectly (a small product is compared with an emulation
+/// first).
 pub fn use_bf16_products(on: bool) -> Result<(), String> {
     if on {
         if !has_bf16_products() {
@@ -40,7 +40,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_processor_without_them_says_so() {
+    fn a_processor_without_bf16_products_is_an_error() {
         if has_bf16_products() {
             // Switching it on would change the results of tests that run at the same time.
             assert_eq!(bf16::self_check(), Ok(()))

@@ -1,11 +1,11 @@
-//! Products in tiles: what the CPU's own kernels for a stored weight have in common.
+//! Products in tiles: the common part of the CPU's kernels for a packed weight.
 //!
-//! The output is cut into tiles of [`LANES`] columns. A thread takes a few tiles, unpacks their part of the
-//! weight into a panel that its second-level cache holds, with the values for a tile's columns side by side,
-//! and multiplies strips of up to [`ROWS`] rows with it. The activations are read where they lie, and
-//! neither operand is rearranged a second time, as a general product would do with a panel.
+//! The output is divided into tiles of [`LANES`] columns. A thread takes a few tiles, unpacks their part of the weight
+//! into a panel that fits its second-level cache, with the values for a tile's columns contiguous, and multiplies
+//! strips of up to [`ROWS`] rows with it. The activations are read in place, and neither operand is packed a second
+//! time, as a general product would pack a panel.
 //!
-//! What is multiplied comes in items of four bytes: the bits of an f32, or a pair of bf16 numbers.
+//! Factors are items of four bytes: the bits of an f32, or a pair of bf16 numbers.
 //!
 //! Sums run in a fixed order: results do not depend on the number of threads.
 
@@ -18,33 +18,33 @@ use rayon::prelude::*;
 
 use crate::cpu::{self, FlexTensor, Values};
 
-/// Columns of the output that one step computes: two vectors of sums.
+/// Columns of the output per micro-tile: two vectors of sums.
 pub(super) const LANES: usize = 32;
 
-/// Most rows of the output that one step computes: 12 · 2 sums, two vectors of weights and one of
-/// activations fit the 32 registers.
+/// The largest number of rows of a micro-tile: 12 · 2 sums, two vectors of weights and one of activations fit the 32
+/// registers.
 pub(super) const ROWS: usize = 12;
 
 /// Items in a panel: 256 KiB, so that it stays in a core's second-level cache.
 const PANEL: usize = 64 * 1024;
 
-/// Below this many multiply-adds one thread computes it all.
+/// With fewer multiply-adds one thread computes the whole product.
 const PARALLEL_FROM: usize = 1 << 20;
 
-/// Bytes after which addresses fall upon the same place of a first-level cache.
+/// Addresses that differ by a multiple of this map to the same set of a first-level cache.
 const CACHE_WAY: usize = 4096;
 
 /// One value for each column of a tile.
 pub(super) type Lanes<T> = [[T; 16]; 2];
 
-/// 16 sums in f32, and the instructions that products are made of.
+/// 16 sums in f32, and the instructions of products.
 ///
-/// An implementation for a processor that lacks them must not be used there.
+/// An implementation must not be used on a processor that lacks its instructions.
 pub(super) trait Sums: Copy {
-    /// Numbers in an item.
+    /// The number of factors in an item.
     const NUMBERS: usize;
 
-    /// Most of the inner dimension that a panel takes in.
+    /// The largest part of the inner dimension in a panel.
     const CHUNK: usize;
 
     /// [`Job::columns`], compiled for the processor that has the instructions.
@@ -57,7 +57,7 @@ pub(super) trait Sums: Copy {
         job.columns(tiles, rows, scratch);
     }
 
-    /// Rows as columns.
+    /// The transpose.
     #[inline(always)]
     fn transposed(rows: [[u32; 16]; 16]) -> [[u32; 16]; 16] {
         std::array::from_fn(|column| std::array::from_fn(|row| rows[row][column]))
@@ -68,20 +68,20 @@ pub(super) trait Sums: Copy {
     /// `self[i] + x · weights[i]`.
     fn add_products(self, x: u32, weights: &[u32; 16]) -> Self;
 
-    /// `before[i] + self[i] · scales[i]`, the scales being 1 where there are none.
+    /// `before[i] + self[i] · scales[i]`; without scales, `before[i] + self[i]`.
     fn added_to(self, before: [f32; 16], scales: Option<&[f32; 16]>) -> [f32; 16];
 }
 
 /// A weight that panels are filled from.
 pub(super) trait Weight: Sync {
-    /// Indices of the inner dimension that must stay together; an even number for pairs.
+    /// The number of indices of the inner dimension that must stay together; even for pairs.
     fn unit(&self) -> usize;
 
     /// Replaces all items of `panel` by these tiles of the output's columns and these indices of the inner
     /// dimension.
     ///
-    /// `#[inline(always)]`, as all that it calls: it is compiled for the processor within
-    /// [`Sums::columns`]. Loops in place of closures, which the compiler may leave without its features.
+    /// `#[inline(always)]`, as are its callees: it is compiled with the target features of [`Sums::columns`]. Loops
+    /// instead of closures, which the compiler may compile without these features.
     fn fill<S: Sums>(&self, panel: &mut Panel, tiles: Range<usize>, inner: Range<usize>);
 }
 
@@ -90,28 +90,28 @@ pub(super) trait Weight: Sync {
 pub(super) struct Panel {
     /// `[tiles, height]`.
     pub(super) items: Vec<Lanes<u32>>,
-    /// `[tiles, height / run]`, with which the sum over a run is multiplied; or none.
+    /// `[tiles, height / run]`, the factors of the sums over runs; or empty.
     pub(super) scales: Vec<Lanes<f32>>,
     /// Items along the inner dimension.
     pub(super) height: usize,
-    /// Items that are summed up before they are scaled and added to the output.
+    /// Items that are summed before the sum is scaled and added to the output.
     pub(super) run: usize,
 }
 
-/// What a thread works with.
+/// A thread's buffers.
 #[derive(Default)]
 pub(super) struct Scratch {
     panel: Panel,
-    /// A strip of activations, where they cannot be read in place.
+    /// A strip of activations, if they cannot be read in place.
     strip: Vec<u32>,
 }
 
 thread_local! {
-    /// Kept, because fresh memory would cost more page faults than the panel is worth.
+    /// Kept between products: new memory would cost page faults.
     static OF_THREAD: RefCell<Scratch> = RefCell::default();
 }
 
-/// Where a product goes.
+/// The output of a product.
 #[derive(Debug)]
 pub(crate) enum Output<'a> {
     /// All elements are written, none is read.
@@ -121,7 +121,7 @@ pub(crate) enum Output<'a> {
 }
 
 impl Output<'_> {
-    /// `sum` with what `multiply` adds to it, or a new tensor `[n, width]` of what it writes.
+    /// Runs `multiply`, which adds to `sum`, or without a sum writes to a new tensor `[n, width]`. Returns the tensor.
     ///
     /// # Panics
     ///
@@ -153,7 +153,7 @@ impl Output<'_> {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Activations<'a> {
     pub(super) items: &'a [u32],
-    /// Items from row to row.
+    /// The stride of rows, in items.
     pub(super) stride: usize,
 }
 
@@ -204,7 +204,7 @@ pub(super) fn product<S: Sums>(
         1
     };
     let groups = groups(tiles, chunk.div_ceil(S::NUMBERS), threads);
-    // Threads without a group of their own share the rows of one.
+    // If there are more threads than groups, several threads share the rows of a group.
     let shares = (threads / groups).clamp(1, n.div_ceil(ROWS));
     let work = |part: usize| {
         let (group, share) = (part / shares, part % shares);
@@ -224,7 +224,7 @@ fn chunk(inner: usize, unit: usize, most: usize) -> usize {
     inner.div_ceil(inner.div_ceil(most)).next_multiple_of(unit)
 }
 
-/// In how many parts the tiles are computed: one panel each, and an equal number for each thread.
+/// The number of groups of tiles: one panel per group, and the same number of groups for each thread.
 fn groups(tiles: usize, height: usize, threads: usize) -> usize {
     let most = PANEL / (height * LANES);
     tiles
@@ -241,18 +241,18 @@ pub(super) struct Job<'a, S, W> {
     output: *mut f32,
     columns: usize,
     inner: usize,
-    /// How much of the inner dimension a panel takes in.
+    /// The part of the inner dimension in a panel.
     chunk: usize,
-    /// Whether the product is added to what is there.
+    /// Whether the product is added to the output.
     accumulate: bool,
     sums: PhantomData<S>,
 }
 
-// SAFETY: the output is borrowed for the whole product, and each thread gets elements of its own.
+// SAFETY: the output is borrowed for the whole product, and threads write different elements.
 unsafe impl<S, W: Sync> Sync for Job<'_, S, W> {}
 
 impl<S: Sums, W: Weight> Job<'_, S, W> {
-    /// Computes these rows of these tiles, which must be the caller's alone.
+    /// Computes these rows of these tiles, which no other thread may use.
     #[inline(always)]
     pub(super) fn columns(&self, tiles: Range<usize>, rows: Range<usize>, scratch: &mut Scratch) {
         let Scratch { panel, strip: copy } = scratch;
@@ -290,8 +290,8 @@ impl<S: Sums, W: Weight> Job<'_, S, W> {
         }
     }
 
-    /// A strip of activations, `[height, width]` from this row and item on: where it lies, or a copy if its
-    /// rows would fall upon one another in the first-level cache.
+    /// A strip of activations, `[height, width]` from this row and item on: in place, or a copy if its rows would evict
+    /// one another from the first-level cache.
     #[inline(always)]
     fn strip<'x>(
         &'x self,
@@ -316,7 +316,7 @@ impl<S: Sums, W: Weight> Job<'_, S, W> {
         }
     }
 
-    /// A strip of `HEIGHT` rows times a panel, into the output from this row and tile on.
+    /// Multiplies a strip of `HEIGHT` rows with a panel, into the output from this row and tile on.
     #[inline(always)]
     fn multiply<const HEIGHT: usize>(
         &self,
@@ -342,7 +342,8 @@ impl<S: Sums, W: Weight> Job<'_, S, W> {
     ///
     /// # Safety
     ///
-    /// These rows of the tile that begins at the column are the caller's alone, and initialized if added to.
+    /// No other thread uses these rows of the tile that starts at the column. They are initialized if they are added
+    /// to.
     #[inline(always)]
     unsafe fn store<const HEIGHT: usize>(
         &self,
@@ -398,11 +399,12 @@ fn sums<S: Sums, const HEIGHT: usize>(
     sums
 }
 
-/// Bytes of a row that are transposed at a time.
+/// The number of bytes of a row that are transposed at a time.
 pub(super) const SEGMENT: usize = 64;
 
-/// Rows of a part of a row-major matrix of bytes as columns: words of four neighbours, zero beyond the last
-/// of `rows` and of the `count` (at most [`SEGMENT`]) bytes. `bytes` begin at the first row's first one.
+/// Transposes a part of a row-major matrix of bytes, in words of four neighbouring bytes of a row. Words beyond the
+/// last of `rows` and bytes beyond `count` (at most [`SEGMENT`]) are zero. `bytes` start at the first byte of the first
+/// row.
 #[inline(always)]
 pub(super) fn transposed_words<S: Sums>(
     bytes: &[i8],
