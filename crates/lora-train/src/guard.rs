@@ -232,7 +232,8 @@ impl Guard {
     }
 }
 
-/// Whether a panic comes from a kernel's definition. CubeCL catches it without a mark, so only its source location shows it.
+/// Whether a panic comes from a kernel's definition. CubeCL catches it without a mark, so only its source
+/// location shows it.
 fn defines_a_kernel(info: &PanicHookInfo<'_>) -> bool {
     let in_kernels = |file: &str| file.contains("/cubek-") || file.contains("\\cubek-");
     if info

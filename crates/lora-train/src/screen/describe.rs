@@ -136,7 +136,8 @@ fn preset(config: &Config) -> Vec<String> {
             _ => "FinLoRA's finetune.py",
         };
         let note = format!(
-            "the preset {:?} sets the keys that the configuration leaves out, as in {whose}: {}. The file's own keys and --set take precedence",
+            "the preset {:?} sets the keys that the configuration leaves out, as in {whose}: {}. The file's own keys and --set \
+             take precedence",
             source.preset_name,
             values.join(", ")
         );
