@@ -164,7 +164,7 @@ fn a_full_disk_stops_neither_the_run_nor_harms_what_is_there() {
     let started = Instant::now();
     let text = resume(&dead, &[]).succeeded();
     let recovery = started.elapsed();
-    assert!(text.contains("going on after step 6"), "{text}");
+    assert!(text.contains("resuming after step 6"), "{text}");
     assert_eq!(numbers(&dead), numbers(&whole));
     assert!(adapter_bytes(&dead) == adapter_bytes(&whole));
     record(&Row {
@@ -443,8 +443,8 @@ fn too_little_memory_halves_the_micro_batches_and_the_result_stays() {
     for words in [
         "the device's memory is too small: out of device memory allocating 1073741824 bytes",
         "This was planned to need",
-        "4 rows instead of 8, and 2 of them make an update",
-        "2 rows instead of 4, and 4 of them make an update",
+        "4 examples instead of 8, with 2 of them per update",
+        "2 examples instead of 4, with 4 of them per update",
     ] {
         assert!(said.contains(words), "{words:?} in\n{text}");
     }

@@ -117,7 +117,7 @@ fn auto_starts_where_there_is_nothing_and_says_so_where_nothing_is_left_to_do() 
     let workspace = Workspace::new();
     let once = ["--resume", "auto", "--set", "max_steps=4"];
     let text = train(&workspace, "out", &once, "").succeeded();
-    assert!(!text.contains("going on"), "{text}");
+    assert!(!text.contains("resuming after step"), "{text}");
     let before = adapter_bytes(&workspace.path("out"));
     let text = train(&workspace, "out", &once, "").succeeded();
     assert!(text.contains("all 4 steps of this run are done"), "{text}");

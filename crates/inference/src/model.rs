@@ -125,7 +125,7 @@ impl Inference {
         let switches = device::switches();
         if !switches.is_empty() {
             // Standard output belongs to the answers.
-            log::warn!("as asked for: {}", switches.join(", "));
+            log::warn!("running with {}", switches.join(", "));
         }
         let task = screen.task("loading weights", loader.tensors());
         let base = loader.load(|tensor| task.at(tensor.done))?;

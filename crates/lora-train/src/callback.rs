@@ -1,4 +1,4 @@
-//! What a program can observe of a run.
+//! The interface through which a program observes a run.
 
 use std::path::Path;
 
@@ -12,13 +12,13 @@ use crate::screen::{RunResult, RunSummary};
 ///
 /// [`RunScreen`](crate::screen::RunScreen) is the observer that prints; [`Silent`] prints nothing.
 pub trait TrainingCallback {
-    /// A GPU's kernels are being compiled and tuned for `what`. It lasts until [`on_prepared`](Self::on_prepared) or the
-    /// first step, and may take minutes.
+    /// A GPU's kernels are being compiled and tuned for `what`. This lasts until [`on_prepared`](Self::on_prepared) or
+    /// the first step, and may take minutes.
     fn on_preparing(&mut self, what: &'static str) {
         let _ = what;
     }
 
-    /// What [`on_preparing`](Self::on_preparing) reported is done, or has failed.
+    /// The work that [`on_preparing`](Self::on_preparing) reported is done, or has failed.
     fn on_prepared(&mut self) {}
 
     /// Nothing is left to train: the resumed run is complete, and its adapter is written. No weights are loaded, and no
@@ -27,7 +27,7 @@ pub trait TrainingCallback {
         let _ = (output, total_steps);
     }
 
-    /// So many of the model's tensors have been read and quantized; 0 before the first.
+    /// `done` of the model's `total` tensors have been read and quantized; 0 before the first.
     fn on_loading(&mut self, done: usize, total: usize) {
         let _ = (done, total);
     }
@@ -55,7 +55,7 @@ pub trait TrainingCallback {
         let _ = (done, total);
     }
 
-    /// A validation is done. That of step 0 is the base model's.
+    /// A validation is done. The validation of step 0 is of the base model.
     fn on_validation(&mut self, line: &ValidationLine) {
         let _ = line;
     }
@@ -65,7 +65,7 @@ pub trait TrainingCallback {
         let _ = (step, folder);
     }
 
-    /// Something that the user should know, in a sentence: a skipped step, smaller micro-batches, a full disk.
+    /// A sentence that the user should read: a skipped step, smaller micro-batches, a full disk.
     fn on_message(&mut self, text: &str) {
         let _ = text;
     }

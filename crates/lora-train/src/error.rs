@@ -57,27 +57,27 @@ pub enum TrainError {
     OnDemand(#[from] FaultError),
     /// A loss or gradient that is not a number.
     #[error(
-        "{problem}.{skipped} Nothing of this step was kept. A lower learning_rate or a longer warm-up usually helps, \
-         and on_non_finite = \"skip\" leaves such steps out; see whether the rows named are what you expect. {resume}"
+        "{problem}.{skipped} This step was discarded. A lower learning_rate or a longer warm-up usually helps, \
+         and on_non_finite = \"skip\" skips such steps; check the data lines that are named. {resume}"
     )]
     NotFinite {
-        /// What is not a number, and where it comes from.
+        /// The value that is not a number, and its cause.
         problem: NotFinite,
-        /// How many steps were skipped for it before; empty if none was.
+        /// How many steps were skipped before it, as a sentence; empty without skipped steps.
         skipped: String,
-        /// How to go on, in words.
+        /// How to resume, as a sentence.
         resume: String,
     },
     /// The device failed.
     #[error("step {step}: {fault}. {advice}. {resume}")]
     Fault {
-        /// The step under way.
+        /// The step that was being computed.
         step: usize,
         /// What happened.
         fault: DeviceFault,
-        /// What it may come from.
+        /// The possible cause, and what to do.
         advice: String,
-        /// How to go on, in words.
+        /// How to resume, as a sentence.
         resume: String,
         /// Whether there is a checkpoint.
         resumable: bool,
@@ -85,34 +85,34 @@ pub enum TrainError {
     /// The device failed in [`evaluate()`](crate::evaluate()).
     #[error("validation: {0}. A smaller batch_size or max_seq_len needs less memory")]
     Evaluation(#[source] DeviceFault),
-    /// The device computed something wrong while the run went on.
+    /// The device computed wrong numbers during the run.
     #[error(transparent)]
     WrongNumbers(Box<WrongNumbers>),
-    /// A data file that somebody writes to.
-    #[error("{} changed while it was read; start again when it is complete", path.display())]
+    /// A data file that changed while it was read.
+    #[error("{} changed while it was read; start the run again when the file is complete", path.display())]
     DataChanged {
         /// The file.
         path: PathBuf,
     },
 }
 
-/// A comparison with the CPU, in the middle of a run, that did not go well.
+/// A device that disagrees with the CPU during a run.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "step {step}: {error}. It was found in layer {layer}, and nothing of this step was kept; what the steps after step \
-     {checked} computed, the last that was compared with the CPU, is in doubt. {resume}"
+    "step {step}: {error}. It was found in layer {layer}, and this step was discarded. The results of the steps after \
+     step {checked}, the last step that agreed with the CPU, may be wrong. {resume}"
 )]
 pub struct WrongNumbers {
-    /// The step under way.
+    /// The step that was being computed.
     pub step: usize,
     /// The decoder layer that was compared.
     pub layer: usize,
-    /// The last step whose comparison went well.
+    /// The last step that agreed with the CPU.
     pub checked: usize,
     /// The operation, and what to do.
     #[source]
     pub error: DeviceError,
-    /// How to go on, in words.
+    /// How to resume, as a sentence.
     pub resume: String,
     /// Whether there is a checkpoint.
     pub resumable: bool,

@@ -1,4 +1,4 @@
-//! A model with an adapter, or without, on a run's validation examples.
+//! Evaluation of a model, with or without an adapter, on a run's validation examples.
 
 use std::path::Path;
 
@@ -18,14 +18,14 @@ use train_step::gradients;
 use train_step::loss::LossSums;
 
 /// Validation loss, token accuracy and exact match of the base model of `config`, with the PEFT adapter of a folder (or
-/// of a name on the Hub) beside its frozen weights. `None` where the configuration has no validation examples.
+/// of a name on the Hub) beside its frozen weights. `None` if the configuration has no validation examples.
 ///
 /// The examples, the prompts and the micro-batches are those of a training run, so the scores are those that
-/// [`train()`](crate::train()) reports. No memory is planned: where a micro-batch does not fit, that is an error.
+/// [`train()`](crate::train()) reports. Memory is not planned: a micro-batch that does not fit is an error.
 ///
 /// # Errors
 ///
-/// What is wrong with the files, the adapter or the device; [`TrainError::Evaluation`] if the device fails.
+/// Invalid files, an invalid adapter or an unusable device; [`TrainError::Evaluation`] if the device fails.
 pub fn evaluate(
     config: &Config,
     backend: Backend,

@@ -15,24 +15,24 @@ use run_config::embedded;
 pub struct RunFiles {
     /// The model's folder.
     pub model: PathBuf,
-    /// Training rows.
+    /// Training examples.
     pub train: PathBuf,
-    /// Validation rows, where they have a file of their own.
+    /// Validation examples, if they have a file of their own.
     pub validation: Option<PathBuf>,
 }
 
 impl RunFiles {
-    /// Finds the files; downloads the model if it is a name on the Hub, and unpacks the embedded files if they
-    /// are asked for.
+    /// Finds the files; downloads the model if it is a name on the Hub, and unpacks the embedded files if the
+    /// configuration uses them.
     ///
     /// # Errors
     ///
-    /// Every file that is missing; then what stands between us and the Hub.
+    /// Every file that is missing; then the error of the download.
     pub fn find(config: &Config) -> Result<Self, TrainError> {
         Self::find_for(config, Need::Model)
     }
 
-    /// As [`find`](Self::find), where not all of a model on the Hub is needed.
+    /// As [`find`](Self::find), with the files of a model on the Hub that `need` selects.
     ///
     /// # Errors
     ///
@@ -66,8 +66,8 @@ impl RunFiles {
         })
     }
 
-    /// Reads and tokenizes the rows. `max_seq_len` is held to the positions that the model has; `time` is what a chat
-    /// template takes for now, the clock's where `None`.
+    /// Reads and tokenizes the examples. `max_seq_len` is at most the number of the model's positions. `time` is the
+    /// current time for chat templates, the clock's if `None`.
     ///
     /// # Errors
     ///

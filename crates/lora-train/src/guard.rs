@@ -1,4 +1,4 @@
-//! Failures of a device. Burn reports them as panics, which end here and become errors.
+//! Failures of a device. Burn reports them as panics, which this module turns into errors.
 
 use std::any::Any;
 use std::backtrace::Backtrace;
@@ -12,7 +12,7 @@ use panics::{Panic, Watch};
 /// What went wrong on the device.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DeviceFault {
-    /// What it means for the run.
+    /// The kind of failure.
     pub kind: FaultKind,
     /// The device's message, in one line.
     pub message: String,
@@ -38,7 +38,7 @@ impl fmt::Display for DeviceFault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let what = match self.kind {
             FaultKind::OutOfMemory => "the device's memory is too small",
-            FaultKind::TooLargeTensor => "a tensor is larger than this device takes",
+            FaultKind::TooLargeTensor => "a tensor is larger than this device's largest buffer",
             FaultKind::Lost => "the device was lost",
             FaultKind::KernelCompilation => "a kernel could not be compiled",
             FaultKind::Other => "the computation failed",
@@ -111,7 +111,7 @@ impl From<&Panic> for DeviceFault {
     fn from(panic: &Panic) -> Self {
         let mut fault = Self::new(&panic.message);
         let compiler = panic.file.as_deref().is_some_and(is_kernel_compiler);
-        // A device that is lost while a kernel is compiled is lost all the same.
+        // A device that is lost while a kernel is compiled still counts as lost.
         if fault.kind == FaultKind::Other && compiler {
             fault.kind = FaultKind::KernelCompilation;
         }
@@ -153,7 +153,7 @@ fn is_kernel_compiler(file: &str) -> bool {
     })
 }
 
-/// As long as it lives, panics are collected instead of printed; [`run`](Self::run) returns them.
+/// While a guard lives, panics are collected instead of printed; [`run`](Self::run) returns them.
 ///
 /// Burn's backends work on threads of their own, where CubeCL catches a task's panic and logs it. The
 /// program then continues without the results of that task. Where something waits for such a task, the
@@ -168,7 +168,7 @@ pub struct Guard {
 }
 
 impl Guard {
-    /// Takes over the process's panics.
+    /// Installs a watch on the process's panics.
     pub fn install() -> Self {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let seen_by_hook = Arc::clone(&seen);
@@ -189,8 +189,8 @@ impl Guard {
     ///
     /// # Errors
     ///
-    /// If something panicked since the last call, on any thread and even if `work` returned: a task of
-    /// the device that was not done leaves wrong numbers behind. What `work` was changing is then in an unknown state.
+    /// If any thread panicked since the last call, even if `work` returned: the results of a failed task of
+    /// the device are wrong. Values that `work` was changing are then in an unknown state.
     pub fn run<T>(&self, work: impl FnOnce() -> T) -> Result<T, DeviceFault> {
         let outcome = panic::catch_unwind(AssertUnwindSafe(work));
         let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
@@ -202,8 +202,8 @@ impl Guard {
         }
     }
 
-    /// As [`run`](Self::run), and once more after `wait` if a kernel could not be compiled: the tuning
-    /// that tried it has dropped it by then. `wait` waits for what the device still has to do.
+    /// As [`run`](Self::run), and repeats `work` once, after `wait`, if a kernel could not be compiled: by
+    /// then the tuning has removed that kernel. `wait` waits for unfinished work of the device.
     ///
     /// # Errors
     ///
@@ -215,7 +215,7 @@ impl Guard {
     ) -> Result<T, DeviceFault> {
         match self.run(&mut work) {
             Err(fault) if fault.kind == FaultKind::KernelCompilation => {
-                log::warn!("{fault}; computing it once more");
+                log::warn!("{fault}; repeating the computation once");
                 self.settle(wait);
                 self.run(&mut work)
             }
@@ -223,8 +223,8 @@ impl Guard {
         }
     }
 
-    /// Runs `work` and forgets what panicked before and in it: for what is still under way after a
-    /// failure that was dealt with.
+    /// Runs `work` and discards the panics before and during it: for unfinished work after a failure that
+    /// was handled.
     pub fn settle(&self, work: impl FnOnce()) {
         if let Err(fault) = self.run(work) {
             log::debug!("after a failure: {fault}");
@@ -232,7 +232,8 @@ impl Guard {
     }
 }
 
-/// Whether a panic comes from a kernel's definition. CubeCL catches it without a mark, so only its place shows it.
+/// Whether a panic comes from a kernel's definition. CubeCL catches it without a mark, so only its source
+/// location shows it.
 fn defines_a_kernel(info: &PanicHookInfo<'_>) -> bool {
     let in_kernels = |file: &str| file.contains("/cubek-") || file.contains("\\cubek-");
     if info
@@ -256,7 +257,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_failure_is_told_by_its_words() {
+    fn a_failure_is_classified_by_its_message() {
         for (message, expected) in [
             (
                 "out of device memory allocating 1024 bytes\n",
@@ -302,7 +303,7 @@ mod tests {
     }
 
     #[test]
-    fn a_panic_of_cubecls_compiler_is_told_by_its_file() {
+    fn a_panic_of_cubecls_compiler_is_recognized_by_its_file() {
         const REGISTRY: &str = "/root/.cargo/registry/src/index.crates.io-1949cf8c6b5b557f";
         let kind = |file: &str| {
             let message = "Expected op cube.copy v0 to implement UnrollOp";
@@ -334,7 +335,7 @@ mod tests {
             );
         }
         assert_eq!(kind("crates/lora-train/src/step.rs"), FaultKind::Other);
-        // What the message says counts more.
+        // The message takes precedence.
         let lost = panic(
             "the device was lost",
             &format!("{REGISTRY}/cubecl-core-0.11.3/src/codegen/compiler.rs"),
@@ -342,7 +343,7 @@ mod tests {
         assert_eq!(DeviceFault::from(&lost).kind, FaultKind::Lost);
     }
 
-    /// A guard that is told of `faults`, one before each attempt, as if the device had panicked.
+    /// Work that is repeated by a guard, with one of `faults` per attempt as if the device had panicked.
     fn attempts(faults: &[&str]) -> (Result<usize, DeviceFault>, usize) {
         use std::cell::Cell;
 

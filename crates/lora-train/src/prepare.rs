@@ -1,7 +1,7 @@
 //! The first act of a run: files, data, device, memory, folder, and last the model.
 //!
-//! A mistake of the user's is found here, the cheapest check first. No weight is read before all of them passed, and
-//! nothing in the folder of a resumed run changes until its model is loaded.
+//! Mistakes of the user are found here, by the cheapest checks first. No weight is read before all checks have passed,
+//! and nothing in the folder of a resumed run changes until its model is loaded.
 
 use std::path::Path;
 
@@ -27,21 +27,21 @@ use train_step::optimizer::AdamW;
 
 /// A run that is ready to load its model.
 pub struct Prepared {
-    /// What stays as it is.
+    /// The parts that do not change.
     pub setup: Setup,
-    /// How examples are divided into micro-batches; smaller once the device's memory turns out too small.
+    /// How examples are divided into micro-batches; smaller ones after the device ran out of memory.
     pub fit: Fit,
-    /// How far the run is.
+    /// The progress of the run.
     pub progress: Progress,
     /// Writes checkpoints and the adapter.
     pub keeper: Keeper,
 }
 
-/// What does not change while a run trains.
+/// The parts of a run that do not change while it trains.
 pub struct Setup {
     /// The settings, with those of an adapter that training continues.
     pub config: Config,
-    /// The backend that was asked for.
+    /// The backend as selected with `--backend`.
     pub backend: Backend,
     /// The examples.
     pub data: Data,
@@ -49,7 +49,7 @@ pub struct Setup {
     pub loader: ModelLoader,
     /// Where the run writes.
     pub folder: OutputFolder,
-    /// The order of the examples, in the micro-batches of the beginning.
+    /// The order of the examples, in the first micro-batches.
     pub order: Order,
     /// Optimizer steps of the whole run.
     pub total_steps: usize,
@@ -61,7 +61,7 @@ pub struct Setup {
     pub kept_kernels: Option<KeptKernels>,
 }
 
-/// What a run reads before a device starts.
+/// The inputs that are read before a device starts.
 struct Inputs {
     files: RunFiles,
     fingerprint: Fingerprint,
@@ -81,7 +81,7 @@ impl Prepared {
             operations: &lora_core::spoil::OPERATIONS,
             spoil: lora_core::spoil::spoil,
         })?;
-        // A resumed run holds its folder's lock from here on.
+        // A resumed run locks its folder from here on.
         let (locked, mut resumed) = match &request.resume {
             Some(resume) => open_checkpoint(resume, &request.config.output_dir)?,
             None => (None, None),
@@ -130,8 +130,8 @@ impl Prepared {
         self.progress.is_over(self.setup.total_steps)
     }
 
-    /// Loads the weights, quantized one at a time as they are read; then the adapters, and what a checkpoint has of
-    /// them. Then the run's `config.toml` is written.
+    /// Loads the weights, which are quantized one at a time as they are read, then the adapters, fresh or from the
+    /// checkpoint. Then writes the run's `config.toml`.
     ///
     /// # Errors
     ///
@@ -147,7 +147,7 @@ impl Prepared {
 }
 
 impl Inputs {
-    /// Reads the files, the model's shape and the examples. Of a resumed run they must be as they were.
+    /// Reads the files, the model's shape and the examples. In a resumed run they must be unchanged.
     fn read(request: &Request, resumed: Option<&mut Resumed>) -> Result<Self, TrainError> {
         let files = RunFiles::find(&request.config)?;
         let fingerprint = Fingerprint::of(&files)?;
@@ -215,7 +215,7 @@ impl Setup {
     }
 }
 
-/// How the model of a configuration is stored and computed with, for training.
+/// How the model of a configuration is stored and in which type it is computed, for training.
 pub fn model_options(config: &Config) -> ModelOptions {
     ModelOptions {
         compute_dtype: match config.compute_dtype {
@@ -248,7 +248,7 @@ pub(crate) fn order(config: &Config, data: &Data, fit: &Fit) -> Order {
     )
 }
 
-/// What fits the device, and whether a resumed run is divided differently for it.
+/// The settings that fit the device, and whether a resumed run is divided differently.
 fn plan(
     config: &Config,
     loader: &ModelLoader,

@@ -1,4 +1,4 @@
-//! The third act of a run: what came of it.
+//! The third act of a run: its results.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -19,11 +19,11 @@ use crate::train::Ended;
 use device::process_memory as memory;
 use run_config::Config;
 
-/// Writes what belongs to a complete adapter, and reports how the run ended.
+/// Writes the files of a complete adapter, and reports how the run ended.
 ///
 /// # Errors
 ///
-/// An adapter that finds no room on the disk.
+/// An adapter for which the disk has no room.
 pub fn report(run: Run) -> Result<Ended, TrainError> {
     let Run {
         session,
@@ -49,7 +49,7 @@ pub fn report(run: Run) -> Result<Ended, TrainError> {
     })
 }
 
-/// Finishes a run that is resumed at its end: what the run that was stopped may have had no time for.
+/// Finishes a run that is resumed after its last step: writes the files that the stopped run may not have written.
 ///
 /// # Errors
 ///
@@ -67,7 +67,7 @@ pub fn already_done(
     Ok(Ended::Done(setup.folder))
 }
 
-/// Writes beside an adapter how its prompts were made; whether that worked.
+/// Writes the file with the prompt format into the adapter's folder. Returns whether that worked.
 pub(crate) fn write_prompt(setup: &Setup) -> bool {
     let adapter = setup.folder.adapter();
     adapter.join(peft::WEIGHTS_FILE).exists() && setup.data.prompt.write(&adapter).is_ok()
@@ -107,12 +107,12 @@ fn result(session: &Session, is_over: bool) -> RunResult {
         next: if is_over {
             next_commands(&setup.config, &setup.folder)
         } else {
-            vec![session.how_to_go_on()]
+            vec![session.next_command()]
         },
     }
 }
 
-/// What a run has written so far.
+/// The files and folders that a run has written so far.
 fn written(session: &Session, is_over: bool) -> Vec<(String, PathBuf)> {
     let folder = &session.setup.folder;
     let mut written = Vec::new();
@@ -146,7 +146,7 @@ fn next_commands(config: &Config, folder: &OutputFolder) -> Vec<(String, String)
     next
 }
 
-/// A path as a shell takes it.
+/// A path, quoted for a shell if it has spaces.
 pub(crate) fn shown(path: &Path) -> String {
     match path.to_string_lossy() {
         text if text.contains(' ') => format!("\"{text}\""),

@@ -21,18 +21,18 @@ use run_config::Schedule;
 use terminal::human;
 use train_step::loss_scale::LossScale;
 
-/// A run under way.
+/// A run that trains.
 pub struct Run<'a> {
-    /// Where it is, its files, and what happens when something fails.
+    /// Its progress, its files, and how it handles failures.
     pub session: Session<'a>,
-    /// Whether the adapter's prompt format is written beside it.
+    /// Whether the file with the adapter's prompt format is written.
     pub prompt_written: bool,
     learner: Learner,
     schedule: Schedule,
 }
 
 impl<'a> Run<'a> {
-    /// Reports what will be trained, and brings the files of an earlier session up to date.
+    /// Reports what will be trained, and updates the files of an earlier session.
     ///
     /// # Errors
     ///
@@ -80,7 +80,7 @@ impl<'a> Run<'a> {
     ///
     /// # Errors
     ///
-    /// A failure of the device, a loss that is not a number; what could be saved is.
+    /// A failure of the device, or a loss that is not a number. As much of the run as possible is saved first.
     pub fn train(mut self) -> Result<Self, TrainError> {
         let setup = self.session.setup;
         let first = self.session.progress.next();
@@ -123,7 +123,7 @@ impl<'a> Run<'a> {
         Ok(self)
     }
 
-    /// Updates the adapters and records the step, which began at `started`.
+    /// Updates the adapters and records the step, which started at `started`.
     fn update(
         mut self,
         step: usize,
@@ -157,7 +157,7 @@ impl<'a> Run<'a> {
         Ok(self)
     }
 
-    /// Validates where that is due, and keeps the adapter if it is the best so far: whether it is.
+    /// Validates if a validation is due, and keeps the adapter if it is the best so far. Returns whether it is.
     fn validate_if_owed(&mut self) -> Result<bool, TrainError> {
         if !self.session.progress.owes_validation {
             return Ok(false);
@@ -169,8 +169,8 @@ impl<'a> Run<'a> {
         self.session.keep_if_better(scores, &self.learner)
     }
 
-    /// Writes what is due after a step. The checkpoint comes before the adapter: an adapter is never of a step that a
-    /// resumed run does not know.
+    /// Writes what is due after a step. The checkpoint is written before the adapter, so the adapter is never newer
+    /// than the newest checkpoint.
     fn save(&mut self, step: usize, improved: bool) -> Result<(), TrainError> {
         let session = &mut self.session;
         let milestone = improved || session.progress.is_over(session.setup.total_steps);
@@ -184,8 +184,8 @@ impl<'a> Run<'a> {
     }
 }
 
-/// The metrics of a run that is resumed: those of the steps before, which are copied if the run was in another
-/// folder.
+/// Opens the metrics. Those of a resumed run keep the lines of earlier steps, which are copied if the run was in
+/// another folder.
 ///
 /// # Errors
 ///

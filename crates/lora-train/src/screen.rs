@@ -1,5 +1,5 @@
-//! What the user sees of a run: on a terminal a progress bar that keeps to the bottom, elsewhere
-//! plain lines.
+//! The screen output of a run: on a terminal a progress bar below the other lines, elsewhere plain
+//! lines.
 
 mod curve;
 mod describe;
@@ -59,7 +59,7 @@ impl RunScreen {
         Screen::writing_to(writer).into()
     }
 
-    /// The bar of a run of this length. It also shows the milliseconds left until `end`, where that is not 0.
+    /// The bar of a run of this length. It also shows the time left until `end` milliseconds, unless `end` is 0.
     fn bar(&self, steps: usize, end: Arc<AtomicU64>) -> ProgressBar {
         let bar = ProgressBar::with_draw_target(None, ProgressDrawTarget::hidden());
         bar.set_length(steps as u64);
@@ -81,10 +81,10 @@ impl RunScreen {
             )
             .with_key("times", times),
         );
-        bar.set_message("the first step takes longest on a GPU: its kernels are compiled");
+        bar.set_message("the first step takes longest on a GPU, because it compiles kernels");
         let bar = self.screen.add(bar);
         if self.screen.printer().is_none() {
-            // The times go on during a long step.
+            // The times advance during a long step.
             bar.enable_steady_tick(Duration::from_secs(1));
         }
         bar
@@ -92,7 +92,7 @@ impl RunScreen {
 }
 
 impl TrainingCallback for RunScreen {
-    /// Shows how many kernels are ready: on a bar every second, without a terminal as a line every half minute.
+    /// Shows how many kernels are ready: on a bar every second, or without a terminal as a line every 30 seconds.
     fn on_preparing(&mut self, what: &'static str) {
         self.on_prepared();
         let bar = match &self.run {
@@ -106,12 +106,12 @@ impl TrainingCallback for RunScreen {
         let kernels = device::kept_kernels;
         self.preparing = Some(match self.screen.printer() {
             Some(printer) => {
-                let tell = move |text: String| printer.line(&text);
-                Preparing::new(what, Duration::from_secs(30), kernels, tell)
+                let print = move |text: String| printer.line(&text);
+                Preparing::new(what, Duration::from_secs(30), kernels, print)
             }
             None => {
-                let tell = move |text| bar.set_message(text);
-                Preparing::new(what, Duration::from_secs(1), kernels, tell)
+                let show = move |text| bar.set_message(text);
+                Preparing::new(what, Duration::from_secs(1), kernels, show)
             }
         });
     }
@@ -122,7 +122,7 @@ impl TrainingCallback for RunScreen {
 
     fn on_already_done(&mut self, output: &OutputFolder, total_steps: usize) {
         self.screen.line(&format!(
-            "{}: all {total_steps} steps of this run are done. Its adapter is in {}",
+            "{}: all {total_steps} steps of this run are done. The adapter is in {}",
             output.path().display(),
             output.adapter().display()
         ));
@@ -140,7 +140,7 @@ impl TrainingCallback for RunScreen {
         self.loading = None;
     }
 
-    /// Shows what will be trained, and puts up the progress bar.
+    /// Prints the summary, and shows the progress bar.
     fn on_start(&mut self, summary: &RunSummary) {
         for line in summary.lines(self.screen.style(), self.screen.width()) {
             self.screen.line(&line);
@@ -177,7 +177,7 @@ impl TrainingCallback for RunScreen {
     fn on_validating(&mut self, done: usize, total: usize) {
         if let Some(run) = &self.run {
             run.bar
-                .set_message(format!("validating: {done}/{total} rows"));
+                .set_message(format!("validating: {done}/{total} examples"));
         }
     }
 
@@ -194,7 +194,7 @@ impl TrainingCallback for RunScreen {
         self.screen.note(text);
     }
 
-    /// Removes the bar and shows what came of the run.
+    /// Removes the bar and prints the results of the run.
     fn on_finish(&mut self, result: &RunResult) {
         let (losses, validations) = match self.run.take() {
             Some(run) => {
@@ -210,7 +210,7 @@ impl TrainingCallback for RunScreen {
     }
 }
 
-/// An error's message must not be drawn over: the bar stays where it was, and lines go below it.
+/// The bar must not overwrite an error's message: it stays where it was, and later lines are printed below it.
 impl Drop for RunScreen {
     fn drop(&mut self) {
         self.preparing = None;
@@ -227,7 +227,7 @@ mod tests {
 
     use super::*;
 
-    /// What a plain screen has printed.
+    /// The output of a plain screen.
     #[derive(Clone, Default)]
     struct Printed(Arc<Mutex<Vec<u8>>>);
 
@@ -343,7 +343,7 @@ mod tests {
         screen.on_finish(&RunResult::default());
     }
 
-    /// Refuses everything, as a closed pipe does.
+    /// Refuses all output, like a closed pipe.
     struct Closed;
 
     impl Write for Closed {
@@ -357,7 +357,7 @@ mod tests {
     }
 
     #[test]
-    fn a_screen_that_nobody_reads_does_not_stop_the_run() {
+    fn a_closed_output_does_not_stop_the_run() {
         let mut screen = RunScreen::writing_to(Box::new(Closed));
         screen.on_start(&summary::tests::summary());
         screen.on_step(&line(1));

@@ -18,15 +18,15 @@ pub struct Request {
     pub config: Config,
     /// The device.
     pub backend: Backend,
-    /// What to do where the output folder holds a run.
+    /// What to do if the output folder holds a run.
     pub existing: Existing,
     /// The checkpoint to resume from.
     pub resume: Option<Resume>,
 }
 
 impl Request {
-    /// A new run of this configuration, on the fastest device of this build. An output folder that holds a run already
-    /// is refused.
+    /// A new run of this configuration, on the fastest device of this build. An output folder that already holds a
+    /// run is refused.
     pub fn new(config: Config) -> Self {
         Self {
             config,
@@ -42,7 +42,7 @@ impl Request {
 pub enum Ended {
     /// All steps are done, and the adapter is in this folder.
     Done(OutputFolder),
-    /// The run was asked to stop; with this folder it can be resumed.
+    /// The run was asked to stop; it can be resumed from this folder.
     Interrupted(OutputFolder),
 }
 
@@ -63,8 +63,8 @@ impl Ended {
 ///
 /// # Errors
 ///
-/// Whatever is wrong with the files, the device or the configuration is found before the first step. A
-/// device that fails after it is an error too, with what was saved.
+/// Problems of the files, the device and the configuration are found before the first step. A device
+/// that fails later is an error too, which names the saved step.
 pub fn train(
     request: &Request,
     interrupt: &Interrupt,

@@ -34,7 +34,7 @@ static WATCHES: Mutex<Vec<Arc<See>>> = Mutex::new(Vec::new());
 /// A panic as the hook saw it.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Panic {
-    /// What the panic says, in one line.
+    /// The panic's message, in one line.
     pub message: String,
     /// The source file that panicked, as the compiler knew it. It survives stripping.
     pub file: Option<String>,

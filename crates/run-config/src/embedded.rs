@@ -47,7 +47,7 @@ pub struct EmbeddedError {
     last: WriteError,
 }
 
-/// Writes the embedded files into the user's cache folder, or the folder for temporary files where
+/// Writes the embedded files into the user's cache folder, or into the folder for temporary files if
 /// the cache cannot be written. Returns their paths.
 ///
 /// The folder's name holds a hash of the files, so versions of the program do not disturb each other.

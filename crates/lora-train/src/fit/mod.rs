@@ -1,7 +1,7 @@
-//! What of a configuration fits the memory there is: `batch_size = "auto"`, `gradient_checkpointing =
-//! "auto"`, micro-batches computed together, and a refusal before any weight is loaded.
+//! How a configuration fits the memory: `batch_size = "auto"`, `gradient_checkpointing = "auto"`,
+//! micro-batches computed together, and the refusal of a run before any weight is loaded.
 //!
-//! This file holds what is decided, and `search.rs` how it is found.
+//! This file holds the result, and `search.rs` the search for it.
 
 mod search;
 
@@ -17,35 +17,35 @@ use device::Selected;
 use run_config::{Checkpointing, Config};
 use terminal::human;
 
-/// Activations are kept rather than recomputed where the run then takes at most this share of the
-/// memory that is free: other programs want some too.
+/// Gradient checkpointing is off if the run then takes at most this share of the free memory. The
+/// rest is for other programs.
 const COMFORTABLE: f64 = 0.5;
 
-/// As [`COMFORTABLE`] on a GPU, whose memory others seldom want in the middle of a run; the rest is for what a
-/// prediction may be off by. What is left to the driver is not counted as free in the first place.
+/// As [`COMFORTABLE`] on a GPU, whose memory other programs seldom want during a run. The rest is
+/// for errors of the prediction. The driver's share is not counted as free in the first place.
 const COMFORTABLE_ON_GPU: f64 = 0.9;
 
-/// As [`COMFORTABLE`] where nobody tells what is free: a run that no machine minds.
+/// As [`COMFORTABLE`], in bytes, for devices whose free memory is unknown.
 const SMALL: u64 = 1 << 30;
 
-/// A run as it will be.
+/// The settings of a run that fits.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Fit {
-    /// Rows of a micro-batch.
+    /// Examples per micro-batch.
     pub batch_size: usize,
-    /// Micro-batches of an update.
+    /// Micro-batches per update.
     pub gradient_accumulation_steps: usize,
-    /// Whether activations are recomputed.
+    /// Whether gradient checkpointing is on.
     pub gradient_checkpointing: bool,
-    /// Whether common beginnings are computed once.
+    /// Whether shared prefixes are computed once.
     pub prefixes: Prefixes,
-    /// What it will need.
+    /// The predicted memory.
     pub plan: Plan,
-    /// Bytes of the largest tensor that grows with the rows of a micro-batch.
+    /// Bytes of the largest tensor that grows with the examples of a micro-batch.
     pub largest_activation: u64,
 }
 
-/// Why a run cannot be.
+/// Why a run does not fit.
 #[derive(Debug, thiserror::Error)]
 pub enum FitError {
     /// The adapters' configuration.
@@ -53,25 +53,25 @@ pub enum FitError {
     Lora(#[from] LoraError),
     /// Too little memory.
     #[error(
-        "this run needs about {needed} of memory and {available} {whose}: {what} is the most of it. {advice}",
+        "this run needs about {needed} of memory and {available} {whose}. The largest part is {what}. {advice}",
         needed = human::bytes(*needed),
         available = human::bytes(*available),
     )]
     TooLarge {
         /// Bytes that are needed.
         needed: u64,
-        /// Bytes that there are for it.
+        /// Bytes that are available.
         available: u64,
-        /// What these are, in words that continue "… GiB".
+        /// What the available bytes are, in words that continue "… GiB".
         whose: &'static str,
         /// The largest part.
         what: String,
-        /// Settings that would fit, or that none would.
+        /// Settings that would fit, or that no setting fits.
         advice: String,
     },
     /// One tensor is too large, whatever the memory.
     #[error(
-        "{what} takes {needed} in one tensor and this device's buffers end at {limit}. {advice}",
+        "{what} takes {needed} in one tensor, and this device's largest buffer is {limit}. {advice}",
         needed = human::bytes(*needed),
         limit = human::bytes(*limit),
     )]
@@ -87,11 +87,11 @@ pub enum FitError {
     },
 }
 
-/// Decides what `config` leaves open and checks that it fits.
+/// Decides the settings that `config` leaves open and checks that the run fits.
 ///
 /// # Errors
 ///
-/// If it does not, with the settings that would.
+/// If it does not fit, with the settings that would.
 pub fn fit(
     config: &Config,
     model: &LlamaConfig,
@@ -102,9 +102,9 @@ pub fn fit(
     Search::new(config, model, selected, dtype, data).run()
 }
 
-/// As [`fit`] for a run that goes on: it divides its rows as before, because sums of floats depend on that in
-/// their last bits. Where that does not fit any more, as on another machine, it is decided anew, and the
-/// second value says so.
+/// As [`fit`] for a run that is resumed: it divides its examples into micro-batches as before,
+/// because the last bits of float sums depend on the division. If the division no longer fits, as
+/// on another machine, a new one is chosen and the second value is true.
 ///
 /// # Errors
 ///
@@ -118,7 +118,7 @@ pub fn refit(
     before: Division,
 ) -> Result<(Fit, bool), FitError> {
     let search = Search::new(config, model, selected, dtype, data);
-    // Recomputing changes no bit, so a word of the user's counts.
+    // Recomputing changes no bit, so a setting in the configuration takes precedence.
     let checkpointing = match config.gradient_checkpointing {
         Checkpointing::On => true,
         Checkpointing::Off => false,
@@ -138,11 +138,12 @@ pub fn refit(
 }
 
 impl Fit {
-    /// The same update in smaller micro-batches, for a device whose memory is too small; without that, with
-    /// activations recomputed where the configuration leaves it open. `None` where neither is possible.
+    /// The same update in smaller micro-batches, for a device whose memory is too small; if that is
+    /// not possible, with gradient checkpointing on where the configuration leaves it open. `None`
+    /// if neither is possible.
     pub fn smaller(&self, config: &Config) -> Option<Self> {
         let rows = self.batch_size;
-        // The largest divisor up to the half, so that an update keeps its rows.
+        // The largest divisor up to the half, so that an update keeps its examples.
         let fewer = (1..=rows / 2)
             .rev()
             .find(|fewer| rows.is_multiple_of(*fewer));
@@ -165,8 +166,9 @@ impl Fit {
     }
 }
 
-/// Whether a run computes common prompt prefixes once. Dropout draws a mask for each example: shared, they would have
-/// one. Nor are prefixes shared where an example's length changes what its tokens are rotated by.
+/// Whether a run computes shared prompt prefixes once. Dropout draws a mask per example, and shared
+/// tokens could have only one. Sharing is also off if the length of an example changes its rotary
+/// frequencies.
 pub fn prefixes(config: &Config, model: &LlamaConfig, data: &Data) -> Prefixes {
     let rows = data.train.rows.iter().chain(&data.validation.rows);
     let longest = rows.map(|row| row.ids.len()).max().unwrap_or(0);
@@ -177,7 +179,8 @@ pub fn prefixes(config: &Config, model: &LlamaConfig, data: &Data) -> Prefixes {
     }
 }
 
-/// Whether a run of this peak may keep its activations, by `gradient_checkpointing = "auto"`.
+/// Whether a run of this peak needs no gradient checkpointing under `gradient_checkpointing =
+/// "auto"`.
 pub fn is_comfortable(peak: u64, available: Option<u64>, on_gpu: bool) -> bool {
     let share = if on_gpu {
         COMFORTABLE_ON_GPU
@@ -198,7 +201,7 @@ mod tests {
     use crate::plan::{PlanOptions, Workload};
 
     #[test]
-    fn where_nobody_tells_what_is_free_only_small_runs_keep_their_activations() {
+    fn if_the_free_memory_is_unknown_only_small_runs_need_no_gradient_checkpointing() {
         assert!(is_comfortable(500 << 20, None, false));
         assert!(!is_comfortable(9 << 30, None, true));
         assert!(is_comfortable(9 << 30, Some(20 << 30), false));
@@ -207,7 +210,7 @@ mod tests {
     }
 
     #[test]
-    fn smaller_micro_batches_keep_an_update_s_rows_and_then_activations_go() {
+    fn micro_batches_become_smaller_for_the_same_update_and_then_gradient_checkpointing_is_on() {
         let config = Config::load(None, None, &[]).unwrap();
         let json = serde_json::json!({
             "architectures": ["LlamaForCausalLM"], "model_type": "llama", "vocab_size": 8, "hidden_size": 8,

@@ -19,8 +19,8 @@ const AT_MOST: f64 = 0.95;
 /// The search for the largest micro-batch looks at this many; of longer runs, at the first ones.
 const LOOKED_AT: usize = 50_000;
 
-/// Whether micro-batches of an update may be computed together. Dropout's masks belong to a micro-batch,
-/// and a limit of tokens was asked for.
+/// Whether micro-batches of an update may be computed together. Not with dropout, whose masks
+/// belong to a micro-batch, and not with a configured limit of tokens.
 fn merges(config: &Config) -> bool {
     config.merge_micro_batches && config.lora_dropout == 0.0 && config.max_batch_tokens.is_none()
 }
@@ -117,8 +117,8 @@ impl<'a> Search<'a> {
         self.binds(fit) && is_comfortable(peak, self.available, self.on_gpu)
     }
 
-    /// Whether the device has buffers for the activations. A driver refuses larger ones however much memory is
-    /// free.
+    /// Whether the device has buffers for the activations. A driver refuses larger ones however
+    /// much memory is free.
     pub(super) fn binds(&self, fit: &Fit) -> bool {
         self.limit
             .is_none_or(|limit| fit.largest_activation <= limit)

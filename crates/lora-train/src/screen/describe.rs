@@ -1,4 +1,4 @@
-//! A run in words: its summary, and what the user should know before the first step.
+//! The texts of a run's summary, and its notes to the user before the first step.
 
 use burn::tensor::FloatDType;
 
@@ -68,7 +68,7 @@ fn step_summary(setup: &Setup, fit: &Fit) -> StepSummary {
     }
 }
 
-/// The micro-batches that the configuration asks for, where `fit` has fewer and larger ones.
+/// The configured micro-batches, if `fit` has fewer and larger ones.
 fn merged_from(config: &Config, fit: &Fit) -> Option<[usize; 2]> {
     let steps = config.gradient_accumulation_steps;
     match config.batch_size {
@@ -77,19 +77,19 @@ fn merged_from(config: &Config, fit: &Fit) -> Option<[usize; 2]> {
     }
 }
 
-/// How weights are stored, what is computed in, and whether activations are kept.
+/// The types of the weights and of the computation, and whether gradient checkpointing is on.
 pub(crate) fn precision(config: &Config, compute_dtype: FloatDType, fit: &Fit) -> String {
     let base = match config.quant_bits {
         16 => "base not quantized".to_string(),
         bits => format!("{bits}-bit base"),
     };
-    let activations = if fit.gradient_checkpointing {
-        "activations recomputed"
+    let checkpointing = if fit.gradient_checkpointing {
+        "on"
     } else {
-        "activations kept"
+        "off"
     };
     format!(
-        "{base}, {} compute, {activations}",
+        "{base}, {} compute, gradient checkpointing {checkpointing}",
         format!("{compute_dtype:?}").to_lowercase()
     )
 }
@@ -113,7 +113,7 @@ fn data_summary(config: &Config, data: &Data) -> DataSummary {
     }
 }
 
-/// How much memory a device has, in words.
+/// The memory of a device, as text.
 fn memory_in_words(memory: DeviceMemory) -> String {
     let bytes = human::bytes(memory.bytes);
     match memory.known {
@@ -122,7 +122,7 @@ fn memory_in_words(memory: DeviceMemory) -> String {
     }
 }
 
-/// Which values a preset gave, and how another trainer's file was read.
+/// The values that a preset set, and how another trainer's file was read.
 fn preset(config: &Config) -> Vec<String> {
     let source = &config.source;
     let values = source.preset.iter();
@@ -136,7 +136,8 @@ fn preset(config: &Config) -> Vec<String> {
             _ => "FinLoRA's finetune.py",
         };
         let note = format!(
-            "the preset {:?} set what the configuration leaves out, as in {whose}: {}. The file's own keys and --set come before it",
+            "the preset {:?} sets the keys that the configuration leaves out, as in {whose}: {}. The file's own keys and --set \
+             take precedence",
             source.preset_name,
             values.join(", ")
         );
@@ -145,7 +146,7 @@ fn preset(config: &Config) -> Vec<String> {
     notes
 }
 
-/// What the user should know before the first step.
+/// Notes to the user before the first step.
 fn warnings(setup: &Setup, memory_there: Option<DeviceMemory>) -> Vec<String> {
     let selected = setup.selected();
     let mut warnings = preset(&setup.config);
@@ -155,14 +156,14 @@ fn warnings(setup: &Setup, memory_there: Option<DeviceMemory>) -> Vec<String> {
     }
     if memory_there.is_none() {
         warnings.push(
-            "this device does not tell how much memory it has: what fits is found out by trying, and activations are \
-             recomputed unless the run is small. device_memory = \"8GiB\", say, plans with what it has"
+            "this device does not report its memory: the run tries what fits, and gradient checkpointing is on unless \
+             the run is small. To plan with a known size, set it, as in device_memory = \"8GiB\""
                 .into(),
         );
     }
     let switches = device::switches();
     if !switches.is_empty() {
-        warnings.push(format!("as asked for: {}", switches.join(", ")));
+        warnings.push(format!("running with {}", switches.join(", ")));
     }
     if let Some(resumed) = &setup.resumed {
         warnings.extend(resumption(setup, resumed));
@@ -171,11 +172,11 @@ fn warnings(setup: &Setup, memory_there: Option<DeviceMemory>) -> Vec<String> {
     warnings
 }
 
-/// Where a resumed run was, and what may differ from then.
+/// The step that a run resumes from, and what may differ from the earlier session.
 fn resumption(setup: &Setup, resumed: &Resumed) -> Vec<String> {
     let state = &resumed.checkpoint.state;
     let mut warnings = vec![format!(
-        "going on after step {} of {}, from {}",
+        "resuming after step {} of {}, from {}",
         state.progress.step,
         state.total_steps,
         resumed.checkpoint.folder().display()
@@ -189,8 +190,8 @@ fn resumption(setup: &Setup, resumed: &Resumed) -> Vec<String> {
     }
     if setup.divided_anew {
         warnings.push(
-            "the rows of an update are divided anew, since less memory is free than before: the results agree up \
-             to rounding, not bit for bit"
+            "the examples of an update are divided into other micro-batches, because less memory is free than before: \
+             the results agree up to rounding, not bit for bit"
                 .into(),
         );
     }

@@ -1,10 +1,10 @@
-//! What a run has beside its model while it trains: where it is, its files, and what it does when something fails.
+//! The state of a run while it trains, apart from its model: its progress, its files, and how it handles failures.
 //!
 //! | file | what it holds |
 //! | --- | --- |
-//! | `mod.rs` | what a step computes, tried again where the device's memory is too small |
-//! | `validate.rs` | validation, and the adapter that is kept |
-//! | `saving.rs` | checkpoints, and what is saved when the device fails |
+//! | `mod.rs` | a step's gradient and update, repeated with less memory if the device has too little |
+//! | `validate.rs` | validation, and the choice of the adapter to keep |
+//! | `saving.rs` | checkpoints, also after a failure of the device |
 
 mod saving;
 mod validate;
@@ -31,11 +31,11 @@ use train_step::FlatGradients;
 use train_step::loss_scale::LossScale;
 use train_step::optimizer::Optimizer;
 
-/// What learns: the model with its adapters, and their optimizer.
+/// The model with its adapters, and their optimizer.
 pub struct Learner {
     /// The model.
     pub model: Llama,
-    /// Its optimizer, with the moments of every adapter.
+    /// The optimizer, with the moments of every adapter.
     pub optimizer: Optimizer,
 }
 
@@ -47,21 +47,21 @@ impl Learner {
     }
 }
 
-/// A run under way.
+/// A run that trains.
 pub struct Session<'a> {
-    /// What does not change.
+    /// The parts that do not change.
     pub setup: &'a Setup,
-    /// How examples are divided; smaller where the device's memory turned out too small.
+    /// How examples are divided into micro-batches; smaller ones after the device ran out of memory.
     pub fit: &'a mut Fit,
-    /// Where the run is.
+    /// The progress of the run.
     pub progress: &'a mut Progress,
     /// Writes checkpoints and the adapter.
     pub keeper: &'a mut Keeper,
     /// `metrics.jsonl`.
     pub metrics: MetricsWriter,
-    /// Whether the run shall stop.
+    /// Whether the run should stop.
     pub interrupt: &'a Interrupt,
-    /// What observes the run.
+    /// The observer of the run.
     pub callback: &'a mut dyn TrainingCallback,
     /// Shared, so that work on the session can run under it.
     guard: Rc<Guard>,
@@ -69,12 +69,12 @@ pub struct Session<'a> {
     /// Seconds of earlier sessions.
     before: f64,
     metrics_fail: bool,
-    /// The last step whose comparison with the CPU went well; the one before the run is step 0's.
+    /// The last step that agreed with the CPU; at first, the step that the session starts from.
     checked: usize,
 }
 
 impl<'a> Session<'a> {
-    /// Begins. From here on failures of the device are caught.
+    /// Starts the session. From here on, failures of the device are caught.
     pub fn new(
         setup: &'a Setup,
         fit: &'a mut Fit,
@@ -100,18 +100,18 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// The order of the rows, in the micro-batches of now.
+    /// The order of the examples, in the current micro-batches.
     pub fn order(&self) -> Order {
         prepare::order(&self.setup.config, &self.setup.data, self.fit)
     }
 
-    /// Computes something whose memory grows with the rows of a micro-batch. Where the device has too little,
-    /// micro-batches become smaller and it is computed again.
+    /// Runs `work`, whose memory grows with the examples of a micro-batch. If the device has too little
+    /// memory, micro-batches become smaller and `work` is repeated.
     ///
     /// # Errors
     ///
-    /// Any other failure of the device, and one that smaller micro-batches do not cure; the run's work is
-    /// saved then as far as it can be.
+    /// Any other failure of the device, and too little memory for even the smallest micro-batches. As much
+    /// of the run as possible is saved first.
     pub fn compute<T>(
         &mut self,
         learner: &Learner,
@@ -134,7 +134,7 @@ impl<'a> Session<'a> {
             let Some(smaller) = smaller else {
                 return Err(self.rescue(fault, Some(learner)));
             };
-            // What the failed pass still has under way fails too, and must not be taken for the next one's.
+            // Unfinished work of the failed pass fails too. It must not count as a failure of the next pass.
             guard.settle(|| drop(device.sync()));
             self.report_smaller(&fault, &smaller);
             *self.fit = smaller;
@@ -144,26 +144,26 @@ impl<'a> Session<'a> {
     /// Reports that micro-batches become smaller after `fault`.
     fn report_smaller(&mut self, fault: &DeviceFault, smaller: &Fit) {
         let what = if smaller.batch_size == self.fit.batch_size {
-            "activations are recomputed".into()
+            "gradient checkpointing is on".into()
         } else {
             format!(
-                "micro-batches have {} rows instead of {}, and {} of them make an update",
+                "micro-batches have {} examples instead of {}, with {} of them per update",
                 smaller.batch_size, self.fit.batch_size, smaller.gradient_accumulation_steps
             )
         };
         let same = if self.setup.config.lora_dropout > 0.0 {
-            "the same update but for the dropout's masks"
+            "the update is the same except for the dropout masks"
         } else {
-            "the same update"
+            "the update is the same"
         };
         self.callback.on_message(&format!(
-            "step {}: {fault}. {}. From here on {what}: {same}",
+            "step {}: {fault}. {}. From here on, {what}; {same}",
             self.progress.next(),
             self.memory()
         ));
     }
 
-    /// The gradient of a step. Where it leaves the range of f16, the loss scale is halved and it is computed again.
+    /// The gradient of a step. If it exceeds the range of f16, it is computed again with half the loss scale.
     ///
     /// # Errors
     ///
@@ -195,7 +195,7 @@ impl<'a> Session<'a> {
                 Err(NoGradient::OutOfRange) => {
                     let scale = self.progress.loss_scale.and_then(LossScale::halved);
                     log::debug!(
-                        "step {step}: a gradient left the range of f16; loss scale {scale:?}"
+                        "step {step}: a gradient exceeded the range of f16; loss scale {scale:?}"
                     );
                     self.progress.loss_scale = scale;
                 }
@@ -207,7 +207,7 @@ impl<'a> Session<'a> {
     ///
     /// # Errors
     ///
-    /// A failure of the device; the run's work is saved then as far as it can be.
+    /// A failure of the device. As much of the run as possible is saved first.
     pub fn update(
         &mut self,
         learner: Learner,
@@ -215,20 +215,20 @@ impl<'a> Session<'a> {
         gradients: FlatGradients,
     ) -> Result<Learner, TrainError> {
         let outcome = self.guard.run(|| learner.step(learning_rate, gradients));
-        // Half an update may be done: what is on the device is of no use.
+        // The update may be half done, so the device's tensors cannot be saved.
         outcome.map_err(|fault| self.rescue(fault, None))
     }
 
-    /// Compares a layer with the CPU, if `check_every` says that it is time: a decoder layer as it is now, another
-    /// one each time, on hidden states of this step's first rows, forward and backward. The model as a whole may
-    /// not fit the host.
+    /// Compares one decoder layer with the CPU every `check_every` steps, forward and backward. Each comparison
+    /// takes another layer, with its current weights, and hidden states of this step's first examples. It is one
+    /// layer because the whole model may not fit into the host's memory.
     ///
-    /// Nothing is done on the CPU, which is what others are compared with.
+    /// Does nothing on the CPU, which is the reference.
     ///
     /// # Errors
     ///
-    /// [`TrainError::WrongNumbers`] with the operation that differs most. Nothing of this step is kept, and no
-    /// checkpoint is made of what may be wrong already.
+    /// [`TrainError::WrongNumbers`] with the operation that differs most. This step is discarded, and no
+    /// checkpoint is written, because earlier steps may be wrong too.
     pub fn check(&mut self, learner: &Learner) -> Result<(), TrainError> {
         let (every, step) = (self.setup.config.check_every, self.progress.next());
         if self.setup.selected().backend == Backend::Cpu
@@ -268,20 +268,20 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// Makes a step's line public.
+    /// Reports a step to the observer and writes its line to the metrics.
     pub fn record(&mut self, line: &TrainLine) {
         self.callback.on_step(line);
         let written = self.metrics.train(line);
-        self.tell(written);
+        self.report_write(written);
     }
 
-    /// A full disk, or one that has gone, is no reason to stop: the lines wait in memory.
-    fn tell(&mut self, written: Result<(), MetricsError>) {
+    /// Reports a failed write, once. A full or missing disk does not stop the run: the lines wait in memory.
+    fn report_write(&mut self, written: Result<(), MetricsError>) {
         match written {
             Err(error) if !self.metrics_fail => {
                 self.metrics_fail = true;
                 self.callback.on_message(&format!(
-                    "{error}. The run goes on, and the lines are written when there is room"
+                    "{error}. The run continues, and the lines are written when there is room"
                 ));
             }
             Err(_) => {}
@@ -289,11 +289,11 @@ impl<'a> Session<'a> {
         }
     }
 
-    /// A step whose loss or gradient is not a number: leaves it out, if that is allowed.
+    /// Skips a step whose loss or gradient is not a number, if that is allowed.
     ///
     /// # Errors
     ///
-    /// [`TrainError::NotFinite`] if not, or not any more; the step before it is saved.
+    /// [`TrainError::NotFinite`] if it is not allowed, or no longer; the step before it is saved.
     pub fn skip(&mut self, problem: NotFinite, learner: &Learner) -> Result<(), TrainError> {
         let allowed = match self.setup.config.on_non_finite {
             OnNonFinite::Skip => self.setup.config.max_skipped_steps,
@@ -307,7 +307,7 @@ impl<'a> Session<'a> {
                 skipped: match self.progress.skipped {
                     0 => String::new(),
                     steps => format!(
-                        " {} skipped before it, as many as max_skipped_steps allows.",
+                        " {} skipped before it, the limit of max_skipped_steps.",
                         human::counted(steps as u64, "step")
                     ),
                 },
@@ -319,8 +319,8 @@ impl<'a> Session<'a> {
         self.progress.step = problem.step;
         let factor = self.progress.rate_factor();
         self.callback.on_message(&format!(
-            "{problem}. The step is skipped ({} of {allowed}), and the learning rate is {factor} of its schedule from \
-             here on",
+            "{problem}. The step is skipped ({} of {allowed}). From here on, the learning rate is {factor} of its \
+             schedule",
             self.progress.skipped
         ));
         let written = self.metrics.skipped(&SkippedLine {
@@ -329,11 +329,11 @@ impl<'a> Session<'a> {
             skipped: problem.to_string(),
             rate_factor: factor,
         });
-        self.tell(written);
+        self.report_write(written);
         Ok(())
     }
 
-    /// Seconds of work, those of earlier sessions included.
+    /// Seconds of training, including those of earlier sessions.
     pub fn seconds(&self) -> f64 {
         self.before + self.started.elapsed().as_secs_f64()
     }

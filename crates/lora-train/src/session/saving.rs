@@ -1,4 +1,4 @@
-//! Checkpoints and copies of a run, what is saved when the device fails, and how the run is resumed.
+//! Checkpoints and copies of a run, saving after a failure of the device, and the resume command.
 
 use std::time::Instant;
 
@@ -18,11 +18,11 @@ impl Session<'_> {
     ///
     /// # Errors
     ///
-    /// A failure of the device; what the disk does not take is no error.
+    /// A failure of the device. A failed write is reported but is not an error.
     pub fn save(&mut self, learner: &Learner) -> Result<(), TrainError> {
         let synced = self.metrics.sync();
         let bytes = *synced.as_ref().unwrap_or(&self.metrics.bytes());
-        self.tell(synced.map(|_| ()));
+        self.report_write(synced.map(|_| ()));
         let taken = self.guard.run(|| self.snapshot_at(learner, bytes));
         match taken {
             Ok(snapshot) => self.keeper.write(&snapshot?, self.callback),
@@ -31,7 +31,7 @@ impl Session<'_> {
         Ok(())
     }
 
-    /// On a GPU, takes a copy on the host now and then: a device that is lost gives nothing back.
+    /// On a GPU, copies the run to the host from time to time: a lost device returns no tensors.
     ///
     /// # Errors
     ///
@@ -52,7 +52,7 @@ impl Session<'_> {
         }
     }
 
-    /// What was planned, and what the device says.
+    /// The planned memory, and the memory that the device reports.
     pub(super) fn memory(&self) -> String {
         let device = &self.setup.selected().device;
         let used = match device::memory_in_use(device) {
@@ -63,13 +63,13 @@ impl Session<'_> {
         format!("This was planned to need {plan}{used}")
     }
 
-    /// Saves what can be saved after a failure of the device, and says what happened. `live` is given where
-    /// what is on the device was not being changed.
+    /// Saves as much as possible after a failure of the device, and returns the error that describes it. `live`
+    /// is the model, if the failed work was not changing it.
     pub(super) fn rescue(&mut self, fault: DeviceFault, live: Option<&Learner>) -> TrainError {
         let step = self.progress.next();
         let newer = Some(self.progress.step) > self.keeper.newest();
         if let Some(learner) = live.filter(|_| newer && self.progress.step > 0) {
-            // The device may still give its tensors back; if not, there is the last copy.
+            // The device may still return its tensors. If not, the last copy is used.
             let metrics_bytes = self.metrics.bytes();
             let taken = self.guard.run(|| self.snapshot_at(learner, metrics_bytes));
             if let Ok(Ok(snapshot)) = taken {
@@ -84,7 +84,7 @@ impl Session<'_> {
                 self.memory()
             ),
             FaultKind::TooLargeTensor => self.too_large(),
-            FaultKind::Lost => "This is the driver's doing, or the machine's: another program, \
+            FaultKind::Lost => "The cause is in the driver or the machine: another program, \
                                 overheating, sleep"
                 .to_string(),
             FaultKind::KernelCompilation => {
@@ -104,7 +104,7 @@ impl Session<'_> {
         }
     }
 
-    /// What to do about a tensor that the device has no buffer for.
+    /// What to do about a tensor that is larger than the device's largest buffer.
     fn too_large(&self) -> String {
         let limit = match device::largest_buffer(self.setup.selected()) {
             Some(bytes) => format!(
@@ -114,24 +114,24 @@ impl Session<'_> {
             None => "The device limits its buffers".into(),
         };
         format!(
-            "{limit}, whatever memory is free. A smaller batch_size with more gradient_accumulation_steps, or a \
-             smaller max_seq_len, makes the activations smaller; for a weight of that size take another backend, as \
-             in --backend cpu"
+            "{limit}, however much memory is free. A smaller batch_size with more gradient_accumulation_steps, or a \
+             smaller max_seq_len, makes the activations smaller; a weight of that size needs another backend, such \
+             as --backend cpu"
         )
     }
 
-    /// What to type to go on, in words.
+    /// How to resume, as a sentence.
     pub(super) fn how_to_resume(&self) -> String {
         match self.keeper.newest() {
             Some(step) => format!(
-                "Step {step} is saved; this goes on from there:\n  {}",
+                "Step {step} is saved; resume from there with:\n  {}",
                 self.resume_command()
             ),
             None => "No checkpoint was written yet".into(),
         }
     }
 
-    /// Everything that the run needs to go on, on the host.
+    /// Everything that is needed to resume the run, on the host.
     fn snapshot_at(&self, learner: &Learner, metrics_bytes: u64) -> Result<Snapshot, AdapterError> {
         let mut progress = self.progress.clone();
         progress.seconds = self.seconds();
@@ -165,9 +165,9 @@ impl Session<'_> {
     }
 
     /// What to do after an interruption, and the command.
-    pub fn how_to_go_on(&self) -> (String, String) {
+    pub fn next_command(&self) -> (String, String) {
         match self.keeper.newest() {
-            Some(step) => (format!("go on after step {step}"), self.resume_command()),
+            Some(step) => (format!("resume after step {step}"), self.resume_command()),
             None => (
                 "nothing is saved yet".into(),
                 "start the run again with the same command".into(),
@@ -175,7 +175,7 @@ impl Session<'_> {
         }
     }
 
-    /// The command that goes on with this run.
+    /// The command that resumes this run.
     fn resume_command(&self) -> String {
         let folder = shown(self.setup.folder.path());
         let device = match self.setup.backend {

@@ -1,4 +1,4 @@
-//! Validation, and the adapter that is kept.
+//! Validation, and the choice of the adapter to keep.
 
 use std::time::Instant;
 
@@ -11,8 +11,8 @@ use train_step::gradients;
 use train_step::loss::LossSums;
 
 impl Session<'_> {
-    /// Loss and accuracy on the validation rows: `Some(None)` without any, `None` if the run was asked to stop
-    /// before the last row.
+    /// Loss and accuracy on the validation examples: `Some(None)` without validation examples, `None` if the
+    /// run was asked to stop before the last example.
     ///
     /// # Errors
     ///
@@ -36,7 +36,7 @@ impl Session<'_> {
             val_s: started.elapsed().as_secs_f64(),
         };
         let written = self.metrics.validation(&line);
-        self.tell(written);
+        self.report_write(written);
         self.callback.on_validation(&line);
         Ok(Some(Some(Scores::of(&sums))))
     }
@@ -56,7 +56,7 @@ impl Session<'_> {
         Some(sums)
     }
 
-    /// Takes in the validation of the step just done: whether its adapter is the one to keep from now on.
+    /// Keeps the adapter of the last step if its validation `scores` are the best so far. Returns whether it did.
     ///
     /// # Errors
     ///
@@ -71,7 +71,7 @@ impl Session<'_> {
             (Some(now), Some(before)) => now.loss < before.loss,
             _ => true,
         };
-        // Without `save_best`, or without validation rows, the newest adapter is the one to keep.
+        // Without `save_best`, or without validation examples, the newest adapter is the one to keep.
         if !better && self.setup.config.save_best {
             return Ok(false);
         }
