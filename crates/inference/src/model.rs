@@ -24,8 +24,8 @@ pub struct ModelArgs {
     /// `embedded`
     #[arg(long, value_name = "MODEL", default_value = EMBEDDED)]
     pub model: String,
-    /// auto, cpu, cuda, wgpu, vulkan or metal, if this build includes it
-    #[arg(long, default_value = "auto")]
+    /// The backend that the model runs on.
+    #[arg(long, default_value = "auto", help = Backend::help())]
     pub backend: Backend,
     /// Bits of the base model's linear layers: 8, 4, or 16 to keep the file's type
     #[arg(long, value_name = "BITS", default_value_t = 8)]
@@ -55,7 +55,7 @@ const PROMPT: usize = 64;
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)] // Each variant carries the error of the part that failed.
 pub enum InferenceError {
-    #[error("{0} is not a number of bits that weights can have; expected 8, 4 or 16")]
+    #[error("--quant-bits {0}: expected 8, 4 or 16")]
     QuantBits(u8),
     #[error(transparent)]
     Embedded(#[from] EmbeddedError),
@@ -71,7 +71,7 @@ pub enum InferenceError {
     Load(#[from] LoadError),
     #[error(transparent)]
     Lora(#[from] LoraError),
-    #[error("the device does not give a weight back: {0}")]
+    #[error("the device does not return a weight: {0}")]
     Unreadable(String),
     #[error("the adapter in {}: {source}", folder.display())]
     Adapter {

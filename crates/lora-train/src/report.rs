@@ -130,7 +130,7 @@ fn written(session: &Session, is_over: bool) -> Vec<(String, PathBuf)> {
 
 fn next_commands(config: &Config, folder: &OutputFolder) -> Vec<(String, String)> {
     let mut next = vec![(
-        "use it in PEFT".to_string(),
+        "load it in PEFT".to_string(),
         format!(
             "PeftModel.from_pretrained(model, {:?})",
             folder.adapter().display().to_string()

@@ -79,8 +79,7 @@ impl Session<'_> {
         self.keeper.rescue(self.callback);
         let advice = match fault.kind {
             FaultKind::OutOfMemory => format!(
-                "{}. A smaller batch_size with more gradient_accumulation_steps, gradient_checkpointing = \"on\" or a \
-                 smaller max_seq_len needs less",
+                "{}. A smaller batch_size with more gradient_accumulation_steps, gradient_checkpointing = \"on\" or a smaller max_seq_len needs less memory",
                 self.memory()
             ),
             FaultKind::TooLargeTensor => self.too_large(),
