@@ -319,7 +319,7 @@ pub(super) mod tests {
 
     #[test]
     fn the_summary_says_what_will_be_trained() {
-        let text = summary().lines(Style::plain(), 80).join("\n");
+        let text = summary().lines(Style::plain(), 100).join("\n");
         for part in [
             "smollm2-fpb",
             "30 layers",
