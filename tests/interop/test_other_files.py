@@ -534,7 +534,7 @@ def test_fresh_tokens_start_as_the_tables_rows(trainer, tmp_path):
     trainer.fails("combine", "--adapter", f"{tmp_path / 'run/adapter'}=1", "--output", tmp_path / "combined",
                   saying=["trainable_token_indices", "merge this adapter"])
     planned = [trainer("plan", *sets, *more).stdout for more in ([], ["--set", "trainable_token_indices=none"])]
-    counts = [int(re.search(r"trained: ([\d,]+) parameters", text)[1].replace(",", "")) for text in planned]
+    counts = [int(re.search(r"trainable: ([\d,]+) parameters", text)[1].replace(",", "")) for text in planned]
     assert counts[0] - counts[1] == 2 * 32, planned[0]
     for tokens, reason in [("[64]", "token 64"), ("[5, 5]", "twice"), ("{ lm_head = [5] }", "")]:
         run = trainer.run("train", "--backend", "cpu", "--output-dir", tmp_path / "other", *sets, "--set",
