@@ -48,7 +48,7 @@ fn held(forward: impl Fn() -> Tensor<2>) -> (usize, usize) {
 }
 
 #[test]
-fn the_tape_of_a_quantized_stack_does_not_hold_the_dense_weights_and_burns_does() {
+fn the_graph_of_a_quantized_stack_does_not_hold_the_dense_weights_and_burns_does() {
     let device = Device::flex().autodiff();
     let config = LoraConfig {
         r: 4,

@@ -252,7 +252,7 @@ fn shared_beginnings_have_the_loss_and_the_gradients_of_rows_apart() {
 }
 
 #[test]
-fn the_written_out_passes_have_the_loss_and_the_gradients_of_burns_tape() {
+fn the_manual_passes_have_the_loss_and_the_gradients_of_burns_autodiff_graph() {
     for dropout in [0.0, 0.4] {
         let model = model(dropout);
         let batch = batch(&[0, 1, 2, 3, 4]);

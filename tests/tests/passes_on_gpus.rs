@@ -285,7 +285,7 @@ fn products_that_avoid_tf32_are_the_same_products() {
 }
 
 #[test]
-fn products_on_a_tape_avoid_tf32_too() {
+fn products_in_an_autodiff_graph_avoid_tf32_too() {
     let _alone = alone();
     let on = |device: &Device| {
         let device = device.clone().autodiff();

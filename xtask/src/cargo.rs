@@ -23,7 +23,7 @@ pub fn cargo(subcommand: &str) -> Command {
 }
 
 /// Keeps what `cargo run` told xtask of its package from the cargo that xtask starts: build scripts that watch these
-/// variables (ring's) would run again, and half the program with them, whenever somebody calls cargo directly.
+/// variables (ring's) would run again, and half the program with them, whenever a user calls cargo directly.
 fn forget_package(command: &mut Command) {
     for (name, _) in env::vars_os() {
         let told = name.to_str().is_some_and(|name| {
@@ -35,7 +35,7 @@ fn forget_package(command: &mut Command) {
     }
 }
 
-/// The folder of the workspace's Cargo.toml. `cargo run` tells where xtask's own manifest is.
+/// The folder of the workspace's Cargo.toml. `cargo run` sets CARGO_MANIFEST_DIR to the folder of xtask's own manifest.
 pub fn workspace_root() -> Option<PathBuf> {
     let manifest_dir = PathBuf::from(env::var_os("CARGO_MANIFEST_DIR")?);
     Some(manifest_dir.parent()?.to_owned())

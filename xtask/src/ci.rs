@@ -149,7 +149,7 @@ fn step(name: &str, command: &mut Command) -> Result<Option<ExitCode>> {
     Ok(Some(ExitCode::from(exit_code(status).max(1))))
 }
 
-/// Runs a part that gives an exit code of its own, and says what it took.
+/// Runs a part that returns an exit code of its own, and prints how long it took.
 fn timed(name: &str, part: impl FnOnce() -> Result<u8>) -> Result<u8> {
     announce(name);
     let since = Instant::now();

@@ -115,7 +115,7 @@ impl Machine {
         match (self.gpu(), self.vulkan.first()) {
             (Some(gpu), _) => (Backend::Wgpu, format!("{cuda}; Vulkan offers {}", gpu.name)),
             // Without a Vulkan loader a Windows machine still has Direct3D 12. The trainer looks at
-            // the adapter itself and goes on with the CPU where it is Microsoft's software one.
+            // the adapter itself and continues with the CPU where it is Microsoft's software one.
             (None, None) if cfg!(windows) => (Backend::Wgpu, format!("{cuda}; Direct3D 12")),
             (None, Some(software)) => (
                 Backend::Cpu,

@@ -165,7 +165,7 @@ fn parity_jobs(args: Vec<OsString>, machine: &Machine) -> Result<Vec<Job>> {
 /// The programs' cargo features for `backends`.
 ///
 /// `autotune` times several kernels for each new shape and keeps the fastest. CubeCL has no switch
-/// for it at run time (`CUBECL_AUTOTUNE_LEVEL` only says how many candidates there are, never
+/// for it at run time (`CUBECL_AUTOTUNE_LEVEL` only sets how many candidates there are, never
 /// none), so it is decided here: a real GPU earns it back within seconds, a software adapter
 /// compiles giant candidates for minutes. The tests are built without it, which also makes them
 /// repeatable.
@@ -307,7 +307,7 @@ fn with_backends(args: &[OsString], backends: &[Backend]) -> Vec<OsString> {
     replaced
 }
 
-/// A mistyped path should not cost a build: says so before cargo starts.
+/// A mistyped path should not cost a build: reports it before cargo starts.
 fn config_exists(args: &[OsString]) -> Result<()> {
     match value_of(args, "--config")? {
         Some(path) if !Path::new(&path).exists() => {

@@ -28,7 +28,7 @@ use crate::bundle::BundleArgs;
 use crate::cargo::USAGE;
 use crate::program::Program;
 
-/// What `cargo xtask` says when it is not told what to do.
+/// The text that `cargo xtask` prints without a command.
 const WELCOME: &str = "\
 Two commands do everything on a fresh machine:
 

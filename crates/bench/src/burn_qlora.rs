@@ -89,8 +89,8 @@ impl BurnQlora {
             let loss = batch.loss_sum(logits) / targets as f64;
             loss_sum += loss.clone().into_scalar::<f32>() as f64;
             let known = Instant::now();
-            let tape = loss.backward();
-            gradients.accumulate(&self.model, GradientsParams::from_grads(tape, &self.model));
+            let graph = loss.backward();
+            gradients.accumulate(&self.model, GradientsParams::from_grads(graph, &self.model));
             sync(&self.device)?;
             phases.add(Phases {
                 data: (padded - started).as_secs_f64(),

@@ -20,7 +20,7 @@ pub enum LineError {
         "not valid JSON: {message} at column {column}; every line must be one complete JSON object"
     )]
     Json {
-        /// What the parser says.
+        /// The message of the parser.
         message: String,
         /// Where in the line, from 1.
         column: usize,
@@ -145,7 +145,7 @@ pub enum DataError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// A line is not a valid row.
@@ -272,7 +272,7 @@ pub enum DataError {
     ChatTemplate {
         /// The file that it is in.
         path: PathBuf,
-        /// What the template engine, or the template itself, says.
+        /// The message of the template engine, or of the template itself.
         message: String,
     },
     /// The tokenizer refuses a row.
@@ -282,7 +282,7 @@ pub enum DataError {
         path: PathBuf,
         /// The row's line, from 1.
         line: usize,
-        /// What the tokenizer says.
+        /// The message of the tokenizer.
         message: String,
     },
     /// A token is outside of the model's embedding.

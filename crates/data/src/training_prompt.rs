@@ -28,7 +28,7 @@ pub enum PromptFileError {
     Read {
         /// The file.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the system.
         source: std::io::Error,
     },
     /// Its content is not valid.

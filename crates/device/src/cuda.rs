@@ -32,7 +32,7 @@ pub fn driver() -> Result<Driver, DeviceError> {
     Ok(driver)
 }
 
-/// Bytes that are free on the first device, or all that it has where the driver tells no more; `None` without a
+/// Bytes that are free on the first device, or all its memory if the driver reports no more; `None` without a
 /// driver.
 pub fn free_memory() -> Option<u64> {
     type Init = unsafe extern "system" fn(c_uint) -> c_int;

@@ -239,9 +239,9 @@ pub const TF32: FloatDType = FloatDType::Flex32;
 /// | device | `None` (auto) | on request |
 /// | --- | --- | --- |
 /// | CPU | f32 | bf16 where the processor has AVX512-BF16: products with 8-bit weights only |
-/// | CUDA | bf16 where the GPU has it (Ampere and later), else f32 | f32, f16; [`TF32`] where the GPU has it |
+/// | CUDA | bf16 if the GPU supports it (Ampere and later), else f32 | f32, f16; [`TF32`] if the GPU supports it |
 /// | Vulkan, Metal | f16 where the adapter has matrix units for it, else f32 | f32, f16 |
-/// | wgpu (WGSL) | f32 | f16 where the adapter has it |
+/// | wgpu (WGSL) | f32 | f16 if the GPU supports it |
 ///
 /// Sums of products, hidden states, norms, softmax, loss, adapters, their gradients and the
 /// optimizer's state are f32 everywhere.

@@ -64,10 +64,10 @@ fn product(device: &Device) -> Result<Product, String> {
     let (weight, _) = quantize_data(&weight, [D_IN, D_OUT], Quantization::Bits8)
         .ok_or("the test's weight cannot be quantized")?;
 
-    let tape = device.clone().autodiff();
+    let graph = device.clone().autodiff();
     let weight = Tensor::<2>::from_data(weight, device);
-    let x = Tensor::<2>::from_data(TensorData::new(x, [N, D_IN]), &tape).require_grad();
-    let c = Tensor::<2>::from_data(TensorData::new(c, [N, D_OUT]), &tape);
+    let x = Tensor::<2>::from_data(TensorData::new(x, [N, D_IN]), &graph).require_grad();
+    let c = Tensor::<2>::from_data(TensorData::new(c, [N, D_OUT]), &graph);
     let y = frozen_linear(x.clone(), weight);
     let gradients = (y.clone() * c).sum().backward();
     let gradient = x.grad(&gradients).ok_or("the product has no gradient")?;

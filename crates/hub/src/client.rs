@@ -24,7 +24,7 @@ const LONGEST_WAIT: Duration = Duration::from_secs(60);
 /// Why a request failed.
 #[derive(Debug)]
 pub(super) enum Failure {
-    /// Another attempt may help, after this time if the server says so.
+    /// Another attempt may help, after this time if the server sets one.
     Passing(String, Option<Duration>),
     /// Another attempt does not help.
     Final(HubError),

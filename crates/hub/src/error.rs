@@ -90,7 +90,7 @@ pub enum HubError {
         name: HubName,
         /// The Hub's address.
         endpoint: String,
-        /// Whether a token was sent, and what the Hub says.
+        /// Whether a token was sent, and the message of the Hub.
         detail: String,
     },
     /// The token is wrong or may not do this.
@@ -186,7 +186,7 @@ pub enum HubError {
         action: &'static str,
         /// The file or folder.
         path: PathBuf,
-        /// What the system says.
+        /// The error of the system.
         source: io::Error,
     },
 }

@@ -49,11 +49,11 @@ const SPARE: u64 = 64 << 20;
 const ATTEMPTS_TO_LIST: usize = 2;
 
 /// The folder of a model: `text` itself if it is a path, else the cache's folder of the repository that it
-/// names, with what is needed downloaded. The environment says where the Hub and the cache are.
+/// names, with what is needed downloaded. Environment variables set the address of the Hub and the cache.
 ///
 /// # Errors
 ///
-/// [`HubError`]: neither folder nor name, no connection, gated, damaged, …; each says what to do.
+/// [`HubError`]: neither folder nor name, no connection, gated, damaged, …; each names a remedy.
 pub fn model_folder(text: &str, need: Need) -> Result<PathBuf, HubError> {
     folder(text, need, EXAMPLE)
 }

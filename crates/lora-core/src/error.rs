@@ -60,7 +60,7 @@ pub enum LoraError {
     MatchesNothing {
         /// The setting.
         field: &'static str,
-        /// The entry as the configuration has it.
+        /// The entry as written in the configuration.
         entry: Box<str>,
         /// The names that an entry can match.
         among: Box<str>,

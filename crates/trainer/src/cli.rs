@@ -221,9 +221,9 @@ impl From<GpuReport> for ReportOptions {
     }
 }
 
-/// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage gives 2. A
+/// Runs the command line. An error is printed with all its causes, and the code is 1; wrong usage returns 2. A
 /// training run that stopped before its end and can be resumed, because of Ctrl-C or a device that failed,
-/// gives 75; one that a second Ctrl-C ended at once, 130, or 143 for SIGTERM.
+/// returns 75; one that a second Ctrl-C ended at once, 130, or 143 for SIGTERM.
 pub fn main() -> ExitCode {
     let command = Cli::parse().command;
     command_line::run_with_codes(

@@ -11,7 +11,7 @@ use super::panels::{self, Stored};
 use crate::cpu::{self, FlexTensor, Values};
 use crate::multiply_add;
 
-/// Whether products with this table unpack it: 16 bits on Burn's CPU backend, off the tape.
+/// Whether products with this table unpack it: 16 bits on Burn's CPU backend, outside an autodiff graph.
 fn is_half(table: &Tensor<2>) -> bool {
     matches!(table.dtype(), DType::F16 | DType::BF16) && cpu::is_on_cpu(table)
 }
