@@ -186,7 +186,7 @@ pub trait Kernels: Debug + Sync {
 
 /// Burn's compositions, for any device.
 #[derive(Debug)]
-struct Composed;
+pub(crate) struct Composed;
 
 impl Kernels for Composed {}
 

@@ -5,12 +5,13 @@ use burn::tensor::{DType, Device, Tensor};
 use super::frozen_linear::{dense, few_rows, half};
 use super::is_native;
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
+use crate::dispatch::Composed;
 use crate::frozen_linear::{Direction, quantized_product};
 use crate::kv_cache::{KvCache, PromptTokens};
 use crate::loss::{CrossEntropy, LOGITS_BYTES, Targets};
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
-use crate::{Kernels, composed, cpu};
+use crate::{Kernels, cpu};
 
 /// Burn's CPU backend.
 #[derive(Debug)]
@@ -58,7 +59,7 @@ impl Kernels for Cpu {
         right: Tensor<2>,
     ) -> Tensor<2> {
         if !is_native(&left) || !is_native(&right) {
-            return composed::products::multiply_add(sum, scale, left, right);
+            return Composed.multiply_add(sum, scale, left, right);
         }
         match sum {
             Some(sum) if !is_native(&sum) => {
@@ -95,7 +96,7 @@ impl Kernels for Cpu {
         if is_native(&x) {
             half::logits(x, table)
         } else {
-            crate::multiply_in_f32(x, table.transpose())
+            Composed.table_logits(x, table)
         }
     }
 
@@ -122,12 +123,16 @@ impl Kernels for Cpu {
         if is_native(x) {
             (cpu::rms_norm::forward(x, gain, eps), InverseRms(None))
         } else {
-            composed::rms_norm::forward(x, gain, eps, dtype)
+            Composed.rms_norm(x, gain, eps, dtype)
         }
     }
 
     fn inverse_rms(&self, x: &Tensor<2>, eps: f64) -> InverseRms {
-        InverseRms((!is_native(x)).then(|| composed::rms_norm::inverse(x, eps)))
+        if is_native(x) {
+            InverseRms(None)
+        } else {
+            Composed.inverse_rms(x, eps)
+        }
     }
 
     fn rms_norm_backward(
@@ -139,9 +144,10 @@ impl Kernels for Cpu {
         gradient: Tensor<2>,
         sum: Tensor<2>,
     ) -> Tensor<2> {
-        match inverse.0 {
-            Some(inverse) => composed::rms_norm::backward(x, inverse, gain, gradient, sum),
-            None => cpu::rms_norm::backward(x, gain, eps, gradient, sum),
+        if inverse.0.is_some() {
+            Composed.rms_norm_backward(x, inverse, gain, eps, gradient, sum)
+        } else {
+            cpu::rms_norm::backward(x, gain, eps, gradient, sum)
         }
     }
 
@@ -153,7 +159,7 @@ impl Kernels for Cpu {
         scale: f64,
     ) -> Tensor<2> {
         if tables.whole.is_some() {
-            return composed::rope::rotate(x, tables, rotation, scale);
+            return Composed.rotate(x, tables, rotation, scale);
         }
         assert_eq!(scale, 1.0, "attention on the CPU scales the scores");
         cpu::rope::rotate(x, tables, rotation)
@@ -163,7 +169,7 @@ impl Kernels for Cpu {
         if is_native(gate) && is_native(up) {
             cpu::swiglu::forward(gate, up)
         } else {
-            composed::swiglu::forward(gate, up)
+            Composed.swiglu(gate, up)
         }
     }
 
@@ -176,7 +182,7 @@ impl Kernels for Cpu {
         if is_native(&gate) && is_native(&up) {
             cpu::swiglu::backward(gate, up, gradient)
         } else {
-            composed::swiglu::backward(gate, up, gradient)
+            Composed.swiglu_backward(gate, up, gradient)
         }
     }
 
@@ -191,15 +197,14 @@ impl Kernels for Cpu {
         if is_native(&q) {
             return cpu::attention::output([q, k, v], &layout.ranges, heads);
         }
-        let (output, saved) = composed::attention::forward(q, k, v, layout.padded(), heads);
-        (output, SavedAttention::Padded(Box::new(saved)))
+        Composed.attention(q, k, v, layout, heads)
     }
 
     fn kv_cache(&self, k: Tensor<2>, v: Tensor<2>, prompts: PromptTokens) -> Box<dyn KvCache> {
         if is_native(&k) && is_native(&v) {
             Box::new(cpu::kv_cache::Cache::new([k, v], prompts))
         } else {
-            Box::new(composed::kv_cache::Cache::new([k, v], prompts))
+            Composed.kv_cache(k, v, prompts)
         }
     }
 
@@ -207,7 +212,7 @@ impl Kernels for Cpu {
         if is_native(&logits) {
             cpu::loss::cross_entropy(logits, targets.ids)
         } else {
-            composed::loss::cross_entropy(logits, targets)
+            Composed.cross_entropy(logits, targets)
         }
     }
 }
