@@ -379,7 +379,7 @@ fn a_layer_of_a_model_is_compared_as_it_is() {
     let config = LlamaConfig::from_file(&folder).expect("a fixture");
     let device = selected.device.clone().autodiff();
     let row: Vec<u32> = (0..40).map(|i| i % 60).collect();
-    let rows = PackedTokens::from_rows([&row[..9], &row[..3], &row]);
+    let rows = PackedTokens::from_sequences([&row[..9], &row[..3], &row]);
     let forms = [
         (Quantization::Bits8, false, false),
         (Quantization::Bits4, true, false),

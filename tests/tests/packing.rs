@@ -159,7 +159,14 @@ fn assert_same(got: &(LossSums, Named), expected: &(LossSums, Named)) {
         loss < TOLERANCE && gradients < TOLERANCE,
         "loss {loss:e}, gradients {gradients:e}"
     );
-    let counts = |sums: LossSums| (sums.tokens, sums.correct, sums.rows, sums.correct_rows);
+    let counts = |sums: LossSums| {
+        (
+            sums.tokens,
+            sums.correct,
+            sums.examples,
+            sums.correct_examples,
+        )
+    };
     assert_eq!(counts(got.0), counts(expected.0));
 }
 

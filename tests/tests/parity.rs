@@ -412,9 +412,9 @@ fn packed_rows_give_the_logits_of_each_row_alone_on_every_device() {
                     .try_to_vec()
                     .expect("f32 values")
             };
-            let packed = run(&PackedTokens::from_rows(rows));
+            let packed = run(&PackedTokens::from_sequences(rows));
             let alone = rows
-                .map(|row| run(&PackedTokens::from_rows([row])))
+                .map(|row| run(&PackedTokens::from_sequences([row])))
                 .concat();
             let difference = packed
                 .iter()

@@ -178,8 +178,14 @@ fn losses_and_gradients_are_those_of_the_cpu() {
                     furthest.0, furthest.1
                 );
                 assert!(loss < TOLERANCE && norm < TOLERANCE && furthest.0 < TOLERANCE);
-                let counts =
-                    |sums: LossSums| (sums.tokens, sums.correct, sums.rows, sums.correct_rows);
+                let counts = |sums: LossSums| {
+                    (
+                        sums.tokens,
+                        sums.correct,
+                        sums.examples,
+                        sums.correct_examples,
+                    )
+                };
                 assert_eq!(counts(got.0), counts(expected.0));
             }
             // As on a weak GPU: products in pieces of 24 rows and fewer.

@@ -218,7 +218,7 @@ proptest! {
             prop_assert!(prefixes == Prefixes::Shared || batch.tokens.ids.len() == all);
             prop_assert_eq!(batch.rows.clone(), (1..=rows.len()).collect::<Vec<_>>());
             let mut targets = batch.target_positions.iter().zip(&batch.target_ids);
-            for (row, count) in rows.iter().zip(&batch.targets_per_row) {
+            for (row, count) in rows.iter().zip(&batch.targets_per_example) {
                 let learned = (row.len() / 2..row.len()).filter(|at| *at > 0 && (at % 2 == 1 || at + 1 == row.len()));
                 let learned: Vec<usize> = learned.collect();
                 prop_assert_eq!(*count, learned.len());

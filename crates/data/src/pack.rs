@@ -18,7 +18,7 @@ pub struct Batch {
     /// The token that each of those positions predicts.
     pub target_ids: Vec<u32>,
     /// The number of these positions per row.
-    pub targets_per_row: Vec<usize>,
+    pub targets_per_example: Vec<usize>,
     /// The rows' lines in the data file, from 1.
     pub rows: Vec<usize>,
     /// Tokens of the rows; the packed sequence has fewer if rows share prefixes.
@@ -62,7 +62,7 @@ impl Batch {
             tokens,
             target_positions: targets().map(|(place, _)| place).collect(),
             target_ids: targets().map(|(_, id)| id).collect(),
-            targets_per_row: rows.iter().map(|row| row.targets.len()).collect(),
+            targets_per_example: rows.iter().map(|row| row.targets.len()).collect(),
             rows: rows.iter().map(|row| row.line).collect(),
             row_tokens: rows.iter().map(|row| row.ids.len()).sum(),
         }
@@ -76,7 +76,7 @@ fn one_after_the_other(rows: &[&[u32]]) -> (PackedTokens, Vec<Vec<u32>>) {
         (start - row.len() as u32..start).collect()
     });
     let places = places.collect();
-    (PackedTokens::from_rows(rows.iter().copied()), places)
+    (PackedTokens::from_sequences(rows.iter().copied()), places)
 }
 
 impl Dataset {
@@ -122,7 +122,7 @@ mod tests {
         assert_eq!(batch.tokens.ids, [20, 21, 2, 10, 11, 12, 2]);
         let lengths = batch.tokens.segments.iter().map(|segment| segment.length);
         assert_eq!(lengths.collect::<Vec<_>>(), [3, 4]);
-        assert_eq!(batch.targets_per_row, [2, 2]);
+        assert_eq!(batch.targets_per_example, [2, 2]);
         assert_eq!(batch.target_positions, [0, 1, 4, 5]);
         assert_eq!(batch.target_ids, [21, 2, 12, 2]);
         assert_eq!(batch.rows, [5, 1]);
@@ -147,7 +147,7 @@ mod tests {
         for prefixes in [Prefixes::Apart, Prefixes::Shared] {
             let batch = dataset.batch(&[0, 1], prefixes);
             assert_eq!(batch.target_ids, [11, 2, 14, 2, 2]);
-            assert_eq!(batch.targets_per_row, [4, 1]);
+            assert_eq!(batch.targets_per_example, [4, 1]);
         }
         let apart = dataset.batch(&[0, 1], Prefixes::Apart);
         assert_eq!(apart.target_positions, [1, 2, 5, 6, 10]);

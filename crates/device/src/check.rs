@@ -439,7 +439,7 @@ mod tests {
     #[test]
     fn rows_are_cut_to_what_a_check_takes() {
         let rows: [&[u32]; 2] = [&[1, 2, 3, 4], &[5, 6]];
-        let packed = PackedTokens::from_rows(rows);
+        let packed = PackedTokens::from_sequences(rows);
         assert_eq!(cut(&packed, 6), packed);
         assert_eq!(cut(&packed, 5).ids, [1, 2, 3, 4]);
         assert_eq!(cut(&packed, 3).ids, [1, 2, 3]);

@@ -90,7 +90,7 @@ pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
     };
     let mut tensors: BTreeMap<String, (Vec<usize>, Vec<f32>)> = BTreeMap::new();
     for (row, ids) in rows.iter().enumerate() {
-        let packed = PackedTokens::from_rows([&ids[..]]);
+        let packed = PackedTokens::from_sequences([&ids[..]]);
         packed
             .check(&inference.config)
             .map_err(|source| LogitsError::Row { row, source })?;

@@ -154,7 +154,7 @@ impl Inference {
         };
         let (config, tensors) = read_adapter(folder).map_err(adapter)?;
         let model = tensors.put_on(self.base.clone(), &config.lora);
-        Ok((config, model.map_err(adapter)?.settled()))
+        Ok((config, model.map_err(adapter)?.for_inference()))
     }
 
     /// `model` with its adapters merged into the weights, quantized again as the base was.

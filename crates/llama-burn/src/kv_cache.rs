@@ -22,7 +22,7 @@ pub struct KvCache {
 
 impl KvCache {
     /// The number of sequences.
-    pub fn rows(&self) -> usize {
+    pub fn sequences(&self) -> usize {
         self.lengths.len()
     }
 
@@ -96,9 +96,9 @@ impl Llama {
     /// A number of tokens that differs from the number of sequences, a token outside the vocabulary, or a sequence that
     /// has used all of the model's positions. The cache is then unchanged.
     pub fn decode(&self, cache: &mut KvCache, tokens: &[u32]) -> Result<Tensor<2>, PackedError> {
-        if tokens.len() != cache.rows() || tokens.is_empty() {
-            return Err(PackedError::Rows {
-                expected: cache.rows(),
+        if tokens.len() != cache.sequences() || tokens.is_empty() {
+            return Err(PackedError::Sequences {
+                expected: cache.sequences(),
                 got: tokens.len(),
             });
         }
@@ -185,7 +185,7 @@ mod tests {
         let vocab = model.config.vocab_size;
         for (sequence, got) in left.iter().zip(got.chunks_exact(vocab)) {
             let text = &texts[*sequence];
-            let whole = model.hidden_states(&PackedTokens::from_rows([&text[..]]));
+            let whole = model.hidden_states(&PackedTokens::from_sequences([&text[..]]));
             let last = model.logits(whole.narrow(0, text.len() - 1, 1));
             let expected: Vec<f32> = last.into_data().try_to_vec().unwrap();
             for (got, expected) in got.iter().zip(&expected) {

@@ -367,7 +367,7 @@ mod tests {
             };
             let model = load(folder.path(), &config, options, &device, |_| {}).unwrap();
             assert_eq!(model.quantized_lm_head.is_empty(), !quantize_lm_head);
-            let packed = crate::PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+            let packed = crate::PackedTokens::from_sequences([&[1u32, 2, 3][..]]);
             model.logits(model.hidden_states(&packed))
         };
         let (dense, quantized) = (run(false), run(true));

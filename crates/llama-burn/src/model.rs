@@ -122,11 +122,11 @@ impl Llama {
         Ok(self)
     }
 
-    /// Caches the DoRA scalings, for inference with a model that is not trained any more ([`LoraLinear::settled`]).
-    pub fn settled(mut self) -> Self {
+    /// Caches the DoRA scalings, for inference with a model that is not trained any more ([`LoraLinear::for_inference`]).
+    pub fn for_inference(mut self) -> Self {
         for (_, linear) in self.linears_mut() {
             if linear.dora.is_some() {
-                *linear = linear.clone().settled();
+                *linear = linear.clone().for_inference();
             }
         }
         self
@@ -273,9 +273,9 @@ pub(crate) mod tests {
     fn packed_sequences_have_the_logits_of_each_sequence_alone() {
         let model = Llama::random(&config(), 1, &Device::flex());
         let sequences: [&[u32]; 3] = [&[1, 2, 3, 4, 5], &[7, 8], &[9, 10, 11]];
-        let packed = model.logits(model.hidden_states(&PackedTokens::from_rows(sequences)));
-        let alone =
-            sequences.map(|ids| model.logits(model.hidden_states(&PackedTokens::from_rows([ids]))));
+        let packed = model.logits(model.hidden_states(&PackedTokens::from_sequences(sequences)));
+        let alone = sequences
+            .map(|ids| model.logits(model.hidden_states(&PackedTokens::from_sequences([ids]))));
         packed.into_data().assert_approx_eq::<f32>(
             &Tensor::cat(alone.to_vec(), 0).into_data(),
             Tolerance::absolute(1e-5),
@@ -287,7 +287,7 @@ pub(crate) mod tests {
         let model = Llama::random(&config(), 1, &Device::flex());
         let run = |ids: &[u32]| {
             model
-                .hidden_states(&PackedTokens::from_rows([ids]))
+                .hidden_states(&PackedTokens::from_sequences([ids]))
                 .narrow(0, 0, 3)
         };
         let (a, b) = (run(&[1, 2, 3, 4]), run(&[1, 2, 3, 40]));
@@ -331,7 +331,7 @@ pub(crate) mod tests {
     fn unfreezing_trains_every_weight() {
         let device = Device::flex().autodiff();
         let model = Llama::random(&config(), 1, &device).unfreeze();
-        let packed = PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+        let packed = PackedTokens::from_sequences([&[1u32, 2, 3][..]]);
         let gradients = model.logits(model.hidden_states(&packed)).sum().backward();
         let weight = model.layers[0].mlp.gate_proj.weight.val();
         assert!(weight.grad(&gradients).is_some());

@@ -50,7 +50,7 @@ pub enum PackedError {
     },
     /// The number of new tokens differs from the number of cached sequences.
     #[error("{got} tokens for {expected} sequences in the cache; pass one token per sequence")]
-    Rows {
+    Sequences {
         /// The number of sequences.
         expected: usize,
         /// The number of tokens.
@@ -81,7 +81,7 @@ pub enum PackedError {
 
 impl PackedTokens {
     /// Packs sequences without prefix sharing.
-    pub fn from_rows<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
+    pub fn from_sequences<'a>(sequences: impl IntoIterator<Item = &'a [u32]>) -> Self {
         let mut packed = Self::default();
         for sequence in sequences {
             packed.push(sequence, None);
@@ -423,7 +423,7 @@ mod tests {
 
     #[test]
     fn positions_restart_in_each_sequence() {
-        let packed = PackedTokens::from_rows([&[5, 6, 7][..], &[8, 9]]);
+        let packed = PackedTokens::from_sequences([&[5, 6, 7][..], &[8, 9]]);
         assert_eq!(lengths(&packed), [(3, None), (2, None)]);
         assert_eq!(packed.positions(), [0, 1, 2, 0, 1]);
     }
@@ -472,7 +472,7 @@ mod tests {
 
     #[test]
     fn segments_that_are_no_prefix_tree_are_refused() {
-        let mut packed = PackedTokens::from_rows([&[1, 2][..], &[3]]);
+        let mut packed = PackedTokens::from_sequences([&[1, 2][..], &[3]]);
         packed.segments[0].parent = Some(1);
         let config = crate::model::tests::config();
         assert!(matches!(
@@ -511,7 +511,7 @@ mod tests {
         };
         let (vocab, together) = (config.vocab_size, logits(&packed));
         for (sequence, places) in sequences.iter().zip(&places) {
-            let alone = logits(&PackedTokens::from_rows([*sequence]));
+            let alone = logits(&PackedTokens::from_sequences([*sequence]));
             for (alone, place) in alone.chunks_exact(vocab).zip(places) {
                 let together = &together[*place as usize * vocab..][..vocab];
                 for (one, other) in alone.iter().zip(together) {

@@ -117,7 +117,7 @@ mod tests {
             weight.dims(),
             [config.intermediate_size, config.hidden_size]
         );
-        let packed = crate::PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+        let packed = crate::PackedTokens::from_sequences([&[1u32, 2, 3][..]]);
         let logits = model.logits(model.hidden_states(&packed));
         assert_eq!(logits.dims(), [3, config.vocab_size]);
         let largest = logits.abs().max().into_scalar::<f32>();

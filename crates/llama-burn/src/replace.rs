@@ -166,7 +166,7 @@ mod tests {
             };
             let source = Llama::random(&config, 1, &device);
             let mut copy = Llama::random(&config, 2, &device);
-            let packed = PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+            let packed = PackedTokens::from_sequences([&[1u32, 2, 3][..]]);
             let run = |model: &Llama| model.logits(model.hidden_states(&packed)).into_data();
             for (name, shape) in config.tensor_shapes() {
                 let values = match name.as_str() {

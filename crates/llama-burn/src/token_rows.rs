@@ -279,7 +279,7 @@ mod tests {
     fn trained_rows_act_as_weights_with_these_rows() {
         let device = Device::flex();
         let ids = [1u32, 3, 7, 3, 9];
-        let packed = PackedTokens::from_rows([&ids[..]]);
+        let packed = PackedTokens::from_sequences([&ids[..]]);
         for (tied, head) in [(true, false), (false, false), (false, true), (true, true)] {
             let model = trained(tied, head, &device);
             let merged = model.clone().with_merged_rows().unwrap();

@@ -19,7 +19,7 @@ pub struct Dora {
     squared_norms: Tensor<2>,
     /// The cached m / ‖W₀ + γ·A·B‖ of a layer that is not trained.
     #[module(skip)]
-    settled: Option<Tensor<2>>,
+    cached_factor: Option<Tensor<2>>,
 }
 
 /// The factor m / n per output, and the norms n, `[1, d_out]` each.
@@ -53,21 +53,21 @@ impl Dora {
         Self {
             magnitude: Param::from_tensor(magnitude),
             squared_norms,
-            settled: None,
+            cached_factor: None,
         }
     }
 
     /// The same magnitudes for another weight: the quantized form of the first.
     pub(crate) fn with_weight(mut self, dense: Tensor<2>) -> Self {
         self.squared_norms = dense.cast(DType::F32).square().sum_dim(0);
-        self.settled = None;
+        self.cached_factor = None;
         self
     }
 
     /// Caches the factors, for a layer that is not trained.
-    pub(crate) fn settle(mut self, weight: &Tensor<2>, adapter: &LoraAdapter) -> Self {
-        self.settled = None;
-        self.settled = Some(self.scaling(weight, adapter).factor);
+    pub(crate) fn cache_factor(mut self, weight: &Tensor<2>, adapter: &LoraAdapter) -> Self {
+        self.cached_factor = None;
+        self.cached_factor = Some(self.scaling(weight, adapter).factor);
         self
     }
 
@@ -78,7 +78,7 @@ impl Dora {
 
     /// The factor per output in f32, outside the autodiff graph.
     pub(crate) fn scaling(&self, weight: &Tensor<2>, adapter: &LoraAdapter) -> Scaling {
-        if let Some(factor) = &self.settled {
+        if let Some(factor) = &self.cached_factor {
             return Scaling {
                 factor: factor.clone(),
                 norms: self.magnitude.val().without_autodiff() / factor.clone(),
@@ -222,8 +222,8 @@ mod tests {
         let device = Device::flex();
         let layer = layer(&device, Quantization::Bits8);
         let x = random([5, 64], 3, &device);
-        let settled = layer.clone().settled();
-        assert!(distance(&settled.forward(x.clone()), &layer.forward(x.clone())) < 1e-6);
+        let cached = layer.clone().for_inference();
+        assert!(distance(&cached.forward(x.clone()), &layer.forward(x.clone())) < 1e-6);
         let plain = layer.without_adapter();
         assert!(plain.dora.is_none() && plain.trainable().is_empty());
     }

@@ -137,9 +137,9 @@ impl LoraLinear {
 
     /// Caches a DoRA's scaling, for a layer that is not trained any more. Training the layer afterwards would use the
     /// old norms.
-    pub fn settled(mut self) -> Self {
+    pub fn for_inference(mut self) -> Self {
         if let (Some(dora), Some(adapter)) = (&self.dora, self.adapter()) {
-            self.dora = Some(dora.clone().settle(&self.weight.base(), adapter));
+            self.dora = Some(dora.clone().cache_factor(&self.weight.base(), adapter));
         }
         self
     }

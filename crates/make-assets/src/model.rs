@@ -126,7 +126,7 @@ mod tests {
             dtype: DType::F32,
         };
         let loaded = load(folder.path(), &config, options, &device, |_| {}).unwrap();
-        let rows = PackedTokens::from_rows([&[0u32, 5, 9, 1000][..]]);
+        let rows = PackedTokens::from_sequences([&[0u32, 5, 9, 1000][..]]);
         let scores = |model: &Llama| values(model.logits(model.hidden_states(&rows))).1;
         for (expected, got) in scores(&model).iter().zip(scores(&loaded)) {
             assert!((expected - got).abs() < 2e-2, "{expected} {got}");

@@ -131,7 +131,7 @@ fn row(
 /// Weighted mean cross entropy of every token except the first of its sequence, given those before
 /// it.
 fn next_token_loss(model: &Llama, rows: &[Row], device: &Device) -> Tensor<1> {
-    let packed = PackedTokens::from_rows(rows.iter().map(|row| &row.ids[..row.ids.len() - 1]));
+    let packed = PackedTokens::from_sequences(rows.iter().map(|row| &row.ids[..row.ids.len() - 1]));
     let targets: Vec<u32> = rows.iter().flat_map(|row| &row.ids[1..]).copied().collect();
     let weights: Vec<f32> = rows
         .iter()

@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn the_scale_of_the_configuration_counts() {
-        let packed = PackedTokens::from_rows([&[1u32, 2, 3][..]]);
+        let packed = PackedTokens::from_sequences([&[1u32, 2, 3][..]]);
         let run = |lora_alpha| {
             let lora = LoraConfig {
                 lora_alpha,

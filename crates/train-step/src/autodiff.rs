@@ -54,7 +54,7 @@ fn loss_in_graph(model: &Llama, hidden: Tensor<2>, batch: &Batch) -> (LossSums, 
     let hit = |(best, target): (&f32, &u32)| *best as u32 == *target;
     let hits: Vec<bool> = read[1..].iter().zip(&batch.target_ids).map(hit).collect();
     (
-        counted(f64::from(read[0]), &hits, &batch.targets_per_row),
+        counted(f64::from(read[0]), &hits, &batch.targets_per_example),
         loss,
     )
 }

@@ -21,9 +21,9 @@ pub struct LossSums {
     /// The number of positions.
     pub tokens: usize,
     /// The number of examples whose every position is predicted correctly.
-    pub correct_rows: usize,
+    pub correct_examples: usize,
     /// The number of examples.
-    pub rows: usize,
+    pub examples: usize,
 }
 
 impl LossSums {
@@ -32,8 +32,8 @@ impl LossSums {
         self.loss += other.loss;
         self.correct += other.correct;
         self.tokens += other.tokens;
-        self.correct_rows += other.correct_rows;
-        self.rows += other.rows;
+        self.correct_examples += other.correct_examples;
+        self.examples += other.examples;
     }
 
     /// Cross entropy per token, in nats; NaN without tokens.
@@ -48,7 +48,7 @@ impl LossSums {
 
     /// Share of examples whose whole completion, end token included, is predicted correctly.
     pub fn row_accuracy(&self) -> f64 {
-        self.correct_rows as f64 / self.rows as f64
+        self.correct_examples as f64 / self.examples as f64
     }
 }
 
@@ -84,7 +84,7 @@ pub struct LossOnDevice {
     pub(crate) losses: Vec<Tensor<1>>,
     /// 1 for each position of a chunk that is predicted correctly, else 0: `[m]` per chunk.
     pub(crate) hits: Vec<Tensor<1>>,
-    pub(crate) targets_per_row: Vec<usize>,
+    pub(crate) targets_per_example: Vec<usize>,
 }
 
 /// Reads losses and hits, together with one more number of any meaning, in one transfer. Returns `None` without
@@ -110,34 +110,34 @@ pub fn read(number: Option<Tensor<1>>, losses: Vec<LossOnDevice>) -> Option<(f64
     for loss in losses {
         let parts = read.by_ref().take(loss.losses.len());
         let total = parts.map(f64::from).sum();
-        let positions = loss.targets_per_row.iter().sum();
+        let positions = loss.targets_per_example.iter().sum();
         let hits: Vec<bool> = read
             .by_ref()
             .take(positions)
             .map(|hit| hit == 1.0)
             .collect();
-        sums.add(counted(total, &hits, &loss.targets_per_row));
+        sums.add(counted(total, &hits, &loss.targets_per_example));
     }
     Some((first, sums))
 }
 
 /// Counts the correct predictions per position and per example.
-pub(crate) fn counted(loss: f64, hits: &[bool], targets_per_row: &[usize]) -> LossSums {
+pub(crate) fn counted(loss: f64, hits: &[bool], targets_per_example: &[usize]) -> LossSums {
     let mut sums = LossSums {
         loss,
         tokens: hits.len(),
         ..LossSums::default()
     };
     let mut next = 0;
-    for targets in targets_per_row {
+    for targets in targets_per_example {
         let correct = hits[next..next + targets]
             .iter()
             .filter(|hit| **hit)
             .count();
         next += targets;
         sums.correct += correct;
-        sums.rows += 1;
-        sums.correct_rows += usize::from(correct == *targets);
+        sums.examples += 1;
+        sums.correct_examples += usize::from(correct == *targets);
     }
     sums
 }

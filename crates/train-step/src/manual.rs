@@ -292,11 +292,11 @@ struct ChunkSums {
 impl ChunkSums {
     fn into_loss(self, batch: &Batch) -> Loss {
         match self.on_device {
-            None => Loss::Known(counted(self.loss, &self.hits, &batch.targets_per_row)),
+            None => Loss::Known(counted(self.loss, &self.hits, &batch.targets_per_example)),
             Some((losses, hits)) => Loss::OnDevice(LossOnDevice {
                 losses,
                 hits,
-                targets_per_row: batch.targets_per_row.clone(),
+                targets_per_example: batch.targets_per_example.clone(),
             }),
         }
     }

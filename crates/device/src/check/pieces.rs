@@ -283,7 +283,7 @@ impl<'a> Run<'a> {
             tokens: Default::default(),
             target_positions: Vec::new(),
             target_ids: (0..positions).map(|i| (i * 37 % vocab) as u32).collect(),
-            targets_per_row: vec![positions],
+            targets_per_example: vec![positions],
             rows: Vec::new(),
             row_tokens: 0,
         };

@@ -51,7 +51,7 @@ impl Session<'_> {
             }
             let batch = rows.batch(&indices, self.fit.prefixes);
             sums.add(gradients::evaluate(model, &batch));
-            self.callback.on_validating(sums.rows, rows.len());
+            self.callback.on_validating(sums.examples, rows.len());
         }
         Some(sums)
     }
