@@ -263,7 +263,7 @@ def test_files_that_cannot_be_meant_are_told(trainer, embedded_model, adapter, s
     trainer.fails(*suite, *model, "--data-dir", data, saying=["data", "fpb_test.jsonl", "cpa_reg_test.jsonl"])
     trainer.fails(*suite, *model, "--data-dir", tmp_path / "no", saying=["no such folder"])
     for content, parts in [
-        ("", ["fpb_test.jsonl holds no rows"]),
+        ("", ["fpb_test.jsonl has no examples"]),
         ('{"context": "a", "target": "b"}\n{"context": "c"}\n', ["fpb_test.jsonl:2", '"target" is missing']),
         ('{"text": "a"}\n', ["fpb_test.jsonl:1", '"context" is missing']),
         ("version https://git-lfs.github.com/spec/v1\n", ["git lfs pull"]),

@@ -54,7 +54,7 @@ pub(super) fn turns(
             return Err(failed(format!(
                 "the chat template renders the conversation up to messages[{turn}] differently alone than as part of the \
                  whole conversation (the first {same} bytes are equal), so the loss mask of this turn is unknown; write \
-                 one row per turn to train on, with that turn last"
+                 one example per turn to train on, with that turn last"
             )));
         }
         // Not every template renders an empty list of messages.
@@ -99,7 +99,8 @@ fn marked(
     if marks.len() != all.len() {
         return Err(format!(
             "the chat template marks {} parts as the assistant's ({{% generation %}}), and the conversation has {} \
-             assistant turns, some of which are not in the loss: it is unknown which part is which turn",
+             assistant turns, some of which are not in the loss: the parts cannot be matched to turns; mark every turn as \
+             trained, or remove {{% generation %}} from the chat template",
             marks.len(),
             all.len()
         ));
@@ -303,7 +304,7 @@ mod tests {
             "{error}"
         );
         assert!(
-            error.contains("messages[1]") && error.contains("one row per turn"),
+            error.contains("messages[1]") && error.contains("one example per turn"),
             "{error}"
         );
         let silent = "{% for m in messages %}{% if m.role == 'user' %}{{ m.content }} {% endif %}{% endfor %}";

@@ -357,7 +357,7 @@ fn is_learned(item: &mut Map<String, Value>, role: &str) -> Result<bool, String>
         };
         if role != "assistant" && says && key != "loss_mask" && key != "weight" {
             return Err(format!(
-                "{key:?} asks for a loss on a message of {role:?}; the loss is on the assistant's messages only"
+                "{key:?} puts a message of the role {role:?} into the loss; the loss is on the assistant's messages only"
             ));
         }
         learned &= says;

@@ -125,12 +125,12 @@ impl fmt::Display for Statistics {
         } = self;
         write!(
             f,
-            "{rows} rows, {tokens} tokens ({supervised_tokens} supervised), the longest row has {longest_row}"
+            "{rows} examples, {tokens} tokens ({supervised_tokens} in the loss), the longest example has {longest_row}"
         )?;
         match too_long {
             0 => Ok(()),
-            1 => f.write_str("; 1 row is longer than max_seq_len and left out"),
-            n => write!(f, "; {n} rows are longer than max_seq_len and left out"),
+            1 => f.write_str("; 1 example is longer than max_seq_len and skipped"),
+            n => write!(f, "; {n} examples are longer than max_seq_len and skipped"),
         }
     }
 }
@@ -185,14 +185,14 @@ mod tests {
             dataset
                 .statistics()
                 .to_string()
-                .ends_with("1 row is longer than max_seq_len and left out")
+                .ends_with("1 example is longer than max_seq_len and skipped")
         );
     }
 
     #[test]
     fn only_rows_that_are_too_long_are_an_error_that_says_what_would_do() {
         let error = dataset(2).unwrap_err().to_string();
-        assert!(error.contains("all 2 rows of data.jsonl"), "{error}");
+        assert!(error.contains("all 2 examples of data.jsonl"), "{error}");
         assert!(
             error.contains("max_seq_len = 2") && error.contains("shortest has 3"),
             "{error}"

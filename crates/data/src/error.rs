@@ -26,7 +26,7 @@ pub enum LineError {
         column: usize,
     },
     /// A line that is longer than any row can be.
-    #[error("longer than {} MiB; a row is one line", limit >> 20)]
+    #[error("longer than {} MiB; an example is one line", limit >> 20)]
     TooLong {
         /// Bytes of the longest line that is read.
         limit: usize,
@@ -56,16 +56,14 @@ pub enum LineError {
         got: &'static str,
     },
     /// An answer is empty.
-    #[error(
-        "\"{key}\" is empty, so there is nothing to train on; remove the line or give the answer"
-    )]
+    #[error("\"{key}\" is empty; remove the line or write its text")]
     Empty {
         /// The key.
         key: &'static str,
     },
     /// No format has these keys.
     #[error(
-        "the row has {}, which is not a known format; expected \"context\" and \"target\", \"messages\", \
+        "unknown format (it has {}); expected \"context\" and \"target\", \"messages\", \
          \"instruction\" and \"output\", \"prompt\" and \"completion\", or \"text\"",
         keys(present)
     )]
@@ -74,7 +72,7 @@ pub enum LineError {
         present: Vec<String>,
     },
     /// A key that would change the training and is not supported.
-    #[error("\"{key}\" is not supported in Alpaca rows; write the row as \"messages\"")]
+    #[error("\"{key}\" is not supported in Alpaca examples; write the example as \"messages\"")]
     NotSupported {
         /// The key.
         key: &'static str,
@@ -102,7 +100,9 @@ pub enum LineError {
     )]
     NothingLearned,
     /// A system prompt in a column and one among the messages.
-    #[error("a \"system\" column, and a first message of the role \"system\": which one is meant?")]
+    #[error(
+        "both a \"system\" column and a first message with the role \"system\"; remove one of them"
+    )]
     TwoSystemPrompts,
     /// A column that would change the training and is not supported.
     #[error("the column \"{key}\" would change the training and is not supported; {remedy}")]
@@ -113,7 +113,7 @@ pub enum LineError {
         remedy: &'static str,
     },
     /// An assistant turn without content.
-    #[error("messages[{turn}] is an empty assistant turn, so there is nothing to train on")]
+    #[error("messages[{turn}] is an empty assistant turn; remove the turn or write its content")]
     EmptyTurn {
         /// Which message.
         turn: usize,
@@ -161,7 +161,7 @@ pub enum DataError {
         beginning: String,
     },
     /// A row of a binary file is not valid.
-    #[error("{path}, row {row}: {problem}", path = path.display())]
+    #[error("{path}, example {row}: {problem}", path = path.display())]
     Record {
         /// The file.
         path: PathBuf,
@@ -181,14 +181,14 @@ pub enum DataError {
         message: String,
     },
     /// A data file has no rows.
-    #[error("{path} holds no rows; expected one JSON object {{\"context\", \"target\"}} per line", path = path.display())]
+    #[error("{path} has no examples; expected one JSON object {{\"context\", \"target\"}} per line", path = path.display())]
     NoRows {
         /// The file.
         path: PathBuf,
     },
     /// The prompt template does not fit the format.
     #[error(
-        "{path} holds {format}, which prompt_template = \"{template}\" has no place for; {remedy}",
+        "{path} holds {format}, which prompt_template = \"{template}\" does not support; {remedy}",
         path = path.display()
     )]
     TemplateForFormat {
@@ -212,7 +212,7 @@ pub enum DataError {
         message: String,
     },
     /// Rows without an answer to compare with.
-    #[error("{path} holds plain texts, which have no answers; evaluation needs rows with an answer", path = path.display())]
+    #[error("{path} holds plain texts, which have no answers; evaluation needs examples with an answer", path = path.display())]
     NoQuestion {
         /// The data file.
         path: PathBuf,
@@ -229,7 +229,7 @@ pub enum DataError {
     },
     /// The split leaves one side without rows.
     #[error(
-        "val_set_size = {val_set_size} takes {validation} of {rows} rows and leaves none to train on; \
+        "val_set_size = {val_set_size} holds out {validation} of {rows} examples and leaves none to train on; \
          use a smaller val_set_size, or name a val_dataset_path"
     )]
     Split {
@@ -276,7 +276,7 @@ pub enum DataError {
         message: String,
     },
     /// The tokenizer refuses a row.
-    #[error("{path}:{line}: the tokenizer fails on this row: {message}", path = path.display())]
+    #[error("{path}:{line}: the tokenizer fails on this example: {message}", path = path.display())]
     Tokenize {
         /// The data file.
         path: PathBuf,
@@ -305,7 +305,7 @@ pub enum DataError {
     /// The prompt has no token, so no token predicts the first token of the target.
     #[error(
         "{path}:{line}: the prompt has no tokens (the context is empty and the tokenizer adds none), so \
-         nothing predicts the target's first token; give the row a context, or use a prompt_template with text",
+         nothing predicts the target's first token; give the example a context, or use a prompt_template with text",
         path = path.display()
     )]
     EmptyPrompt {
@@ -316,7 +316,7 @@ pub enum DataError {
     },
     /// All rows are too long.
     #[error(
-        "all {rows} rows of {path} are longer than max_seq_len = {max_seq_len} (the shortest has \
+        "all {rows} examples of {path} are longer than max_seq_len = {max_seq_len} (the shortest has \
          {shortest} tokens); raise max_seq_len to at least that", path = path.display()
     )]
     AllTooLong {

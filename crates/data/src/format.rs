@@ -9,9 +9,9 @@ use super::empty::{is_blank, is_empty};
 use super::error::{LineError, json_type};
 
 const OF_MESSAGES: &str = "write \"prompt\" and \"completion\" as lists of messages";
-const AS_MESSAGES: &str = "write the row as \"messages\"";
-const SYSTEM: &str = "write the row as \"messages\" with a message of the role \"system\"";
-const WEIGHT: &str = "take rows out or repeat them instead";
+const AS_MESSAGES: &str = "write the example as \"messages\"";
+const SYSTEM: &str = "write the example as \"messages\" with a message of the role \"system\"";
+const WEIGHT: &str = "remove or repeat examples instead";
 const PREFERENCE: &str =
     "this trainer trains on answers, not on preferences; write the chosen one as the completion";
 
@@ -32,10 +32,10 @@ const NOT_HONOURED: [(&str, &str); 21] = [
     ("loss", WEIGHT),
     ("loss_weight", WEIGHT),
     ("sample_weight", WEIGHT),
-    ("train", "take out the rows that are not to be trained on"),
+    ("train", "remove the examples that are not to be trained on"),
     (
         "loss_mask",
-        "write the row as \"messages\" and mark messages with \"weight\"",
+        "write the example as \"messages\" and mark messages with \"weight\"",
     ),
     ("completion_mask", "write \"prompt\" and \"completion\""),
     ("assistant_masks", AS_MESSAGES),
@@ -159,8 +159,7 @@ impl Format {
             return Err(LineError::NotHonoured { key, remedy });
         }
         if self == Self::PromptCompletion && row.get(LABEL).is_some_and(is_verdict) {
-            let remedy =
-                "it rates completions; keep the rows whose label is true, and take the column out";
+            let remedy = "it rates completions; keep the examples whose label is true, and remove the column";
             return Err(LineError::NotHonoured { key: LABEL, remedy });
         }
         Ok(match self {
@@ -173,7 +172,8 @@ impl Format {
             }
             Self::PromptCompletion if !is_empty(row.get("system")) => {
                 let key = "system";
-                let remedy = "write it at the beginning of \"prompt\", or the row as \"messages\"";
+                let remedy =
+                    "write it at the beginning of \"prompt\", or the example as \"messages\"";
                 return Err(LineError::NotHonoured { key, remedy });
             }
             Self::PromptCompletion if !is_blank(row.get("tools")) => {

@@ -78,7 +78,9 @@ impl Guarded {
         match contain(encode) {
             Ok(Ok(encoding)) => Ok(encoding),
             Ok(Err(error)) => Err(error.to_string()),
-            Err(panic) => Err(format!("tokenizer.json does not work: {panic}")),
+            Err(panic) => Err(format!(
+                "the tokenizer library failed on tokenizer.json: {panic}; save the tokenizer again with transformers"
+            )),
         }
     }
 }

@@ -71,10 +71,10 @@ pub fn inspect_rows(
         writeln!(out)?;
         writeln!(
             out,
-            "{}: {} tokens, {} of the prompt, {supervised} supervised",
+            "{}: {} tokens, {} not in the loss, {supervised} in the loss",
             styles.heading.apply_to(heading),
             row.ids.len(),
-            row.prompt_tokens(),
+            row.ids.len() - supervised,
         )?;
         let separator = styles.dim.apply_to("|");
         for (position, id) in row.ids.iter().enumerate() {
@@ -125,12 +125,12 @@ impl Styles {
 
 fn legend(out: &mut impl Write, styles: &Styles) -> io::Result<()> {
     let supervised = match styles.supervised.apply_to("x").to_string().len() {
-        1 => "[supervised]".into(),
-        _ => styles.supervised.apply_to("supervised").to_string(),
+        1 => "[target]".into(),
+        _ => styles.supervised.apply_to("target").to_string(),
     };
     writeln!(
         out,
-        "Tokens end with |. prompt| is not in the loss, {supervised} is."
+        "| separates tokens. prompt| is not in the loss, {supervised} is in the loss."
     )?;
     writeln!(
         out,
@@ -244,7 +244,7 @@ mod tests {
     fn without_colour_the_supervised_tokens_are_in_brackets() {
         let text = shown(false);
         assert!(
-            text.contains("line 17: 5 tokens, 3 of the prompt, 2 supervised"),
+            text.contains("line 17: 5 tokens, 3 not in the loss, 2 in the loss"),
             "{text}"
         );
         assert!(text.contains("<s>|good|news|[positive][</s>]\n"), "{text}");

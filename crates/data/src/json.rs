@@ -117,7 +117,7 @@ pub(super) fn array(mut file: impl Read, rows: &mut Collected) -> Result<(), Dat
     text.skip_space();
     if !text.take(b'[') {
         return Err(broken(format!(
-            "line {}: expected an array of rows",
+            "line {}: expected an array of examples",
             text.line
         )));
     }
@@ -314,7 +314,7 @@ mod tests {
                 format!("[{row},\n{{\"text\": 7}}]"),
                 "rows.json:2: \"text\" must be a string",
             ),
-            ("[]".into(), "holds no rows"),
+            ("[]".into(), "has no examples"),
             ("[".into(), "cut off"),
             ("[".repeat(100_000), "recursion limit"),
         ] {

@@ -289,13 +289,13 @@ mod tests {
         inspect(&data, 99, &mut shown, false).unwrap();
         let shown = String::from_utf8(shown).unwrap();
         assert!(
-            shown.contains("training    7 rows, 28 tokens (14 supervised)"),
+            shown.contains("training    7 examples, 28 tokens (14 in the loss)"),
             "{shown}"
         );
-        assert!(shown.contains("validation  3 rows"), "{shown}");
+        assert!(shown.contains("validation  3 examples"), "{shown}");
         let format = "format      JSON lines of {\"context\", \"target\"}";
         assert!(shown.contains(format), "{shown}");
-        assert_eq!(shown.matches(": 4 tokens, 2 of the prompt").count(), 7);
+        assert_eq!(shown.matches(": 4 tokens, 2 not in the loss").count(), 7);
         let all = load(&path, &data.tokenizer, 16, 5).unwrap();
         assert_eq!(all.rows.len(), 10);
     }

@@ -28,7 +28,9 @@ pub(super) fn rows(file: File, rows: &mut Collected) -> Result<(), DataError> {
         Ok(Ok(())) => Ok(()),
         Ok(Err(Problem::File(error))) => Err(broken(error.to_string())),
         Ok(Err(Problem::Row(error))) => Err(error),
-        Err(_) => Err(broken("it contradicts itself; is it complete?".into())),
+        Err(_) => Err(broken(
+            "its contents are inconsistent; it may be truncated, download it again".into(),
+        )),
     }
 }
 
@@ -182,15 +184,15 @@ mod tests {
         for (name, part) in [
             (
                 "missing.parquet",
-                "missing.parquet, row 2: \"context\" must be a string, got null",
+                "missing.parquet, example 2: \"context\" must be a string, got null",
             ),
             (
                 "numbers.parquet",
-                "row 1: \"target\" must be a string, got a number",
+                "example 1: \"target\" must be a string, got a number",
             ),
             (
                 "unknown.parquet",
-                "row 1: the row has \"question\", \"reply\"",
+                "example 1: unknown format (it has \"question\", \"reply\"",
             ),
         ] {
             let error = read(&fixture(name)).unwrap_err();

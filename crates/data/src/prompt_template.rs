@@ -66,7 +66,7 @@ impl InstructTemplate {
             return Some("\"no_input_format\" must contain {instruction}");
         }
         if self.no_input_format.contains("{input}") {
-            return Some("\"no_input_format\" is for rows without an input and has no {input}");
+            return Some("\"no_input_format\" is for examples without an input and has no {input}");
         }
         if self.has_system() && !self.system_format.contains("{system}") {
             return Some("\"system_format\" must contain {system}");

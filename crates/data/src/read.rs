@@ -136,7 +136,7 @@ mod tests {
         let error = parse_rows(b"{\"a\": 1, \"b\": 2}", Path::new("a.jsonl")).unwrap_err();
         let error = error.to_string();
         assert!(
-            error.contains("a.jsonl:1: the row has \"a\", \"b\""),
+            error.contains("a.jsonl:1: unknown format (it has \"a\", \"b\""),
             "{error}"
         );
         assert!(error.contains("\"messages\""), "{error}");

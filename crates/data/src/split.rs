@@ -103,7 +103,7 @@ mod tests {
         assert!(split(rows(3), 0.0, 1).unwrap().1.is_empty());
         let error = split(rows(3), 3.0, 1).unwrap_err().to_string();
         assert!(
-            error.contains("val_set_size = 3 takes 3 of 3 rows"),
+            error.contains("val_set_size = 3 holds out 3 of 3 examples"),
             "{error}"
         );
         assert!(split(rows(1), 0.5, 1).is_err());

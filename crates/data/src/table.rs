@@ -130,7 +130,7 @@ fn row(
     if record.len() != names.len() {
         let rule = match delimiter {
             b'\t' => {
-                "a value cannot hold a tab or a line break; write such rows as CSV or JSON lines"
+                "a value cannot hold a tab or a line break; write such examples as CSV or JSON lines"
             }
             _ => "a value with a delimiter, a quote or a line break must be in quotes",
         };
@@ -233,11 +233,11 @@ mod tests {
             (b"con\xe9,target\na,b\n", "a.csv:1: the name of column 1"),
             (
                 b"question,target2\na,b\n",
-                "a.csv:1: the row has \"question\", \"target2\"",
+                "a.csv:1: unknown format (it has \"question\", \"target2\"",
             ),
             (b"target\nb\n", "a.csv:2: the key \"context\" is missing"),
-            (b"context,target\n", "holds no rows"),
-            (b"", "holds no rows"),
+            (b"context,target\n", "has no examples"),
+            (b"", "has no examples"),
             (
                 b"context,target\r\n\r\n\"a,b\r\n",
                 "a.csv:3: a value in quotes is never closed",

@@ -33,7 +33,7 @@ pub enum PromptFileError {
     },
     /// Its content is not valid.
     #[error(
-        "{} is not what training writes: {message}; if the file is lost, delete it and give --template",
+        "{} is not valid: {message}; delete it and set --template",
         path.display()
     )]
     Invalid {
