@@ -106,7 +106,7 @@ fn trainable(
         let error = AdapterError::Config {
             field: field.into(),
             got,
-            expected: format!("a setting that can be trained on: {why}"),
+            expected: format!("a setting that training supports: {why}"),
         };
         StartError::Adapter(error.in_file(&folder.join(peft::CONFIG_FILE)))
     };
@@ -211,14 +211,11 @@ fn conflicts(written: &Config, adapter: &Config, folder: &Path) -> Vec<Problem> 
     let keys = written.source.lora_keys.iter();
     let different = keys.filter(|key| ours.get(*key) != theirs.get(*key));
     let problem = |key: &String| Problem {
-        location: match &written.source.file {
-            Some(file) => file.display().to_string(),
-            None => "the built-in configuration or --set".into(),
-        },
+        location: written.source.location(key),
         key: key.clone(),
         value: ours.get(key).map(ToString::to_string),
         message: format!(
-            "contradicts init_adapter: {} has {}; leave the key out, or train a fresh adapter",
+            "contradicts init_adapter ({}), whose {key} is {}; remove the key, or remove init_adapter",
             folder.display(),
             theirs
                 .get(key)

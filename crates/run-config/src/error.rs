@@ -1,5 +1,6 @@
 //! What can be wrong with a configuration.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::PathBuf;
 
@@ -35,7 +36,7 @@ pub enum ConfigError {
         errors: Vec<SyntaxError>,
     },
     /// The file holds several runs and none was named.
-    #[error("{file} holds {} runs; name one with --run NAME:{}", names.len(), list(names))]
+    #[error("{file} holds {} runs; name one with --run NAME:{}", names.len(), list_names(names))]
     RunNeeded {
         /// The file.
         file: String,
@@ -46,7 +47,7 @@ pub enum ConfigError {
     #[error(
         "{file} holds no run {run:?}{}; its runs are:{}",
         did_you_mean(nearest),
-        list(names)
+        list_names(names)
     )]
     UnknownRun {
         /// The file.
@@ -116,9 +117,9 @@ pub struct Problem {
 
 impl fmt::Display for Problem {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{}: {}", self.location, self.key)?;
+        write!(f, "{}: {}", self.location, shown(&self.key))?;
         if let Some(value) = &self.value {
-            write!(f, " = {value}")?;
+            write!(f, " = {}", shown(value))?;
         }
         write!(f, ": {}", self.message)
     }
@@ -139,17 +140,30 @@ fn count(problems: usize) -> String {
     }
 }
 
-/// The first items, shortened: a damaged file can have thousands, of any length.
+/// What a user wrote (a key, a value, a name), shortened for a message. The words of the message itself, with the remedy,
+/// are never cut.
+pub(super) fn shown(text: &str) -> Cow<'_, str> {
+    clipped(text, 200)
+}
+
+/// The first items: a damaged file can have thousands.
 fn list(items: &[impl fmt::Display]) -> String {
     const MOST: usize = 40;
-    let shown = items.iter().take(MOST);
-    let mut text: String = shown
-        .map(|item| format!("\n  {}", clipped(&item.to_string(), 300)))
+    // Far longer than any message of this program; only a parser's message about a damaged file could be.
+    const LONGEST: usize = 4000;
+    let first = items.iter().take(MOST);
+    let mut text: String = first
+        .map(|item| format!("\n  {}", clipped(&item.to_string(), LONGEST)))
         .collect();
     if items.len() > MOST {
         text += &format!("\n  and {} more", items.len() - MOST);
     }
     text
+}
+
+fn list_names(names: &[String]) -> String {
+    let names: Vec<Cow<str>> = names.iter().map(|name| shown(name)).collect();
+    list(&names)
 }
 
 fn did_you_mean(nearest: &Option<String>) -> String {
@@ -183,6 +197,19 @@ mod tests {
         assert_eq!(nearest("Batchsize"), Some("batch_size"));
         assert_eq!(nearest("lora_rank"), Some("lora_r"));
         assert_eq!(nearest("zebra"), None);
+    }
+
+    #[test]
+    fn a_long_value_is_cut_and_its_remedy_is_not() {
+        let problem = Problem {
+            location: "x.toml:3".into(),
+            key: "a".into(),
+            value: Some("y".repeat(10_000)),
+            message: format!("{}; remove the key", "z".repeat(500)),
+        };
+        let text = Problems(vec![problem]).to_string();
+        assert!(text.contains("y… (10000 characters): z"), "{text}");
+        assert!(text.ends_with("z; remove the key"), "{text}");
     }
 
     #[test]

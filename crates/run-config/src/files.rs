@@ -7,6 +7,7 @@ use llama_burn::limited::{self, LARGEST_SETTINGS};
 use serde_json::Value;
 
 use super::error::{Problem, Problems};
+use super::raw::{BUILT_IN, SET};
 use super::{Config, EMBEDDED, Source};
 use hub::{self, HubName};
 
@@ -58,12 +59,17 @@ pub fn is_model(path: &Path) -> bool {
     path.is_dir() || llama_burn::gguf::is_gguf(path) || named() || of_model()
 }
 
-/// The file of a configuration, for messages.
-pub(super) fn location(source: &Source) -> String {
-    match (&source.file, &source.run) {
-        (None, _) => "the built-in configuration".into(),
-        (Some(file), None) => file.display().to_string(),
-        (Some(file), Some(run)) => format!("{} ({run})", file.display()),
+impl Source {
+    /// Where the value of a key comes from, for messages: `--set`, or the file.
+    pub fn location(&self, key: &str) -> String {
+        if self.overridden.iter().any(|known| known == key) {
+            return SET.into();
+        }
+        match (&self.file, &self.run) {
+            (None, _) => BUILT_IN.into(),
+            (Some(file), None) => file.display().to_string(),
+            (Some(file), Some(run)) => format!("{} ({run})", file.display()),
+        }
     }
 }
 
@@ -89,7 +95,7 @@ impl Config {
         let mut problems = Vec::new();
         let mut problem = |key: &str, value: &str, message: Option<String>| {
             problems.extend(message.map(|message| Problem {
-                location: location(&self.source),
+                location: self.source.location(key),
                 key: key.into(),
                 value: Some(format!("{value:?}")),
                 message,
@@ -244,6 +250,15 @@ mod tests {
             error.contains("runs.json (missing): dataset_path"),
             "{error}"
         );
+    }
+
+    #[test]
+    fn a_missing_file_of_an_override_is_reported_at_set() {
+        let (_folder, file) = finlora();
+        let sets = ["dataset_path=nowhere/x.jsonl".to_string()];
+        let config = Config::load(Some(&file), Some("there"), &sets).unwrap();
+        let error = config.check_files().unwrap_err().to_string();
+        assert!(error.contains("\n  --set: dataset_path = "), "{error}");
     }
 
     #[test]

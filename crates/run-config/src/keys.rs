@@ -152,10 +152,12 @@ macro_rules! keys {
     };
 }
 
+/// The default of `val_set_size`.
+pub(super) const VAL_SET_SIZE: f64 = 0.05;
 /// What `base_model` must be.
-const MODEL: &str = "the folder of a Hugging Face model, its name on the Hub, or \"embedded\"";
+const MODEL: &str = "a Hugging Face model folder, a name on the Hub, a GGUF file, or \"embedded\"";
 /// What `dataset_path` must be.
-const DATA: &str = "the path of a data file (JSON lines, JSON, CSV, Parquet), or \"embedded\"";
+const DATA: &str = "the path of a data file (JSON lines, JSON, CSV, TSV, Parquet), or \"embedded\"";
 
 keys! {
     fn read(reader);
@@ -177,8 +179,8 @@ keys! {
         [Transformers: "validation_file"];
 
     /// How much of `dataset_path` is held out for validation: a fraction below 1, or a number of examples. 0 holds out
-    /// nothing.
-    val_set_size: f64 = if val_dataset_path.is_some() { 0.0 } else { 0.05 }, val_set_size(),
+    /// nothing. Not used with `dataset_path = "embedded"`, which has its own 300 validation examples.
+    val_set_size: f64 = if val_dataset_path.is_some() { 0.0 } else { VAL_SET_SIZE }, val_set_size(),
         [Other: "test_size"];
 
     /// The format of the examples. `"auto"` detects it from the names of the columns.
@@ -215,7 +217,7 @@ keys! {
     peft_use_rslora: bool = false, boolean(),
         [Peft: "use_rslora", Other: "rslora"];
 
-    /// Train a DoRA adapter: a magnitude per output is trained beside the two matrices.
+    /// Train a DoRA adapter: a magnitude vector (one value per output feature) is trained as well.
     peft_use_dora: bool = false, boolean(),
         [Peft: "use_dora", Other: "dora"];
 
@@ -250,8 +252,9 @@ keys! {
     init_lora_weights: Init = Init::Kaiming, initialization(),
         [Peft: "init_lora_weights"];
 
-    /// A PEFT adapter to continue training from: a folder, or a name on the Hub. Its settings replace the keys of the
-    /// adapter; a key that contradicts them is an error. Only `lora_dropout` may differ.
+    /// A PEFT adapter to continue training from: a folder, or a name on the Hub. Its `adapter_config.json` replaces
+    /// `lora_r`, `lora_alpha`, `target_modules` and so on; a different value in the config is an error. Only `lora_dropout`
+    /// may differ.
     init_adapter: Option<PathBuf> = None, optional(path("the folder of a PEFT adapter")),
         [Other: "adapter", Other: "lora_model_dir", Other: "resume_adapter_file"];
 
@@ -270,7 +273,7 @@ keys! {
     compute_dtype: ComputeDtype = ComputeDtype::default(), choice::<ComputeDtype>(),
         [Transformers: "bf16", Transformers: "fp16", Other: "dtype"];
 
-    /// The memory of the device. `"none"` asks the driver, which not every driver answers.
+    /// The memory of the device. `"none"` uses the value that the driver reports; some drivers report none.
     device_memory: Option<u64> = None, optional(bytes()),
         [];
 

@@ -65,6 +65,8 @@ pub struct Source {
     pub run: Option<String>,
     /// Whether the file is axolotl's YAML.
     pub is_axolotl: bool,
+    /// The keys that have their values from `--set`.
+    pub overridden: Vec<String>,
     /// The preset that the keys of `preset` are from; empty without one.
     pub preset_name: String,
     /// The keys from the preset, with their values.
@@ -394,7 +396,7 @@ mod tests {
         let both = ["eval_steps=7", "evals_per_epoch=4"].map(String::from);
         let error = Config::load(None, None, &both).unwrap_err().to_string();
         assert!(
-            error.contains("evals_per_epoch = 4") && error.contains("beside eval_steps"),
+            error.contains("evals_per_epoch = 4") && error.contains("combined with eval_steps"),
             "{error}"
         );
     }

@@ -183,7 +183,11 @@ fn presets(key: &Key) -> Option<String> {
 /// The key that excludes this one.
 fn exclusive(key: &Key) -> Option<String> {
     let found = EXCLUSIVE.iter().find(|(a, b)| [*a, *b].contains(&key.name));
-    found.map(|(a, b)| format!("Only one of `{a}` and `{b}` may be set."))
+    found.map(|(a, b)| {
+        format!(
+            "Only one of `{a}` and `{b}` may be set. A key given with `--set` replaces the other one."
+        )
+    })
 }
 
 fn page() -> String {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use toml::de::DeTable;
 
-use super::error::{ConfigError, Problem, SyntaxError, nearest};
+use super::error::{ConfigError, Problem, SyntaxError, nearest, shown};
 use super::keys::excluded_by;
 use super::kinds::NONE;
 use super::value::{Entry, Value, line_and_column};
@@ -12,6 +12,8 @@ use super::{EMBEDDED, Source, yaml};
 
 /// The place of the keys of the built-in configuration, in messages.
 pub(super) const BUILT_IN: &str = "the built-in configuration";
+/// The place of the keys that are set on the command line.
+pub(super) const SET: &str = "--set";
 
 /// The language of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,10 +99,13 @@ impl RawConfig {
             _ => pick_run(table, run, &file)?,
         };
         if table.len() > MOST_KEYS {
-            let message = format!("the run has {} keys, more than there are", table.len());
+            let message = format!(
+                "the run has {} keys; at most {MOST_KEYS} are read, and docs/configuration.md lists the known ones",
+                table.len()
+            );
             return Err(ConfigError::Syntax {
                 file,
-                format: "a configuration",
+                format: "configuration",
                 errors: vec![SyntaxError {
                     line: 1,
                     column: 1,
@@ -143,7 +148,7 @@ impl RawConfig {
         for text in overrides {
             let Some((key, value)) = key_and_value(text) else {
                 problems.push(Problem {
-                    location: "--set".into(),
+                    location: SET.into(),
                     key: text.clone(),
                     value: None,
                     message: "must have the form KEY=VALUE, as in --set lora_r=8".into(),
@@ -153,11 +158,11 @@ impl RawConfig {
             let entry = RawEntry {
                 key,
                 value,
-                location: "--set".into(),
+                location: SET.into(),
             };
             if let Some(rival) = rival(&entry) {
                 self.entries
-                    .retain(|present| present.key != rival || present.location == "--set");
+                    .retain(|present| present.key != rival || present.location == SET);
             }
             match self
                 .entries
@@ -226,7 +231,10 @@ fn json_table(text: &str) -> Result<Vec<Entry>, Vec<SyntaxError>> {
         Ok(other) => Err(vec![SyntaxError {
             line: 1,
             column: 1,
-            message: format!("expected an object {{ … }} of keys, got {other}"),
+            message: format!(
+                "expected an object {{ … }} of keys, got {}",
+                shown(&other.to_string())
+            ),
         }]),
         Err(error) => {
             let position = format!(" at line {} column {}", error.line(), error.column());

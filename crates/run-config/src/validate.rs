@@ -3,16 +3,22 @@
 use lora_core::{LoraError, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems};
-use super::raw::RawConfig;
+use super::raw::{RawConfig, SET};
 use super::reader::Reader;
 use super::{Config, Source, files, keys};
 
 /// Checks every key and reports everything that is wrong; `problems` are those found before.
 pub(super) fn validate(raw: RawConfig, problems: Vec<Problem>) -> Result<Config, ConfigError> {
-    let source = raw.source.clone();
+    let mut source = raw.source.clone();
+    // An axolotl key has the place "--set (KEY)".
+    let overridden = raw.entries.iter();
+    let overridden = overridden.filter(|entry| entry.location.starts_with(SET));
+    source.overridden = overridden.map(|entry| entry.key.clone()).collect();
     let mut reader = Reader::new(raw, problems);
     let mut config = keys::read(&mut reader);
     check_together(&config, &mut reader);
+    let unused = unused_split(&config, &reader, &source);
+    source.notes.extend(unused);
     find_inputs(&mut config, &source);
     config.source = source;
     if config.init_adapter.is_some() {
@@ -33,13 +39,13 @@ fn check_together(config: &Config, reader: &mut Reader) {
     if config.val_dataset_path.is_some() && config.val_set_size > 0.0 {
         reader.problem(
             "val_set_size",
-            "must be 0, or left out, beside val_dataset_path: the validation data come from one of the two",
+            "cannot be combined with val_dataset_path; remove one of them",
         );
     }
     if config.warmup_steps > 0 && config.warmup_ratio > 0.0 {
         reader.problem(
             "warmup_ratio",
-            "must be 0, or left out, beside warmup_steps: the warm-up has one length",
+            "cannot be combined with warmup_steps; remove one of them",
         );
     }
     for (steps, per_epoch) in [
@@ -47,7 +53,7 @@ fn check_together(config: &Config, reader: &mut Reader) {
         ("save_steps", "saves_per_epoch"),
     ] {
         if reader.is_on(steps) && reader.is_on(per_epoch) {
-            let message = format!("must be \"none\", or left out, beside {steps}");
+            let message = format!("cannot be combined with {steps}; remove one of them");
             reader.problem(per_epoch, &message);
         }
     }
@@ -71,6 +77,19 @@ fn check_together(config: &Config, reader: &mut Reader) {
     }
 }
 
+/// The note that `val_set_size` is set and not used. The `config.toml` of a run has every key, so the default is no reason
+/// for a note.
+fn unused_split(config: &Config, reader: &Reader, source: &Source) -> Option<String> {
+    const KEY: &str = "val_set_size";
+    let is_set = reader.written(KEY) && !source.preset.iter().any(|(key, _)| key == KEY);
+    let is_used = !config.embedded_data() || config.val_dataset_path.is_some();
+    (is_set && !is_used && config.val_set_size != keys::VAL_SET_SIZE).then(|| {
+        format!(
+            "{KEY} is not used: dataset_path = \"embedded\" has its own 300 validation examples; remove the key"
+        )
+    })
+}
+
 /// Replaces the paths of inputs by the places where the files are.
 fn find_inputs(config: &mut Config, source: &Source) {
     let model = files::resolve(&config.base_model, source);
@@ -84,7 +103,7 @@ fn find_inputs(config: &mut Config, source: &Source) {
 
 fn lora_problem(config: &Config, error: &LoraError) -> Problems {
     Problems(vec![Problem {
-        location: files::location(&config.source),
+        location: config.source.location("lora"),
         key: "lora".into(),
         value: None,
         message: error.to_string(),
@@ -304,9 +323,10 @@ mod tests {
             found[2],
             "runs.toml:6: quant_bits = \"8\": must be 4, 8, or 16 (not quantized) (write it without quotes)"
         );
-        assert!(found[3].starts_with(
-            "runs.toml:7: banana = { … }: unknown key; the keys are preset, base_model"
-        ));
+        assert_eq!(
+            found[3],
+            "runs.toml:7: banana = { … }: unknown key; docs/configuration.md lists all keys"
+        );
     }
 
     #[test]
@@ -321,7 +341,8 @@ mod tests {
         .to_string();
         assert!(error.contains("4 problems"), "{error}");
         assert!(
-            error.contains("a.toml: base_model: is missing; it must be the folder"),
+            error
+                .contains("a.toml: base_model: is missing; it must be a Hugging Face model folder"),
             "{error}"
         );
         assert!(
@@ -393,6 +414,30 @@ mod tests {
                 .val_set_size,
             0.0
         );
+    }
+
+    #[test]
+    fn a_size_of_the_split_beside_the_embedded_data_is_noted() {
+        let notes = |data: &str, sets: &[&str]| {
+            let text = format!("base_model = \"m\"\ndataset_path = {data:?}\n");
+            let sets: Vec<String> = sets.iter().map(|set| set.to_string()).collect();
+            let path = Some(Path::new("runs.toml"));
+            let config = Config::parse(&text, path, None, &sets).unwrap();
+            config.source.notes
+        };
+        for set in ["val_set_size=8", "val_set_size=0", "val_set_size=0.1"] {
+            let found = notes("embedded", &[set]);
+            assert!(
+                found.len() == 1 && found[0].contains("is not used"),
+                "{found:?}"
+            );
+            assert_eq!(notes("d.jsonl", &[set]), [""; 0]);
+        }
+        assert_eq!(notes("embedded", &[]), [""; 0]);
+        // As in the config.toml of a run.
+        assert_eq!(notes("embedded", &["val_set_size=0.05"]), [""; 0]);
+        let file = ["val_dataset_path=v.jsonl", "val_set_size=0"];
+        assert_eq!(notes("embedded", &file), [""; 0]);
     }
 
     #[test]

@@ -7,7 +7,7 @@ use std::collections::HashMap;
 
 use granit_parser::{Event, Marker, Parser, ScalarStyle, Span};
 
-use super::error::SyntaxError;
+use super::error::{SyntaxError, shown};
 use super::value::{Entry, Value};
 
 /// The maximum number of values of a document with every alias expanded.
@@ -31,7 +31,10 @@ pub(super) fn table(text: &str) -> Result<Vec<Entry>, SyntaxError> {
         Some((Value::Table(entries), _)) => Ok(entries),
         Some((other, start)) => Err(at(
             &start,
-            &format!("expected a mapping of keys, got {other}"),
+            &format!(
+                "expected a mapping of keys, got {}",
+                shown(&other.to_string())
+            ),
         )),
         None => Err(SyntaxError {
             line: 1,
@@ -147,7 +150,7 @@ impl Reader {
                     return Err("a key that is a list or a mapping".into());
                 };
                 if entries.iter().any(|entry| entry.key == name) {
-                    return Err(format!("the key {name:?} is repeated here"));
+                    return Err(format!("the key {:?} is repeated here", shown(&name)));
                 }
                 *key = Some((name, start.line()));
             }
@@ -169,7 +172,10 @@ fn refuse_tag(tag: Option<&granit_parser::Tag>) -> Result<(), String> {
 }
 
 fn tag_message(tag: &str) -> String {
-    format!("the tag {tag} is not supported; write the value without a tag")
+    format!(
+        "the tag {} is not supported; write the value without a tag",
+        shown(tag)
+    )
 }
 
 /// A scalar without quotes, as PyYAML's `SafeLoader` reads it.

@@ -111,7 +111,7 @@ fn only(converter: &mut Converter, key: &str) -> Option<DataSet> {
             }
             [_] => "must be a list of mappings, as in - path: FILE".to_string(),
             items => format!(
-                "has {} data sets, and only one is read; write their rows into one file",
+                "has {} data sets, and only one is read; write their examples into one file",
                 items.len()
             ),
         },
@@ -177,14 +177,14 @@ fn file(data: &DataSet) -> Result<String, (&'static str, String)> {
             _ => {
                 return Err((
                     "data_files",
-                    "only one file is read; write all rows into one".into(),
+                    "only one file is read; write all examples into one".into(),
                 ));
             }
         },
         (true, _) => {
             return Err((
                 "path",
-                "names a reader; data_files must name the file".into(),
+                "names a file format; write the file's path in data_files".into(),
             ));
         }
     };
@@ -193,7 +193,7 @@ fn file(data: &DataSet) -> Result<String, (&'static str, String)> {
     {
         return Err((
             "split",
-            "a file is read whole; write train, or leave it out".into(),
+            "files have no splits here; write train, or remove the key".into(),
         ));
     }
     let extension = Path::new(path).extension().and_then(|text| text.to_str());
@@ -203,13 +203,14 @@ fn file(data: &DataSet) -> Result<String, (&'static str, String)> {
         None => {}
         Some(Value::String(kind)) if kind == "json" && is_table => {
             let message = format!(
-                "but the extension .{extension} of the file decides how it is read; rename the file or change this"
+                "the file's extension .{extension} determines its format; rename the file or correct ds_type"
             );
             return Err(("ds_type", message));
         }
         Some(Value::String(kind)) if kind == "json" || *kind == extension => {}
         Some(_) => {
-            let message = "files are read by their names here: .jsonl, .json, .csv, .tsv, .parquet";
+            let message =
+                "the format comes from the file name: .jsonl, .json, .csv, .tsv or .parquet";
             return Err(("ds_type", message.into()));
         }
     }
@@ -309,8 +310,8 @@ fn chat(converter: &mut Converter, data: &DataSet) -> Rows {
         ),
     }
     converter.notes.push(
-        "conversations: what ends a turn of the assistant's is learned as the chat template writes it; axolotl learns it \
-         where it is the tokenizer's end token or one of eot_tokens"
+        "conversations: the end-of-turn token written by the chat template is in the loss; in axolotl only the tokenizer's \
+         EOS token and eot_tokens are"
             .into(),
     );
     Rows {
@@ -350,7 +351,7 @@ fn unread(converter: &mut Converter, data: &DataSet) {
             "trust_remote_code" | "preprocess_shards" => {}
             _ => converter.problem(
                 &data.place(key),
-                "is not supported for this type of data; take it out, or prepare the data file so that it is not needed",
+                "is not supported for this type of data; remove it, or prepare the data file so that it is not needed",
             ),
         }
     }

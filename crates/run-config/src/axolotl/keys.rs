@@ -149,11 +149,11 @@ const WITHOUT_EFFECT_FAMILIES: &[&str] = &[
     "wandb_",
 ];
 
-const TAKE_OUT: &str = "changes the training and is not supported here; take it out";
-const MODEL_FILES: &str = "changes the model's tokenizer, which is read as the model's folder has it; set it there \
-    (tokenizer_config.json) and take it out here";
+const TAKE_OUT: &str = "changes the training and is not supported here; remove it";
+const MODEL_FILES: &str = "changes the model's tokenizer; set it in the model folder's tokenizer_config.json and remove \
+    it here";
 const PREFERENCES: &str =
-    "this trainer trains on answers, not on preferences or rewards; take it out, or use axolotl";
+    "this trainer trains on answers, not on preferences or rewards; remove it, or use axolotl";
 
 /// Keys that are rejected unless they are off, each with a remedy.
 const REFUSED: &[(&str, &str)] = &[
@@ -162,11 +162,11 @@ const REFUSED: &[(&str, &str)] = &[
     ("added_tokens_overrides", MODEL_FILES),
     (
         "auto_resume_from_checkpoints",
-        "take it out; cargo xtask train --resume DIR resumes a run",
+        "remove it; cargo xtask train --resume DIR resumes a run",
     ),
     (
         "base_model_config",
-        "the model's own config.json is read; take it out",
+        "the model's own config.json is read; remove it",
     ),
     ("chat_template_kwargs", TAKE_OUT),
     ("cls_model_config", TAKE_OUT),
@@ -177,21 +177,21 @@ const REFUSED: &[(&str, &str)] = &[
     ("dataloader_drop_last", TAKE_OUT),
     (
         "dataset_exact_deduplication",
-        "take repeated rows out of the data file, and the key out of this one",
+        "remove repeated examples from the data file, and remove the key here",
     ),
     (
         "dataset_shard_idx",
-        "write a data file with these rows only",
+        "write a data file with these examples only",
     ),
     (
         "dataset_shard_num",
-        "write a data file with these rows only",
+        "write a data file with these examples only",
     ),
     ("default_system_message", TAKE_OUT),
     ("dynamic_checkpoint", TAKE_OUT),
     (
         "early_stopping_patience",
-        "runs are not stopped early here; take it out, and set load_best_model_at_end: true to keep the adapter with \
+        "runs are not stopped early here; remove it, and set load_best_model_at_end: true to keep the adapter with \
          the lowest validation loss",
     ),
     ("ebft", PREFERENCES),
@@ -209,17 +209,14 @@ const REFUSED: &[(&str, &str)] = &[
     ("greater_is_better", TAKE_OUT),
     (
         "group_by_length",
-        "batches are drawn from all rows here; take it out",
+        "batches are drawn from all examples here; remove it",
     ),
     ("image_resize_algorithm", "only text is trained on"),
     ("image_size", "only text is trained on"),
-    (
-        "lora_fan_in_fan_out",
-        "Llama has no such layers; take it out",
-    ),
+    ("lora_fan_in_fan_out", "Llama has no such layers; remove it"),
     (
         "lora_modules_to_save",
-        "only adapters are trained here; take it out, or use axolotl",
+        "only adapters are trained here; remove it, or use axolotl",
     ),
     (
         "lora_target_parameters",
@@ -234,7 +231,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("max_prompt_len", PREFERENCES),
     (
         "model_config",
-        "the model's own config.json is read; take it out",
+        "the model's own config.json is read; remove it",
     ),
     ("model_kwargs", TAKE_OUT),
     (
@@ -252,7 +249,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("orpo_alpha", PREFERENCES),
     (
         "overrides_of_model_config",
-        "the model's own config.json is read; take it out",
+        "the model's own config.json is read; remove it",
     ),
     ("overrides_of_model_kwargs", TAKE_OUT),
     ("peft", TAKE_OUT),
@@ -282,7 +279,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("resize_token_embeddings_to_32x", TAKE_OUT),
     (
         "resume_from_checkpoint",
-        "take it out; cargo xtask train --resume DIR resumes a run of this trainer's",
+        "remove it; cargo xtask train --resume DIR resumes a run of this trainer",
     ),
     ("reward_model", PREFERENCES),
     ("rl", PREFERENCES),
@@ -290,17 +287,18 @@ const REFUSED: &[(&str, &str)] = &[
     ("role_boundaries", "only text is trained on"),
     (
         "rope_scaling",
-        "the model's own config.json is read; set it there and take it out here",
+        "the model's own config.json is read; set it there and remove it here",
     ),
     ("s2_attention", TAKE_OUT),
     (
         "sage_attention",
-        "attention is not quantized here; take it out",
+        "attention is not quantized here; remove it",
     ),
     (
         "sample_packing",
-        "an optimizer step would take as many rows as fit into sequence_len tokens, which is another training; set it to \
-         false and set micro_batch_size to the rows of a micro-batch (rows are computed without padding here, at no loss)",
+        "an optimizer step would take as many examples as fit into sequence_len tokens, which changes the training; set it \
+         to false and set micro_batch_size to the examples per micro-batch (they are computed without padding, so nothing \
+         is lost)",
     ),
     ("shrink_embeddings", TAKE_OUT),
     ("simpo_gamma", PREFERENCES),
@@ -308,11 +306,11 @@ const REFUSED: &[(&str, &str)] = &[
     ("streaming", "name a data file in datasets"),
     (
         "tokenizer_config",
-        "the tokenizer of the model's folder is read; take it out",
+        "the tokenizer of the model's folder is read; remove it",
     ),
     (
         "tokenizer_use_mistral_common",
-        "the model's tokenizer.json is read; take it out",
+        "the model's tokenizer.json is read; remove it",
     ),
     ("tokens", MODEL_FILES),
     ("torchdistx_path", TAKE_OUT),
@@ -320,7 +318,7 @@ const REFUSED: &[(&str, &str)] = &[
     ("trl", PREFERENCES),
     (
         "unfrozen_parameters",
-        "only adapters are trained here; take it out",
+        "only adapters are trained here; remove it",
     ),
     ("use_eaft", TAKE_OUT),
     ("use_kernels", TAKE_OUT),
@@ -354,10 +352,7 @@ const REFUSED_FAMILIES: &[(&str, &str)] = &[
     ("dion_", TAKE_OUT),
     ("dpo_", PREFERENCES),
     ("eaft_", TAKE_OUT),
-    (
-        "gptq",
-        "give the model unquantized, or as GGUF; take it out",
-    ),
+    ("gptq", "give the model unquantized, or as GGUF; remove it"),
     ("jagged_restart_", TAKE_OUT),
     ("kto_", PREFERENCES),
     ("lisa_", TAKE_OUT),

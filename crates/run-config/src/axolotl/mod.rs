@@ -357,7 +357,7 @@ impl Converter {
         if let Some(entry) = self.get("peft_autocast_adapter_dtype")
             && switch(&entry.value) != Value::Bool(true)
         {
-            self.problem(&entry, "adapters are f32 here; take it out");
+            self.problem(&entry, "adapters are f32 here; remove it");
         }
     }
 
@@ -367,7 +367,7 @@ impl Converter {
             let entry = self.entry_or_file("lora_target_linear");
             match listed.as_ref().map(|entry| &entry.value) {
                 Some(Value::List(names)) if names.contains(&Value::String("lm_head".into())) => {
-                    let message = "with lm_head in lora_target_modules; list all modules there and take this out";
+                    let message = "with lm_head in lora_target_modules; list all modules there and remove this key";
                     self.problem(&entry, message);
                 }
                 _ => self.set("target_modules", Value::String("all-linear".into()), &entry),
@@ -383,7 +383,7 @@ impl Converter {
         match (accumulation, self.on("batch_size")) {
             (Some(_), Some(entry)) => self.problem(
                 &entry,
-                "stands beside gradient_accumulation_steps, and one follows from the other; take one out",
+                "stands beside gradient_accumulation_steps, and one follows from the other; remove one of them",
             ),
             (Some(entry), None) => {
                 let value = number(&entry.value);
@@ -548,7 +548,7 @@ impl Converter {
         {
             self.problem(
                 &entry,
-                "rows longer than sequence_len are skipped and counted, never truncated; write drop",
+                "examples longer than sequence_len are skipped and counted, never truncated; write drop",
             );
         }
         if let Some(entry) = self.on("eval_sequence_len") {
@@ -562,7 +562,7 @@ impl Converter {
         {
             self.problem(
                 &entry,
-                "short rows are trained on here; take them out of the data file",
+                "short examples are trained on here; remove them from the data file",
             );
         }
     }
@@ -579,7 +579,7 @@ impl Converter {
         {
             self.problem(
                 &entry,
-                "the best adapter is that of the lowest validation loss; take it out",
+                "the best adapter is that of the lowest validation loss; remove it",
             );
         }
         let mut unread = Vec::new();
@@ -623,7 +623,7 @@ impl Converter {
         let known = known.chain(OTHERS).chain(keys::names());
         let message = match nearest(&entry.key, known) {
             Some(name) => format!("unknown key; did you mean {name}?"),
-            None => "unknown key, for axolotl and for this trainer; take it out".into(),
+            None => "unknown key, for axolotl and for this trainer; remove it".into(),
         };
         self.problem(entry, message);
     }
@@ -647,8 +647,8 @@ impl Converter {
             };
             self.problem(
                 &place,
-                "the model's files name this token (tokenizer_config.json); set it there if it is another, and take it \
-                 out here",
+                "the model's files name this token (tokenizer_config.json); set it there if it is another, and remove it \
+                 here",
             );
         }
     }
@@ -663,7 +663,7 @@ impl Converter {
             _ => self.problem(
                 &entry,
                 format!(
-                    "only {} change nothing here; take the others out",
+                    "only {} change nothing here; remove the others",
                     keys::PLUGINS_WITHOUT_EFFECT.join(" and ")
                 ),
             ),

@@ -241,7 +241,7 @@ fn an_unknown_key_finds_the_nearest_and_a_refused_one_says_what_to_do() {
         ["sample_packing = true: ", "micro_batch_size"],
         ["lora_droput = 0.1: ", "did you mean lora_dropout?"],
         ["early_stopping_patience = 3: ", "load_best_model_at_end"],
-        ["neftune_noise_alpha = 5: ", "take it out"],
+        ["neftune_noise_alpha = 5: ", "remove it"],
         ["wibble = null: ", "unknown key"],
     ]
     .iter()
@@ -316,7 +316,7 @@ fn what_cannot_be_honoured_is_refused_with_its_line_and_name() {
         (
             "warmup",
             "gradient_accumulation_steps: 2",
-            ["batch_size = 8", "take one out"],
+            ["batch_size = 8", "remove one"],
         ),
         ("warmup", "plugins: [a.b.C]", ["plugins", "LigerPlugin"]),
         (

@@ -5,6 +5,7 @@ use toml::Value as Toml;
 
 use super::{Kind, LARGEST_COUNT, Parsed, Value, choice_or_boolean, must_be, nearest};
 use super::{none_if_empty, positive, whole, whole_number};
+use crate::error::shown;
 
 /// The linear modules of a Llama's decoder layers.
 const LINEAR_MODULES: [&str; 7] = [
@@ -62,7 +63,7 @@ fn targets(value: &Value) -> Parsed<TargetModules> {
                 Err(format!(
                     "is read as a regular expression for the whole module name and matches none; for names \
                  write [{}]",
-                    names.join(", ")
+                    shown(&names.join(", "))
                 ))
             }
         }
@@ -190,7 +191,11 @@ fn pattern<T: Clone + 'static>(
         };
         let parsed = entries.iter().map(|entry| match of.parse(&entry.value) {
             Ok(value) => Ok((entry.key.clone(), value)),
-            Err(right) => Err(format!("{:?} {right}; it is {}", entry.key, entry.value)),
+            Err(right) => Err(format!(
+                "{:?} {right}; it is {}",
+                shown(&entry.key),
+                shown(&entry.value.to_string())
+            )),
         });
         let pattern = parsed.collect::<Parsed<Vec<(String, T)>>>()?;
         let config = config(pattern.clone());
@@ -214,14 +219,17 @@ fn table<T>(entries: &[(String, T)], write: impl Fn(&T) -> Toml) -> Toml {
 fn module_name(value: &Value) -> Parsed<String> {
     let Value::String(name) = value else {
         return Err(format!(
-            "must be a list of module names; {value} is not one"
+            "must be a list of module names; {} is not one",
+            shown(&value.to_string())
         ));
     };
     let last = name.rsplit('.').next().unwrap_or_default();
     if LINEAR_MODULES.contains(&last) || name == "lm_head" {
         return Ok(name.clone());
     }
-    Err(match nearest(last, LINEAR_MODULES.into_iter()) {
+    let nearest = nearest(last, LINEAR_MODULES.into_iter());
+    let name = shown(name);
+    Err(match nearest {
         Some(known) => {
             format!("{name:?} is not a linear module of a Llama layer; did you mean {known:?}?")
         }

@@ -3,13 +3,25 @@
 use data::{Columns, Format, PromptTemplate};
 use toml::Value as Toml;
 
-use super::{Kind, Parsed, Value, must_be, nearest, number, optional};
+use super::{Kind, Parsed, Value, float, must_be, nearest, optional};
+use crate::error::shown;
 
 /// `val_set_size`: a fraction of the examples, or a number of them.
 pub(in super::super) fn val_set_size() -> Kind<f64> {
     let allowed = "a fraction of the examples (at least 0, below 1) or a whole number of examples";
-    let valid = |x: f64| (0.0..1.0).contains(&x) || (x >= 1.0 && x.fract() == 0.0);
-    number(allowed, valid).with_samples([0.0, 0.05, 100.0])
+    let valid = |x: &f64| (0.0..1.0).contains(x) || (*x >= 1.0 && x.fract() == 0.0);
+    let parse = move |value: &Value| float(value).filter(valid);
+    // A number of examples is written as an integer.
+    let write = |size: &f64| match *size {
+        count if (1.0..9.0e15).contains(&count) => Toml::from(count as i64),
+        size => Toml::from(size),
+    };
+    let samples = [
+        Toml::from(0.0_f64),
+        Toml::from(0.05_f64),
+        Toml::from(100_i64),
+    ];
+    Kind::simple(allowed, parse, write).with_samples(samples)
 }
 
 /// `dataset_format`: `auto`, or the name of a format.
@@ -62,15 +74,25 @@ fn columns(value: &Value, allowed: &str) -> Parsed<Columns> {
             let hint = nearest.map_or(String::new(), |name| format!("; did you mean {name:?}?"));
             return Err(format!(
                 "{right}; no format has a column {:?}{hint}",
-                entry.key
+                shown(&entry.key)
             ));
         }
         match &entry.value {
             Value::String(name) if columns.iter().any(|(_, other)| other == name) => {
-                return Err(format!("names the column {name:?} of the file twice"));
+                return Err(format!(
+                    "names the column {:?} of the file twice",
+                    shown(name)
+                ));
             }
             Value::String(name) => columns.push((entry.key.clone(), name.clone())),
-            other => return Err(format!("{right}; {:?} is {other}", entry.key)),
+            other => {
+                let other = other.to_string();
+                return Err(format!(
+                    "{right}; {:?} is {}",
+                    shown(&entry.key),
+                    shown(&other)
+                ));
+            }
         }
     }
     Ok(Columns(columns))
