@@ -58,20 +58,24 @@ pub struct ModelCard<'a> {
     pub base: Option<Scores>,
     /// The adapter's scores on them.
     pub adapter: Option<Scores>,
-    /// The command that made it.
+    /// The command of the run's first start.
     pub command: Vec<String>,
 }
 
-/// The command of this process as a user types it: `cargo xtask train …`. A program that trains
-/// through the library has a command line of its own; the card then shows the command that repeats
-/// the run.
-pub fn command(config_file: &Path) -> Vec<String> {
+/// The command of a run's first start: of a resumed run the one that its checkpoint has stored, else
+/// that of this process as a user types it, `cargo xtask train …`. A program that trains through the
+/// library has a command line of its own; the card then shows the command that repeats the run. So
+/// it does for a checkpoint of an older program, which stored no command.
+pub fn command(stored: Option<&[String]>, config_file: &Path) -> Vec<String> {
+    if let Some(command) = stored.filter(|command| !command.is_empty()) {
+        return command.to_vec();
+    }
     let arguments: Vec<String> = std::env::args_os()
         .skip(1)
         .map(|argument| argument.to_string_lossy().into_owned())
         .collect();
     let typed = match arguments.first().map(String::as_str) {
-        Some("train") => arguments,
+        Some("train") if stored.is_none() => arguments,
         _ => vec![
             "train".into(),
             "--config".into(),
@@ -121,8 +125,7 @@ impl ModelCard<'_> {
         );
         card += &format!("\n# {}\n\n", plain(&title));
         card += &format!(
-            "A LoRA adapter for {}, trained with \
-             [PEFT's](https://huggingface.co/docs/peft) format in mind: {} parameters.\n",
+            "A LoRA adapter for {}, in [PEFT's](https://huggingface.co/docs/peft) format, {} trainable parameters.\n",
             self.base(name.as_ref()),
             human::count(self.trainable)
         );
@@ -180,7 +183,7 @@ impl ModelCard<'_> {
             quoted(&base)
         );
         format!(
-            "\n## Use\n\n{}\nPrompts in training had the template {}.\n",
+            "\n## Use\n\n{}\nTraining used the prompt template {}.\n",
             fenced("python", &program),
             code(&self.config.prompt_template.to_string())
         )
@@ -533,6 +536,17 @@ mod tests {
         }
         std::fs::write(&path, b"\xff\xfe").unwrap();
         assert!(!first.write(folder.path()).unwrap());
+    }
+
+    #[test]
+    fn a_resumed_run_has_the_command_of_its_first_start() {
+        let config = Path::new("runs/x/config.toml");
+        let first = ["cargo", "xtask", "train"].map(String::from);
+        assert_eq!(command(Some(&first[..]), config), first);
+        // An older program stored none.
+        let none: &[String] = &[];
+        let again = ["cargo", "xtask", "train", "--config", "runs/x/config.toml"];
+        assert_eq!(command(Some(none), config), again);
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::continued;
 use crate::error::TrainError;
 use crate::files::RunFiles;
 use crate::fit::{self, Fit};
+use crate::model_card;
 use crate::output::OutputFolder;
 use crate::session::Learner;
 use crate::train::Request;
@@ -53,6 +54,8 @@ pub struct Setup {
     pub order: Order,
     /// Optimizer steps of the whole run.
     pub total_steps: usize,
+    /// The command of the run's first start.
+    pub command: Vec<String>,
     /// The checkpoint that the run resumes from.
     pub resumed: Option<Resumed>,
     /// Whether a resumed run divides its examples differently, because less memory is free.
@@ -106,6 +109,8 @@ impl Prepared {
         };
         let checkpoint = resumed.as_ref().map(|resumed| &resumed.checkpoint);
         let steps_per_epoch = order.steps_per_epoch();
+        let stored = checkpoint.map(|from| &from.state.command[..]);
+        let command = model_card::command(stored, &folder.config());
         Ok(Self {
             keeper: Keeper::new(&config, &folder, fingerprint, checkpoint, steps_per_epoch)?,
             progress: checkpoint.map_or_else(Progress::start, |from| from.state.progress.clone()),
@@ -118,6 +123,7 @@ impl Prepared {
                 folder,
                 order,
                 total_steps,
+                command,
                 resumed,
                 divided_anew,
                 kept_kernels,

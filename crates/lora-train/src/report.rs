@@ -8,7 +8,7 @@ use crate::checkpoint::Progress;
 use crate::error::TrainError;
 use crate::fit::Fit;
 use crate::interrupt::Interrupt;
-use crate::model_card::{self, ModelCard};
+use crate::model_card::ModelCard;
 use crate::output::OutputFolder;
 use crate::plan;
 use crate::prepare::{Prepared, Setup};
@@ -87,7 +87,7 @@ fn write_card(setup: &Setup, fit: &Fit, progress: &Progress) {
         device: format!("{}, {precision}", setup.selected().name),
         base: progress.base,
         adapter: progress.kept_scores,
-        command: model_card::command(&setup.folder.config()),
+        command: setup.command.clone(),
     };
     card.write_or_warn(&setup.folder.adapter());
 }

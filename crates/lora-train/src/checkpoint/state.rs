@@ -32,6 +32,9 @@ pub struct State {
     pub division: Division,
     /// Bytes of `metrics.jsonl` that belong to these steps.
     pub metrics_bytes: u64,
+    /// The command of the run's first start, for the model card.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub command: Vec<String>,
     /// The files that the run reads.
     pub files: Fingerprint,
     /// The time that the chat template took as the present when the run started, in seconds since

@@ -91,7 +91,8 @@ impl Session<'_> {
                     .to_string()
             }
             FaultKind::Other => {
-                "This is probably an error in the trainer; RUST_LOG=debug prints more".to_string()
+                "This is probably a bug in the trainer: run again with RUST_LOG=debug and report the output"
+                    .to_string()
             }
         };
         TrainError::Fault {
@@ -143,6 +144,7 @@ impl Session<'_> {
                 progress,
                 division: Division::of(self.fit),
                 metrics_bytes,
+                command: self.setup.command.clone(),
                 files: self.keeper.files().clone(),
                 chat_template_time: self.setup.data.prompt.chat_template_time,
             },
