@@ -58,9 +58,9 @@ enum Task {
     Eval(Passed),
     /// Merge an adapter into a whole model folder: --model DIR --adapter DIR --output DIR
     Merge(Passed),
-    /// Take an adapter out of a merged model: --model DIR --adapter DIR --output DIR
+    /// Subtract an adapter from a merged model: --model DIR --adapter DIR --output DIR
     Unmerge(Passed),
-    /// Print rows of a data set with their tokens and the loss mask: --config FILE
+    /// Print examples with their tokens and the loss mask: --config FILE
     InspectData(Passed),
     /// One adapter from several: --adapter DIR=WEIGHT … --output DIR [--type cat|linear|svd]
     Combine(Passed),
@@ -71,13 +71,13 @@ enum Task {
     Parity(Passed),
     /// Measure speed and memory, beside PEFT and Burn: [--peft PYTHON] [--only NAME,…]
     Bench(Passed),
-    /// Whether a GPU computes right and how fast it is, in nine minutes: [--quick] [--seconds N] [--peft PYTHON]
+    /// Check a GPU's results and measure its speed, in nine minutes: [--quick] [--seconds N] [--peft PYTHON --peft-script FILE]
     GpuReport(Passed),
-    /// One file with the trainer for CUDA, Vulkan and wgpu and a script that reports, for a machine with a GPU
+    /// One file with the trainer for CUDA, Vulkan and wgpu and a script that runs gpu-report, for a machine with a GPU
     GpuBundle(BundleArgs),
-    /// Make the embedded model, tokenizer and data set again, from their seed
+    /// Regenerate the embedded model, tokenizer and data set from their seed
     MakeAssets(Passed),
-    /// Run every test; words after it select tests by name
+    /// Run every test; arguments select tests by name
     Test(Filter),
     /// Run the tests against transformers, PEFT and llama.cpp; arguments go to pytest
     Interop(Filter),

@@ -102,8 +102,8 @@ fn scaling(results: &[&ScenarioResult]) -> Table {
     }
     table.notes.push(
         "per token: operations, which grow with the length of an example by attention's share alone and with a model by its \
-         weights. What ms/GFLOP then still changes is not arithmetic: few rows a product and fixed costs a step \
-         where it falls towards longer rows and larger models, memory traffic of scores where it rises."
+         weights. What ms/GFLOP then still changes is not arithmetic: few rows per matrix product and fixed costs per step \
+         where it falls towards longer examples and larger models, memory traffic of scores where it rises."
             .into(),
     );
     table

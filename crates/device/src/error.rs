@@ -28,8 +28,8 @@ pub enum DeviceError {
     },
     /// wgpu was selected in a build whose native shader compiler takes over its devices.
     #[error(
-        "backend wgpu is not in a build with `{native}`, which compiles every shader natively; \
-         use --backend {native}, or build without it: `cargo xtask train --backend wgpu`"
+        "this build has `{native}`, which excludes wgpu; use --backend {native}, or rebuild: \
+         `cargo xtask train --backend wgpu`"
     )]
     NativeShaders {
         /// The backend that this build includes.
@@ -82,8 +82,7 @@ pub enum DeviceError {
     },
     /// `--no-autotune` in a build that can only tune.
     #[error(
-        "--no-autotune: this build always times its kernels; `cargo xtask train --no-autotune` \
-         builds the trainer without"
+        "--no-autotune: this build always autotunes; `cargo xtask train --no-autotune` builds one that does not"
     )]
     Tunes,
     /// Products in bf16 that are wrong.

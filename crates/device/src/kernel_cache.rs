@@ -18,8 +18,8 @@ pub struct KernelArgs {
     /// whose driver computes fused kernels wrong
     #[arg(long)]
     pub no_fusion: bool,
-    /// Use the first kernel that fits instead of timing several. This is fixed when the program is built:
-    /// `cargo xtask` builds accordingly
+    /// Use the first kernel that fits instead of timing several. A compile-time setting: `cargo xtask` makes a separate
+    /// build
     #[arg(long)]
     pub no_autotune: bool,
 }
@@ -141,12 +141,11 @@ pub fn first_step(kept: Option<KeptKernels>) -> String {
         None => "the first step compiles kernels; later steps do not".into(),
         Some(KeptKernels { tuned: 0, .. }) => {
             "the first step compiles kernels and times several of each to find the fastest. That takes minutes, once: \
-             later steps and later starts find the result on disk"
+             the result is cached for later steps and starts"
                 .into()
         }
         Some(kept) => format!(
-            "the fastest kernels of {} operations are known from earlier starts; new sizes are tuned when they first \
-             come",
+            "the fastest kernels of {} operations are known from earlier starts; new sizes are tuned on first use",
             kept.tuned
         ),
     }

@@ -1,4 +1,9 @@
-//! PEFT on the same shapes, measured in turn with this trainer: `peft_bench.py`, given by the user.
+//! PEFT on the same shapes, measured in turn with this trainer by a script that the user names (`peft_bench.py`; it is not
+//! part of this repository).
+//!
+//! The script is run with `--shape CONFIG.JSON --tokens N --batch-size N --steps N --warmup N --dtype TYPE --device
+//! DEVICE`. The last line of its output that starts with a brace is a JSON object with `useful_tokens_per_s`,
+//! `seconds_per_step`, `peak_rss_mib`, `peak_gpu_mib` (or null) and `losses`.
 
 use std::fs::File;
 use std::path::Path;

@@ -61,8 +61,8 @@ pub enum HubError {
     },
     /// The Hub has no such repository, or does not show it to this user.
     #[error(
-        "{name} is neither a folder here nor a repository that {endpoint} shows {who}. Check the \
-         spelling; a private repository needs a token that may read it: hf auth login, or export HF_TOKEN=hf_…"
+        "{name} is neither a folder here nor a repository that exists on {endpoint} and is visible {who}. Check the \
+         spelling; a private repository needs a token with read access: run hf auth login, or set HF_TOKEN"
     )]
     NotFound {
         /// The repository.
@@ -81,8 +81,8 @@ pub enum HubError {
     /// The authors ask users to accept their terms first.
     #[error(
         "{name} is gated: its authors ask you to accept their terms. 1. Open {endpoint}/{} in a browser, log in and \
-         accept (some authors answer after hours). 2. Make a token that may read it at {endpoint}/settings/tokens. \
-         3. hf auth login, or export HF_TOKEN=hf_…, and start again. {detail}",
+         accept (some authors answer after hours). 2. Create a token with read access at {endpoint}/settings/tokens. \
+         3. Run hf auth login, or set HF_TOKEN, and start again. {detail}",
         name.repository
     )]
     Gated {
@@ -95,8 +95,8 @@ pub enum HubError {
     },
     /// The token is wrong or may not do this.
     #[error(
-        "{endpoint} does not accept the token for {name} ({status}{said}). Make a new one that may read it at \
-         {endpoint}/settings/tokens, then hf auth login, or export HF_TOKEN=hf_…"
+        "{endpoint} does not accept the token for {name} ({status}{said}). Create a token with read access at \
+         {endpoint}/settings/tokens, then run hf auth login, or set HF_TOKEN"
     )]
     Token {
         /// The repository.
@@ -110,7 +110,7 @@ pub enum HubError {
     },
     /// A response that is not of the Hub's protocol.
     #[error(
-        "{url} does not answer as the Hub does: {reason}. Is HF_ENDPOINT right? Is there a proxy in between?"
+        "the response of {url} is not that of the Hub: {reason}. Check HF_ENDPOINT and any proxy"
     )]
     Protocol {
         /// The address.
@@ -121,8 +121,8 @@ pub enum HubError {
     /// The weights exist only in a format that runs code when it is read.
     #[error(
         "{name} has its weights as Python pickles only ({files}), which can run any code when they are loaded and \
-         are not read here. Take a repository with *.safetensors, or convert it with transformers on a machine \
-         that you can lose: AutoModelForCausalLM.from_pretrained(\"{}\").save_pretrained(\"FOLDER\")",
+         are not read here. Use a repository with *.safetensors, or convert it with transformers in an isolated \
+         environment: AutoModelForCausalLM.from_pretrained(\"{}\").save_pretrained(\"FOLDER\")",
         name.repository
     )]
     PickleOnly {
@@ -151,8 +151,8 @@ pub enum HubError {
     },
     /// The bytes are not those that the Hub announced.
     #[error(
-        "{file} of {name} arrived with {got} instead of {expected}, twice. It was deleted. Something on the way \
-         changes it (a proxy, a mirror in HF_ENDPOINT, a failing disk); try another connection"
+        "{file} of {name} has {got}, expected {expected}, after two downloads; the file was deleted. A proxy, a mirror \
+         (HF_ENDPOINT) or a failing disk may corrupt it; try another connection"
     )]
     Damaged {
         /// The repository.

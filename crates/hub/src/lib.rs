@@ -261,7 +261,7 @@ impl Download<'_> {
             return Err(HubError::Protocol {
                 url,
                 reason: format!(
-                    "{} of {}, which is too large for a file of settings",
+                    "{} of {}, which is too large for a configuration file",
                     file.name,
                     human::bytes(size)
                 ),

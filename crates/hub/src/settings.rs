@@ -96,7 +96,7 @@ impl Settings {
         {
             return Err(HubError::Setting {
                 variable,
-                reason: "the token holds characters that no token has".into(),
+                reason: "the token contains invalid characters".into(),
             });
         }
         let timeout = match text("HF_HUB_DOWNLOAD_TIMEOUT")? {

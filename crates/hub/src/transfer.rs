@@ -81,7 +81,7 @@ impl Transfer<'_> {
             }
             let size = answer.size.or_else(|| announced(&answer, 0).ok()?);
             let size = size.ok_or_else(|| {
-                let reason = "it does not say how large the file is".into();
+                let reason = "the response states no file size".into();
                 self.client.not_the_protocol(&answer.url, reason)
             })?;
             Ok((size, answer.digest))
@@ -255,8 +255,6 @@ fn announced(answer: &Answer, from: u64) -> Result<Option<u64>, String> {
     });
     match parsed {
         Some((first, total)) if first == from => Ok(total),
-        _ => Err(format!(
-            "it was asked for the bytes from {from} on and sent {range:?}"
-        )),
+        _ => Err(format!("requested bytes from {from}, received {range:?}")),
     }
 }

@@ -16,7 +16,7 @@ pub struct LogitsArgs {
     /// The model
     #[command(flatten)]
     pub model: ModelArgs,
-    /// A PEFT adapter
+    /// A PEFT adapter: a folder or a name on the Hub
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// Merge the adapter into the weights instead of computing it separately
@@ -25,7 +25,8 @@ pub struct LogitsArgs {
     /// A JSON file: a list of sequences, each a list of token ids
     #[arg(long, value_name = "FILE")]
     pub tokens: PathBuf,
-    /// The safetensors file to write: a tensor `row.N` [tokens, vocabulary] in f32 per sequence
+    /// The safetensors file to write: one f32 tensor [tokens, vocabulary] per sequence, named row.N (N is the sequence's
+    /// index from 0)
     #[arg(long, value_name = "FILE")]
     pub output: PathBuf,
 }
@@ -73,8 +74,10 @@ pub fn run(args: &LogitsArgs, screen: &Screen) -> Result<(), LogitsError> {
     };
     let rows: Vec<Vec<u32>> =
         serde_json::from_str(&text).map_err(|error| wrong(error.to_string()))?;
-    if rows.iter().any(Vec::is_empty) {
-        return Err(wrong("a sequence is empty".into()));
+    if let Some(empty) = rows.iter().position(Vec::is_empty) {
+        return Err(wrong(format!(
+            "sequence {empty} is empty; give at least one token id"
+        )));
     }
     let inference = Inference::load(&args.model, screen)?;
     let model = match &args.adapter {

@@ -15,7 +15,9 @@ use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Weights};
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     /// The file cannot be read.
-    #[error("cannot read {path}: {source}")]
+    #[error(
+        "cannot read {path}: {source}; expected the config.json of a Hugging Face model folder"
+    )]
     Read {
         /// The file.
         path: PathBuf,

@@ -39,7 +39,7 @@ impl Llama {
         seed: u64,
     ) -> Result<Self, LoraError> {
         if self.lm_head_adapter.is_some() {
-            return Err(LoraError::Already("has an adapter"));
+            return Err(LoraError::Already("has an adapter; merge it first"));
         }
         if lora.use_dora || lora.lora_dropout > 0.0 {
             return Err(LoraError::PlainHead);

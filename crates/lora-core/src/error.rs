@@ -87,7 +87,7 @@ pub enum LoraError {
 
 impl From<AlreadyQuantized> for LoraError {
     fn from(_: AlreadyQuantized) -> Self {
-        Self::Already("has a quantized weight")
+        Self::Already("has a quantized weight; call quantize only once")
     }
 }
 

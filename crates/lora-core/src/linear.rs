@@ -96,7 +96,7 @@ impl LoraLinear {
         scale: f64,
     ) -> Result<Self, LoraError> {
         if self.adapter().is_some() {
-            return Err(LoraError::Already("has an adapter"));
+            return Err(LoraError::Already("has an adapter; merge it first"));
         }
         let [d_in, d_out] = self.weight.lazy_shape().dims();
         let r = a.dims()[1];

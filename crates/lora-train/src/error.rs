@@ -58,7 +58,7 @@ pub enum TrainError {
     /// A loss or gradient that is not a number.
     #[error(
         "{problem}.{skipped} This step was discarded. A lower learning_rate or a longer warm-up usually helps, \
-         and on_non_finite = \"skip\" skips such steps; check the data lines that are named. {resume}"
+         and on_non_finite = \"skip\" skips such steps; check these lines. {resume}"
     )]
     NotFinite {
         /// The value that is not a number, and its cause.

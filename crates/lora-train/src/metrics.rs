@@ -161,7 +161,7 @@ impl MetricsWriter {
             writer.end = bytes;
         } else if writer.end < bytes {
             log::warn!(
-                "{} is shorter than when the checkpoint was written; lines are missing",
+                "{} is shorter than when the checkpoint was written; metrics of some steps are missing",
                 path.display()
             );
         }

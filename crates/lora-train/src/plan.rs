@@ -334,7 +334,8 @@ fn loading(model: &LlamaConfig) -> Part {
     let largest = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).max();
     let largest = (largest.unwrap_or(0) * (model.weight_bytes + 8)) as u64;
     Part {
-        name: "while loading (weight files partly mapped, one tensor in f32)".into(),
+        name: "while loading (part of the weight files memory-mapped, one tensor at a time in f32)"
+            .into(),
         parameters: None,
         bytes: llama_burn::MAPPED_BYTES as u64 + largest,
     }

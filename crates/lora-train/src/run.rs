@@ -201,7 +201,11 @@ fn open_metrics(
     let before: PathBuf = run_folder(resumed.checkpoint.folder()).join("metrics.jsonl");
     let elsewhere = before.canonicalize().ok() != path.canonicalize().ok();
     if elsewhere && let Err(source) = std::fs::copy(&before, &path) {
-        log::warn!("{}: {source}; its lines are missing", before.display());
+        log::warn!(
+            "{}: {source}; metrics before this step are missing from {}",
+            before.display(),
+            path.display()
+        );
     }
     MetricsWriter::resume(&path, resumed.checkpoint.state.metrics_bytes)
 }

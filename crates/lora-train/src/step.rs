@@ -131,14 +131,11 @@ fn not_finite(what: &'static str, value: f64, model: &Llama, input: StepInput) -
     }
     let rows = if culprits.is_empty() {
         format!(
-            "no single example causes it; the lines of this step are {}",
+            "no single example causes it; this step used lines {} of the data file",
             all.join(", ")
         )
     } else {
-        format!(
-            "it comes from these lines of the data: {}",
-            culprits.join(", ")
-        )
+        format!("caused by lines {} of the data file", culprits.join(", "))
     };
     NotFinite {
         what,

@@ -3,7 +3,7 @@
 //!
 //! | file | contents |
 //! | --- | --- |
-//! | `reference` | a folder written by `peft_reference.py` |
+//! | `reference` | a folder written by `tests/fixtures/make_fixtures.py` |
 //! | `against_reference` | one device compared with such a folder |
 //! | `between_devices` | a quantized model on each pair of devices |
 //! | `run` | forward, backward, training steps with this trainer's code |
@@ -29,7 +29,8 @@ pub use report::{Check, Report, Section};
 /// Options of a comparison, as command-line arguments.
 #[derive(Debug, Clone, clap::Args)]
 pub struct ParityOptions {
-    /// A folder written by peft_reference.py; without it, backends are compared with each other
+    /// A folder written by tests/fixtures/make_fixtures.py, such as tests/fixtures/tied; without it, backends are compared
+    /// with each other
     #[arg(long, value_name = "DIR")]
     pub reference: Option<PathBuf>,
     /// The reference's model, if it is not in that folder
@@ -43,11 +44,11 @@ pub struct ParityOptions {
     pub learning_rate: f64,
 }
 
-/// `peft_reference.py`'s learning rate.
+/// `make_fixtures.py`'s learning rate.
 const LEARNING_RATE: f64 = 1e-3;
 
 impl Default for ParityOptions {
-    /// The CPU, without a reference, and `peft_reference.py`'s learning rate.
+    /// The CPU, without a reference, and `make_fixtures.py`'s learning rate.
     fn default() -> Self {
         Self {
             reference: None,
@@ -224,7 +225,7 @@ fn start(backend: Backend) -> Result<Selected, DeviceError> {
     Ok(selected)
 }
 
-/// Compares each device with the numbers that `peft_reference.py` wrote into `folder`, in f32 with
+/// Compares each device with the numbers that `make_fixtures.py` wrote into `folder`, in f32 with
 /// dense weights: logits with and without the adapter, loss, the gradient of every LoRA matrix, the
 /// losses of AdamW steps, the trained adapter, and the merged weights.
 ///

@@ -85,7 +85,7 @@ impl Command {
 
 #[derive(Args)]
 struct ConfigArgs {
-    /// A configuration in TOML or JSON, also FinLoRA's file with several runs [default: the embedded one]
+    /// A configuration in TOML or JSON, FinLoRA's JSON with several runs, or axolotl's YAML [default: the embedded one]
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// The run to use, if the file holds several named runs
@@ -136,7 +136,7 @@ struct InspectData {
     #[command(flatten)]
     config: ConfigArgs,
     /// The number of examples
-    #[arg(long, default_value_t = 3)]
+    #[arg(long, value_name = "N", default_value_t = 3)]
     rows: usize,
     /// Print token ids and the ranges in the loss as JSON lines
     #[arg(long)]
@@ -177,15 +177,11 @@ struct GpuReport {
     #[arg(long, value_name = "DIR", default_value = "target/gpu-report")]
     output: PathBuf,
     /// A Python with torch, transformers and peft, to measure PEFT in turn with this trainer
-    #[arg(long, value_name = "PYTHON")]
+    #[arg(long, value_name = "PYTHON", requires = "peft_script")]
     peft: Option<PathBuf>,
-    /// The script that this Python runs
-    #[arg(
-        long,
-        value_name = "FILE",
-        default_value = "../shared/tools/peft_bench.py"
-    )]
-    peft_script: PathBuf,
+    /// The script that this Python runs; crates/gpu-report/src/peft_bench.rs has its arguments and its output
+    #[arg(long, value_name = "FILE", requires = "peft")]
+    peft_script: Option<PathBuf>,
     /// PyTorch's device: cuda, mps, cpu [default: cuda for CUDA, mps for Metal, else cpu]
     #[arg(long, value_name = "DEVICE")]
     peft_device: Option<String>,
@@ -214,7 +210,7 @@ impl From<GpuReport> for ReportOptions {
             limit: Duration::from_secs(args.seconds),
             output: args.output,
             peft: args.peft,
-            peft_script: args.peft_script,
+            peft_script: args.peft_script.unwrap_or_default(),
             peft_device: args.peft_device,
             only: args.only,
         }
@@ -297,7 +293,8 @@ fn train(args: Train, screen: &Screen) -> anyhow::Result<ExitCode> {
         Some(from) => {
             let file = checkpoint::config_of(from).with_context(|| {
                 format!(
-                    "--resume {}: this is neither the output folder of a run nor one of its checkpoints",
+                    "--resume {}: this is neither the output folder of a run nor one of its checkpoints; give runs/NAME or \
+                     runs/NAME/checkpoints/step-NNNNNN",
                     from.display()
                 )
             })?;

@@ -54,7 +54,9 @@ pub enum ExportGgufError {
         folder.display()
     )]
     NotLora { folder: PathBuf, what: String },
-    #[error("an adapter alone is written in f32 or f16; its ranks are too small for blocks")]
+    #[error(
+        "--type q8_0 is not supported with --lora (the rank is smaller than a block); use --type f16 or f32"
+    )]
     QuantizedAdapter,
     #[error(transparent)]
     Io(#[from] io::Error),

@@ -24,10 +24,10 @@ use terminal::human;
 /// The command's arguments.
 #[derive(Debug, Args)]
 pub struct ExportGgufArgs {
-    /// The base model: a Hugging Face folder, a GGUF file, or `embedded`
+    /// The base model: a Hugging Face folder, a GGUF file, a name on the Hub, or `embedded`
     #[arg(long, value_name = "PATH", default_value = EMBEDDED)]
     model: String,
-    /// An adapter in PEFT's format to merge into the weights
+    /// A PEFT adapter to merge into the weights: a folder or a name on the Hub
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
     /// Write the adapter alone, for llama.cpp's --lora

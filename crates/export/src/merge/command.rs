@@ -1,6 +1,6 @@
 //! `trainer merge` and `trainer unmerge`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Args;
 use lora_core::Quantization;
@@ -8,16 +8,17 @@ use safetensors::Dtype;
 
 use super::{LARGEST_SHARD, MergeError, MergeOptions, UnmergeOptions, merge, survival, unmerge};
 use hub::{self, Need};
+use run_config::EMBEDDED;
 use terminal::Screen;
 use terminal::human;
 
 /// The arguments of `merge`.
 #[derive(Debug, Args)]
 pub struct MergeArgs {
-    /// The base model, a Hugging Face folder
+    /// The base model: a Hugging Face folder or a name on the Hub
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// The adapter, in PEFT's format
+    /// A PEFT adapter: a folder or a name on the Hub
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
     /// The folder to write; may be omitted with --check-bits
@@ -40,10 +41,10 @@ pub struct MergeArgs {
 /// The arguments of `unmerge`.
 #[derive(Debug, Args)]
 pub struct UnmergeArgs {
-    /// The merged model, a Hugging Face folder
+    /// The merged model: a Hugging Face folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
-    /// The adapter that was merged into it
+    /// The PEFT adapter that was merged into it: a folder
     #[arg(long, value_name = "DIR")]
     adapter: PathBuf,
     /// The folder to write
@@ -106,6 +107,9 @@ fn size(word: &str) -> Result<u64, String> {
 ///
 /// As [`merge`]; a model or an adapter that the Hub does not have; [`MergeError::LostToQuantization`].
 pub fn run_merge(args: MergeArgs, screen: &Screen) -> Result<(), MergeError> {
+    if args.model == Path::new(EMBEDDED) && !args.model.exists() {
+        return Err(MergeError::EmbeddedBase);
+    }
     let args = MergeArgs {
         model: match args.model.to_str() {
             Some(name) => hub::model_folder(name, Need::Model)?,
@@ -201,10 +205,10 @@ pub fn run_unmerge(args: UnmergeArgs, screen: &Screen) -> Result<(), MergeError>
     };
     let what = match report.exact {
         Some(exact) if exact == report.changed => {
-            "all of them the base's, number for number".to_string()
+            "all equal to the base model's, bit for bit".to_string()
         }
         Some(exact) => format!(
-            "{exact} of them the base's, number for number; the others are within {:.1e} of it, because the merged \
+            "{exact} of them equal to the base model's, bit for bit; the others are within {:.1e} of it, because the merged \
              weights were rounded to {} (a model merged with --dtype f32 can be restored without loss)",
             report.rounding, report.merged_dtype
         ),
@@ -214,7 +218,7 @@ pub fn run_unmerge(args: UnmergeArgs, screen: &Screen) -> Result<(), MergeError>
         ),
     };
     screen.line(&format!(
-        "took the adapter out of {} into {} ({}): {what}",
+        "unmerged the adapter from {} into {} ({}): {what}",
         human::counted(report.changed as u64, "tensor"),
         options.output.display(),
         report.dtype,

@@ -46,6 +46,15 @@ pub enum MergeError {
     /// A model or an adapter that cannot be found on the Hub.
     #[error(transparent)]
     Hub(#[from] HubError),
+    /// The base model is the embedded one.
+    #[error(
+        "merge needs a Hugging Face folder, and the embedded model has none; `export-gguf --model embedded --adapter DIR` \
+         writes it with the adapter as a GGUF file"
+    )]
+    EmbeddedBase,
+    /// The model's folder does not exist.
+    #[error("--model {}: there is no such folder", .0.display())]
+    NoFolder(PathBuf),
     /// An unknown number of bits.
     #[error("--check-bits is {bits}; expected 8 or 4")]
     CheckBits {
@@ -147,7 +156,7 @@ pub enum MergeError {
         module: String,
     },
     /// The base cannot be computed from the merged model.
-    #[error("the adapter in {} cannot be taken out: {reason}; use the base model itself{base}", folder.display())]
+    #[error("the adapter in {} cannot be unmerged: {reason}; use the base model itself{base}", folder.display())]
     NotInvertible {
         /// The adapter's folder.
         folder: PathBuf,
@@ -165,7 +174,7 @@ pub enum MergeError {
         reason: String,
     },
     /// The merged folder was not made with this adapter, or has no record of it.
-    #[error("{reason}; --force takes the adapter out anyway")]
+    #[error("{reason}; --force unmerges it anyway")]
     OtherAdapter {
         /// What differs.
         reason: String,
@@ -337,6 +346,9 @@ impl Base {
             return Err(MergeError::GgufBase {
                 file: folder.into(),
             });
+        }
+        if !folder.exists() {
+            return Err(MergeError::NoFolder(folder.into()));
         }
         let config = LlamaConfig::from_file(folder)?;
         let path = folder.join("config.json");

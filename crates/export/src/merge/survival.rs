@@ -132,11 +132,11 @@ impl SurvivalReport {
         let (name, worst) = self.worst()?;
         let what = if overall < LEAST_OVERALL {
             format!(
-                "the cosine of intended and actual change is {overall:.3} over all modules, expected at least {LEAST_OVERALL}"
+                "the cosine similarity of the LoRA update before and after quantization is {overall:.3} over all modules, expected at least {LEAST_OVERALL}"
             )
         } else if worst < LEAST_OF_A_MODULE {
             format!(
-                "in {name} the cosine of intended and actual change is {worst:.3}, expected at least {LEAST_OF_A_MODULE}"
+                "in {name} the cosine similarity of the LoRA update before and after quantization is {worst:.3}, expected at least {LEAST_OF_A_MODULE}"
             )
         } else {
             return None;
@@ -181,7 +181,7 @@ impl SurvivalReport {
         }
         let right: Vec<usize> = (0..=kinds.len()).collect();
         let mut lines = vec![format!(
-            "cosine of the intended change and the change in {} bits",
+            "cosine similarity of the LoRA update before and after quantization to {} bits",
             self.bits
         )];
         lines.extend(human::columns(&rows, &right));

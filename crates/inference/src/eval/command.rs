@@ -27,7 +27,7 @@ use terminal::human;
 pub struct EvalArgs {
     #[command(flatten)]
     pub(super) model: ModelArgs,
-    /// Adapters in PEFT's format; each is compared with the base model
+    /// PEFT adapters, each a folder or a name on the Hub; each is compared with the base model
     #[arg(long, value_name = "[NAME=]DIR", num_args = 1..)]
     pub(super) adapter: Vec<PathBuf>,
     /// A benchmark instead of --data: its files in --data-dir, its answer lengths and scores. For finlora the default

@@ -21,7 +21,7 @@ use terminal::human;
 pub struct GenerateArgs {
     #[command(flatten)]
     model: ModelArgs,
-    /// An adapter in PEFT's format
+    /// A PEFT adapter: a folder or a name on the Hub
     #[arg(long, value_name = "DIR")]
     adapter: Option<PathBuf>,
     /// Merge the adapter into the weights first, instead of computing it separately

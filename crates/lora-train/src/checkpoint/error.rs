@@ -2,7 +2,7 @@
 
 use std::fmt;
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 /// Why a checkpoint cannot be written, read, or resumed from.
 #[derive(Debug, thiserror::Error)]
@@ -27,7 +27,7 @@ pub enum CheckpointError {
     },
     /// No checkpoint of the run is intact.
     #[error(
-        "no checkpoint in {} is intact; --overwrite starts the run again:{}",
+        "every checkpoint in {} is damaged; start the run again with --overwrite:{}",
         folder.display(),
         list(damaged)
     )]
@@ -83,6 +83,20 @@ pub enum CheckpointError {
 }
 
 impl CheckpointError {
+    /// The error of a checkpoint that the user named, with what else to resume from.
+    pub(super) fn named(self, run: &Path) -> Self {
+        match self {
+            Self::Damaged { folder, reason } => Self::Damaged {
+                folder,
+                reason: format!(
+                    "{reason}; resume from an older checkpoint in the same folder: --resume {} uses the newest intact one",
+                    run.display()
+                ),
+            },
+            other => other,
+        }
+    }
+
     /// Whether the cause is a full disk.
     pub fn is_full(&self) -> bool {
         let source = match self {

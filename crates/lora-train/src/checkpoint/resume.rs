@@ -99,7 +99,7 @@ impl Resume {
             .file_name()
             .is_some_and(|name| name != "checkpoints");
         if named && folder != self.from {
-            let checkpoint = Checkpoint::open(&self.from)?;
+            let checkpoint = Checkpoint::open(&self.from).map_err(|error| error.named(&folder))?;
             return Ok(Some(Resumed {
                 checkpoint,
                 notes: Vec::new(),

@@ -53,7 +53,7 @@ pub enum FitError {
     Lora(#[from] LoraError),
     /// Too little memory.
     #[error(
-        "this run needs about {needed} of memory and {available} {whose}. The largest part is {what}. {advice}",
+        "this run needs about {needed} of memory, but only {available} {whose}. The largest part is {what}. {advice}",
         needed = human::bytes(*needed),
         available = human::bytes(*available),
     )]

@@ -313,7 +313,7 @@ impl<'a> Search<'a> {
             whose: match (self.on_gpu, self.config.device_memory) {
                 (true, None) => "of this device's memory may be used",
                 (true, Some(_)) => "of device_memory may be used",
-                (false, Some(_)) => "are what device_memory allows",
+                (false, Some(_)) => "are allowed by device_memory",
                 (false, None) => "are free",
             },
             what: largest.map_or_else(String::new, |part| part.name.clone()),

@@ -18,7 +18,7 @@ use lora_core::{LoraConfig, LoraError};
 /// The rule of the count, for the user.
 pub const COUNTED: &str = "Counted, a multiplication and an addition as two: the decoder's linear weights forward \
      and once backward, causal attention forward and twice backward, the adapters forward and twice backward, the \
-     head at supervised positions forward and once backward; each row in full, whatever is shared or padded.";
+     head at supervised positions forward and once backward; each example in full, without prefix sharing and padding.";
 
 /// The shape-dependent factors of a model with adapters.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -237,7 +237,7 @@ fn table(counts: &StepCounts, dtype: FloatDType, device: &str, peaks: &[Peak]) -
     let right: Vec<usize> = (1..rows[0].len()).collect();
     let mut lines = human::columns(&rows, &right);
     lines.push(format!(
-        "{} launches per layer; {} of {} and {} per step; counted in {} on {device}, not run",
+        "{} launches per layer; {} of {} and {} per step; counted with {} kernels compiled for {device}; nothing was launched",
         human::count(counts.layer.launches()),
         human::counted(step.uploads, "upload"),
         human::bytes(step.upload_bytes),
@@ -245,7 +245,7 @@ fn table(counts: &StepCounts, dtype: FloatDType, device: &str, peaks: &[Peak]) -
         device::type_name(dtype),
     ));
     lines.push(
-        "time of a kind: its FLOPs at the stated rate or its bytes at the stated bandwidth, whichever takes longer".into(),
+        "time per kernel type: its FLOPs at the stated rate or its bytes at the stated bandwidth, whichever takes longer".into(),
     );
     lines.push(
         "these times are lower bounds: launch overhead and kernels below the peak add to them"

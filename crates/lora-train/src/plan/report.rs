@@ -8,7 +8,8 @@ use device::{Backend, DeviceMemory, Known};
 use terminal::human;
 
 impl Plan {
-    /// The plan as a table: parameters and memory by part, then the peak.
+    /// The plan as a table: parameters and memory by part, then the peak. The micro-batch is described as
+    /// [`Workload::largest`](super::Workload::largest) assumes it.
     pub fn lines(&self, model: &LlamaConfig, options: &PlanOptions) -> Vec<String> {
         let row = |part: &Part| {
             let parameters = part.parameters.map_or(String::new(), human::count);
@@ -58,11 +59,10 @@ impl Plan {
         ));
         let workload = options.workload;
         lines.push(format!(
-            "micro-batch: {}, {} in total (longest example {}), {} in the loss",
+            "assumed micro-batch: {}, each of {} (the longest that max_seq_len and the model allow), all in the loss; \
+             the data is not read",
             human::counted(workload.rows as u64, "example"),
-            human::counted(workload.tokens as u64, "token"),
-            human::count(workload.longest_row as u64),
-            human::count(workload.supervised as u64),
+            human::counted(workload.longest_row as u64, "token"),
         ));
         if !options.on_gpu {
             for (part, peak) in [

@@ -156,8 +156,8 @@ fn warnings(setup: &Setup, memory_there: Option<DeviceMemory>) -> Vec<String> {
     }
     if memory_there.is_none() {
         warnings.push(
-            "this device does not report its memory: the run tries what fits, and gradient checkpointing is on unless \
-             the run is small. To plan with a known size, set it, as in device_memory = \"8GiB\""
+            "this device does not report its memory: by default, gradient checkpointing is on unless the run is small, and \
+             micro-batches are halved if memory runs out. Set device_memory, for example \"8GiB\", to plan for that size"
                 .into(),
         );
     }
