@@ -235,8 +235,8 @@ fn the_training_pass_and_the_evaluation_see_the_same_loss() {
     let (trained, _) = gradients(&model, &[batch], true);
     assert!((evaluated.loss - trained.loss).abs() < TOLERANCE * trained.loss);
     assert_eq!(
-        (evaluated.tokens, evaluated.rows),
-        (trained.tokens, trained.rows)
+        (evaluated.tokens, evaluated.examples),
+        (trained.tokens, trained.examples)
     );
 }
 

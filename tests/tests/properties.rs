@@ -240,7 +240,7 @@ proptest! {
     fn sharing_beginnings_changes_no_loss(rows in rows()) {
         let (_, model) = tiny();
         let [shared, apart] = [Prefixes::Shared, Prefixes::Apart].map(|prefixes| evaluate(&model, &packed(&rows, prefixes)));
-        prop_assert_eq!((shared.tokens, shared.rows), (apart.tokens, apart.rows));
+        prop_assert_eq!((shared.tokens, shared.examples), (apart.tokens, apart.examples));
         // Sums of up to 100 losses of about 2, each in f32 in another order of additions: 1e-5 of
         // the sum is a hundred times the measured difference.
         let tolerance = 1e-5 * apart.loss.abs().max(1.0);
