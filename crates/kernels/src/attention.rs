@@ -29,9 +29,16 @@ pub struct Heads {
 pub struct AttentionLayout {
     pub(crate) ranges: Arc<AttentionRanges>,
     padded: Option<Padded>,
+    #[cfg(feature = "cube")]
+    tiled: Option<crate::gpu::TiledTables>,
 }
 
 impl AttentionLayout {
+    #[cfg(feature = "cube")]
+    pub(crate) fn tiled(&self) -> Option<&crate::gpu::TiledTables> {
+        self.tiled.as_ref()
+    }
+
     /// # Panics
     ///
     /// If the layout was prepared for a kernel that reads the ranges.
@@ -50,6 +57,8 @@ impl AttentionLayout {
 pub struct PlannedAttention {
     ranges: Arc<AttentionRanges>,
     padded: Option<PlannedPadded>,
+    #[cfg(feature = "cube")]
+    tiled: Option<crate::gpu::PlannedTiles>,
 }
 
 impl PlannedAttention {
@@ -64,12 +73,17 @@ impl PlannedAttention {
         uploads: &mut Uploads,
     ) -> Self {
         let ranges = AttentionRanges::new(segments);
-        let reads_ranges = dtype == DType::F32 && of_device(device).attention_reads_ranges();
-        let padded = (device.is_autodiff() || !reads_ranges)
+        let kernels = of_device(device);
+        let reads_ranges = dtype == DType::F32 && kernels.attention_reads_ranges();
+        let tiled = kernels.attends_in_tiles(heads);
+        let padded = (device.is_autodiff() || !(reads_ranges || tiled))
             .then(|| PlannedPadded::new(&ranges, heads, scores_at_once, uploads));
         Self {
-            ranges: Arc::new(ranges),
             padded,
+            #[cfg(feature = "cube")]
+            tiled: (tiled && !device.is_autodiff())
+                .then(|| crate::gpu::PlannedTiles::new(segments, &ranges, heads, uploads)),
+            ranges: Arc::new(ranges),
         }
     }
 
@@ -78,6 +92,8 @@ impl PlannedAttention {
         AttentionLayout {
             ranges: self.ranges,
             padded: self.padded.map(|padded| padded.on_device(uploaded)),
+            #[cfg(feature = "cube")]
+            tiled: self.tiled.map(|tiled| tiled.on_device(uploaded)),
         }
     }
 }
@@ -97,6 +113,16 @@ pub enum SavedAttention {
         /// Each query's log-sum-exp of scores, `[n, heads]`.
         log_sums: Tensor<2>,
     },
+    /// For a kernel that recomputes the attention weights, and reads the output to take its part from the gradient.
+    #[cfg(feature = "cube")]
+    Tiled {
+        /// Rotated queries and keys, and values, as above.
+        qkv: [Tensor<2>; 3],
+        /// The output, `[n, heads · d]`.
+        output: Tensor<2>,
+        /// Each query's log-sum-exp of scores, `[n, heads]`.
+        log_sums: Tensor<2>,
+    },
     /// For the composition.
     Padded(Box<composed::attention::Attended>),
 }
@@ -106,6 +132,8 @@ impl SavedAttention {
     pub fn into_keys_values(self) -> [Tensor<2>; 2] {
         match self {
             Self::LogSumExp { k, v, .. } => [k, v],
+            #[cfg(feature = "cube")]
+            Self::Tiled { qkv: [_, k, v], .. } => [k, v],
             Self::Padded(saved) => saved.into_keys_values(),
         }
     }
@@ -147,6 +175,17 @@ pub fn attention_backward(
         SavedAttention::LogSumExp { q, k, v, log_sums } => {
             cpu::attention::gradients([q, k, v], log_sums, gradient, &layout.ranges, heads)
         }
+        #[cfg(feature = "cube")]
+        SavedAttention::Tiled {
+            qkv,
+            output,
+            log_sums,
+        } => match layout.tiled() {
+            Some(tables) => {
+                crate::gpu::attention_backward(qkv, output, log_sums, gradient, tables, heads)
+            }
+            None => unreachable!("the forward pass had the tables"),
+        },
         SavedAttention::Padded(saved) => {
             composed::attention::backward(*saved, gradient, layout.padded(), heads)
         }

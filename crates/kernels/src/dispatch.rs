@@ -12,6 +12,7 @@ use crate::cpu;
 use crate::frozen_linear::Direction;
 use crate::kv_cache::{KvCache, PromptTokens};
 use crate::loss::{CrossEntropy, LOGITS_BYTES_GPU, Targets};
+use crate::low_rank::LowRankTerm;
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
 
@@ -31,6 +32,11 @@ pub trait Kernels: Debug + Sync {
 
     /// Whether attention reads the ranges of a packed sequence on the host, so that it needs no padded index tables.
     fn attention_reads_ranges(&self) -> bool {
+        false
+    }
+
+    /// Whether attention visits tiles of keys that are listed on the device.
+    fn attends_in_tiles(&self, _heads: Heads) -> bool {
         false
     }
 
@@ -80,6 +86,45 @@ pub trait Kernels: Debug + Sync {
         direction: Direction,
     ) -> Tensor<2> {
         composed::products::frozen_product(sum, x, weight, direction)
+    }
+
+    fn adapted_product(
+        &self,
+        sum: Option<Tensor<2>>,
+        x: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+        direction: Direction,
+    ) -> Tensor<2> {
+        let dtype = x.dtype();
+        let product = self.frozen_product(sum, x, weight, direction);
+        match low_rank {
+            Some(term) => {
+                let (low, b) = (term.low.of_layer().cast(dtype), term.b.cast(dtype));
+                self.multiply_add(Some(product), 1.0, low, b)
+            }
+            None => product,
+        }
+    }
+
+    fn low_rank_columns(
+        &self,
+        _wide: &[Tensor<2>],
+        _factors: &[Tensor<2>],
+        _transposed: bool,
+        _scales: &[f64],
+    ) -> Option<Tensor<2>> {
+        None
+    }
+
+    fn low_rank_gradients(
+        &self,
+        _low: &Tensor<2>,
+        _wide: &[Tensor<2>],
+        _ranks: &[usize],
+        _transposed: bool,
+    ) -> Option<Vec<Tensor<2>>> {
+        None
     }
 
     fn table_logits(&self, x: Tensor<2>, table: Tensor<2>) -> Tensor<2> {
@@ -202,8 +247,11 @@ pub(crate) fn of<const D: usize>(x: &Tensor<D>) -> &'static dyn Kernels {
 /// The kernels for tensors on `device` outside an autodiff graph.
 pub(crate) fn of_device(device: &Device) -> &'static dyn Kernels {
     if cpu::is_cpu(device) {
-        &cpu::Cpu
-    } else {
-        &Composed
+        return &cpu::Cpu;
     }
+    #[cfg(feature = "cube")]
+    if crate::gpu::is_gpu(device) {
+        return &crate::gpu::Gpu;
+    }
+    &Composed
 }

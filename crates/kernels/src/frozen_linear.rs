@@ -17,6 +17,7 @@ use burn::tensor::{DType, Tensor};
 use crate::cpu::frozen_linear::flex;
 use crate::dispatch::of;
 use crate::gpu_products::{ProductOps, product, product_of};
+use crate::low_rank::LowRankTerm;
 
 /// A backend's products with a frozen quantized weight. The default bodies work on every backend; a backend overrides
 /// them with faster kernels.
@@ -222,6 +223,17 @@ pub fn frozen_product(
     direction: Direction,
 ) -> Tensor<2> {
     of(&x).frozen_product(sum, x, weight.without_autodiff(), direction)
+}
+
+/// As [`frozen_product`], plus a term of low rank.
+pub fn adapted_product(
+    sum: Option<Tensor<2>>,
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    low_rank: Option<LowRankTerm>,
+    direction: Direction,
+) -> Tensor<2> {
+    of(&x).adapted_product(sum, x, weight.without_autodiff(), low_rank, direction)
 }
 
 /// `sum + x · W` of a quantized weight by the backend's [`FrozenLinearOps`].

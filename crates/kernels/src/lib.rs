@@ -5,6 +5,7 @@
 //! | `dispatch.rs` | [`Kernels`]: a trait with every operation; the default bodies are compositions of Burn's operations |
 //! | `composed/` | those compositions, for any backend |
 //! | `cpu/` | the CPU's kernels |
+//! | `gpu/` | kernels for GPUs |
 //! | `frozen_linear.rs`, `gpu_products.rs` | operations that work in Burn's autodiff graph too: backend extensions |
 //! | `rms_norm.rs`, `rope.rs`, `swiglu.rs`, `attention.rs`, `kv_cache.rs`, `vocab.rs`, `loss.rs`, `products.rs`, `adamw.rs` | the functions that callers use, one file per operation |
 //! | `quantize.rs`, `integers.rs` | 8- and 4-bit weights |
@@ -28,12 +29,15 @@ pub mod cpu;
 mod dispatch;
 mod frozen_linear;
 mod fusion;
+#[cfg(feature = "cube")]
+pub mod gpu;
 mod gpu_products;
 mod init;
 mod integers;
 mod kv_cache;
 mod limits;
 mod loss;
+mod low_rank;
 mod products;
 mod quantize;
 mod random;
@@ -53,7 +57,9 @@ pub use attention::{
 pub use composed::SCORES_AT_ONCE;
 pub use cpu::{has_bf16_products, heads_apart, use_bf16_products};
 pub use dispatch::Kernels;
-pub use frozen_linear::{Direction, frozen_linear, frozen_linear_backward, frozen_product};
+pub use frozen_linear::{
+    Direction, adapted_product, frozen_linear, frozen_linear_backward, frozen_product,
+};
 pub use fusion::{Fusion, set_fusion};
 pub use gpu_products::{is_exact_f32, product, use_exact_f32};
 pub use init::{kaiming_uniform, normal};
@@ -63,6 +69,7 @@ pub use limits::{AssumedBuffer, has_f16_matrix_units, has_tf32, largest_buffer, 
 pub use loss::{
     CrossEntropy, LOGITS_BYTES, LOGITS_BYTES_GPU, LossTerms, Targets, cross_entropy, logits_bytes,
 };
+pub use low_rank::{LowRankPart, LowRankTerm, low_rank_columns, low_rank_gradients};
 pub use products::{multiply_add, multiply_in_f32, transposes_low_rank};
 pub use quantize::{
     AlreadyQuantized, BLOCK, Quantization, QuantizationError, compact, quantize, quantize_data,

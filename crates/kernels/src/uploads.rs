@@ -76,7 +76,26 @@ enum Copied {
     },
 }
 
+impl Ints {
+    /// Where they begin among all integers.
+    #[cfg(feature = "cube")]
+    pub(crate) fn start(&self) -> usize {
+        self.0.start
+    }
+}
+
 impl Uploaded {
+    /// All integers in one tensor, `[count]`, for kernels that find their part themselves.
+    #[cfg(feature = "cube")]
+    pub(crate) fn all_ints(&self) -> Tensor<1, Int> {
+        match &self.0 {
+            Copied::Together {
+                ints: Some(all), ..
+            } => all.clone(),
+            _ => unreachable!("a GPU's integers are copied together"),
+        }
+    }
+
     /// The integers at `at`, `[count]`.
     pub fn ints(&self, at: &Ints) -> Tensor<1, Int> {
         let count = at.0.len();

@@ -10,11 +10,12 @@
 //! A DoRA scales each output of h by m/n, with n a constant: ∂m = Σ G ⊙ h / n over the rows, and G ⊙ m/n replaces
 //! G everywhere else.
 
-use burn::module::Param;
+use burn::module::{LoraAdapter, Param};
 use burn::tensor::{DType, Tensor};
 
 use kernels::{
-    Direction, frozen_product, multiply_add, multiply_in_f32, product, transposes_low_rank,
+    Direction, LowRankPart, LowRankTerm, adapted_product, frozen_product, low_rank_columns,
+    low_rank_gradients, multiply_add, multiply_in_f32, product, transposes_low_rank,
 };
 
 use crate::LoraLinear;
@@ -33,11 +34,13 @@ pub struct LinearGroup<'a, const N: usize> {
 /// DoRA the output before its scaling, `[n, d_out]`.
 #[derive(Debug, Clone)]
 pub struct LowRank<const N: usize> {
-    products: [Option<Tensor<2>>; N],
+    products: [Option<LowRankPart>; N],
     scaled: [Option<Scaled>; N],
     /// The adapters' A side by side, `[d_in, Σ r]`, if all share one product with the input. On GPUs multiplied by γ if
     /// all adapters have the same γ.
     all_a: Option<Tensor<2>>,
+    /// The hidden activations of all adapters side by side, `[n, Σ r]`, if one kernel computed them.
+    grouped: Option<Tensor<2>>,
 }
 
 /// A DoRA's output before the scaling, and the scaling.
@@ -77,7 +80,13 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         x: &Tensor<2>,
         mut sums: [Option<Tensor<2>>; N],
     ) -> ([Tensor<2>; N], LowRank<N>) {
-        let (products, all_a) = self.low_rank(x);
+        let grouped = (self.has_adapters() && !self.drops())
+            .then(|| self.grouped_low_rank(x))
+            .flatten();
+        let (products, all_a) = match &grouped {
+            Some(all) => (self.parts(all), None),
+            None => self.low_rank(x),
+        };
         let mut scaled = [const { None }; N];
         let outputs = std::array::from_fn(|i| {
             let layer = self.layers[i];
@@ -96,7 +105,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         let base = frozen_product(None, x.clone(), weight, Direction::Forward);
                         base - dropped_base.clone()
                     });
-                    let output = multiply_add(Some(dropped_base), 1.0, xa.clone(), b);
+                    let xa = xa.clone().of_layer().cast(x.dtype());
+                    let output = multiply_add(Some(dropped_base), 1.0, xa, b);
                     let y = output.clone() * by;
                     scaled[i] = Some(Scaled { output, scaling });
                     let y = match undropped {
@@ -111,12 +121,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         None => y,
                     }
                 }
-                (Some(xa), Some(adapter), None) => {
-                    let y = frozen_product(sum, x.clone(), weight, Direction::Forward);
-                    let b = factor(&adapter.b, x.dtype());
-                    multiply_add(Some(y), 1.0, xa.clone(), b)
+                (xa, adapter, _) => {
+                    let low_rank = xa.clone().zip(adapter);
+                    let low_rank = low_rank.map(|(low, adapter)| LowRankTerm {
+                        low,
+                        b: plain(&adapter.b),
+                    });
+                    adapted_product(sum, x.clone(), weight, low_rank, Direction::Forward)
                 }
-                _ => frozen_product(sum, x.clone(), weight, Direction::Forward),
             };
             if let Some(bias) = &layer.bias {
                 let dtype = y.dtype();
@@ -128,6 +140,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             products,
             scaled,
             all_a,
+            grouped,
         };
         (outputs, saved)
     }
@@ -173,12 +186,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 d_scaled
             })
         };
-        for (i, d_output) in d_outputs.iter().enumerate() {
-            if let (Some(adapter), Some(xa)) = (self.layers[i].adapter(), &saved.products[i]) {
-                let d_b = multiply_in_f32(xa.clone().transpose(), d_output.clone());
-                accumulate(&adapter.b, d_b);
-            }
-        }
+        self.gradients_of_b(&saved, &d_outputs, accumulate);
         let low_gradients = if self.drops() {
             LowGradients::Apart(std::array::from_fn(|i| {
                 let adapter = self.layers[i].adapter()?;
@@ -186,9 +194,31 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 Some(multiply_add(None, adapter.scale, d_outputs[i].clone(), b))
             }))
         } else {
-            LowGradients::Together(self.low_gradients(&d_outputs, dtype))
+            match self.grouped_low_gradients(&d_outputs) {
+                Some(all) => LowGradients::Grouped(all),
+                None => LowGradients::Together(self.low_gradients(&d_outputs, dtype)),
+            }
         };
         let mut d_input = None;
+        // The adapters' part of the gradient, added by the last product.
+        let mut low_rank = match &low_gradients {
+            LowGradients::Together(Some(all)) if input_gradient => {
+                let transposed = transposes_low_rank(all);
+                let all = all.clone();
+                let all = if transposed { all.transpose() } else { all };
+                // On GPUs `all_a` has the factor γ that `all` lacks.
+                let a = saved.all_a.unwrap_or_else(|| self.all_a(dtype));
+                Some(LowRankTerm {
+                    low: LowRankPart::whole(all),
+                    b: a.transpose(),
+                })
+            }
+            _ => None,
+        };
+        let parts = match &low_gradients {
+            LowGradients::Grouped(all) => self.parts(all),
+            _ => [const { None }; N],
+        };
         // The gradients of the dropped inputs, before the dropout mask.
         let mut d_dropped: [Option<Tensor<2>>; N] = [const { None }; N];
         if input_gradient {
@@ -208,16 +238,28 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         d_base
                     }
                 };
-                d_input = Some(frozen_product(d_input, d_base, weight, Direction::Backward));
+                let own = parts[i].clone().zip(self.layers[i].adapter());
+                let own = own.map(|(low, adapter)| LowRankTerm {
+                    low,
+                    b: plain(&adapter.a).transpose(),
+                });
+                let last = if i + 1 == N { low_rank.take() } else { None };
+                let low_rank = own.or(last);
+                d_input = Some(adapted_product(
+                    d_input,
+                    d_base,
+                    weight,
+                    low_rank,
+                    Direction::Backward,
+                ));
             }
         }
         if self.has_adapters() {
             let x = x();
             match low_gradients {
-                LowGradients::Together(Some(all)) => {
-                    self.shared_backward(x, all, saved.all_a, &mut d_input, accumulate);
-                }
+                LowGradients::Together(Some(all)) => self.shared_backward(x, all, accumulate),
                 LowGradients::Together(None) => {}
+                LowGradients::Grouped(all) => self.grouped_backward(&x, &all, accumulate),
                 LowGradients::Apart(all) => {
                     self.dropped_backward(x, all, d_dropped, &mut d_input, accumulate);
                 }
@@ -226,9 +268,98 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         d_input
     }
 
+    /// The gradients of B.
+    fn gradients_of_b(
+        &self,
+        saved: &LowRank<N>,
+        d_outputs: &[Tensor<2>; N],
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) {
+        let adapted = || {
+            let layers = self.layers.iter().zip(&saved.products).zip(d_outputs);
+            layers.filter_map(|((layer, low), d_output)| {
+                Some((layer.adapter()?, low.as_ref()?, d_output))
+            })
+        };
+        // One kernel for all layers whose columns lie side by side.
+        let grouped = saved.grouped.as_ref().and_then(|all| {
+            let wide: Vec<_> = adapted().map(|(_, _, d_output)| d_output.clone()).collect();
+            let ranks: Vec<_> = adapted().map(|(_, low, _)| low.rank).collect();
+            low_rank_gradients(all, &wide, &ranks, false)
+        });
+        let mut grouped = grouped.map(Vec::into_iter);
+        for (adapter, low, d_output) in adapted() {
+            let d_b = match grouped.as_mut().and_then(Iterator::next) {
+                Some(d_b) => d_b,
+                None => {
+                    let low = low.clone().of_layer().cast(d_output.dtype());
+                    multiply_in_f32(low.transpose(), d_output.clone())
+                }
+            };
+            accumulate(&adapter.b, d_b);
+        }
+    }
+
+    /// The layers' parts of columns of low rank that lie side by side.
+    fn parts(&self, all: &Tensor<2>) -> [Option<LowRankPart>; N] {
+        let mut first = 0;
+        std::array::from_fn(|i| {
+            let rank = self.layers[i].adapter()?.a.lazy_shape()[1];
+            first += rank;
+            Some(LowRankPart {
+                all: all.clone(),
+                first: first - rank,
+                rank,
+            })
+        })
+    }
+
+    /// The adapters, and their scales.
+    fn adapters(&self) -> (Vec<&LoraAdapter>, Vec<f64>) {
+        let adapters = self.layers.iter().filter_map(|layer| layer.adapter());
+        adapters.map(|adapter| (adapter, adapter.scale)).unzip()
+    }
+
+    /// γ·x·A of every adapter side by side, if the device has a kernel for all of them.
+    fn grouped_low_rank(&self, x: &Tensor<2>) -> Option<Tensor<2>> {
+        let (adapters, scales) = self.adapters();
+        let wide = vec![x.clone(); adapters.len()];
+        let factors = adapters.iter().map(|adapter| plain(&adapter.a));
+        low_rank_columns(&wide, &factors.collect::<Vec<_>>(), false, &scales)
+    }
+
+    /// γ·G·Bᵀ of every adapter side by side, if the device has a kernel for all of them.
+    fn grouped_low_gradients(&self, d_outputs: &[Tensor<2>; N]) -> Option<Tensor<2>> {
+        let (adapters, scales) = self.adapters();
+        let adapted = self.layers.iter().zip(d_outputs);
+        let adapted = adapted.filter(|(layer, _)| layer.adapter().is_some());
+        let wide: Vec<_> = adapted.map(|(_, d_output)| d_output.clone()).collect();
+        let factors = adapters.iter().map(|adapter| plain(&adapter.b));
+        low_rank_columns(&wide, &factors.collect::<Vec<_>>(), true, &scales)
+    }
+
+    /// The gradients of A from [`grouped_low_gradients`](Self::grouped_low_gradients).
+    fn grouped_backward(
+        &self,
+        x: &Tensor<2>,
+        all: &Tensor<2>,
+        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+    ) {
+        let (adapters, _) = self.adapters();
+        let ranks: Vec<usize> = adapters
+            .iter()
+            .map(|adapter| adapter.a.lazy_shape()[1])
+            .collect();
+        let gradients = low_rank_gradients(all, &vec![x.clone(); ranks.len()], &ranks, true);
+        let gradients = gradients.unwrap_or_else(|| unreachable!("the device has the kernels"));
+        for (adapter, d_a) in adapters.into_iter().zip(gradients) {
+            accumulate(&adapter.a, d_a);
+        }
+    }
+
     /// γ·x·A of every adapter, in one product for all of them unless each has its own dropout mask. Also returns the
     /// `all_a` of [`LowRank`].
-    fn low_rank(&self, x: &Tensor<2>) -> ([Option<Tensor<2>>; N], Option<Tensor<2>>) {
+    fn low_rank(&self, x: &Tensor<2>) -> ([Option<LowRankPart>; N], Option<Tensor<2>>) {
         if !self.has_adapters() {
             return ([const { None }; N], None);
         }
@@ -237,7 +368,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 let adapter = self.layers[i].adapter()?;
                 let a = factor(&adapter.a, x.dtype());
                 let dropped = self.dropped(i, x.clone());
-                Some(multiply_add(None, adapter.scale, dropped, a))
+                let xa = multiply_add(None, adapter.scale, dropped, a);
+                Some(LowRankPart::whole(xa))
             });
             return (apart, None);
         }
@@ -262,10 +394,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             } else {
                 xa.clone().narrow(1, start - r, r)
             };
-            Some(match scale {
+            Some(LowRankPart::whole(match scale {
                 Some(_) => xa,
                 None => xa.mul_scalar(adapter.scale),
-            })
+            }))
         });
         (products, Some(all_a))
     }
@@ -317,22 +449,19 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
     }
 
-    /// The gradients of A, and the adapters' part of the input's gradient, for adapters that share their input. `all`
-    /// is the result of [`low_gradients`](Self::low_gradients).
+    /// The gradients of A, for adapters that share their input. `all` is the result of
+    /// [`low_gradients`](Self::low_gradients).
     fn shared_backward(
         &self,
         x: Tensor<2>,
         all: Tensor<2>,
-        all_a: Option<Tensor<2>>,
-        d_input: &mut Option<Tensor<2>>,
         accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
-        let dtype = x.dtype();
         let transposed = transposes_low_rank(&x);
         let d_all_a = if transposed {
-            scaled(multiply_in_f32(all.clone(), x), self.common_scale())
+            scaled(multiply_in_f32(all, x), self.common_scale())
         } else {
-            multiply_in_f32(x.transpose(), all.clone())
+            multiply_in_f32(x.transpose(), all)
         };
         let mut start = 0;
         for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
@@ -344,12 +473,6 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             };
             accumulate(&adapter.a, d_a);
             start += r;
-        }
-        if let Some(sum) = d_input.take() {
-            // On GPUs `all_a` has the factor γ that `all` lacks.
-            let a = all_a.unwrap_or_else(|| self.all_a(dtype)).transpose();
-            let all = if transposed { all.transpose() } else { all };
-            *d_input = Some(multiply_add(Some(sum), 1.0, all, a));
         }
     }
 
@@ -401,6 +524,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
 enum LowGradients<const N: usize> {
     /// Of all adapters in one tensor, because they share their input.
     Together(Option<Tensor<2>>),
+    /// The same, `[n, Σ r]`, by one kernel for all adapters.
+    Grouped(Tensor<2>),
     /// Of each adapter, under dropout.
     Apart([Option<Tensor<2>>; N]),
 }
@@ -414,7 +539,12 @@ fn scaled(x: Tensor<2>, scale: Option<f64>) -> Tensor<2> {
 
 /// A factor's value in the type that products are computed in, outside the autodiff graph.
 fn factor(param: &Param<Tensor<2>>, dtype: DType) -> Tensor<2> {
-    param.val().without_autodiff().cast(dtype)
+    plain(param).cast(dtype)
+}
+
+/// A factor in its own type, outside an autodiff graph.
+fn plain(param: &Param<Tensor<2>>) -> Tensor<2> {
+    param.val().without_autodiff()
 }
 
 #[cfg(test)]

@@ -1,0 +1,464 @@
+//! Kernels for GPUs, in CubeCL's language: one source for CUDA, Vulkan, Metal and WebGPU.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
+//! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
+//! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
+//! | `rope.rs` | rotary position embeddings |
+//! | `attention.rs`, `tiles.rs` | attention tile by tile; which tiles it visits |
+//! | `operations.rs` | the kernels as operations on a backend's tensors |
+//! | `launch.rs` | what the launches share |
+
+mod attention;
+mod launch;
+mod low_rank;
+mod operations;
+mod product;
+mod rope;
+mod rows;
+#[cfg(all(test, feature = "wgpu"))]
+mod tests;
+mod tiles;
+
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use burn::backend::{Dispatch, DispatchDevice, DispatchTensor};
+use burn::tensor::{DType, Device, Int, Tensor};
+
+use crate::Kernels;
+use crate::attention::{AttentionLayout, Heads, SavedAttention};
+use crate::dispatch::Composed;
+use crate::frozen_linear::Direction;
+use crate::limits::rows_at_once;
+use crate::loss::{CrossEntropy, LossTerms, Targets};
+use crate::low_rank::LowRankTerm;
+use crate::ranges::{AttentionRanges, Segment};
+use crate::rms_norm::InverseRms;
+use crate::rope::{RotaryTables, Rotation};
+use crate::spoil::spoilt;
+use crate::uploads::{Ints, Uploaded, Uploads};
+use operations::{GpuOps as _, Group, Terms, TiledAttention};
+
+/// A kernel that can be switched off; Burn's composition is then used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kernel {
+    /// Products with packed weights.
+    Product,
+    /// Attention.
+    Attention,
+    /// Products of low rank.
+    LowRank,
+    /// RMSNorm.
+    RmsNorm,
+    /// Rotary position embeddings.
+    Rope,
+    /// Cross entropy.
+    CrossEntropy,
+}
+
+impl Kernel {
+    /// Every kernel.
+    pub const ALL: [Self; 6] = [
+        Self::Product,
+        Self::Attention,
+        Self::LowRank,
+        Self::RmsNorm,
+        Self::Rope,
+        Self::CrossEntropy,
+    ];
+
+    /// Its name on the command line.
+    pub const fn name(self) -> &'static str {
+        match self {
+            Self::Product => "product",
+            Self::Attention => "attention",
+            Self::LowRank => "low_rank",
+            Self::RmsNorm => "rms_norm",
+            Self::Rope => "rope",
+            Self::CrossEntropy => "cross_entropy",
+        }
+    }
+
+    fn is_on(self) -> bool {
+        OFF.load(Ordering::Relaxed) & (1 << self as u32) == 0
+    }
+}
+
+/// One bit per kernel that is switched off.
+static OFF: AtomicU32 = AtomicU32::new(0);
+
+/// Switches off these kernels, for this process, and all others on.
+pub fn switch_off(kernels: &[Kernel]) {
+    let bits = kernels
+        .iter()
+        .fold(0, |bits, kernel| bits | 1 << *kernel as u32);
+    OFF.store(bits, Ordering::Relaxed);
+}
+
+static SOFTWARE: AtomicBool = AtomicBool::new(false);
+
+/// Chooses tiles for a driver that emulates a GPU on a CPU.
+pub fn set_software_driver(software: bool) {
+    SOFTWARE.store(software, Ordering::Relaxed);
+}
+
+fn is_software_driver() -> bool {
+    SOFTWARE.load(Ordering::Relaxed)
+}
+
+/// Whether this is a device of CubeCL.
+pub(crate) fn is_gpu(device: &Device) -> bool {
+    matches!(
+        device.clone().without_autodiff().as_dispatch(),
+        DispatchDevice::Cube(_)
+    )
+}
+
+/// The implementation for GPUs.
+#[derive(Debug)]
+pub(crate) struct Gpu;
+
+impl Kernels for Gpu {
+    fn attends_in_tiles(&self, heads: Heads) -> bool {
+        let group = heads.query / heads.key.max(1);
+        Kernel::Attention.is_on() && group <= attention::QUERIES && heads.d.is_multiple_of(4)
+    }
+
+    fn frozen_product(
+        &self,
+        sum: Option<Tensor<2>>,
+        x: Tensor<2>,
+        weight: Tensor<2>,
+        direction: Direction,
+    ) -> Tensor<2> {
+        self.adapted_product(sum, x, weight, None, direction)
+    }
+
+    fn adapted_product(
+        &self,
+        sum: Option<Tensor<2>>,
+        x: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+        direction: Direction,
+    ) -> Tensor<2> {
+        if !matches!(weight.dtype(), DType::QFloat(_)) || !Kernel::Product.is_on() {
+            return Composed.adapted_product(sum, x, weight, low_rank, direction);
+        }
+        let [d_in, d_out] = weight.dims();
+        let n = x.dims()[0];
+        let rows = rows_at_once([n, d_in, d_out]);
+        if rows < n {
+            let parts = (0..n).step_by(rows).map(|first| {
+                let part = |x: Tensor<2>| x.narrow(0, first, rows.min(n - first));
+                let low_rank = low_rank.clone().map(|mut term| {
+                    term.low.all = part(term.low.all);
+                    term
+                });
+                let (sum, x) = (sum.clone().map(part), part(x.clone()));
+                self.adapted_product(sum, x, weight.clone(), low_rank, direction)
+            });
+            return Tensor::cat(parts.collect(), 0);
+        }
+        let terms = Terms {
+            transposed: direction == Direction::Backward,
+            sum: sum.is_some(),
+            low: low_rank
+                .as_ref()
+                .map(|term| (term.low.first, term.low.rank)),
+            dtype: sum.as_ref().map_or(x.dtype(), Tensor::dtype),
+        };
+        // An operand that is not a term is ignored; something has to stand in its place.
+        let sum = sum.unwrap_or_else(|| x.clone());
+        let (low, b) = match low_rank {
+            Some(term) => (term.low.all, term.b),
+            None => (x.clone(), x.clone()),
+        };
+        let operation = match direction {
+            Direction::Forward => "quantized_product",
+            Direction::Backward => "quantized_product_backward",
+        };
+        let product = Dispatch::packed_product(
+            x.into_dispatch(),
+            weight.into_dispatch(),
+            sum.into_dispatch(),
+            low.into_dispatch(),
+            b.into_dispatch(),
+            terms,
+        );
+        spoilt(operation, Tensor::from_dispatch(product))
+    }
+
+    fn low_rank_columns(
+        &self,
+        wide: &[Tensor<2>],
+        factors: &[Tensor<2>],
+        transposed: bool,
+        scales: &[f64],
+    ) -> Option<Tensor<2>> {
+        let rank = |factor: &Tensor<2>| factor.dims()[usize::from(!transposed)];
+        let ranks: Vec<usize> = factors.iter().map(rank).collect();
+        if !groups(wide, factors.len()) {
+            return None;
+        }
+        let group = Group {
+            ranks: padded(&ranks, 0),
+            scales: padded(scales, 0.0).map(|scale| scale as f32),
+            transposed,
+            dtype: DType::F32,
+        };
+        let [x0, x1, x2] = all_members(wide);
+        let [factor0, factor1, factor2] = all_members(factors);
+        let columns = Dispatch::low_rank_columns(x0, x1, x2, factor0, factor1, factor2, group);
+        Some(spoilt("low_rank", Tensor::from_dispatch(columns)))
+    }
+
+    fn low_rank_gradients(
+        &self,
+        low: &Tensor<2>,
+        wide: &[Tensor<2>],
+        ranks: &[usize],
+        transposed: bool,
+    ) -> Option<Vec<Tensor<2>>> {
+        if !groups(wide, ranks.len()) {
+            return None;
+        }
+        let group = Group {
+            ranks: padded(ranks, 0),
+            scales: [1.0; low_rank::MEMBERS],
+            transposed,
+            dtype: DType::F32,
+        };
+        let [x0, x1, x2] = all_members(wide);
+        let low = low.clone().into_dispatch();
+        let (a, b, c) = Dispatch::low_rank_gradients(low, x0, x1, x2, group);
+        let outputs = [a, b, c].into_iter().take(ranks.len());
+        Some(
+            outputs
+                .map(|output| spoilt("low_rank", Tensor::from_dispatch(output)))
+                .collect(),
+        )
+    }
+
+    fn rms_norm(
+        &self,
+        x: &Tensor<2>,
+        gain: Tensor<2>,
+        eps: f64,
+        dtype: DType,
+    ) -> (Tensor<2>, InverseRms) {
+        if !Kernel::RmsNorm.is_on() || !x.dims()[1].is_multiple_of(4) {
+            return Composed.rms_norm(x, gain, eps, dtype);
+        }
+        let (x, gain) = (x.clone().into_dispatch(), gain.into_dispatch());
+        let (output, inverse) = Dispatch::rms_norm_rows(x, gain, eps as f32, dtype);
+        let inverse = InverseRms(Some(Tensor::from_dispatch(inverse)));
+        (Tensor::from_dispatch(output), inverse)
+    }
+
+    fn rms_norm_backward(
+        &self,
+        x: &Tensor<2>,
+        inverse: InverseRms,
+        gain: Tensor<2>,
+        eps: f64,
+        gradient: Tensor<2>,
+        sum: Tensor<2>,
+    ) -> Tensor<2> {
+        let on = Kernel::RmsNorm.is_on() && x.dims()[1].is_multiple_of(4);
+        let Some(factors) = inverse.0.clone().filter(|_| on) else {
+            return Composed.rms_norm_backward(x, inverse, gain, eps, gradient, sum);
+        };
+        let result = Dispatch::rms_norm_rows_backward(
+            x.clone().into_dispatch(),
+            factors.into_dispatch(),
+            gain.into_dispatch(),
+            gradient.into_dispatch(),
+            sum.into_dispatch(),
+        );
+        spoilt("rms_norm_backward", Tensor::from_dispatch(result))
+    }
+
+    fn rotates_halves(&self) -> bool {
+        Kernel::Rope.is_on()
+    }
+
+    fn rotate(
+        &self,
+        x: Tensor<2>,
+        tables: &RotaryTables,
+        rotation: Rotation,
+        scale: f64,
+    ) -> Tensor<2> {
+        if tables.whole.is_some() {
+            return Composed.rotate(x, tables, rotation, scale);
+        }
+        let sign = match rotation {
+            Rotation::Forward => 1.0,
+            Rotation::Inverse => -1.0,
+        };
+        Tensor::from_dispatch(Dispatch::rotate_heads(
+            x.into_dispatch(),
+            tables.cos.clone().into_dispatch(),
+            tables.sin.clone().into_dispatch(),
+            scale as f32,
+            sign,
+        ))
+    }
+
+    fn cross_entropy(&self, logits: Tensor<2>, targets: Targets) -> CrossEntropy {
+        if !Kernel::CrossEntropy.is_on() || logits.dtype() != DType::F32 {
+            return Composed.cross_entropy(logits, targets);
+        }
+        let targets = targets.on_device.into_dispatch();
+        let (gradient, losses, hits) =
+            Dispatch::cross_entropy_rows(logits.into_dispatch(), targets);
+        let losses = Tensor::<1>::from_dispatch(losses);
+        CrossEntropy {
+            gradient: spoilt("cross_entropy", Tensor::from_dispatch(gradient)),
+            terms: LossTerms::OnDevice {
+                loss: losses.sum(),
+                hits: Tensor::from_dispatch(hits),
+            },
+        }
+    }
+
+    fn attention(
+        &self,
+        q: Tensor<2>,
+        k: Tensor<2>,
+        v: Tensor<2>,
+        layout: &AttentionLayout,
+        heads: Heads,
+    ) -> (Tensor<2>, SavedAttention) {
+        let Some(tables) = layout.tiled() else {
+            return Composed.attention(q, k, v, layout, heads);
+        };
+        let tiled = tables.at(heads);
+        let (output, log_sums) = Dispatch::tiled_attention(
+            q.clone().into_dispatch(),
+            k.clone().into_dispatch(),
+            v.clone().into_dispatch(),
+            tables.all.clone().into_dispatch(),
+            tiled,
+        );
+        let (output, log_sums) = (
+            Tensor::from_dispatch(output),
+            Tensor::from_dispatch(log_sums),
+        );
+        let saved = SavedAttention::Tiled {
+            qkv: [q, k, v],
+            output: output.clone(),
+            log_sums,
+        };
+        (output, saved)
+    }
+}
+
+/// Whether one launch can compute the products of low rank of these layers.
+fn groups(wide: &[Tensor<2>], layers: usize) -> bool {
+    Kernel::LowRank.is_on()
+        && layers <= low_rank::MEMBERS
+        && wide.iter().all(|x| x.dims()[1].is_multiple_of(4))
+}
+
+/// Operands for a kernel of [`MEMBERS`](low_rank::MEMBERS) layers; the first stands for those that are not there.
+fn all_members(tensors: &[Tensor<2>]) -> [DispatchTensor; low_rank::MEMBERS] {
+    std::array::from_fn(|i| {
+        tensors
+            .get(i)
+            .unwrap_or(&tensors[0])
+            .clone()
+            .into_dispatch()
+    })
+}
+
+fn padded<T: Copy>(values: &[T], with: T) -> [T; low_rank::MEMBERS] {
+    std::array::from_fn(|i| values.get(i).copied().unwrap_or(with))
+}
+
+/// The gradients of queries, keys and values of [`Gpu`]'s attention.
+pub(crate) fn attention_backward(
+    [q, k, v]: [Tensor<2>; 3],
+    output: Tensor<2>,
+    log_sums: Tensor<2>,
+    gradient: Tensor<2>,
+    tables: &TiledTables,
+    heads: Heads,
+) -> [Tensor<2>; 3] {
+    let (d_q, d_k, d_v) = Dispatch::tiled_attention_backward(
+        q.into_dispatch(),
+        k.into_dispatch(),
+        v.into_dispatch(),
+        output.into_dispatch(),
+        log_sums.into_dispatch(),
+        gradient.into_dispatch(),
+        tables.all.clone().into_dispatch(),
+        tables.at(heads),
+    );
+    [d_q, d_k, d_v].map(Tensor::from_dispatch)
+}
+
+/// The index tables of tiled attention that are about to be copied to the device.
+#[derive(Debug)]
+pub(crate) struct PlannedTiles {
+    spans: Ints,
+    keys_of: Ints,
+    queries_of: Ints,
+}
+
+/// The same on the device.
+#[derive(Debug, Clone)]
+pub(crate) struct TiledTables {
+    /// Every index of the batch, `[count]`; a slice of it would be copied.
+    all: Tensor<1, Int>,
+    spans: usize,
+    keys_of: usize,
+    queries_of: usize,
+}
+
+impl PlannedTiles {
+    pub(crate) fn new(
+        segments: &[Segment],
+        ranges: &AttentionRanges,
+        heads: Heads,
+        uploads: &mut Uploads,
+    ) -> Self {
+        let queries = shape(heads).tokens();
+        let tables = tiles::Tables::new(segments, ranges, queries, attention::KEYS);
+        Self {
+            spans: uploads.ints(tables.spans),
+            keys_of: uploads.ints(tables.keys_of),
+            queries_of: uploads.ints(tables.queries_of),
+        }
+    }
+
+    pub(crate) fn on_device(self, uploaded: &Uploaded) -> TiledTables {
+        TiledTables {
+            all: uploaded.all_ints(),
+            spans: self.spans.start(),
+            keys_of: self.keys_of.start(),
+            queries_of: self.queries_of.start(),
+        }
+    }
+}
+
+impl TiledTables {
+    fn at(&self, heads: Heads) -> TiledAttention {
+        TiledAttention {
+            shape: shape(heads),
+            spans: self.spans,
+            keys_of: self.keys_of,
+            queries_of: self.queries_of,
+        }
+    }
+}
+
+fn shape(heads: Heads) -> attention::Shape {
+    attention::Shape {
+        group: heads.query / heads.key,
+        key_heads: heads.key,
+        d: heads.d,
+    }
+}

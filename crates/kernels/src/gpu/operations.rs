@@ -1,0 +1,302 @@
+//! The GPU kernels as operations on a backend's tensors.
+
+use burn::backend::fusion::custom::TensorSpec;
+use burn::backend::tensor::{FloatTensor, IntTensor, QuantizedTensor};
+use burn::backend::{Backend, backend_extension};
+use burn::tensor::{DType, Shape};
+use burn_cubecl::CubeBackend;
+
+use super::{attention, low_rank, product, rope, rows};
+
+/// Which terms a [`packed_product`](GpuOps::packed_product) has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Terms {
+    /// Whether the weight is transposed.
+    pub transposed: bool,
+    /// Whether `sum` is a term; else it is ignored.
+    pub sum: bool,
+    /// The first column of `low` and the number of columns, if `low · b` is a term; else both are ignored.
+    pub low: Option<(usize, usize)>,
+    /// The output's type.
+    pub dtype: DType,
+}
+
+/// The layers of a product of low rank.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Group {
+    /// 0 for a layer that is not there; such layers come last.
+    pub ranks: [usize; low_rank::MEMBERS],
+    /// The products' factors γ.
+    pub scales: [f32; low_rank::MEMBERS],
+    /// Of columns: whether the factors are transposed, `[rank, length]`. Of gradients: whether the outputs are,
+    /// `[length, rank]`.
+    pub transposed: bool,
+    /// The type of columns.
+    pub dtype: DType,
+}
+
+/// Where the index tables of a [`tiled_attention`](GpuOps::tiled_attention) begin, and its sizes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct TiledAttention {
+    /// The sizes.
+    pub shape: attention::Shape,
+    /// See [`Tables`](super::tiles::Tables), as are the next two.
+    pub spans: usize,
+    /// The lists of tiles of keys.
+    pub keys_of: usize,
+    /// The lists of tiles of queries.
+    pub queries_of: usize,
+}
+
+/// The kernels, on a backend's tensors. Only CubeCL's backends have them.
+#[backend_extension(Cube, Fusion)]
+pub trait GpuOps: Backend {
+    /// `[sum +] x · W [+ low · b]`.
+    #[fusion(dtype = terms.dtype, shape = product_shape(x, weight, terms))]
+    fn packed_product(
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        sum: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        terms: Terms,
+    ) -> FloatTensor<Self>;
+
+    /// `[x₀·F₀·γ₀ | x₁·F₁·γ₁ | x₂·F₂·γ₂]` for the layers with a rank.
+    #[fusion(dtype = group.dtype, shape = Shape::from([x0[0], group.ranks.iter().sum()]))]
+    #[allow(clippy::too_many_arguments)]
+    fn low_rank_columns(
+        x0: FloatTensor<Self>,
+        x1: FloatTensor<Self>,
+        x2: FloatTensor<Self>,
+        factor0: FloatTensor<Self>,
+        factor1: FloatTensor<Self>,
+        factor2: FloatTensor<Self>,
+        group: Group,
+    ) -> FloatTensor<Self>;
+
+    /// Per layer `γ · lowᵀ · wide` in f32, `[rank, length]`, or transposed.
+    #[fusion(meta = gradient_outputs)]
+    fn low_rank_gradients(
+        low: FloatTensor<Self>,
+        wide0: FloatTensor<Self>,
+        wide1: FloatTensor<Self>,
+        wide2: FloatTensor<Self>,
+        group: Group,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// RMSNorm in `dtype`, and each row's factor, `[n, 1]`.
+    #[fusion(meta = |x, _, _, dtype| (
+        TensorSpec::new(x.shape.clone(), *dtype),
+        TensorSpec::new(Shape::from([x.shape[0], 1]), DType::F32),
+    ))]
+    fn rms_norm_rows(
+        x: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        eps: f32,
+        dtype: DType,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `sum` plus the gradient of RMSNorm's input.
+    #[fusion(dtype = sum, shape = sum)]
+    fn rms_norm_rows_backward(
+        x: FloatTensor<Self>,
+        inverse: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        sum: FloatTensor<Self>,
+    ) -> FloatTensor<Self>;
+
+    /// Every head rotated by its row's angles times `sign`, times `scale`.
+    #[fusion(dtype = x, shape = x)]
+    fn rotate_heads(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        scale: f32,
+        sign: f32,
+    ) -> FloatTensor<Self>;
+
+    /// The gradient of cross entropy, and each row's loss and hit, `[m]`.
+    #[fusion(meta = |logits, targets| (
+        logits.clone(),
+        TensorSpec::new(targets.shape.clone(), DType::F32),
+        TensorSpec::new(targets.shape.clone(), DType::F32),
+    ))]
+    fn cross_entropy_rows(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// The attention output and the log-sum-exp of each query's scores, `[n, heads]`.
+    #[fusion(meta = attention_outputs)]
+    fn tiled_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        tables: IntTensor<Self>,
+        tiled: TiledAttention,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// The gradients of queries, keys and values.
+    #[fusion(meta = |q, k, v, _, _, _, _, _| (q.clone(), k.clone(), v.clone()))]
+    #[allow(clippy::too_many_arguments)]
+    fn tiled_attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        log_sums: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        tables: IntTensor<Self>,
+        tiled: TiledAttention,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+}
+
+impl GpuOps for CubeBackend {
+    fn packed_product(
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        sum: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        terms: Terms,
+    ) -> FloatTensor<Self> {
+        let low_rank = terms.low.map(|(first, rank)| product::LowRankTerm {
+            low,
+            first,
+            rank,
+            b,
+        });
+        let sum = terms.sum.then_some(sum);
+        product::launch(sum, x, weight, terms.transposed, low_rank, terms.dtype)
+    }
+
+    fn low_rank_columns(
+        x0: FloatTensor<Self>,
+        x1: FloatTensor<Self>,
+        x2: FloatTensor<Self>,
+        factor0: FloatTensor<Self>,
+        factor1: FloatTensor<Self>,
+        factor2: FloatTensor<Self>,
+        group: Group,
+    ) -> FloatTensor<Self> {
+        let Group {
+            ranks,
+            scales,
+            transposed,
+            dtype,
+        } = group;
+        let mut factors = [factor0, factor1, factor2];
+        if transposed {
+            factors.iter_mut().for_each(|factor| factor.meta.swap(0, 1));
+        }
+        low_rank::launch_columns([x0, x1, x2], factors, ranks, scales, dtype)
+    }
+
+    fn low_rank_gradients(
+        low: FloatTensor<Self>,
+        wide0: FloatTensor<Self>,
+        wide1: FloatTensor<Self>,
+        wide2: FloatTensor<Self>,
+        group: Group,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        let wide = [wide0, wide1, wide2];
+        let [a, b, c] =
+            low_rank::launch_gradients(low, wide, group.ranks, group.scales, group.transposed);
+        (a, b, c)
+    }
+
+    fn rms_norm_rows(
+        x: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        eps: f32,
+        dtype: DType,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        rows::launch_rms_norm(x, gain, eps, dtype)
+    }
+
+    fn rms_norm_rows_backward(
+        x: FloatTensor<Self>,
+        inverse: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        sum: FloatTensor<Self>,
+    ) -> FloatTensor<Self> {
+        rows::launch_rms_norm_backward(x, inverse, gain, gradient, sum)
+    }
+
+    fn rotate_heads(
+        x: FloatTensor<Self>,
+        cos: FloatTensor<Self>,
+        sin: FloatTensor<Self>,
+        scale: f32,
+        sign: f32,
+    ) -> FloatTensor<Self> {
+        rope::launch(x, cos, sin, scale, sign)
+    }
+
+    fn cross_entropy_rows(
+        logits: FloatTensor<Self>,
+        targets: IntTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        rows::launch_cross_entropy(logits, targets)
+    }
+
+    fn tiled_attention(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        tables: IntTensor<Self>,
+        tiled: TiledAttention,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        attention::launch_forward([q, k, v], tables, tiled)
+    }
+
+    fn tiled_attention_backward(
+        q: FloatTensor<Self>,
+        k: FloatTensor<Self>,
+        v: FloatTensor<Self>,
+        output: FloatTensor<Self>,
+        log_sums: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+        tables: IntTensor<Self>,
+        tiled: TiledAttention,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        attention::launch_backward([q, k, v], [output, gradient, log_sums], tables, tiled)
+    }
+}
+
+fn product_shape(x: &Shape, weight: &Shape, terms: &Terms) -> Shape {
+    Shape::from([x[0], weight[usize::from(!terms.transposed)]])
+}
+
+fn gradient_outputs(
+    _low: &TensorSpec,
+    wide0: &TensorSpec,
+    wide1: &TensorSpec,
+    wide2: &TensorSpec,
+    group: &Group,
+) -> (TensorSpec, TensorSpec, TensorSpec) {
+    let output = |i: usize, wide: &TensorSpec| {
+        let shape = match (group.ranks[i], wide.shape[1]) {
+            (0, _) => [1, 1],
+            (rank, length) if group.transposed => [length, rank],
+            (rank, length) => [rank, length],
+        };
+        TensorSpec::new(Shape::from(shape), DType::F32)
+    };
+    (output(0, wide0), output(1, wide1), output(2, wide2))
+}
+
+fn attention_outputs(
+    q: &TensorSpec,
+    _k: &TensorSpec,
+    _v: &TensorSpec,
+    _tables: &TensorSpec,
+    tiled: &TiledAttention,
+) -> (TensorSpec, TensorSpec) {
+    let heads = tiled.shape.group * tiled.shape.key_heads;
+    let log_sums = Shape::from([q.shape[0], heads]);
+    (q.clone(), TensorSpec::new(log_sums, DType::F32))
+}

@@ -1,0 +1,565 @@
+//! Products with a frozen weight whose packed words are widened while a tile is loaded: no dense weight in memory.
+//!
+//! ```text
+//!               W: cols = 64 columns, depth = 16 of the inner dimension at a time
+//!              ┌────────────┐
+//!              │ w_tile     │ packed words → f32 (times the block's scale) in shared memory
+//!   x_tile     └────────────┘
+//!  ┌────────┐  ┌────────────┐
+//!  │ rows   │  │ 8 × 8 sums │ in registers of each unit; 64 units
+//!  └────────┘  └────────────┘
+//! ```
+//!
+//! A workgroup computes `rows × cols` outputs, each of its units `unit_rows × unit_cols` of them. For every step of
+//! `depth` along the inner dimension, the units copy a tile of x and a tile of W into shared memory, wait, and multiply
+//! them. After that the low-rank term `low · B` is added the same way, and the sum is read and the output written once.
+
+use burn::tensor::DType;
+use burn::tensor::quantization::QuantStore;
+use burn_cubecl::tensor::CubeTensor;
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+
+use super::launch::{dims, element, empty, strides, with_contiguous_rows};
+
+/// The shape of a workgroup's tile.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Tile {
+    /// Rows of the output.
+    pub rows: usize,
+    /// Columns of the output.
+    pub cols: usize,
+    /// The part of the inner dimension that is in shared memory at a time.
+    pub depth: usize,
+    /// Rows of the output of one unit.
+    pub unit_rows: usize,
+    /// Columns of the output of one unit.
+    pub unit_cols: usize,
+}
+
+/// For GPUs: few registers per unit, so that many workgroups run at a time.
+const SMALL: Tile = Tile {
+    rows: 64,
+    cols: 64,
+    depth: 16,
+    unit_rows: 8,
+    unit_cols: 8,
+};
+
+/// For drivers that emulate a GPU on a CPU, where a read from shared memory costs as much as many multiplications.
+const LARGE: Tile = Tile {
+    rows: 128,
+    cols: 64,
+    depth: 16,
+    unit_rows: 16,
+    unit_cols: 16,
+};
+
+impl Tile {
+    fn chosen() -> Self {
+        if super::is_software_driver() {
+            LARGE
+        } else {
+            SMALL
+        }
+    }
+
+    /// The units of a workgroup.
+    pub const fn units(self) -> usize {
+        (self.rows / self.unit_rows) * (self.cols / self.unit_cols)
+    }
+
+    /// Vectors of a row of x in shared memory: one more than the tile has, so that units of different rows read
+    /// different banks.
+    const fn row_of_x(self) -> usize {
+        self.depth / 4 + 1
+    }
+
+    /// Vectors of a tile of W in shared memory.
+    const fn w_vectors(self, along_cols: bool) -> usize {
+        if along_cols {
+            self.depth * self.cols / 4
+        } else {
+            self.cols * self.row_of_x()
+        }
+    }
+}
+
+/// How a weight lies in memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub struct Packing {
+    /// Bits of an integer: 4 or 8.
+    pub bits: usize,
+    /// Integers that share a scale.
+    pub block: usize,
+    /// Whether words lie along the output's columns (else along the inner dimension).
+    pub along_cols: bool,
+}
+
+/// The lengths of a product.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+pub struct Lengths {
+    /// Rows of x and of the output.
+    pub n: usize,
+    /// The inner dimension.
+    pub k: usize,
+    /// Columns of the output.
+    pub m: usize,
+    /// The inner dimension of the low-rank term.
+    pub rank: usize,
+    /// The first column of `low`.
+    pub low_first: usize,
+    /// The distance of two rows of x, of the sum, of the packed words and of the scales.
+    pub x_row: usize,
+    /// See `x_row`.
+    pub sum_row: usize,
+    /// See `x_row`.
+    pub words_row: usize,
+    /// See `x_row`.
+    pub scales_row: usize,
+    /// The distances of rows and of columns of `low`, `[n, rank]`, and of B, `[rank, m]`.
+    pub low_row: usize,
+    /// See `low_row`.
+    pub low_col: usize,
+    /// See `low_row`.
+    pub b_row: usize,
+    /// See `low_row`.
+    pub b_col: usize,
+}
+
+/// `out = [sum +] x · W [+ low · B]`.
+#[cube(launch_unchecked)]
+pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, O: Float>(
+    x: &[Vector<X, NX>],
+    words: &[u32],
+    scales: &[f32],
+    low: &[L],
+    b: &[B],
+    sum: &[S],
+    out: &mut [O],
+    lengths: Lengths,
+    #[comptime] packing: Packing,
+    #[comptime] tile: Tile,
+    #[comptime] has_low: bool,
+    #[comptime] has_sum: bool,
+    #[define(X, L, B, S, O)] _types: [ElemType; 5],
+) {
+    let per_row = comptime!(tile.cols / tile.unit_cols);
+    let unit = UNIT_POS as usize;
+    let unit_row = (unit / per_row) * tile.unit_rows;
+    let unit_col = (unit % per_row) * tile.unit_cols;
+    let first_row = CUBE_POS_Y as usize * tile.rows;
+    let first_col = CUBE_POS_X as usize * tile.cols;
+
+    let mut x_tile =
+        Shared::<[Vector<f32, Const<4>>]>::new_slice(comptime!(tile.rows * tile.row_of_x()));
+    let mut w_tile =
+        Shared::<[Vector<f32, Const<4>>]>::new_slice(comptime!(tile.w_vectors(packing.along_cols)));
+    let mut sums =
+        Array::<Vector<f32, Const<4>>>::new(comptime!(tile.unit_rows * tile.unit_cols / 4));
+    #[unroll]
+    for i in 0..comptime!(tile.unit_rows * tile.unit_cols / 4) {
+        sums[i] = Vector::new(0.0f32);
+    }
+
+    let steps = lengths.k.div_ceil(tile.depth);
+    for step in 0..steps {
+        let first = step * tile.depth;
+        load_x(x, &mut x_tile, first, first_row, unit, &lengths, tile);
+        load_packed(
+            words,
+            scales,
+            &mut w_tile,
+            first,
+            first_col,
+            unit,
+            &lengths,
+            packing,
+            tile,
+        );
+        sync_cube();
+        if packing.along_cols {
+            multiply_outer(&x_tile, &w_tile, &mut sums, unit_row, unit_col, tile);
+        } else {
+            multiply_dots(&x_tile, &w_tile, &mut sums, unit_row, unit_col, tile);
+        }
+        sync_cube();
+    }
+
+    if has_low {
+        add_low_rank(
+            low,
+            b,
+            &mut sums,
+            first_row + unit_row,
+            first_col + unit_col,
+            &lengths,
+            tile,
+        );
+    }
+
+    #[unroll]
+    for i in 0..tile.unit_rows {
+        let row = first_row + unit_row + i;
+        #[unroll]
+        for j in 0..tile.unit_cols {
+            let col = first_col + unit_col + j;
+            if row < lengths.n && col < lengths.m {
+                let mut value =
+                    sums[comptime!((i * tile.unit_cols + j) / 4)].extract(comptime!(j % 4));
+                if has_sum {
+                    value += f32::cast_from(sum[row * lengths.sum_row + col]);
+                }
+                out[row * lengths.m + col] = O::cast_from(value);
+            }
+        }
+    }
+}
+
+/// Copies a tile of x to shared memory, `[rows, depth]`; zeros outside x.
+#[cube]
+fn load_x<X: Float, NX: Size>(
+    x: &[Vector<X, NX>],
+    x_tile: &mut Shared<[Vector<f32, Const<4>>]>,
+    first: usize,
+    first_row: usize,
+    unit: usize,
+    lengths: &Lengths,
+    #[comptime] tile: Tile,
+) {
+    let width = comptime!(tile.depth / 4);
+    let in_vector = NX::value();
+    for i in range_stepped(
+        unit,
+        comptime!(tile.rows * tile.depth / 4),
+        comptime!(tile.units()),
+    ) {
+        let row = first_row + i / width;
+        let inner = first + (i % width) * 4;
+        let mut value = Vector::<f32, Const<4>>::new(0.0f32);
+        if row < lengths.n {
+            let at = row * lengths.x_row + inner;
+            if comptime!(in_vector == 4) {
+                if inner < lengths.k {
+                    value = Vector::cast_from(x[at / 4]);
+                }
+            } else {
+                #[unroll]
+                for j in 0..4 {
+                    if inner + j < lengths.k {
+                        value.insert(j, f32::cast_from(x[at + j].extract(0usize)));
+                    }
+                }
+            }
+        }
+        x_tile[(i / width) * comptime!(tile.row_of_x()) + i % width] = value;
+    }
+}
+
+/// Copies a tile of a packed weight to shared memory; zeros outside the weight. Words along columns: `[depth, cols]`,
+/// words along the inner dimension: `[cols, depth]`.
+#[cube]
+fn load_packed(
+    words: &[u32],
+    scales: &[f32],
+    w_tile: &mut Shared<[Vector<f32, Const<4>>]>,
+    first: usize,
+    first_col: usize,
+    unit: usize,
+    lengths: &Lengths,
+    #[comptime] packing: Packing,
+    #[comptime] tile: Tile,
+) {
+    let in_word = comptime!(32 / packing.bits);
+    let units = comptime!(tile.units());
+    let (outer, along) = comptime!(if packing.along_cols {
+        (tile.depth, tile.cols)
+    } else {
+        (tile.cols, tile.depth)
+    });
+    let in_row = comptime!(along / in_word);
+    let width = comptime!(if packing.along_cols {
+        tile.cols / 4
+    } else {
+        tile.row_of_x()
+    });
+    for i in range_stepped(unit, comptime!(outer * in_row), units) {
+        let at_outer = i / in_row;
+        let at_along = (i % in_row) * in_word;
+        let mut word = 0u32;
+        let mut scale = 0.0f32;
+        if packing.along_cols {
+            let (row, col) = (first + at_outer, first_col + at_along);
+            if row < lengths.k && col < lengths.m {
+                word = words[row * lengths.words_row + col / in_word];
+                scale = scales[row * lengths.scales_row + col / packing.block];
+            }
+        } else {
+            let (row, col) = (first + at_along, first_col + at_outer);
+            if row < lengths.k && col < lengths.m {
+                word = words[col * lengths.words_row + row / in_word];
+                scale = scales[col * lengths.scales_row + row / packing.block];
+            }
+        }
+        #[unroll]
+        for part in 0..comptime!(in_word / 4) {
+            let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+            #[unroll]
+            for j in 0..4 {
+                values.insert(
+                    j,
+                    widen(word, comptime!(4 * part + j), packing.bits) * scale,
+                );
+            }
+            w_tile[at_outer * width + at_along / 4 + part] = values;
+        }
+    }
+}
+
+/// The signed integer at a place of a word, the first in the lowest bits.
+#[cube]
+fn widen(word: u32, #[comptime] place: usize, #[comptime] bits: usize) -> f32 {
+    let up = comptime!((32 - bits * (place + 1)) as u32);
+    let down = comptime!((32 - bits) as i32);
+    f32::cast_from(i32::cast_from(word << up) >> down)
+}
+
+/// Adds a unit's part of the product of two tiles in shared memory to its sums; W is `[depth, cols]`.
+#[cube]
+fn multiply_outer(
+    x_tile: &Shared<[Vector<f32, Const<4>>]>,
+    w_tile: &Shared<[Vector<f32, Const<4>>]>,
+    sums: &mut Array<Vector<f32, Const<4>>>,
+    unit_row: usize,
+    unit_col: usize,
+    #[comptime] tile: Tile,
+) {
+    let vectors = comptime!(tile.unit_cols / 4);
+    for inner in 0..comptime!(tile.depth / 4) {
+        let mut w = Array::<Vector<f32, Const<4>>>::new(comptime!(4 * vectors));
+        #[unroll]
+        for step in 0..4 {
+            #[unroll]
+            for j in 0..vectors {
+                w[comptime!(step * vectors + j)] =
+                    w_tile[(inner * 4 + step) * comptime!(tile.cols / 4) + unit_col / 4 + j];
+            }
+        }
+        #[unroll]
+        for i in 0..tile.unit_rows {
+            let x = x_tile[(unit_row + i) * comptime!(tile.row_of_x()) + inner];
+            #[unroll]
+            for step in 0..4 {
+                let factor = Vector::<f32, Const<4>>::new(x.extract(step));
+                #[unroll]
+                for j in 0..vectors {
+                    let at = comptime!(i * vectors + j);
+                    sums[at] = fma(factor, w[comptime!(step * vectors + j)], sums[at]);
+                }
+            }
+        }
+    }
+}
+
+/// As [`multiply_outer`], with W as `[cols, depth]`.
+#[cube]
+fn multiply_dots(
+    x_tile: &Shared<[Vector<f32, Const<4>>]>,
+    w_tile: &Shared<[Vector<f32, Const<4>>]>,
+    sums: &mut Array<Vector<f32, Const<4>>>,
+    unit_row: usize,
+    unit_col: usize,
+    #[comptime] tile: Tile,
+) {
+    let vectors = comptime!(tile.unit_cols / 4);
+    for inner in 0..comptime!(tile.depth / 4) {
+        let mut w = Array::<Vector<f32, Const<4>>>::new(tile.unit_cols);
+        #[unroll]
+        for j in 0..tile.unit_cols {
+            w[j] = w_tile[(unit_col + j) * comptime!(tile.row_of_x()) + inner];
+        }
+        #[unroll]
+        for i in 0..tile.unit_rows {
+            let x = x_tile[(unit_row + i) * comptime!(tile.row_of_x()) + inner];
+            #[unroll]
+            for j in 0..vectors {
+                let at = comptime!(i * vectors + j);
+                let mut added = sums[at];
+                #[unroll]
+                for part in 0..4 {
+                    let product = x * w[comptime!(4 * j + part)];
+                    let dot = product.extract(0usize)
+                        + product.extract(1usize)
+                        + product.extract(2usize)
+                        + product.extract(3usize);
+                    added.insert(part, added.extract(part) + dot);
+                }
+                sums[at] = added;
+            }
+        }
+    }
+}
+
+/// Adds `low · B` to a unit's sums, straight from memory: the rank is small.
+#[cube]
+fn add_low_rank<L: Float, B: Float>(
+    low: &[L],
+    b: &[B],
+    sums: &mut Array<Vector<f32, Const<4>>>,
+    first_row: usize,
+    first_col: usize,
+    lengths: &Lengths,
+    #[comptime] tile: Tile,
+) {
+    let vectors = comptime!(tile.unit_cols / 4);
+    for inner in 0..lengths.rank {
+        let mut b_row = Array::<Vector<f32, Const<4>>>::new(vectors);
+        #[unroll]
+        for j in 0..vectors {
+            let mut values = Vector::<f32, Const<4>>::new(0.0f32);
+            #[unroll]
+            for part in 0..4 {
+                let col = first_col + comptime!(4 * j + part);
+                if col < lengths.m {
+                    values.insert(
+                        part,
+                        f32::cast_from(b[inner * lengths.b_row + col * lengths.b_col]),
+                    );
+                }
+            }
+            b_row[j] = values;
+        }
+        #[unroll]
+        for i in 0..tile.unit_rows {
+            let row = first_row + i;
+            let mut value = 0.0f32;
+            if row < lengths.n {
+                value = f32::cast_from(
+                    low[row * lengths.low_row + (lengths.low_first + inner) * lengths.low_col],
+                );
+            }
+            let factor = Vector::<f32, Const<4>>::new(value);
+            #[unroll]
+            for j in 0..vectors {
+                let at = comptime!(i * vectors + j);
+                sums[at] = fma(factor, b_row[j], sums[at]);
+            }
+        }
+    }
+}
+
+/// A term `low · B` of low rank.
+pub struct LowRankTerm {
+    /// `[n, columns of all layers]`, any strides.
+    pub low: CubeTensor,
+    /// The first column of this layer.
+    pub first: usize,
+    /// The number of columns of this layer.
+    pub rank: usize,
+    /// `[rank, m]`, any strides.
+    pub b: CubeTensor,
+}
+
+/// `[sum +] x · W [+ low · B]`, or with Wᵀ if `transposed`, in `dtype`.
+///
+/// # Shapes
+///
+/// - `x`: `[n, k]`
+/// - `weight`: `[k, m]`, with `transposed` `[m, k]`, quantized
+/// - `sum`, output: `[n, m]`
+pub fn launch(
+    sum: Option<CubeTensor>,
+    x: CubeTensor,
+    weight: CubeTensor,
+    transposed: bool,
+    low_rank: Option<LowRankTerm>,
+    dtype: DType,
+) -> CubeTensor {
+    let DType::QFloat(scheme) = weight.dtype else {
+        unreachable!("only quantized weights reach this kernel")
+    };
+    let (x, sum) = (with_contiguous_rows(x), sum.map(with_contiguous_rows));
+    let [n, k] = dims(&x);
+    let [d_in, d_out] = dims(&weight);
+    let m = if transposed { d_in } else { d_out };
+    let along_d_out = !matches!(scheme.store, QuantStore::PackedU32(1));
+    let (words, scales) = weight
+        .quantized_handles()
+        .unwrap_or_else(|| unreachable!("a quantized weight has integers and scales"));
+    // The dimension of rows in memory: words lie along the other one.
+    let row_dim = if along_d_out { 0 } else { 1 };
+    let block = scheme.block_size().map_or(k.max(m), |block| {
+        block.iter().map(|b| *b as usize).product()
+    });
+    let packing = Packing {
+        bits: scheme.size_bits_value(),
+        block,
+        along_cols: along_d_out != transposed,
+    };
+    let client = x.client.clone();
+    let output = empty(&x, [n, m], dtype);
+    let tile = Tile::chosen();
+    let types = |tensor: Option<&CubeTensor>| element(tensor.map_or(x.dtype, |t| t.dtype));
+    let elements = [
+        types(Some(&x)),
+        types(low_rank.as_ref().map(|term| &term.low)),
+        types(low_rank.as_ref().map(|term| &term.b)),
+        types(sum.as_ref()),
+        types(Some(&output)),
+    ];
+    let low = low_rank.as_ref().map_or([0, 0], |term| strides(&term.low));
+    let b = low_rank.as_ref().map_or([0, 0], |term| strides(&term.b));
+    let lengths = LengthsLaunch::new(
+        n,
+        k,
+        m,
+        low_rank.as_ref().map_or(0, |term| term.rank),
+        low_rank.as_ref().map_or(0, |term| term.first),
+        strides(&x)[0],
+        sum.as_ref().map_or(0, |sum| strides(sum)[0]),
+        words.meta.strides()[row_dim],
+        scales.meta.strides()[row_dim],
+        low[0],
+        low[1],
+        b[0],
+        b[1],
+    );
+    let (has_low, has_sum) = (low_rank.is_some(), sum.is_some());
+    // An operand that is not there is never read; something has to be bound in its place.
+    let (low, b) = match low_rank {
+        Some(term) => (term.low, term.b),
+        None => (x.clone(), x.clone()),
+    };
+    let vector = if k.is_multiple_of(4) && strides(&x)[0].is_multiple_of(4) {
+        4
+    } else {
+        1
+    };
+    let cubes = CubeCount::Static(
+        m.div_ceil(tile.cols) as u32,
+        n.div_ceil(tile.rows) as u32,
+        1,
+    );
+    unsafe {
+        product::launch_unchecked(
+            &client,
+            cubes,
+            CubeDim::new_1d(tile.units() as u32),
+            vector,
+            x.clone().into_buffer_arg(),
+            words.into_buffer_arg(),
+            scales.into_buffer_arg(),
+            low.into_buffer_arg(),
+            b.into_buffer_arg(),
+            sum.unwrap_or(x).into_buffer_arg(),
+            output.clone().into_buffer_arg(),
+            lengths,
+            packing,
+            tile,
+            has_low,
+            has_sum,
+            elements,
+        );
+    }
+    output
+}

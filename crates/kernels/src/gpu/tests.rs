@@ -1,0 +1,384 @@
+//! Every kernel against the CPU's, on whatever GPU or software driver `wgpu` finds.
+//!
+//! Bounds: f32 sums of up to 2,000 products in another order differ by some 1e-6 of the result's norm. A tile that is
+//! off by one, a missing mask or a wrong scale changes the result by 1e-3 and more.
+
+use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
+
+use crate::{
+    AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight, LossTerms,
+    LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
+    SCORES_AT_ONCE, Segment, Targets, Uploads, adapted_product, attention, attention_backward,
+    cross_entropy, low_rank_columns, low_rank_gradients, normal, quantize_data, query_scale,
+    rms_norm, rms_norm_backward, rotate,
+};
+
+/// Relative Frobenius distance from the CPU's result.
+const BOUND: f64 = 5e-6;
+
+/// The GPU, unless there is none and `LORA_REQUIRE_WGPU` is not set.
+fn gpu() -> Option<Device> {
+    let found = std::panic::catch_unwind(|| {
+        let device = Device::wgpu(DeviceKind::DefaultDevice);
+        let _ = Tensor::<1>::zeros([1], &device).into_data();
+        device
+    });
+    match found {
+        Ok(device) => Some(device),
+        Err(_) if std::env::var_os("LORA_REQUIRE_WGPU").is_none() => None,
+        Err(_) => panic!("LORA_REQUIRE_WGPU is set, and there is no adapter"),
+    }
+}
+
+fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+    x.cast(DType::F32).into_data().try_to_vec().expect("f32")
+}
+
+fn distance<const D: usize>(got: Tensor<D>, expected: Tensor<D>) -> f64 {
+    let (got, expected) = (values(got), values(expected));
+    assert_eq!(got.len(), expected.len());
+    let pairs = || got.iter().zip(&expected);
+    let difference: f64 = pairs().map(|(a, b)| f64::from(a - b).powi(2)).sum();
+    let norm: f64 = pairs().map(|(_, b)| f64::from(*b).powi(2)).sum();
+    assert!(norm > 0.0, "nothing to compare");
+    (difference / norm).sqrt()
+}
+
+/// A tensor of the CPU on another device.
+fn on<const D: usize>(device: &Device, x: &Tensor<D>) -> Tensor<D> {
+    Tensor::from_data(x.clone().into_data(), (device, DType::F32))
+}
+
+#[derive(Debug, Clone, Copy)]
+enum Weight {
+    Ours(Quantization),
+    /// Blocks along d_in, as in GGUF files.
+    Gguf,
+}
+
+impl Weight {
+    /// The same weight on several devices.
+    fn on(
+        self,
+        [d_in, d_out]: [usize; 2],
+        rng: &mut CounterRng,
+        devices: [&Device; 2],
+    ) -> [Tensor<2>; 2] {
+        let floats: Vec<f32> = (0..d_in * d_out).map(|_| rng.normal() as f32).collect();
+        match self {
+            Self::Ours(quantization) => devices.map(|device| {
+                let quantized = quantize_data(&floats, [d_in, d_out], quantization);
+                Tensor::from_data(quantized.expect("can be packed").0, device)
+            }),
+            Self::Gguf => {
+                let integers: Vec<i8> = floats.iter().map(|x| (x * 40.0) as i8).collect();
+                let scales = (0..d_in * d_out / 32).map(|i| 0.01 + (i % 7) as f32 / 100.0);
+                let weight = IntegerWeight::new(integers, scales.collect(), 32, [d_in, d_out]);
+                devices.map(|device| weight.clone().on(device))
+            }
+        }
+    }
+}
+
+#[test]
+fn products_are_those_of_the_cpu() {
+    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
+        return;
+    };
+    let mut rng = CounterRng::new(5);
+    let ours = Weight::Ours;
+    for (weight, n, d_in, d_out, rank) in [
+        // One row, few rows, sizes that are no multiples of a tile or of anything.
+        (ours(Quantization::Bits8), 1, 64, 32, 1),
+        (ours(Quantization::Bits8), 7, 100, 172, 3),
+        (ours(Quantization::Bits8), 130, 576, 288, 8),
+        (ours(Quantization::Bits8), 65, 258, 132, 256),
+        (ours(Quantization::Bits8), 33, 2050, 64, 5),
+        (ours(Quantization::Bits4), 5, 64, 96, 4),
+        (ours(Quantization::Bits4), 70, 100, 200, 2),
+        (Weight::Gguf, 9, 96, 50, 4),
+        (Weight::Gguf, 129, 224, 131, 16),
+    ] {
+        let [on_cpu, on_gpu] = weight.on([d_in, d_out], &mut rng, [&cpu, &gpu]);
+        for direction in [Direction::Forward, Direction::Backward] {
+            let (k, m) = direction.inner_and_outer([d_in, d_out]);
+            // The inner dimension of the product with Wᵀ is d_out.
+            let mut random = |shape| normal(shape, 1.0, &mut rng, &cpu);
+            let (x, sum) = (random([n, k]), random([n, m]));
+            // A transposed view, as the hidden activations of adapters are.
+            let first = n % 3;
+            let (low, b) = (random([first + rank + 1, n]), random([rank, m]));
+            for (with_sum, with_low) in [(false, false), (true, false), (false, true), (true, true)]
+            {
+                let product = |device: &Device, weight: &Tensor<2>| {
+                    let low = LowRankTerm {
+                        low: LowRankPart {
+                            all: on(device, &low).transpose(),
+                            first,
+                            rank,
+                        },
+                        b: on(device, &b),
+                    };
+                    adapted_product(
+                        with_sum.then(|| on(device, &sum)),
+                        on(device, &x),
+                        weight.clone(),
+                        with_low.then_some(low),
+                        direction,
+                    )
+                };
+                let distance = distance(product(&gpu, &on_gpu), product(&cpu, &on_cpu));
+                assert!(
+                    distance < BOUND,
+                    "{weight:?} [{n}, {d_in}, {d_out}] {direction:?}, sum {with_sum}, low rank {rank} {with_low}: {distance:.1e}"
+                );
+            }
+        }
+    }
+}
+
+fn layout(segments: &[Segment], heads: Heads, device: &Device) -> AttentionLayout {
+    let mut uploads = Uploads::default();
+    // Something in front of the tables, so that their places matter.
+    let _ = uploads.ints([7, 7, 7]);
+    let planned = PlannedAttention::new(
+        segments,
+        heads,
+        DType::F32,
+        device,
+        SCORES_AT_ONCE,
+        &mut uploads,
+    );
+    planned.on_device(&uploads.send(device))
+}
+
+#[test]
+fn attention_and_its_gradients_are_those_of_the_cpu() {
+    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
+        return;
+    };
+    let mut rng = CounterRng::new(6);
+    let heads = |query, key, d| Heads { query, key, d };
+    let cases: [(&[(usize, Option<usize>)], Heads); 7] = [
+        (&[(1, None)], heads(1, 1, 4)),
+        (&[(7, None), (1, None)], heads(2, 1, 16)),
+        (
+            &[
+                (33, None),
+                (20, Some(0)),
+                (5, None),
+                (11, Some(0)),
+                (40, Some(2)),
+            ],
+            heads(6, 2, 20),
+        ),
+        (&[(1, None), (70, None)], heads(7, 1, 40)),
+        (
+            &[(20, None), (5, Some(0)), (130, Some(1)), (3, Some(0))],
+            heads(4, 1, 128),
+        ),
+        (&[(300, None)], heads(4, 4, 64)),
+        (&[(40, None)], heads(64, 2, 8)),
+    ];
+    for (segments, heads) in cases {
+        let segments: Vec<Segment> = segments
+            .iter()
+            .map(|(length, parent)| Segment {
+                length: *length,
+                parent: *parent,
+            })
+            .collect();
+        let n = segments.iter().map(|segment| segment.length).sum();
+        let widths = [heads.query, heads.key, heads.key, heads.query].map(|count| count * heads.d);
+        // Large scores, so that a softmax without its maximum would overflow.
+        let [q, k, v, gradient] = widths.map(|width| normal([n, width], 3.0, &mut rng, &cpu));
+        let run = |device: &Device| {
+            let layout = layout(&segments, heads, device);
+            let [q, k, v, gradient] = [&q, &k, &v, &gradient].map(|x| on(device, x));
+            let scale = query_scale(&q, heads);
+            let scaled = |x: Tensor<2>| x.mul_scalar(scale);
+            let (output, saved) = attention(scaled(q), k, v, &layout, heads);
+            let [d_q, d_k, d_v] = attention_backward(saved, gradient, &layout, heads);
+            [output, scaled(d_q), d_k, d_v]
+        };
+        for ((name, got), expected) in ["output", "d_q", "d_k", "d_v"]
+            .iter()
+            .zip(run(&gpu))
+            .zip(run(&cpu))
+        {
+            if n == 1 && (*name == "d_q" || *name == "d_k") {
+                // One key has the weight 1 whatever its score.
+                assert!(values(got).iter().all(|x| x.abs() < 1e-5));
+                continue;
+            }
+            let distance = distance(got, expected);
+            assert!(
+                distance < BOUND,
+                "{segments:?} {heads:?}: {name} {distance:.1e}"
+            );
+        }
+    }
+}
+
+#[test]
+fn norms_are_those_of_the_cpu() {
+    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
+        return;
+    };
+    let mut rng = CounterRng::new(7);
+    for (n, hidden) in [(1, 4), (3, 64), (17, 260), (5, 1028), (2, 66)] {
+        let mut random = |rows| normal([rows, hidden], 2.0, &mut rng, &cpu);
+        let (x, gain, gradient, sum) = (random(n), random(1), random(n), random(n));
+        let run = |device: &Device| {
+            let [x, gain, gradient, sum] = [&x, &gain, &gradient, &sum].map(|x| on(device, x));
+            let (output, inverse) = rms_norm(&x, gain.clone(), 1e-5, DType::F32);
+            let d_x = rms_norm_backward(&x, inverse, gain, 1e-5, gradient, sum);
+            [output, d_x]
+        };
+        for (got, expected) in run(&gpu).into_iter().zip(run(&cpu)) {
+            let distance = distance(got, expected);
+            assert!(distance < BOUND, "[{n}, {hidden}]: {distance:.1e}");
+        }
+    }
+}
+
+#[test]
+fn rotations_are_those_of_the_cpu() {
+    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
+        return;
+    };
+    let mut rng = CounterRng::new(8);
+    for (n, heads, half) in [(1, 1, 2), (9, 3, 10), (70, 5, 32), (33, 2, 64)] {
+        let x = normal([n, heads * 2 * half], 1.0, &mut rng, &cpu);
+        let angles: Vec<f32> = (0..n * half).map(|i| i as f32 * 0.37).collect();
+        for (rotation, scale) in [(Rotation::Forward, 0.3), (Rotation::Inverse, 1.0)] {
+            let run = |device: &Device| {
+                let mut uploads = Uploads::default();
+                let cos = angles.iter().map(|angle| angle.cos()).collect();
+                let sin = angles.iter().map(|angle| angle.sin()).collect();
+                let planned = PlannedRotary::new(cos, sin, half, &mut uploads);
+                let tables = planned.on_device(&uploads.send(device));
+                // The CPU's attention scales the scores, not the queries.
+                let at_once = if device == &cpu { 1.0 } else { scale };
+                rotate(on(device, &x), &tables, rotation, at_once)
+            };
+            let distance = distance(run(&gpu), run(&cpu).mul_scalar(scale));
+            assert!(
+                distance < BOUND,
+                "{n} {heads} {half} {rotation:?}: {distance:.1e}"
+            );
+        }
+    }
+}
+
+#[test]
+fn cross_entropy_is_that_of_the_cpu() {
+    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
+        return;
+    };
+    let mut rng = CounterRng::new(9);
+    for (m, vocab) in [(1, 2), (7, 90), (40, 1283)] {
+        // Logits whose exponentials overflow f32.
+        let logits = normal([m, vocab], 60.0, &mut rng, &cpu);
+        let values_of = values(logits.clone());
+        let best = |row: usize| {
+            let row = &values_of[row * vocab..(row + 1) * vocab];
+            (0..vocab)
+                .max_by(|a, b| row[*a].total_cmp(&row[*b]))
+                .unwrap_or(0) as u32
+        };
+        let ids: Vec<u32> = (0..m)
+            .map(|row| {
+                if row % 2 == 0 {
+                    best(row)
+                } else {
+                    (row * 31 % vocab) as u32
+                }
+            })
+            .collect();
+        let run = |device: &Device| {
+            let targets = ids.iter().map(|id| *id as i32).collect::<Vec<_>>();
+            let on_device = Tensor::<1, Int>::from_data(&targets[..], device);
+            let targets = Targets {
+                ids: &ids,
+                on_device,
+            };
+            let CrossEntropy { gradient, terms } = cross_entropy(on(device, &logits), targets);
+            let (loss, hits) = match terms {
+                LossTerms::OnHost { loss, hits } => (loss, hits),
+                LossTerms::OnDevice { loss, hits } => {
+                    let hits = values(hits).iter().map(|hit| *hit == 1.0).collect();
+                    (f64::from(values(loss)[0]), hits)
+                }
+            };
+            (gradient, loss, hits)
+        };
+        let (got, expected) = (run(&gpu), run(&cpu));
+        let distance = distance(got.0, expected.0);
+        assert!(distance < BOUND, "[{m}, {vocab}]: {distance:.1e}");
+        let loss = (got.1 - expected.1).abs() / expected.1.abs().max(1.0);
+        assert!(loss < 1e-6, "[{m}, {vocab}]: {} {}", got.1, expected.1);
+        assert_eq!(got.2, expected.2, "[{m}, {vocab}]");
+        assert!(got.2.iter().any(|hit| *hit));
+    }
+}
+
+#[test]
+fn products_of_low_rank_are_those_of_the_cpu() {
+    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
+        return;
+    };
+    let mut rng = CounterRng::new(10);
+    let cases: [(usize, &[(usize, usize)]); 5] = [
+        (1, &[(4, 1)]),
+        (7, &[(100, 3), (20, 8)]),
+        (33, &[(64, 8), (32, 8), (32, 8)]),
+        (130, &[(260, 17), (132, 1), (68, 64)]),
+        (40, &[(64, 256)]),
+    ];
+    for (n, layers) in cases {
+        let mut random = |shape| normal(shape, 1.0, &mut rng, &cpu);
+        let wide: Vec<_> = layers.iter().map(|layer| random([n, layer.0])).collect();
+        let factors: Vec<_> = layers
+            .iter()
+            .map(|layer| random([layer.0, layer.1]))
+            .collect();
+        let ranks: Vec<usize> = layers.iter().map(|layer| layer.1).collect();
+        let scales: Vec<f64> = (0..layers.len()).map(|i| 0.5 + i as f64).collect();
+        let on_gpu = |x: &[Tensor<2>]| x.iter().map(|x| on(&gpu, x)).collect::<Vec<_>>();
+        let columns = wide.iter().zip(&factors).zip(&scales);
+        let columns = columns.map(|((x, f), scale)| x.clone().matmul(f.clone()).mul_scalar(*scale));
+        let expected = Tensor::cat(columns.collect(), 1);
+        let of_transposed: Vec<_> = factors.iter().map(|f| f.clone().transpose()).collect();
+        for (transposed, factors) in [(false, &factors), (true, &of_transposed)] {
+            // Copied to the GPU as they lie, a transposed view among them.
+            let columns = low_rank_columns(&on_gpu(&wide), &on_gpu(factors), transposed, &scales);
+            let distance = distance(columns.expect("a kernel"), expected.clone());
+            assert!(
+                distance < BOUND,
+                "{n} {layers:?} {transposed}: {distance:.1e}"
+            );
+        }
+        for transposed in [false, true] {
+            let low = on(&gpu, &expected);
+            let got = low_rank_gradients(&low, &on_gpu(&wide), &ranks, transposed);
+            let mut first = 0;
+            for ((got, wide), rank) in got.expect("a kernel").into_iter().zip(&wide).zip(&ranks) {
+                let low = expected.clone().narrow(1, first, *rank);
+                first += rank;
+                let product = low.transpose().matmul(wide.clone());
+                let product = if transposed {
+                    product.transpose()
+                } else {
+                    product
+                };
+                assert_eq!(got.dims(), product.dims());
+                let distance = distance(got, product);
+                assert!(
+                    distance < BOUND,
+                    "{n} {layers:?} {transposed}: {distance:.1e}"
+                );
+            }
+        }
+    }
+}

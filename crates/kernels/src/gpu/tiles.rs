@@ -1,0 +1,182 @@
+//! Which tiles of keys a tile of queries visits, made on the host for [`attention`](super::attention).
+
+use crate::ranges::{AttentionRanges, Segment};
+
+/// The index tables of a batch.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Tables {
+    /// `[2, n]`: per token the number of its segment in a depth-first walk, then the end of the segment's subtree.
+    pub spans: Vec<i32>,
+    /// The tiles of keys of each tile of queries: where each list begins, the end of the last, the lists.
+    pub keys_of: Vec<i32>,
+    /// The tiles of queries of each tile of keys, in the same form.
+    pub queries_of: Vec<i32>,
+}
+
+impl Tables {
+    /// For tiles of `queries` tokens and of `keys` tokens.
+    pub fn new(
+        segments: &[Segment],
+        ranges: &AttentionRanges,
+        queries: usize,
+        keys: usize,
+    ) -> Self {
+        let n = segments.iter().map(|segment| segment.length).sum();
+        let seen = visible_tiles(ranges, n, queries, keys);
+        let seen_by = (0..n.div_ceil(keys)).map(|key| {
+            let lists = seen.iter().enumerate();
+            let seeing = lists.filter(move |(_, list)| list.binary_search(&key).is_ok());
+            seeing.map(|(query, _)| query).collect()
+        });
+        let queries_of = lists(&seen_by.collect::<Vec<_>>(), queries);
+        Self {
+            spans: spans(segments),
+            keys_of: lists(&seen, keys),
+            queries_of,
+        }
+    }
+}
+
+/// The tiles of keys of each tile of queries, in order.
+fn visible_tiles(
+    ranges: &AttentionRanges,
+    n: usize,
+    queries: usize,
+    keys: usize,
+) -> Vec<Vec<usize>> {
+    let mut seen = vec![vec![false; n.div_ceil(keys)]; n.div_ceil(queries)];
+    for segment in &ranges.0 {
+        let own = segment.own.clone();
+        for tile in own.start / queries..own.end.div_ceil(queries) {
+            let last = own.end.min((tile + 1) * queries);
+            let visible = segment.prefix.iter().cloned().chain([own.start..last]);
+            for range in visible.filter(|range| !range.is_empty()) {
+                seen[tile][range.start / keys..range.end.div_ceil(keys)].fill(true);
+            }
+        }
+    }
+    seen.iter()
+        .map(|tiles| (0..tiles.len()).filter(|tile| tiles[*tile]).collect())
+        .collect()
+}
+
+/// Lists of tiles of `size` tokens, as [`Tables::keys_of`] holds them.
+fn lists(lists: &[Vec<usize>], size: usize) -> Vec<i32> {
+    let mut begin = lists.len() + 1;
+    let mut table: Vec<i32> = Vec::with_capacity(begin);
+    for list in lists {
+        table.push(begin as i32);
+        begin += list.len();
+    }
+    table.push(begin as i32);
+    table.extend(lists.iter().flatten().map(|tile| (tile * size) as i32));
+    table
+}
+
+/// A walk through the forest of segments: where it enters and leaves the segment of each token.
+fn spans(segments: &[Segment]) -> Vec<i32> {
+    let mut size = vec![1; segments.len()];
+    for (index, segment) in segments.iter().enumerate().rev() {
+        if let Some(parent) = segment.parent {
+            size[parent] += size[index];
+        }
+    }
+    // The next free number within each segment's subtree, and among the roots.
+    let mut next = vec![0; segments.len()];
+    let mut next_root = 0;
+    let mut enter = Vec::with_capacity(segments.len());
+    for (index, segment) in segments.iter().enumerate() {
+        let free = match segment.parent {
+            Some(parent) => &mut next[parent],
+            None => &mut next_root,
+        };
+        let begin = *free;
+        *free += size[index];
+        next[index] = begin + 1;
+        enter.push(begin);
+    }
+    let of_tokens = |numbers: &dyn Fn(usize) -> i32| -> Vec<i32> {
+        let segments = segments.iter().enumerate();
+        segments
+            .flat_map(|(index, segment)| std::iter::repeat_n(numbers(index), segment.length))
+            .collect()
+    };
+    let mut spans = of_tokens(&|index| enter[index]);
+    spans.extend(of_tokens(&|index| enter[index] + size[index]));
+    spans
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn segment(length: usize, parent: Option<usize>) -> Segment {
+        Segment { length, parent }
+    }
+
+    /// Whether token `i` attends to token `j`, by the numbers of their segments.
+    fn sees(spans: &[i32], i: usize, j: usize) -> bool {
+        let n = spans.len() / 2;
+        j <= i && spans[j] <= spans[i] && spans[i] < spans[n + j]
+    }
+
+    #[test]
+    fn the_numbers_of_segments_say_what_the_ranges_say() {
+        // Children that come in no particular order.
+        let segments = [
+            segment(2, None),
+            segment(3, Some(0)),
+            segment(1, None),
+            segment(2, Some(0)),
+            segment(2, Some(1)),
+            segment(1, Some(2)),
+            segment(3, Some(1)),
+        ];
+        let ranges = AttentionRanges::new(&segments);
+        let spans = spans(&segments);
+        for segment in &ranges.0 {
+            for i in segment.own.clone() {
+                let expected: Vec<usize> = segment.tokens().filter(|j| *j <= i).collect();
+                let got: Vec<usize> = (0..14).filter(|j| sees(&spans, i, *j)).collect();
+                assert_eq!(got, expected, "token {i}");
+            }
+        }
+    }
+
+    #[test]
+    fn tiles_are_listed_if_and_only_if_they_have_a_visible_key() {
+        let segments = [
+            segment(5, None),
+            segment(9, Some(0)),
+            segment(7, None),
+            segment(6, Some(0)),
+            segment(1, Some(2)),
+        ];
+        let ranges = AttentionRanges::new(&segments);
+        let n = 28;
+        for (queries, keys) in [(4, 4), (3, 8), (32, 32), (1, 5)] {
+            let tables = Tables::new(&segments, &ranges, queries, keys);
+            let list = |table: &[i32], tile: usize| -> Vec<usize> {
+                let range = table[tile] as usize..table[tile + 1] as usize;
+                table[range].iter().map(|first| *first as usize).collect()
+            };
+            for query in 0..n_tiles(n, queries) {
+                for key in 0..n_tiles(n, keys) {
+                    let tokens = |tile: usize, size: usize| tile * size..n.min((tile + 1) * size);
+                    let visible = tokens(query, queries)
+                        .any(|i| tokens(key, keys).any(|j| sees(&tables.spans, i, j)));
+                    assert_eq!(
+                        list(&tables.keys_of, query).contains(&(key * keys)),
+                        visible
+                    );
+                    let listed = list(&tables.queries_of, key).contains(&(query * queries));
+                    assert_eq!(listed, visible);
+                }
+            }
+        }
+    }
+
+    fn n_tiles(n: usize, size: usize) -> usize {
+        n.div_ceil(size)
+    }
+}
