@@ -163,6 +163,9 @@ pub fn verdict(selected: &Selected, checks: &[Check]) -> Result<(), DeviceError>
     };
     let [fuses, tunes] = kernel_cache::fuses_and_tunes();
     let mut advice = Vec::new();
+    if kernel_cache::uses_own_kernels() {
+        advice.push("--disable-kernels all");
+    }
     if fuses {
         advice.push("--no-fusion");
     }

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use kernels::Fusion;
+use kernels::{Fusion, Kernel};
 
 use super::DeviceError;
 
@@ -12,8 +12,12 @@ static UNFUSED: AtomicBool = AtomicBool::new(false);
 static UNTUNED: AtomicBool = AtomicBool::new(false);
 
 /// The switches as arguments.
-#[derive(Debug, Clone, Copy, Default, clap::Args)]
+#[derive(Debug, Clone, Default, clap::Args)]
 pub struct KernelArgs {
+    /// Use Burn's operations instead of this program's own GPU kernels: "all", or some of product, attention, low_rank,
+    /// rms_norm, rope, cross_entropy, separated by commas. Slower; for GPUs whose driver computes a kernel wrong
+    #[arg(long, value_name = "KERNELS", value_delimiter = ',', value_parser = disabled)]
+    pub disable_kernels: Vec<Disabled>,
     /// Launch every operation as its own kernel instead of fusing neighbouring operations. Slower; for GPUs
     /// whose driver computes fused kernels wrong
     #[arg(long)]
@@ -22,6 +26,21 @@ pub struct KernelArgs {
     /// build
     #[arg(long)]
     pub no_autotune: bool,
+}
+
+/// An entry of `--disable-kernels`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Disabled(Vec<Kernel>);
+
+fn disabled(name: &str) -> Result<Disabled, String> {
+    match (name, Kernel::from_name(name)) {
+        ("all", _) => Ok(Disabled(Kernel::ALL.to_vec())),
+        (_, Some(kernel)) => Ok(Disabled(vec![kernel])),
+        (_, None) => {
+            let names = Kernel::ALL.map(Kernel::name);
+            Err(format!("no such kernel; use all, or {}", names.join(", ")))
+        }
+    }
 }
 
 impl KernelArgs {
@@ -38,6 +57,11 @@ impl KernelArgs {
         }
         UNTUNED.store(self.no_autotune, Ordering::Relaxed);
         UNFUSED.store(self.no_fusion, Ordering::Relaxed);
+        let disabled = self
+            .disable_kernels
+            .iter()
+            .flat_map(|Disabled(kernels)| kernels);
+        kernels::switch_off(&disabled.copied().collect::<Vec<_>>());
         Ok(())
     }
 }
@@ -152,10 +176,26 @@ pub fn first_step(kept: Option<KeptKernels>) -> String {
 }
 
 /// The switches that are on, as on the command line.
-pub fn switches() -> Vec<&'static str> {
+pub fn switches() -> Vec<String> {
     let all = [(&UNFUSED, "--no-fusion"), (&UNTUNED, "--no-autotune")];
     let on = all.into_iter().filter(|(on, _)| on.load(Ordering::Relaxed));
-    on.map(|(_, name)| name).collect()
+    let mut on: Vec<String> = on.map(|(_, name)| name.to_owned()).collect();
+    let off: Vec<_> = Kernel::ALL
+        .into_iter()
+        .filter(|kernel| !kernel.is_on())
+        .collect();
+    if off.len() == Kernel::ALL.len() {
+        on.push("--disable-kernels all".to_owned());
+    } else if !off.is_empty() {
+        let names: Vec<_> = off.into_iter().map(Kernel::name).collect();
+        on.push(format!("--disable-kernels {}", names.join(",")));
+    }
+    on
+}
+
+/// Whether any of the program's own GPU kernels is used, so that switching it off could help.
+pub(super) fn uses_own_kernels() -> bool {
+    Kernel::ALL.into_iter().any(Kernel::is_on)
 }
 
 /// Whether operations are fused and kernels tuned, so that switching it off could help.

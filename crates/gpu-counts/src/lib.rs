@@ -43,6 +43,8 @@ pub enum Mode {
 pub enum Kind {
     /// Matrix products, with operations fused after them.
     Product,
+    /// Attention, by a kernel for all of it.
+    Attention,
     /// From packed integers to floats.
     Dequantize,
     /// Sums, means and maxima, with operations fused around them; softmax.
@@ -59,6 +61,7 @@ impl fmt::Display for Kind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Self::Product => "matrix products",
+            Self::Attention => "attention",
             Self::Dequantize => "dequantization",
             Self::Reduction => "reductions",
             Self::ElementWise => "element-wise chains",

@@ -226,19 +226,52 @@ fn product_flops(operation: &OperationIr) -> u64 {
             let inner = product.lhs.shape.iter().last().copied().unwrap_or(0);
             2 * product.out.shape.num_elements() as u64 * inner as u64
         }
-        OperationIr::Custom(custom) if is_product(custom) => {
-            let inner = custom.inputs[0].shape.iter().last().copied().unwrap_or(0);
-            2 * custom.outputs[0].shape.num_elements() as u64 * inner as u64
+        OperationIr::Custom(custom) => custom_flops(custom),
+        _ => 0,
+    }
+}
+
+/// Floating-point operations of a kernel of ours.
+fn custom_flops(custom: &CustomOpIr) -> u64 {
+    let elements = |tensor: &TensorIr| tensor.shape.num_elements() as u64;
+    let first = &custom.inputs[0];
+    match custom.id.as_str() {
+        "tiled_attention" => 4 * attention_work(custom, &custom.outputs[1]),
+        // Scores and the gradient of weights twice, and the three gradients.
+        "tiled_attention_backward" => 14 * attention_work(custom, &custom.inputs[4]),
+        "low_rank_gradients" => {
+            let outputs: u64 = custom.outputs.iter().map(elements).sum();
+            2 * outputs * first.shape[0] as u64
+        }
+        _ if kind_of_custom(custom) == Kind::Product => {
+            2 * elements(&custom.outputs[0])
+                * first.shape.iter().last().copied().unwrap_or(0) as u64
         }
         _ => 0,
     }
 }
 
-/// Whether an operation of a backend extension is a product of two tensors, like those of
-/// lora-core; detected from its name.
-fn is_product(custom: &CustomOpIr) -> bool {
-    let is_pair = (custom.inputs.len(), custom.outputs.len()) == (2, 1);
-    is_pair && custom.id.contains("product")
+/// The pairs of a query and a visible key over all heads, times the width of a head. The number of pairs is the
+/// operation's first number; `log_sums` is `[n, heads]`.
+fn attention_work(custom: &CustomOpIr, log_sums: &TensorIr) -> u64 {
+    let pairs: u64 = custom
+        .scalars
+        .first()
+        .map_or(0, |pairs| pairs.elem::<i64>() as u64);
+    let heads = log_sums.shape[1].max(1);
+    pairs * (custom.inputs[0].shape[1] / heads) as u64
+}
+
+/// The kinds of the operations of backend extensions, by their names.
+fn kind_of_custom(custom: &CustomOpIr) -> Kind {
+    match custom.id.as_str() {
+        "tiled_attention" | "tiled_attention_backward" => Kind::Attention,
+        "low_rank_columns" | "low_rank_gradients" => Kind::Product,
+        "rms_norm_rows" | "rms_norm_rows_backward" | "cross_entropy_rows" => Kind::Reduction,
+        "rotate_heads" => Kind::ElementWise,
+        name if name.contains("product") => Kind::Product,
+        _ => Kind::Other,
+    }
 }
 
 /// The heaviest kind in a group of operations.
@@ -253,8 +286,7 @@ fn kind_of(operation: &OperationIr) -> Option<Kind> {
     Some(match operation {
         OperationIr::Drop(_) | OperationIr::Init(_) => return None,
         OperationIr::Float(_, FloatOperationIr::Matmul(_)) => Kind::Product,
-        OperationIr::Custom(custom) if is_product(custom) => Kind::Product,
-        OperationIr::Custom(_) => Kind::Other,
+        OperationIr::Custom(custom) => kind_of_custom(custom),
         OperationIr::Float(_, FloatOperationIr::Dequantize(_)) => Kind::Dequantize,
         OperationIr::Float(_, FloatOperationIr::Random(_)) => Kind::Other,
         OperationIr::Activation(

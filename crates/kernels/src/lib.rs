@@ -11,6 +11,7 @@
 //! | `quantize.rs`, `integers.rs` | 8- and 4-bit weights |
 //! | `ranges.rs`, `uploads.rs` | which tokens attend to which; a batch's index tables on the device |
 //! | `fusion.rs`, `limits.rs` | what Burn fuses on GPUs; the limits and features of a device |
+//! | `switches.rs` | switches kernels for GPUs off |
 //! | `spoil.rs` | fault injection: makes an operation wrong, for tests of the checks |
 //! | `random.rs`, `init.rs` | seeded numbers, the same on every device |
 //!
@@ -46,6 +47,7 @@ mod rms_norm;
 mod rope;
 pub mod spoil;
 mod swiglu;
+mod switches;
 mod uploads;
 mod vocab;
 
@@ -82,5 +84,6 @@ pub use rms_norm::{
 };
 pub use rope::{PlannedRotary, RotaryTables, Rotation, rotate, rotate_in_graph};
 pub use swiglu::{swiglu, swiglu_backward};
+pub use switches::{Kernel, switch_off};
 pub use uploads::{Floats, Ints, Uploaded, Uploads};
 pub use vocab::{table_dtype, table_logits, table_logits_backward, widens_tables};

@@ -93,6 +93,16 @@ impl AttentionRanges {
         }
         Self(ranges)
     }
+
+    /// The number of pairs of a token and a token that it attends to.
+    #[cfg(feature = "cube")]
+    pub(crate) fn pairs(&self) -> usize {
+        let of_segment = |segment: &SegmentRanges| {
+            let own = segment.own.len();
+            own * segment.offset + own * (own + 1) / 2
+        };
+        self.0.iter().map(of_segment).sum()
+    }
 }
 
 #[cfg(test)]

@@ -74,10 +74,10 @@ impl Command {
     /// The kernel switches of commands that compute with a model.
     fn kernels(&self) -> KernelArgs {
         match self {
-            Self::Train(args) => args.kernels,
+            Self::Train(args) => args.kernels.clone(),
             Self::Generate(args) => args.kernels(),
             Self::Eval(args) => args.kernels(),
-            Self::Logits(args) => args.model.kernels,
+            Self::Logits(args) => args.model.kernels.clone(),
             _ => KernelArgs::default(),
         }
     }

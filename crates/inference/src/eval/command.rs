@@ -94,7 +94,7 @@ pub struct EvalArgs {
 impl EvalArgs {
     /// Switches of the GPU's kernels.
     pub fn kernels(&self) -> KernelArgs {
-        self.model.kernels
+        self.model.kernels.clone()
     }
 }
 

@@ -53,7 +53,7 @@ pub struct GenerateArgs {
 impl GenerateArgs {
     /// Switches of the GPU's kernels.
     pub fn kernels(&self) -> KernelArgs {
-        self.model.kernels
+        self.model.kernels.clone()
     }
 }
 

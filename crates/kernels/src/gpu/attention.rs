@@ -27,6 +27,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use super::fault::Fault;
 use super::launch::{dims, element, empty};
 use super::operations::TiledAttention;
 
@@ -56,6 +57,8 @@ pub struct Shape {
     pub key_heads: usize,
     /// The width of a head.
     pub d: usize,
+    /// For tests.
+    pub fault: Fault,
 }
 
 impl Shape {
@@ -247,9 +250,12 @@ fn is_visible(
     key: usize,
     n: usize,
     begin: i32,
+    #[comptime] shape: Shape,
 ) -> bool {
     let at = spans + min(key, n - 1);
-    key <= query && tables[at] <= begin && begin < tables[at + n]
+    let same =
+        comptime!(shape.fault == Fault::Mask) || (tables[at] <= begin && begin < tables[at + n]);
+    key <= query && same
 }
 
 #[cube]
@@ -319,7 +325,7 @@ pub fn forward<F: Float>(
             for j in 0..PART {
                 let key = first_key + place.col + j;
                 let visible =
-                    token < n && key < n && is_visible(tables, spans, token, key, n, begin);
+                    token < n && key < n && is_visible(tables, spans, token, key, n, begin, shape);
                 row.insert(j, select(visible, row.extract(j), HIDDEN));
             }
             weights[(place.row + i) * ROW + place.col / 4] = row;
@@ -366,7 +372,9 @@ pub fn forward<F: Float>(
             #[unroll]
             for i in 0..PART {
                 let at = comptime!(chunk * PART + i);
-                sums[at] = sums[at] * F4::new(correction[place.row + i]);
+                if comptime!(shape.fault != Fault::Correction) {
+                    sums[at] = sums[at] * F4::new(correction[place.row + i]);
+                }
             }
             add_product(&weights, &right, &mut sums, comptime!(chunk * PART), &place);
             sync_cube();
@@ -470,7 +478,8 @@ fn weights_again<F: Float>(
         #[unroll]
         for j in 0..PART {
             let key = first_key + place.col + j;
-            let visible = token < n && key < n && is_visible(tables, spans, token, key, n, begin);
+            let visible =
+                token < n && key < n && is_visible(tables, spans, token, key, n, begin, shape);
             let weight = select(visible, (row.extract(j) - log_sum).exp(), 0.0f32);
             row.insert(j, weight);
             d_row.insert(j, weight * (d_row.extract(j) - row_sum));

@@ -15,6 +15,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use super::fault::{self, Fault};
 use super::launch::{dims, element, empty, strides, with_contiguous_rows};
 
 type F4 = Vector<f32, Const<4>>;
@@ -34,6 +35,13 @@ const FEW: usize = 8;
 const WIDE: usize = (UNITS / PARTS) * 4;
 /// Tokens whose factors of low rank are in shared memory, in [`gradients`].
 const TOKENS: usize = 32;
+
+const fn parts_of(fault: Fault) -> usize {
+    match fault {
+        Fault::Part => PARTS - 1,
+        _ => PARTS,
+    }
+}
 
 /// The sizes of one layer's product.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -65,6 +73,7 @@ fn columns_of<X: Float, A: Float, O: Float>(
     member: &Member,
     rows: usize,
     all: usize,
+    #[comptime] fault: Fault,
 ) {
     let unit = UNIT_POS as usize;
     let part = unit % PARTS;
@@ -123,7 +132,7 @@ fn columns_of<X: Float, A: Float, O: Float>(
         for col in 0..comptime!(FEW / 4) {
             let mut sum = partial[unit * comptime!(FEW / 4) + col];
             #[unroll]
-            for other in 1..PARTS {
+            for other in 1..comptime!(parts_of(fault)) {
                 sum += partial[(unit + other) * comptime!(FEW / 4) + col];
             }
             #[unroll]
@@ -149,6 +158,7 @@ fn gradient_of<L: Float, X: Float>(
     member: &Member,
     tokens: usize,
     all: usize,
+    #[comptime] fault: Fault,
 ) {
     let unit = UNIT_POS as usize;
     let part = unit / comptime!(UNITS / PARTS);
@@ -202,7 +212,7 @@ fn gradient_of<L: Float, X: Float>(
         let at = row * UNITS + unit % comptime!(UNITS / PARTS);
         let mut sum = partial[at];
         #[unroll]
-        for other in 1..PARTS {
+        for other in 1..comptime!(parts_of(fault)) {
             sum += partial[at + comptime!(other * UNITS / PARTS)];
         }
         if first_row + row < member.rank && col < member.length {
@@ -230,6 +240,7 @@ pub fn columns<X: Float, A: Float, O: Float>(
     member2: Member,
     rows: usize,
     all: usize,
+    #[comptime] fault: Fault,
     #[define(X, A, O)] _types: [ElemType; 3],
 ) {
     let mut tile = Shared::<[F4]>::new_slice(comptime!(DEPTH * FEW / 4));
@@ -244,6 +255,7 @@ pub fn columns<X: Float, A: Float, O: Float>(
             &member0,
             rows,
             all,
+            fault,
         );
     } else if CUBE_POS_Y == 1 {
         columns_of::<X, A, O>(
@@ -255,6 +267,7 @@ pub fn columns<X: Float, A: Float, O: Float>(
             &member1,
             rows,
             all,
+            fault,
         );
     } else {
         columns_of::<X, A, O>(
@@ -266,6 +279,7 @@ pub fn columns<X: Float, A: Float, O: Float>(
             &member2,
             rows,
             all,
+            fault,
         );
     }
 }
@@ -285,6 +299,7 @@ pub fn gradients<L: Float, X: Float>(
     member2: Member,
     tokens: usize,
     all: usize,
+    #[comptime] fault: Fault,
     #[define(L, X)] _types: [ElemType; 2],
 ) {
     let mut tile = Shared::<[F4]>::new_slice(comptime!(TOKENS * FEW / 4));
@@ -299,6 +314,7 @@ pub fn gradients<L: Float, X: Float>(
             &member0,
             tokens,
             all,
+            fault,
         );
     } else if CUBE_POS_Y == 1 {
         gradient_of::<L, X>(
@@ -310,6 +326,7 @@ pub fn gradients<L: Float, X: Float>(
             &member1,
             tokens,
             all,
+            fault,
         );
     } else {
         gradient_of::<L, X>(
@@ -321,6 +338,7 @@ pub fn gradients<L: Float, X: Float>(
             &member2,
             tokens,
             all,
+            fault,
         );
     }
 }
@@ -391,6 +409,7 @@ pub fn launch_columns(
             member2,
             n,
             all,
+            fault::current(),
             elements,
         );
     }
@@ -470,6 +489,7 @@ pub fn launch_gradients(
             member2,
             n,
             all,
+            fault::current(),
             elements,
         );
     }

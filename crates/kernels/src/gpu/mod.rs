@@ -8,9 +8,11 @@
 //! | `rope.rs` | rotary position embeddings |
 //! | `attention.rs`, `tiles.rs` | attention tile by tile; which tiles it visits |
 //! | `operations.rs` | the kernels as operations on a backend's tensors |
+//! | `fault.rs` | kernels made wrong on purpose, for a test of the tests |
 //! | `launch.rs` | what the launches share |
 
 mod attention;
+mod fault;
 mod launch;
 mod low_rank;
 mod operations;
@@ -21,7 +23,7 @@ mod rows;
 mod tests;
 mod tiles;
 
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::backend::{Dispatch, DispatchDevice, DispatchTensor};
 use burn::tensor::{DType, Device, Int, Tensor};
@@ -37,64 +39,9 @@ use crate::ranges::{AttentionRanges, Segment};
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
 use crate::spoil::spoilt;
+use crate::switches::Kernel;
 use crate::uploads::{Ints, Uploaded, Uploads};
 use operations::{GpuOps as _, Group, Terms, TiledAttention};
-
-/// A kernel that can be switched off; Burn's composition is then used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Kernel {
-    /// Products with packed weights.
-    Product,
-    /// Attention.
-    Attention,
-    /// Products of low rank.
-    LowRank,
-    /// RMSNorm.
-    RmsNorm,
-    /// Rotary position embeddings.
-    Rope,
-    /// Cross entropy.
-    CrossEntropy,
-}
-
-impl Kernel {
-    /// Every kernel.
-    pub const ALL: [Self; 6] = [
-        Self::Product,
-        Self::Attention,
-        Self::LowRank,
-        Self::RmsNorm,
-        Self::Rope,
-        Self::CrossEntropy,
-    ];
-
-    /// Its name on the command line.
-    pub const fn name(self) -> &'static str {
-        match self {
-            Self::Product => "product",
-            Self::Attention => "attention",
-            Self::LowRank => "low_rank",
-            Self::RmsNorm => "rms_norm",
-            Self::Rope => "rope",
-            Self::CrossEntropy => "cross_entropy",
-        }
-    }
-
-    fn is_on(self) -> bool {
-        OFF.load(Ordering::Relaxed) & (1 << self as u32) == 0
-    }
-}
-
-/// One bit per kernel that is switched off.
-static OFF: AtomicU32 = AtomicU32::new(0);
-
-/// Switches off these kernels, for this process, and all others on.
-pub fn switch_off(kernels: &[Kernel]) {
-    let bits = kernels
-        .iter()
-        .fold(0, |bits, kernel| bits | 1 << *kernel as u32);
-    OFF.store(bits, Ordering::Relaxed);
-}
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);
 
@@ -341,6 +288,7 @@ impl Kernels for Gpu {
             k.clone().into_dispatch(),
             v.clone().into_dispatch(),
             tables.all.clone().into_dispatch(),
+            tables.pairs * heads.query,
             tiled,
         );
         let (output, log_sums) = (
@@ -395,6 +343,7 @@ pub(crate) fn attention_backward(
         log_sums.into_dispatch(),
         gradient.into_dispatch(),
         tables.all.clone().into_dispatch(),
+        tables.pairs * heads.query,
         tables.at(heads),
     );
     [d_q, d_k, d_v].map(Tensor::from_dispatch)
@@ -406,6 +355,7 @@ pub(crate) struct PlannedTiles {
     spans: Ints,
     keys_of: Ints,
     queries_of: Ints,
+    pairs: usize,
 }
 
 /// The same on the device.
@@ -416,6 +366,8 @@ pub(crate) struct TiledTables {
     spans: usize,
     keys_of: usize,
     queries_of: usize,
+    /// Pairs of a token and a token that it attends to.
+    pairs: usize,
 }
 
 impl PlannedTiles {
@@ -431,6 +383,7 @@ impl PlannedTiles {
             spans: uploads.ints(tables.spans),
             keys_of: uploads.ints(tables.keys_of),
             queries_of: uploads.ints(tables.queries_of),
+            pairs: ranges.pairs(),
         }
     }
 
@@ -440,6 +393,7 @@ impl PlannedTiles {
             spans: self.spans.start(),
             keys_of: self.keys_of.start(),
             queries_of: self.queries_of.start(),
+            pairs: self.pairs,
         }
     }
 }
@@ -460,5 +414,6 @@ fn shape(heads: Heads) -> attention::Shape {
         group: heads.query / heads.key,
         key_heads: heads.key,
         d: heads.d,
+        fault: fault::current(),
     }
 }

@@ -128,18 +128,20 @@ pub trait GpuOps: Backend {
         targets: IntTensor<Self>,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
-    /// The attention output and the log-sum-exp of each query's scores, `[n, heads]`.
+    /// The attention output and the log-sum-exp of each query's scores, `[n, heads]`. `pairs` is the number of pairs
+    /// of a query and a visible key over all heads, for those who count operations.
     #[fusion(meta = attention_outputs)]
     fn tiled_attention(
         q: FloatTensor<Self>,
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         tables: IntTensor<Self>,
+        pairs: usize,
         tiled: TiledAttention,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// The gradients of queries, keys and values.
-    #[fusion(meta = |q, k, v, _, _, _, _, _| (q.clone(), k.clone(), v.clone()))]
+    #[fusion(meta = |q, k, v, _, _, _, _, _, _| (q.clone(), k.clone(), v.clone()))]
     #[allow(clippy::too_many_arguments)]
     fn tiled_attention_backward(
         q: FloatTensor<Self>,
@@ -149,6 +151,7 @@ pub trait GpuOps: Backend {
         log_sums: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         tables: IntTensor<Self>,
+        pairs: usize,
         tiled: TiledAttention,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 }
@@ -248,6 +251,7 @@ impl GpuOps for CubeBackend {
         k: FloatTensor<Self>,
         v: FloatTensor<Self>,
         tables: IntTensor<Self>,
+        _pairs: usize,
         tiled: TiledAttention,
     ) -> (FloatTensor<Self>, FloatTensor<Self>) {
         attention::launch_forward([q, k, v], tables, tiled)
@@ -261,6 +265,7 @@ impl GpuOps for CubeBackend {
         log_sums: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         tables: IntTensor<Self>,
+        _pairs: usize,
         tiled: TiledAttention,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         attention::launch_backward([q, k, v], [output, gradient, log_sums], tables, tiled)
@@ -294,6 +299,7 @@ fn attention_outputs(
     _k: &TensorSpec,
     _v: &TensorSpec,
     _tables: &TensorSpec,
+    _pairs: &usize,
     tiled: &TiledAttention,
 ) -> (TensorSpec, TensorSpec) {
     let heads = tiled.shape.group * tiled.shape.key_heads;

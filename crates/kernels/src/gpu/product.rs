@@ -20,6 +20,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use super::fault::{self, Fault};
 use super::launch::{dims, element, empty, strides, with_contiguous_rows};
 
 /// The shape of a workgroup's tile.
@@ -94,6 +95,8 @@ pub struct Packing {
     pub block: usize,
     /// Whether words lie along the output's columns (else along the inner dimension).
     pub along_cols: bool,
+    /// For tests.
+    pub fault: Fault,
 }
 
 /// The lengths of a product.
@@ -162,7 +165,10 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, O: Float>(
         sums[i] = Vector::new(0.0f32);
     }
 
-    let steps = lengths.k.div_ceil(tile.depth);
+    let mut steps = lengths.k.div_ceil(tile.depth);
+    if comptime!(packing.fault == Fault::Depth) {
+        steps -= 1;
+    }
     for step in 0..steps {
         let first = step * tile.depth;
         load_x(x, &mut x_tile, first, first_row, unit, &lengths, tile);
@@ -277,6 +283,11 @@ fn load_packed(
     } else {
         (tile.cols, tile.depth)
     });
+    let skipped = comptime!(if packing.fault == Fault::Scale {
+        1usize
+    } else {
+        0usize
+    });
     let in_row = comptime!(along / in_word);
     let width = comptime!(if packing.along_cols {
         tile.cols / 4
@@ -292,13 +303,13 @@ fn load_packed(
             let (row, col) = (first + at_outer, first_col + at_along);
             if row < lengths.k && col < lengths.m {
                 word = words[row * lengths.words_row + col / in_word];
-                scale = scales[row * lengths.scales_row + col / packing.block];
+                scale = scales[row * lengths.scales_row + col / packing.block + skipped];
             }
         } else {
             let (row, col) = (first + at_along, first_col + at_outer);
             if row < lengths.k && col < lengths.m {
                 word = words[col * lengths.words_row + row / in_word];
-                scale = scales[col * lengths.scales_row + row / packing.block];
+                scale = scales[col * lengths.scales_row + row / packing.block + skipped];
             }
         }
         #[unroll]
@@ -495,6 +506,7 @@ pub fn launch(
         bits: scheme.size_bits_value(),
         block,
         along_cols: along_d_out != transposed,
+        fault: fault::current(),
     };
     let client = x.client.clone();
     let output = empty(&x, [n, m], dtype);

@@ -9,6 +9,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use super::fault::{self, Fault};
 use super::launch::{dims, element, element_of_ints, empty};
 
 type F4 = Vector<f32, Const<4>>;
@@ -54,6 +55,7 @@ pub fn rms_norm<X: Float, O: Float>(
     rows: usize,
     vectors: usize,
     #[comptime] units: usize,
+    #[comptime] fault: Fault,
     #[define(X, O)] _types: [ElemType; 2],
 ) {
     // Workgroups beyond the last row compute it again: a barrier has to be reached by all units.
@@ -65,7 +67,8 @@ pub fn rms_norm<X: Float, O: Float>(
         let value = F4::cast_from(x[first + i]);
         squares = fma(value, value, squares);
     }
-    let mean = sum_of_units(sum_of(squares), units) / f32::cast_from(vectors * 4);
+    let counted = vectors * 4 + comptime!(if fault == Fault::Mean { 1usize } else { 0usize });
+    let mean = sum_of_units(sum_of(squares), units) / f32::cast_from(counted);
     let factor = 1.0f32 / (mean + eps).sqrt();
     for i in range_stepped(unit, vectors, units) {
         let value = F4::cast_from(x[first + i]) * F4::new(factor) * gain[i];
@@ -120,6 +123,7 @@ pub fn cross_entropy<I: Int>(
     rows: usize,
     vocab: usize,
     #[comptime] units: usize,
+    #[comptime] fault: Fault,
     #[define(I)] _type: ElemType,
 ) {
     // Workgroups beyond the last row compute it again: a barrier has to be reached by all units.
@@ -127,6 +131,11 @@ pub fn cross_entropy<I: Int>(
     let unit = UNIT_POS as usize;
     let first = row * vocab;
     let target = usize::cast_from(targets[row]);
+    let off = comptime!(if fault == Fault::Target {
+        1usize
+    } else {
+        0usize
+    });
 
     // The largest logit, and the first place where it is.
     let mut largest = Shared::<[f32]>::new_slice(units);
@@ -173,7 +182,7 @@ pub fn cross_entropy<I: Int>(
     sync_cube();
     for i in range_stepped(unit, vocab, units) {
         let probability = (logits[first + i] - most).exp() / total;
-        logits[first + i] = probability - select(i == target, 1.0f32, 0.0f32);
+        logits[first + i] = probability - select(i == target + off, 1.0f32, 0.0f32);
     }
 }
 
@@ -218,6 +227,7 @@ pub fn launch_rms_norm(
             n,
             hidden / 4,
             units(),
+            fault::current(),
             elements,
         );
     }
@@ -291,6 +301,7 @@ pub fn launch_cross_entropy(
             m,
             vocab,
             units(),
+            fault::current(),
             element,
         );
     }

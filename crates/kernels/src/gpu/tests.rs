@@ -5,6 +5,7 @@
 
 use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
 
+use super::fault::{Fault, inject};
 use crate::{
     AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight, LossTerms,
     LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
@@ -49,6 +50,40 @@ fn on<const D: usize>(device: &Device, x: &Tensor<D>) -> Tensor<D> {
     Tensor::from_data(x.clone().into_data(), (device, DType::F32))
 }
 
+/// A comparison of some kernels with the CPU, over many shapes. Panics if a result is too far from the CPU's.
+type Comparison = fn(&Device);
+
+/// Every comparison, with the faults that it has to notice.
+const COMPARISONS: [(&str, Comparison, &[Fault]); 6] = [
+    ("products", products, &[Fault::Scale, Fault::Depth]),
+    (
+        "attention",
+        attention_and_gradients,
+        &[Fault::Mask, Fault::Correction],
+    ),
+    ("low-rank products", low_rank_products, &[Fault::Part]),
+    ("RMSNorm", norms, &[Fault::Mean]),
+    ("RoPE", rotations, &[]),
+    ("cross entropy", cross_entropies, &[Fault::Target]),
+];
+
+// One test: a fault would spoil the kernels of tests beside it.
+#[test]
+fn kernels_compute_what_the_cpu_computes_and_a_fault_is_noticed() {
+    let Some(gpu) = gpu() else {
+        return;
+    };
+    for (name, compare, faults) in COMPARISONS {
+        compare(&gpu);
+        for fault in faults {
+            inject(*fault);
+            let noticed = std::panic::catch_unwind(|| compare(&gpu)).is_err();
+            inject(Fault::None);
+            assert!(noticed, "{name}: {fault:?} was not noticed");
+        }
+    }
+}
+
 #[derive(Debug, Clone, Copy)]
 enum Weight {
     Ours(Quantization),
@@ -80,11 +115,8 @@ impl Weight {
     }
 }
 
-#[test]
-fn products_are_those_of_the_cpu() {
-    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
-        return;
-    };
+fn products(gpu: &Device) {
+    let cpu = Device::flex();
     let mut rng = CounterRng::new(5);
     let ours = Weight::Ours;
     for (weight, n, d_in, d_out, rank) in [
@@ -99,7 +131,7 @@ fn products_are_those_of_the_cpu() {
         (Weight::Gguf, 9, 96, 50, 4),
         (Weight::Gguf, 129, 224, 131, 16),
     ] {
-        let [on_cpu, on_gpu] = weight.on([d_in, d_out], &mut rng, [&cpu, &gpu]);
+        let [on_cpu, on_gpu] = weight.on([d_in, d_out], &mut rng, [&cpu, gpu]);
         for direction in [Direction::Forward, Direction::Backward] {
             let (k, m) = direction.inner_and_outer([d_in, d_out]);
             // The inner dimension of the product with Wᵀ is d_out.
@@ -127,7 +159,7 @@ fn products_are_those_of_the_cpu() {
                         direction,
                     )
                 };
-                let distance = distance(product(&gpu, &on_gpu), product(&cpu, &on_cpu));
+                let distance = distance(product(gpu, &on_gpu), product(&cpu, &on_cpu));
                 assert!(
                     distance < BOUND,
                     "{weight:?} [{n}, {d_in}, {d_out}] {direction:?}, sum {with_sum}, low rank {rank} {with_low}: {distance:.1e}"
@@ -152,11 +184,8 @@ fn layout(segments: &[Segment], heads: Heads, device: &Device) -> AttentionLayou
     planned.on_device(&uploads.send(device))
 }
 
-#[test]
-fn attention_and_its_gradients_are_those_of_the_cpu() {
-    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
-        return;
-    };
+fn attention_and_gradients(gpu: &Device) {
+    let cpu = Device::flex();
     let mut rng = CounterRng::new(6);
     let heads = |query, key, d| Heads { query, key, d };
     let cases: [(&[(usize, Option<usize>)], Heads); 7] = [
@@ -203,7 +232,7 @@ fn attention_and_its_gradients_are_those_of_the_cpu() {
         };
         for ((name, got), expected) in ["output", "d_q", "d_k", "d_v"]
             .iter()
-            .zip(run(&gpu))
+            .zip(run(gpu))
             .zip(run(&cpu))
         {
             if n == 1 && (*name == "d_q" || *name == "d_k") {
@@ -220,11 +249,8 @@ fn attention_and_its_gradients_are_those_of_the_cpu() {
     }
 }
 
-#[test]
-fn norms_are_those_of_the_cpu() {
-    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
-        return;
-    };
+fn norms(gpu: &Device) {
+    let cpu = Device::flex();
     let mut rng = CounterRng::new(7);
     for (n, hidden) in [(1, 4), (3, 64), (17, 260), (5, 1028), (2, 66)] {
         let mut random = |rows| normal([rows, hidden], 2.0, &mut rng, &cpu);
@@ -235,18 +261,15 @@ fn norms_are_those_of_the_cpu() {
             let d_x = rms_norm_backward(&x, inverse, gain, 1e-5, gradient, sum);
             [output, d_x]
         };
-        for (got, expected) in run(&gpu).into_iter().zip(run(&cpu)) {
+        for (got, expected) in run(gpu).into_iter().zip(run(&cpu)) {
             let distance = distance(got, expected);
             assert!(distance < BOUND, "[{n}, {hidden}]: {distance:.1e}");
         }
     }
 }
 
-#[test]
-fn rotations_are_those_of_the_cpu() {
-    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
-        return;
-    };
+fn rotations(gpu: &Device) {
+    let cpu = Device::flex();
     let mut rng = CounterRng::new(8);
     for (n, heads, half) in [(1, 1, 2), (9, 3, 10), (70, 5, 32), (33, 2, 64)] {
         let x = normal([n, heads * 2 * half], 1.0, &mut rng, &cpu);
@@ -262,7 +285,7 @@ fn rotations_are_those_of_the_cpu() {
                 let at_once = if device == &cpu { 1.0 } else { scale };
                 rotate(on(device, &x), &tables, rotation, at_once)
             };
-            let distance = distance(run(&gpu), run(&cpu).mul_scalar(scale));
+            let distance = distance(run(gpu), run(&cpu).mul_scalar(scale));
             assert!(
                 distance < BOUND,
                 "{n} {heads} {half} {rotation:?}: {distance:.1e}"
@@ -271,11 +294,8 @@ fn rotations_are_those_of_the_cpu() {
     }
 }
 
-#[test]
-fn cross_entropy_is_that_of_the_cpu() {
-    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
-        return;
-    };
+fn cross_entropies(gpu: &Device) {
+    let cpu = Device::flex();
     let mut rng = CounterRng::new(9);
     for (m, vocab) in [(1, 2), (7, 90), (40, 1283)] {
         // Logits whose exponentials overflow f32.
@@ -313,7 +333,7 @@ fn cross_entropy_is_that_of_the_cpu() {
             };
             (gradient, loss, hits)
         };
-        let (got, expected) = (run(&gpu), run(&cpu));
+        let (got, expected) = (run(gpu), run(&cpu));
         let distance = distance(got.0, expected.0);
         assert!(distance < BOUND, "[{m}, {vocab}]: {distance:.1e}");
         let loss = (got.1 - expected.1).abs() / expected.1.abs().max(1.0);
@@ -323,11 +343,8 @@ fn cross_entropy_is_that_of_the_cpu() {
     }
 }
 
-#[test]
-fn products_of_low_rank_are_those_of_the_cpu() {
-    let (Some(gpu), cpu) = (gpu(), Device::flex()) else {
-        return;
-    };
+fn low_rank_products(gpu: &Device) {
+    let cpu = Device::flex();
     let mut rng = CounterRng::new(10);
     let cases: [(usize, &[(usize, usize)]); 5] = [
         (1, &[(4, 1)]),
@@ -345,7 +362,7 @@ fn products_of_low_rank_are_those_of_the_cpu() {
             .collect();
         let ranks: Vec<usize> = layers.iter().map(|layer| layer.1).collect();
         let scales: Vec<f64> = (0..layers.len()).map(|i| 0.5 + i as f64).collect();
-        let on_gpu = |x: &[Tensor<2>]| x.iter().map(|x| on(&gpu, x)).collect::<Vec<_>>();
+        let on_gpu = |x: &[Tensor<2>]| x.iter().map(|x| on(gpu, x)).collect::<Vec<_>>();
         let columns = wide.iter().zip(&factors).zip(&scales);
         let columns = columns.map(|((x, f), scale)| x.clone().matmul(f.clone()).mul_scalar(*scale));
         let expected = Tensor::cat(columns.collect(), 1);
@@ -360,7 +377,7 @@ fn products_of_low_rank_are_those_of_the_cpu() {
             );
         }
         for transposed in [false, true] {
-            let low = on(&gpu, &expected);
+            let low = on(gpu, &expected);
             let got = low_rank_gradients(&low, &on_gpu(&wide), &ranks, transposed);
             let mut first = 0;
             for ((got, wide), rank) in got.expect("a kernel").into_iter().zip(&wide).zip(&ranks) {
