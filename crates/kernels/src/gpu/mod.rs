@@ -1,29 +1,8 @@
-//! Kernels for GPUs, in CubeCL's language: one source for CUDA, Vulkan, Metal and WebGPU.
-//!
-//! | file | what it holds |
-//! | --- | --- |
-//! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
-//! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
-//! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
-//! | `rope.rs` | rotary position embeddings |
-//! | `attention.rs`, `tiles.rs` | attention tile by tile; which tiles it visits |
-//! | `operations.rs` | the kernels as operations on a backend's tensors |
-//! | `fault.rs` | kernels made wrong on purpose, for a test of the tests |
-//! | `launch.rs` | what the launches share |
+//! GPUs: which operations run as kernels of the crate `gpu-kernels`, and the tables that attention needs.
 
-mod attention;
-mod fault;
-mod launch;
-mod low_rank;
-mod operations;
-mod product;
-mod rope;
-mod rows;
 #[cfg(all(test, feature = "wgpu"))]
 mod tests;
 mod tiles;
-
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use burn::backend::{Dispatch, DispatchDevice, DispatchTensor};
 use burn::tensor::{DType, Device, Int, Tensor};
@@ -41,18 +20,11 @@ use crate::rope::{RotaryTables, Rotation};
 use crate::spoil::spoilt;
 use crate::switches::Kernel;
 use crate::uploads::{Ints, Uploaded, Uploads};
-use operations::{GpuOps as _, Group, Terms, TiledAttention};
+use gpu_kernels::{
+    AttentionShape, GpuOps as _, Group, KEYS, MEMBERS, QUERIES, Terms, TiledAttention,
+};
 
-static SOFTWARE: AtomicBool = AtomicBool::new(false);
-
-/// Chooses tiles for a driver that emulates a GPU on a CPU.
-pub fn set_software_driver(software: bool) {
-    SOFTWARE.store(software, Ordering::Relaxed);
-}
-
-fn is_software_driver() -> bool {
-    SOFTWARE.load(Ordering::Relaxed)
-}
+pub use gpu_kernels::set_software_driver;
 
 /// Whether this is a device of CubeCL.
 pub(crate) fn is_gpu(device: &Device) -> bool {
@@ -69,7 +41,7 @@ pub(crate) struct Gpu;
 impl Kernels for Gpu {
     fn attends_in_tiles(&self, heads: Heads) -> bool {
         let group = heads.query / heads.key.max(1);
-        Kernel::Attention.is_on() && group <= attention::QUERIES && heads.d.is_multiple_of(4)
+        Kernel::Attention.is_on() && group <= QUERIES && heads.d.is_multiple_of(4)
     }
 
     fn frozen_product(
@@ -93,48 +65,10 @@ impl Kernels for Gpu {
         if !matches!(weight.dtype(), DType::QFloat(_)) || !Kernel::Product.is_on() {
             return Composed.adapted_product(sum, x, weight, low_rank, direction);
         }
-        let [d_in, d_out] = weight.dims();
-        let n = x.dims()[0];
-        let rows = rows_at_once([n, d_in, d_out]);
-        if rows < n {
-            let parts = (0..n).step_by(rows).map(|first| {
-                let part = |x: Tensor<2>| x.narrow(0, first, rows.min(n - first));
-                let low_rank = low_rank.clone().map(|mut term| {
-                    term.low.all = part(term.low.all);
-                    term
-                });
-                let (sum, x) = (sum.clone().map(part), part(x.clone()));
-                self.adapted_product(sum, x, weight.clone(), low_rank, direction)
-            });
-            return Tensor::cat(parts.collect(), 0);
+        if x.dims()[0] < FEW_ROWS {
+            return Composed.adapted_product(sum, x, weight, low_rank, direction);
         }
-        let terms = Terms {
-            transposed: direction == Direction::Backward,
-            sum: sum.is_some(),
-            low: low_rank
-                .as_ref()
-                .map(|term| (term.low.first, term.low.rank)),
-            dtype: sum.as_ref().map_or(x.dtype(), Tensor::dtype),
-        };
-        // An operand that is not a term is ignored; something has to stand in its place.
-        let sum = sum.unwrap_or_else(|| x.clone());
-        let (low, b) = match low_rank {
-            Some(term) => (term.low.all, term.b),
-            None => (x.clone(), x.clone()),
-        };
-        let operation = match direction {
-            Direction::Forward => "quantized_product",
-            Direction::Backward => "quantized_product_backward",
-        };
-        let product = Dispatch::packed_product(
-            x.into_dispatch(),
-            weight.into_dispatch(),
-            sum.into_dispatch(),
-            low.into_dispatch(),
-            b.into_dispatch(),
-            terms,
-        );
-        spoilt(operation, Tensor::from_dispatch(product))
+        packed_product(sum, x, weight, low_rank, direction)
     }
 
     fn low_rank_columns(
@@ -173,7 +107,7 @@ impl Kernels for Gpu {
         }
         let group = Group {
             ranks: padded(ranks, 0),
-            scales: [1.0; low_rank::MEMBERS],
+            scales: [1.0; MEMBERS],
             transposed,
             dtype: DType::F32,
         };
@@ -304,15 +238,70 @@ impl Kernels for Gpu {
     }
 }
 
+/// Fewer rows, as in decoding, are left to Burn: the kernel's tiles would be nearly empty.
+const FEW_ROWS: usize = 16;
+
+/// A product with a quantized weight by the kernel for it.
+fn packed_product(
+    sum: Option<Tensor<2>>,
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    low_rank: Option<LowRankTerm>,
+    direction: Direction,
+) -> Tensor<2> {
+    let [d_in, d_out] = weight.dims();
+    let n = x.dims()[0];
+    let rows = rows_at_once([n, d_in, d_out]);
+    if rows < n {
+        let parts = (0..n).step_by(rows).map(|first| {
+            let part = |x: Tensor<2>| x.narrow(0, first, rows.min(n - first));
+            let low_rank = low_rank.clone().map(|mut term| {
+                term.low.all = part(term.low.all);
+                term
+            });
+            let (sum, x) = (sum.clone().map(part), part(x.clone()));
+            packed_product(sum, x, weight.clone(), low_rank, direction)
+        });
+        return Tensor::cat(parts.collect(), 0);
+    }
+    let terms = Terms {
+        transposed: direction == Direction::Backward,
+        sum: sum.is_some(),
+        low: low_rank
+            .as_ref()
+            .map(|term| (term.low.first, term.low.rank)),
+        dtype: sum.as_ref().map_or(x.dtype(), Tensor::dtype),
+    };
+    // An operand that is not a term is ignored; something has to stand in its place.
+    let sum = sum.unwrap_or_else(|| x.clone());
+    let (low, b) = match low_rank {
+        Some(term) => (term.low.all, term.b),
+        None => (x.clone(), x.clone()),
+    };
+    let operation = match direction {
+        Direction::Forward => "quantized_product",
+        Direction::Backward => "quantized_product_backward",
+    };
+    let product = Dispatch::packed_product(
+        x.into_dispatch(),
+        weight.into_dispatch(),
+        sum.into_dispatch(),
+        low.into_dispatch(),
+        b.into_dispatch(),
+        terms,
+    );
+    spoilt(operation, Tensor::from_dispatch(product))
+}
+
 /// Whether one launch can compute the products of low rank of these layers.
 fn groups(wide: &[Tensor<2>], layers: usize) -> bool {
     Kernel::LowRank.is_on()
-        && layers <= low_rank::MEMBERS
+        && layers <= MEMBERS
         && wide.iter().all(|x| x.dims()[1].is_multiple_of(4))
 }
 
-/// Operands for a kernel of [`MEMBERS`](low_rank::MEMBERS) layers; the first stands for those that are not there.
-fn all_members(tensors: &[Tensor<2>]) -> [DispatchTensor; low_rank::MEMBERS] {
+/// Operands for a kernel of [`MEMBERS`] layers; the first stands for those that are not there.
+fn all_members(tensors: &[Tensor<2>]) -> [DispatchTensor; MEMBERS] {
     std::array::from_fn(|i| {
         tensors
             .get(i)
@@ -322,7 +311,7 @@ fn all_members(tensors: &[Tensor<2>]) -> [DispatchTensor; low_rank::MEMBERS] {
     })
 }
 
-fn padded<T: Copy>(values: &[T], with: T) -> [T; low_rank::MEMBERS] {
+fn padded<T: Copy>(values: &[T], with: T) -> [T; MEMBERS] {
     std::array::from_fn(|i| values.get(i).copied().unwrap_or(with))
 }
 
@@ -378,7 +367,7 @@ impl PlannedTiles {
         uploads: &mut Uploads,
     ) -> Self {
         let queries = shape(heads).tokens();
-        let tables = tiles::Tables::new(segments, ranges, queries, attention::KEYS);
+        let tables = tiles::Tables::new(segments, ranges, queries, KEYS);
         Self {
             spans: uploads.ints(tables.spans),
             keys_of: uploads.ints(tables.keys_of),
@@ -409,11 +398,6 @@ impl TiledTables {
     }
 }
 
-fn shape(heads: Heads) -> attention::Shape {
-    attention::Shape {
-        group: heads.query / heads.key,
-        key_heads: heads.key,
-        d: heads.d,
-        fault: fault::current(),
-    }
+fn shape(heads: Heads) -> AttentionShape {
+    AttentionShape::new(heads.query / heads.key, heads.key, heads.d)
 }

@@ -5,7 +5,7 @@
 
 use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
 
-use super::fault::{Fault, inject};
+use super::packed_product;
 use crate::{
     AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight, LossTerms,
     LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
@@ -13,6 +13,7 @@ use crate::{
     cross_entropy, low_rank_columns, low_rank_gradients, normal, quantize_data, query_scale,
     rms_norm, rms_norm_backward, rotate,
 };
+use gpu_kernels::{Fault, inject};
 
 /// Relative Frobenius distance from the CPU's result.
 const BOUND: f64 = 5e-6;
@@ -49,6 +50,9 @@ fn distance<const D: usize>(got: Tensor<D>, expected: Tensor<D>) -> f64 {
 fn on<const D: usize>(device: &Device, x: &Tensor<D>) -> Tensor<D> {
     Tensor::from_data(x.clone().into_data(), (device, DType::F32))
 }
+
+/// The lengths of segments and their parents.
+type Lengths = &'static [(usize, Option<usize>)];
 
 /// A comparison of some kernels with the CPU, over many shapes. Panics if a result is too far from the CPU's.
 type Comparison = fn(&Device);
@@ -151,7 +155,12 @@ fn products(gpu: &Device) {
                         },
                         b: on(device, &b),
                     };
-                    adapted_product(
+                    let product = if device == &cpu {
+                        adapted_product
+                    } else {
+                        packed_product
+                    };
+                    product(
                         with_sum.then(|| on(device, &sum)),
                         on(device, &x),
                         weight.clone(),
@@ -188,7 +197,7 @@ fn attention_and_gradients(gpu: &Device) {
     let cpu = Device::flex();
     let mut rng = CounterRng::new(6);
     let heads = |query, key, d| Heads { query, key, d };
-    let cases: [(&[(usize, Option<usize>)], Heads); 7] = [
+    let cases: [(Lengths, Heads); 7] = [
         (&[(1, None)], heads(1, 1, 4)),
         (&[(7, None), (1, None)], heads(2, 1, 16)),
         (

@@ -1,4 +1,4 @@
-//! Which tiles of keys a tile of queries visits, made on the host for [`attention`](super::attention).
+//! Which tiles of keys a tile of queries visits, made on the host for the attention kernel.
 
 use crate::ranges::{AttentionRanges, Segment};
 
@@ -47,11 +47,14 @@ fn visible_tiles(
     let mut seen = vec![vec![false; n.div_ceil(keys)]; n.div_ceil(queries)];
     for segment in &ranges.0 {
         let own = segment.own.clone();
-        for tile in own.start / queries..own.end.div_ceil(queries) {
-            let last = own.end.min((tile + 1) * queries);
-            let visible = segment.prefix.iter().cloned().chain([own.start..last]);
-            for range in visible.filter(|range| !range.is_empty()) {
-                seen[tile][range.start / keys..range.end.div_ceil(keys)].fill(true);
+        let (first, end) = (own.start / queries, own.end.div_ceil(queries));
+        for (tile, seen) in seen.iter_mut().enumerate().take(end).skip(first) {
+            let visible = own.start..own.end.min((tile + 1) * queries);
+            let prefix = segment.prefix.iter().cloned();
+            for range in prefix.chain(std::iter::once(visible)) {
+                if !range.is_empty() {
+                    seen[range.start / keys..range.end.div_ceil(keys)].fill(true);
+                }
             }
         }
     }

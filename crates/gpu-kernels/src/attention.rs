@@ -27,7 +27,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::fault::Fault;
+use super::fault::{self, Fault};
 use super::launch::{dims, element, empty};
 use super::operations::TiledAttention;
 
@@ -57,11 +57,20 @@ pub struct Shape {
     pub key_heads: usize,
     /// The width of a head.
     pub d: usize,
-    /// For tests.
-    pub fault: Fault,
+    fault: Fault,
 }
 
 impl Shape {
+    /// For `group` query heads per key head, `key_heads` key heads, and heads of width `d`.
+    pub fn new(group: usize, key_heads: usize, d: usize) -> Self {
+        Self {
+            group,
+            key_heads,
+            d,
+            fault: fault::current(),
+        }
+    }
+
     /// Tokens of a tile of queries.
     pub const fn tokens(self) -> usize {
         QUERIES / self.group
@@ -269,7 +278,7 @@ fn fill(part: &mut Array<F4>, #[comptime] length: usize) {
 /// The attention output, and the log-sum-exp of each query's scores.
 ///
 /// Shapes: q, output `[n, heads · d]`; k, v `[n, key heads · d]`; log_sums `[n, heads]`. `tables` holds the
-/// tables of [`Tables`](super::tiles::Tables), that of the segments at `spans` and the lists of tiles at `tiles`.
+/// tables of `kernels`' tables of tiles, that of the segments at `spans` and the lists of tiles at `tiles`.
 #[cube(launch_unchecked)]
 pub fn forward<F: Float>(
     q: &[Vector<F, Const<4>>],
@@ -373,7 +382,7 @@ pub fn forward<F: Float>(
             for i in 0..PART {
                 let at = comptime!(chunk * PART + i);
                 if comptime!(shape.fault != Fault::Correction) {
-                    sums[at] = sums[at] * F4::new(correction[place.row + i]);
+                    sums[at] *= F4::new(correction[place.row + i]);
                 }
             }
             add_product(&weights, &right, &mut sums, comptime!(chunk * PART), &place);

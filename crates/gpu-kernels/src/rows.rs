@@ -59,7 +59,7 @@ pub fn rms_norm<X: Float, O: Float>(
     #[define(X, O)] _types: [ElemType; 2],
 ) {
     // Workgroups beyond the last row compute it again: a barrier has to be reached by all units.
-    let row = min(CUBE_POS as usize, rows - 1);
+    let row = min(CUBE_POS, rows - 1);
     let unit = UNIT_POS as usize;
     let first = row * vectors;
     let mut squares = F4::new(0.0f32);
@@ -94,7 +94,7 @@ pub fn rms_norm_backward<X: Float, G: Float, S: Float>(
     #[define(X, G, S)] _types: [ElemType; 3],
 ) {
     // Workgroups beyond the last row compute it again: a barrier has to be reached by all units.
-    let row = min(CUBE_POS as usize, rows - 1);
+    let row = min(CUBE_POS, rows - 1);
     let unit = UNIT_POS as usize;
     let first = row * vectors;
     let mut along = F4::new(0.0f32);
@@ -127,7 +127,7 @@ pub fn cross_entropy<I: Int>(
     #[define(I)] _type: ElemType,
 ) {
     // Workgroups beyond the last row compute it again: a barrier has to be reached by all units.
-    let row = min(CUBE_POS as usize, rows - 1);
+    let row = min(CUBE_POS, rows - 1);
     let unit = UNIT_POS as usize;
     let first = row * vocab;
     let target = usize::cast_from(targets[row]);

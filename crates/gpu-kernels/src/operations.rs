@@ -6,7 +6,7 @@ use burn::backend::{Backend, backend_extension};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 
-use super::{attention, low_rank, product, rope, rows};
+use crate::{attention, low_rank, product, rope, rows};
 
 /// Which terms a [`packed_product`](GpuOps::packed_product) has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,7 +40,7 @@ pub struct Group {
 pub struct TiledAttention {
     /// The sizes.
     pub shape: attention::Shape,
-    /// See [`Tables`](super::tiles::Tables), as are the next two.
+    /// See the crate `kernels`' `Tables`, as are the next two.
     pub spans: usize,
     /// The lists of tiles of keys.
     pub keys_of: usize,

@@ -1,0 +1,48 @@
+//! Fault injection: kernels made wrong on purpose, for a test that the tests notice it.
+
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// What is wrong.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Fault {
+    /// Nothing.
+    None,
+    /// Quantized product: the scale of the next block.
+    Scale,
+    /// Quantized product: the last step along the inner dimension is left out.
+    Depth,
+    /// Attention: the segments are not compared.
+    Mask,
+    /// Attention: what was summed under an earlier maximum is not corrected.
+    Correction,
+    /// Low-rank products: one of four partial sums is left out.
+    Part,
+    /// RMSNorm: the mean of one value more than there is.
+    Mean,
+    /// Cross entropy: the one-hot vector's place is off by one.
+    Target,
+}
+
+const ALL: [Fault; 8] = [
+    Fault::None,
+    Fault::Scale,
+    Fault::Depth,
+    Fault::Mask,
+    Fault::Correction,
+    Fault::Part,
+    Fault::Mean,
+    Fault::Target,
+];
+
+static CURRENT: AtomicUsize = AtomicUsize::new(0);
+
+/// Makes the kernels that are launched from now on wrong, for the whole process. For tests.
+pub fn inject(fault: Fault) {
+    let index = ALL.iter().position(|other| *other == fault);
+    CURRENT.store(index.unwrap_or(0), Ordering::Relaxed);
+}
+
+/// The fault of kernels that are launched now.
+pub(crate) fn current() -> Fault {
+    ALL[CURRENT.load(Ordering::Relaxed)]
+}

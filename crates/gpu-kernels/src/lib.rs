@@ -1,0 +1,43 @@
+//! Kernels for GPUs, in CubeCL's language: one source for CUDA, Vulkan, Metal and WebGPU.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
+//! | `attention.rs` | attention tile by tile |
+//! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
+//! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
+//! | `rope.rs` | rotary position embeddings |
+//! | `operations.rs` | [`GpuOps`]: the kernels as operations on a backend's tensors, outside an autodiff graph |
+//! | `launch.rs` | what the launches share |
+//! | `fault.rs` | kernels made wrong on purpose, for a test of the tests |
+//!
+//! The crate `kernels` decides when they run, and compares each with the CPU. `docs/decisions/gpu-kernels.md` explains
+//! the tiles.
+#![cfg(feature = "cube")]
+
+mod attention;
+mod fault;
+mod launch;
+mod low_rank;
+mod operations;
+mod product;
+mod rope;
+mod rows;
+
+use std::sync::atomic::{AtomicBool, Ordering};
+
+pub use attention::{KEYS, QUERIES, Shape as AttentionShape};
+pub use fault::{Fault, inject};
+pub use low_rank::MEMBERS;
+pub use operations::{GpuOps, Group, Terms, TiledAttention};
+
+static SOFTWARE: AtomicBool = AtomicBool::new(false);
+
+/// Chooses tiles for a driver that emulates a GPU on a CPU.
+pub fn set_software_driver(software: bool) {
+    SOFTWARE.store(software, Ordering::Relaxed);
+}
+
+fn is_software_driver() -> bool {
+    SOFTWARE.load(Ordering::Relaxed)
+}
