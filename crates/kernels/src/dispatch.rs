@@ -251,7 +251,7 @@ pub(crate) fn of_device(device: &Device) -> &'static dyn Kernels {
     }
     #[cfg(feature = "cube")]
     if crate::gpu::is_gpu(device) {
-        return &crate::gpu::Gpu;
+        return crate::gpu::of_device(device);
     }
     &Composed
 }

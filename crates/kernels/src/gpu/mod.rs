@@ -11,7 +11,7 @@ use crate::Kernels;
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
 use crate::dispatch::Composed;
 use crate::frozen_linear::Direction;
-use crate::limits::rows_at_once;
+use crate::limits::{has_f16_matrix_units, has_tf32, rows_at_once};
 use crate::loss::{CrossEntropy, LossTerms, Targets};
 use crate::low_rank::LowRankTerm;
 use crate::ranges::{AttentionRanges, Segment};
@@ -36,12 +36,32 @@ pub(crate) fn is_gpu(device: &Device) -> bool {
 
 /// The implementation for GPUs.
 #[derive(Debug)]
-pub(crate) struct Gpu;
+pub(crate) struct Gpu {
+    /// Whether the GPU has matrix units. Burn's products use them and the kernels of `product.rs` and `attention.rs` do
+    /// not, so that Burn's are faster there.
+    has_matrix_units: bool,
+}
+
+/// The implementation for this GPU.
+pub(crate) fn of_device(device: &Device) -> &'static Gpu {
+    if has_f16_matrix_units(device) || has_tf32(device) {
+        &Gpu {
+            has_matrix_units: true,
+        }
+    } else {
+        &Gpu {
+            has_matrix_units: false,
+        }
+    }
+}
 
 impl Kernels for Gpu {
     fn attends_in_tiles(&self, heads: Heads) -> bool {
         let group = heads.query / heads.key.max(1);
-        Kernel::Attention.is_on() && group <= QUERIES && heads.d.is_multiple_of(4)
+        Kernel::Attention.is_on()
+            && !self.has_matrix_units
+            && group <= QUERIES
+            && heads.d.is_multiple_of(4)
     }
 
     fn frozen_product(
@@ -62,7 +82,8 @@ impl Kernels for Gpu {
         low_rank: Option<LowRankTerm>,
         direction: Direction,
     ) -> Tensor<2> {
-        if !matches!(weight.dtype(), DType::QFloat(_)) || !Kernel::Product.is_on() {
+        let is_packed = matches!(weight.dtype(), DType::QFloat(_));
+        if !is_packed || self.has_matrix_units || !Kernel::Product.is_on() {
             return Composed.adapted_product(sum, x, weight, low_rank, direction);
         }
         if x.dims()[0] < FEW_ROWS {
