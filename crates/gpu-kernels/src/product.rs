@@ -12,7 +12,8 @@
 //!
 //! A workgroup computes `rows × cols` outputs, each of its units `unit_rows × unit_cols` of them. For every step of
 //! `depth` along the inner dimension, the units copy a tile of x and a tile of W into shared memory, wait, and multiply
-//! them. After that the low-rank term `low · B` is added the same way, and the sum is read and the output written once.
+//! them. After that each unit adds its part of the low-rank term `low · B` straight from memory, because the rank is
+//! small. Then the sum is read and the output written, once each.
 
 use burn::tensor::DType;
 use burn::tensor::quantization::QuantStore;

@@ -82,14 +82,15 @@ impl Kernels for Gpu {
         low_rank: Option<LowRankTerm>,
         direction: Direction,
     ) -> Tensor<2> {
-        let is_packed = matches!(weight.dtype(), DType::QFloat(_));
-        if !is_packed || self.has_matrix_units || !Kernel::Product.is_on() {
-            return Composed.adapted_product(sum, x, weight, low_rank, direction);
+        let uses_kernel = matches!(weight.dtype(), DType::QFloat(_))
+            && x.dims()[0] >= FEW_ROWS
+            && !self.has_matrix_units
+            && Kernel::Product.is_on();
+        if uses_kernel {
+            packed_product(sum, x, weight, low_rank, direction)
+        } else {
+            Composed.adapted_product(sum, x, weight, low_rank, direction)
         }
-        if x.dims()[0] < FEW_ROWS {
-            return Composed.adapted_product(sum, x, weight, low_rank, direction);
-        }
-        packed_product(sum, x, weight, low_rank, direction)
     }
 
     fn low_rank_columns(
