@@ -24,17 +24,19 @@
 use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
-use cubecl::ir::ElemType;
+use cubecl::ir::{DeviceProperties, ElemType};
 use cubecl::prelude::*;
 
 use super::fault::{self, Fault};
 use super::launch::{dims, element, empty};
+use super::matrix_attention;
+use super::matrix_product::Fragment;
 use super::operations::TiledAttention;
 
-/// Queries of a tile, counting every query head of a key head.
-pub const QUERIES: usize = 32;
-/// Keys of a tile.
-pub const KEYS: usize = 32;
+/// Queries of a tile without matrix units, counting every query head of a key head.
+const QUERIES: usize = 32;
+/// Keys of a tile without matrix units.
+const KEYS: usize = 32;
 /// Dimensions of a head that are in shared memory at a time.
 const CHUNK: usize = 32;
 /// Rows and columns of a unit's part of a 32 × 32 tile.
@@ -44,7 +46,7 @@ pub const UNITS: usize = (QUERIES / PART) * (KEYS / PART);
 /// Vectors of a row in shared memory; one more than the data has, against bank conflicts.
 const ROW: usize = CHUNK / 4 + 1;
 /// The score of a key that is not visible.
-const HIDDEN: f32 = -1e30;
+pub(crate) const HIDDEN: f32 = -1e30;
 
 type F4 = Vector<f32, Const<4>>;
 
@@ -57,31 +59,61 @@ pub struct Shape {
     pub key_heads: usize,
     /// The width of a head.
     pub d: usize,
+    /// Queries of a tile, counting every query head of a key head; as many keys.
+    pub side: usize,
+    /// The matrix units' fragments, if they are used.
+    pub fragment: Option<Fragment>,
     fault: Fault,
 }
 
 impl Shape {
-    /// For `group` query heads per key head, `key_heads` key heads, and heads of width `d`.
-    pub fn new(group: usize, key_heads: usize, d: usize) -> Self {
-        Self {
+    /// For heads of width `d` of tensors of type `dtype`. `None` if no kernel here computes it: with a width that is
+    /// no multiple of 4, or with more query heads per key head than a tile has rows.
+    pub fn of(
+        properties: &DeviceProperties,
+        dtype: DType,
+        query_heads: usize,
+        key_heads: usize,
+        d: usize,
+    ) -> Option<Self> {
+        let group = query_heads / key_heads.max(1);
+        let on_units = Self {
             group,
             key_heads,
             d,
+            side: QUERIES,
+            fragment: None,
             fault: fault::current(),
-        }
+        };
+        let fragment = Fragment::of(properties, dtype);
+        let with = |side| Self {
+            side,
+            fragment,
+            ..on_units
+        };
+        let on_matrix_units = [with(64), with(32)]
+            .into_iter()
+            .find(|shape| matrix_attention::fits(properties, *shape));
+        let shape = on_matrix_units.unwrap_or(on_units);
+        (group <= shape.side && d.is_multiple_of(4)).then_some(shape)
     }
 
     /// Tokens of a tile of queries.
     pub const fn tokens(self) -> usize {
-        QUERIES / self.group
+        self.side / self.group
     }
 
     const fn chunks(self) -> usize {
         self.d.div_ceil(CHUNK)
     }
 
-    const fn heads(self) -> usize {
+    /// Query heads.
+    pub const fn heads(self) -> usize {
         self.group * self.key_heads
+    }
+
+    pub(crate) const fn fault(self) -> Fault {
+        self.fault
     }
 }
 
@@ -105,7 +137,7 @@ fn place() -> Place {
 
 /// Where a row of a tile of queries lies: its token, or `n` for a row outside the batch, and its head.
 #[cube]
-fn query_of(
+pub(crate) fn query_of(
     row: usize,
     first: usize,
     n: usize,
@@ -689,6 +721,10 @@ pub fn launch_forward(
     let output = empty(&q, [n, width], q.dtype);
     let log_sums = empty(&q, [n, shape.heads()], DType::F32);
     let (client, element) = (q.client.clone(), element(q.dtype));
+    if let Some(fragment) = shape.fragment {
+        let outputs = (output, log_sums);
+        return matrix_attention::launch_forward([q, k, v], tables, outputs, tiled, fragment);
+    }
     unsafe {
         forward::launch_unchecked(
             &client,
@@ -738,6 +774,13 @@ pub fn launch_backward(
             shape.d,
             element,
         );
+    }
+    if let Some(fragment) = shape.fragment {
+        let inputs = [q, k, v, gradient, log_sums, sums, tables];
+        matrix_attention::launch_backward(inputs, [&d_q, &d_k, &d_v], tiled, fragment);
+        return (d_q, d_k, d_v);
+    }
+    unsafe {
         backward_queries::launch_unchecked(
             &client,
             cubes(n, shape.tokens(), shape),
@@ -780,6 +823,6 @@ pub fn launch_backward(
 }
 
 /// One workgroup per tile of `size` tokens and key head.
-fn cubes(n: usize, size: usize, shape: Shape) -> CubeCount {
+pub(crate) fn cubes(n: usize, size: usize, shape: Shape) -> CubeCount {
     CubeCount::Static(n.div_ceil(size) as u32, shape.key_heads as u32, 1)
 }

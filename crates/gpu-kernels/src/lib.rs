@@ -4,6 +4,8 @@
 //! | --- | --- |
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
 //! | `attention.rs` | attention tile by tile |
+//! | `matrix_product.rs`, `matrix_attention.rs` | the same on matrix units, for 16-bit tensors |
+//! | `choice.rs` | which kernel computes a product |
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
 //! | `rope.rs` | rotary position embeddings |
@@ -16,9 +18,12 @@
 #![cfg(feature = "cube")]
 
 mod attention;
+mod choice;
 mod fault;
 mod launch;
 mod low_rank;
+mod matrix_attention;
+mod matrix_product;
 mod operations;
 mod product;
 mod rope;
@@ -26,10 +31,12 @@ mod rows;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
-pub use attention::{KEYS, QUERIES, Shape as AttentionShape};
+pub use attention::Shape as AttentionShape;
+pub use choice::Candidate;
 pub use fault::{Fault, inject};
 pub use low_rank::MEMBERS;
 pub use operations::{GpuOps, Group, Terms, TiledAttention};
+pub use product::force as force_product;
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);
 

@@ -15,14 +15,27 @@
 //! them. After that each unit adds its part of the low-rank term `low · B` straight from memory, because the rank is
 //! small. Then the sum is read and the output written, once each.
 
-use burn::tensor::DType;
+use std::sync::Mutex;
+
+use burn::backend::ops::FloatTensorOps as _;
 use burn::tensor::quantization::QuantStore;
+use burn::tensor::{DType, Slice};
+use burn_cubecl::CubeBackend;
+use burn_cubecl::kernel::cast;
+use burn_cubecl::kernel::matmul::{MatmulStrategy, matmul};
+use burn_cubecl::kernel::quantization::dequantize;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+#[cfg(feature = "autotune")]
+use super::choice;
+use super::choice::Candidate;
 use super::fault::{self, Fault};
 use super::launch::{dims, element, empty, strides, with_contiguous_rows};
+#[cfg(not(feature = "autotune"))]
+use super::matrix_product::MatrixTile;
+use super::matrix_product::{self, Fragment};
 
 /// The shape of a workgroup's tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -472,6 +485,196 @@ pub struct LowRankTerm {
     pub b: CubeTensor,
 }
 
+static FORCED: Mutex<Option<Candidate>> = Mutex::new(None);
+
+/// Uses this kernel for every product of this process that it can compute; `None` chooses again. For tests and
+/// measurements.
+pub fn force(candidate: Option<Candidate>) {
+    *FORCED.lock().unwrap_or_else(|broken| broken.into_inner()) = candidate;
+}
+
+fn forced() -> Option<Candidate> {
+    *FORCED.lock().unwrap_or_else(|broken| broken.into_inner())
+}
+
+/// The tensors of a product, ready for a launch.
+#[derive(Clone)]
+pub struct Operands {
+    pub x: CubeTensor,
+    /// The parts of `weight`.
+    pub words: CubeTensor,
+    pub scales: CubeTensor,
+    weight: CubeTensor,
+    transposed: bool,
+    /// [`x`](Self::x) in place of a term that is not there, as are the next two.
+    pub low: CubeTensor,
+    pub b: CubeTensor,
+    pub sum: CubeTensor,
+    pub output: CubeTensor,
+    pub packing: Packing,
+    pub has_low: bool,
+    pub has_sum: bool,
+    n: usize,
+    k: usize,
+    m: usize,
+    rank: usize,
+    low_first: usize,
+    row_dim: usize,
+}
+
+impl Operands {
+    /// Operands of [`launch`].
+    pub fn new(
+        sum: Option<CubeTensor>,
+        x: CubeTensor,
+        weight: CubeTensor,
+        transposed: bool,
+        low_rank: Option<LowRankTerm>,
+        dtype: DType,
+    ) -> Self {
+        let DType::QFloat(scheme) = weight.dtype else {
+            unreachable!("only quantized weights reach this kernel")
+        };
+        let (x, sum) = (with_contiguous_rows(x), sum.map(with_contiguous_rows));
+        let [n, k] = dims(&x);
+        let [d_in, d_out] = dims(&weight);
+        let m = if transposed { d_in } else { d_out };
+        let along_d_out = !matches!(scheme.store, QuantStore::PackedU32(1));
+        let (words, scales) = weight
+            .quantized_handles()
+            .unwrap_or_else(|| unreachable!("a quantized weight has integers and scales"));
+        let block = scheme.block_size().map_or(k.max(m), |block| {
+            block.iter().map(|b| *b as usize).product()
+        });
+        let (has_low, has_sum) = (low_rank.is_some(), sum.is_some());
+        let (rank, low_first) = low_rank
+            .as_ref()
+            .map_or((0, 0), |term| (term.rank, term.first));
+        // An operand that is not there is never read; something has to be bound in its place.
+        let (low, b) = match low_rank {
+            Some(term) => (term.low, term.b),
+            None => (x.clone(), x.clone()),
+        };
+        Self {
+            output: empty(&x, [n, m], dtype),
+            sum: sum.unwrap_or_else(|| x.clone()),
+            x,
+            words,
+            scales,
+            weight,
+            transposed,
+            low,
+            b,
+            packing: Packing {
+                bits: scheme.size_bits_value(),
+                block,
+                along_cols: along_d_out != transposed,
+                fault: fault::current(),
+            },
+            has_low,
+            has_sum,
+            n,
+            k,
+            m,
+            rank,
+            low_first,
+            // The dimension of rows in memory: words lie along the other one.
+            row_dim: if along_d_out { 0 } else { 1 },
+        }
+    }
+
+    /// Whether a candidate can compute this product.
+    pub fn can(&self, candidate: Candidate) -> bool {
+        let on_matrix_units = || matrix_product::tile(self, candidate).is_some();
+        match candidate {
+            Candidate::Composed => true,
+            Candidate::MatrixLarge | Candidate::MatrixSmall => on_matrix_units(),
+            // Matrix units are always faster.
+            Candidate::Units => {
+                let fragment = Fragment::of(self.x.client.properties(), self.x.dtype);
+                fragment.is_none()
+            }
+        }
+    }
+
+    /// The fastest candidate, where candidates are measured; else the one that is expected to be.
+    fn chosen(&self) -> Candidate {
+        #[cfg(feature = "autotune")]
+        return choice::fastest(self);
+        #[cfg(not(feature = "autotune"))]
+        {
+            let [n, _, m] = self.lengths();
+            let hardware = &self.x.client.properties().hardware;
+            let processors = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
+            let fills =
+                |tile: MatrixTile| n.div_ceil(tile.rows) * m.div_ceil(tile.cols) >= processors;
+            let large = matrix_product::tile(self, Candidate::MatrixLarge);
+            if large.is_some_and(fills) {
+                Candidate::MatrixLarge
+            } else if self.can(Candidate::MatrixSmall) {
+                Candidate::MatrixSmall
+            } else {
+                Candidate::Units
+            }
+        }
+    }
+
+    /// Launches a candidate that [can](Self::can).
+    pub fn launch(self, candidate: Candidate) -> CubeTensor {
+        match matrix_product::tile(&self, candidate) {
+            Some(tile) => matrix_product::launch(self, tile),
+            None if candidate == Candidate::Composed => launch_composed(self),
+            None => launch_on_units(self),
+        }
+    }
+
+    /// The product alone.
+    #[cfg(feature = "autotune")]
+    pub fn without_terms(&self) -> Self {
+        Self {
+            has_low: false,
+            has_sum: false,
+            output: empty(&self.x, [self.n, self.m], self.output.dtype),
+            ..self.clone()
+        }
+    }
+
+    /// Rows, the inner dimension and columns.
+    pub const fn lengths(&self) -> [usize; 3] {
+        [self.n, self.k, self.m]
+    }
+
+    /// The distances of rows of x, of the sum, of the packed words and of the scales.
+    pub fn rows(&self) -> [usize; 4] {
+        [
+            strides(&self.x)[0],
+            strides(&self.sum)[0],
+            self.words.meta.strides()[self.row_dim],
+            self.scales.meta.strides()[self.row_dim],
+        ]
+    }
+
+    pub fn lengths_arg(&self) -> LengthsLaunch {
+        let [x_row, sum_row, words_row, scales_row] = self.rows();
+        let ([low_row, low_col], [b_row, b_col]) = (strides(&self.low), strides(&self.b));
+        LengthsLaunch::new(
+            self.n,
+            self.k,
+            self.m,
+            self.rank,
+            self.low_first,
+            x_row,
+            sum_row,
+            words_row,
+            scales_row,
+            low_row,
+            low_col,
+            b_row,
+            b_col,
+        )
+    }
+}
+
 /// `[sum +] x · W [+ low · B]`, or with Wᵀ if `transposed`, in `dtype`.
 ///
 /// # Shapes
@@ -487,63 +690,54 @@ pub fn launch(
     low_rank: Option<LowRankTerm>,
     dtype: DType,
 ) -> CubeTensor {
-    let DType::QFloat(scheme) = weight.dtype else {
-        unreachable!("only quantized weights reach this kernel")
+    let operands = Operands::new(sum, x, weight, transposed, low_rank, dtype);
+    let forced = forced().filter(|candidate| operands.can(*candidate));
+    let candidate = forced.unwrap_or_else(|| operands.chosen());
+    operands.launch(candidate)
+}
+
+/// Burn's kernels: the weight dequantized into memory, then a product.
+fn launch_composed(operands: Operands) -> CubeTensor {
+    let Operands {
+        x,
+        mut weight,
+        transposed,
+        low,
+        b,
+        sum,
+        output,
+        has_low,
+        has_sum,
+        low_first,
+        rank,
+        ..
+    } = operands;
+    let (factors, dtype) = (x.dtype, output.dtype);
+    weight = dequantize(weight, factors);
+    if transposed {
+        weight.meta.swap(0, 1);
+    }
+    let multiply = |left, right| {
+        let product = matmul(left, right, None, MatmulStrategy::default(), factors);
+        cast(product.unwrap_or_else(|error| panic!("{error:?}")), dtype)
     };
-    let (x, sum) = (with_contiguous_rows(x), sum.map(with_contiguous_rows));
-    let [n, k] = dims(&x);
-    let [d_in, d_out] = dims(&weight);
-    let m = if transposed { d_in } else { d_out };
-    let along_d_out = !matches!(scheme.store, QuantStore::PackedU32(1));
-    let (words, scales) = weight
-        .quantized_handles()
-        .unwrap_or_else(|| unreachable!("a quantized weight has integers and scales"));
-    // The dimension of rows in memory: words lie along the other one.
-    let row_dim = if along_d_out { 0 } else { 1 };
-    let block = scheme.block_size().map_or(k.max(m), |block| {
-        block.iter().map(|b| *b as usize).product()
-    });
-    let packing = Packing {
-        bits: scheme.size_bits_value(),
-        block,
-        along_cols: along_d_out != transposed,
-        fault: fault::current(),
-    };
-    let client = x.client.clone();
-    let output = empty(&x, [n, m], dtype);
-    let tile = Tile::chosen();
-    let types = |tensor: Option<&CubeTensor>| element(tensor.map_or(x.dtype, |t| t.dtype));
-    let elements = [
-        types(Some(&x)),
-        types(low_rank.as_ref().map(|term| &term.low)),
-        types(low_rank.as_ref().map(|term| &term.b)),
-        types(sum.as_ref()),
-        types(Some(&output)),
-    ];
-    let low = low_rank.as_ref().map_or([0, 0], |term| strides(&term.low));
-    let b = low_rank.as_ref().map_or([0, 0], |term| strides(&term.b));
-    let lengths = LengthsLaunch::new(
-        n,
-        k,
-        m,
-        low_rank.as_ref().map_or(0, |term| term.rank),
-        low_rank.as_ref().map_or(0, |term| term.first),
-        strides(&x)[0],
-        sum.as_ref().map_or(0, |sum| strides(sum)[0]),
-        words.meta.strides()[row_dim],
-        scales.meta.strides()[row_dim],
-        low[0],
-        low[1],
-        b[0],
-        b[1],
-    );
-    let (has_low, has_sum) = (low_rank.is_some(), sum.is_some());
-    // An operand that is not there is never read; something has to be bound in its place.
-    let (low, b) = match low_rank {
-        Some(term) => (term.low, term.b),
-        None => (x.clone(), x.clone()),
-    };
-    let vector = if k.is_multiple_of(4) && strides(&x)[0].is_multiple_of(4) {
+    let mut result = multiply(x, weight);
+    if has_low {
+        let columns = Slice::from(low_first..low_first + rank);
+        let low = CubeBackend::float_slice(low, &[Slice::from(..), columns]);
+        let term = multiply(cast(low, factors), cast(b, factors));
+        result = CubeBackend::float_add(result, term);
+    }
+    if has_sum {
+        result = CubeBackend::float_add(sum, result);
+    }
+    result
+}
+
+/// Without matrix units.
+fn launch_on_units(operands: Operands) -> CubeTensor {
+    let ([n, k, m], lengths, tile) = (operands.lengths(), operands.lengths_arg(), Tile::chosen());
+    let vector = if k.is_multiple_of(4) && operands.rows()[0].is_multiple_of(4) {
         4
     } else {
         1
@@ -553,18 +747,33 @@ pub fn launch(
         n.div_ceil(tile.rows) as u32,
         1,
     );
+    let Operands {
+        x,
+        words,
+        scales,
+        low,
+        b,
+        sum,
+        output,
+        packing,
+        has_low,
+        has_sum,
+        ..
+    } = operands;
+    let elements = [&x, &low, &b, &sum, &output].map(|tensor| element(tensor.dtype));
+    let client = x.client.clone();
     unsafe {
         product::launch_unchecked(
             &client,
             cubes,
             CubeDim::new_1d(tile.units() as u32),
             vector,
-            x.clone().into_buffer_arg(),
+            x.into_buffer_arg(),
             words.into_buffer_arg(),
             scales.into_buffer_arg(),
             low.into_buffer_arg(),
             b.into_buffer_arg(),
-            sum.unwrap_or(x).into_buffer_arg(),
+            sum.into_buffer_arg(),
             output.clone().into_buffer_arg(),
             lengths,
             packing,

@@ -75,14 +75,17 @@ impl PlannedAttention {
         let ranges = AttentionRanges::new(segments);
         let kernels = of_device(device);
         let reads_ranges = dtype == DType::F32 && kernels.attention_reads_ranges();
-        let tiled = kernels.attends_in_tiles(heads);
+        let tiled = kernels.attends_in_tiles(heads, dtype, device);
         let padded = (device.is_autodiff() || !(reads_ranges || tiled))
             .then(|| PlannedPadded::new(&ranges, heads, scores_at_once, uploads));
         Self {
             padded,
             #[cfg(feature = "cube")]
             tiled: (tiled && !device.is_autodiff())
-                .then(|| crate::gpu::PlannedTiles::new(segments, &ranges, heads, uploads)),
+                .then(|| {
+                    crate::gpu::PlannedTiles::new(segments, &ranges, heads, dtype, device, uploads)
+                })
+                .flatten(),
             ranges: Arc::new(ranges),
         }
     }

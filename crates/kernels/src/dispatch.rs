@@ -36,7 +36,7 @@ pub trait Kernels: Debug + Sync {
     }
 
     /// Whether attention visits tiles of keys that are listed on the device.
-    fn attends_in_tiles(&self, _heads: Heads) -> bool {
+    fn attends_in_tiles(&self, _heads: Heads, _dtype: DType, _device: &Device) -> bool {
         false
     }
 
@@ -251,7 +251,7 @@ pub(crate) fn of_device(device: &Device) -> &'static dyn Kernels {
     }
     #[cfg(feature = "cube")]
     if crate::gpu::is_gpu(device) {
-        return crate::gpu::of_device(device);
+        return &crate::gpu::Gpu;
     }
     &Composed
 }

@@ -90,7 +90,7 @@ struct Units {
 }
 
 #[cfg(feature = "cube")]
-fn client(device: &Device) -> Option<burn_cubecl::cubecl::client::Client> {
+pub(crate) fn client(device: &Device) -> Option<burn_cubecl::cubecl::client::Client> {
     use burn::backend::DispatchDevice;
     match device.clone().without_autodiff().as_dispatch() {
         DispatchDevice::Cube(device) => Some(device.client()),

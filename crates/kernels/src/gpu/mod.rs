@@ -1,6 +1,8 @@
 //! GPUs: which operations run as kernels of the crate `gpu-kernels`, and the tables that attention needs.
 
-#[cfg(all(test, feature = "wgpu"))]
+#[cfg(all(test, any(feature = "wgpu", feature = "vulkan")))]
+mod sixteen_bits;
+#[cfg(all(test, any(feature = "wgpu", feature = "vulkan")))]
 mod tests;
 mod tiles;
 
@@ -11,7 +13,7 @@ use crate::Kernels;
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
 use crate::dispatch::Composed;
 use crate::frozen_linear::Direction;
-use crate::limits::{has_f16_matrix_units, has_tf32, rows_at_once};
+use crate::limits::{client, has_tf32, rows_at_once};
 use crate::loss::{CrossEntropy, LossTerms, Targets};
 use crate::low_rank::LowRankTerm;
 use crate::ranges::{AttentionRanges, Segment};
@@ -20,9 +22,7 @@ use crate::rope::{RotaryTables, Rotation};
 use crate::spoil::spoilt;
 use crate::switches::Kernel;
 use crate::uploads::{Ints, Uploaded, Uploads};
-use gpu_kernels::{
-    AttentionShape, GpuOps as _, Group, KEYS, MEMBERS, QUERIES, Terms, TiledAttention,
-};
+use gpu_kernels::{AttentionShape, GpuOps as _, Group, MEMBERS, Terms, TiledAttention};
 
 pub use gpu_kernels::set_software_driver;
 
@@ -36,32 +36,11 @@ pub(crate) fn is_gpu(device: &Device) -> bool {
 
 /// The implementation for GPUs.
 #[derive(Debug)]
-pub(crate) struct Gpu {
-    /// Whether the GPU has matrix units. Burn's products use them and the kernels of `product.rs` and `attention.rs` do
-    /// not, so that Burn's are faster there.
-    has_matrix_units: bool,
-}
-
-/// The implementation for this GPU.
-pub(crate) fn of_device(device: &Device) -> &'static Gpu {
-    if has_f16_matrix_units(device) || has_tf32(device) {
-        &Gpu {
-            has_matrix_units: true,
-        }
-    } else {
-        &Gpu {
-            has_matrix_units: false,
-        }
-    }
-}
+pub(crate) struct Gpu;
 
 impl Kernels for Gpu {
-    fn attends_in_tiles(&self, heads: Heads) -> bool {
-        let group = heads.query / heads.key.max(1);
-        Kernel::Attention.is_on()
-            && !self.has_matrix_units
-            && group <= QUERIES
-            && heads.d.is_multiple_of(4)
+    fn attends_in_tiles(&self, heads: Heads, dtype: DType, device: &Device) -> bool {
+        shape(heads, dtype, device).is_some()
     }
 
     fn frozen_product(
@@ -84,8 +63,8 @@ impl Kernels for Gpu {
     ) -> Tensor<2> {
         let uses_kernel = matches!(weight.dtype(), DType::QFloat(_))
             && x.dims()[0] >= FEW_ROWS
-            && !self.has_matrix_units
-            && Kernel::Product.is_on();
+            && Kernel::Product.is_on()
+            && !multiplies_in_tf32(x.dtype(), &x.device());
         if uses_kernel {
             packed_product(sum, x, weight, low_rank, direction)
         } else {
@@ -238,7 +217,7 @@ impl Kernels for Gpu {
         let Some(tables) = layout.tiled() else {
             return Composed.attention(q, k, v, layout, heads);
         };
-        let tiled = tables.at(heads);
+        let tiled = tables.at();
         let (output, log_sums) = Dispatch::tiled_attention(
             q.clone().into_dispatch(),
             k.clone().into_dispatch(),
@@ -355,7 +334,7 @@ pub(crate) fn attention_backward(
         gradient.into_dispatch(),
         tables.all.clone().into_dispatch(),
         tables.pairs * heads.query,
-        tables.at(heads),
+        tables.at(),
     );
     [d_q, d_k, d_v].map(Tensor::from_dispatch)
 }
@@ -367,6 +346,7 @@ pub(crate) struct PlannedTiles {
     keys_of: Ints,
     queries_of: Ints,
     pairs: usize,
+    shape: AttentionShape,
 }
 
 /// The same on the device.
@@ -379,23 +359,28 @@ pub(crate) struct TiledTables {
     queries_of: usize,
     /// Pairs of a token and a token that it attends to.
     pairs: usize,
+    shape: AttentionShape,
 }
 
 impl PlannedTiles {
+    /// `None` if no kernel for tiles computes attention between these heads.
     pub(crate) fn new(
         segments: &[Segment],
         ranges: &AttentionRanges,
         heads: Heads,
+        dtype: DType,
+        device: &Device,
         uploads: &mut Uploads,
-    ) -> Self {
-        let queries = shape(heads).tokens();
-        let tables = tiles::Tables::new(segments, ranges, queries, KEYS);
-        Self {
+    ) -> Option<Self> {
+        let shape = shape(heads, dtype, device)?;
+        let tables = tiles::Tables::new(segments, ranges, shape.tokens(), shape.side);
+        Some(Self {
             spans: uploads.ints(tables.spans),
             keys_of: uploads.ints(tables.keys_of),
             queries_of: uploads.ints(tables.queries_of),
             pairs: ranges.pairs(),
-        }
+            shape,
+        })
     }
 
     pub(crate) fn on_device(self, uploaded: &Uploaded) -> TiledTables {
@@ -405,14 +390,15 @@ impl PlannedTiles {
             keys_of: self.keys_of.start(),
             queries_of: self.queries_of.start(),
             pairs: self.pairs,
+            shape: self.shape,
         }
     }
 }
 
 impl TiledTables {
-    fn at(&self, heads: Heads) -> TiledAttention {
+    fn at(&self) -> TiledAttention {
         TiledAttention {
-            shape: shape(heads),
+            shape: self.shape,
             spans: self.spans,
             keys_of: self.keys_of,
             queries_of: self.queries_of,
@@ -420,6 +406,16 @@ impl TiledTables {
     }
 }
 
-fn shape(heads: Heads) -> AttentionShape {
-    AttentionShape::new(heads.query / heads.key, heads.key, heads.d)
+/// The tiles of attention between these heads; `None` without a kernel for it.
+fn shape(heads: Heads, dtype: DType, device: &Device) -> Option<AttentionShape> {
+    if !Kernel::Attention.is_on() || multiplies_in_tf32(dtype, device) {
+        return None;
+    }
+    let client = client(device)?;
+    AttentionShape::of(client.properties(), dtype, heads.query, heads.key, heads.d)
+}
+
+/// Whether Burn's products of this type run on matrix units in TF32. The kernels here have no such variant.
+fn multiplies_in_tf32(dtype: DType, device: &Device) -> bool {
+    dtype == DType::F32 && has_tf32(device)
 }

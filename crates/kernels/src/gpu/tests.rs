@@ -5,7 +5,7 @@
 
 use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
 
-use super::packed_product;
+use super::{packed_product, sixteen_bits};
 use crate::{
     AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight, LossTerms,
     LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
@@ -16,11 +16,14 @@ use crate::{
 use gpu_kernels::{Fault, inject};
 
 /// Relative Frobenius distance from the CPU's result.
-const BOUND: f64 = 5e-6;
+pub const BOUND: f64 = 5e-6;
 
 /// The GPU, unless there is none and `LORA_REQUIRE_WGPU` is not set.
 fn gpu() -> Option<Device> {
     let found = std::panic::catch_unwind(|| {
+        #[cfg(feature = "vulkan")]
+        let device = Device::vulkan(DeviceKind::DefaultDevice);
+        #[cfg(not(feature = "vulkan"))]
         let device = Device::wgpu(DeviceKind::DefaultDevice);
         let _ = Tensor::<1>::zeros([1], &device).into_data();
         device
@@ -32,11 +35,11 @@ fn gpu() -> Option<Device> {
     }
 }
 
-fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
+pub fn values<const D: usize>(x: Tensor<D>) -> Vec<f32> {
     x.cast(DType::F32).into_data().try_to_vec().expect("f32")
 }
 
-fn distance<const D: usize>(got: Tensor<D>, expected: Tensor<D>) -> f64 {
+pub fn distance<const D: usize>(got: Tensor<D>, expected: Tensor<D>) -> f64 {
     let (got, expected) = (values(got), values(expected));
     assert_eq!(got.len(), expected.len());
     let pairs = || got.iter().zip(&expected);
@@ -47,7 +50,7 @@ fn distance<const D: usize>(got: Tensor<D>, expected: Tensor<D>) -> f64 {
 }
 
 /// A tensor of the CPU on another device.
-fn on<const D: usize>(device: &Device, x: &Tensor<D>) -> Tensor<D> {
+pub fn on<const D: usize>(device: &Device, x: &Tensor<D>) -> Tensor<D> {
     Tensor::from_data(x.clone().into_data(), (device, DType::F32))
 }
 
@@ -58,11 +61,21 @@ type Lengths = &'static [(usize, Option<usize>)];
 type Comparison = fn(&Device);
 
 /// Every comparison, with the faults that it has to notice.
-const COMPARISONS: [(&str, Comparison, &[Fault]); 6] = [
+const COMPARISONS: [(&str, Comparison, &[Fault]); 8] = [
     ("products", products, &[Fault::Scale, Fault::Depth]),
     (
         "attention",
         attention_and_gradients,
+        &[Fault::Mask, Fault::Correction],
+    ),
+    (
+        "products in 16 bits",
+        sixteen_bits::products,
+        &[Fault::Scale, Fault::Depth],
+    ),
+    (
+        "attention in 16 bits",
+        sixteen_bits::attention_and_gradients,
         &[Fault::Mask, Fault::Correction],
     ),
     ("low-rank products", low_rank_products, &[Fault::Part]),
@@ -78,6 +91,9 @@ fn kernels_compute_what_the_cpu_computes_and_a_fault_is_noticed() {
         return;
     };
     for (name, compare, faults) in COMPARISONS {
+        if name.ends_with("16 bits") && sixteen_bits::types(&gpu).is_empty() {
+            continue;
+        }
         compare(&gpu);
         for fault in faults {
             inject(*fault);
@@ -89,7 +105,7 @@ fn kernels_compute_what_the_cpu_computes_and_a_fault_is_noticed() {
 }
 
 #[derive(Debug, Clone, Copy)]
-enum Weight {
+pub enum Weight {
     Ours(Quantization),
     /// Blocks along d_in, as in GGUF files.
     Gguf,
@@ -97,7 +113,7 @@ enum Weight {
 
 impl Weight {
     /// The same weight on several devices.
-    fn on(
+    pub fn on(
         self,
         [d_in, d_out]: [usize; 2],
         rng: &mut CounterRng,
@@ -178,24 +194,22 @@ fn products(gpu: &Device) {
     }
 }
 
-fn layout(segments: &[Segment], heads: Heads, device: &Device) -> AttentionLayout {
+pub fn layout(
+    segments: &[Segment],
+    heads: Heads,
+    dtype: DType,
+    device: &Device,
+) -> AttentionLayout {
     let mut uploads = Uploads::default();
     // Something in front of the tables, so that their places matter.
     let _ = uploads.ints([7, 7, 7]);
-    let planned = PlannedAttention::new(
-        segments,
-        heads,
-        DType::F32,
-        device,
-        SCORES_AT_ONCE,
-        &mut uploads,
-    );
+    let planned =
+        PlannedAttention::new(segments, heads, dtype, device, SCORES_AT_ONCE, &mut uploads);
     planned.on_device(&uploads.send(device))
 }
 
-fn attention_and_gradients(gpu: &Device) {
-    let cpu = Device::flex();
-    let mut rng = CounterRng::new(6);
+/// Batches and heads: one token, one key, odd sizes, prefix trees, many heads per key head, a wide head.
+pub fn segments_and_heads() -> Vec<(Vec<Segment>, Heads)> {
     let heads = |query, key, d| Heads { query, key, d };
     let cases: [(Lengths, Heads); 7] = [
         (&[(1, None)], heads(1, 1, 4)),
@@ -218,20 +232,26 @@ fn attention_and_gradients(gpu: &Device) {
         (&[(300, None)], heads(4, 4, 64)),
         (&[(40, None)], heads(64, 2, 8)),
     ];
-    for (segments, heads) in cases {
-        let segments: Vec<Segment> = segments
-            .iter()
-            .map(|(length, parent)| Segment {
-                length: *length,
-                parent: *parent,
-            })
-            .collect();
+    let segment = |(length, parent): &(usize, Option<usize>)| Segment {
+        length: *length,
+        parent: *parent,
+    };
+    let cases = cases.into_iter();
+    cases
+        .map(|(lengths, heads)| (lengths.iter().map(segment).collect(), heads))
+        .collect()
+}
+
+fn attention_and_gradients(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(6);
+    for (segments, heads) in segments_and_heads() {
         let n = segments.iter().map(|segment| segment.length).sum();
         let widths = [heads.query, heads.key, heads.key, heads.query].map(|count| count * heads.d);
         // Large scores, so that a softmax without its maximum would overflow.
         let [q, k, v, gradient] = widths.map(|width| normal([n, width], 3.0, &mut rng, &cpu));
         let run = |device: &Device| {
-            let layout = layout(&segments, heads, device);
+            let layout = layout(&segments, heads, DType::F32, device);
             let [q, k, v, gradient] = [&q, &k, &v, &gradient].map(|x| on(device, x));
             let scale = query_scale(&q, heads);
             let scaled = |x: Tensor<2>| x.mul_scalar(scale);

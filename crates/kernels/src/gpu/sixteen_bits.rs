@@ -1,0 +1,173 @@
+//! The kernels for 16-bit tensors against the CPU in f32: those for matrix units where the device has them.
+//!
+//! Inputs are rounded to 16 bits first, so that both compute the same. What remains:
+//!
+//! - products: sums of products in another order, as in f32, if the output is f32. Matrix units round the dequantized
+//!   weight to 16 bits; the reference is rounded too. One factor is a power of two, because Mesa's software driver rounds
+//!   each product to f16; NVIDIA's matrix units do not round products.
+//! - attention: weights and gradients of scores rounded to 16 bits (11 bits of f16, 8 of bf16), and outputs. Each is
+//!   off by at most half a unit of its last place, and errors of many keys cancel in part.
+
+use burn::tensor::{DType, Device, FloatDType, Tensor};
+
+use super::tests::{BOUND, Weight, distance, layout, on, segments_and_heads};
+use super::{packed_product, shape};
+use crate::{
+    CounterRng, Direction, LowRankPart, LowRankTerm, Quantization, attention, attention_backward,
+    normal, query_scale,
+};
+
+/// The 16-bit types of a device.
+pub fn types(gpu: &Device) -> Vec<DType> {
+    let types = [
+        (FloatDType::F16, DType::F16),
+        (FloatDType::BF16, DType::BF16),
+    ];
+    let supported = types
+        .into_iter()
+        .filter(|(float, _)| gpu.supports_dtype(*float));
+    supported.map(|(_, dtype)| dtype).collect()
+}
+
+/// `x` on the GPU in `dtype`, and the same values in f32 on the CPU.
+fn rounded(x: &Tensor<2>, dtype: DType, gpu: &Device) -> [Tensor<2>; 2] {
+    let on_gpu = on(gpu, x).cast(dtype);
+    // Read in 16 bits: in one fused kernel, a driver may skip the rounding between two casts.
+    let data = on_gpu.clone().into_data().convert::<f32>();
+    [on_gpu, Tensor::from_data(data, (&x.device(), DType::F32))]
+}
+
+/// Each value replaced by ±1/2, ±1 or ±2.
+fn powers_of_two(x: Tensor<2>) -> Tensor<2> {
+    let sizes = x
+        .clone()
+        .abs()
+        .add_scalar(0.5)
+        .clamp(0.5, 2.0)
+        .round()
+        .clamp(0.5, 2.0);
+    x.sign() * sizes
+}
+
+pub fn products(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(11);
+    let ours = Weight::Ours;
+    for dtype in types(gpu) {
+        for (weight, n, d_in, d_out, rank) in [
+            // One row, few rows, sizes that are no multiples of a tile or of anything.
+            (ours(Quantization::Bits8), 1, 64, 32, 1),
+            (ours(Quantization::Bits8), 7, 100, 172, 3),
+            (ours(Quantization::Bits8), 130, 576, 288, 8),
+            (ours(Quantization::Bits8), 65, 258, 132, 40),
+            (ours(Quantization::Bits4), 70, 96, 224, 2),
+            (Weight::Gguf, 129, 224, 131, 16),
+        ] {
+            let [on_cpu, on_gpu] = weight.on([d_in, d_out], &mut rng, [&cpu, gpu]);
+            let dense = on_cpu.dequantize();
+            let [_, dense_rounded] = rounded(&dense, dtype, gpu);
+            for direction in [Direction::Forward, Direction::Backward] {
+                let (k, m) = direction.inner_and_outer([d_in, d_out]);
+                let mut random = |shape| normal(shape, 1.0, &mut rng, &cpu);
+                let (sum, first) = (random([n, m]), n % 3);
+                let [x_gpu, x] = rounded(&powers_of_two(random([n, k])), dtype, gpu);
+                let low = powers_of_two(random([first + rank + 1, n]));
+                let [low_gpu, low] = rounded(&low, dtype, gpu);
+                let [b_gpu, b] = rounded(&random([rank, m]), dtype, gpu);
+                for with_low in [false, true] {
+                    let term = LowRankTerm {
+                        low: LowRankPart {
+                            all: low_gpu.clone().cast(DType::F32).transpose(),
+                            first,
+                            rank,
+                        },
+                        b: b_gpu.clone().cast(DType::F32),
+                    };
+                    let got = packed_product(
+                        Some(on(gpu, &sum)),
+                        x_gpu.clone(),
+                        on_gpu.clone(),
+                        with_low.then_some(term),
+                        direction,
+                    );
+                    let expected = |dense: &Tensor<2>| {
+                        let w = match direction {
+                            Direction::Forward => dense.clone(),
+                            Direction::Backward => dense.clone().transpose(),
+                        };
+                        let product = sum.clone() + x.clone().matmul(w);
+                        let low = low.clone().narrow(0, first, rank).transpose();
+                        if with_low {
+                            product + low.matmul(b.clone())
+                        } else {
+                            product
+                        }
+                    };
+                    let distances = [&dense, &dense_rounded]
+                        .map(|dense| distance(got.clone(), expected(dense)));
+                    // Without matrix units the weight is not rounded.
+                    let distance = distances[0].min(distances[1]);
+                    assert!(
+                        distance < BOUND,
+                        "{dtype:?} {weight:?} [{n}, {d_in}, {d_out}] {direction:?}, low rank {rank} {with_low}: {distance:.1e}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+pub fn attention_and_gradients(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(12);
+    for dtype in types(gpu) {
+        let bound = if dtype == DType::F16 { 3e-3 } else { 1e-2 };
+        let on_matrix_units = |heads| {
+            let shape = shape(heads, dtype, gpu);
+            shape.is_some_and(|shape| shape.fragment.is_some())
+        };
+        let cases = segments_and_heads();
+        let required = std::env::var_os("LORA_REQUIRE_MATRIX_UNITS").is_some();
+        assert!(
+            !required || dtype != DType::F16 || on_matrix_units(cases[0].1),
+            "LORA_REQUIRE_MATRIX_UNITS is set, and this device has none"
+        );
+        // Mesa's software driver takes a minute and more to compile these for matrix units: a tree of prefixes, and
+        // heads in two chunks.
+        let cases = cases.into_iter().enumerate();
+        let cases = cases.filter(|(i, (_, heads))| !on_matrix_units(*heads) || [2, 3].contains(i));
+        for (_, (segments, heads)) in cases {
+            let n = segments.iter().map(|segment| segment.length).sum();
+            let widths =
+                [heads.query, heads.key, heads.key, heads.query].map(|count| count * heads.d);
+            let [q, k, v, gradient] = widths.map(|width| normal([n, width], 1.5, &mut rng, &cpu));
+            // The GPU's attention expects divided queries; the CPU's divides the scores.
+            let root = (heads.d as f64).sqrt();
+            let inputs = [q.div_scalar(root), k, v, gradient].map(|x| rounded(&x, dtype, gpu));
+            let run = |device: &Device| {
+                let (dtype, which) = if device == gpu {
+                    (dtype, 0)
+                } else {
+                    (DType::F32, 1)
+                };
+                let layout = layout(&segments, heads, dtype, device);
+                let [q, k, v, gradient] = inputs.clone().map(|x| x[which].clone());
+                let scale = root * query_scale(&q, heads);
+                let (output, saved) = attention(q.mul_scalar(scale), k, v, &layout, heads);
+                let [d_q, d_k, d_v] = attention_backward(saved, gradient, &layout, heads);
+                [output, d_q.cast(DType::F32).mul_scalar(scale), d_k, d_v]
+            };
+            let names = ["output", "d_q", "d_k", "d_v"];
+            for ((name, got), expected) in names.iter().zip(run(gpu)).zip(run(&cpu)) {
+                if n == 1 && (*name == "d_q" || *name == "d_k") {
+                    continue;
+                }
+                let distance = distance(got, expected);
+                assert!(
+                    distance < bound,
+                    "{dtype:?} {segments:?} {heads:?}: {name} {distance:.1e}"
+                );
+            }
+        }
+    }
+}
