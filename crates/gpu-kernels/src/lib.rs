@@ -32,7 +32,9 @@ mod rows;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use attention::Shape as AttentionShape;
-pub use choice::Candidate;
+#[cfg(feature = "autotune")]
+pub use choice::burn_is_faster;
+pub use choice::{Candidate, Product};
 pub use fault::{Fault, inject};
 pub use low_rank::MEMBERS;
 pub use operations::{GpuOps, Group, Terms, TiledAttention};

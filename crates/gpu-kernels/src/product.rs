@@ -18,7 +18,6 @@
 use std::sync::Mutex;
 
 use burn::backend::ops::FloatTensorOps as _;
-use burn::tensor::quantization::QuantStore;
 use burn::tensor::{DType, Slice};
 use burn_cubecl::CubeBackend;
 use burn_cubecl::kernel::cast;
@@ -30,7 +29,7 @@ use cubecl::prelude::*;
 
 #[cfg(feature = "autotune")]
 use super::choice;
-use super::choice::Candidate;
+use super::choice::{Candidate, Product, words_lie_along_d_out};
 use super::fault::{self, Fault};
 use super::launch::{dims, element, empty, strides, with_contiguous_rows};
 #[cfg(not(feature = "autotune"))]
@@ -536,16 +535,12 @@ impl Operands {
             unreachable!("only quantized weights reach this kernel")
         };
         let (x, sum) = (with_contiguous_rows(x), sum.map(with_contiguous_rows));
-        let [n, k] = dims(&x);
-        let [d_in, d_out] = dims(&weight);
-        let m = if transposed { d_in } else { d_out };
-        let along_d_out = !matches!(scheme.store, QuantStore::PackedU32(1));
+        let dtypes = [x.dtype, dtype];
+        let product = Product::new(dims(&x)[0], dims(&weight), &scheme, transposed, dtypes);
+        let [n, k, m] = product.lengths;
         let (words, scales) = weight
             .quantized_handles()
             .unwrap_or_else(|| unreachable!("a quantized weight has integers and scales"));
-        let block = scheme.block_size().map_or(k.max(m), |block| {
-            block.iter().map(|b| *b as usize).product()
-        });
         let (has_low, has_sum) = (low_rank.is_some(), sum.is_some());
         let (rank, low_first) = low_rank
             .as_ref()
@@ -566,9 +561,9 @@ impl Operands {
             low,
             b,
             packing: Packing {
-                bits: scheme.size_bits_value(),
-                block,
-                along_cols: along_d_out != transposed,
+                bits: product.bits,
+                block: product.block,
+                along_cols: product.along_cols,
                 fault: fault::current(),
             },
             has_low,
@@ -579,7 +574,7 @@ impl Operands {
             rank,
             low_first,
             // The dimension of rows in memory: words lie along the other one.
-            row_dim: if along_d_out { 0 } else { 1 },
+            row_dim: usize::from(!words_lie_along_d_out(&scheme)),
         }
     }
 

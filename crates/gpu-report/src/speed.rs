@@ -194,6 +194,15 @@ impl Bench<'_> {
             tell("8 bits", forward);
             let backward = seconds(device, || frozen_linear_backward(y.clone(), packed.clone()))?;
             tell("8 bits, backward", backward);
+            // Which kernel is the fastest is measured for each shape; here each is used in turn.
+            kernels::for_each_product_kernel(device, DType::from(dtype), |kernel| {
+                let forward = seconds(device, || frozen_linear(x.clone(), packed.clone()))?;
+                tell(&format!("8 bits, {kernel}"), forward);
+                let backward =
+                    seconds(device, || frozen_linear_backward(y.clone(), packed.clone()))?;
+                tell(&format!("8 bits, backward, {kernel}"), backward);
+                Ok::<(), ReportError>(())
+            })?;
         }
         Ok(())
     }

@@ -12,7 +12,7 @@ use burn::backend::autodiff::{
 };
 use burn::backend::tensor::{FloatTensor, QuantizedTensor};
 use burn::backend::{Dispatch, Flex, TensorMetadata, backend_extension};
-use burn::tensor::{DType, Tensor};
+use burn::tensor::{DType, Device, Tensor};
 
 use crate::cpu::frozen_linear::flex;
 use crate::dispatch::of;
@@ -261,11 +261,30 @@ pub(crate) fn quantized_product(
 #[cfg(feature = "cube")]
 impl FrozenLinearOps for burn_cubecl::CubeBackend {}
 
+/// Calls `measure` with the name of each kernel that competes for products of quantized weights with tensors of this
+/// type on a GPU, while every such product of this process uses that kernel. Never on the CPU. For measurements.
+///
+/// # Errors
+///
+/// The first error of `measure`; no kernel is tried after it.
+pub fn for_each_product_kernel<E>(
+    device: &Device,
+    dtype: DType,
+    measure: impl FnMut(&str) -> Result<(), E>,
+) -> Result<(), E> {
+    #[cfg(feature = "cube")]
+    return crate::gpu::for_each_product_kernel(device, dtype, measure);
+    #[cfg(not(feature = "cube"))]
+    {
+        let _ = (device, dtype, measure);
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::{CounterRng, Quantization, init, quantize};
-    use burn::tensor::Device;
 
     /// Relative Frobenius distance.
     fn distance(a: Tensor<2>, b: Tensor<2>) -> f32 {

@@ -22,9 +22,30 @@ use crate::rope::{RotaryTables, Rotation};
 use crate::spoil::spoilt;
 use crate::switches::Kernel;
 use crate::uploads::{Ints, Uploaded, Uploads};
-use gpu_kernels::{AttentionShape, GpuOps as _, Group, MEMBERS, Terms, TiledAttention};
+use gpu_kernels::{
+    AttentionShape, Candidate, GpuOps as _, Group, MEMBERS, Terms, TiledAttention, force_product,
+};
 
 pub use gpu_kernels::set_software_driver;
+
+/// See [`crate::for_each_product_kernel`].
+pub(crate) fn for_each_product_kernel<E>(
+    device: &Device,
+    dtype: DType,
+    mut measure: impl FnMut(&str) -> Result<(), E>,
+) -> Result<(), E> {
+    let Some(client) = client(device) else {
+        return Ok(());
+    };
+    let kernels = Candidate::of(client.properties(), dtype).into_iter();
+    let mut results = kernels.map(|kernel| {
+        force_product(Some(kernel));
+        measure(&kernel.to_string())
+    });
+    let result = results.find(Result::is_err).unwrap_or(Ok(()));
+    force_product(None);
+    result
+}
 
 /// Whether this is a device of CubeCL.
 pub(crate) fn is_gpu(device: &Device) -> bool {
@@ -61,10 +82,10 @@ impl Kernels for Gpu {
         low_rank: Option<LowRankTerm>,
         direction: Direction,
     ) -> Tensor<2> {
-        let uses_kernel = matches!(weight.dtype(), DType::QFloat(_))
-            && x.dims()[0] >= FEW_ROWS
+        let uses_kernel = x.dims()[0] >= FEW_ROWS
             && Kernel::Product.is_on()
-            && !multiplies_in_tf32(x.dtype(), &x.device());
+            && !multiplies_in_tf32(x.dtype(), &x.device())
+            && has_kernel(sum.as_ref(), &x, &weight, direction);
         if uses_kernel {
             packed_product(sum, x, weight, low_rank, direction)
         } else {
@@ -241,6 +262,31 @@ impl Kernels for Gpu {
 
 /// Fewer rows, as in decoding, are left to Burn: the kernel's tiles would be nearly empty.
 const FEW_ROWS: usize = 16;
+
+/// Whether the weight is quantized, and no measurement showed that Burn multiplies faster.
+fn has_kernel(
+    sum: Option<&Tensor<2>>,
+    x: &Tensor<2>,
+    weight: &Tensor<2>,
+    direction: Direction,
+) -> bool {
+    let DType::QFloat(scheme) = weight.dtype() else {
+        return false;
+    };
+    #[cfg(feature = "autotune")]
+    if let DispatchDevice::Cube(device) = x.device().without_autodiff().as_dispatch() {
+        let product = gpu_kernels::Product::new(
+            x.dims()[0],
+            weight.dims(),
+            &scheme,
+            direction == Direction::Backward,
+            [x.dtype(), sum.map_or(x.dtype(), Tensor::dtype)],
+        );
+        return !gpu_kernels::burn_is_faster(device, product);
+    }
+    let _ = (sum, x, scheme, direction);
+    true
+}
 
 /// A product with a quantized weight by the kernel for it.
 fn packed_product(
