@@ -10,7 +10,7 @@ use crate::bundle::{self, BundleArgs};
 use crate::cargo::{self, LLVM_HINT, exit_code, llvm_is_in_place};
 use crate::detect::Machine;
 use crate::test::{self, Totals};
-use crate::{gpu_report, interop};
+use crate::{gpu_offline, gpu_report, interop};
 
 /// Formatting, lints and types of every backend, documentation, tests, interop tests; stops at the
 /// first that fails.
@@ -20,8 +20,8 @@ use crate::{gpu_report, interop};
 /// `cargo check` that also warns, so the CUDA, SPIR-V and MSL code is checked there and needs no
 /// pass of its own.
 ///
-/// `full` adds the processors that this machine is not, and the GPU bundle: its builds, each optimised
-/// as a whole, and its script on the software driver.
+/// `full` adds the processors and the GPUs that this machine does not have, and the GPU bundle: its
+/// builds, each optimised as a whole, and its script on the software driver.
 pub fn run(full: bool) -> Result<ExitCode> {
     let started = Instant::now();
     let mut format = cargo::cargo("fmt");
@@ -68,6 +68,10 @@ pub fn run(full: bool) -> Result<ExitCode> {
     }
     if code == 0 && full {
         code = timed("other processors", || other_processors(&mut totals))?;
+    }
+    if code == 0 && full {
+        let name = "GPU kernels compiled for GPUs that are not here";
+        code = timed(name, || gpu_offline::run(&["--nvrtc".into()]))?;
     }
     if code == 0 && full {
         code = timed(
@@ -126,10 +130,15 @@ fn checked_backends() -> Result<Vec<Backend>> {
 
 /// Their features, as the workspace's packages name them.
 fn features(backends: &[Backend]) -> Vec<String> {
+    // What compiles kernels without a GPU links LLVM, as the CUDA backend does.
+    let compilers = backends
+        .contains(&Backend::Cuda)
+        .then(|| "gpu-offline/compilers".to_owned());
     backends
         .iter()
         .flat_map(|backend| ["trainer", "tests"].map(|package| format!("{package}/{backend}")))
         .chain(["trainer/autotune".to_owned()])
+        .chain(compilers)
         .collect()
 }
 

@@ -3,7 +3,7 @@
 
 use std::env;
 use std::ffi::OsString;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::{Context, Result, bail};
@@ -48,13 +48,18 @@ pub fn run_and_count(arguments: &[OsString], totals: &mut Totals) -> Result<u8> 
 }
 
 /// Runs the setup script, whose last line is the environment's Python.
-fn set_up(script: &std::path::Path) -> Result<PathBuf> {
+fn set_up(script: &Path) -> Result<PathBuf> {
     if cfg!(windows) && env::var_os("LORA_INTEROP_PYTHON").is_none() {
         bail!("the setup script needs a Unix shell; name a Python in LORA_INTEROP_PYTHON");
     }
     if let Some(python) = env::var_os("LORA_INTEROP_PYTHON") {
         return Ok(python.into());
     }
+    last_line_of(script)
+}
+
+/// Runs a setup script. The last line that it prints is a path.
+pub fn last_line_of(script: &Path) -> Result<PathBuf> {
     let output = Command::new(script)
         .stderr(Stdio::inherit())
         .output()
@@ -65,7 +70,7 @@ fn set_up(script: &std::path::Path) -> Result<PathBuf> {
     let text = String::from_utf8_lossy(&output.stdout);
     last_line(&text)
         .map(PathBuf::from)
-        .with_context(|| format!("{} named no Python", script.display()))
+        .with_context(|| format!("{} printed no path", script.display()))
 }
 
 fn last_line(text: &str) -> Option<&str> {

@@ -11,6 +11,7 @@ mod bundle;
 mod cargo;
 mod ci;
 mod detect;
+mod gpu_offline;
 mod gpu_report;
 mod interop;
 mod job;
@@ -75,6 +76,8 @@ enum Task {
     GpuReport(Passed),
     /// One file with the trainer for CUDA, Vulkan and wgpu and a script that runs gpu-report, for a machine with a GPU
     GpuBundle(BundleArgs),
+    /// Compile the GPU kernels for NVIDIA's GPUs and Vulkan without a GPU: registers, spills, occupancy
+    GpuOffline(Passed),
     /// Regenerate the embedded model, tokenizer and data set from their seed
     MakeAssets(Passed),
     /// Run every test; arguments select tests by name
@@ -83,7 +86,7 @@ enum Task {
     Interop(Filter),
     /// Formatting, lints, documentation and tests, as continuous integration runs them
     Ci {
-        /// Also makes the GPU bundle and tries it on the software driver: an hour more
+        /// Also compiles for other processors and GPUs, makes the GPU bundle and tries it: an hour more
         #[arg(long)]
         full: bool,
     },
@@ -144,6 +147,7 @@ fn main() -> ExitCode {
         Task::Plan(it) => trainer("plan", it.args.clone(), plan_backend(&it.args)),
         Task::GpuReport(it) => trainer("gpu-report", it.args, Backend::Auto),
         Task::GpuBundle(args) => bundle::run(&args),
+        Task::GpuOffline(it) => gpu_offline::command(&it.args),
         Task::ExportGguf(it) => trainer("export-gguf", it.args, Backend::Cpu),
         // The embedded model has to come out the same on every machine.
         Task::MakeAssets(it) => job::run(Program::MakeAssets, it.args, Backend::Cpu),
