@@ -30,7 +30,7 @@ use cubecl::prelude::*;
 use super::fault::{self, Fault};
 use super::launch::{dims, element, empty};
 use super::matrix_attention;
-use super::matrix_product::Fragment;
+use super::matrix_product::{Fragment, only_burn_has_units};
 use super::operations::TiledAttention;
 
 /// Queries of a tile without matrix units, counting every query head of a key head.
@@ -68,7 +68,8 @@ pub struct Shape {
 
 impl Shape {
     /// For heads of width `d` of tensors of type `dtype`. `None` if no kernel here computes it: with a width that is
-    /// no multiple of 4, or with more query heads per key head than a tile has rows.
+    /// no multiple of 4, with more query heads per key head than a tile has rows, or with matrix units that only Burn's
+    /// kernels use.
     pub fn of(
         properties: &DeviceProperties,
         dtype: DType,
@@ -94,6 +95,9 @@ impl Shape {
         let on_matrix_units = [with(64), with(32)]
             .into_iter()
             .find(|shape| matrix_attention::fits(properties, *shape));
+        if only_burn_has_units(properties, dtype) {
+            return None;
+        }
         let shape = on_matrix_units.unwrap_or(on_units);
         (group <= shape.side && d.is_multiple_of(4)).then_some(shape)
     }

@@ -23,6 +23,7 @@
 use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cmma::{self, MatrixIdent, MatrixLayout};
+use cubecl::ir::features::MmaConfig;
 use cubecl::ir::{DeviceProperties, ElemType, FloatKind};
 use cubecl::prelude::*;
 
@@ -67,19 +68,15 @@ impl Fragment {
     /// The fragment for factors of this type and sums in f32; `None` without one, or if the size of a plane varies.
     pub fn of(properties: &DeviceProperties, dtype: DType) -> Option<Self> {
         let hardware = &properties.hardware;
-        let (f32, factor) = (ElemType::Float(FloatKind::F32), element(dtype));
-        if hardware.plane_size_min != hardware.plane_size_max || dtype == DType::F32 {
+        if hardware.plane_size_min != hardware.plane_size_max {
             return None;
         }
-        let units = properties.features.matmul.cmma.iter();
-        let sizes = units
-            .filter(|unit| (unit.a_type, unit.b_type, unit.cd_type) == (factor, factor, f32))
-            .map(|unit| Self {
-                m: unit.m as usize,
-                n: unit.n as usize,
-                k: unit.k as usize,
-                plane: hardware.plane_size_max as usize,
-            });
+        let sizes = units(properties, dtype).map(|unit| Self {
+            m: unit.m as usize,
+            n: unit.n as usize,
+            k: unit.k as usize,
+            plane: hardware.plane_size_max as usize,
+        });
         // Square fragments of 16 are the ones that every vendor's compilers are tuned for.
         sizes
             .filter(|size| 32 % size.m == 0 && 32 % size.n == 0 && 32 % size.k == 0)
@@ -91,6 +88,20 @@ impl Fragment {
                 )
             })
     }
+}
+
+/// Whether Burn multiplies this type on matrix units for which no kernel here is written.
+pub fn only_burn_has_units(properties: &DeviceProperties, dtype: DType) -> bool {
+    Fragment::of(properties, dtype).is_none() && units(properties, dtype).next().is_some()
+}
+
+/// The matrix units for 16-bit factors of this type and sums in f32.
+fn units(properties: &DeviceProperties, dtype: DType) -> impl Iterator<Item = &MmaConfig> {
+    let (f32, factor) = (ElemType::Float(FloatKind::F32), element(dtype));
+    let units = properties.features.matmul.cmma.iter();
+    units.filter(move |unit| {
+        dtype != DType::F32 && (unit.a_type, unit.b_type, unit.cd_type) == (factor, factor, f32)
+    })
 }
 
 /// Padding of a row in shared memory in values of 16 bits: 16 bytes, so that the rows of a fragment lie in different

@@ -608,6 +608,9 @@ impl Operands {
                 Candidate::MatrixLarge
             } else if self.can(Candidate::MatrixSmall) {
                 Candidate::MatrixSmall
+            } else if matrix_product::only_burn_has_units(self.x.client.properties(), self.x.dtype)
+            {
+                Candidate::Composed
             } else {
                 Candidate::Units
             }

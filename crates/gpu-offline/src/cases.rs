@@ -155,8 +155,12 @@ fn product(on: &Tensors, weight: Weight, transposed: bool, dtype: DType) {
 }
 
 fn attention(on: &Tensors, model: &Model, dtype: DType) {
-    let shape = AttentionShape::new(model.group, model.key_heads, model.head);
     let heads = model.key_heads * model.group;
+    let properties = on.client.properties();
+    let Some(shape) = AttentionShape::of(properties, dtype, heads, model.key_heads, model.head)
+    else {
+        unreachable!("both models' heads fit")
+    };
     let (wide, narrow) = (heads * model.head, model.key_heads * model.head);
     let tiled = TiledAttention {
         shape,
