@@ -70,6 +70,11 @@ pub fn run(full: bool) -> Result<ExitCode> {
         code = timed("other processors", || other_processors(&mut totals))?;
     }
     if code == 0 && full {
+        code = timed("matrix units of a software driver", || {
+            matrix_units(&mut totals)
+        })?;
+    }
+    if code == 0 && full {
         let name = "GPU kernels compiled for GPUs that are not here";
         code = timed(name, || gpu_offline::run(&["--nvrtc".into()]))?;
     }
@@ -91,15 +96,25 @@ pub fn run(full: bool) -> Result<ExitCode> {
 ///
 /// The script installs Debian packages. Outside CI that is not xtask's decision.
 fn other_processors(totals: &mut Totals) -> Result<u8> {
+    script("other-processors", "qemu and cross compilers", totals)
+}
+
+/// `.ci/matrix-units`: the GPU kernels on a software driver with cooperative matrices.
+fn matrix_units(totals: &mut Totals) -> Result<u8> {
+    script("matrix-units", "a newer Debian in a folder", totals)
+}
+
+/// Runs a script of `.ci` that installs something.
+fn script(name: &str, installs: &str, totals: &mut Totals) -> Result<u8> {
     if !test::in_ci() {
         eprintln!(
-            "xtask: NOT CHECKED: other processors. With CI=true, as root on Debian: installs qemu and cross compilers"
+            "xtask: NOT CHECKED: {name}. With CI=true, as root on Debian: installs {installs}"
         );
         return Ok(0);
     }
     let root =
         cargo::workspace_root().context("`cargo xtask` runs it, which names the workspace")?;
-    let mut script = Command::new(root.join(".ci/other-processors"));
+    let mut script = Command::new(root.join(".ci").join(name));
     script
         .args(test::packages(Machine::ask().has_wgpu()))
         .env("TRAINER_BIN", cargo::trainer_binary()?);
