@@ -19,11 +19,13 @@ pub enum Fault {
     Part,
     /// RMSNorm: the mean of one value more than there is.
     Mean,
+    /// SwiGLU: the slope of the gate is its sigmoid.
+    Slope,
     /// Cross entropy: the one-hot vector's place is off by one.
     Target,
 }
 
-const ALL: [Fault; 8] = [
+const ALL: [Fault; 9] = [
     Fault::None,
     Fault::Scale,
     Fault::Depth,
@@ -32,6 +34,7 @@ const ALL: [Fault; 8] = [
     Fault::Part,
     Fault::Mean,
     Fault::Target,
+    Fault::Slope,
 ];
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);

@@ -7,6 +7,7 @@
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
 //! | `rope.rs` | rotary position embeddings |
+//! | `swiglu.rs` | SwiGLU |
 //! | `operations.rs` | [`GpuOps`]: the kernels as operations on a backend's tensors, outside an autodiff graph |
 //! | `launch.rs` | what the launches share |
 //! | `fault.rs` | kernels made wrong on purpose, for a test of the tests |
@@ -23,6 +24,7 @@ mod operations;
 mod product;
 mod rope;
 mod rows;
+mod swiglu;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 

@@ -6,7 +6,7 @@ use burn::backend::{Backend, backend_extension};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 
-use crate::{attention, low_rank, product, rope, rows};
+use crate::{attention, low_rank, product, rope, rows, swiglu};
 
 /// Which terms a [`packed_product`](GpuOps::packed_product) has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -116,6 +116,18 @@ pub trait GpuOps: Backend {
         scale: f32,
         sign: f32,
     ) -> FloatTensor<Self>;
+
+    /// `silu(gate) · up`.
+    #[fusion(dtype = gate, shape = gate)]
+    fn swiglu_rows(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The gradients of gate and up.
+    #[fusion(meta = |gate, up, _| (gate.clone(), up.clone()))]
+    fn swiglu_rows_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// The gradient of cross entropy, and each row's loss and hit, `[m]`.
     #[fusion(meta = |logits, targets| (
@@ -237,6 +249,18 @@ impl GpuOps for CubeBackend {
         sign: f32,
     ) -> FloatTensor<Self> {
         rope::launch(x, cos, sin, scale, sign)
+    }
+
+    fn swiglu_rows(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        swiglu::launch(gate, up)
+    }
+
+    fn swiglu_rows_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        swiglu::launch_backward(gate, up, gradient)
     }
 
     fn cross_entropy_rows(

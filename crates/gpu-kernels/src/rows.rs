@@ -10,7 +10,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::fault::{self, Fault};
-use super::launch::{dims, element, element_of_ints, empty};
+use super::launch::{dims, element, element_of_ints, empty, owned, workgroups};
 
 type F4 = Vector<f32, Const<4>>;
 
@@ -191,12 +191,6 @@ fn units() -> usize {
     if super::is_software_driver() { 8 } else { 64 }
 }
 
-fn one_per_row(n: usize) -> CubeCount {
-    // A dimension has at most 65,535 workgroups.
-    let wide = n.min(32_768) as u32;
-    CubeCount::Static(wide, n.div_ceil(32_768) as u32, 1)
-}
-
 /// Launches [`rms_norm`]. The output has the type `dtype`.
 ///
 /// # Shapes
@@ -217,7 +211,7 @@ pub fn launch_rms_norm(
     unsafe {
         rms_norm::launch_unchecked(
             &client,
-            one_per_row(n),
+            workgroups(n),
             CubeDim::new_1d(units() as u32),
             x.into_buffer_arg(),
             gain.into_buffer_arg(),
@@ -251,7 +245,7 @@ pub fn launch_rms_norm_backward(
     unsafe {
         rms_norm_backward::launch_unchecked(
             &client,
-            one_per_row(n),
+            workgroups(n),
             CubeDim::new_1d(units() as u32),
             x.into_buffer_arg(),
             inverse.into_buffer_arg(),
@@ -278,13 +272,7 @@ pub fn launch_cross_entropy(
     logits: CubeTensor,
     targets: CubeTensor,
 ) -> (CubeTensor, CubeTensor, CubeTensor) {
-    let (logits, targets) = (into_contiguous(logits), into_contiguous(targets));
-    // Others that hold the logits keep their values.
-    let logits = if logits.handle.can_mut() {
-        logits
-    } else {
-        logits.copy()
-    };
+    let (logits, targets) = (owned(logits), into_contiguous(targets));
     let [m, vocab] = dims(&logits);
     let [losses, hits] = [(); 2].map(|()| super::launch::empty_vector(&logits, m, DType::F32));
     let element = element_of_ints(targets.dtype);
@@ -292,7 +280,7 @@ pub fn launch_cross_entropy(
     unsafe {
         cross_entropy::launch_unchecked(
             &client,
-            one_per_row(m),
+            workgroups(m),
             CubeDim::new_1d(units() as u32),
             logits.clone().into_buffer_arg(),
             targets.into_buffer_arg(),

@@ -15,18 +15,21 @@ pub enum Kernel {
     RmsNorm,
     /// Rotary position embeddings.
     Rope,
+    /// SwiGLU.
+    SwiGlu,
     /// Cross entropy.
     CrossEntropy,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 7] = [
         Self::Product,
         Self::Attention,
         Self::LowRank,
         Self::RmsNorm,
         Self::Rope,
+        Self::SwiGlu,
         Self::CrossEntropy,
     ];
 
@@ -38,6 +41,7 @@ impl Kernel {
             Self::LowRank => "low_rank",
             Self::RmsNorm => "rms_norm",
             Self::Rope => "rope",
+            Self::SwiGlu => "swiglu",
             Self::CrossEntropy => "cross_entropy",
         }
     }

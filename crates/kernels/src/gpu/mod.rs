@@ -210,6 +210,28 @@ impl Kernels for Gpu {
         ))
     }
 
+    fn swiglu(&self, gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
+        if !Kernel::SwiGlu.is_on() || !gate.dims()[1].is_multiple_of(4) {
+            return Composed.swiglu(gate, up);
+        }
+        let (gate, up) = (gate.clone().into_dispatch(), up.clone().into_dispatch());
+        Tensor::from_dispatch(Dispatch::swiglu_rows(gate, up))
+    }
+
+    fn swiglu_backward(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        gradient: Tensor<2>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        if !Kernel::SwiGlu.is_on() || !gate.dims()[1].is_multiple_of(4) {
+            return Composed.swiglu_backward(gate, up, gradient);
+        }
+        let [gate, up, gradient] = [gate, up, gradient].map(Tensor::into_dispatch);
+        let (d_gate, d_up) = Dispatch::swiglu_rows_backward(gate, up, gradient);
+        (Tensor::from_dispatch(d_gate), Tensor::from_dispatch(d_up))
+    }
+
     fn cross_entropy(&self, logits: Tensor<2>, targets: Targets) -> CrossEntropy {
         if !Kernel::CrossEntropy.is_on() || logits.dtype() != DType::F32 {
             return Composed.cross_entropy(logits, targets);

@@ -11,7 +11,7 @@ use crate::{
     LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
     SCORES_AT_ONCE, Segment, Targets, Uploads, adapted_product, attention, attention_backward,
     cross_entropy, low_rank_columns, low_rank_gradients, normal, quantize_data, query_scale,
-    rms_norm, rms_norm_backward, rotate,
+    rms_norm, rms_norm_backward, rotate, swiglu, swiglu_backward,
 };
 use gpu_kernels::{Fault, inject};
 
@@ -51,6 +51,13 @@ fn on<const D: usize>(device: &Device, x: &Tensor<D>) -> Tensor<D> {
     Tensor::from_data(x.clone().into_data(), (device, DType::F32))
 }
 
+/// The types of activations that the GPU has, and a bound for each: a result in f16 is rounded.
+fn types(gpu: &Device) -> Vec<(DType, f64)> {
+    let f16 = gpu.supports_dtype(burn::tensor::FloatDType::F16);
+    let all = [(DType::F32, BOUND), (DType::F16, 1e-3)];
+    all.into_iter().take(1 + usize::from(f16)).collect()
+}
+
 /// The lengths of segments and their parents.
 type Lengths = &'static [(usize, Option<usize>)];
 
@@ -58,7 +65,7 @@ type Lengths = &'static [(usize, Option<usize>)];
 type Comparison = fn(&Device);
 
 /// Every comparison, with the faults that it has to notice.
-const COMPARISONS: [(&str, Comparison, &[Fault]); 6] = [
+const COMPARISONS: [(&str, Comparison, &[Fault]); 7] = [
     ("products", products, &[Fault::Scale, Fault::Depth]),
     (
         "attention",
@@ -68,6 +75,7 @@ const COMPARISONS: [(&str, Comparison, &[Fault]); 6] = [
     ("low-rank products", low_rank_products, &[Fault::Part]),
     ("RMSNorm", norms, &[Fault::Mean]),
     ("RoPE", rotations, &[]),
+    ("SwiGLU", gates, &[Fault::Slope]),
     ("cross entropy", cross_entropies, &[Fault::Target]),
 ];
 
@@ -299,6 +307,30 @@ fn rotations(gpu: &Device) {
                 distance < BOUND,
                 "{n} {heads} {half} {rotation:?}: {distance:.1e}"
             );
+        }
+    }
+}
+
+fn gates(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(11);
+    for (n, width) in [(1, 4), (7, 100), (33, 516), (3, 66)] {
+        for (dtype, bound) in types(gpu) {
+            // Gates whose exponentials overflow f32, in f32.
+            let mut random = |std| normal([n, width], std, &mut rng, &cpu).cast(dtype);
+            let (gate, up, gradient) = (random(40.0), random(1.0), random(1.0));
+            let run = |device: &Device| {
+                let moved = |x| on(device, x).cast(dtype);
+                let [gate, up, gradient] = [&gate, &up, &gradient].map(moved);
+                let output = swiglu(&gate, &up);
+                let kept = gate.clone();
+                let (d_gate, d_up) = swiglu_backward(gate, up, gradient);
+                [output, d_gate, d_up, kept]
+            };
+            for (got, expected) in run(gpu).into_iter().zip(run(&cpu)) {
+                let distance = distance(got, expected);
+                assert!(distance < bound, "[{n}, {width}] {dtype:?}: {distance:.1e}");
+            }
         }
     }
 }
