@@ -148,6 +148,7 @@ fn our_kernels_do_the_work(step: &Counts) {
         "rotate_heads",
         "swiglu_rows",
         "cross_entropy_rows",
+        "adamw_update",
     ] {
         assert!(named(kernel), "{kernel} is not used");
     }

@@ -21,11 +21,15 @@ pub enum Fault {
     Mean,
     /// SwiGLU: the slope of the gate is its sigmoid.
     Slope,
+    /// Sum of squares: a partial sum is left out.
+    Squares,
+    /// AdamW: the second moment's bias is not corrected.
+    Bias,
     /// Cross entropy: the one-hot vector's place is off by one.
     Target,
 }
 
-const ALL: [Fault; 9] = [
+const ALL: [Fault; 11] = [
     Fault::None,
     Fault::Scale,
     Fault::Depth,
@@ -35,6 +39,8 @@ const ALL: [Fault; 9] = [
     Fault::Mean,
     Fault::Target,
     Fault::Slope,
+    Fault::Squares,
+    Fault::Bias,
 ];
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);

@@ -3,11 +3,13 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
+//! | `few_rows.rs` | the same for few rows, as in decoding |
 //! | `attention.rs` | attention tile by tile |
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
 //! | `rope.rs` | rotary position embeddings |
 //! | `swiglu.rs` | SwiGLU |
+//! | `optimizer.rs` | AdamW and the sum of squares, over one flat tensor |
 //! | `operations.rs` | [`GpuOps`]: the kernels as operations on a backend's tensors, outside an autodiff graph |
 //! | `launch.rs` | what the launches share |
 //! | `fault.rs` | kernels made wrong on purpose, for a test of the tests |
@@ -18,9 +20,11 @@
 
 mod attention;
 mod fault;
+mod few_rows;
 mod launch;
 mod low_rank;
 mod operations;
+mod optimizer;
 mod product;
 mod rope;
 mod rows;
@@ -30,8 +34,10 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 pub use attention::{KEYS, QUERIES, Shape as AttentionShape};
 pub use fault::{Fault, inject};
+pub use few_rows::FEW_ROWS;
 pub use low_rank::MEMBERS;
 pub use operations::{GpuOps, Group, Terms, TiledAttention};
+pub use optimizer::AdamWNumbers;
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);
 

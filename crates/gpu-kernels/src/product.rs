@@ -22,6 +22,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::fault::{self, Fault};
+use super::few_rows::{FEW_ROWS, UNITS, columns_of, few_rows, rows_of};
 use super::launch::{dims, element, empty, strides, with_contiguous_rows};
 
 /// The shape of a workgroup's tile.
@@ -330,7 +331,7 @@ fn load_packed(
 
 /// The signed integer at a place of a word, the first in the lowest bits.
 #[cube]
-fn widen(word: u32, #[comptime] place: usize, #[comptime] bits: usize) -> f32 {
+pub fn widen(word: u32, #[comptime] place: usize, #[comptime] bits: usize) -> f32 {
     let up = comptime!((32 - bits * (place + 1)) as u32);
     let down = comptime!((32 - bits) as i32);
     f32::cast_from(i32::cast_from(word << up) >> down)
@@ -543,6 +544,32 @@ pub fn launch(
         Some(term) => (term.low, term.b),
         None => (x.clone(), x.clone()),
     };
+    if n < FEW_ROWS {
+        let rows = rows_of(n);
+        let columns = columns_of(packing);
+        let cubes = CubeCount::Static(m.div_ceil(columns) as u32, n.div_ceil(rows) as u32, 1);
+        unsafe {
+            few_rows::launch_unchecked(
+                &client,
+                cubes,
+                CubeDim::new_1d(UNITS as u32),
+                x.clone().into_buffer_arg(),
+                words.into_buffer_arg(),
+                scales.into_buffer_arg(),
+                low.into_buffer_arg(),
+                b.into_buffer_arg(),
+                sum.unwrap_or(x).into_buffer_arg(),
+                output.clone().into_buffer_arg(),
+                lengths,
+                packing,
+                rows,
+                has_low,
+                has_sum,
+                elements,
+            );
+        }
+        return output;
+    }
     let vector = if k.is_multiple_of(4) && strides(&x)[0].is_multiple_of(4) {
         4
     } else {
