@@ -146,7 +146,9 @@ fn our_kernels_do_the_work(step: &Counts) {
         "low_rank_gradients",
         "rms_norm_rows",
         "rotate_heads",
+        "swiglu_rows",
         "cross_entropy_rows",
+        "adamw_update",
     ] {
         assert!(named(kernel), "{kernel} is not used");
     }

@@ -14,8 +14,8 @@ static UNTUNED: AtomicBool = AtomicBool::new(false);
 /// The switches as arguments.
 #[derive(Debug, Clone, Default, clap::Args)]
 pub struct KernelArgs {
-    /// Use Burn's operations instead of this program's own GPU kernels: "all", or some of product, attention, low_rank,
-    /// rms_norm, rope, cross_entropy, separated by commas. For GPUs whose driver computes a kernel wrong
+    /// Use Burn's operations instead of this program's own GPU kernels: "all", or some of product, few_rows, attention, low_rank,
+    /// rms_norm, rope, swiglu, cross_entropy, adamw, separated by commas. For GPUs whose driver computes a kernel wrong
     #[arg(long, value_name = "KERNELS", value_delimiter = ',', value_parser = disabled)]
     pub disable_kernels: Vec<Disabled>,
     /// Launch every operation as its own kernel instead of fusing neighbouring operations. Slower; for GPUs

@@ -267,8 +267,12 @@ fn kind_of_custom(custom: &CustomOpIr) -> Kind {
     match custom.id.as_str() {
         "tiled_attention" | "tiled_attention_backward" => Kind::Attention,
         "low_rank_columns" | "low_rank_gradients" => Kind::Product,
-        "rms_norm_rows" | "rms_norm_rows_backward" | "cross_entropy_rows" => Kind::Reduction,
-        "rotate_heads" => Kind::ElementWise,
+        "rms_norm_rows" | "rms_norm_rows_backward" | "cross_entropy_rows" | "partial_squares" => {
+            Kind::Reduction
+        }
+        "rotate_heads" | "swiglu_rows" | "swiglu_rows_backward" | "adamw_update" => {
+            Kind::ElementWise
+        }
         name if name.contains("product") => Kind::Product,
         _ => Kind::Other,
     }

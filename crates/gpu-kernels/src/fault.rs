@@ -19,11 +19,17 @@ pub enum Fault {
     Part,
     /// RMSNorm: the mean of one value more than there is.
     Mean,
+    /// SwiGLU: the slope of the gate is its sigmoid.
+    Slope,
+    /// Sum of squares: a partial sum is left out.
+    Squares,
+    /// AdamW: the second moment's bias is not corrected.
+    Bias,
     /// Cross entropy: the one-hot vector's place is off by one.
     Target,
 }
 
-const ALL: [Fault; 8] = [
+const ALL: [Fault; 11] = [
     Fault::None,
     Fault::Scale,
     Fault::Depth,
@@ -32,6 +38,9 @@ const ALL: [Fault; 8] = [
     Fault::Part,
     Fault::Mean,
     Fault::Target,
+    Fault::Slope,
+    Fault::Squares,
+    Fault::Bias,
 ];
 
 static CURRENT: AtomicUsize = AtomicUsize::new(0);

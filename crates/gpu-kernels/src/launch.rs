@@ -5,6 +5,7 @@ use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::ops::numeric::empty_device_contiguous_dtype;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::{ElemType, FloatKind, IntKind, UIntKind};
+use cubecl::prelude::{CubeCount, CubeDim};
 
 /// The element type of a float tensor.
 pub fn element(dtype: DType) -> ElemType {
@@ -42,6 +43,27 @@ pub fn with_contiguous_rows(tensor: CubeTensor) -> CubeTensor {
     } else {
         into_contiguous(tensor)
     }
+}
+
+/// A contiguous tensor that a kernel may overwrite: itself, or a copy if others hold it.
+pub fn owned(tensor: CubeTensor) -> CubeTensor {
+    let tensor = into_contiguous(tensor);
+    if tensor.handle.can_mut() {
+        tensor
+    } else {
+        tensor.copy()
+    }
+}
+
+/// Workgroups of 64 units, for one unit per value.
+pub fn per_unit(count: usize) -> (CubeCount, CubeDim) {
+    (workgroups(count.div_ceil(64)), CubeDim::new_1d(64))
+}
+
+/// This many workgroups and perhaps a few more: a dimension has at most 65,535.
+pub fn workgroups(count: usize) -> CubeCount {
+    let wide = count.clamp(1, 32_768);
+    CubeCount::Static(wide as u32, count.div_ceil(wide) as u32, 1)
 }
 
 /// Memory for an output on the device of `like`.

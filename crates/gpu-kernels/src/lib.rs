@@ -3,12 +3,15 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
+//! | `few_rows.rs` | the same for few rows, as in decoding |
 //! | `attention.rs` | attention tile by tile |
 //! | `matrix_product.rs`, `matrix_attention.rs` | the same on matrix units, for 16-bit tensors |
 //! | `choice.rs` | which kernel computes a product |
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
 //! | `rope.rs` | rotary position embeddings |
+//! | `swiglu.rs` | SwiGLU |
+//! | `optimizer.rs` | AdamW and the sum of squares, over one flat tensor |
 //! | `operations.rs` | [`GpuOps`]: the kernels as operations on a backend's tensors, outside an autodiff graph |
 //! | `launch.rs` | what the launches share |
 //! | `fault.rs` | kernels made wrong on purpose, for a test of the tests |
@@ -20,14 +23,17 @@
 mod attention;
 mod choice;
 mod fault;
+mod few_rows;
 mod launch;
 mod low_rank;
 mod matrix_attention;
 mod matrix_product;
 mod operations;
+mod optimizer;
 mod product;
 mod rope;
 mod rows;
+mod swiglu;
 
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -36,8 +42,10 @@ pub use attention::Shape as AttentionShape;
 pub use choice::burn_is_faster;
 pub use choice::{Candidate, Product};
 pub use fault::{Fault, inject};
+pub use few_rows::FEW_ROWS;
 pub use low_rank::MEMBERS;
 pub use operations::{GpuOps, Group, Terms, TiledAttention};
+pub use optimizer::AdamWNumbers;
 pub use product::force as force_product;
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);

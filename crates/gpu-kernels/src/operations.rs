@@ -6,7 +6,7 @@ use burn::backend::{Backend, backend_extension};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
 
-use crate::{attention, low_rank, product, rope, rows};
+use crate::{AdamWNumbers, attention, low_rank, optimizer, product, rope, rows, swiglu};
 
 /// Which terms a [`packed_product`](GpuOps::packed_product) has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -97,15 +97,23 @@ pub trait GpuOps: Backend {
         dtype: DType,
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
-    /// `sum` plus the gradient of RMSNorm's input.
-    #[fusion(dtype = sum, shape = sum)]
+    /// `sum` plus the gradient of RMSNorm's input, and the same in type `rounded`; without one the second output is
+    /// `[1, 4]` that nobody reads.
+    #[fusion(meta = |_, _, _, _, sum, rounded| (
+        sum.clone(),
+        match rounded {
+            Some(dtype) => TensorSpec::new(sum.shape.clone(), *dtype),
+            None => TensorSpec::new(Shape::from([1, 4]), sum.dtype),
+        },
+    ))]
     fn rms_norm_rows_backward(
         x: FloatTensor<Self>,
         inverse: FloatTensor<Self>,
         gain: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         sum: FloatTensor<Self>,
-    ) -> FloatTensor<Self>;
+        rounded: Option<DType>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// Every head rotated by its row's angles times `sign`, times `scale`.
     #[fusion(dtype = x, shape = x)]
@@ -117,15 +125,45 @@ pub trait GpuOps: Backend {
         sign: f32,
     ) -> FloatTensor<Self>;
 
-    /// The gradient of cross entropy, and each row's loss and hit, `[m]`.
-    #[fusion(meta = |logits, targets| (
-        logits.clone(),
+    /// `silu(gate) · up`.
+    #[fusion(dtype = gate, shape = gate)]
+    fn swiglu_rows(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The gradients of gate and up.
+    #[fusion(meta = |gate, up, _| (gate.clone(), up.clone()))]
+    fn swiglu_rows_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// `scale` times the gradient of cross entropy in `dtype`, and each row's loss and hit, `[m]`.
+    #[fusion(meta = |logits, targets, _, dtype| (
+        TensorSpec::new(logits.shape.clone(), *dtype),
         TensorSpec::new(targets.shape.clone(), DType::F32),
         TensorSpec::new(targets.shape.clone(), DType::F32),
     ))]
     fn cross_entropy_rows(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        scale: f32,
+        dtype: DType,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
+
+    /// 256 partial sums of the squares of `values`, `[count]`.
+    #[fusion(dtype = values, shape = Shape::from([256]))]
+    fn partial_squares(values: FloatTensor<Self>) -> FloatTensor<Self>;
+
+    /// The updated parameters and moments of an AdamW step, all `[count]` in f32.
+    #[fusion(meta = |parameters, _, _, _, _| (
+        parameters.clone(), parameters.clone(), parameters.clone(),
+    ))]
+    fn adamw_update(
+        parameters: FloatTensor<Self>,
+        gradients: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        numbers: AdamWNumbers,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
     /// The attention output and the log-sum-exp of each query's scores, `[n, heads]`. `pairs` is the number of pairs
@@ -225,8 +263,9 @@ impl GpuOps for CubeBackend {
         gain: FloatTensor<Self>,
         gradient: FloatTensor<Self>,
         sum: FloatTensor<Self>,
-    ) -> FloatTensor<Self> {
-        rows::launch_rms_norm_backward(x, inverse, gain, gradient, sum)
+        rounded: Option<DType>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        rows::launch_rms_norm_backward(x, inverse, gain, gradient, sum, rounded)
     }
 
     fn rotate_heads(
@@ -239,11 +278,39 @@ impl GpuOps for CubeBackend {
         rope::launch(x, cos, sin, scale, sign)
     }
 
+    fn swiglu_rows(gate: FloatTensor<Self>, up: FloatTensor<Self>) -> FloatTensor<Self> {
+        swiglu::launch(gate, up)
+    }
+
+    fn swiglu_rows_backward(
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        gradient: FloatTensor<Self>,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        swiglu::launch_backward(gate, up, gradient)
+    }
+
     fn cross_entropy_rows(
         logits: FloatTensor<Self>,
         targets: IntTensor<Self>,
+        scale: f32,
+        dtype: DType,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
-        rows::launch_cross_entropy(logits, targets)
+        rows::launch_cross_entropy(logits, targets, scale, dtype)
+    }
+
+    fn partial_squares(values: FloatTensor<Self>) -> FloatTensor<Self> {
+        optimizer::launch_squares(values)
+    }
+
+    fn adamw_update(
+        parameters: FloatTensor<Self>,
+        gradients: FloatTensor<Self>,
+        first: FloatTensor<Self>,
+        second: FloatTensor<Self>,
+        numbers: AdamWNumbers,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
+        optimizer::launch_update(parameters, gradients, [first, second], numbers)
     }
 
     fn tiled_attention(

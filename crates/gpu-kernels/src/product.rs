@@ -31,6 +31,7 @@ use cubecl::prelude::*;
 use super::choice;
 use super::choice::{Candidate, Product, words_lie_along_d_out};
 use super::fault::{self, Fault};
+use super::few_rows::{FEW_ROWS, UNITS, columns_of, few_rows, rows_of};
 use super::launch::{dims, element, empty, strides, with_contiguous_rows};
 #[cfg(not(feature = "autotune"))]
 use super::matrix_product::MatrixTile;
@@ -342,7 +343,7 @@ fn load_packed(
 
 /// The signed integer at a place of a word, the first in the lowest bits.
 #[cube]
-fn widen(word: u32, #[comptime] place: usize, #[comptime] bits: usize) -> f32 {
+pub fn widen(word: u32, #[comptime] place: usize, #[comptime] bits: usize) -> f32 {
     let up = comptime!((32 - bits * (place + 1)) as u32);
     let down = comptime!((32 - bits) as i32);
     f32::cast_from(i32::cast_from(word << up) >> down)
@@ -652,6 +653,12 @@ impl Operands {
         ]
     }
 
+    /// The types of x, the term of low rank, the sum and the output.
+    fn elements(&self) -> [ElemType; 5] {
+        let tensors = [&self.x, &self.low, &self.b, &self.sum, &self.output];
+        tensors.map(|tensor| element(tensor.dtype))
+    }
+
     pub fn lengths_arg(&self) -> LengthsLaunch {
         let [x_row, sum_row, words_row, scales_row] = self.rows();
         let ([low_row, low_col], [b_row, b_col]) = (strides(&self.low), strides(&self.b));
@@ -689,9 +696,58 @@ pub fn launch(
     dtype: DType,
 ) -> CubeTensor {
     let operands = Operands::new(sum, x, weight, transposed, low_rank, dtype);
-    let forced = forced().filter(|candidate| operands.can(*candidate));
-    let candidate = forced.unwrap_or_else(|| operands.chosen());
-    operands.launch(candidate)
+    match forced().filter(|candidate| operands.can(*candidate)) {
+        Some(candidate) => operands.launch(candidate),
+        None if operands.n < FEW_ROWS => launch_few_rows(operands),
+        None => {
+            let candidate = operands.chosen();
+            operands.launch(candidate)
+        }
+    }
+}
+
+/// For few rows.
+fn launch_few_rows(operands: Operands) -> CubeTensor {
+    let ([n, _, m], lengths) = (operands.lengths(), operands.lengths_arg());
+    let rows = rows_of(n);
+    let elements = operands.elements();
+    let Operands {
+        x,
+        words,
+        scales,
+        low,
+        b,
+        sum,
+        output,
+        packing,
+        has_low,
+        has_sum,
+        ..
+    } = operands;
+    let columns = columns_of(packing);
+    let cubes = CubeCount::Static(m.div_ceil(columns) as u32, n.div_ceil(rows) as u32, 1);
+    let client = x.client.clone();
+    unsafe {
+        few_rows::launch_unchecked(
+            &client,
+            cubes,
+            CubeDim::new_1d(UNITS as u32),
+            x.into_buffer_arg(),
+            words.into_buffer_arg(),
+            scales.into_buffer_arg(),
+            low.into_buffer_arg(),
+            b.into_buffer_arg(),
+            sum.into_buffer_arg(),
+            output.clone().into_buffer_arg(),
+            lengths,
+            packing,
+            rows,
+            has_low,
+            has_sum,
+            elements,
+        );
+    }
+    output
 }
 
 /// Burn's kernels: the weight dequantized into memory, then a product.
@@ -735,6 +791,7 @@ fn launch_composed(operands: Operands) -> CubeTensor {
 /// Without matrix units.
 fn launch_on_units(operands: Operands) -> CubeTensor {
     let ([n, k, m], lengths, tile) = (operands.lengths(), operands.lengths_arg(), Tile::chosen());
+    let elements = operands.elements();
     let vector = if k.is_multiple_of(4) && operands.rows()[0].is_multiple_of(4) {
         4
     } else {
@@ -758,7 +815,6 @@ fn launch_on_units(operands: Operands) -> CubeTensor {
         has_sum,
         ..
     } = operands;
-    let elements = [&x, &low, &b, &sum, &output].map(|tensor| element(tensor.dtype));
     let client = x.client.clone();
     unsafe {
         product::launch_unchecked(

@@ -5,7 +5,7 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::launch::{dims, element, empty};
+use super::launch::{dims, element, empty, per_unit};
 
 /// `(x₁, x₂) → scale · (x₁·cos − x₂·sin, x₂·cos + x₁·sin)`; `sign` −1 rotates backwards.
 #[cube(launch_unchecked)]
@@ -61,13 +61,12 @@ pub fn launch(
     let vector = if half.is_multiple_of(4) { 4 } else { 1 };
     let count = n * width / (2 * vector);
     let client = x.client.clone();
-    let workgroups = count.div_ceil(64);
-    let wide = workgroups.min(32_768);
+    let (cubes, units) = per_unit(count);
     unsafe {
         rotate::launch_unchecked(
             &client,
-            CubeCount::Static(wide as u32, workgroups.div_ceil(wide) as u32, 1),
-            CubeDim::new_1d(64),
+            cubes,
+            units,
             vector,
             x.into_buffer_arg(),
             cos.into_buffer_arg(),

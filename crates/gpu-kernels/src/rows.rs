@@ -10,13 +10,13 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::fault::{self, Fault};
-use super::launch::{dims, element, element_of_ints, empty};
+use super::launch::{dims, element, element_of_ints, empty, owned, workgroups};
 
 type F4 = Vector<f32, Const<4>>;
 
 /// The sum of a value over the units of a workgroup.
 #[cube]
-fn sum_of_units(value: f32, #[comptime] units: usize) -> f32 {
+pub fn sum_of_units(value: f32, #[comptime] units: usize) -> f32 {
     let mut values = Shared::<[f32]>::new_slice(units);
     let unit = UNIT_POS as usize;
     values[unit] = value;
@@ -79,19 +79,22 @@ pub fn rms_norm<X: Float, O: Float>(
     }
 }
 
-/// `output = sum + ρ·w∘G − x·ρ³·mean(w∘G∘x)`, with ρ the row's `inverse`, w the gain and G the gradient.
+/// `output = sum + ρ·w∘G − x·ρ³·mean(w∘G∘x)`, with ρ the row's `inverse`, w the gain and G the gradient; with `rounds`
+/// also in `rounded`, which has another type.
 #[cube(launch_unchecked)]
-pub fn rms_norm_backward<X: Float, G: Float, S: Float>(
+pub fn rms_norm_backward<X: Float, G: Float, S: Float, R: Float>(
     x: &[Vector<X, Const<4>>],
     inverse: &[f32],
     gain: &[F4],
     gradient: &[Vector<G, Const<4>>],
     sum: &[Vector<S, Const<4>>],
     output: &mut [Vector<S, Const<4>>],
+    rounded: &mut [Vector<R, Const<4>>],
     rows: usize,
     vectors: usize,
     #[comptime] units: usize,
-    #[define(X, G, S)] _types: [ElemType; 3],
+    #[comptime] rounds: bool,
+    #[define(X, G, S, R)] _types: [ElemType; 4],
 ) {
     // Workgroups beyond the last row compute it again: a barrier has to be reached by all units.
     let row = min(CUBE_POS, rows - 1);
@@ -108,23 +111,30 @@ pub fn rms_norm_backward<X: Float, G: Float, S: Float>(
     for i in range_stepped(unit, vectors, units) {
         let weighted = F4::cast_from(gradient[first + i]) * gain[i];
         let change = weighted * F4::new(factor) - F4::cast_from(x[first + i]) * along;
-        output[first + i] = Vector::cast_from(F4::cast_from(sum[first + i]) + change);
+        let value = F4::cast_from(sum[first + i]) + change;
+        output[first + i] = Vector::cast_from(value);
+        if rounds {
+            rounded[first + i] = Vector::cast_from(value);
+        }
     }
 }
 
-/// The cross entropy of each row of logits, whether its largest logit is the target's, and `softmax − one-hot` in the
-/// logits' place.
+/// The cross entropy of each row of logits, whether its largest logit is the target's, and `scale · (softmax − one-hot)`
+/// in the logits' place or in `gradient`.
 #[cube(launch_unchecked)]
-pub fn cross_entropy<I: Int>(
+pub fn cross_entropy<I: Int, G: Float>(
     logits: &mut [f32],
     targets: &[I],
     losses: &mut [f32],
     hits: &mut [f32],
+    gradient: &mut [G],
+    scale: f32,
     rows: usize,
     vocab: usize,
     #[comptime] units: usize,
+    #[comptime] in_place: bool,
     #[comptime] fault: Fault,
-    #[define(I)] _type: ElemType,
+    #[define(I, G)] _types: [ElemType; 2],
 ) {
     // Workgroups beyond the last row compute it again: a barrier has to be reached by all units.
     let row = min(CUBE_POS, rows - 1);
@@ -182,19 +192,21 @@ pub fn cross_entropy<I: Int>(
     sync_cube();
     for i in range_stepped(unit, vocab, units) {
         let probability = (logits[first + i] - most).exp() / total;
-        logits[first + i] = probability - select(i == target + off, 1.0f32, 0.0f32);
+        let value = (probability - select(i == target + off, 1.0f32, 0.0f32)) * scale;
+        if in_place {
+            logits[first + i] = value;
+        } else {
+            gradient[first + i] = G::cast_from(value);
+        }
     }
 }
+
+/// The shape of an output that a kernel does not write.
+const UNUSED: [usize; 2] = [1, 4];
 
 /// Units of a workgroup. A driver that emulates a GPU runs eight at a time, and then a barrier costs nothing.
 fn units() -> usize {
     if super::is_software_driver() { 8 } else { 64 }
-}
-
-fn one_per_row(n: usize) -> CubeCount {
-    // A dimension has at most 65,535 workgroups.
-    let wide = n.min(32_768) as u32;
-    CubeCount::Static(wide, n.div_ceil(32_768) as u32, 1)
 }
 
 /// Launches [`rms_norm`]. The output has the type `dtype`.
@@ -217,7 +229,7 @@ pub fn launch_rms_norm(
     unsafe {
         rms_norm::launch_unchecked(
             &client,
-            one_per_row(n),
+            workgroups(n),
             CubeDim::new_1d(units() as u32),
             x.into_buffer_arg(),
             gain.into_buffer_arg(),
@@ -234,24 +246,30 @@ pub fn launch_rms_norm(
     (output, inverse)
 }
 
-/// Launches [`rms_norm_backward`]. The output has the type of `sum`; shapes as in [`launch_rms_norm`].
+/// Launches [`rms_norm_backward`]. The output has the type of `sum`; shapes as in [`launch_rms_norm`]. The second output
+/// is the same in type `rounded`, and without one `[1, 4]` that nobody reads.
 pub fn launch_rms_norm_backward(
     x: CubeTensor,
     inverse: CubeTensor,
     gain: CubeTensor,
     gradient: CubeTensor,
     sum: CubeTensor,
-) -> CubeTensor {
+    rounded: Option<DType>,
+) -> (CubeTensor, CubeTensor) {
     let [x, inverse, gain] = [x, inverse, gain].map(into_contiguous);
     let [gradient, sum] = [gradient, sum].map(into_contiguous);
     let [n, hidden] = dims(&x);
     let output = empty(&x, [n, hidden], sum.dtype);
-    let elements = [&x, &gradient, &sum].map(|tensor| element(tensor.dtype));
+    let second = match rounded {
+        Some(dtype) => empty(&x, [n, hidden], dtype),
+        None => empty(&x, UNUSED, sum.dtype),
+    };
+    let elements = [&x, &gradient, &sum, &second].map(|tensor| element(tensor.dtype));
     let client = x.client.clone();
     unsafe {
         rms_norm_backward::launch_unchecked(
             &client,
-            one_per_row(n),
+            workgroups(n),
             CubeDim::new_1d(units() as u32),
             x.into_buffer_arg(),
             inverse.into_buffer_arg(),
@@ -259,51 +277,59 @@ pub fn launch_rms_norm_backward(
             gradient.into_buffer_arg(),
             sum.into_buffer_arg(),
             output.clone().into_buffer_arg(),
+            second.clone().into_buffer_arg(),
             n,
             hidden / 4,
             units(),
+            rounded.is_some(),
             elements,
         );
     }
-    output
+    (output, second)
 }
 
-/// Launches [`cross_entropy`]. Returns the gradient, each row's loss and hit.
+/// Launches [`cross_entropy`]. Returns the gradient in `dtype`, each row's loss and hit.
 ///
 /// # Shapes
 ///
-/// - `logits`, gradient: `[m, vocab]`, f32
+/// - `logits`, gradient: `[m, vocab]`; logits are f32
 /// - `targets`, losses, hits: `[m]`
 pub fn launch_cross_entropy(
     logits: CubeTensor,
     targets: CubeTensor,
+    scale: f32,
+    dtype: DType,
 ) -> (CubeTensor, CubeTensor, CubeTensor) {
-    let (logits, targets) = (into_contiguous(logits), into_contiguous(targets));
-    // Others that hold the logits keep their values.
-    let logits = if logits.handle.can_mut() {
-        logits
+    let in_place = dtype == DType::F32;
+    let logits = if in_place {
+        owned(logits)
     } else {
-        logits.copy()
+        into_contiguous(logits)
     };
+    let targets = into_contiguous(targets);
     let [m, vocab] = dims(&logits);
+    let gradient = empty(&logits, if in_place { UNUSED } else { [m, vocab] }, dtype);
     let [losses, hits] = [(); 2].map(|()| super::launch::empty_vector(&logits, m, DType::F32));
-    let element = element_of_ints(targets.dtype);
+    let elements = [element_of_ints(targets.dtype), element(dtype)];
     let client = logits.client.clone();
     unsafe {
         cross_entropy::launch_unchecked(
             &client,
-            one_per_row(m),
+            workgroups(m),
             CubeDim::new_1d(units() as u32),
             logits.clone().into_buffer_arg(),
             targets.into_buffer_arg(),
             losses.clone().into_buffer_arg(),
             hits.clone().into_buffer_arg(),
+            gradient.clone().into_buffer_arg(),
+            scale,
             m,
             vocab,
             units(),
+            in_place,
             fault::current(),
-            element,
+            elements,
         );
     }
-    (logits, losses, hits)
+    (if in_place { logits } else { gradient }, losses, hits)
 }

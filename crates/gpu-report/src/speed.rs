@@ -289,7 +289,7 @@ impl Bench<'_> {
         let backward = seconds(self.device, || {
             let mut kept = Vec::new();
             let mut collect = |_: &_, gradient| kept.push(gradient);
-            let gradient = output.clone();
+            let gradient = output.clone().into();
             let below = pass.backward(&x, activations.clone(), gradient, true, &mut collect);
             (below, kept)
         })?;

@@ -2,10 +2,9 @@
 
 use std::fmt::Debug;
 
-use burn::optim::AdamW;
 use burn::tensor::{DType, Device, Tensor};
 
-use crate::adamw::AdamWState;
+use crate::adamw::{AdamWSettings, AdamWState};
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
 use crate::composed;
 use crate::cpu;
@@ -156,6 +155,7 @@ pub trait Kernels: Debug + Sync {
         InverseRms(Some(composed::rms_norm::inverse(x, eps)))
     }
 
+    #[allow(clippy::too_many_arguments)]
     fn rms_norm_backward(
         &self,
         x: &Tensor<2>,
@@ -164,10 +164,12 @@ pub trait Kernels: Debug + Sync {
         eps: f64,
         gradient: Tensor<2>,
         sum: Tensor<2>,
-    ) -> Tensor<2> {
+        dtype: DType,
+    ) -> (Tensor<2>, Tensor<2>) {
         let inverse = inverse.0;
         let inverse = inverse.unwrap_or_else(|| composed::rms_norm::inverse(x, eps));
-        composed::rms_norm::backward(x, inverse, gain, gradient, sum)
+        let result = composed::rms_norm::backward(x, inverse, gain, gradient, sum);
+        (result.clone(), result.cast(dtype))
     }
 
     fn rotate(
@@ -213,19 +215,37 @@ pub trait Kernels: Debug + Sync {
 
     // Loss and optimizer.
 
-    fn cross_entropy(&self, logits: Tensor<2>, targets: Targets) -> CrossEntropy {
-        composed::loss::cross_entropy(logits, targets)
+    fn cross_entropy(
+        &self,
+        logits: Tensor<2>,
+        targets: Targets,
+        scale: f64,
+        dtype: DType,
+    ) -> CrossEntropy {
+        composed::loss::cross_entropy(logits, targets).scaled(scale, dtype)
+    }
+
+    fn sums_of_squares(&self, values: &Tensor<1>) -> Tensor<1> {
+        values.clone().square().sum()
     }
 
     fn adamw(
         &self,
-        adamw: &AdamW,
+        settings: AdamWSettings,
         learning_rate: f64,
+        factor: f64,
         parameters: Tensor<1>,
         gradients: Tensor<1>,
         state: Option<AdamWState>,
     ) -> (Tensor<1>, Option<AdamWState>) {
-        composed::adamw::step(adamw, learning_rate, parameters, gradients, state)
+        composed::adamw::step(
+            settings,
+            learning_rate,
+            factor,
+            parameters,
+            gradients,
+            state,
+        )
     }
 }
 

@@ -51,7 +51,7 @@ mod switches;
 mod uploads;
 mod vocab;
 
-pub use adamw::{AdamWState, adamw};
+pub use adamw::{AdamWSettings, AdamWState, adamw, sums_of_squares};
 pub use attention::{
     AttentionLayout, Heads, PlannedAttention, SavedAttention, attention, attention_backward,
     attention_in_graph, query_scale,

@@ -1,6 +1,6 @@
 //! Cross entropy of logits, with its gradient in the logits' memory if possible.
 
-use burn::tensor::{Device, Int, Tensor};
+use burn::tensor::{DType, Device, Int, Tensor};
 
 use crate::dispatch::{of, of_device};
 
@@ -25,10 +25,11 @@ pub struct Targets<'a> {
     pub on_device: Tensor<1, Int>,
 }
 
-/// The gradient of the summed loss with respect to the logits, `softmax(logits) - one_hot(target)`, and the loss.
+/// The gradient of the summed loss with respect to the logits, `softmax(logits) - one_hot(target)`, times a scale, and
+/// the loss.
 #[derive(Debug, Clone)]
 pub struct CrossEntropy {
-    /// `[m, vocab]`, f32.
+    /// `[m, vocab]`.
     pub gradient: Tensor<2>,
     /// The summed loss and the hits.
     pub terms: LossTerms,
@@ -54,14 +55,31 @@ pub enum LossTerms {
     },
 }
 
-/// Cross entropy of `logits`, `[m, vocab]` in f32.
+impl CrossEntropy {
+    /// With the gradient times `scale`, in `dtype`.
+    pub(crate) fn scaled(mut self, scale: f64, dtype: DType) -> Self {
+        if scale != 1.0 {
+            self.gradient = self.gradient.mul_scalar(scale);
+        }
+        self.gradient = self.gradient.cast(dtype);
+        self
+    }
+}
+
+/// Cross entropy of `logits`, `[m, vocab]` in f32. The gradient is multiplied by `scale`, a loss scale, and then has the
+/// type `dtype`.
 ///
 /// # Panics
 ///
 /// If there is not one target per row.
-pub fn cross_entropy(logits: Tensor<2>, targets: Targets) -> CrossEntropy {
+pub fn cross_entropy(
+    logits: Tensor<2>,
+    targets: Targets,
+    scale: f64,
+    dtype: DType,
+) -> CrossEntropy {
     assert_eq!(logits.dims()[0], targets.ids.len(), "one target per row");
-    of(&logits).cross_entropy(logits, targets)
+    of(&logits).cross_entropy(logits, targets, scale, dtype)
 }
 
 #[cfg(test)]
@@ -97,7 +115,7 @@ mod tests {
             ids: &ids,
             on_device: on_device.clone(),
         };
-        let native = cross_entropy(logits.clone(), targets());
+        let native = cross_entropy(logits.clone(), targets(), 1.0, DType::F32);
         assert!(matches!(native.terms, LossTerms::OnHost { .. }));
         let composed = composed::loss::cross_entropy(logits, targets());
         for CrossEntropy { gradient, terms } in [native, composed] {

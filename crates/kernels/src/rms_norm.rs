@@ -50,11 +50,11 @@ pub fn rms_norm_again(
 }
 
 /// `sum` plus the gradient of `x` from the output's gradient G: with ρ = 1/sqrt(mean(x²) + eps) and w the gain,
-/// ρ·w∘G − x·ρ³·mean(w∘G∘x).
+/// ρ·w∘G − x·ρ³·mean(w∘G∘x). Returned in the type of `sum`, and in `dtype` for the products that read it next.
 ///
 /// # Shapes
 ///
-/// - `x`, `gradient`, `sum`, output: `[n, hidden]`; the output has the type of `sum`
+/// - `x`, `gradient`, `sum`, outputs: `[n, hidden]`
 /// - `gain`: `[1, hidden]`
 pub fn rms_norm_backward(
     x: &Tensor<2>,
@@ -63,8 +63,9 @@ pub fn rms_norm_backward(
     eps: f64,
     gradient: Tensor<2>,
     sum: Tensor<2>,
-) -> Tensor<2> {
-    of(x).rms_norm_backward(x, inverse, gain, eps, gradient, sum)
+    dtype: DType,
+) -> (Tensor<2>, Tensor<2>) {
+    of(x).rms_norm_backward(x, inverse, gain, eps, gradient, sum, dtype)
 }
 
 #[cfg(test)]
@@ -99,9 +100,12 @@ mod tests {
         for inverse in [native, composed] {
             let again = rms_norm_again(&x, &inverse, gain(), eps, DType::F32);
             again.into_data().assert_approx_eq::<f32>(&y, tolerance);
-            let got = rms_norm_backward(&x, inverse, gain(), eps, gradient.clone(), sum.clone());
-            got.into_data()
-                .assert_approx_eq::<f32>(&expected, tolerance);
+            let (gradient, sum) = (gradient.clone(), sum.clone());
+            let (got, same) =
+                rms_norm_backward(&x, inverse, gain(), eps, gradient, sum, DType::F32);
+            let got = got.into_data();
+            got.assert_approx_eq::<f32>(&expected, tolerance);
+            same.into_data().assert_eq(&got, true);
         }
     }
 }

@@ -7,6 +7,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 pub enum Kernel {
     /// Products with packed weights.
     Product,
+    /// The same for few rows, as in decoding.
+    FewRows,
     /// Attention.
     Attention,
     /// Products of low rank.
@@ -15,30 +17,40 @@ pub enum Kernel {
     RmsNorm,
     /// Rotary position embeddings.
     Rope,
+    /// SwiGLU.
+    SwiGlu,
     /// Cross entropy.
     CrossEntropy,
+    /// AdamW and the norm of its gradient.
+    AdamW,
 }
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 6] = [
+    pub const ALL: [Self; 9] = [
         Self::Product,
+        Self::FewRows,
         Self::Attention,
         Self::LowRank,
         Self::RmsNorm,
         Self::Rope,
+        Self::SwiGlu,
         Self::CrossEntropy,
+        Self::AdamW,
     ];
 
     /// Its name on the command line.
     pub const fn name(self) -> &'static str {
         match self {
             Self::Product => "product",
+            Self::FewRows => "few_rows",
             Self::Attention => "attention",
             Self::LowRank => "low_rank",
             Self::RmsNorm => "rms_norm",
             Self::Rope => "rope",
+            Self::SwiGlu => "swiglu",
             Self::CrossEntropy => "cross_entropy",
+            Self::AdamW => "adamw",
         }
     }
 

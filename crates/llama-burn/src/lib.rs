@@ -52,7 +52,7 @@ pub use kernels::{SCORES_AT_ONCE, Segment, heads_apart};
 pub use kv_cache::KvCache;
 pub use load::{LoadError, LoadOptions, TensorReport, load};
 pub use manual::operations;
-pub use manual::{Activations, LayerPass, ManualInputs};
+pub use manual::{Activations, HiddenGradient, LayerPass, ManualInputs};
 pub use mlp::Mlp;
 pub use model::{Llama, decoder_layer};
 pub use packed::{PackedContext, PackedError, PackedTokens};

@@ -34,8 +34,8 @@ impl RmsNorm {
         kernels::rms_norm_again(x, inverse, self.gain(), self.eps, dtype)
     }
 
-    /// `sum` plus the gradient of `x`. `gain` is [`gain`](Self::gain), called before the operations that compute
-    /// `gradient`.
+    /// `sum` plus the gradient of `x`, and the same in `dtype`. `gain` is [`gain`](Self::gain), called before the
+    /// operations that compute `gradient`.
     pub(crate) fn backward(
         &self,
         x: &Tensor<2>,
@@ -43,7 +43,8 @@ impl RmsNorm {
         gain: Tensor<2>,
         gradient: Tensor<2>,
         sum: Tensor<2>,
-    ) -> Tensor<2> {
-        kernels::rms_norm_backward(x, inverse, gain, self.eps, gradient, sum)
+        dtype: DType,
+    ) -> (Tensor<2>, Tensor<2>) {
+        kernels::rms_norm_backward(x, inverse, gain, self.eps, gradient, sum, dtype)
     }
 }

@@ -8,8 +8,11 @@ use burn::tensor::{Shape, Tensor};
 pub struct FlatGradients {
     /// The parameters, in the gradients' order.
     pub ids: Vec<ParamId>,
-    /// Their gradients, row-major; `None` without parameters.
+    /// Their gradients, row-major, before the multiplication by `factor`; `None` without parameters.
     pub values: Option<Tensor<1>>,
+    /// What the optimizer multiplies the gradients by: the step's divisor and clipping. Another pass over the gradients
+    /// would cost as much as a third of the update.
+    pub factor: f64,
 }
 
 /// Tensors joined per launch: with the output, as many buffers as every WebGPU device binds to a kernel.

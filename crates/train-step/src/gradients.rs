@@ -33,7 +33,7 @@ pub struct AdapterGradients {
 /// The gradient of a step's mean loss per token.
 #[derive(Debug, Clone)]
 pub struct MeanGradients {
-    /// Clipped.
+    /// With the factor that divides and clips them.
     pub gradients: FlatGradients,
     /// Their norm before clipping.
     pub norm: f64,
@@ -45,12 +45,13 @@ pub struct MeanGradients {
 impl MeanGradients {
     /// The gradient of a parameter.
     pub fn get(&self, id: ParamId) -> Option<Tensor<2>> {
-        part(
-            &self.gradients.ids,
-            &self.shapes,
-            self.gradients.values.as_ref()?,
-            id,
-        )
+        let FlatGradients {
+            ids,
+            values,
+            factor,
+        } = &self.gradients;
+        let part = part(ids, &self.shapes, values.as_ref()?, id)?;
+        Some(part.mul_scalar(*factor))
     }
 }
 
@@ -132,7 +133,7 @@ impl AdapterGradients {
     ///
     /// If the device does not return them.
     pub fn into_mean(mut self, max_norm: f64) -> MeanGradients {
-        let squares = self.sum.clone().map(|sum| sum.square().sum());
+        let squares = self.sum.as_ref().map(kernels::sums_of_squares);
         let read = loss::read(squares, std::mem::take(&mut self.on_device));
         let (squares, sums) = read.unwrap_or_default();
         self.totals.add(sums);
@@ -147,7 +148,8 @@ impl AdapterGradients {
         MeanGradients {
             gradients: FlatGradients {
                 ids: self.ids,
-                values: self.sum.map(|sum| sum.mul_scalar(clip / divisor)),
+                values: self.sum,
+                factor: clip / divisor,
             },
             norm,
             totals: self.totals,

@@ -87,17 +87,17 @@ pub struct LossOnDevice {
     pub(crate) targets_per_example: Vec<usize>,
 }
 
-/// Reads losses and hits, together with one more number of any meaning, in one transfer. Returns `None` without
-/// anything to read.
+/// Reads losses and hits, together with more numbers of any meaning, in one transfer. Returns the sum of those numbers.
+/// `None` without anything to read.
 ///
 /// # Panics
 ///
 /// If the device does not return them.
-pub fn read(number: Option<Tensor<1>>, losses: Vec<LossOnDevice>) -> Option<(f64, LossSums)> {
+pub fn read(numbers: Option<Tensor<1>>, losses: Vec<LossOnDevice>) -> Option<(f64, LossSums)> {
     let of_losses = losses
         .iter()
         .flat_map(|loss| loss.losses.iter().chain(&loss.hits));
-    let parts: Vec<Tensor<1>> = number.iter().chain(of_losses).cloned().collect();
+    let parts: Vec<Tensor<1>> = numbers.iter().chain(of_losses).cloned().collect();
     if parts.is_empty() {
         return None;
     }
@@ -105,7 +105,8 @@ pub fn read(number: Option<Tensor<1>>, losses: Vec<LossOnDevice>) -> Option<(f64
     let read =
         read.unwrap_or_else(|error| panic!("a loss cannot be read from the device: {error}"));
     let mut read = read.into_iter();
-    let first = number.map_or(0.0, |_| f64::from(read.next().unwrap_or(f32::NAN)));
+    let count = numbers.map_or(0, |numbers| numbers.dims()[0]);
+    let first = read.by_ref().take(count).map(f64::from).sum();
     let mut sums = LossSums::default();
     for loss in losses {
         let parts = read.by_ref().take(loss.losses.len());

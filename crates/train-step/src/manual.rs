@@ -16,7 +16,7 @@ use burn::module::{Param, ParamId};
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use data::Batch;
 use kernels::{CrossEntropy, LossTerms, Targets, logits_bytes};
-use llama_burn::{Activations, DecoderLayer, LayerPass, Llama, PackedContext};
+use llama_burn::{Activations, DecoderLayer, HiddenGradient, LayerPass, Llama, PackedContext};
 use lora_core::CounterRng;
 
 use crate::gradients::AdapterGradients;
@@ -75,7 +75,8 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
         |param: &Param<Tensor<2>>, gradient| add_gradient(&mut gradients, param, gradient);
     let (sums, d_hidden) =
         loss_and_gradient(model, hidden, batch, &passes.targets, scale, &mut add);
-    let mut d_output = Some(passes.scatter(d_hidden, batch.tokens.ids.len()));
+    let d_output = passes.scatter(d_hidden, batch.tokens.ids.len());
+    let mut d_output = Some(HiddenGradient::from(d_output));
     match sums {
         Loss::Known(sums) => into.totals.add(sums),
         Loss::OnDevice(loss) => into.on_device.push(loss),
@@ -96,7 +97,7 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     if let (Some(rows), Some(d_embeddings)) = (&model.embed_rows, d_output) {
         let mut add =
             |param: &Param<Tensor<2>>, gradient| add_gradient(&mut gradients, param, gradient);
-        rows.embeddings_backward(&batch.tokens.ids, d_embeddings, &mut add);
+        rows.embeddings_backward(&batch.tokens.ids, d_embeddings.whole, &mut add);
     }
     into.add(gradients);
     into.times.forward_s += forward.as_secs_f64();
@@ -238,7 +239,7 @@ pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch, targets: &Tensor<1,
     let mut sums = ChunkSums::default();
     for chunk in chunks(model, batch) {
         let hidden = hidden.clone().narrow(0, chunk.start, chunk.len());
-        logits_gradient(model, &hidden, batch, targets, chunk, &mut sums);
+        logits_gradient(model, &hidden, batch, targets, chunk, 1.0, &mut sums);
     }
     sums.into_loss(batch)
 }
@@ -257,12 +258,7 @@ pub fn loss_and_gradient(
     let mut gradients = Vec::new();
     for chunk in chunks(model, batch) {
         let hidden = hidden.clone().narrow(0, chunk.start, chunk.len());
-        let gradient = logits_gradient(model, &hidden, batch, targets, chunk, &mut sums);
-        let gradient = if scale == 1.0 {
-            gradient
-        } else {
-            gradient.mul_scalar(scale)
-        };
+        let gradient = logits_gradient(model, &hidden, batch, targets, chunk, scale, &mut sums);
         gradients.push(model.manual_logits_backward(&hidden, gradient, accumulate));
     }
     let gradient = match gradients.len() {
@@ -302,13 +298,15 @@ impl ChunkSums {
     }
 }
 
-/// The gradient of a chunk's logits, `[m, vocab]` in f32. Adds the chunk's loss to `sums`.
+/// The gradient of a chunk's logits, `[m, vocab]`, times `scale`, in the type of the products that read it. Adds the
+/// chunk's loss to `sums`.
 fn logits_gradient(
     model: &Llama,
     hidden: &Tensor<2>,
     batch: &Batch,
     targets: &Tensor<1, Int>,
     chunk: Range<usize>,
+    scale: f64,
     sums: &mut ChunkSums,
 ) -> Tensor<2> {
     let (m, logits) = (chunk.len(), model.manual_logits(hidden));
@@ -316,7 +314,8 @@ fn logits_gradient(
         on_device: targets.clone().narrow(0, chunk.start, m),
         ids: &batch.target_ids[chunk],
     };
-    let CrossEntropy { gradient, terms } = kernels::cross_entropy(logits, targets);
+    let CrossEntropy { gradient, terms } =
+        kernels::cross_entropy(logits, targets, scale, model.dtype());
     match terms {
         LossTerms::OnHost { loss, hits } => {
             sums.loss += loss;

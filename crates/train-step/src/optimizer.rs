@@ -8,8 +8,10 @@ use std::collections::HashMap;
 use std::ops::Range;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
-use burn::optim::{AdamWConfig, AdaptiveMomentumState, ModuleOptimizer};
+use burn::optim::{AdaptiveMomentumState, ModuleOptimizer};
 use burn::tensor::{DType, Device, Tensor, TensorData};
+
+use kernels::AdamWSettings;
 
 use crate::flat::{FlatGradients, joined};
 
@@ -42,7 +44,7 @@ impl AdamW {
     /// Burn's optimizer, without state and without clipping: Burn clips each tensor separately, PyTorch by the global
     /// norm ([`AdapterGradients::into_mean`](crate::gradients::AdapterGradients::into_mean)).
     pub fn init(&self) -> ModuleOptimizer {
-        self.config().init()
+        self.settings().config().init()
     }
 
     /// As [`init`](Self::init), with a state that can be copied to the host and restored, so that a run can be resumed.
@@ -50,22 +52,20 @@ impl AdamW {
     /// device.
     pub fn resumable(&self) -> Optimizer {
         Optimizer {
-            adamw: self.config().build(),
+            settings: self.settings(),
             flat: None,
             separate: HashMap::new(),
             since_sweep: 0,
         }
     }
 
-    fn config(&self) -> AdamWConfig {
-        AdamWConfig::new()
-            .with_beta_1(self.beta_1 as f32)
-            .with_beta_2(self.beta_2 as f32)
-            .with_epsilon(self.epsilon as f32)
-            .with_weight_decay(self.weight_decay as f32)
-            .with_cautious_weight_decay(false)
-            .with_amsgrad(false)
-            .with_grad_clipping(None)
+    fn settings(&self) -> AdamWSettings {
+        AdamWSettings {
+            beta_1: self.beta_1 as f32,
+            beta_2: self.beta_2 as f32,
+            epsilon: self.epsilon as f32,
+            weight_decay: self.weight_decay as f32,
+        }
     }
 }
 
@@ -74,7 +74,7 @@ impl AdamW {
 ///
 /// The optimizer keeps the parameters' values: nothing else may change them between two steps.
 pub struct Optimizer {
-    adamw: burn::optim::AdamW,
+    settings: AdamWSettings,
     /// The parameters of the last step.
     flat: Option<Flat>,
     /// The state of parameters that the last step did not update, for example before the first step of a resumed run.
@@ -128,8 +128,14 @@ impl Optimizer {
             }
         };
         let state = flat.state.take();
-        let (updated, state) =
-            kernels::adamw(&self.adamw, learning_rate, flat.values, values, state);
+        let (updated, state) = kernels::adamw(
+            self.settings,
+            learning_rate,
+            gradients.factor,
+            flat.values,
+            values,
+            state,
+        );
         flat.state = state;
         let module = module.map(&mut Views {
             places: &flat.places,
@@ -343,6 +349,7 @@ mod tests {
         FlatGradients {
             ids: vec![linear.weight.id, bias],
             values: Some(joined(parts)),
+            factor: 1.0,
         }
     }
 

@@ -308,9 +308,9 @@ impl<'a> Run<'a> {
         outputs.push(named("layer_forward", output)?);
         let mut adapters = Vec::new();
         let mut collect = |_: &Param<Tensor<2>>, gradient: Tensor<2>| adapters.push(gradient);
-        let below = pass.backward(&x, activations, self.gradient(), true, &mut collect);
+        let below = pass.backward(&x, activations, self.gradient().into(), true, &mut collect);
         if let Some(below) = below {
-            outputs.push(named("layer_backward", below)?);
+            outputs.push(named("layer_backward", below.whole)?);
         }
         for gradient in adapters {
             outputs.push(named("layer_adapter_gradients", gradient)?);

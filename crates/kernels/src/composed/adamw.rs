@@ -1,18 +1,20 @@
 //! Burn's AdamW.
 
-use burn::optim::{AdamW, AdamWState as BurnState, Optimizer as _};
+use burn::optim::{AdamWState as BurnState, Optimizer as _};
 use burn::tensor::Tensor;
 
-use crate::adamw::AdamWState;
+use crate::adamw::{AdamWSettings, AdamWState};
 
 pub fn step(
-    adamw: &AdamW,
+    settings: AdamWSettings,
     learning_rate: f64,
+    factor: f64,
     parameters: Tensor<1>,
     gradients: Tensor<1>,
     state: Option<AdamWState>,
 ) -> (Tensor<1>, Option<AdamWState>) {
-    let state = state.map(BurnState::new);
+    let (state, gradients) = (state.map(BurnState::new), gradients.mul_scalar(factor));
+    let adamw = settings.config().build();
     let (parameters, state) = adamw.step(learning_rate, parameters, gradients, state);
     (parameters, state.map(|state| state.momentum))
 }

@@ -143,12 +143,13 @@ impl Kernels for Cpu {
         eps: f64,
         gradient: Tensor<2>,
         sum: Tensor<2>,
-    ) -> Tensor<2> {
+        dtype: DType,
+    ) -> (Tensor<2>, Tensor<2>) {
         if inverse.0.is_some() {
-            Composed.rms_norm_backward(x, inverse, gain, eps, gradient, sum)
-        } else {
-            cpu::rms_norm::backward(x, gain, eps, gradient, sum)
+            return Composed.rms_norm_backward(x, inverse, gain, eps, gradient, sum, dtype);
         }
+        let result = cpu::rms_norm::backward(x, gain, eps, gradient, sum);
+        (result.clone(), result.cast(dtype))
     }
 
     fn rotate(
@@ -208,11 +209,17 @@ impl Kernels for Cpu {
         }
     }
 
-    fn cross_entropy(&self, logits: Tensor<2>, targets: Targets) -> CrossEntropy {
+    fn cross_entropy(
+        &self,
+        logits: Tensor<2>,
+        targets: Targets,
+        scale: f64,
+        dtype: DType,
+    ) -> CrossEntropy {
         if is_native(&logits) {
-            cpu::loss::cross_entropy(logits, targets.ids)
+            cpu::loss::cross_entropy(logits, targets.ids).scaled(scale, dtype)
         } else {
-            Composed.cross_entropy(logits, targets)
+            Composed.cross_entropy(logits, targets, scale, dtype)
         }
     }
 }

@@ -10,6 +10,7 @@ use burn::backend::{Dispatch, DispatchDevice, DispatchTensor};
 use burn::tensor::{DType, Device, Int, Tensor};
 
 use crate::Kernels;
+use crate::adamw::{AdamWSettings, AdamWState};
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
 use crate::dispatch::Composed;
 use crate::frozen_linear::Direction;
@@ -23,7 +24,8 @@ use crate::spoil::spoilt;
 use crate::switches::Kernel;
 use crate::uploads::{Ints, Uploaded, Uploads};
 use gpu_kernels::{
-    AttentionShape, Candidate, GpuOps as _, Group, MEMBERS, Terms, TiledAttention, force_product,
+    AdamWNumbers, AttentionShape, Candidate, FEW_ROWS, GpuOps as _, Group, MEMBERS, Terms,
+    TiledAttention, force_product,
 };
 
 pub use gpu_kernels::set_software_driver;
@@ -82,11 +84,15 @@ impl Kernels for Gpu {
         low_rank: Option<LowRankTerm>,
         direction: Direction,
     ) -> Tensor<2> {
-        let uses_kernel = x.dims()[0] >= FEW_ROWS
-            && Kernel::Product.is_on()
-            && !multiplies_in_tf32(x.dtype(), &x.device())
-            && has_kernel(sum.as_ref(), &x, &weight, direction);
-        if uses_kernel {
+        let on = if x.dims()[0] < FEW_ROWS {
+            // Bound by the reading of the weight: matrix units would not help.
+            Kernel::FewRows.is_on() && matches!(weight.dtype(), DType::QFloat(_))
+        } else {
+            Kernel::Product.is_on()
+                && !multiplies_in_tf32(x.dtype(), &x.device())
+                && has_kernel(sum.as_ref(), &x, &weight, direction)
+        };
+        if on {
             packed_product(sum, x, weight, low_rank, direction)
         } else {
             Composed.adapted_product(sum, x, weight, low_rank, direction)
@@ -168,19 +174,26 @@ impl Kernels for Gpu {
         eps: f64,
         gradient: Tensor<2>,
         sum: Tensor<2>,
-    ) -> Tensor<2> {
+        dtype: DType,
+    ) -> (Tensor<2>, Tensor<2>) {
         let on = Kernel::RmsNorm.is_on() && x.dims()[1].is_multiple_of(4);
         let Some(factors) = inverse.0.clone().filter(|_| on) else {
-            return Composed.rms_norm_backward(x, inverse, gain, eps, gradient, sum);
+            return Composed.rms_norm_backward(x, inverse, gain, eps, gradient, sum, dtype);
         };
-        let result = Dispatch::rms_norm_rows_backward(
+        let rounded = (dtype != sum.dtype()).then_some(dtype);
+        let (result, second) = Dispatch::rms_norm_rows_backward(
             x.clone().into_dispatch(),
             factors.into_dispatch(),
             gain.into_dispatch(),
             gradient.into_dispatch(),
             sum.into_dispatch(),
+            rounded,
         );
-        spoilt("rms_norm_backward", Tensor::from_dispatch(result))
+        let result = spoilt("rms_norm_backward", Tensor::from_dispatch(result));
+        match rounded {
+            Some(_) => (result, Tensor::from_dispatch(second)),
+            None => (result.clone(), result),
+        }
     }
 
     fn rotates_halves(&self) -> bool {
@@ -210,13 +223,41 @@ impl Kernels for Gpu {
         ))
     }
 
-    fn cross_entropy(&self, logits: Tensor<2>, targets: Targets) -> CrossEntropy {
-        if !Kernel::CrossEntropy.is_on() || logits.dtype() != DType::F32 {
-            return Composed.cross_entropy(logits, targets);
+    fn swiglu(&self, gate: &Tensor<2>, up: &Tensor<2>) -> Tensor<2> {
+        if !Kernel::SwiGlu.is_on() || !gate.dims()[1].is_multiple_of(4) {
+            return Composed.swiglu(gate, up);
         }
-        let targets = targets.on_device.into_dispatch();
+        let (gate, up) = (gate.clone().into_dispatch(), up.clone().into_dispatch());
+        Tensor::from_dispatch(Dispatch::swiglu_rows(gate, up))
+    }
+
+    fn swiglu_backward(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        gradient: Tensor<2>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        if !Kernel::SwiGlu.is_on() || !gate.dims()[1].is_multiple_of(4) {
+            return Composed.swiglu_backward(gate, up, gradient);
+        }
+        let [gate, up, gradient] = [gate, up, gradient].map(Tensor::into_dispatch);
+        let (d_gate, d_up) = Dispatch::swiglu_rows_backward(gate, up, gradient);
+        (Tensor::from_dispatch(d_gate), Tensor::from_dispatch(d_up))
+    }
+
+    fn cross_entropy(
+        &self,
+        logits: Tensor<2>,
+        targets: Targets,
+        scale: f64,
+        dtype: DType,
+    ) -> CrossEntropy {
+        if !Kernel::CrossEntropy.is_on() || logits.dtype() != DType::F32 {
+            return Composed.cross_entropy(logits, targets, scale, dtype);
+        }
+        let (logits, targets) = (logits.into_dispatch(), targets.on_device.into_dispatch());
         let (gradient, losses, hits) =
-            Dispatch::cross_entropy_rows(logits.into_dispatch(), targets);
+            Dispatch::cross_entropy_rows(logits, targets, scale as f32, dtype);
         let losses = Tensor::<1>::from_dispatch(losses);
         CrossEntropy {
             gradient: spoilt("cross_entropy", Tensor::from_dispatch(gradient)),
@@ -225,6 +266,53 @@ impl Kernels for Gpu {
                 hits: Tensor::from_dispatch(hits),
             },
         }
+    }
+
+    fn sums_of_squares(&self, values: &Tensor<1>) -> Tensor<1> {
+        if !Kernel::AdamW.is_on() || values.dtype() != DType::F32 {
+            return Composed.sums_of_squares(values);
+        }
+        Tensor::from_dispatch(Dispatch::partial_squares(values.clone().into_dispatch()))
+    }
+
+    fn adamw(
+        &self,
+        settings: AdamWSettings,
+        learning_rate: f64,
+        factor: f64,
+        parameters: Tensor<1>,
+        gradients: Tensor<1>,
+        state: Option<AdamWState>,
+    ) -> (Tensor<1>, Option<AdamWState>) {
+        let floats = parameters.dtype() == DType::F32 && gradients.dtype() == DType::F32;
+        if !Kernel::AdamW.is_on() || !floats {
+            let (parameters, rate) = (parameters, learning_rate);
+            return Composed.adamw(settings, rate, factor, parameters, gradients, state);
+        }
+        let state = state.unwrap_or_else(|| {
+            AdamWState::new(0, parameters.zeros_like(), parameters.zeros_like())
+        });
+        let time = state.time + 1;
+        let betas = [settings.beta_1, settings.beta_2];
+        let decay = learning_rate * f64::from(settings.weight_decay);
+        let numbers = AdamWNumbers {
+            factor: factor as f32,
+            betas,
+            epsilon: settings.epsilon,
+            corrections: betas.map(|beta| 1.0 - beta.powi(time as i32)),
+            kept: (1.0 - decay) as f32,
+            rate: learning_rate as f32,
+        };
+        let (parameters, first, second) = Dispatch::adamw_update(
+            parameters.into_dispatch(),
+            gradients.into_dispatch(),
+            state.moment_1.into_dispatch(),
+            state.moment_2.into_dispatch(),
+            numbers,
+        );
+        let [first, second] = [first, second].map(Tensor::from_dispatch);
+        let state = AdamWState::new(time, first, second);
+        (Tensor::from_dispatch(parameters), Some(state))
     }
 
     fn attention(
@@ -259,9 +347,6 @@ impl Kernels for Gpu {
         (output, saved)
     }
 }
-
-/// Fewer rows, as in decoding, are left to Burn: the kernel's tiles would be nearly empty.
-const FEW_ROWS: usize = 16;
 
 /// Whether the weight is quantized, and no measurement showed that Burn multiplies faster.
 fn has_kernel(

@@ -7,11 +7,11 @@ use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
 
 use super::{packed_product, sixteen_bits};
 use crate::{
-    AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight, LossTerms,
-    LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
-    SCORES_AT_ONCE, Segment, Targets, Uploads, adapted_product, attention, attention_backward,
-    cross_entropy, low_rank_columns, low_rank_gradients, normal, quantize_data, query_scale,
-    rms_norm, rms_norm_backward, rotate,
+    AdamWSettings, AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight,
+    LossTerms, LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
+    SCORES_AT_ONCE, Segment, Targets, Uploads, adamw, adapted_product, attention,
+    attention_backward, cross_entropy, low_rank_columns, low_rank_gradients, normal, quantize_data,
+    query_scale, rms_norm, rms_norm_backward, rotate, sums_of_squares, swiglu, swiglu_backward,
 };
 use gpu_kernels::{Fault, inject};
 
@@ -54,6 +54,13 @@ pub fn on<const D: usize>(device: &Device, x: &Tensor<D>) -> Tensor<D> {
     Tensor::from_data(x.clone().into_data(), (device, DType::F32))
 }
 
+/// The types of activations that the GPU has, and a bound for each: a result in f16 is rounded.
+fn types(gpu: &Device) -> Vec<(DType, f64)> {
+    let f16 = gpu.supports_dtype(burn::tensor::FloatDType::F16);
+    let all = [(DType::F32, BOUND), (DType::F16, 1e-3)];
+    all.into_iter().take(1 + usize::from(f16)).collect()
+}
+
 /// The lengths of segments and their parents.
 type Lengths = &'static [(usize, Option<usize>)];
 
@@ -61,7 +68,7 @@ type Lengths = &'static [(usize, Option<usize>)];
 type Comparison = fn(&Device);
 
 /// Every comparison, with the faults that it has to notice.
-const COMPARISONS: [(&str, Comparison, &[Fault]); 8] = [
+const COMPARISONS: [(&str, Comparison, &[Fault]); 10] = [
     ("products", products, &[Fault::Scale, Fault::Depth]),
     (
         "attention",
@@ -81,7 +88,9 @@ const COMPARISONS: [(&str, Comparison, &[Fault]); 8] = [
     ("low-rank products", low_rank_products, &[Fault::Part]),
     ("RMSNorm", norms, &[Fault::Mean]),
     ("RoPE", rotations, &[]),
+    ("SwiGLU", gates, &[Fault::Slope]),
     ("cross entropy", cross_entropies, &[Fault::Target]),
+    ("AdamW", updates, &[Fault::Squares, Fault::Bias]),
 ];
 
 // One test: a fault would spoil the kernels of tests beside it.
@@ -143,6 +152,11 @@ fn products(gpu: &Device) {
         // One row, few rows, sizes that are no multiples of a tile or of anything.
         (ours(Quantization::Bits8), 1, 64, 32, 1),
         (ours(Quantization::Bits8), 7, 100, 172, 3),
+        (ours(Quantization::Bits8), 2, 700, 68, 3),
+        (ours(Quantization::Bits4), 1, 1100, 72, 5),
+        (ours(Quantization::Bits4), 15, 132, 40, 4),
+        (Weight::Gguf, 1, 1056, 33, 2),
+        (Weight::Gguf, 3, 64, 20, 1),
         (ours(Quantization::Bits8), 130, 576, 288, 8),
         (ours(Quantization::Bits8), 65, 258, 132, 256),
         (ours(Quantization::Bits8), 33, 2050, 64, 5),
@@ -284,15 +298,20 @@ fn norms(gpu: &Device) {
     for (n, hidden) in [(1, 4), (3, 64), (17, 260), (5, 1028), (2, 66)] {
         let mut random = |rows| normal([rows, hidden], 2.0, &mut rng, &cpu);
         let (x, gain, gradient, sum) = (random(n), random(1), random(n), random(n));
-        let run = |device: &Device| {
-            let [x, gain, gradient, sum] = [&x, &gain, &gradient, &sum].map(|x| on(device, x));
-            let (output, inverse) = rms_norm(&x, gain.clone(), 1e-5, DType::F32);
-            let d_x = rms_norm_backward(&x, inverse, gain, 1e-5, gradient, sum);
-            [output, d_x]
-        };
-        for (got, expected) in run(gpu).into_iter().zip(run(&cpu)) {
-            let distance = distance(got, expected);
-            assert!(distance < BOUND, "[{n}, {hidden}]: {distance:.1e}");
+        for (dtype, bound) in types(gpu) {
+            let run = |device: &Device| {
+                let [x, gain, gradient, sum] = [&x, &gain, &gradient, &sum].map(|x| on(device, x));
+                let (output, inverse) = rms_norm(&x, gain.clone(), 1e-5, DType::F32);
+                let (d_x, rounded) =
+                    rms_norm_backward(&x, inverse, gain, 1e-5, gradient, sum, dtype);
+                assert_eq!(rounded.dtype(), dtype);
+                [output, d_x, rounded]
+            };
+            let bounds = [BOUND, BOUND, bound];
+            for ((got, expected), bound) in run(gpu).into_iter().zip(run(&cpu)).zip(bounds) {
+                let distance = distance(got, expected);
+                assert!(distance < bound, "[{n}, {hidden}]: {distance:.1e}");
+            }
         }
     }
 }
@@ -323,6 +342,30 @@ fn rotations(gpu: &Device) {
     }
 }
 
+fn gates(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(11);
+    for (n, width) in [(1, 4), (7, 100), (33, 516), (3, 66)] {
+        for (dtype, bound) in types(gpu) {
+            // Gates whose exponentials overflow f32, in f32.
+            let mut random = |std| normal([n, width], std, &mut rng, &cpu).cast(dtype);
+            let (gate, up, gradient) = (random(40.0), random(1.0), random(1.0));
+            let run = |device: &Device| {
+                let moved = |x| on(device, x).cast(dtype);
+                let [gate, up, gradient] = [&gate, &up, &gradient].map(moved);
+                let output = swiglu(&gate, &up);
+                let kept = gate.clone();
+                let (d_gate, d_up) = swiglu_backward(gate, up, gradient);
+                [output, d_gate, d_up, kept]
+            };
+            for (got, expected) in run(gpu).into_iter().zip(run(&cpu)) {
+                let distance = distance(got, expected);
+                assert!(distance < bound, "[{n}, {width}] {dtype:?}: {distance:.1e}");
+            }
+        }
+    }
+}
+
 fn cross_entropies(gpu: &Device) {
     let cpu = Device::flex();
     let mut rng = CounterRng::new(9);
@@ -345,30 +388,74 @@ fn cross_entropies(gpu: &Device) {
                 }
             })
             .collect();
+        for (dtype, bound) in types(gpu) {
+            let run = |device: &Device| {
+                let targets = ids.iter().map(|id| *id as i32).collect::<Vec<_>>();
+                let on_device = Tensor::<1, Int>::from_data(&targets[..], device);
+                let targets = Targets {
+                    ids: &ids,
+                    on_device,
+                };
+                let logits = on(device, &logits);
+                let CrossEntropy { gradient, terms } = cross_entropy(logits, targets, 8.0, dtype);
+                let (loss, hits) = match terms {
+                    LossTerms::OnHost { loss, hits } => (loss, hits),
+                    LossTerms::OnDevice { loss, hits } => {
+                        let hits = values(hits).iter().map(|hit| *hit == 1.0).collect();
+                        (f64::from(values(loss)[0]), hits)
+                    }
+                };
+                (gradient, loss, hits)
+            };
+            let (got, expected) = (run(gpu), run(&cpu));
+            let distance = distance(got.0, expected.0);
+            assert!(distance < bound, "[{m}, {vocab}]: {distance:.1e}");
+            let loss = (got.1 - expected.1).abs() / expected.1.abs().max(1.0);
+            assert!(loss < 1e-6, "[{m}, {vocab}]: {} {}", got.1, expected.1);
+            assert_eq!(got.2, expected.2, "[{m}, {vocab}]");
+            assert!(got.2.iter().any(|hit| *hit));
+        }
+    }
+}
+
+fn updates(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(12);
+    let settings = AdamWSettings {
+        beta_1: 0.8,
+        beta_2: 0.95,
+        epsilon: 1e-6,
+        weight_decay: 0.3,
+    };
+    for count in [1, 7, 260, 70_000, 70_001] {
+        let flat = |x: Tensor<2>| x.reshape([count]);
+        let mut random = || flat(normal([1, count], 1.0, &mut rng, &cpu));
+        let (parameters, gradients) = (random(), [random(), random(), random()]);
         let run = |device: &Device| {
-            let targets = ids.iter().map(|id| *id as i32).collect::<Vec<_>>();
-            let on_device = Tensor::<1, Int>::from_data(&targets[..], device);
-            let targets = Targets {
-                ids: &ids,
-                on_device,
-            };
-            let CrossEntropy { gradient, terms } = cross_entropy(on(device, &logits), targets);
-            let (loss, hits) = match terms {
-                LossTerms::OnHost { loss, hits } => (loss, hits),
-                LossTerms::OnDevice { loss, hits } => {
-                    let hits = values(hits).iter().map(|hit| *hit == 1.0).collect();
-                    (f64::from(values(loss)[0]), hits)
+            let mut now = on(device, &parameters);
+            let (mut state, mut kept) = (None, Vec::new());
+            for gradient in &gradients {
+                let gradient = on(device, gradient);
+                let squares = values(sums_of_squares(&gradient));
+                let squares: f64 = squares.into_iter().map(f64::from).sum();
+                kept.push(Tensor::<1>::from_data([squares as f32], &cpu));
+                let updated = adamw(settings, 0.02, 0.1, now.clone(), gradient, state.clone());
+                // The parameters before the step and its state keep their values.
+                kept.push(now);
+                if let Some(state) = state {
+                    kept.extend([state.moment_1, state.moment_2]);
                 }
-            };
-            (gradient, loss, hits)
+                (now, state) = updated;
+            }
+            let state = state.expect("updated");
+            assert_eq!(state.time, gradients.len());
+            kept.extend([now, state.moment_1, state.moment_2]);
+            kept
         };
-        let (got, expected) = (run(gpu), run(&cpu));
-        let distance = distance(got.0, expected.0);
-        assert!(distance < BOUND, "[{m}, {vocab}]: {distance:.1e}");
-        let loss = (got.1 - expected.1).abs() / expected.1.abs().max(1.0);
-        assert!(loss < 1e-6, "[{m}, {vocab}]: {} {}", got.1, expected.1);
-        assert_eq!(got.2, expected.2, "[{m}, {vocab}]");
-        assert!(got.2.iter().any(|hit| *hit));
+        for (i, (got, expected)) in run(gpu).into_iter().zip(run(&cpu)).enumerate() {
+            let distance = distance(got, expected);
+            assert!(distance < BOUND, "[{count}] {i}: {distance:.1e}");
+        }
     }
 }
 

@@ -62,6 +62,24 @@ impl Activations {
     }
 }
 
+/// The gradient of a layer's output or input, `[n, hidden]`.
+#[derive(Debug, Clone)]
+pub struct HiddenGradient {
+    /// In f32.
+    pub whole: Tensor<2>,
+    /// In the type of products, if that is known already.
+    rounded: Option<Tensor<2>>,
+}
+
+impl From<Tensor<2>> for HiddenGradient {
+    fn from(whole: Tensor<2>) -> Self {
+        Self {
+            whole,
+            rounded: None,
+        }
+    }
+}
+
 impl LayerPass<'_> {
     /// The layer's output, and what the backward pass needs.
     ///
@@ -149,10 +167,10 @@ impl LayerPass<'_> {
         &self,
         x: &Tensor<2>,
         activations: Activations,
-        d_output: Tensor<2>,
+        d_output: HiddenGradient,
         input_gradient: bool,
         accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
-    ) -> Option<Tensor<2>> {
+    ) -> Option<HiddenGradient> {
         let Activations {
             attention: saved,
             attention_low,
@@ -177,7 +195,11 @@ impl LayerPass<'_> {
         let product = || swiglu(&gate, &up);
         let down = self.down_group();
         let dtype = self.context.dtype;
-        let d_block = [d_output.clone().cast(dtype)];
+        let HiddenGradient {
+            whole: d_output,
+            rounded,
+        } = d_output;
+        let d_block = [rounded.unwrap_or_else(|| d_output.clone().cast(dtype))];
         let d_product = down.backward(product, down_low, d_block, d_product_needed, accumulate)?;
         let (d_gate, d_up) = swiglu_backward(gate, up, d_product);
         let norm = &layer.post_attention_layernorm;
@@ -191,14 +213,14 @@ impl LayerPass<'_> {
             d_middle_needed,
             accumulate,
         )?;
-        let d_middle = norm.backward(&middle, middle_rms, gain, d_normalized, d_output);
+        let (d_middle, rounded) =
+            norm.backward(&middle, middle_rms, gain, d_normalized, d_output, dtype);
         drop(middle);
 
         // Called only if `o_proj` has an adapter.
         let mixed = || mixed.unwrap_or_else(|| unreachable!("saved for the adapter of o_proj"));
         let output = self.output_group();
-        let d_block = [d_middle.clone().cast(dtype)];
-        let d_mixed = output.backward(mixed, output_low, d_block, d_mixed_needed, accumulate)?;
+        let d_mixed = output.backward(mixed, output_low, [rounded], d_mixed_needed, accumulate)?;
         let d_mixed = self.scatter(d_mixed, x.dims()[0]);
         let heads = layer.self_attn.heads();
         let [d_q, d_k, d_v] = attention_backward(saved, d_mixed, &self.context.attention, heads);
@@ -217,7 +239,9 @@ impl LayerPass<'_> {
             input_gradient,
             accumulate,
         )?;
-        Some(norm.backward(x, inverse_rms, gain, d_normalized, residual?))
+        let (whole, rounded) = norm.backward(x, inverse_rms, gain, d_normalized, residual?, dtype);
+        let rounded = Some(rounded);
+        Some(HiddenGradient { whole, rounded })
     }
 
     fn attention_group(&self) -> LinearGroup<'_, 3> {

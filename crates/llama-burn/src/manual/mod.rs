@@ -12,5 +12,5 @@ mod layer;
 mod model;
 pub mod operations;
 
-pub use layer::{Activations, LayerPass};
+pub use layer::{Activations, HiddenGradient, LayerPass};
 pub use model::ManualInputs;

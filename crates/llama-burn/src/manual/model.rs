@@ -100,7 +100,7 @@ impl Llama {
     /// # Shapes
     ///
     /// - `hidden`, output: `[m, hidden]`, f32
-    /// - `gradient`: `[m, vocab]`, f32
+    /// - `gradient`: `[m, vocab]`, f32 or the model's type
     pub fn manual_logits_backward(
         &self,
         hidden: &Tensor<2>,
@@ -152,8 +152,9 @@ impl Llama {
             }
             None => d_normalized,
         };
-        let (gain, zeros) = (self.norm.gain(), hidden.zeros_like());
+        let (gain, zeros, dtype) = (self.norm.gain(), hidden.zeros_like(), hidden.dtype());
         self.norm
-            .backward(hidden, inverse_rms, gain, d_normalized, zeros)
+            .backward(hidden, inverse_rms, gain, d_normalized, zeros, dtype)
+            .0
     }
 }

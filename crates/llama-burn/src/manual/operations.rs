@@ -15,7 +15,8 @@ pub fn rms_norm(norm: &RmsNorm, x: &Tensor<2>, dtype: DType) -> Tensor<2> {
 pub fn rms_norm_backward(norm: &RmsNorm, x: &Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
     let inverse = norm.inverse_rms(x);
     let zeros = x.zeros_like();
-    norm.backward(x, inverse, norm.gain(), gradient, zeros)
+    norm.backward(x, inverse, norm.gain(), gradient, zeros, x.dtype())
+        .0
 }
 
 /// Queries or keys `[n, heads · d]` rotated by their positions' angles, or with `back` by the negative angles.

@@ -289,6 +289,7 @@ mod tests {
             let gradients = FlatGradients {
                 ids: params.map(|param| param.id).to_vec(),
                 values: Some(ones.mul_scalar(0.1 + f64::from(step))),
+                factor: 1.0,
             };
             model = optimizer.step(0.01, model, gradients);
         }
