@@ -3,6 +3,7 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
+//! | `plane_product.rs` | the same for software drivers |
 //! | `attention.rs` | attention tile by tile |
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
@@ -20,11 +21,14 @@ mod fault;
 mod launch;
 mod low_rank;
 mod operations;
+mod plane_product;
 mod product;
 mod rope;
 mod rows;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use cubecl::client::Client;
 
 pub use attention::{KEYS, QUERIES, Shape as AttentionShape};
 pub use fault::{Fault, inject};
@@ -33,11 +37,18 @@ pub use operations::{GpuOps, Group, Terms, TiledAttention};
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);
 
-/// Chooses tiles for a driver that emulates a GPU on a CPU.
+/// Chooses kernels for a driver that emulates a GPU on a CPU and has operations across a plane (a subgroup).
 pub fn set_software_driver(software: bool) {
     SOFTWARE.store(software, Ordering::Relaxed);
 }
 
 fn is_software_driver() -> bool {
     SOFTWARE.load(Ordering::Relaxed)
+}
+
+/// The units of a plane on a software driver, whose planes are the lanes of a SIMD instruction.
+fn plane_of_software_driver(client: &Client) -> Option<usize> {
+    let hardware = &client.properties().hardware;
+    let known = hardware.plane_size_min == hardware.plane_size_max;
+    (is_software_driver() && known).then_some(hardware.plane_size_min as usize)
 }

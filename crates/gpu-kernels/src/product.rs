@@ -23,6 +23,7 @@ use cubecl::prelude::*;
 
 use super::fault::{self, Fault};
 use super::launch::{dims, element, empty, strides, with_contiguous_rows};
+use super::plane_product;
 
 /// The shape of a workgroup's tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -39,8 +40,8 @@ pub struct Tile {
     pub unit_cols: usize,
 }
 
-/// For GPUs: few registers per unit, so that many workgroups run at a time.
-const SMALL: Tile = Tile {
+/// Few registers per unit, so that many workgroups run at a time.
+const TILE: Tile = Tile {
     rows: 64,
     cols: 64,
     depth: 16,
@@ -48,24 +49,7 @@ const SMALL: Tile = Tile {
     unit_cols: 8,
 };
 
-/// For drivers that emulate a GPU on a CPU, where a read from shared memory costs as much as many multiplications.
-const LARGE: Tile = Tile {
-    rows: 128,
-    cols: 64,
-    depth: 16,
-    unit_rows: 16,
-    unit_cols: 16,
-};
-
 impl Tile {
-    fn chosen() -> Self {
-        if super::is_software_driver() {
-            LARGE
-        } else {
-            SMALL
-        }
-    }
-
     /// The units of a workgroup.
     pub const fn units(self) -> usize {
         (self.rows / self.unit_rows) * (self.cols / self.unit_cols)
@@ -330,7 +314,7 @@ fn load_packed(
 
 /// The signed integer at a place of a word, the first in the lowest bits.
 #[cube]
-fn widen(word: u32, #[comptime] place: usize, #[comptime] bits: usize) -> f32 {
+pub(super) fn widen(word: u32, #[comptime] place: usize, #[comptime] bits: usize) -> f32 {
     let up = comptime!((32 - bits * (place + 1)) as u32);
     let down = comptime!((32 - bits) as i32);
     f32::cast_from(i32::cast_from(word << up) >> down)
@@ -511,7 +495,6 @@ pub fn launch(
     };
     let client = x.client.clone();
     let output = empty(&x, [n, m], dtype);
-    let tile = Tile::chosen();
     let types = |tensor: Option<&CubeTensor>| element(tensor.map_or(x.dtype, |t| t.dtype));
     let elements = [
         types(Some(&x)),
@@ -548,6 +531,38 @@ pub fn launch(
     } else {
         1
     };
+    if let Some(tile) = plane_product::Tile::of_software_driver(&client, packing) {
+        let sum_row = sum.as_ref().map_or(0, |sum| strides(sum)[0]);
+        let out_vector = if m.is_multiple_of(4) && sum_row.is_multiple_of(4) {
+            4
+        } else {
+            1
+        };
+        unsafe {
+            plane_product::plane_product::launch_unchecked(
+                &client,
+                tile.cubes(n, m),
+                CubeDim::new_1d(tile.units as u32),
+                vector,
+                out_vector,
+                x.clone().into_buffer_arg(),
+                words.into_buffer_arg(),
+                scales.into_buffer_arg(),
+                low.into_buffer_arg(),
+                b.into_buffer_arg(),
+                sum.unwrap_or(x).into_buffer_arg(),
+                output.clone().into_buffer_arg(),
+                lengths,
+                packing,
+                tile,
+                has_low,
+                has_sum,
+                elements,
+            );
+        }
+        return output;
+    }
+    let tile = TILE;
     let cubes = CubeCount::Static(
         m.div_ceil(tile.cols) as u32,
         n.div_ceil(tile.rows) as u32,

@@ -13,7 +13,7 @@ use crate::{
     cross_entropy, low_rank_columns, low_rank_gradients, normal, quantize_data, query_scale,
     rms_norm, rms_norm_backward, rotate,
 };
-use gpu_kernels::{Fault, inject};
+use gpu_kernels::{Fault, inject, set_software_driver};
 
 /// Relative Frobenius distance from the CPU's result.
 const BOUND: f64 = 5e-6;
@@ -77,13 +77,17 @@ fn kernels_compute_what_the_cpu_computes_and_a_fault_is_noticed() {
     let Some(gpu) = gpu() else {
         return;
     };
-    for (name, compare, faults) in COMPARISONS {
-        compare(&gpu);
-        for fault in faults {
-            inject(*fault);
-            let noticed = std::panic::catch_unwind(|| compare(&gpu)).is_err();
-            inject(Fault::None);
-            assert!(noticed, "{name}: {fault:?} was not noticed");
+    // The kernels for software drivers compute the same on a GPU.
+    for software in [false, true] {
+        set_software_driver(software);
+        for (name, compare, faults) in COMPARISONS {
+            compare(&gpu);
+            for fault in faults {
+                inject(*fault);
+                let noticed = std::panic::catch_unwind(|| compare(&gpu)).is_err();
+                inject(Fault::None);
+                assert!(noticed, "{name}: {fault:?} was not noticed ({software})");
+            }
         }
     }
 }
