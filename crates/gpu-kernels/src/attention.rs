@@ -24,12 +24,14 @@
 use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::fault::{self, Fault};
 use super::launch::{dims, element, empty};
 use super::operations::TiledAttention;
+use super::{plane_attention, plane_of_software_driver};
 
 /// Queries of a tile, counting every query head of a key head.
 pub const QUERIES: usize = 32;
@@ -44,7 +46,7 @@ pub const UNITS: usize = (QUERIES / PART) * (KEYS / PART);
 /// Vectors of a row in shared memory; one more than the data has, against bank conflicts.
 const ROW: usize = CHUNK / 4 + 1;
 /// The score of a key that is not visible.
-const HIDDEN: f32 = -1e30;
+pub(super) const HIDDEN: f32 = -1e30;
 
 type F4 = Vector<f32, Const<4>>;
 
@@ -57,7 +59,7 @@ pub struct Shape {
     pub key_heads: usize,
     /// The width of a head.
     pub d: usize,
-    fault: Fault,
+    pub(super) fault: Fault,
 }
 
 impl Shape {
@@ -80,7 +82,7 @@ impl Shape {
         self.d.div_ceil(CHUNK)
     }
 
-    const fn heads(self) -> usize {
+    pub(super) const fn heads(self) -> usize {
         self.group * self.key_heads
     }
 }
@@ -105,7 +107,7 @@ fn place() -> Place {
 
 /// Where a row of a tile of queries lies: its token, or `n` for a row outside the batch, and its head.
 #[cube]
-fn query_of(
+pub(super) fn query_of(
     row: usize,
     first: usize,
     n: usize,
@@ -689,6 +691,28 @@ pub fn launch_forward(
     let output = empty(&q, [n, width], q.dtype);
     let log_sums = empty(&q, [n, shape.heads()], DType::F32);
     let (client, element) = (q.client.clone(), element(q.dtype));
+    if let Some(units) = plane(&client, shape) {
+        unsafe {
+            plane_attention::plane_forward::launch_unchecked(
+                &client,
+                cubes(n, shape.tokens(), shape),
+                CubeDim::new_1d(units as u32),
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                tables.into_buffer_arg(),
+                output.clone().into_buffer_arg(),
+                log_sums.clone().into_buffer_arg(),
+                n,
+                tiled.spans,
+                tiled.keys_of,
+                shape,
+                units,
+                element,
+            );
+        }
+        return (output, log_sums);
+    }
     unsafe {
         forward::launch_unchecked(
             &client,
@@ -738,6 +762,52 @@ pub fn launch_backward(
             shape.d,
             element,
         );
+    }
+    if let Some(units) = plane(&client, shape) {
+        unsafe {
+            plane_attention::plane_backward_queries::launch_unchecked(
+                &client,
+                cubes(n, shape.tokens(), shape),
+                CubeDim::new_1d(units as u32),
+                q.clone().into_buffer_arg(),
+                k.clone().into_buffer_arg(),
+                v.clone().into_buffer_arg(),
+                gradient.clone().into_buffer_arg(),
+                log_sums.clone().into_buffer_arg(),
+                sums.clone().into_buffer_arg(),
+                tables.clone().into_buffer_arg(),
+                d_q.clone().into_buffer_arg(),
+                n,
+                tiled.spans,
+                tiled.keys_of,
+                shape,
+                units,
+                element,
+            );
+            plane_attention::plane_backward_keys::launch_unchecked(
+                &client,
+                cubes(n, KEYS, shape),
+                CubeDim::new_1d(units as u32),
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                gradient.into_buffer_arg(),
+                log_sums.into_buffer_arg(),
+                sums.into_buffer_arg(),
+                tables.into_buffer_arg(),
+                d_k.clone().into_buffer_arg(),
+                d_v.clone().into_buffer_arg(),
+                n,
+                tiled.spans,
+                tiled.queries_of,
+                shape,
+                units,
+                element,
+            );
+        }
+        return (d_q, d_k, d_v);
+    }
+    unsafe {
         backward_queries::launch_unchecked(
             &client,
             cubes(n, shape.tokens(), shape),
@@ -777,6 +847,12 @@ pub fn launch_backward(
         );
     }
     (d_q, d_k, d_v)
+}
+
+/// The units of a plane if the kernels of `plane_attention.rs` run: a software driver, and heads whose dimensions fit
+/// into a unit's registers.
+fn plane(client: &Client, shape: Shape) -> Option<usize> {
+    plane_of_software_driver(client).filter(|units| QUERIES.is_multiple_of(*units) && shape.d <= 64)
 }
 
 /// One workgroup per tile of `size` tokens and key head.

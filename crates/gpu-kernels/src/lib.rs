@@ -5,6 +5,7 @@
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
 //! | `plane_product.rs` | the same for software drivers |
 //! | `attention.rs` | attention tile by tile |
+//! | `plane_attention.rs` | the same for software drivers |
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
 //! | `rope.rs` | rotary position embeddings |
@@ -21,6 +22,7 @@ mod fault;
 mod launch;
 mod low_rank;
 mod operations;
+mod plane_attention;
 mod plane_product;
 mod product;
 mod rope;
