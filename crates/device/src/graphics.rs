@@ -79,7 +79,8 @@ pub fn start(backend: Backend) -> Result<Selected, DeviceError> {
         limited.map_err(|message| initialization(backend, message))?;
     }
     let is_software = adapter.device_type == wgpu::DeviceType::Cpu;
-    kernels::gpu::set_software_driver(is_software);
+    let has_planes = setup.device.features().contains(wgpu::Features::SUBGROUP);
+    kernels::gpu::set_software_driver(is_software && has_planes);
     let driver = [adapter.driver.as_str(), adapter.driver_info.as_str()].join(" ");
     let shaders = match backend {
         Backend::Vulkan => "SPIR-V",

@@ -24,6 +24,7 @@
 use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::client::Client;
 use cubecl::ir::{DeviceProperties, ElemType};
 use cubecl::prelude::*;
 
@@ -32,11 +33,12 @@ use super::launch::{dims, element, empty};
 use super::matrix_attention;
 use super::matrix_product::{Fragment, only_burn_has_units};
 use super::operations::TiledAttention;
+use super::{plane_attention, plane_of_software_driver};
 
 /// Queries of a tile without matrix units, counting every query head of a key head.
-const QUERIES: usize = 32;
+pub(crate) const QUERIES: usize = 32;
 /// Keys of a tile without matrix units.
-const KEYS: usize = 32;
+pub(crate) const KEYS: usize = 32;
 /// Dimensions of a head that are in shared memory at a time.
 const CHUNK: usize = 32;
 /// Rows and columns of a unit's part of a 32 × 32 tile.
@@ -729,6 +731,28 @@ pub fn launch_forward(
         let outputs = (output, log_sums);
         return matrix_attention::launch_forward([q, k, v], tables, outputs, tiled, fragment);
     }
+    if let Some(units) = plane(&client, shape) {
+        unsafe {
+            plane_attention::plane_forward::launch_unchecked(
+                &client,
+                cubes(n, shape.tokens(), shape),
+                CubeDim::new_1d(units as u32),
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                tables.into_buffer_arg(),
+                output.clone().into_buffer_arg(),
+                log_sums.clone().into_buffer_arg(),
+                n,
+                tiled.spans,
+                tiled.keys_of,
+                shape,
+                units,
+                element,
+            );
+        }
+        return (output, log_sums);
+    }
     unsafe {
         forward::launch_unchecked(
             &client,
@@ -784,6 +808,50 @@ pub fn launch_backward(
         matrix_attention::launch_backward(inputs, [&d_q, &d_k, &d_v], tiled, fragment);
         return (d_q, d_k, d_v);
     }
+    if let Some(units) = plane(&client, shape) {
+        unsafe {
+            plane_attention::plane_backward_queries::launch_unchecked(
+                &client,
+                cubes(n, shape.tokens(), shape),
+                CubeDim::new_1d(units as u32),
+                q.clone().into_buffer_arg(),
+                k.clone().into_buffer_arg(),
+                v.clone().into_buffer_arg(),
+                gradient.clone().into_buffer_arg(),
+                log_sums.clone().into_buffer_arg(),
+                sums.clone().into_buffer_arg(),
+                tables.clone().into_buffer_arg(),
+                d_q.clone().into_buffer_arg(),
+                n,
+                tiled.spans,
+                tiled.keys_of,
+                shape,
+                units,
+                element,
+            );
+            plane_attention::plane_backward_keys::launch_unchecked(
+                &client,
+                cubes(n, KEYS, shape),
+                CubeDim::new_1d(units as u32),
+                q.into_buffer_arg(),
+                k.into_buffer_arg(),
+                v.into_buffer_arg(),
+                gradient.into_buffer_arg(),
+                log_sums.into_buffer_arg(),
+                sums.into_buffer_arg(),
+                tables.into_buffer_arg(),
+                d_k.clone().into_buffer_arg(),
+                d_v.clone().into_buffer_arg(),
+                n,
+                tiled.spans,
+                tiled.queries_of,
+                shape,
+                units,
+                element,
+            );
+        }
+        return (d_q, d_k, d_v);
+    }
     unsafe {
         backward_queries::launch_unchecked(
             &client,
@@ -824,6 +892,12 @@ pub fn launch_backward(
         );
     }
     (d_q, d_k, d_v)
+}
+
+/// The units of a plane if the kernels of `plane_attention.rs` run: a software driver, and heads whose dimensions fit
+/// into a unit's registers.
+fn plane(client: &Client, shape: Shape) -> Option<usize> {
+    plane_of_software_driver(client).filter(|units| QUERIES.is_multiple_of(*units) && shape.d <= 64)
 }
 
 /// One workgroup per tile of `size` tokens and key head.

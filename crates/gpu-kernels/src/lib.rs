@@ -3,9 +3,11 @@
 //! | file | what it holds |
 //! | --- | --- |
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
+//! | `plane_product.rs` | the same for software drivers |
 //! | `few_rows.rs` | the same for few rows, as in decoding |
 //! | `attention.rs` | attention tile by tile |
-//! | `matrix_product.rs`, `matrix_attention.rs` | the same on matrix units, for 16-bit tensors |
+//! | `plane_attention.rs` | the same for software drivers |
+//! | `matrix_product.rs`, `matrix_attention.rs` | products and attention on matrix units, for 16-bit tensors |
 //! | `choice.rs` | which kernel computes a product |
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
@@ -30,12 +32,16 @@ mod matrix_attention;
 mod matrix_product;
 mod operations;
 mod optimizer;
+mod plane_attention;
+mod plane_product;
 mod product;
 mod rope;
 mod rows;
 mod swiglu;
 
 use std::sync::atomic::{AtomicBool, Ordering};
+
+use cubecl::client::Client;
 
 pub use attention::Shape as AttentionShape;
 #[cfg(feature = "autotune")]
@@ -50,11 +56,18 @@ pub use product::force as force_product;
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);
 
-/// Chooses tiles for a driver that emulates a GPU on a CPU.
+/// Chooses kernels for a driver that emulates a GPU on a CPU and has operations across a plane (a subgroup).
 pub fn set_software_driver(software: bool) {
     SOFTWARE.store(software, Ordering::Relaxed);
 }
 
 fn is_software_driver() -> bool {
     SOFTWARE.load(Ordering::Relaxed)
+}
+
+/// The units of a plane on a software driver, whose planes are the lanes of a SIMD instruction.
+fn plane_of_software_driver(client: &Client) -> Option<usize> {
+    let hardware = &client.properties().hardware;
+    let known = hardware.plane_size_min == hardware.plane_size_max;
+    (is_software_driver() && known).then_some(hardware.plane_size_min as usize)
 }

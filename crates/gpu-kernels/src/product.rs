@@ -36,6 +36,7 @@ use super::launch::{dims, element, empty, strides, with_contiguous_rows};
 #[cfg(not(feature = "autotune"))]
 use super::matrix_product::MatrixTile;
 use super::matrix_product::{self, Fragment};
+use super::plane_product;
 
 /// The shape of a workgroup's tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -52,8 +53,8 @@ pub struct Tile {
     pub unit_cols: usize,
 }
 
-/// For GPUs: few registers per unit, so that many workgroups run at a time.
-const SMALL: Tile = Tile {
+/// Few registers per unit, so that many workgroups run at a time.
+const TILE: Tile = Tile {
     rows: 64,
     cols: 64,
     depth: 16,
@@ -61,24 +62,7 @@ const SMALL: Tile = Tile {
     unit_cols: 8,
 };
 
-/// For drivers that emulate a GPU on a CPU, where a read from shared memory costs as much as many multiplications.
-const LARGE: Tile = Tile {
-    rows: 128,
-    cols: 64,
-    depth: 16,
-    unit_rows: 16,
-    unit_cols: 16,
-};
-
 impl Tile {
-    fn chosen() -> Self {
-        if super::is_software_driver() {
-            LARGE
-        } else {
-            SMALL
-        }
-    }
-
     /// The units of a workgroup.
     pub const fn units(self) -> usize {
         (self.rows / self.unit_rows) * (self.cols / self.unit_cols)
@@ -790,18 +774,13 @@ fn launch_composed(operands: Operands) -> CubeTensor {
 
 /// Without matrix units.
 fn launch_on_units(operands: Operands) -> CubeTensor {
-    let ([n, k, m], lengths, tile) = (operands.lengths(), operands.lengths_arg(), Tile::chosen());
-    let elements = operands.elements();
+    let ([n, k, m], lengths) = (operands.lengths(), operands.lengths_arg());
+    let (elements, sum_row) = (operands.elements(), operands.rows()[1]);
     let vector = if k.is_multiple_of(4) && operands.rows()[0].is_multiple_of(4) {
         4
     } else {
         1
     };
-    let cubes = CubeCount::Static(
-        m.div_ceil(tile.cols) as u32,
-        n.div_ceil(tile.rows) as u32,
-        1,
-    );
     let Operands {
         x,
         words,
@@ -816,6 +795,39 @@ fn launch_on_units(operands: Operands) -> CubeTensor {
         ..
     } = operands;
     let client = x.client.clone();
+    if let Some(tile) = plane_product::Tile::of_software_driver(&client, packing) {
+        let aligned = m.is_multiple_of(4) && (!has_sum || sum_row.is_multiple_of(4));
+        let out_vector = if aligned { 4 } else { 1 };
+        unsafe {
+            plane_product::plane_product::launch_unchecked(
+                &client,
+                tile.cubes(n, m),
+                CubeDim::new_1d(tile.units as u32),
+                vector,
+                out_vector,
+                x.into_buffer_arg(),
+                words.into_buffer_arg(),
+                scales.into_buffer_arg(),
+                low.into_buffer_arg(),
+                b.into_buffer_arg(),
+                sum.into_buffer_arg(),
+                output.clone().into_buffer_arg(),
+                lengths,
+                packing,
+                tile,
+                has_low,
+                has_sum,
+                elements,
+            );
+        }
+        return output;
+    }
+    let tile = TILE;
+    let cubes = CubeCount::Static(
+        m.div_ceil(tile.cols) as u32,
+        n.div_ceil(tile.rows) as u32,
+        1,
+    );
     unsafe {
         product::launch_unchecked(
             &client,

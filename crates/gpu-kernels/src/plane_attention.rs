@@ -1,0 +1,453 @@
+//! [`attention`](super::attention) for drivers that emulate a GPU on a CPU; [`plane_product`](super::plane_product)
+//! says what is cheap there.
+//!
+//! A workgroup is one plane and handles the same 32 queries. A unit owns four of them (with eight units), all their
+//! dimensions in registers, and keeps their maximum and sum to itself. Keys come in blocks of one per unit: each unit
+//! reads a key, and broadcasts send it to all. For the gradients of keys and values the roles are exchanged.
+
+use cubecl::ir::ElemType;
+use cubecl::prelude::*;
+
+use super::attention::{HIDDEN, KEYS, QUERIES, Shape, query_of};
+use super::fault::Fault;
+
+type F4 = Vector<f32, Const<4>>;
+
+/// Adds to `scores`, `[units, own rows]`, the products of the rows that the units read and each unit's own rows.
+#[cube]
+fn add_dots<F: Float>(
+    from: &[Vector<F, Const<4>>],
+    at: usize,
+    own: &Array<F4>,
+    scores: &mut Array<f32>,
+    #[comptime] vectors: usize,
+    #[comptime] units: usize,
+) {
+    let count = comptime!(QUERIES / units);
+    #[unroll]
+    for inner in 0..vectors {
+        let mine = F4::cast_from(from[at + inner]);
+        #[unroll]
+        for i in 0..units {
+            let row = plane_broadcast(mine, comptime!(i as u32));
+            #[unroll]
+            for j in 0..count {
+                let product = row * own[comptime!(j * vectors + inner)];
+                scores[comptime!(i * count + j)] += product.extract(0usize)
+                    + product.extract(1usize)
+                    + product.extract(2usize)
+                    + product.extract(3usize);
+            }
+        }
+    }
+}
+
+/// Adds to `sums`, a unit's own rows, the rows that the units read times `weights`, `[units, own rows]`.
+#[cube]
+fn add_product<F: Float>(
+    from: &[Vector<F, Const<4>>],
+    at: usize,
+    weights: &Array<f32>,
+    sums: &mut Array<F4>,
+    #[comptime] vectors: usize,
+    #[comptime] units: usize,
+) {
+    let count = comptime!(QUERIES / units);
+    #[unroll]
+    for inner in 0..vectors {
+        let mine = F4::cast_from(from[at + inner]);
+        #[unroll]
+        for i in 0..units {
+            let row = plane_broadcast(mine, comptime!(i as u32));
+            #[unroll]
+            for j in 0..count {
+                let sum = comptime!(j * vectors + inner);
+                sums[sum] = fma(F4::new(weights[comptime!(i * count + j)]), row, sums[sum]);
+            }
+        }
+    }
+}
+
+/// A unit's own rows in registers.
+#[cube]
+fn read_row<F: Float>(
+    from: &[Vector<F, Const<4>>],
+    at: usize,
+    to: &mut Array<F4>,
+    #[comptime] row: usize,
+    #[comptime] vectors: usize,
+) {
+    #[unroll]
+    for inner in 0..vectors {
+        to[comptime!(row * vectors + inner)] = Vector::cast_from(from[at + inner]);
+    }
+}
+
+/// Writes one of a unit's own rows.
+#[cube]
+fn write_row<F: Float>(
+    from: &Array<F4>,
+    factor: f32,
+    to: &mut [Vector<F, Const<4>>],
+    at: usize,
+    #[comptime] row: usize,
+    #[comptime] vectors: usize,
+) {
+    #[unroll]
+    for inner in 0..vectors {
+        let value = from[comptime!(row * vectors + inner)] * F4::new(factor);
+        to[at + inner] = Vector::cast_from(value);
+    }
+}
+
+#[cube]
+fn zeros(#[comptime] length: usize) -> Array<F4> {
+    let mut array = Array::<F4>::new(length);
+    #[unroll]
+    for i in 0..length {
+        array[i] = F4::new(0.0f32);
+    }
+    array
+}
+
+#[cube]
+fn zero_scores() -> Array<f32> {
+    let mut array = Array::<f32>::new(QUERIES);
+    #[unroll]
+    for i in 0..QUERIES {
+        array[i] = 0.0f32;
+    }
+    array
+}
+
+/// Whether a query sees a key, whose segment has the numbers `begin..end`.
+#[cube]
+fn is_visible(
+    query: usize,
+    query_begin: i32,
+    key: usize,
+    begin: i32,
+    end: i32,
+    #[comptime] shape: Shape,
+) -> bool {
+    let same =
+        comptime!(shape.fault() == Fault::Mask) || (begin <= query_begin && query_begin < end);
+    key <= query && same
+}
+
+/// The tokens and segments of a unit's queries, `n` for a row outside the batch, and where they lie.
+#[derive(CubeType)]
+struct Queries {
+    token: Array<usize>,
+    begin: Array<i32>,
+    /// The row of `[n · heads, d]`.
+    row: Array<usize>,
+}
+
+#[cube]
+fn queries(
+    tables: &[i32],
+    spans: usize,
+    first: usize,
+    n: usize,
+    key_head: usize,
+    #[comptime] shape: Shape,
+    #[comptime] units: usize,
+) -> Queries {
+    let count = comptime!(QUERIES / units);
+    let mut token = Array::<usize>::new(count);
+    let mut begin = Array::<i32>::new(count);
+    let mut row = Array::<usize>::new(count);
+    #[unroll]
+    for j in 0..count {
+        let (at, head) = query_of(UNIT_POS as usize * count + j, first, n, key_head, shape);
+        let inside = min(at, n - 1);
+        token[j] = at;
+        begin[j] = tables[spans + inside];
+        row[j] = inside * comptime!(shape.heads()) + head;
+    }
+    Queries { token, begin, row }
+}
+
+/// As [`attention::forward`](super::attention::forward).
+#[cube(launch_unchecked)]
+pub fn plane_forward<F: Float>(
+    q: &[Vector<F, Const<4>>],
+    k: &[Vector<F, Const<4>>],
+    v: &[Vector<F, Const<4>>],
+    tables: &[i32],
+    output: &mut [Vector<F, Const<4>>],
+    log_sums: &mut [f32],
+    n: usize,
+    spans: usize,
+    tiles: usize,
+    #[comptime] shape: Shape,
+    #[comptime] units: usize,
+    #[define(F)] _type: ElemType,
+) {
+    let vectors = comptime!(shape.d / 4);
+    let count = comptime!(QUERIES / units);
+    let tile = CUBE_POS_X as usize;
+    let key_head = CUBE_POS_Y as usize;
+    let first = tile * comptime!(shape.tokens());
+    let mine = queries(tables, spans, first, n, key_head, shape, units);
+    let mut own = Array::<F4>::new(comptime!(count * vectors));
+    let mut sums = zeros(comptime!(count * vectors));
+    let mut largest = Array::<f32>::new(count);
+    let mut total = Array::<f32>::new(count);
+    #[unroll]
+    for j in 0..count {
+        read_row::<F>(q, mine.row[j] * vectors, &mut own, j, vectors);
+        largest[j] = HIDDEN;
+        total[j] = 0.0f32;
+    }
+
+    for index in tables[tiles + tile]..tables[tiles + tile + 1] {
+        let first_key = tables[tiles + index as usize] as usize;
+        let end = min(first_key + KEYS, min(first + comptime!(shape.tokens()), n));
+        for block in 0..(end - first_key).div_ceil(units) {
+            let first_key = first_key + block * units;
+            let key = min(first_key + UNIT_POS as usize, n - 1);
+            let (key_begin, key_end) = (tables[spans + key], tables[spans + n + key]);
+            let at = (key * shape.key_heads + key_head) * vectors;
+            let mut scores = zero_scores();
+            add_dots::<F>(k, at, &own, &mut scores, vectors, units);
+            let mut most = Array::<f32>::new(count);
+            #[unroll]
+            for j in 0..count {
+                most[j] = largest[j];
+            }
+            #[unroll]
+            for i in 0..units {
+                let begin = plane_broadcast(key_begin, comptime!(i as u32));
+                let end = plane_broadcast(key_end, comptime!(i as u32));
+                #[unroll]
+                for j in 0..count {
+                    let (token, query_begin) = (mine.token[j], mine.begin[j]);
+                    let visible = token < n
+                        && is_visible(token, query_begin, first_key + i, begin, end, shape);
+                    let score = select(visible, scores[comptime!(i * count + j)], HIDDEN);
+                    scores[comptime!(i * count + j)] = score;
+                    most[j] = max(most[j], score);
+                }
+            }
+            #[unroll]
+            for j in 0..count {
+                let factor = (largest[j] - most[j]).exp();
+                let mut sum = total[j] * factor;
+                #[unroll]
+                for i in 0..units {
+                    let score = scores[comptime!(i * count + j)];
+                    let weight = select(
+                        score > comptime!(HIDDEN / 2.0),
+                        (score - most[j]).exp(),
+                        0.0f32,
+                    );
+                    scores[comptime!(i * count + j)] = weight;
+                    sum += weight;
+                }
+                total[j] = sum;
+                largest[j] = most[j];
+                if comptime!(shape.fault() != Fault::Correction) {
+                    #[unroll]
+                    for inner in 0..vectors {
+                        sums[comptime!(j * vectors + inner)] *= F4::new(factor);
+                    }
+                }
+            }
+            add_product::<F>(v, at, &scores, &mut sums, vectors, units);
+        }
+    }
+
+    #[unroll]
+    for j in 0..count {
+        if mine.token[j] < n {
+            let factor = 1.0f32 / total[j];
+            write_row::<F>(&sums, factor, output, mine.row[j] * vectors, j, vectors);
+            log_sums[mine.row[j]] = largest[j] + total[j].ln();
+        }
+    }
+}
+
+/// As [`attention::backward_queries`](super::attention::backward_queries).
+#[cube(launch_unchecked)]
+pub fn plane_backward_queries<F: Float>(
+    q: &[Vector<F, Const<4>>],
+    k: &[Vector<F, Const<4>>],
+    v: &[Vector<F, Const<4>>],
+    gradient: &[Vector<F, Const<4>>],
+    log_sums: &[f32],
+    row_sums: &[f32],
+    tables: &[i32],
+    d_q: &mut [Vector<F, Const<4>>],
+    n: usize,
+    spans: usize,
+    tiles: usize,
+    #[comptime] shape: Shape,
+    #[comptime] units: usize,
+    #[define(F)] _type: ElemType,
+) {
+    let vectors = comptime!(shape.d / 4);
+    let count = comptime!(QUERIES / units);
+    let tile = CUBE_POS_X as usize;
+    let key_head = CUBE_POS_Y as usize;
+    let first = tile * comptime!(shape.tokens());
+    let mine = queries(tables, spans, first, n, key_head, shape, units);
+    let mut own = Array::<F4>::new(comptime!(count * vectors));
+    let mut own_gradient = Array::<F4>::new(comptime!(count * vectors));
+    let mut sums = zeros(comptime!(count * vectors));
+    let mut log_sum = Array::<f32>::new(count);
+    let mut row_sum = Array::<f32>::new(count);
+    #[unroll]
+    for j in 0..count {
+        read_row::<F>(q, mine.row[j] * vectors, &mut own, j, vectors);
+        read_row::<F>(
+            gradient,
+            mine.row[j] * vectors,
+            &mut own_gradient,
+            j,
+            vectors,
+        );
+        log_sum[j] = log_sums[mine.row[j]];
+        row_sum[j] = row_sums[mine.row[j]];
+    }
+
+    for index in tables[tiles + tile]..tables[tiles + tile + 1] {
+        let first_key = tables[tiles + index as usize] as usize;
+        let end = min(first_key + KEYS, min(first + comptime!(shape.tokens()), n));
+        for block in 0..(end - first_key).div_ceil(units) {
+            let first_key = first_key + block * units;
+            let key = min(first_key + UNIT_POS as usize, n - 1);
+            let (key_begin, key_end) = (tables[spans + key], tables[spans + n + key]);
+            let at = (key * shape.key_heads + key_head) * vectors;
+            let mut weights = zero_scores();
+            let mut d_scores = zero_scores();
+            add_dots::<F>(k, at, &own, &mut weights, vectors, units);
+            add_dots::<F>(v, at, &own_gradient, &mut d_scores, vectors, units);
+            #[unroll]
+            for i in 0..units {
+                let begin = plane_broadcast(key_begin, comptime!(i as u32));
+                let end = plane_broadcast(key_end, comptime!(i as u32));
+                #[unroll]
+                for j in 0..count {
+                    let place = comptime!(i * count + j);
+                    let (token, query_begin) = (mine.token[j], mine.begin[j]);
+                    let visible = token < n
+                        && is_visible(token, query_begin, first_key + i, begin, end, shape);
+                    let weight = select(visible, (weights[place] - log_sum[j]).exp(), 0.0f32);
+                    d_scores[place] = weight * (d_scores[place] - row_sum[j]);
+                }
+            }
+            add_product::<F>(k, at, &d_scores, &mut sums, vectors, units);
+        }
+    }
+
+    #[unroll]
+    for j in 0..count {
+        if mine.token[j] < n {
+            write_row::<F>(&sums, 1.0f32, d_q, mine.row[j] * vectors, j, vectors);
+        }
+    }
+}
+
+/// As [`attention::backward_keys`](super::attention::backward_keys).
+#[cube(launch_unchecked)]
+pub fn plane_backward_keys<F: Float>(
+    q: &[Vector<F, Const<4>>],
+    k: &[Vector<F, Const<4>>],
+    v: &[Vector<F, Const<4>>],
+    gradient: &[Vector<F, Const<4>>],
+    log_sums: &[f32],
+    row_sums: &[f32],
+    tables: &[i32],
+    d_k: &mut [Vector<F, Const<4>>],
+    d_v: &mut [Vector<F, Const<4>>],
+    n: usize,
+    spans: usize,
+    tiles: usize,
+    #[comptime] shape: Shape,
+    #[comptime] units: usize,
+    #[define(F)] _type: ElemType,
+) {
+    let vectors = comptime!(shape.d / 4);
+    let count = comptime!(KEYS / units);
+    let tile = CUBE_POS_X as usize;
+    let key_head = CUBE_POS_Y as usize;
+    let first_key = tile * KEYS;
+    let mut key = Array::<usize>::new(count);
+    let mut key_begin = Array::<i32>::new(count);
+    let mut key_end = Array::<i32>::new(count);
+    let mut own_k = Array::<F4>::new(comptime!(count * vectors));
+    let mut own_v = Array::<F4>::new(comptime!(count * vectors));
+    let mut k_sums = zeros(comptime!(count * vectors));
+    let mut v_sums = zeros(comptime!(count * vectors));
+    #[unroll]
+    for j in 0..count {
+        key[j] = first_key + UNIT_POS as usize * count + j;
+        let inside = min(key[j], n - 1);
+        key_begin[j] = tables[spans + inside];
+        key_end[j] = tables[spans + n + inside];
+        let at = (inside * shape.key_heads + key_head) * vectors;
+        read_row::<F>(k, at, &mut own_k, j, vectors);
+        read_row::<F>(v, at, &mut own_v, j, vectors);
+    }
+
+    for index in tables[tiles + tile]..tables[tiles + tile + 1] {
+        let first = tables[tiles + index as usize] as usize;
+        // Tokens before the first key do not see any.
+        let hidden = (max(first, first_key) - first) * shape.group;
+        for block in hidden / units..comptime!(QUERIES / units) {
+            let row = block * units + UNIT_POS as usize;
+            let (token, head) = query_of(row, first, n, key_head, shape);
+            let inside = min(token, n - 1);
+            let row = inside * comptime!(shape.heads()) + head;
+            let (mine_begin, mine_log, mine_sum) =
+                (tables[spans + inside], log_sums[row], row_sums[row]);
+            let mut weights = zero_scores();
+            let mut d_scores = zero_scores();
+            add_dots::<F>(q, row * vectors, &own_k, &mut weights, vectors, units);
+            add_dots::<F>(
+                gradient,
+                row * vectors,
+                &own_v,
+                &mut d_scores,
+                vectors,
+                units,
+            );
+            #[unroll]
+            for i in 0..units {
+                let begin = plane_broadcast(mine_begin, comptime!(i as u32));
+                let log_sum = plane_broadcast(mine_log, comptime!(i as u32));
+                let row_sum = plane_broadcast(mine_sum, comptime!(i as u32));
+                let query = plane_broadcast(token as u32, comptime!(i as u32)) as usize;
+                #[unroll]
+                for j in 0..count {
+                    let place = comptime!(i * count + j);
+                    let visible = query < n
+                        && is_visible(query, begin, key[j], key_begin[j], key_end[j], shape);
+                    let weight = select(visible, (weights[place] - log_sum).exp(), 0.0f32);
+                    weights[place] = weight;
+                    d_scores[place] = weight * (d_scores[place] - row_sum);
+                }
+            }
+            add_product::<F>(
+                gradient,
+                row * vectors,
+                &weights,
+                &mut v_sums,
+                vectors,
+                units,
+            );
+            add_product::<F>(q, row * vectors, &d_scores, &mut k_sums, vectors, units);
+        }
+    }
+
+    #[unroll]
+    for j in 0..count {
+        if key[j] < n {
+            let at = (key[j] * shape.key_heads + key_head) * vectors;
+            write_row::<F>(&k_sums, 1.0f32, d_k, at, j, vectors);
+            write_row::<F>(&v_sums, 1.0f32, d_v, at, j, vectors);
+        }
+    }
+}
