@@ -206,6 +206,9 @@ fn micro_batches_shared_beginnings_and_recomputation_add_no_upload_per_layer_and
     print("layer, small", &counts.layer);
     print("step, small", &counts.step);
     assert_eq!(counts.tokens, 37);
+    // Products of the few rows in the loss among them.
+    let dequantized = counts.step.kinds.get(&Kind::Dequantize);
+    assert_eq!(dequantized.map_or(0, |kind| kind.launches), 0);
     assert_eq!((counts.layer.uploads, counts.layer.reads), (0, 0));
     assert!(counts.step.uploads <= 4 * 3, "{}", counts.step.uploads);
     assert_eq!(counts.step.reads, 1);
