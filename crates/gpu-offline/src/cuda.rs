@@ -29,6 +29,36 @@ pub struct Tools {
     pub nvdisasm: PathBuf,
 }
 
+impl Tools {
+    /// In the folder `nvidia` of Python's packages.
+    pub fn find(packages: &Path) -> Result<Self> {
+        let find = |file: &str| {
+            let path = packages.join(file);
+            let missing = "is missing; crates/gpu-offline/setup installs it";
+            if path.is_file() {
+                Ok(path)
+            } else {
+                Err(anyhow!("{} {missing}", path.display()))
+            }
+        };
+        Ok(Self {
+            ptxas: find("cuda_nvcc/bin/ptxas")?,
+            nvdisasm: find("cu13/bin/nvdisasm")?,
+        })
+    }
+}
+
+/// What the table and the kept files call a kernel.
+#[derive(Debug, Clone)]
+pub struct Described {
+    /// The kernel and its settings.
+    pub name: String,
+    /// The same as the name of a file, without an ending.
+    pub file: String,
+    /// Threads of a workgroup.
+    pub threads: u32,
+}
+
 /// PTX, and the shared memory that the launch asks for.
 pub struct Ptx {
     /// The assembly.
@@ -69,16 +99,16 @@ pub fn llvm(kernel: &Kernel, target: Multiprocessor) -> Result<Ptx> {
     })
 }
 
-/// Assembles PTX, and measures the result. `folder` holds the files, named `stem`.
+/// Assembles PTX, and measures the result. `folder` holds the files.
 pub fn assemble(
     ptx: &Ptx,
     target: Multiprocessor,
     tools: &Tools,
     folder: &Path,
-    stem: &str,
-    (kernel, threads): (String, u32),
+    kernel: Described,
 ) -> Result<Row> {
-    let file = |ending: &str| folder.join(format!("{stem}.{ending}"));
+    let file =
+        |ending: &str| folder.join(format!("{}.sm_{}.{ending}", kernel.file, target.version));
     fs::write(file("ptx"), &ptx.text)?;
     let mut ptxas = Command::new(&tools.ptxas);
     ptxas
@@ -93,9 +123,9 @@ pub fn assemble(
     let listing = run(Command::new(&tools.nvdisasm).arg(file("cubin")))?;
     fs::write(file("sass"), &listing)?;
     Ok(Row {
-        kernel,
+        kernel: kernel.name,
         target,
-        threads,
+        threads: kernel.threads,
         dynamic_shared: ptx.dynamic_shared,
         resources,
         instructions: instructions(&listing),

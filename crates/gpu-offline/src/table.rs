@@ -1,7 +1,7 @@
 //! The table of compiled kernels, in Markdown.
 
 use crate::assembly::{Instructions, Resources};
-use crate::occupancy::{Multiprocessor, Needs, occupancy};
+use crate::occupancy::{Limit, Multiprocessor, Needs, occupancy};
 
 /// A kernel on a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -39,6 +39,13 @@ impl Row {
         };
         let fits = occupancy(&self.target, needs);
         let limits: Vec<&str> = fits.limits.iter().map(|limit| limit.name()).collect();
+        // With every warp taken, what else is used up does not matter.
+        let full = fits.limits.contains(&Limit::Threads);
+        let limits = if full {
+            Limit::Threads.name().into()
+        } else {
+            limits.join(", ")
+        };
         [
             self.threads.to_string(),
             self.resources.registers.to_string(),
@@ -50,7 +57,7 @@ impl Row {
             self.shared().to_string(),
             fits.blocks.to_string(),
             format!("{}/{}", fits.warps, self.target.warps),
-            limits.join(", "),
+            limits,
             self.instructions.matrix.to_string(),
             self.instructions.async_copies.to_string(),
         ]
@@ -77,7 +84,7 @@ const HEAD: [&str; 11] = [
 pub fn markdown(rows: &[Row]) -> String {
     let mut lines = vec![
         format!("| {} |", HEAD.join(" | ")),
-        format!("| --- | {}", "---: |".repeat(7)) + " --- | ---: | ---: |",
+        format!("| --- | {}", "---: | ".repeat(7)) + "--- | ---: | ---: |",
     ];
     for same_kernel in rows.chunk_by(|a, b| a.kernel == b.kernel) {
         let cells: Vec<_> = same_kernel.iter().map(Row::cells).collect();
