@@ -460,6 +460,7 @@ fn weights_again<F: Float>(
 ) {
     fill(weights, PART);
     fill(d_scores, PART);
+    #[unroll]
     for chunk in 0..comptime!(shape.chunks()) {
         load_queries::<F>(q, left, first, n, key_head, chunk, place.unit, shape);
         load_keys::<F>(k, right, first_key, n, key_head, chunk, place.unit, shape);
@@ -467,6 +468,7 @@ fn weights_again<F: Float>(
         add_dots(&*left, &*right, weights, place);
         sync_cube();
     }
+    #[unroll]
     for chunk in 0..comptime!(shape.chunks()) {
         load_queries::<F>(gradient, left, first, n, key_head, chunk, place.unit, shape);
         load_keys::<F>(v, right, first_key, n, key_head, chunk, place.unit, shape);

@@ -11,7 +11,7 @@ use cubecl::ir::nvidia::SmArch;
 use cubecl_llvm::nvptx::ptx_version::PtxVersion;
 use cubecl_llvm::{LlvmTarget, PlironArtifact, PlironCompiler, PlironOptions};
 
-use gpu_offline::assembly::{instructions, resources};
+use gpu_offline::assembly::{Resources, for_one_workgroup, instructions, resources};
 use gpu_offline::occupancy::Multiprocessor;
 use gpu_offline::table::Row;
 
@@ -45,6 +45,25 @@ impl Tools {
             ptxas: find("cuda_nvcc/bin/ptxas")?,
             nvdisasm: find("cu13/bin/nvdisasm")?,
         })
+    }
+}
+
+impl Tools {
+    /// Writes PTX to a file and its machine code to another.
+    fn assemble(
+        &self,
+        text: &str,
+        target: Multiprocessor,
+        ptx: &Path,
+        cubin: &Path,
+    ) -> Result<Resources> {
+        fs::write(ptx, text)?;
+        let mut ptxas = Command::new(&self.ptxas);
+        ptxas
+            .arg("-v")
+            .arg(format!("-arch={}", architecture(target.version)));
+        let said = run(ptxas.arg(ptx).arg("-o").arg(cubin))?;
+        resources(&said).with_context(|| format!("ptxas named no registers:\n{said}"))
     }
 }
 
@@ -109,17 +128,15 @@ pub fn assemble(
 ) -> Result<Row> {
     let file =
         |ending: &str| folder.join(format!("{}.sm_{}.{ending}", kernel.file, target.version));
-    fs::write(file("ptx"), &ptx.text)?;
-    let mut ptxas = Command::new(&tools.ptxas);
-    ptxas
-        .arg("-v")
-        .arg(format!("-arch={}", architecture(target.version)))
-        .arg(file("ptx"))
-        .arg("-o")
-        .arg(file("cubin"));
-    let said = run(&mut ptxas)?;
-    let resources =
-        resources(&said).with_context(|| format!("ptxas named no registers:\n{said}"))?;
+    let resources = tools.assemble(&ptx.text, target, &file("ptx"), &file("cubin"))?;
+    let mut without_spills = None;
+    if resources.spill_stores > 0
+        && let Some(text) = for_one_workgroup(&ptx.text)
+    {
+        let (ptx, cubin) = (file("one.ptx"), file("one.cubin"));
+        let alone = tools.assemble(&text, target, &ptx, &cubin)?;
+        without_spills = (alone.spill_stores == 0).then_some(alone.registers);
+    }
     let listing = run(Command::new(&tools.nvdisasm).arg(file("cubin")))?;
     fs::write(file("sass"), &listing)?;
     Ok(Row {
@@ -128,6 +145,7 @@ pub fn assemble(
         threads: kernel.threads,
         dynamic_shared: ptx.dynamic_shared,
         resources,
+        without_spills,
         instructions: instructions(&listing),
     })
 }

@@ -16,6 +16,9 @@ pub struct Row {
     pub dynamic_shared: u32,
     /// What the assembler says.
     pub resources: Resources,
+    /// The registers with which the assembler spills none, if it spills with the number that it chose: fewer registers,
+    /// so that more workgroups fit. `None` if it spills with every number.
+    pub without_spills: Option<u32>,
     /// What the disassembler shows.
     pub instructions: Instructions,
 }
@@ -24,6 +27,11 @@ impl Row {
     /// Whether registers were spilled.
     pub fn spills(&self) -> bool {
         self.resources.spill_stores + self.resources.spill_loads > 0
+    }
+
+    /// Whether registers were spilled and had to be: a thread has no more.
+    pub fn has_to_spill(&self) -> bool {
+        self.spills() && self.without_spills.is_none()
     }
 
     /// Shared memory of a workgroup in bytes.
@@ -117,6 +125,7 @@ mod tests {
             target: MULTIPROCESSORS[target],
             threads: 64,
             dynamic_shared: 9216,
+            without_spills: None,
             resources: Resources {
                 registers,
                 shared: 0,
