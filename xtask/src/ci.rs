@@ -76,7 +76,9 @@ pub fn run(full: bool) -> Result<ExitCode> {
     }
     if code == 0 && full {
         let name = "GPU kernels compiled for GPUs that are not here";
-        code = timed(name, || gpu_offline::run(&["--nvrtc".into()]))?;
+        code = timed(name, || {
+            gpu_offline::run(&["--for=cuda,nvrtc,spirv".into()])
+        })?;
     }
     if code == 0 && full {
         code = timed(

@@ -33,6 +33,14 @@ pub fn resources(output: &str) -> Option<Resources> {
     (found.registers > 0).then_some(found)
 }
 
+/// The same kernel with leave to use every register: the assembler spills rather than give up a workgroup of a
+/// multiprocessor, unless the code asks for one workgroup only. `None` if there is no place to say so.
+pub fn for_one_workgroup(ptx: &str) -> Option<String> {
+    let bounds = |line: &&str| line.starts_with(".reqntid") || line.starts_with(".maxntid");
+    let line = ptx.lines().find(bounds)?;
+    Some(ptx.replacen(line, &format!("{line}\n.minnctapersm 1"), 1))
+}
+
 /// The number that stands before these words.
 fn number_before(line: &str, words: &str) -> Option<u32> {
     let before = &line[..line.find(words)?];
@@ -108,6 +116,14 @@ mod tests {
             resources("ptxas fatal   : Unresolved extern function"),
             None
         );
+    }
+
+    #[test]
+    fn one_workgroup_is_asked_for_beside_its_size() {
+        let ptx = ".visible .entry k()\n.reqntid 64, 1, 1\n{\n}";
+        let expected = ".visible .entry k()\n.reqntid 64, 1, 1\n.minnctapersm 1\n{\n}";
+        assert_eq!(for_one_workgroup(ptx).as_deref(), Some(expected));
+        assert_eq!(for_one_workgroup(".entry k() {}"), None);
     }
 
     #[test]

@@ -11,7 +11,7 @@ use cubecl::ir::nvidia::SmArch;
 use cubecl_llvm::nvptx::ptx_version::PtxVersion;
 use cubecl_llvm::{LlvmTarget, PlironArtifact, PlironCompiler, PlironOptions};
 
-use gpu_offline::assembly::{instructions, resources};
+use gpu_offline::assembly::{Resources, for_one_workgroup, instructions, resources};
 use gpu_offline::occupancy::Multiprocessor;
 use gpu_offline::table::Row;
 
@@ -27,6 +27,55 @@ pub struct Tools {
     pub ptxas: PathBuf,
     /// The disassembler.
     pub nvdisasm: PathBuf,
+}
+
+impl Tools {
+    /// In the folder `nvidia` of Python's packages.
+    pub fn find(packages: &Path) -> Result<Self> {
+        let find = |file: &str| {
+            let path = packages.join(file);
+            let missing = "is missing; crates/gpu-offline/setup installs it";
+            if path.is_file() {
+                Ok(path)
+            } else {
+                Err(anyhow!("{} {missing}", path.display()))
+            }
+        };
+        Ok(Self {
+            ptxas: find("cuda_nvcc/bin/ptxas")?,
+            nvdisasm: find("cu13/bin/nvdisasm")?,
+        })
+    }
+}
+
+impl Tools {
+    /// Writes PTX to a file and its machine code to another.
+    fn assemble(
+        &self,
+        text: &str,
+        target: Multiprocessor,
+        ptx: &Path,
+        cubin: &Path,
+    ) -> Result<Resources> {
+        fs::write(ptx, text)?;
+        let mut ptxas = Command::new(&self.ptxas);
+        ptxas
+            .arg("-v")
+            .arg(format!("-arch={}", architecture(target.version)));
+        let said = run(ptxas.arg(ptx).arg("-o").arg(cubin))?;
+        resources(&said).with_context(|| format!("ptxas named no registers:\n{said}"))
+    }
+}
+
+/// What the table and the kept files call a kernel.
+#[derive(Debug, Clone)]
+pub struct Described {
+    /// The kernel and its settings.
+    pub name: String,
+    /// The same as the name of a file, without an ending.
+    pub file: String,
+    /// Threads of a workgroup.
+    pub threads: u32,
 }
 
 /// PTX, and the shared memory that the launch asks for.
@@ -69,35 +118,34 @@ pub fn llvm(kernel: &Kernel, target: Multiprocessor) -> Result<Ptx> {
     })
 }
 
-/// Assembles PTX, and measures the result. `folder` holds the files, named `stem`.
+/// Assembles PTX, and measures the result. `folder` holds the files.
 pub fn assemble(
     ptx: &Ptx,
     target: Multiprocessor,
     tools: &Tools,
     folder: &Path,
-    stem: &str,
-    (kernel, threads): (String, u32),
+    kernel: Described,
 ) -> Result<Row> {
-    let file = |ending: &str| folder.join(format!("{stem}.{ending}"));
-    fs::write(file("ptx"), &ptx.text)?;
-    let mut ptxas = Command::new(&tools.ptxas);
-    ptxas
-        .arg("-v")
-        .arg(format!("-arch={}", architecture(target.version)))
-        .arg(file("ptx"))
-        .arg("-o")
-        .arg(file("cubin"));
-    let said = run(&mut ptxas)?;
-    let resources =
-        resources(&said).with_context(|| format!("ptxas named no registers:\n{said}"))?;
+    let file =
+        |ending: &str| folder.join(format!("{}.sm_{}.{ending}", kernel.file, target.version));
+    let resources = tools.assemble(&ptx.text, target, &file("ptx"), &file("cubin"))?;
+    let mut without_spills = None;
+    if resources.spill_stores > 0
+        && let Some(text) = for_one_workgroup(&ptx.text)
+    {
+        let (ptx, cubin) = (file("one.ptx"), file("one.cubin"));
+        let alone = tools.assemble(&text, target, &ptx, &cubin)?;
+        without_spills = (alone.spill_stores == 0).then_some(alone.registers);
+    }
     let listing = run(Command::new(&tools.nvdisasm).arg(file("cubin")))?;
     fs::write(file("sass"), &listing)?;
     Ok(Row {
-        kernel,
+        kernel: kernel.name,
         target,
-        threads,
+        threads: kernel.threads,
         dynamic_shared: ptx.dynamic_shared,
         resources,
+        without_spills,
         instructions: instructions(&listing),
     })
 }

@@ -8,26 +8,25 @@ mod spirv;
 mod targets;
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::ExitCode;
 
-use anyhow::{Context, Result, bail};
-use clap::Parser;
-use cubecl::prelude::KernelMetadata as _;
+use anyhow::{Context, Result};
+use clap::{Parser, ValueEnum};
 
-use gpu_offline::occupancy::MULTIPROCESSORS;
+use gpu_offline::occupancy::{MULTIPROCESSORS, Multiprocessor};
 use gpu_offline::table::{Row, markdown};
 
 use crate::cases::{Case, Tensors};
-use crate::cuda::Tools;
+use crate::cuda::{Described, Tools};
 use crate::nvrtc::Nvrtc;
 use crate::recorder::{Kernel, recorded};
 use crate::spirv::VERSIONS;
 use crate::targets::{Compiler, Target};
 
 /// Compiles every GPU kernel for CUDA (sm_80, sm_89, sm_90) and for Vulkan. Needs no GPU and no driver. Prints a table
-/// of registers, spills, shared memory and occupancy. The exit code is 1 if a kernel spills registers, is not compiled,
-/// or is not valid SPIR-V.
+/// of registers, spills, shared memory and occupancy. The exit code is 1 if a kernel has to spill registers, is not
+/// compiled, or is not valid SPIR-V.
 #[derive(Parser)]
 struct Arguments {
     /// The folder `nvidia` of Python's packages with NVIDIA's tools (xtask names it)
@@ -39,22 +38,31 @@ struct Arguments {
     /// Keep PTX, machine code, its listing and SPIR-V in this folder
     #[arg(long, value_name = "FOLDER")]
     keep: Option<PathBuf>,
-    /// Also compile CubeCL's CUDA C++ with NVRTC, which Burn does not use by default
+    /// Also fail where the assembler spills to fit more workgroups on a multiprocessor
     #[arg(long)]
-    nvrtc: bool,
-    /// Compile for CUDA only
-    #[arg(long)]
-    no_spirv: bool,
+    strict: bool,
+    /// What to compile: `cuda`, with LLVM as Burn does by default; `nvrtc`, CUDA C++ with NVRTC; `spirv`
+    #[arg(
+        long = "for",
+        value_name = "LIST",
+        value_delimiter = ',',
+        default_value = "cuda,spirv"
+    )]
+    parts: Vec<Part>,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+enum Part {
+    Cuda,
+    Nvrtc,
+    Spirv,
 }
 
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
-        Ok(problems) if problems.is_empty() => ExitCode::SUCCESS,
+        Ok(0) => ExitCode::SUCCESS,
         Ok(problems) => {
-            for problem in &problems {
-                eprintln!("gpu-offline: {problem}");
-            }
-            eprintln!("gpu-offline: {} problems", problems.len());
+            eprintln!("gpu-offline: {problems} problems");
             ExitCode::FAILURE
         }
         Err(error) => {
@@ -64,134 +72,149 @@ fn main() -> ExitCode {
     }
 }
 
-/// Prints the tables; returns what is wrong with kernels.
-fn run(arguments: &Arguments) -> Result<Vec<String>> {
-    let tools = Tools {
-        ptxas: arguments.tools.join("cuda_nvcc/bin/ptxas"),
-        nvdisasm: arguments.tools.join("cu13/bin/nvdisasm"),
-    };
-    for tool in [&tools.ptxas, &tools.nvdisasm] {
-        if !tool.is_file() {
-            bail!(
-                "{} is missing; crates/gpu-offline/setup installs it",
-                tool.display()
-            );
-        }
-    }
-    if !arguments.no_spirv
-        && std::process::Command::new("spirv-val")
-            .arg("--version")
-            .output()
-            .is_err()
-    {
-        bail!(
-            "spirv-val is missing (Debian, Ubuntu: apt install spirv-tools); --no-spirv leaves its part out"
-        );
-    }
-    let nvrtc = arguments
-        .nvrtc
-        .then(|| Nvrtc::load(&arguments.tools))
-        .transpose()?;
+/// Prints the tables and what is wrong with kernels; returns how much is.
+fn run(arguments: &Arguments) -> Result<usize> {
+    let tools = Tools::find(&arguments.tools)?;
     let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
     let folder = arguments.keep.as_deref().unwrap_or(scratch.path());
     fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
-
     let cases = cases::all();
-    let mut problems = Vec::new();
-    let mut compilers = vec![(Compiler::Llvm, "LLVM, which Burn uses by default")];
-    if nvrtc.is_some() {
-        compilers.push((Compiler::Nvrtc, "CUDA C++ and NVRTC"));
-    }
-    for (compiler, name) in compilers {
-        let mut rows = Vec::new();
-        for case in &cases {
-            let compile = |kernel: &Launched, target| match compiler {
-                Compiler::Llvm => cuda::llvm(&kernel.kernel, target),
-                Compiler::Nvrtc => nvrtc
-                    .as_ref()
-                    .context("not loaded")?
-                    .compile(&kernel.kernel, target),
-            };
-            for multiprocessor in MULTIPROCESSORS {
-                for kernel in launched(
-                    case,
-                    Target::Cuda(compiler, multiprocessor),
-                    &arguments.only,
-                ) {
-                    let stem = format!(
-                        "{}_sm_{}_{compiler:?}",
-                        kernel.file_name(),
-                        multiprocessor.version
-                    );
-                    let name = (kernel.name.clone(), kernel.threads());
-                    let row = compile(&kernel, multiprocessor).and_then(|ptx| {
-                        cuda::assemble(&ptx, multiprocessor, &tools, folder, &stem, name)
-                    });
-                    match row {
-                        Ok(row) => {
-                            if row.spills() {
-                                problems.push(format!(
-                                    "{}: spills on sm_{}",
-                                    kernel.name, multiprocessor.version
-                                ));
-                            }
-                            rows.push(row);
+    let mut problems = Problems::default();
+    for part in &arguments.parts {
+        match part {
+            Part::Cuda => {
+                let rows = cuda_rows(
+                    &cases,
+                    arguments,
+                    Compiler::Llvm,
+                    &mut problems,
+                    |kernel, sm| {
+                        cuda::assemble(
+                            &cuda::llvm(&kernel.kernel, sm)?,
+                            sm,
+                            &tools,
+                            folder,
+                            kernel.described(),
+                        )
+                    },
+                );
+                print_rows("CubeCL's LLVM compiler, which Burn uses by default", rows);
+            }
+            Part::Nvrtc => {
+                let nvrtc = Nvrtc::load(&arguments.tools)?;
+                let rows = cuda_rows(
+                    &cases,
+                    arguments,
+                    Compiler::Nvrtc,
+                    &mut problems,
+                    |kernel, sm| {
+                        cuda::assemble(
+                            &nvrtc.compile(&kernel.kernel, sm)?,
+                            sm,
+                            &tools,
+                            folder,
+                            kernel.described(),
+                        )
+                    },
+                );
+                print_rows("CubeCL's CUDA C++ compiler and NVRTC", rows);
+            }
+            Part::Spirv => {
+                let validator = spirv::validator(&arguments.tools)?;
+                for version in VERSIONS {
+                    let mut valid = 0;
+                    for kernel in cases
+                        .iter()
+                        .flat_map(|case| launched(case, Target::Vulkan, arguments))
+                    {
+                        let checked = spirv::compile(&kernel.kernel, version).and_then(|module| {
+                            spirv::validate(
+                                &module,
+                                version,
+                                &validator,
+                                folder,
+                                &kernel.file_name(),
+                            )
+                        });
+                        match checked {
+                            Ok(()) => valid += 1,
+                            Err(error) => problems.add(
+                                &kernel.name,
+                                version.environment,
+                                &format!("{error:#}"),
+                            ),
                         }
-                        Err(error) => problems.push(format!(
-                            "{}, sm_{}: {error:#}",
-                            kernel.name, multiprocessor.version
-                        )),
                     }
+                    println!(
+                        "SPIR-V for {}: {valid} kernels are valid.",
+                        version.environment
+                    );
                 }
             }
         }
-        print_rows(name, &mut rows);
     }
-    if !arguments.no_spirv {
-        problems.extend(spirv(&cases, &arguments.only, folder));
-    }
-    Ok(problems)
+    Ok(problems.count)
 }
 
-/// Rows of a kernel side by side, whatever order they were compiled in.
-fn print_rows(name: &str, rows: &mut [Row]) {
-    rows.sort_by(|a, b| {
-        a.kernel
-            .cmp(&b.kernel)
-            .then(a.target.version.cmp(&b.target.version))
-    });
+/// What is wrong, printed at once: a run takes minutes.
+#[derive(Default)]
+struct Problems {
+    count: usize,
+}
+
+impl Problems {
+    fn add(&mut self, kernel: &str, target: &str, problem: &str) {
+        eprintln!("gpu-offline: {kernel}, {target}: {problem}");
+        self.count += 1;
+    }
+}
+
+/// Compiles every kernel for every multiprocessor.
+fn cuda_rows(
+    cases: &[Case],
+    arguments: &Arguments,
+    compiler: Compiler,
+    problems: &mut Problems,
+    compile: impl Fn(&Launched, Multiprocessor) -> Result<Row>,
+) -> Vec<Row> {
+    let mut rows = Vec::new();
+    for multiprocessor in MULTIPROCESSORS {
+        let target = Target::Cuda(compiler, multiprocessor);
+        let name = format!("sm_{}", multiprocessor.version);
+        for kernel in cases
+            .iter()
+            .flat_map(|case| launched(case, target, arguments))
+        {
+            match compile(&kernel, multiprocessor) {
+                Ok(row) => {
+                    if let Some(registers) = row.without_spills {
+                        eprintln!(
+                            "gpu-offline: {}, {name}: the assembler spills {} bytes to fit more workgroups; {registers} \
+                             registers would do without",
+                            row.kernel, row.resources.spill_stores
+                        );
+                    }
+                    if row.has_to_spill() || row.spills() && arguments.strict {
+                        problems.add(&row.kernel, &name, "registers are spilled");
+                    }
+                    rows.push(row);
+                }
+                Err(error) => problems.add(&kernel.name, &name, &format!("{error:#}")),
+            }
+        }
+    }
+    rows
+}
+
+/// Prints rows, those of a kernel side by side.
+fn print_rows(compiler: &str, mut rows: Vec<Row>) {
+    rows.sort_by(|a, b| (&a.kernel, a.target.version).cmp(&(&b.kernel, b.target.version)));
     let targets = MULTIPROCESSORS.map(|it| format!("sm_{}", it.version));
-    println!("Compiled by {name}. Values of {}:\n", targets.join(" · "));
-    println!("{}\n", markdown(rows));
-}
-
-/// Compiles for Vulkan and validates; returns what is wrong.
-fn spirv(cases: &[Case], only: &str, folder: &Path) -> Vec<String> {
-    let mut problems = Vec::new();
-    for version in VERSIONS {
-        let mut valid = 0;
-        for case in cases {
-            for kernel in launched(case, Target::Vulkan, only) {
-                let checked = spirv::compile(&kernel.kernel, version).and_then(|module| {
-                    spirv::validate(&module, version, folder, &kernel.file_name())
-                });
-                match checked {
-                    Ok(()) => valid += 1,
-                    Err(error) => {
-                        problems.push(format!(
-                            "{}, {}: {error:#}",
-                            kernel.name, version.environment
-                        ));
-                    }
-                }
-            }
-        }
-        println!(
-            "SPIR-V for {}: {valid} kernels are valid (spirv-val).",
-            version.environment
-        );
-    }
-    problems
+    println!(
+        "Compiled by {compiler}. Values of {}:\n",
+        targets.join(" · ")
+    );
+    println!("{}\n", markdown(&rows));
 }
 
 /// A kernel of ours that a case launched.
@@ -202,10 +225,13 @@ struct Launched {
 }
 
 impl Launched {
-    fn threads(&self) -> u32 {
-        {
-            let size = self.kernel.id().cube_dim;
-            size.x * size.y * size.z
+    /// As the table names it.
+    fn described(&self) -> Described {
+        let size = self.kernel.id().cube_dim;
+        Described {
+            name: self.name.clone(),
+            file: self.file_name(),
+            threads: size.x * size.y * size.z,
         }
     }
 
@@ -216,7 +242,7 @@ impl Launched {
 }
 
 /// The kernels of ours that a case launches on a target.
-fn launched(case: &Case, target: Target, only: &str) -> Vec<Launched> {
+fn launched(case: &Case, target: Target, arguments: &Arguments) -> Vec<Launched> {
     let client = recorder::client(target);
     let tensors = Tensors {
         client: client.clone(),
@@ -228,7 +254,8 @@ fn launched(case: &Case, target: Target, only: &str) -> Vec<Launched> {
         let path = path.split('<').next().unwrap_or(path);
         let (path, _type) = path.rsplit_once("::")?;
         let name = format!("`{path}` {}", case.settings);
-        name.contains(only).then_some(Launched { name, kernel })
+        name.contains(&arguments.only)
+            .then_some(Launched { name, kernel })
     });
     named.collect()
 }

@@ -1,7 +1,7 @@
 //! The table of compiled kernels, in Markdown.
 
 use crate::assembly::{Instructions, Resources};
-use crate::occupancy::{Multiprocessor, Needs, occupancy};
+use crate::occupancy::{Limit, Multiprocessor, Needs, occupancy};
 
 /// A kernel on a GPU.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -16,6 +16,9 @@ pub struct Row {
     pub dynamic_shared: u32,
     /// What the assembler says.
     pub resources: Resources,
+    /// The registers with which the assembler spills none, if it spills with the number that it chose: fewer registers,
+    /// so that more workgroups fit. `None` if it spills with every number.
+    pub without_spills: Option<u32>,
     /// What the disassembler shows.
     pub instructions: Instructions,
 }
@@ -24,6 +27,11 @@ impl Row {
     /// Whether registers were spilled.
     pub fn spills(&self) -> bool {
         self.resources.spill_stores + self.resources.spill_loads > 0
+    }
+
+    /// Whether registers were spilled and had to be: a thread has no more.
+    pub fn has_to_spill(&self) -> bool {
+        self.spills() && self.without_spills.is_none()
     }
 
     /// Shared memory of a workgroup in bytes.
@@ -39,6 +47,13 @@ impl Row {
         };
         let fits = occupancy(&self.target, needs);
         let limits: Vec<&str> = fits.limits.iter().map(|limit| limit.name()).collect();
+        // With every warp taken, what else is used up does not matter.
+        let full = fits.limits.contains(&Limit::Threads);
+        let limits = if full {
+            Limit::Threads.name().into()
+        } else {
+            limits.join(", ")
+        };
         [
             self.threads.to_string(),
             self.resources.registers.to_string(),
@@ -50,7 +65,7 @@ impl Row {
             self.shared().to_string(),
             fits.blocks.to_string(),
             format!("{}/{}", fits.warps, self.target.warps),
-            limits.join(", "),
+            limits,
             self.instructions.matrix.to_string(),
             self.instructions.async_copies.to_string(),
         ]
@@ -77,7 +92,7 @@ const HEAD: [&str; 11] = [
 pub fn markdown(rows: &[Row]) -> String {
     let mut lines = vec![
         format!("| {} |", HEAD.join(" | ")),
-        format!("| --- | {}", "---: |".repeat(7)) + " --- | ---: | ---: |",
+        format!("| --- | {}", "---: | ".repeat(7)) + "--- | ---: | ---: |",
     ];
     for same_kernel in rows.chunk_by(|a, b| a.kernel == b.kernel) {
         let cells: Vec<_> = same_kernel.iter().map(Row::cells).collect();
@@ -110,6 +125,7 @@ mod tests {
             target: MULTIPROCESSORS[target],
             threads: 64,
             dynamic_shared: 9216,
+            without_spills: None,
             resources: Resources {
                 registers,
                 shared: 0,
