@@ -13,58 +13,41 @@ use super::fault::Fault;
 
 type F4 = Vector<f32, Const<4>>;
 
-/// Adds to `scores`, `[units, own rows]`, the products of the rows that the units read and each unit's own rows.
+/// The row that unit `i` has read.
 #[cube]
-fn add_dots<F: Float>(
-    from: &[Vector<F, Const<4>>],
-    at: usize,
-    own: &Array<F4>,
-    scores: &mut Array<f32>,
-    #[comptime] vectors: usize,
-    #[comptime] units: usize,
-) {
-    let count = comptime!(QUERIES / units);
+fn row_of_unit(mine: &Array<F4>, i: u32, #[comptime] vectors: usize) -> Array<F4> {
+    let mut row = Array::<F4>::new(vectors);
     #[unroll]
     for inner in 0..vectors {
-        let mine = F4::cast_from(from[at + inner]);
-        #[unroll]
-        for i in 0..units {
-            let row = plane_broadcast(mine, comptime!(i as u32));
-            #[unroll]
-            for j in 0..count {
-                let product = row * own[comptime!(j * vectors + inner)];
-                scores[comptime!(i * count + j)] += product.extract(0usize)
-                    + product.extract(1usize)
-                    + product.extract(2usize)
-                    + product.extract(3usize);
-            }
-        }
+        row[inner] = plane_shuffle(mine[inner], i);
     }
+    row
 }
 
-/// Adds to `sums`, a unit's own rows, the rows that the units read times `weights`, `[units, own rows]`.
+/// The product of a row and one of a unit's own.
 #[cube]
-fn add_product<F: Float>(
-    from: &[Vector<F, Const<4>>],
-    at: usize,
-    weights: &Array<f32>,
-    sums: &mut Array<F4>,
-    #[comptime] vectors: usize,
-    #[comptime] units: usize,
-) {
-    let count = comptime!(QUERIES / units);
+fn dot(row: &Array<F4>, own: &Array<F4>, #[comptime] j: usize, #[comptime] vectors: usize) -> f32 {
+    let mut sum = F4::new(0.0f32);
     #[unroll]
     for inner in 0..vectors {
-        let mine = F4::cast_from(from[at + inner]);
-        #[unroll]
-        for i in 0..units {
-            let row = plane_broadcast(mine, comptime!(i as u32));
-            #[unroll]
-            for j in 0..count {
-                let sum = comptime!(j * vectors + inner);
-                sums[sum] = fma(F4::new(weights[comptime!(i * count + j)]), row, sums[sum]);
-            }
-        }
+        sum = fma(row[inner], own[comptime!(j * vectors + inner)], sum);
+    }
+    sum.extract(0usize) + sum.extract(1usize) + sum.extract(2usize) + sum.extract(3usize)
+}
+
+/// Adds a row times `weight` to one of a unit's own.
+#[cube]
+fn add_row(
+    row: &Array<F4>,
+    weight: f32,
+    sums: &mut Array<F4>,
+    #[comptime] j: usize,
+    #[comptime] vectors: usize,
+) {
+    #[unroll]
+    for inner in 0..vectors {
+        let at = comptime!(j * vectors + inner);
+        sums[at] = fma(F4::new(weight), row[inner], sums[at]);
     }
 }
 
@@ -106,16 +89,6 @@ fn zeros(#[comptime] length: usize) -> Array<F4> {
     #[unroll]
     for i in 0..length {
         array[i] = F4::new(0.0f32);
-    }
-    array
-}
-
-#[cube]
-fn zero_scores() -> Array<f32> {
-    let mut array = Array::<f32>::new(QUERIES);
-    #[unroll]
-    for i in 0..QUERIES {
-        array[i] = 0.0f32;
     }
     array
 }
@@ -210,52 +183,37 @@ pub fn plane_forward<F: Float>(
             let key = min(first_key + UNIT_POS as usize, n - 1);
             let (key_begin, key_end) = (tables[spans + key], tables[spans + n + key]);
             let at = (key * shape.key_heads + key_head) * vectors;
-            let mut scores = zero_scores();
-            add_dots::<F>(k, at, &own, &mut scores, vectors, units);
-            let mut most = Array::<f32>::new(count);
-            #[unroll]
-            for j in 0..count {
-                most[j] = largest[j];
-            }
-            #[unroll]
-            for i in 0..units {
-                let begin = plane_broadcast(key_begin, comptime!(i as u32));
-                let end = plane_broadcast(key_end, comptime!(i as u32));
+            let mut mine_k = Array::<F4>::new(vectors);
+            let mut mine_v = Array::<F4>::new(vectors);
+            read_row::<F>(k, at, &mut mine_k, 0usize, vectors);
+            read_row::<F>(v, at, &mut mine_v, 0usize, vectors);
+            for i in 0..min(units, end - first_key) {
+                let unit = i as u32;
+                let k_row = row_of_unit(&mine_k, unit, vectors);
+                let v_row = row_of_unit(&mine_v, unit, vectors);
+                let begin = plane_shuffle(key_begin, unit);
+                let end = plane_shuffle(key_end, unit);
                 #[unroll]
                 for j in 0..count {
                     let (token, query_begin) = (mine.token[j], mine.begin[j]);
                     let visible = token < n
                         && is_visible(token, query_begin, first_key + i, begin, end, shape);
-                    let score = select(visible, scores[comptime!(i * count + j)], HIDDEN);
-                    scores[comptime!(i * count + j)] = score;
-                    most[j] = max(most[j], score);
-                }
-            }
-            #[unroll]
-            for j in 0..count {
-                let factor = (largest[j] - most[j]).exp();
-                let mut sum = total[j] * factor;
-                #[unroll]
-                for i in 0..units {
-                    let score = scores[comptime!(i * count + j)];
-                    let weight = select(
-                        score > comptime!(HIDDEN / 2.0),
-                        (score - most[j]).exp(),
-                        0.0f32,
-                    );
-                    scores[comptime!(i * count + j)] = weight;
-                    sum += weight;
-                }
-                total[j] = sum;
-                largest[j] = most[j];
-                if comptime!(shape.fault() != Fault::Correction) {
+                    let score = select(visible, dot(&k_row, &own, j, vectors), HIDDEN);
+                    let most = max(largest[j], score);
+                    let mut factor = (largest[j] - most).exp();
+                    let weight = select(visible, (score - most).exp(), 0.0f32);
+                    total[j] = total[j] * factor + weight;
+                    largest[j] = most;
+                    if comptime!(shape.fault() == Fault::Correction) {
+                        factor = 1.0f32;
+                    }
                     #[unroll]
                     for inner in 0..vectors {
-                        sums[comptime!(j * vectors + inner)] *= F4::new(factor);
+                        let at = comptime!(j * vectors + inner);
+                        sums[at] = fma(F4::new(weight), v_row[inner], sums[at] * F4::new(factor));
                     }
                 }
             }
-            add_product::<F>(v, at, &scores, &mut sums, vectors, units);
         }
     }
 
@@ -320,25 +278,27 @@ pub fn plane_backward_queries<F: Float>(
             let key = min(first_key + UNIT_POS as usize, n - 1);
             let (key_begin, key_end) = (tables[spans + key], tables[spans + n + key]);
             let at = (key * shape.key_heads + key_head) * vectors;
-            let mut weights = zero_scores();
-            let mut d_scores = zero_scores();
-            add_dots::<F>(k, at, &own, &mut weights, vectors, units);
-            add_dots::<F>(v, at, &own_gradient, &mut d_scores, vectors, units);
-            #[unroll]
-            for i in 0..units {
-                let begin = plane_broadcast(key_begin, comptime!(i as u32));
-                let end = plane_broadcast(key_end, comptime!(i as u32));
+            let mut mine_k = Array::<F4>::new(vectors);
+            let mut mine_v = Array::<F4>::new(vectors);
+            read_row::<F>(k, at, &mut mine_k, 0usize, vectors);
+            read_row::<F>(v, at, &mut mine_v, 0usize, vectors);
+            for i in 0..min(units, end - first_key) {
+                let unit = i as u32;
+                let k_row = row_of_unit(&mine_k, unit, vectors);
+                let v_row = row_of_unit(&mine_v, unit, vectors);
+                let begin = plane_shuffle(key_begin, unit);
+                let end = plane_shuffle(key_end, unit);
                 #[unroll]
                 for j in 0..count {
-                    let place = comptime!(i * count + j);
                     let (token, query_begin) = (mine.token[j], mine.begin[j]);
                     let visible = token < n
                         && is_visible(token, query_begin, first_key + i, begin, end, shape);
-                    let weight = select(visible, (weights[place] - log_sum[j]).exp(), 0.0f32);
-                    d_scores[place] = weight * (d_scores[place] - row_sum[j]);
+                    let score = dot(&k_row, &own, j, vectors) - log_sum[j];
+                    let weight = select(visible, score.exp(), 0.0f32);
+                    let d_score = weight * (dot(&v_row, &own_gradient, j, vectors) - row_sum[j]);
+                    add_row(&k_row, d_score, &mut sums, j, vectors);
                 }
             }
-            add_product::<F>(k, at, &d_scores, &mut sums, vectors, units);
         }
     }
 
@@ -403,42 +363,29 @@ pub fn plane_backward_keys<F: Float>(
             let row = inside * comptime!(shape.heads()) + head;
             let (mine_begin, mine_log, mine_sum) =
                 (tables[spans + inside], log_sums[row], row_sums[row]);
-            let mut weights = zero_scores();
-            let mut d_scores = zero_scores();
-            add_dots::<F>(q, row * vectors, &own_k, &mut weights, vectors, units);
-            add_dots::<F>(
-                gradient,
-                row * vectors,
-                &own_v,
-                &mut d_scores,
-                vectors,
-                units,
-            );
-            #[unroll]
+            let mut mine_q = Array::<F4>::new(vectors);
+            let mut mine_gradient = Array::<F4>::new(vectors);
+            read_row::<F>(q, row * vectors, &mut mine_q, 0usize, vectors);
+            read_row::<F>(gradient, row * vectors, &mut mine_gradient, 0usize, vectors);
             for i in 0..units {
-                let begin = plane_broadcast(mine_begin, comptime!(i as u32));
-                let log_sum = plane_broadcast(mine_log, comptime!(i as u32));
-                let row_sum = plane_broadcast(mine_sum, comptime!(i as u32));
-                let query = plane_broadcast(token as u32, comptime!(i as u32)) as usize;
+                let unit = i as u32;
+                let q_row = row_of_unit(&mine_q, unit, vectors);
+                let gradient_row = row_of_unit(&mine_gradient, unit, vectors);
+                let begin = plane_shuffle(mine_begin, unit);
+                let log_sum = plane_shuffle(mine_log, unit);
+                let row_sum = plane_shuffle(mine_sum, unit);
+                let query = plane_shuffle(token as u32, unit) as usize;
                 #[unroll]
                 for j in 0..count {
-                    let place = comptime!(i * count + j);
                     let visible = query < n
                         && is_visible(query, begin, key[j], key_begin[j], key_end[j], shape);
-                    let weight = select(visible, (weights[place] - log_sum).exp(), 0.0f32);
-                    weights[place] = weight;
-                    d_scores[place] = weight * (d_scores[place] - row_sum);
+                    let score = dot(&q_row, &own_k, j, vectors) - log_sum;
+                    let weight = select(visible, score.exp(), 0.0f32);
+                    let d_score = weight * (dot(&gradient_row, &own_v, j, vectors) - row_sum);
+                    add_row(&gradient_row, weight, &mut v_sums, j, vectors);
+                    add_row(&q_row, d_score, &mut k_sums, j, vectors);
                 }
             }
-            add_product::<F>(
-                gradient,
-                row * vectors,
-                &weights,
-                &mut v_sums,
-                vectors,
-                units,
-            );
-            add_product::<F>(q, row * vectors, &d_scores, &mut k_sums, vectors, units);
         }
     }
 
