@@ -16,7 +16,7 @@ use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::server::{MemoryLayoutDescriptor, MemoryLayoutStrategy};
 use cubecl::zspace::metadata::Metadata;
 use cubecl_server::client::Client;
-use gpu_kernels::{AttentionShape, GpuOps, Group, Terms, TiledAttention};
+use gpu_kernels::{AdamWNumbers, AttentionShape, GpuOps, Group, Terms, TiledAttention};
 
 /// A call whose kernels are compiled.
 pub struct Case {
@@ -98,6 +98,12 @@ pub fn all() -> Vec<Case> {
         case("4 bit, G·Wᵀ, bf16, low rank", |on| {
             product(on, Weight::Ours(QuantValue::Q4S), true, BF16)
         }),
+        case("8 bit, x·W, bf16, low rank, 64 rows", |on| {
+            product_of(on, Weight::Ours(QuantValue::Q8S), false, BF16, 64)
+        }),
+        case("8 bit, x·W, bf16, low rank, 1 row", |on| {
+            product_of(on, Weight::Ours(QuantValue::Q8S), false, BF16, 1)
+        }),
         case("8 bit of GGUF, x·W, f32, low rank", |on| {
             product(on, Weight::Gguf, false, F32)
         }),
@@ -118,7 +124,11 @@ pub fn all() -> Vec<Case> {
         case("head 128, f32", |on| rotation(on, &LLAMA, F32)),
         case("head 128, bf16", |on| rotation(on, &LLAMA, BF16)),
         case("head 64, f32", |on| rotation(on, &SMOL, F32)),
-        case("f32", cross_entropy),
+        case("f32", |on| cross_entropy(on, F32)),
+        case("to bf16", |on| cross_entropy(on, BF16)),
+        case("f32", |on| gates(on, F32)),
+        case("bf16", |on| gates(on, BF16)),
+        case("f32", adamw),
     ]
 }
 
@@ -128,6 +138,10 @@ enum Weight {
 }
 
 fn product(on: &Tensors, weight: Weight, transposed: bool, dtype: DType) {
+    product_of(on, weight, transposed, dtype, TOKENS);
+}
+
+fn product_of(on: &Tensors, weight: Weight, transposed: bool, dtype: DType, rows: usize) {
     let (d_in, d_out) = (LLAMA.hidden, LLAMA.mlp);
     let (k, m) = if transposed {
         (d_out, d_in)
@@ -145,10 +159,10 @@ fn product(on: &Tensors, weight: Weight, transposed: bool, dtype: DType) {
         dtype,
     };
     CubeBackend::packed_product(
-        on.floats([TOKENS, k], dtype),
+        on.floats([rows, k], dtype),
         weight,
-        on.floats([TOKENS, m], dtype),
-        on.floats([TOKENS, RANK], F32),
+        on.floats([rows, m], dtype),
+        on.floats([rows, RANK], F32),
         on.floats([RANK, m], F32),
         terms,
     );
@@ -204,7 +218,7 @@ fn norms(on: &Tensors, dtype: DType) {
     let gain = || on.floats([1, LLAMA.hidden], F32);
     CubeBackend::rms_norm_rows(rows(), gain(), 1e-5, dtype);
     let inverse = on.floats([TOKENS, 1], F32);
-    CubeBackend::rms_norm_rows_backward(rows(), inverse, gain(), rows(), rows());
+    CubeBackend::rms_norm_rows_backward(rows(), inverse, gain(), rows(), rows(), None);
 }
 
 fn rotation(on: &Tensors, model: &Model, dtype: DType) {
@@ -213,9 +227,29 @@ fn rotation(on: &Tensors, model: &Model, dtype: DType) {
     CubeBackend::rotate_heads(x, angles(), angles(), 1.0, 1.0);
 }
 
-fn cross_entropy(on: &Tensors) {
+fn cross_entropy(on: &Tensors, dtype: DType) {
     let logits = on.floats([TOKENS, LLAMA.vocabulary], F32);
-    CubeBackend::cross_entropy_rows(logits, on.ints(TOKENS));
+    CubeBackend::cross_entropy_rows(logits, on.ints(TOKENS), 1.0, dtype);
+}
+
+fn gates(on: &Tensors, dtype: DType) {
+    let wide = || on.floats([TOKENS, LLAMA.mlp], dtype);
+    CubeBackend::swiglu_rows(wide(), wide());
+    CubeBackend::swiglu_rows_backward(wide(), wide(), wide());
+}
+
+fn adamw(on: &Tensors) {
+    let values = || on.floats([4096], F32);
+    CubeBackend::partial_squares(values());
+    let numbers = AdamWNumbers {
+        factor: 1.0,
+        betas: [0.9, 0.999],
+        epsilon: 1e-8,
+        corrections: [1.0; 2],
+        kept: 1.0,
+        rate: 1e-4,
+    };
+    CubeBackend::adamw_update(values(), values(), values(), values(), numbers);
 }
 
 /// Makes tensors that only describe themselves.
