@@ -204,6 +204,8 @@ mod tests {
             features(&[Backend::Wgpu]),
             ["trainer/wgpu", "tests/wgpu", "trainer/autotune"]
         );
+        let compilers = "gpu-offline/compilers".to_owned();
+        assert!(features(&[Backend::Cuda]).contains(&compilers));
     }
 
     #[test]

@@ -77,12 +77,17 @@ fn run(arguments: &Arguments) -> Result<usize> {
     let tools = Tools::find(&arguments.tools)?;
     let scratch = tempfile::tempdir().context("cannot make a temporary folder")?;
     let folder = arguments.keep.as_deref().unwrap_or(scratch.path());
-    fs::create_dir_all(folder).with_context(|| format!("cannot make {}", folder.display()))?;
+    let made = |part: &str| {
+        let folder = folder.join(part);
+        fs::create_dir_all(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        anyhow::Ok(folder)
+    };
     let cases = cases::all();
     let mut problems = Problems::default();
     for part in &arguments.parts {
         match part {
             Part::Cuda => {
+                let folder = made("cuda")?;
                 let rows = cuda_rows(
                     &cases,
                     arguments,
@@ -93,7 +98,7 @@ fn run(arguments: &Arguments) -> Result<usize> {
                             &cuda::llvm(&kernel.kernel, sm)?,
                             sm,
                             &tools,
-                            folder,
+                            &folder,
                             kernel.described(),
                         )
                     },
@@ -101,6 +106,7 @@ fn run(arguments: &Arguments) -> Result<usize> {
                 print_rows("CubeCL's LLVM compiler, which Burn uses by default", rows);
             }
             Part::Nvrtc => {
+                let folder = made("nvrtc")?;
                 let nvrtc = Nvrtc::load(&arguments.tools)?;
                 let rows = cuda_rows(
                     &cases,
@@ -112,7 +118,7 @@ fn run(arguments: &Arguments) -> Result<usize> {
                             &nvrtc.compile(&kernel.kernel, sm)?,
                             sm,
                             &tools,
-                            folder,
+                            &folder,
                             kernel.described(),
                         )
                     },
@@ -120,6 +126,7 @@ fn run(arguments: &Arguments) -> Result<usize> {
                 print_rows("CubeCL's CUDA C++ compiler and NVRTC", rows);
             }
             Part::Spirv => {
+                let folder = made("spirv")?;
                 let validator = spirv::validator(&arguments.tools)?;
                 for version in VERSIONS {
                     let mut valid = 0;
@@ -132,7 +139,7 @@ fn run(arguments: &Arguments) -> Result<usize> {
                                 &module,
                                 version,
                                 &validator,
-                                folder,
+                                &folder,
                                 &kernel.file_name(),
                             )
                         });

@@ -144,7 +144,7 @@ mod tests {
         (result.blocks, result.warps, result.limits)
     }
 
-    /// The numbers are those of the spreadsheet "CUDA Occupancy Calculator".
+    /// Worked out by hand from the limits.
     #[test]
     fn the_scarcest_resource_limits_the_workgroups() {
         // 65,536 registers: 8 warps of 128 × 32 in each of four parts…
