@@ -29,9 +29,9 @@ use cubecl::ir::{DeviceProperties, ElemType};
 use cubecl::prelude::*;
 
 use super::fault::{self, Fault};
-use super::launch::{dims, element, empty};
+use super::fragment::{Fragment, only_burn_has_units};
+use super::launch::{dims, element, empty, launch};
 use super::matrix_attention;
-use super::matrix_product::{Fragment, only_burn_has_units};
 use super::operations::TiledAttention;
 use super::{plane_attention, plane_of_software_driver};
 
@@ -726,44 +726,35 @@ pub fn launch_forward(
     let (shape, [n, width]) = (tiled.shape, dims(&q));
     let output = empty(&q, [n, width], q.dtype);
     let log_sums = empty(&q, [n, shape.heads()], DType::F32);
-    let (client, element) = (q.client.clone(), element(q.dtype));
+    let element = element(q.dtype);
     if let Some(fragment) = shape.fragment {
         let outputs = (output, log_sums);
         return matrix_attention::launch_forward([q, k, v], tables, outputs, tiled, fragment);
     }
-    if let Some(units) = plane(&client, shape) {
-        unsafe {
-            plane_attention::plane_forward::launch_unchecked(
-                &client,
-                cubes(n, shape.tokens(), shape),
-                CubeDim::new_1d(units as u32),
-                q.into_buffer_arg(),
-                k.into_buffer_arg(),
-                v.into_buffer_arg(),
-                tables.into_buffer_arg(),
-                output.clone().into_buffer_arg(),
-                log_sums.clone().into_buffer_arg(),
-                n,
-                tiled.spans,
-                tiled.keys_of,
-                shape,
-                units,
-                element,
-            );
-        }
-        return (output, log_sums);
-    }
-    unsafe {
-        forward::launch_unchecked(
-            &client,
-            cubes(n, shape.tokens(), shape),
+    let cubes = cubes(n, shape.tokens(), shape);
+    if let Some(units) = plane(&q.client, shape) {
+        launch!(
+            plane_attention::plane_forward::launch_unchecked,
+            q.client,
+            cubes,
+            CubeDim::new_1d(units as u32),
+            [],
+            [q, k, v, tables, output, log_sums],
+            n,
+            tiled.spans,
+            tiled.keys_of,
+            shape,
+            units,
+            element,
+        );
+    } else {
+        launch!(
+            forward::launch_unchecked,
+            q.client,
+            cubes,
             CubeDim::new_1d(UNITS as u32),
-            q.into_buffer_arg(),
-            k.into_buffer_arg(),
-            v.into_buffer_arg(),
-            tables.into_buffer_arg(),
-            output.clone().into_buffer_arg(),
-            log_sums.clone().into_buffer_arg(),
+            [],
+            [q, k, v, tables, output, log_sums],
             n,
             tiled.spans,
             tiled.keys_of,
@@ -789,101 +780,75 @@ pub fn launch_backward(
     let sums = empty(&q, [n, shape.heads()], DType::F32);
     let d_q = empty(&q, [n, width], q.dtype);
     let [d_k, d_v] = [(); 2].map(|()| empty(&q, dims(&k), q.dtype));
-    let units = CubeDim::new_1d(UNITS as u32);
-    unsafe {
-        row_sums::launch_unchecked(
-            &client,
-            CubeCount::Static(count.div_ceil(UNITS) as u32, 1, 1),
-            units,
-            output.into_buffer_arg(),
-            gradient.clone().into_buffer_arg(),
-            sums.clone().into_buffer_arg(),
-            count,
-            shape.d,
-            element,
-        );
-    }
+    launch!(
+        row_sums::launch_unchecked,
+        client,
+        CubeCount::Static(count.div_ceil(UNITS) as u32, 1, 1),
+        CubeDim::new_1d(UNITS as u32),
+        [],
+        [output, gradient, sums],
+        count,
+        shape.d,
+        element,
+    );
     if let Some(fragment) = shape.fragment {
         let inputs = [q, k, v, gradient, log_sums, sums, tables];
         matrix_attention::launch_backward(inputs, [&d_q, &d_k, &d_v], tiled, fragment);
         return (d_q, d_k, d_v);
     }
+    let (of_queries, of_keys) = (cubes(n, shape.tokens(), shape), cubes(n, KEYS, shape));
     if let Some(units) = plane(&client, shape) {
-        unsafe {
-            plane_attention::plane_backward_queries::launch_unchecked(
-                &client,
-                cubes(n, shape.tokens(), shape),
-                CubeDim::new_1d(units as u32),
-                q.clone().into_buffer_arg(),
-                k.clone().into_buffer_arg(),
-                v.clone().into_buffer_arg(),
-                gradient.clone().into_buffer_arg(),
-                log_sums.clone().into_buffer_arg(),
-                sums.clone().into_buffer_arg(),
-                tables.clone().into_buffer_arg(),
-                d_q.clone().into_buffer_arg(),
-                n,
-                tiled.spans,
-                tiled.keys_of,
-                shape,
-                units,
-                element,
-            );
-            plane_attention::plane_backward_keys::launch_unchecked(
-                &client,
-                cubes(n, KEYS, shape),
-                CubeDim::new_1d(units as u32),
-                q.into_buffer_arg(),
-                k.into_buffer_arg(),
-                v.into_buffer_arg(),
-                gradient.into_buffer_arg(),
-                log_sums.into_buffer_arg(),
-                sums.into_buffer_arg(),
-                tables.into_buffer_arg(),
-                d_k.clone().into_buffer_arg(),
-                d_v.clone().into_buffer_arg(),
-                n,
-                tiled.spans,
-                tiled.queries_of,
-                shape,
-                units,
-                element,
-            );
-        }
-        return (d_q, d_k, d_v);
-    }
-    unsafe {
-        backward_queries::launch_unchecked(
-            &client,
-            cubes(n, shape.tokens(), shape),
+        let dim = CubeDim::new_1d(units as u32);
+        launch!(
+            plane_attention::plane_backward_queries::launch_unchecked,
+            client,
+            of_queries,
+            dim,
+            [],
+            [q, k, v, gradient, log_sums, sums, tables, d_q],
+            n,
+            tiled.spans,
+            tiled.keys_of,
+            shape,
             units,
-            q.clone().into_buffer_arg(),
-            k.clone().into_buffer_arg(),
-            v.clone().into_buffer_arg(),
-            gradient.clone().into_buffer_arg(),
-            log_sums.clone().into_buffer_arg(),
-            sums.clone().into_buffer_arg(),
-            tables.clone().into_buffer_arg(),
-            d_q.clone().into_buffer_arg(),
+            element,
+        );
+        launch!(
+            plane_attention::plane_backward_keys::launch_unchecked,
+            client,
+            of_keys,
+            dim,
+            [],
+            [q, k, v, gradient, log_sums, sums, tables, d_k, d_v],
+            n,
+            tiled.spans,
+            tiled.queries_of,
+            shape,
+            units,
+            element,
+        );
+    } else {
+        let dim = CubeDim::new_1d(UNITS as u32);
+        launch!(
+            backward_queries::launch_unchecked,
+            client,
+            of_queries,
+            dim,
+            [],
+            [q, k, v, gradient, log_sums, sums, tables, d_q],
             n,
             tiled.spans,
             tiled.keys_of,
             shape,
             element,
         );
-        backward_keys::launch_unchecked(
-            &client,
-            cubes(n, KEYS, shape),
-            units,
-            q.into_buffer_arg(),
-            k.into_buffer_arg(),
-            v.into_buffer_arg(),
-            gradient.into_buffer_arg(),
-            log_sums.into_buffer_arg(),
-            sums.into_buffer_arg(),
-            tables.into_buffer_arg(),
-            d_k.clone().into_buffer_arg(),
-            d_v.clone().into_buffer_arg(),
+        launch!(
+            backward_keys::launch_unchecked,
+            client,
+            of_keys,
+            dim,
+            [],
+            [q, k, v, gradient, log_sums, sums, tables, d_k, d_v],
             n,
             tiled.spans,
             tiled.queries_of,

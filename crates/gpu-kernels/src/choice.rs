@@ -2,15 +2,43 @@
 //! kept on disk with Burn's own measurements.
 
 use std::fmt;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use burn::tensor::DType;
 use burn::tensor::quantization::{QuantScheme, QuantStore};
+use burn_cubecl::CubeDevice;
 use cubecl::ir::DeviceProperties;
 
-use crate::matrix_product::Fragment;
-
+use crate::fragment::Fragment;
+#[cfg(not(feature = "autotune"))]
+use expected as chosen;
 #[cfg(feature = "autotune")]
-pub use measured::{burn_is_faster, fastest};
+use measured as chosen;
+
+pub use chosen::fastest;
+
+/// One more than the index in [`Candidate::ALL`]; 0 without a forced candidate.
+static FORCED: AtomicUsize = AtomicUsize::new(0);
+
+/// Uses this kernel for every product of this process that it can compute; `None` chooses again. For measurements.
+pub fn force(candidate: Option<Candidate>) {
+    let index = Candidate::ALL
+        .iter()
+        .position(|other| Some(*other) == candidate);
+    FORCED.store(index.map_or(0, |index| index + 1), Ordering::Relaxed);
+}
+
+/// The candidate that [`force`] chose.
+pub fn forced() -> Option<Candidate> {
+    let index = FORCED.load(Ordering::Relaxed).checked_sub(1)?;
+    Candidate::ALL.get(index).copied()
+}
+
+/// Whether a measurement showed that Burn's kernels are faster for such a product. Then the caller can compose it of
+/// Burn's operations, which fuse more than a single operation can. Not while a candidate is forced.
+pub fn burn_is_faster(device: &CubeDevice, product: Product) -> bool {
+    forced().is_none() && chosen::known(device, product) == Some(Candidate::Composed)
+}
 
 /// A product, as far as the choice of its kernel depends on it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -44,19 +72,16 @@ impl Product {
         let block = scheme.block_size().map_or(k.max(m), |block| {
             block.iter().map(|b| *b as usize).product()
         });
+        // As in our blocks; GGUF's words lie along d_in.
+        let words_lie_along_d_out = !matches!(scheme.store, QuantStore::PackedU32(1));
         Self {
             lengths: [n, k, m],
             bits: scheme.size_bits_value(),
             block,
-            along_cols: words_lie_along_d_out(scheme) != transposed,
+            along_cols: words_lie_along_d_out != transposed,
             types,
         }
     }
-}
-
-/// Whether a weight's words lie along d_out, as in our blocks; else along d_in, as in GGUF's.
-pub fn words_lie_along_d_out(scheme: &QuantScheme) -> bool {
-    !matches!(scheme.store, QuantStore::PackedU32(1))
 }
 
 /// A kernel of a product.
@@ -82,7 +107,6 @@ impl Candidate {
         }
     }
 
-    #[cfg(feature = "autotune")]
     const ALL: [Self; 4] = [
         Self::Composed,
         Self::Units,
@@ -99,6 +123,41 @@ impl fmt::Display for Candidate {
             Self::MatrixSmall => "matrix units, small tile",
             Self::Composed => "dequantization and product",
         })
+    }
+}
+
+/// Without measurements.
+#[cfg(not(feature = "autotune"))]
+mod expected {
+    use burn_cubecl::CubeDevice;
+
+    use super::{Candidate, Product};
+    use crate::fragment::only_burn_has_units;
+    use crate::matrix_product::{self, MatrixTile};
+    use crate::product::Operands;
+
+    /// The candidate that is expected to be the fastest.
+    pub fn fastest(operands: &Operands) -> Candidate {
+        let (properties, [n, _, m]) = (operands.x.client.properties(), operands.product.lengths);
+        let processors = properties.hardware.num_streaming_multiprocessors;
+        let fills = |tile: MatrixTile| {
+            n.div_ceil(tile.rows) * m.div_ceil(tile.cols) >= processors.unwrap_or(32) as usize
+        };
+        let large = matrix_product::tile(operands, Candidate::MatrixLarge);
+        if large.is_some_and(fills) {
+            Candidate::MatrixLarge
+        } else if operands.can(Candidate::MatrixSmall) {
+            Candidate::MatrixSmall
+        } else if only_burn_has_units(properties, operands.x.dtype) {
+            Candidate::Composed
+        } else {
+            Candidate::Units
+        }
+    }
+
+    /// No measurement is known.
+    pub fn known(_device: &CubeDevice, _product: Product) -> Option<Candidate> {
+        None
     }
 }
 
@@ -132,60 +191,47 @@ mod measured {
 
     /// The fastest candidate, measured now if it is not known yet.
     pub fn fastest(operands: &Operands) -> Candidate {
-        let id = CubeTuneId::new(&operands.x.client, &operands.x.device);
-        let candidates = TUNER.init(&id, candidates);
-        let key = key(operands);
-        let known = || TUNER.fastest_identity(&id, &candidates, &key);
-        known().unwrap_or_else(|| {
+        let (device, product) = (&operands.x.device, operands.product);
+        known(device, product).unwrap_or_else(|| {
             // Only the product itself is measured: the other terms cost every candidate the same.
             let operands = operands.without_terms();
             // Burn measures its own candidates for the dense product before, not within the measurement here.
             let _ = operands.clone().launch(Candidate::Composed);
             let client = operands.x.client.clone();
-            TUNER.execute(&id, &client, candidates.clone(), operands);
-            known().unwrap_or(Candidate::Composed)
+            let id = CubeTuneId::new(&client, device);
+            TUNER.execute(&id, &client, TUNER.init(&id, candidates), operands);
+            known(device, product).unwrap_or(Candidate::Composed)
         })
     }
 
-    /// Whether a measurement showed that Burn's kernels are faster for such a product. Then the caller can compose it of
-    /// Burn's operations, which fuse more than a single operation can.
-    pub fn burn_is_faster(device: &CubeDevice, product: Product) -> bool {
+    /// The fastest candidate, if it has been measured.
+    pub fn known(device: &CubeDevice, product: Product) -> Option<Candidate> {
         let id = CubeTuneId::new(&device.client(), device);
         let candidates = TUNER.init(&id, candidates);
-        let known = TUNER.fastest_identity(&id, &candidates, &product.key());
-        known == Some(Candidate::Composed)
+        TUNER.fastest_identity(&id, &candidates, &key(product))
     }
 
-    impl Product {
-        fn key(self) -> ProductKey {
-            let [rows, inner, cols] = self.lengths;
-            let types = self.types.map(element);
-            ProductKey::new(
-                rows,
-                inner,
-                cols,
-                self.bits,
-                self.block,
-                self.along_cols,
-                types,
-            )
-        }
-    }
-
-    fn key(operands: &Operands) -> ProductKey {
-        let packing = operands.packing;
-        let product = Product {
-            lengths: operands.lengths(),
-            bits: packing.bits,
-            block: packing.block,
-            along_cols: packing.along_cols,
-            types: [operands.x.dtype, operands.output.dtype],
-        };
-        product.key()
+    fn key(product: Product) -> ProductKey {
+        let Product {
+            lengths: [rows, inner, cols],
+            bits,
+            block,
+            along_cols,
+            types,
+        } = product;
+        ProductKey::new(
+            rows,
+            inner,
+            cols,
+            bits,
+            block,
+            along_cols,
+            types.map(element),
+        )
     }
 
     fn candidates() -> TunableSet<ProductKey, Operands, CubeTensor, Candidate> {
-        let set = TunableSet::new_cloning_inputs(|operands: &Operands| key(operands));
+        let set = TunableSet::new_cloning_inputs(|operands: &Operands| key(operands.product));
         Candidate::ALL.into_iter().fold(set, |set, candidate| {
             let run = move |operands: Operands| {
                 if operands.can(candidate) {

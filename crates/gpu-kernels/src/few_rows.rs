@@ -72,7 +72,6 @@ pub fn few_rows<X: Float, L: Float, B: Float, S: Float, O: Float>(
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] rows: usize,
-    #[comptime] has_low: bool,
     #[comptime] has_sum: bool,
     #[define(X, L, B, S, O)] _types: [ElemType; 5],
 ) {
@@ -154,7 +153,6 @@ pub fn few_rows<X: Float, L: Float, B: Float, S: Float, O: Float>(
                         sum,
                         out,
                         &lengths,
-                        has_low,
                         has_sum,
                     );
                 }
@@ -164,9 +162,7 @@ pub fn few_rows<X: Float, L: Float, B: Float, S: Float, O: Float>(
                     + total.extract(2usize)
                     + total.extract(3usize);
                 let col = first_col + unit;
-                finish::<L, B, S, O>(
-                    value, row, col, low, b, sum, out, &lengths, has_low, has_sum,
-                );
+                finish::<L, B, S, O>(value, row, col, low, b, sum, out, &lengths, has_sum);
             }
         }
         sync_cube();
@@ -292,17 +288,14 @@ fn finish<L: Float, B: Float, S: Float, O: Float>(
     sum: &[S],
     out: &mut [O],
     lengths: &Lengths,
-    #[comptime] has_low: bool,
     #[comptime] has_sum: bool,
 ) {
     if col < lengths.m {
         let mut value = product;
-        if has_low {
-            for inner in 0..lengths.rank {
-                let column = lengths.low_first + inner;
-                let factor = f32::cast_from(low[row * lengths.low_row + column * lengths.low_col]);
-                value += factor * f32::cast_from(b[inner * lengths.b_row + col * lengths.b_col]);
-            }
+        for inner in 0..lengths.rank {
+            let column = lengths.low_first + inner;
+            let factor = f32::cast_from(low[row * lengths.low_row + column * lengths.low_col]);
+            value += factor * f32::cast_from(b[inner * lengths.b_row + col * lengths.b_col]);
         }
         if has_sum {
             value += f32::cast_from(sum[row * lengths.sum_row + col]);

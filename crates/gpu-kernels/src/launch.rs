@@ -7,6 +7,24 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::{ElemType, FloatKind, IntKind, UIntKind};
 use cubecl::prelude::{CubeCount, CubeDim};
 
+/// Launches a kernel: its client, workgroups and units, the sizes of its vectors, its tensors, and the rest of its
+/// arguments. Buffers have the lengths that the kernel assumes; a kernel checks none.
+macro_rules! launch {
+    ($kernel:path, $client:expr, $cubes:expr, $units:expr, [$($size:expr),*], [$($tensor:expr),*], $($rest:expr),+ $(,)?) => {
+        unsafe {
+            $kernel(
+                &$client,
+                $cubes,
+                $units,
+                $($size,)*
+                $($tensor.clone().into_buffer_arg(),)*
+                $($rest,)+
+            )
+        }
+    };
+}
+pub(crate) use launch;
+
 /// The element type of a float tensor.
 pub fn element(dtype: DType) -> ElemType {
     ElemType::Float(match dtype {

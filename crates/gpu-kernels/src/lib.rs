@@ -8,6 +8,7 @@
 //! | `attention.rs` | attention tile by tile |
 //! | `plane_attention.rs` | the same for software drivers |
 //! | `matrix_product.rs`, `matrix_attention.rs` | products and attention on matrix units, for 16-bit tensors |
+//! | `fragment.rs` | matrix units |
 //! | `choice.rs` | which kernel computes a product |
 //! | `low_rank.rs` | the adapters' products of low rank, of up to three layers per launch |
 //! | `rows.rs` | RMSNorm and cross entropy, a workgroup per row |
@@ -26,6 +27,7 @@ mod attention;
 mod choice;
 mod fault;
 mod few_rows;
+mod fragment;
 mod launch;
 mod low_rank;
 mod matrix_attention;
@@ -44,15 +46,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use cubecl::client::Client;
 
 pub use attention::Shape as AttentionShape;
-#[cfg(feature = "autotune")]
-pub use choice::burn_is_faster;
-pub use choice::{Candidate, Product};
+pub use choice::{Candidate, Product, burn_is_faster, force as force_product};
 pub use fault::{Fault, inject};
 pub use few_rows::FEW_ROWS;
 pub use low_rank::MEMBERS;
 pub use operations::{GpuOps, Group, Terms, TiledAttention};
 pub use optimizer::AdamWNumbers;
-pub use product::force as force_product;
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);
 

@@ -24,8 +24,8 @@ use cubecl::prelude::*;
 
 use super::attention::{HIDDEN, Shape, cubes, query_of};
 use super::fault::Fault;
-use super::launch::{dims, element};
-use super::matrix_product::Fragment;
+use super::fragment::{Fragment, read, zeros};
+use super::launch::{dims, element, launch};
 use super::operations::TiledAttention;
 
 /// Padding of rows in shared memory in values: 16 bytes.
@@ -122,14 +122,62 @@ impl MatrixShape {
     }
 }
 
+/// The shared memory of a workgroup.
+#[derive(CubeType)]
+struct Tiles<F: Float, NV: Size> {
+    /// A chunk of queries, or of a gradient of their shape, `[side, chunk]`.
+    left: Shared<[Vector<F, NV>]>,
+    /// A chunk of keys or values, `[side, chunk]`.
+    right: Shared<[Vector<F, NV>]>,
+    /// `[side, side]`
+    scores: Shared<[f32]>,
+    /// Weights, or gradients of scores, as factors, `[side, side]`.
+    weights: Shared<[Vector<F, NV>]>,
+    /// Where each key's segment begins, then where its subtree ends.
+    key_spans: Shared<[i32]>,
+}
+
+#[cube]
+fn tiles_of<F: Float, NV: Size>(#[comptime] matrix: MatrixShape) -> Tiles<F, NV> {
+    let width = NV::value();
+    let chunk = comptime!(matrix.side() * matrix.chunk_row() / width);
+    Tiles::<F, NV> {
+        left: Shared::new_slice(chunk),
+        right: Shared::new_slice(chunk),
+        scores: Shared::new_slice(comptime!(matrix.side() * matrix.score_row())),
+        weights: Shared::new_slice(comptime!(matrix.side() * matrix.weight_row() / width)),
+        key_spans: Shared::new_slice(comptime!(2 * matrix.side())),
+    }
+}
+
+/// A tile of queries and one of keys.
+#[derive(CubeType, Clone, Copy)]
+struct Pair {
+    /// The first token of the queries.
+    first: usize,
+    first_key: usize,
+    /// Tokens of the batch.
+    n: usize,
+    key_head: usize,
+}
+
+/// Zeros for sums of `[rows of a plane, d]`.
+#[cube]
+fn sums_of(#[comptime] matrix: MatrixShape) -> Sequence<cmma::Matrix<f32>> {
+    let mut sums = Sequence::<cmma::Matrix<f32>>::new();
+    #[unroll]
+    for _ in 0..comptime!(matrix.chunks() * matrix.across_chunk()) {
+        sums.push(zeros(comptime!(matrix.fragment)));
+    }
+    sums
+}
+
 /// Copies a chunk of the dimensions of queries (or of a gradient of their shape) to shared memory, `[side, chunk]`.
 #[cube]
 fn load_queries<F: Float, NV: Size>(
     from: &[Vector<F, NV>],
     to: &mut Shared<[Vector<F, NV>]>,
-    first: usize,
-    n: usize,
-    key_head: usize,
+    pair: &Pair,
     #[comptime] chunk: usize,
     #[comptime] matrix: MatrixShape,
 ) {
@@ -142,10 +190,10 @@ fn load_queries<F: Float, NV: Size>(
         comptime!(matrix.units()),
     ) {
         let (row, at) = (i / in_row, i % in_row);
-        let (token, head) = query_of(row, first, n, key_head, shape);
+        let (token, head) = query_of(row, pair.first, pair.n, pair.key_head, shape);
         let dimension = comptime!(chunk * in_row) + at;
         let mut value = Vector::<F, NV>::new(F::from_int(0));
-        if token < n && dimension < comptime!(shape.d / width) {
+        if token < pair.n && dimension < comptime!(shape.d / width) {
             value = from[(token * comptime!(shape.heads()) + head) * comptime!(shape.d / width)
                 + dimension];
         }
@@ -158,9 +206,7 @@ fn load_queries<F: Float, NV: Size>(
 fn load_keys<F: Float, NV: Size>(
     from: &[Vector<F, NV>],
     to: &mut Shared<[Vector<F, NV>]>,
-    first: usize,
-    n: usize,
-    key_head: usize,
+    pair: &Pair,
     #[comptime] chunk: usize,
     #[comptime] matrix: MatrixShape,
 ) {
@@ -173,50 +219,15 @@ fn load_keys<F: Float, NV: Size>(
         comptime!(matrix.units()),
     ) {
         let (row, at) = (i / in_row, i % in_row);
-        let token = first + row;
+        let token = pair.first_key + row;
         let dimension = comptime!(chunk * in_row) + at;
         let mut value = Vector::<F, NV>::new(F::from_int(0));
-        if token < n && dimension < comptime!(shape.d / width) {
-            value =
-                from[(token * shape.key_heads + key_head) * comptime!(shape.d / width) + dimension];
+        if token < pair.n && dimension < comptime!(shape.d / width) {
+            let row = token * shape.key_heads + pair.key_head;
+            value = from[row * comptime!(shape.d / width) + dimension];
         }
         to[row * comptime!(matrix.chunk_row() / width) + at] = value;
     }
-}
-
-/// A fragment of zeros for sums.
-#[cube]
-fn zeros(#[comptime] fragment: Fragment) -> cmma::Matrix<f32> {
-    cmma::Matrix::<f32>::from_value(
-        MatrixIdent::Accumulator,
-        fragment.m,
-        fragment.n,
-        fragment.k,
-        MatrixLayout::Undefined,
-        0.0,
-    )
-}
-
-/// Reads a fragment of factors from shared memory.
-#[cube]
-fn read<F: Float, NV: Size>(
-    from: &Shared<[Vector<F, NV>]>,
-    at: usize,
-    #[comptime] row: usize,
-    #[comptime] ident: MatrixIdent,
-    #[comptime] layout: MatrixLayout,
-    #[comptime] fragment: Fragment,
-) -> cmma::Matrix<F> {
-    let mut matrix = unsafe {
-        cmma::Matrix::<F>::uninitialized(ident, fragment.m, fragment.n, fragment.k, layout)
-    };
-    let end = from.len();
-    cmma::load(
-        &mut matrix,
-        &from[at / NV::value()..end],
-        comptime!(row as u32),
-    );
-    matrix
 }
 
 /// Adds the dot products of a plane's rows of `left` with all rows of `right` to sums, `[rows of a plane, side]`: both hold a chunk
@@ -228,7 +239,7 @@ fn add_dots<F: Float, NV: Size>(
     sums: &mut Sequence<cmma::Matrix<f32>>,
     #[comptime] matrix: MatrixShape,
 ) {
-    let fragment = comptime!(matrix.fragment);
+    let (fragment, width) = (comptime!(matrix.fragment), NV::value());
     let row = comptime!(matrix.chunk_row());
     let first = UNIT_POS_Y as usize * comptime!(matrix.plane_rows());
     let steps = comptime!(matrix.chunk() / fragment.k);
@@ -238,7 +249,7 @@ fn add_dots<F: Float, NV: Size>(
         let at = first * row + inner;
         let rows = read::<F, NV>(
             left,
-            at,
+            at / width,
             row,
             MatrixIdent::A,
             MatrixLayout::RowMajor,
@@ -249,7 +260,7 @@ fn add_dots<F: Float, NV: Size>(
             let at = comptime!(j * fragment.n * row) + inner;
             let columns = read::<F, NV>(
                 right,
-                at,
+                at / width,
                 row,
                 MatrixIdent::B,
                 MatrixLayout::ColMajor,
@@ -272,7 +283,7 @@ fn add_product<F: Float, NV: Size>(
     #[comptime] transposed: bool,
     #[comptime] matrix: MatrixShape,
 ) {
-    let fragment = comptime!(matrix.fragment);
+    let (fragment, width) = (comptime!(matrix.fragment), NV::value());
     let (weight_row, value_row) = comptime!((matrix.weight_row(), matrix.chunk_row()));
     let layout = comptime!(if transposed {
         MatrixLayout::ColMajor
@@ -289,13 +300,20 @@ fn add_product<F: Float, NV: Size>(
         } else {
             first * weight_row + inner
         };
-        let rows = read::<F, NV>(weights, at, weight_row, MatrixIdent::A, layout, fragment);
+        let rows = read::<F, NV>(
+            weights,
+            at / width,
+            weight_row,
+            MatrixIdent::A,
+            layout,
+            fragment,
+        );
         #[unroll]
         for j in 0..comptime!(matrix.across_chunk()) {
             let at = inner * value_row + comptime!(j * fragment.n);
             let columns = read::<F, NV>(
                 values,
-                at,
+                at / width,
                 value_row,
                 MatrixIdent::B,
                 MatrixLayout::RowMajor,
@@ -307,38 +325,32 @@ fn add_product<F: Float, NV: Size>(
     }
 }
 
-/// Sums of `[rows of a plane, side]` of each plane, in shared memory: `left · rightᵀ` of all dimensions. `left` are rows of queries,
-/// `right` of keys. On return every unit sees them.
+/// `left · rightᵀ` over all dimensions, in the place of the scores: `left` are rows of queries, `right` of keys. On return
+/// every unit sees it.
 #[cube]
 fn dots<F: Float, NV: Size>(
     left: &[Vector<F, NV>],
     right: &[Vector<F, NV>],
-    left_tile: &mut Shared<[Vector<F, NV>]>,
-    right_tile: &mut Shared<[Vector<F, NV>]>,
-    scores: &mut Shared<[f32]>,
-    first: usize,
-    first_key: usize,
-    n: usize,
-    key_head: usize,
+    tiles: &mut Tiles<F, NV>,
+    pair: &Pair,
     #[comptime] matrix: MatrixShape,
 ) {
-    let fragment = comptime!(matrix.fragment);
     let mut sums = Sequence::<cmma::Matrix<f32>>::new();
     #[unroll]
     for _ in 0..comptime!(matrix.across()) {
-        sums.push(zeros(fragment));
+        sums.push(zeros(comptime!(matrix.fragment)));
     }
     #[unroll]
     for chunk in 0..comptime!(matrix.chunks()) {
-        load_queries::<F, NV>(left, left_tile, first, n, key_head, chunk, matrix);
-        load_keys::<F, NV>(right, right_tile, first_key, n, key_head, chunk, matrix);
+        load_queries::<F, NV>(left, &mut tiles.left, pair, chunk, matrix);
+        load_keys::<F, NV>(right, &mut tiles.right, pair, chunk, matrix);
         sync_cube();
-        add_dots::<F, NV>(&*left_tile, &*right_tile, &mut sums, matrix);
+        add_dots::<F, NV>(&tiles.left, &tiles.right, &mut sums, matrix);
         sync_cube();
     }
     #[unroll]
     for j in 0..comptime!(matrix.across()) {
-        keep(&sums[j], scores, j, matrix);
+        keep(&sums[j], &mut tiles.scores, j, matrix);
     }
     sync_cube();
 }
@@ -370,9 +382,7 @@ fn write<F: Float>(
     sums: &Sequence<cmma::Matrix<f32>>,
     scores: &mut Shared<[f32]>,
     to: &mut [F],
-    first: usize,
-    n: usize,
-    key_head: usize,
+    pair: &Pair,
     #[comptime] owns_queries: bool,
     #[comptime] matrix: MatrixShape,
 ) {
@@ -402,13 +412,13 @@ fn write<F: Float>(
                 let (row, col) = (i / columns, i % columns);
                 let dimension = comptime!(chunk * matrix.chunk() + begin * columns) + col;
                 let (token, at) = if owns_queries {
-                    let (token, head) = query_of(row, first, n, key_head, shape);
+                    let (token, head) = query_of(row, pair.first, pair.n, pair.key_head, shape);
                     (token, token * comptime!(shape.heads()) + head)
                 } else {
-                    let token = first + row;
-                    (token, token * shape.key_heads + key_head)
+                    let token = pair.first_key + row;
+                    (token, token * shape.key_heads + pair.key_head)
                 };
-                if token < n && dimension < shape.d {
+                if token < pair.n && dimension < shape.d {
                     to[at * shape.d + dimension] =
                         F::cast_from(scores[row * comptime!(matrix.score_row()) + col]);
                 }
@@ -425,15 +435,14 @@ fn load_spans(
     tables: &[i32],
     to: &mut Shared<[i32]>,
     spans: usize,
-    first_key: usize,
-    n: usize,
+    pair: &Pair,
     #[comptime] matrix: MatrixShape,
 ) {
     for i in range_stepped(UNIT_POS as usize, matrix.side(), comptime!(matrix.units())) {
-        let key = first_key + i;
-        let at = spans + min(key, n - 1);
-        to[i] = select(key < n, tables[at], i32::MAX);
-        to[matrix.side() + i] = tables[at + n];
+        let key = pair.first_key + i;
+        let at = spans + min(key, pair.n - 1);
+        to[i] = select(key < pair.n, tables[at], i32::MAX);
+        to[matrix.side() + i] = tables[at + pair.n];
     }
 }
 
@@ -456,21 +465,25 @@ struct Row {
 fn row_of(
     tables: &[i32],
     spans: usize,
+    pair: &Pair,
     #[comptime] index: usize,
-    first: usize,
-    n: usize,
-    key_head: usize,
     #[comptime] matrix: MatrixShape,
 ) -> Row {
     let unit = UNIT_POS as usize + comptime!(index * matrix.units());
     let row = unit / comptime!(matrix.parts());
-    let (token, head) = query_of(row, first, n, key_head, comptime!(matrix.shape));
+    let (token, head) = query_of(
+        row,
+        pair.first,
+        pair.n,
+        pair.key_head,
+        comptime!(matrix.shape),
+    );
     Row {
         row,
         begin: (unit % comptime!(matrix.parts())) * comptime!(matrix.part()),
         token,
         head,
-        segment: select(token < n, tables[spans + min(token, n - 1)], -1),
+        segment: select(token < pair.n, tables[spans + min(token, pair.n - 1)], -1),
     }
 }
 
@@ -493,15 +506,13 @@ fn sees(
     first_key + col <= row.token && same
 }
 
-/// Replaces a tile's scores by attention weights, as factors in `weights`.
+/// A unit's part of a row of attention weights from the scores, as factors.
 #[cube]
 fn weigh<F: Float, NV: Size>(
-    scores: &Shared<[f32]>,
-    key_spans: &Shared<[i32]>,
-    weights: &mut Shared<[Vector<F, NV>]>,
+    tiles: &mut Tiles<F, NV>,
     row: &Row,
     log_sum: f32,
-    first_key: usize,
+    pair: &Pair,
     #[comptime] matrix: MatrixShape,
 ) {
     let width = NV::value();
@@ -510,12 +521,13 @@ fn weigh<F: Float, NV: Size>(
         #[unroll]
         for part in 0..width {
             let col = row.begin + j * width + part;
-            let score = scores[row.row * comptime!(matrix.score_row()) + col];
-            let visible = sees(row, key_spans, first_key, col, matrix);
+            let score = tiles.scores[row.row * comptime!(matrix.score_row()) + col];
+            let visible = sees(row, &tiles.key_spans, pair.first_key, col, matrix);
             let weight = select(visible, (score - log_sum).exp(), 0.0f32);
             value.insert(part, F::cast_from(weight));
         }
-        weights[row.row * comptime!(matrix.weight_row() / width) + row.begin / width + j] = value;
+        let at = row.row * comptime!(matrix.weight_row() / width) + row.begin / width + j;
+        tiles.weights[at] = value;
     }
 }
 
@@ -536,19 +548,14 @@ pub fn matrix_forward<F: Float, NV: Size>(
     #[define(F)] _type: ElemType,
 ) {
     let shape = comptime!(matrix.shape);
-    let fragment = comptime!(matrix.fragment);
-    let width = NV::value();
     let tile = CUBE_POS_X as usize;
-    let key_head = CUBE_POS_Y as usize;
-    let first = tile * comptime!(shape.tokens());
-    let chunk_size = comptime!(matrix.side() * matrix.chunk_row() / width);
-    let mut left = Shared::<[Vector<F, NV>]>::new_slice(chunk_size);
-    let mut right = Shared::<[Vector<F, NV>]>::new_slice(chunk_size);
-    let mut scores = Shared::<[f32]>::new_slice(comptime!(matrix.side() * matrix.score_row()));
-    let mut weights = Shared::<[Vector<F, NV>]>::new_slice(comptime!(
-        matrix.side() * matrix.weight_row() / width
-    ));
-    let mut key_spans = Shared::<[i32]>::new_slice(comptime!(2 * matrix.side()));
+    let mut pair = Pair {
+        first: tile * comptime!(shape.tokens()),
+        first_key: 0,
+        n,
+        key_head: CUBE_POS_Y as usize,
+    };
+    let mut shared = tiles_of::<F, NV>(matrix);
     // Of each part of a row: the maximum and the sum.
     let mut most_of = Shared::<[f32]>::new_slice(comptime!(matrix.side() * matrix.parts()));
     let mut sum_of = Shared::<[f32]>::new_slice(comptime!(matrix.side() * matrix.parts()));
@@ -563,29 +570,24 @@ pub fn matrix_forward<F: Float, NV: Size>(
         total[index] = 0.0;
     }
     for index in tables[tiles + tile]..tables[tiles + tile + 1] {
-        let first_key = tables[tiles + index as usize] as usize;
-        load_spans(tables, &mut key_spans, spans, first_key, n, matrix);
-        dots::<F, NV>(
-            q,
-            k,
-            &mut left,
-            &mut right,
-            &mut scores,
-            first,
-            first_key,
-            n,
-            key_head,
-            matrix,
-        );
+        pair.first_key = tables[tiles + index as usize] as usize;
+        load_spans(tables, &mut shared.key_spans, spans, &pair, matrix);
+        dots::<F, NV>(q, k, &mut shared, &pair, matrix);
         #[unroll]
         for index in 0..rows {
-            let row = row_of(tables, spans, index, first, n, key_head, matrix);
+            let row = row_of(tables, spans, &pair, index, matrix);
             let at = row.row * comptime!(matrix.score_row()) + row.begin;
             let mut largest = most[index];
             for j in 0..comptime!(matrix.part()) {
-                let visible = sees(&row, &key_spans, first_key, row.begin + j, matrix);
-                let score = select(visible, scores[at + j], HIDDEN);
-                scores[at + j] = score;
+                let visible = sees(
+                    &row,
+                    &shared.key_spans,
+                    pair.first_key,
+                    row.begin + j,
+                    matrix,
+                );
+                let score = select(visible, shared.scores[at + j], HIDDEN);
+                shared.scores[at + j] = score;
                 largest = max(largest, score);
             }
             let mut sum = total[index];
@@ -593,7 +595,7 @@ pub fn matrix_forward<F: Float, NV: Size>(
                 sum *= (most[index] - largest).exp();
             }
             for j in 0..comptime!(matrix.part()) {
-                let score = scores[at + j];
+                let score = shared.scores[at + j];
                 sum += select(
                     score > comptime!(HIDDEN / 2.0),
                     (score - largest).exp(),
@@ -615,7 +617,7 @@ pub fn matrix_forward<F: Float, NV: Size>(
     // The log-sum-exp of each of the unit's rows, from all parts.
     #[unroll]
     for index in 0..rows {
-        let row = row_of(tables, spans, index, first, n, key_head, matrix);
+        let row = row_of(tables, spans, &pair, index, matrix);
         let parts = comptime!(matrix.parts());
         let mut largest = most_of[row.row * parts];
         #[unroll]
@@ -636,52 +638,36 @@ pub fn matrix_forward<F: Float, NV: Size>(
     }
 
     // Second pass: the output.
-    let mut sums = Sequence::<cmma::Matrix<f32>>::new();
-    #[unroll]
-    for _ in 0..comptime!(matrix.chunks() * matrix.across_chunk()) {
-        sums.push(zeros(fragment));
-    }
+    let mut sums = sums_of(matrix);
     for index in tables[tiles + tile]..tables[tiles + tile + 1] {
-        let first_key = tables[tiles + index as usize] as usize;
-        load_spans(tables, &mut key_spans, spans, first_key, n, matrix);
-        dots::<F, NV>(
-            q,
-            k,
-            &mut left,
-            &mut right,
-            &mut scores,
-            first,
-            first_key,
-            n,
-            key_head,
-            matrix,
-        );
+        pair.first_key = tables[tiles + index as usize] as usize;
+        load_spans(tables, &mut shared.key_spans, spans, &pair, matrix);
+        dots::<F, NV>(q, k, &mut shared, &pair, matrix);
         #[unroll]
         for index in 0..rows {
-            let row = row_of(tables, spans, index, first, n, key_head, matrix);
-            weigh::<F, NV>(
-                &scores,
-                &key_spans,
-                &mut weights,
-                &row,
-                total[index],
-                first_key,
-                matrix,
-            );
+            let row = row_of(tables, spans, &pair, index, matrix);
+            weigh::<F, NV>(&mut shared, &row, total[index], &pair, matrix);
         }
         #[unroll]
         for chunk in 0..comptime!(matrix.chunks()) {
-            load_keys::<F, NV>(v, &mut right, first_key, n, key_head, chunk, matrix);
+            load_keys::<F, NV>(v, &mut shared.right, &pair, chunk, matrix);
             sync_cube();
             let offset = comptime!(chunk * matrix.across_chunk());
-            add_product::<F, NV>(&weights, &right, &mut sums, offset, false, matrix);
+            add_product::<F, NV>(
+                &shared.weights,
+                &shared.right,
+                &mut sums,
+                offset,
+                false,
+                matrix,
+            );
             sync_cube();
         }
     }
-    write::<F>(&sums, &mut scores, output, first, n, key_head, true, matrix);
+    write::<F>(&sums, &mut shared.scores, output, &pair, true, matrix);
 }
 
-/// The attention weights of a tile, as factors in `weights`.
+/// The attention weights of a tile, as factors.
 #[cube]
 fn weights_again<F: Float, NV: Size>(
     q: &[Vector<F, NV>],
@@ -689,34 +675,17 @@ fn weights_again<F: Float, NV: Size>(
     log_sums: &[f32],
     tables: &[i32],
     spans: usize,
-    left: &mut Shared<[Vector<F, NV>]>,
-    right: &mut Shared<[Vector<F, NV>]>,
-    scores: &mut Shared<[f32]>,
-    key_spans: &mut Shared<[i32]>,
-    weights: &mut Shared<[Vector<F, NV>]>,
-    first: usize,
-    first_key: usize,
-    n: usize,
-    key_head: usize,
+    tiles: &mut Tiles<F, NV>,
+    pair: &Pair,
     #[comptime] matrix: MatrixShape,
 ) {
-    load_spans(tables, key_spans, spans, first_key, n, matrix);
-    dots::<F, NV>(
-        q, k, left, right, scores, first, first_key, n, key_head, matrix,
-    );
+    load_spans(tables, &mut tiles.key_spans, spans, pair, matrix);
+    dots::<F, NV>(q, k, tiles, pair, matrix);
     #[unroll]
     for index in 0..comptime!(matrix.rows_of_unit()) {
-        let row = row_of(tables, spans, index, first, n, key_head, matrix);
-        let at = min(row.token, n - 1) * comptime!(matrix.shape.heads()) + row.head;
-        weigh::<F, NV>(
-            &*scores,
-            &*key_spans,
-            weights,
-            &row,
-            log_sums[at],
-            first_key,
-            matrix,
-        );
+        let row = row_of(tables, spans, pair, index, matrix);
+        let at = min(row.token, pair.n - 1) * comptime!(matrix.shape.heads()) + row.head;
+        weigh::<F, NV>(tiles, &row, log_sums[at], pair, matrix);
     }
     sync_cube();
 }
@@ -729,36 +698,29 @@ fn weights_to_gradients<F: Float, NV: Size>(
     row_sums: &[f32],
     tables: &[i32],
     spans: usize,
-    left: &mut Shared<[Vector<F, NV>]>,
-    right: &mut Shared<[Vector<F, NV>]>,
-    scores: &mut Shared<[f32]>,
-    weights: &mut Shared<[Vector<F, NV>]>,
-    first: usize,
-    first_key: usize,
-    n: usize,
-    key_head: usize,
+    tiles: &mut Tiles<F, NV>,
+    pair: &Pair,
     #[comptime] matrix: MatrixShape,
 ) {
     let width = NV::value();
-    dots::<F, NV>(
-        gradient, v, left, right, scores, first, first_key, n, key_head, matrix,
-    );
+    dots::<F, NV>(gradient, v, tiles, pair, matrix);
     #[unroll]
     for index in 0..comptime!(matrix.rows_of_unit()) {
-        let row = row_of(tables, spans, index, first, n, key_head, matrix);
-        let row_sum = row_sums[min(row.token, n - 1) * comptime!(matrix.shape.heads()) + row.head];
+        let row = row_of(tables, spans, pair, index, matrix);
+        let at = min(row.token, pair.n - 1) * comptime!(matrix.shape.heads()) + row.head;
+        let row_sum = row_sums[at];
         for j in 0..comptime!(matrix.part() / width) {
             let at = row.row * comptime!(matrix.weight_row() / width) + row.begin / width + j;
-            let weight = weights[at];
+            let weight = tiles.weights[at];
             let mut value = Vector::<F, NV>::new(F::from_int(0));
             #[unroll]
             for part in 0..width {
                 let col = row.begin + j * width + part;
-                let d_weight = scores[row.row * comptime!(matrix.score_row()) + col];
+                let d_weight = tiles.scores[row.row * comptime!(matrix.score_row()) + col];
                 let d_score = f32::cast_from(weight.extract(part)) * (d_weight - row_sum);
                 value.insert(part, F::cast_from(d_score));
             }
-            weights[at] = value;
+            tiles.weights[at] = value;
         }
     }
     sync_cube();
@@ -782,69 +744,64 @@ pub fn matrix_backward_queries<F: Float, NV: Size>(
     #[comptime] matrix: MatrixShape,
     #[define(F)] _type: ElemType,
 ) {
-    let shape = comptime!(matrix.shape);
-    let width = NV::value();
     let tile = CUBE_POS_X as usize;
-    let key_head = CUBE_POS_Y as usize;
-    let first = tile * comptime!(shape.tokens());
-    let chunk_size = comptime!(matrix.side() * matrix.chunk_row() / width);
-    let mut left = Shared::<[Vector<F, NV>]>::new_slice(chunk_size);
-    let mut right = Shared::<[Vector<F, NV>]>::new_slice(chunk_size);
-    let mut scores = Shared::<[f32]>::new_slice(comptime!(matrix.side() * matrix.score_row()));
-    let mut key_spans = Shared::<[i32]>::new_slice(comptime!(2 * matrix.side()));
-    let mut weights = Shared::<[Vector<F, NV>]>::new_slice(comptime!(
-        matrix.side() * matrix.weight_row() / width
-    ));
-    let mut sums = Sequence::<cmma::Matrix<f32>>::new();
-    #[unroll]
-    for _ in 0..comptime!(matrix.chunks() * matrix.across_chunk()) {
-        sums.push(zeros(comptime!(matrix.fragment)));
-    }
+    let mut pair = Pair {
+        first: tile * comptime!(matrix.shape.tokens()),
+        first_key: 0,
+        n,
+        key_head: CUBE_POS_Y as usize,
+    };
+    let mut shared = tiles_of::<F, NV>(matrix);
+    let mut sums = sums_of(matrix);
     for index in tables[tiles + tile]..tables[tiles + tile + 1] {
-        let first_key = tables[tiles + index as usize] as usize;
-        weights_again::<F, NV>(
-            q,
-            k,
-            log_sums,
-            tables,
-            spans,
-            &mut left,
-            &mut right,
-            &mut scores,
-            &mut key_spans,
-            &mut weights,
-            first,
-            first_key,
-            n,
-            key_head,
-            matrix,
-        );
+        pair.first_key = tables[tiles + index as usize] as usize;
+        weights_again::<F, NV>(q, k, log_sums, tables, spans, &mut shared, &pair, matrix);
         weights_to_gradients::<F, NV>(
             gradient,
             v,
             row_sums,
             tables,
             spans,
-            &mut left,
-            &mut right,
-            &mut scores,
-            &mut weights,
-            first,
-            first_key,
-            n,
-            key_head,
+            &mut shared,
+            &pair,
             matrix,
         );
         #[unroll]
         for chunk in 0..comptime!(matrix.chunks()) {
-            load_keys::<F, NV>(k, &mut right, first_key, n, key_head, chunk, matrix);
+            load_keys::<F, NV>(k, &mut shared.right, &pair, chunk, matrix);
             sync_cube();
             let offset = comptime!(chunk * matrix.across_chunk());
-            add_product::<F, NV>(&weights, &right, &mut sums, offset, false, matrix);
+            add_product::<F, NV>(
+                &shared.weights,
+                &shared.right,
+                &mut sums,
+                offset,
+                false,
+                matrix,
+            );
             sync_cube();
         }
     }
-    write::<F>(&sums, &mut scores, d_q, first, n, key_head, true, matrix);
+    write::<F>(&sums, &mut shared.scores, d_q, &pair, true, matrix);
+}
+
+/// Adds `weightsᵀ · rows` to sums of keys; rows of queries or of a gradient of their shape.
+#[cube]
+fn add_to_keys<F: Float, NV: Size>(
+    rows: &[Vector<F, NV>],
+    sums: &mut Sequence<cmma::Matrix<f32>>,
+    tiles: &mut Tiles<F, NV>,
+    pair: &Pair,
+    #[comptime] matrix: MatrixShape,
+) {
+    #[unroll]
+    for chunk in 0..comptime!(matrix.chunks()) {
+        load_queries::<F, NV>(rows, &mut tiles.left, pair, chunk, matrix);
+        sync_cube();
+        let offset = comptime!(chunk * matrix.across_chunk());
+        add_product::<F, NV>(&tiles.weights, &tiles.left, sums, offset, true, matrix);
+        sync_cube();
+    }
 }
 
 /// The gradients of keys and values. The lists at `tiles` are those of tiles of queries.
@@ -866,97 +823,33 @@ pub fn matrix_backward_keys<F: Float, NV: Size>(
     #[comptime] matrix: MatrixShape,
     #[define(F)] _type: ElemType,
 ) {
-    let width = NV::value();
     let tile = CUBE_POS_X as usize;
-    let key_head = CUBE_POS_Y as usize;
-    let first_key = tile * comptime!(matrix.side());
-    let chunk_size = comptime!(matrix.side() * matrix.chunk_row() / width);
-    let mut left = Shared::<[Vector<F, NV>]>::new_slice(chunk_size);
-    let mut right = Shared::<[Vector<F, NV>]>::new_slice(chunk_size);
-    let mut scores = Shared::<[f32]>::new_slice(comptime!(matrix.side() * matrix.score_row()));
-    let mut key_spans = Shared::<[i32]>::new_slice(comptime!(2 * matrix.side()));
-    let mut weights = Shared::<[Vector<F, NV>]>::new_slice(comptime!(
-        matrix.side() * matrix.weight_row() / width
-    ));
-    let mut k_sums = Sequence::<cmma::Matrix<f32>>::new();
-    let mut v_sums = Sequence::<cmma::Matrix<f32>>::new();
-    #[unroll]
-    for _ in 0..comptime!(matrix.chunks() * matrix.across_chunk()) {
-        k_sums.push(zeros(comptime!(matrix.fragment)));
-        v_sums.push(zeros(comptime!(matrix.fragment)));
-    }
+    let mut pair = Pair {
+        first: 0,
+        first_key: tile * comptime!(matrix.side()),
+        n,
+        key_head: CUBE_POS_Y as usize,
+    };
+    let mut shared = tiles_of::<F, NV>(matrix);
+    let (mut k_sums, mut v_sums) = (sums_of(matrix), sums_of(matrix));
     for index in tables[tiles + tile]..tables[tiles + tile + 1] {
-        let first = tables[tiles + index as usize] as usize;
-        weights_again::<F, NV>(
-            q,
-            k,
-            log_sums,
-            tables,
-            spans,
-            &mut left,
-            &mut right,
-            &mut scores,
-            &mut key_spans,
-            &mut weights,
-            first,
-            first_key,
-            n,
-            key_head,
-            matrix,
-        );
-        #[unroll]
-        for chunk in 0..comptime!(matrix.chunks()) {
-            load_queries::<F, NV>(gradient, &mut left, first, n, key_head, chunk, matrix);
-            sync_cube();
-            let offset = comptime!(chunk * matrix.across_chunk());
-            add_product::<F, NV>(&weights, &left, &mut v_sums, offset, true, matrix);
-            sync_cube();
-        }
+        pair.first = tables[tiles + index as usize] as usize;
+        weights_again::<F, NV>(q, k, log_sums, tables, spans, &mut shared, &pair, matrix);
+        add_to_keys::<F, NV>(gradient, &mut v_sums, &mut shared, &pair, matrix);
         weights_to_gradients::<F, NV>(
             gradient,
             v,
             row_sums,
             tables,
             spans,
-            &mut left,
-            &mut right,
-            &mut scores,
-            &mut weights,
-            first,
-            first_key,
-            n,
-            key_head,
+            &mut shared,
+            &pair,
             matrix,
         );
-        #[unroll]
-        for chunk in 0..comptime!(matrix.chunks()) {
-            load_queries::<F, NV>(q, &mut left, first, n, key_head, chunk, matrix);
-            sync_cube();
-            let offset = comptime!(chunk * matrix.across_chunk());
-            add_product::<F, NV>(&weights, &left, &mut k_sums, offset, true, matrix);
-            sync_cube();
-        }
+        add_to_keys::<F, NV>(q, &mut k_sums, &mut shared, &pair, matrix);
     }
-    write::<F>(
-        &k_sums,
-        &mut scores,
-        d_k,
-        first_key,
-        n,
-        key_head,
-        false,
-        matrix,
-    );
-    write::<F>(
-        &v_sums,
-        &mut scores,
-        d_v,
-        first_key,
-        n,
-        key_head,
-        false,
-        matrix,
-    );
+    write::<F>(&k_sums, &mut shared.scores, d_k, &pair, false, matrix);
+    write::<F>(&v_sums, &mut shared.scores, d_v, &pair, false, matrix);
 }
 
 /// Whether the kernels here can compute it on this device.
@@ -991,26 +884,19 @@ pub fn launch_forward(
 ) -> (CubeTensor, CubeTensor) {
     let (shape, [n, _]) = (tiled.shape, dims(&q));
     let matrix = MatrixShape { shape, fragment };
-    let (client, width, element) = (q.client.clone(), width(&q, shape.d), element(q.dtype));
-    unsafe {
-        matrix_forward::launch_unchecked(
-            &client,
-            cubes(n, shape.tokens(), shape),
-            units(matrix),
-            width,
-            q.into_buffer_arg(),
-            k.into_buffer_arg(),
-            v.into_buffer_arg(),
-            tables.into_buffer_arg(),
-            output.clone().into_buffer_arg(),
-            log_sums.clone().into_buffer_arg(),
-            n,
-            tiled.spans,
-            tiled.keys_of,
-            matrix,
-            element,
-        );
-    }
+    launch!(
+        matrix_forward::launch_unchecked,
+        q.client,
+        cubes(n, shape.tokens(), shape),
+        units(matrix),
+        [width(&q, shape.d)],
+        [q, k, v, tables, output, log_sums],
+        n,
+        tiled.spans,
+        tiled.keys_of,
+        matrix,
+        element(q.dtype),
+    );
     (output, log_sums)
 }
 
@@ -1024,48 +910,33 @@ pub fn launch_backward(
 ) {
     let (shape, [n, _]) = (tiled.shape, dims(&q));
     let matrix = MatrixShape { shape, fragment };
-    let (client, width, element) = (q.client.clone(), width(&q, shape.d), element(q.dtype));
-    unsafe {
-        matrix_backward_queries::launch_unchecked(
-            &client,
-            cubes(n, shape.tokens(), shape),
-            units(matrix),
-            width,
-            q.clone().into_buffer_arg(),
-            k.clone().into_buffer_arg(),
-            v.clone().into_buffer_arg(),
-            gradient.clone().into_buffer_arg(),
-            log_sums.clone().into_buffer_arg(),
-            sums.clone().into_buffer_arg(),
-            tables.clone().into_buffer_arg(),
-            d_q.clone().into_buffer_arg(),
-            n,
-            tiled.spans,
-            tiled.keys_of,
-            matrix,
-            element,
-        );
-        matrix_backward_keys::launch_unchecked(
-            &client,
-            cubes(n, shape.side, shape),
-            units(matrix),
-            width,
-            q.into_buffer_arg(),
-            k.into_buffer_arg(),
-            v.into_buffer_arg(),
-            gradient.into_buffer_arg(),
-            log_sums.into_buffer_arg(),
-            sums.into_buffer_arg(),
-            tables.into_buffer_arg(),
-            d_k.clone().into_buffer_arg(),
-            d_v.clone().into_buffer_arg(),
-            n,
-            tiled.spans,
-            tiled.queries_of,
-            matrix,
-            element,
-        );
-    }
+    let (width, element) = (width(&q, shape.d), element(q.dtype));
+    launch!(
+        matrix_backward_queries::launch_unchecked,
+        q.client,
+        cubes(n, shape.tokens(), shape),
+        units(matrix),
+        [width],
+        [q, k, v, gradient, log_sums, sums, tables, d_q],
+        n,
+        tiled.spans,
+        tiled.keys_of,
+        matrix,
+        element,
+    );
+    launch!(
+        matrix_backward_keys::launch_unchecked,
+        q.client,
+        cubes(n, shape.side, shape),
+        units(matrix),
+        [width],
+        [q, k, v, gradient, log_sums, sums, tables, d_k, d_v],
+        n,
+        tiled.spans,
+        tiled.queries_of,
+        matrix,
+        element,
+    );
 }
 
 fn units(matrix: MatrixShape) -> CubeDim {

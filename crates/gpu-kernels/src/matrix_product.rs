@@ -20,16 +20,15 @@
 //!
 //! **Order.** Workgroups along x share columns, so that a tile of W is read from memory once and x stays in the cache.
 
-use burn::tensor::DType;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::cmma::{self, MatrixIdent, MatrixLayout};
-use cubecl::ir::features::MmaConfig;
-use cubecl::ir::{DeviceProperties, ElemType, FloatKind};
+use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::choice::Candidate;
 use super::fault::Fault;
-use super::launch::element;
+use super::fragment::{Fragment, read, zeros};
+use super::launch::launch;
 use super::product::{Lengths, Operands, Packing};
 
 /// The shape of a workgroup's tile and of its planes' parts.
@@ -49,59 +48,6 @@ pub struct MatrixTile {
     pub copies: usize,
     /// The fragments of the matrix units.
     pub fragment: Fragment,
-}
-
-/// What a device's matrix units multiply at a time: `[m, k] · [k, n]`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub struct Fragment {
-    /// Rows of the output.
-    pub m: usize,
-    /// Columns of the output.
-    pub n: usize,
-    /// The inner dimension.
-    pub k: usize,
-    /// Units of a plane.
-    pub plane: usize,
-}
-
-impl Fragment {
-    /// The fragment for factors of this type and sums in f32; `None` without one, or if the size of a plane varies.
-    pub fn of(properties: &DeviceProperties, dtype: DType) -> Option<Self> {
-        let hardware = &properties.hardware;
-        if hardware.plane_size_min != hardware.plane_size_max {
-            return None;
-        }
-        let sizes = units(properties, dtype).map(|unit| Self {
-            m: unit.m as usize,
-            n: unit.n as usize,
-            k: unit.k as usize,
-            plane: hardware.plane_size_max as usize,
-        });
-        // Square fragments of 16 are the ones that every vendor's compilers are tuned for.
-        sizes
-            .filter(|size| 32 % size.m == 0 && 32 % size.n == 0 && 32 % size.k == 0)
-            .min_by_key(|size| {
-                (
-                    size.m.abs_diff(16),
-                    size.n.abs_diff(16),
-                    size.k.abs_diff(16),
-                )
-            })
-    }
-}
-
-/// Whether Burn multiplies this type on matrix units for which no kernel here is written.
-pub fn only_burn_has_units(properties: &DeviceProperties, dtype: DType) -> bool {
-    Fragment::of(properties, dtype).is_none() && units(properties, dtype).next().is_some()
-}
-
-/// The matrix units for 16-bit factors of this type and sums in f32.
-fn units(properties: &DeviceProperties, dtype: DType) -> impl Iterator<Item = &MmaConfig> {
-    let (f32, factor) = (ElemType::Float(FloatKind::F32), element(dtype));
-    let units = properties.features.matmul.cmma.iter();
-    units.filter(move |unit| {
-        dtype != DType::F32 && (unit.a_type, unit.b_type, unit.cd_type) == (factor, factor, f32)
-    })
 }
 
 /// Padding of a row in shared memory in values of 16 bits: 16 bytes, so that the rows of a fragment lie in different
@@ -213,7 +159,6 @@ pub fn matrix_product<
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] tile: MatrixTile,
-    #[comptime] has_low: bool,
     #[comptime] has_sum: bool,
     #[define(X, T, L, B, S, O)] _types: [ElemType; 6],
     #[define(NV)] _size: usize,
@@ -240,14 +185,7 @@ pub fn matrix_product<
     let mut sums = Sequence::<cmma::Matrix<f32>>::new();
     #[unroll]
     for _ in 0..comptime!(down * across) {
-        sums.push(cmma::Matrix::<f32>::from_value(
-            MatrixIdent::Accumulator,
-            tile.fragment.m,
-            tile.fragment.n,
-            tile.fragment.k,
-            MatrixLayout::Undefined,
-            0.0,
-        ));
+        sums.push(zeros(comptime!(tile.fragment)));
     }
 
     let mut next_x = Array::<Vector<T, NV>>::new(comptime!(x_loads(tile, width)));
@@ -332,26 +270,24 @@ pub fn matrix_product<
         sync_cube();
     }
 
-    if has_low {
-        for step in 0..lengths.rank.div_ceil(tile.depth) {
-            let first = step * tile.depth;
-            load_low::<L, T, NV>(low, &mut x_tile, first, first_row, unit, &lengths, tile);
-            load_b::<B, T, NV>(
-                b,
-                &mut w_tile,
-                first,
-                first_col,
-                unit,
-                &lengths,
-                packing,
-                tile,
-            );
-            sync_cube();
-            multiply::<T, NV>(
-                &x_tile, &w_tile, &mut sums, 0, 0, plane_row, plane_col, packing, tile,
-            );
-            sync_cube();
-        }
+    for step in 0..lengths.rank.div_ceil(tile.depth) {
+        let first = step * tile.depth;
+        load_low::<L, T, NV>(low, &mut x_tile, first, first_row, unit, &lengths, tile);
+        load_b::<B, T, NV>(
+            b,
+            &mut w_tile,
+            first,
+            first_col,
+            unit,
+            &lengths,
+            packing,
+            tile,
+        );
+        sync_cube();
+        multiply::<T, NV>(
+            &x_tile, &w_tile, &mut sums, 0, 0, plane_row, plane_col, packing, tile,
+        );
+        sync_cube();
     }
 
     let lane = UNIT_POS_X as usize;
@@ -643,8 +579,9 @@ fn multiply<T: Float, NV: Size>(
     #[comptime] tile: MatrixTile,
 ) {
     let width = NV::value();
-    let down = comptime!(tile.plane_rows / tile.fragment.m);
-    let across = comptime!(tile.plane_cols / tile.fragment.n);
+    let fragment = comptime!(tile.fragment);
+    let down = comptime!(tile.plane_rows / fragment.m);
+    let across = comptime!(tile.plane_cols / fragment.n);
     let (x_row, w_row) = comptime!((tile.x_row(), tile.w_row(packing.along_cols)));
     let steps = comptime!(tile.depth / tile.fragment.k);
     #[unroll(steps <= 2)]
@@ -665,7 +602,7 @@ fn multiply<T: Float, NV: Size>(
                 w_row,
                 MatrixIdent::B,
                 layout,
-                tile,
+                fragment,
             ));
         }
         #[unroll]
@@ -678,7 +615,7 @@ fn multiply<T: Float, NV: Size>(
                 x_row,
                 MatrixIdent::A,
                 MatrixLayout::RowMajor,
-                tile,
+                fragment,
             );
             #[unroll]
             for j in 0..across {
@@ -687,25 +624,6 @@ fn multiply<T: Float, NV: Size>(
             }
         }
     }
-}
-
-/// Reads a fragment from shared memory.
-#[cube]
-fn read<T: Float, NV: Size>(
-    from: &Shared<[Vector<T, NV>]>,
-    at: usize,
-    #[comptime] row: usize,
-    #[comptime] ident: MatrixIdent,
-    #[comptime] layout: MatrixLayout,
-    #[comptime] tile: MatrixTile,
-) -> cmma::Matrix<T> {
-    let fragment = comptime!(tile.fragment);
-    let mut matrix = unsafe {
-        cmma::Matrix::<T>::uninitialized(ident, fragment.m, fragment.n, fragment.k, layout)
-    };
-    let end = from.len();
-    cmma::load(&mut matrix, &from[at..end], comptime!(row as u32));
-    matrix
 }
 
 /// The tile that a candidate computes a product with; `None` if it does not use matrix units, or the device has none for
@@ -729,25 +647,12 @@ pub fn tile(operands: &Operands, candidate: Candidate) -> Option<MatrixTile> {
 }
 
 /// Launches [`matrix_product`].
-pub fn launch(operands: Operands, tile: MatrixTile) -> CubeTensor {
-    let ([n, k, m], lengths) = (operands.lengths(), operands.lengths_arg());
-    let [x_row, sum_row, words_row, _] = operands.rows();
-    let Operands {
-        x,
-        words,
-        scales,
-        low,
-        b,
-        sum,
-        output,
-        packing,
-        has_low,
-        has_sum,
-        ..
-    } = operands;
-    let client = x.client.clone();
+pub fn launch(operands: &Operands, tile: MatrixTile) -> CubeTensor {
+    let (properties, lengths) = (operands.x.client.properties(), operands.product.lengths);
+    let ([n, k, m], packing) = (lengths, operands.packing);
+    let [x_row, _, words_row, _] = operands.rows();
     // 16 bytes where the compiler has such vectors, else 8.
-    let width = if client.properties().hardware.max_vector_size >= 8 {
+    let width = if properties.hardware.max_vector_size >= 8 {
         8
     } else {
         4
@@ -767,42 +672,34 @@ pub fn launch(operands: Operands, tile: MatrixTile) -> CubeTensor {
     } else {
         1
     };
-    let out_vector = if m.is_multiple_of(4) && (!has_sum || sum_row.is_multiple_of(4)) {
-        4
-    } else {
-        1
-    };
-    let factor = element(x.dtype);
-    let [low_type, b_type, sum_type, out_type] =
-        [&low, &b, &sum, &output].map(|tensor| element(tensor.dtype));
+    let [x, low, b, sum, out] = operands.elements();
     let cubes = CubeCount::Static(
         n.div_ceil(tile.rows) as u32,
         m.div_ceil(tile.cols) as u32,
         1,
     );
-    unsafe {
-        matrix_product::launch_unchecked(
-            &client,
-            cubes,
-            CubeDim::new_2d(tile.fragment.plane as u32, tile.planes() as u32),
-            x_vector,
-            word_vector,
-            out_vector,
-            x.into_buffer_arg(),
-            words.into_buffer_arg(),
-            scales.into_buffer_arg(),
-            low.into_buffer_arg(),
-            b.into_buffer_arg(),
-            sum.into_buffer_arg(),
-            output.clone().into_buffer_arg(),
-            lengths,
-            packing,
-            tile,
-            has_low,
-            has_sum,
-            [factor, factor, low_type, b_type, sum_type, out_type],
-            width,
-        );
-    }
+    let output = operands.output();
+    launch!(
+        matrix_product::launch_unchecked,
+        operands.x.client,
+        cubes,
+        CubeDim::new_2d(tile.fragment.plane as u32, tile.planes() as u32),
+        [x_vector, word_vector, operands.out_vector()],
+        [
+            operands.x,
+            operands.words,
+            operands.scales,
+            operands.low,
+            operands.b,
+            operands.sum,
+            output
+        ],
+        operands.lengths_arg(),
+        packing,
+        tile,
+        operands.has_sum,
+        [x, x, low, b, sum, out],
+        width,
+    );
     output
 }

@@ -98,7 +98,7 @@ pub trait GpuOps: Backend {
     ) -> (FloatTensor<Self>, FloatTensor<Self>);
 
     /// `sum` plus the gradient of RMSNorm's input, and the same in type `rounded`; without one the second output is
-    /// `[1, 4]` that nobody reads.
+    /// `[1, 4]` and never read.
     #[fusion(meta = |_, _, _, _, sum, rounded| (
         sum.clone(),
         match rounded {

@@ -1,5 +1,5 @@
-//! [`attention`](super::attention) for drivers that emulate a GPU on a CPU; [`plane_product`](super::plane_product)
-//! says what is cheap there.
+//! [`attention`](super::attention) for drivers that emulate a GPU on a CPU. What is cheap there is described at
+//! [`plane_product`](super::plane_product).
 //!
 //! A workgroup is one plane and handles the same 32 queries. A unit owns four of them (with eight units), all their
 //! dimensions in registers, and keeps their maximum and sum to itself. Keys come in blocks of one per unit: each unit

@@ -32,7 +32,7 @@ pub struct Tile {
 }
 
 impl Tile {
-    /// The tile for a software driver that says how many units a plane has.
+    /// The tile for a software driver; `None` on a GPU, or if the size of a plane is not known.
     pub fn of_software_driver(client: &Client, packing: Packing) -> Option<Self> {
         let tile = Self {
             rows: 32,
@@ -64,7 +64,6 @@ pub fn plane_product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size,
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] tile: Tile,
-    #[comptime] has_low: bool,
     #[comptime] has_sum: bool,
     #[define(X, L, B, S, O)] _types: [ElemType; 5],
 ) {
@@ -118,11 +117,9 @@ pub fn plane_product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size,
         }
     }
 
-    if has_low {
-        add_low_rank(
-            low, b, &mut sums, first_row, first_col, lane, &lengths, tile,
-        );
-    }
+    add_low_rank(
+        low, b, &mut sums, first_row, first_col, lane, &lengths, tile,
+    );
 
     let in_vector = NM::value();
     #[unroll]

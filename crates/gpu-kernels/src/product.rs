@@ -15,8 +15,6 @@
 //! them. After that each unit adds its part of the low-rank term `low · B` straight from memory, because the rank is
 //! small. Then the sum is read and the output written, once each.
 
-use std::sync::Mutex;
-
 use burn::backend::ops::FloatTensorOps as _;
 use burn::tensor::{DType, Slice};
 use burn_cubecl::CubeBackend;
@@ -27,16 +25,12 @@ use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-#[cfg(feature = "autotune")]
-use super::choice;
-use super::choice::{Candidate, Product, words_lie_along_d_out};
+use super::choice::{self, Candidate, Product};
 use super::fault::{self, Fault};
-use super::few_rows::{FEW_ROWS, UNITS, columns_of, few_rows, rows_of};
-use super::launch::{dims, element, empty, strides, with_contiguous_rows};
-#[cfg(not(feature = "autotune"))]
-use super::matrix_product::MatrixTile;
-use super::matrix_product::{self, Fragment};
-use super::plane_product;
+use super::few_rows::{self, FEW_ROWS, columns_of, rows_of};
+use super::fragment::Fragment;
+use super::launch::{dims, element, empty, launch, strides, with_contiguous_rows};
+use super::{matrix_product, plane_product};
 
 /// The shape of a workgroup's tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -106,7 +100,7 @@ pub struct Lengths {
     pub k: usize,
     /// Columns of the output.
     pub m: usize,
-    /// The inner dimension of the low-rank term.
+    /// The inner dimension of the low-rank term; 0 without one.
     pub rank: usize,
     /// The first column of `low`.
     pub low_first: usize,
@@ -141,7 +135,6 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, O: Float>(
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] tile: Tile,
-    #[comptime] has_low: bool,
     #[comptime] has_sum: bool,
     #[define(X, L, B, S, O)] _types: [ElemType; 5],
 ) {
@@ -190,17 +183,15 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, O: Float>(
         sync_cube();
     }
 
-    if has_low {
-        add_low_rank(
-            low,
-            b,
-            &mut sums,
-            first_row + unit_row,
-            first_col + unit_col,
-            &lengths,
-            tile,
-        );
-    }
+    add_low_rank(
+        low,
+        b,
+        &mut sums,
+        first_row + unit_row,
+        first_col + unit_col,
+        &lengths,
+        tile,
+    );
 
     #[unroll]
     for i in 0..tile.unit_rows {
@@ -469,41 +460,24 @@ pub struct LowRankTerm {
     pub b: CubeTensor,
 }
 
-static FORCED: Mutex<Option<Candidate>> = Mutex::new(None);
-
-/// Uses this kernel for every product of this process that it can compute; `None` chooses again. For tests and
-/// measurements.
-pub fn force(candidate: Option<Candidate>) {
-    *FORCED.lock().unwrap_or_else(|broken| broken.into_inner()) = candidate;
-}
-
-fn forced() -> Option<Candidate> {
-    *FORCED.lock().unwrap_or_else(|broken| broken.into_inner())
-}
-
 /// The tensors of a product, ready for a launch.
 #[derive(Clone)]
 pub struct Operands {
+    pub product: Product,
+    pub packing: Packing,
     pub x: CubeTensor,
+    weight: CubeTensor,
+    transposed: bool,
     /// The parts of `weight`.
     pub words: CubeTensor,
     pub scales: CubeTensor,
-    weight: CubeTensor,
-    transposed: bool,
-    /// [`x`](Self::x) in place of a term that is not there, as are the next two.
+    pub has_sum: bool,
+    /// `x` in place of a term that is not there, as are the next two.
     pub low: CubeTensor,
     pub b: CubeTensor,
     pub sum: CubeTensor,
-    pub output: CubeTensor,
-    pub packing: Packing,
-    pub has_low: bool,
-    pub has_sum: bool,
-    n: usize,
-    k: usize,
-    m: usize,
     rank: usize,
     low_first: usize,
-    row_dim: usize,
 }
 
 impl Operands {
@@ -520,94 +494,65 @@ impl Operands {
             unreachable!("only quantized weights reach this kernel")
         };
         let (x, sum) = (with_contiguous_rows(x), sum.map(with_contiguous_rows));
-        let dtypes = [x.dtype, dtype];
-        let product = Product::new(dims(&x)[0], dims(&weight), &scheme, transposed, dtypes);
-        let [n, k, m] = product.lengths;
+        let types = [x.dtype, dtype];
+        let product = Product::new(dims(&x)[0], dims(&weight), &scheme, transposed, types);
         let (words, scales) = weight
             .quantized_handles()
             .unwrap_or_else(|| unreachable!("a quantized weight has integers and scales"));
-        let (has_low, has_sum) = (low_rank.is_some(), sum.is_some());
-        let (rank, low_first) = low_rank
-            .as_ref()
-            .map_or((0, 0), |term| (term.rank, term.first));
+        let has_sum = sum.is_some();
         // An operand that is not there is never read; something has to be bound in its place.
-        let (low, b) = match low_rank {
-            Some(term) => (term.low, term.b),
-            None => (x.clone(), x.clone()),
+        let nothing = || LowRankTerm {
+            low: x.clone(),
+            first: 0,
+            rank: 0,
+            b: x.clone(),
         };
-        Self {
-            output: empty(&x, [n, m], dtype),
-            sum: sum.unwrap_or_else(|| x.clone()),
-            x,
-            words,
-            scales,
-            weight,
-            transposed,
+        let LowRankTerm {
             low,
+            first: low_first,
+            rank,
             b,
+        } = low_rank.unwrap_or_else(nothing);
+        Self {
+            product,
             packing: Packing {
                 bits: product.bits,
                 block: product.block,
                 along_cols: product.along_cols,
                 fault: fault::current(),
             },
-            has_low,
+            sum: sum.unwrap_or_else(|| x.clone()),
+            x,
+            weight,
+            transposed,
+            words,
+            scales,
             has_sum,
-            n,
-            k,
-            m,
+            low,
+            b,
             rank,
             low_first,
-            // The dimension of rows in memory: words lie along the other one.
-            row_dim: usize::from(!words_lie_along_d_out(&scheme)),
         }
     }
 
     /// Whether a candidate can compute this product.
     pub fn can(&self, candidate: Candidate) -> bool {
-        let on_matrix_units = || matrix_product::tile(self, candidate).is_some();
         match candidate {
             Candidate::Composed => true,
-            Candidate::MatrixLarge | Candidate::MatrixSmall => on_matrix_units(),
+            Candidate::MatrixLarge | Candidate::MatrixSmall => {
+                matrix_product::tile(self, candidate).is_some()
+            }
             // Matrix units are always faster.
-            Candidate::Units => {
-                let fragment = Fragment::of(self.x.client.properties(), self.x.dtype);
-                fragment.is_none()
-            }
-        }
-    }
-
-    /// The fastest candidate, where candidates are measured; else the one that is expected to be.
-    fn chosen(&self) -> Candidate {
-        #[cfg(feature = "autotune")]
-        return choice::fastest(self);
-        #[cfg(not(feature = "autotune"))]
-        {
-            let [n, _, m] = self.lengths();
-            let hardware = &self.x.client.properties().hardware;
-            let processors = hardware.num_streaming_multiprocessors.unwrap_or(32) as usize;
-            let fills =
-                |tile: MatrixTile| n.div_ceil(tile.rows) * m.div_ceil(tile.cols) >= processors;
-            let large = matrix_product::tile(self, Candidate::MatrixLarge);
-            if large.is_some_and(fills) {
-                Candidate::MatrixLarge
-            } else if self.can(Candidate::MatrixSmall) {
-                Candidate::MatrixSmall
-            } else if matrix_product::only_burn_has_units(self.x.client.properties(), self.x.dtype)
-            {
-                Candidate::Composed
-            } else {
-                Candidate::Units
-            }
+            Candidate::Units => Fragment::of(self.x.client.properties(), self.x.dtype).is_none(),
         }
     }
 
     /// Launches a candidate that [can](Self::can).
     pub fn launch(self, candidate: Candidate) -> CubeTensor {
         match matrix_product::tile(&self, candidate) {
-            Some(tile) => matrix_product::launch(self, tile),
+            Some(tile) => matrix_product::launch(&self, tile),
             None if candidate == Candidate::Composed => launch_composed(self),
-            None => launch_on_units(self),
+            None => launch_on_units(&self),
         }
     }
 
@@ -615,41 +560,59 @@ impl Operands {
     #[cfg(feature = "autotune")]
     pub fn without_terms(&self) -> Self {
         Self {
-            has_low: false,
+            rank: 0,
             has_sum: false,
-            output: empty(&self.x, [self.n, self.m], self.output.dtype),
             ..self.clone()
         }
     }
 
-    /// Rows, the inner dimension and columns.
-    pub const fn lengths(&self) -> [usize; 3] {
-        [self.n, self.k, self.m]
+    /// Memory for the output.
+    pub fn output(&self) -> CubeTensor {
+        let ([n, _, m], [_, dtype]) = (self.product.lengths, self.product.types);
+        empty(&self.x, [n, m], dtype)
     }
 
     /// The distances of rows of x, of the sum, of the packed words and of the scales.
     pub fn rows(&self) -> [usize; 4] {
+        // Words lie along one dimension of the weight; the other one is that of rows in memory.
+        let words_lie_along_d_out = self.packing.along_cols != self.transposed;
+        let row = usize::from(!words_lie_along_d_out);
         [
             strides(&self.x)[0],
             strides(&self.sum)[0],
-            self.words.meta.strides()[self.row_dim],
-            self.scales.meta.strides()[self.row_dim],
+            self.words.meta.strides()[row],
+            self.scales.meta.strides()[row],
         ]
     }
 
-    /// The types of x, the term of low rank, the sum and the output.
-    fn elements(&self) -> [ElemType; 5] {
-        let tensors = [&self.x, &self.low, &self.b, &self.sum, &self.output];
-        tensors.map(|tensor| element(tensor.dtype))
+    /// Values of a vector of x: 4 where rows allow it.
+    fn x_vector(&self) -> usize {
+        let aligned = self.product.lengths[1].is_multiple_of(4) && self.rows()[0].is_multiple_of(4);
+        if aligned { 4 } else { 1 }
+    }
+
+    /// Values of a vector of the sum and of the output: 4 where rows allow it.
+    pub fn out_vector(&self) -> usize {
+        let sum_allows = !self.has_sum || self.rows()[1].is_multiple_of(4);
+        let aligned = self.product.lengths[2].is_multiple_of(4) && sum_allows;
+        if aligned { 4 } else { 1 }
+    }
+
+    /// The types of x, both factors of the low-rank term, the sum and the output.
+    pub fn elements(&self) -> [ElemType; 5] {
+        let tensors = [&self.x, &self.low, &self.b, &self.sum].map(|tensor| tensor.dtype);
+        let [x, low, b, sum] = tensors.map(element);
+        [x, low, b, sum, element(self.product.types[1])]
     }
 
     pub fn lengths_arg(&self) -> LengthsLaunch {
+        let [n, k, m] = self.product.lengths;
         let [x_row, sum_row, words_row, scales_row] = self.rows();
         let ([low_row, low_col], [b_row, b_col]) = (strides(&self.low), strides(&self.b));
         LengthsLaunch::new(
-            self.n,
-            self.k,
-            self.m,
+            n,
+            k,
+            m,
             self.rank,
             self.low_first,
             x_row,
@@ -680,78 +643,69 @@ pub fn launch(
     dtype: DType,
 ) -> CubeTensor {
     let operands = Operands::new(sum, x, weight, transposed, low_rank, dtype);
-    match forced().filter(|candidate| operands.can(*candidate)) {
+    match choice::forced().filter(|candidate| operands.can(*candidate)) {
         Some(candidate) => operands.launch(candidate),
-        None if operands.n < FEW_ROWS => launch_few_rows(operands),
+        None if operands.product.lengths[0] < FEW_ROWS => launch_few_rows(&operands),
         None => {
-            let candidate = operands.chosen();
+            let candidate = choice::fastest(&operands);
             operands.launch(candidate)
         }
     }
 }
 
-/// For few rows.
-fn launch_few_rows(operands: Operands) -> CubeTensor {
-    let ([n, _, m], lengths) = (operands.lengths(), operands.lengths_arg());
-    let rows = rows_of(n);
-    let elements = operands.elements();
-    let Operands {
-        x,
-        words,
-        scales,
-        low,
-        b,
-        sum,
-        output,
-        packing,
-        has_low,
-        has_sum,
-        ..
-    } = operands;
-    let columns = columns_of(packing);
-    let cubes = CubeCount::Static(m.div_ceil(columns) as u32, n.div_ceil(rows) as u32, 1);
-    let client = x.client.clone();
-    unsafe {
-        few_rows::launch_unchecked(
-            &client,
-            cubes,
-            CubeDim::new_1d(UNITS as u32),
-            x.into_buffer_arg(),
-            words.into_buffer_arg(),
-            scales.into_buffer_arg(),
-            low.into_buffer_arg(),
-            b.into_buffer_arg(),
-            sum.into_buffer_arg(),
-            output.clone().into_buffer_arg(),
-            lengths,
-            packing,
-            rows,
-            has_low,
-            has_sum,
-            elements,
+/// Launches one of the kernels that take the same tensors, lengths and types: [`product`] and its variants.
+macro_rules! launch_product {
+    ($kernel:path, $operands:expr, $cubes:expr, $units:expr, [$($size:expr),*], $tile:expr) => {{
+        let (operands, output) = ($operands, $operands.output());
+        launch!(
+            $kernel,
+            operands.x.client,
+            $cubes,
+            CubeDim::new_1d($units as u32),
+            [$($size),*],
+            [operands.x, operands.words, operands.scales, operands.low, operands.b, operands.sum, output],
+            operands.lengths_arg(),
+            operands.packing,
+            $tile,
+            operands.has_sum,
+            operands.elements(),
         );
-    }
-    output
+        output
+    }};
+}
+
+/// For few rows.
+fn launch_few_rows(operands: &Operands) -> CubeTensor {
+    let [n, _, m] = operands.product.lengths;
+    let (rows, columns) = (rows_of(n), columns_of(operands.packing));
+    let cubes = CubeCount::Static(m.div_ceil(columns) as u32, n.div_ceil(rows) as u32, 1);
+    launch_product!(
+        few_rows::few_rows::launch_unchecked,
+        operands,
+        cubes,
+        few_rows::UNITS,
+        [],
+        rows
+    )
 }
 
 /// Burn's kernels: the weight dequantized into memory, then a product.
 fn launch_composed(operands: Operands) -> CubeTensor {
     let Operands {
+        product,
         x,
-        mut weight,
+        weight,
         transposed,
+        has_sum,
         low,
         b,
         sum,
-        output,
-        has_low,
-        has_sum,
-        low_first,
         rank,
+        low_first,
         ..
     } = operands;
-    let (factors, dtype) = (x.dtype, output.dtype);
-    weight = dequantize(weight, factors);
+    let [factors, dtype] = product.types;
+    let mut weight = dequantize(weight, factors);
     if transposed {
         weight.meta.swap(0, 1);
     }
@@ -760,7 +714,7 @@ fn launch_composed(operands: Operands) -> CubeTensor {
         cast(product.unwrap_or_else(|error| panic!("{error:?}")), dtype)
     };
     let mut result = multiply(x, weight);
-    if has_low {
+    if rank > 0 {
         let columns = Slice::from(low_first..low_first + rank);
         let low = CubeBackend::float_slice(low, &[Slice::from(..), columns]);
         let term = multiply(cast(low, factors), cast(b, factors));
@@ -773,81 +727,31 @@ fn launch_composed(operands: Operands) -> CubeTensor {
 }
 
 /// Without matrix units.
-fn launch_on_units(operands: Operands) -> CubeTensor {
-    let ([n, k, m], lengths) = (operands.lengths(), operands.lengths_arg());
-    let (elements, sum_row) = (operands.elements(), operands.rows()[1]);
-    let vector = if k.is_multiple_of(4) && operands.rows()[0].is_multiple_of(4) {
-        4
-    } else {
-        1
-    };
-    let Operands {
-        x,
-        words,
-        scales,
-        low,
-        b,
-        sum,
-        output,
-        packing,
-        has_low,
-        has_sum,
-        ..
-    } = operands;
-    let client = x.client.clone();
-    if let Some(tile) = plane_product::Tile::of_software_driver(&client, packing) {
-        let aligned = m.is_multiple_of(4) && (!has_sum || sum_row.is_multiple_of(4));
-        let out_vector = if aligned { 4 } else { 1 };
-        unsafe {
-            plane_product::plane_product::launch_unchecked(
-                &client,
-                tile.cubes(n, m),
-                CubeDim::new_1d(tile.units as u32),
-                vector,
-                out_vector,
-                x.into_buffer_arg(),
-                words.into_buffer_arg(),
-                scales.into_buffer_arg(),
-                low.into_buffer_arg(),
-                b.into_buffer_arg(),
-                sum.into_buffer_arg(),
-                output.clone().into_buffer_arg(),
-                lengths,
-                packing,
-                tile,
-                has_low,
-                has_sum,
-                elements,
-            );
-        }
-        return output;
-    }
-    let tile = TILE;
-    let cubes = CubeCount::Static(
-        m.div_ceil(tile.cols) as u32,
-        n.div_ceil(tile.rows) as u32,
-        1,
-    );
-    unsafe {
-        product::launch_unchecked(
-            &client,
-            cubes,
-            CubeDim::new_1d(tile.units() as u32),
-            vector,
-            x.into_buffer_arg(),
-            words.into_buffer_arg(),
-            scales.into_buffer_arg(),
-            low.into_buffer_arg(),
-            b.into_buffer_arg(),
-            sum.into_buffer_arg(),
-            output.clone().into_buffer_arg(),
-            lengths,
-            packing,
-            tile,
-            has_low,
-            has_sum,
-            elements,
+fn launch_on_units(operands: &Operands) -> CubeTensor {
+    let [n, _, m] = operands.product.lengths;
+    let vector = operands.x_vector();
+    let (client, packing) = (&operands.x.client, operands.packing);
+    if let Some(tile) = plane_product::Tile::of_software_driver(client, packing) {
+        return launch_product!(
+            plane_product::plane_product::launch_unchecked,
+            operands,
+            tile.cubes(n, m),
+            tile.units,
+            [vector, operands.out_vector()],
+            tile
         );
     }
-    output
+    let cubes = CubeCount::Static(
+        m.div_ceil(TILE.cols) as u32,
+        n.div_ceil(TILE.rows) as u32,
+        1,
+    );
+    launch_product!(
+        product::launch_unchecked,
+        operands,
+        cubes,
+        TILE.units(),
+        [vector],
+        TILE
+    )
 }

@@ -247,7 +247,7 @@ pub fn launch_rms_norm(
 }
 
 /// Launches [`rms_norm_backward`]. The output has the type of `sum`; shapes as in [`launch_rms_norm`]. The second output
-/// is the same in type `rounded`, and without one `[1, 4]` that nobody reads.
+/// is the same in type `rounded`, and without one `[1, 4]` and never read.
 pub fn launch_rms_norm_backward(
     x: CubeTensor,
     inverse: CubeTensor,

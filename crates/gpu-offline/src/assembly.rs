@@ -1,6 +1,6 @@
 //! Reading what NVIDIA's assembler (`ptxas -v`) and disassembler (`nvdisasm`) print.
 
-/// What `ptxas` says of a kernel. Bytes are per thread but for shared memory.
+/// What `ptxas` reports of a kernel. Bytes are per thread, except those of shared memory.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct Resources {
     /// Registers of a thread.

@@ -80,7 +80,7 @@ pub fn compile(kernel: &Kernel, version: Version) -> Result<Vec<u32>> {
     Ok(compiled.assembled_module)
 }
 
-/// Checks a module; an error holds what the validator says.
+/// Checks a module; an error holds the validator's message.
 pub fn validate(
     module: &[u32],
     version: Version,

@@ -14,7 +14,7 @@ pub struct Row {
     pub threads: u32,
     /// Shared memory that the launch asks for, in bytes, beside what the code declares.
     pub dynamic_shared: u32,
-    /// What the assembler says.
+    /// What the assembler reports.
     pub resources: Resources,
     /// The registers with which the assembler spills none, if it spills with the number that it chose: fewer registers,
     /// so that more workgroups fit. `None` if it spills with every number.

@@ -63,7 +63,7 @@ impl Target {
         }
     }
 
-    /// As the runtime fills them in from what the driver says.
+    /// As the runtime fills them in from the driver.
     pub fn device_properties(self) -> DeviceProperties {
         let max_shared = match self {
             Self::Cuda(_, multiprocessor) => multiprocessor.shared_of_a_block() as usize,
@@ -119,7 +119,7 @@ impl Target {
         properties
     }
 
-    /// What CubeCL says of the instructions.
+    /// CubeCL's description of the instructions.
     pub fn target_properties(self) -> TargetProperties {
         TargetProperties {
             mma: MmaProperties {

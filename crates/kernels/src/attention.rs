@@ -73,19 +73,17 @@ impl PlannedAttention {
         uploads: &mut Uploads,
     ) -> Self {
         let ranges = AttentionRanges::new(segments);
-        let kernels = of_device(device);
-        let reads_ranges = dtype == DType::F32 && kernels.attention_reads_ranges();
-        let tiled = kernels.attends_in_tiles(heads, dtype, device);
-        let padded = (device.is_autodiff() || !(reads_ranges || tiled))
+        let reads_ranges = dtype == DType::F32 && of_device(device).attention_reads_ranges();
+        #[cfg(feature = "cube")]
+        let tiled = crate::gpu::PlannedTiles::new(segments, &ranges, heads, dtype, device, uploads);
+        #[cfg(not(feature = "cube"))]
+        let tiled: Option<()> = None;
+        let padded = (device.is_autodiff() || !(reads_ranges || tiled.is_some()))
             .then(|| PlannedPadded::new(&ranges, heads, scores_at_once, uploads));
         Self {
             padded,
             #[cfg(feature = "cube")]
-            tiled: (tiled && !device.is_autodiff())
-                .then(|| {
-                    crate::gpu::PlannedTiles::new(segments, &ranges, heads, dtype, device, uploads)
-                })
-                .flatten(),
+            tiled,
             ranges: Arc::new(ranges),
         }
     }

@@ -34,11 +34,6 @@ pub trait Kernels: Debug + Sync {
         false
     }
 
-    /// Whether attention visits tiles of keys that are listed on the device.
-    fn attends_in_tiles(&self, _heads: Heads, _dtype: DType, _device: &Device) -> bool {
-        false
-    }
-
     /// The factor by which queries are multiplied before attention: 1/√d, or 1 if attention scales the scores.
     fn query_scale(&self, heads: Heads) -> f64 {
         1.0 / (heads.d as f64).sqrt()

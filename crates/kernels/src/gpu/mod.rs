@@ -24,8 +24,8 @@ use crate::spoil::spoilt;
 use crate::switches::Kernel;
 use crate::uploads::{Ints, Uploaded, Uploads};
 use gpu_kernels::{
-    AdamWNumbers, AttentionShape, Candidate, FEW_ROWS, GpuOps as _, Group, MEMBERS, Terms,
-    TiledAttention, force_product,
+    AdamWNumbers, AttentionShape, Candidate, FEW_ROWS, GpuOps as _, Group, MEMBERS, Product, Terms,
+    TiledAttention, burn_is_faster, force_product,
 };
 
 pub use gpu_kernels::set_software_driver;
@@ -36,7 +36,7 @@ pub(crate) fn for_each_product_kernel<E>(
     dtype: DType,
     mut measure: impl FnMut(&str) -> Result<(), E>,
 ) -> Result<(), E> {
-    let Some(client) = client(device) else {
+    let Some(client) = client(device).filter(|_| computes_products(dtype, device)) else {
         return Ok(());
     };
     let kernels = Candidate::of(client.properties(), dtype).into_iter();
@@ -62,10 +62,6 @@ pub(crate) fn is_gpu(device: &Device) -> bool {
 pub(crate) struct Gpu;
 
 impl Kernels for Gpu {
-    fn attends_in_tiles(&self, heads: Heads, dtype: DType, device: &Device) -> bool {
-        shape(heads, dtype, device).is_some()
-    }
-
     fn frozen_product(
         &self,
         sum: Option<Tensor<2>>,
@@ -88,8 +84,7 @@ impl Kernels for Gpu {
             // Bound by the reading of the weight: matrix units would not help.
             Kernel::FewRows.is_on() && matches!(weight.dtype(), DType::QFloat(_))
         } else {
-            Kernel::Product.is_on()
-                && !multiplies_in_tf32(x.dtype(), &x.device())
+            computes_products(x.dtype(), &x.device())
                 && has_kernel(sum.as_ref(), &x, &weight, direction)
         };
         if on {
@@ -358,19 +353,13 @@ fn has_kernel(
     let DType::QFloat(scheme) = weight.dtype() else {
         return false;
     };
-    #[cfg(feature = "autotune")]
-    if let DispatchDevice::Cube(device) = x.device().without_autodiff().as_dispatch() {
-        let product = gpu_kernels::Product::new(
-            x.dims()[0],
-            weight.dims(),
-            &scheme,
-            direction == Direction::Backward,
-            [x.dtype(), sum.map_or(x.dtype(), Tensor::dtype)],
-        );
-        return !gpu_kernels::burn_is_faster(device, product);
+    let types = [x.dtype(), sum.map_or(x.dtype(), Tensor::dtype)];
+    let transposed = direction == Direction::Backward;
+    let product = Product::new(x.dims()[0], weight.dims(), &scheme, transposed, types);
+    match x.device().without_autodiff().as_dispatch() {
+        DispatchDevice::Cube(device) => !burn_is_faster(device, product),
+        _ => false,
     }
-    let _ = (sum, x, scheme, direction);
-    true
 }
 
 /// A product with a quantized weight by the kernel for it.
@@ -494,7 +483,7 @@ pub(crate) struct TiledTables {
 }
 
 impl PlannedTiles {
-    /// `None` if no kernel for tiles computes attention between these heads.
+    /// `None` if no kernel for tiles computes attention between these heads: not on the CPU, nor in an autodiff graph.
     pub(crate) fn new(
         segments: &[Segment],
         ranges: &AttentionRanges,
@@ -539,11 +528,16 @@ impl TiledTables {
 
 /// The tiles of attention between these heads; `None` without a kernel for it.
 fn shape(heads: Heads, dtype: DType, device: &Device) -> Option<AttentionShape> {
-    if !Kernel::Attention.is_on() || multiplies_in_tf32(dtype, device) {
+    if device.is_autodiff() || !Kernel::Attention.is_on() || multiplies_in_tf32(dtype, device) {
         return None;
     }
     let client = client(device)?;
     AttentionShape::of(client.properties(), dtype, heads.query, heads.key, heads.d)
+}
+
+/// Whether products with quantized weights are computed by kernels here, if they are faster than Burn's.
+fn computes_products(dtype: DType, device: &Device) -> bool {
+    Kernel::Product.is_on() && !multiplies_in_tf32(dtype, device)
 }
 
 /// Whether Burn's products of this type run on matrix units in TF32. The kernels here have no such variant.

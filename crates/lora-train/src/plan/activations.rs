@@ -197,15 +197,6 @@ fn copies_of_scores(model: &LlamaConfig, options: &PlanOptions) -> f64 {
     }
 }
 
-/// Whether a GPU's attention stores scores in memory: not where the kernel for tiles computes it. In f32 the device
-/// decides (`kernels`' `gpu` module), so that the larger need is assumed.
-fn stores_scores(model: &LlamaConfig, options: &PlanOptions) -> bool {
-    let in_tiles = options.float_bytes == 2
-        && model.head_dim.is_multiple_of(4)
-        && kernels::Kernel::Attention.is_on();
-    !in_tiles
-}
-
 /// Bytes of one tensor of each size, and of a layer's saved activations, for a number of tokens.
 struct Sizes {
     hidden: f64,
@@ -213,7 +204,7 @@ struct Sizes {
     key_value: f64,
     feed_forward: f64,
     log_sums: f64,
-    /// Attention scores that are in memory at a time, on a GPU.
+    /// Attention scores that exist at a time, on a GPU.
     tile: f64,
     /// Saved by the attention block in addition to the layer's input.
     attention: f64,
@@ -243,7 +234,7 @@ impl Sizes {
             key_value,
             feed_forward,
             log_sums,
-            tile: if options.on_gpu && stores_scores(model, options) {
+            tile: if options.on_gpu {
                 SCORE_COPIES * 4.0 * scores as f64
             } else {
                 0.0
