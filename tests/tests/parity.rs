@@ -68,6 +68,15 @@ fn dora_agrees_with_peft_magnitudes_training_and_merge_included() {
 }
 
 #[test]
+fn a_learning_rate_of_its_own_for_b_agrees_with_pefts_loraplus_optimizer() {
+    agrees("loraplus", None);
+    // With one learning rate for A and B the losses are others.
+    notices("loraplus", &["train_losses", "adapter after"], |folder| {
+        edit_floats(folder, "loraplus_lr_ratio", |ratio| ratio.fill(1.0));
+    });
+}
+
+#[test]
 fn patterns_of_ranks_alphas_and_exclusion_agree_with_peft() {
     agrees("patterns", None);
 }
@@ -227,19 +236,36 @@ fn another_rope_theta_is_noticed() {
 
 /// Rewrites `reference.safetensors` with the integers of one tensor changed, row by row.
 fn edit_integers(folder: &Path, name: &str, change: impl Fn(&mut [i64])) {
+    edit_tensor(folder, name, |shape, bytes| {
+        let words = bytes.chunks_exact(8);
+        let mut integers: Vec<i64> = words
+            .map(|word| i64::from_le_bytes(word.try_into().expect("eight bytes")))
+            .collect();
+        integers.chunks_mut(shape[1]).for_each(change);
+        let integers = integers.iter();
+        integers.flat_map(|integer| integer.to_le_bytes()).collect()
+    });
+}
+
+/// As [`edit_integers`], for the f32 elements of one tensor.
+fn edit_floats(folder: &Path, name: &str, change: impl Fn(&mut [f32])) {
+    edit_tensor(folder, name, |_, bytes| {
+        let words = bytes.chunks_exact(4);
+        let mut floats: Vec<f32> = words
+            .map(|word| f32::from_le_bytes(word.try_into().expect("four bytes")))
+            .collect();
+        change(&mut floats);
+        floats.iter().flat_map(|float| float.to_le_bytes()).collect()
+    });
+}
+
+/// Rewrites `reference.safetensors` with the bytes of one tensor changed; `change` also gets its shape.
+fn edit_tensor(folder: &Path, name: &str, change: impl FnOnce(&[usize], &[u8]) -> Vec<u8>) {
     let path = folder.join("reference.safetensors");
     let bytes = fs::read(&path).expect("the fixture can be read");
     let file = SafeTensors::deserialize(&bytes).expect("the fixture is a safetensors file");
     let view = file.tensor(name).expect("the fixture has this tensor");
-    let words = view.data().chunks_exact(8);
-    let mut integers: Vec<i64> = words
-        .map(|word| i64::from_le_bytes(word.try_into().expect("eight bytes")))
-        .collect();
-    integers.chunks_mut(view.shape()[1]).for_each(change);
-    let changed: Vec<u8> = integers
-        .iter()
-        .flat_map(|integer| integer.to_le_bytes())
-        .collect();
+    let changed = change(view.shape(), view.data());
     let tensors = file.iter().map(|(key, view)| {
         if key == name {
             let view =

@@ -23,6 +23,7 @@ use data::{Data, Order};
 use device::{Backend, KeptKernels, ModelLoader, ModelOptions, Selected};
 use durable::faults::{self, Kernels};
 use run_config::{ComputeDtype, Config};
+use train_step::loraplus_rates;
 use train_step::loss_scale::LossScale;
 use train_step::optimizer::AdamW;
 
@@ -212,6 +213,9 @@ impl Setup {
             weight_decay: config.weight_decay,
         }
         .resumable();
+        if let Some(ratio) = config.loraplus_lr_ratio {
+            optimizer = optimizer.with_rates(loraplus_rates(&model, ratio));
+        }
         if let Some(checkpoint) = self.checkpoint() {
             model = checkpoint.tensors()?.put(model, &mut optimizer)?;
         }

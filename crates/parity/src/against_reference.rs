@@ -119,7 +119,8 @@ fn training(
         checks.push(tensors(quantity, GRADIENT, &got, &reference.gradients)?);
     }
     let steps = expected.len();
-    let (trained, losses) = run::train(adapted, &reference.batch, steps, learning_rate);
+    let ratio = reference.loraplus_lr_ratio;
+    let (trained, losses) = run::train(adapted, &reference.batch, steps, learning_rate, ratio);
     let (difference, step) = curves(&losses, expected);
     checks.push(Check {
         quantity: format!("train_losses, {steps} AdamW steps"),

@@ -35,6 +35,8 @@ pub(super) struct Reference {
     pub gradients: BTreeMap<String, Vec<f32>>,
     /// `None` if the reference's training has no counterpart here.
     pub train_losses: Option<Vec<f64>>,
+    /// The ratio of learning rates if the reference was trained with LoRA+.
+    pub loraplus_lr_ratio: Option<f64>,
     pub config: AdapterConfig,
     pub adapter: AdapterTensors,
     pub trained: AdapterTensors,
@@ -90,11 +92,12 @@ impl Reference {
         let (config, adapter) = peft::read_adapter(&folder.join("adapter"))?;
         let (_, trained) = peft::read_adapter(&folder.join("trained"))?;
         let first = |values: Vec<f32>| values.first().map_or(f64::NAN, |value| *value as f64);
-        let losses = if numbers.file.names().contains(&"train_losses") {
-            Some(numbers.floats("train_losses")?.1)
-        } else {
-            None
+        let optional = |name: &str| {
+            let has = numbers.file.names().contains(&name);
+            has.then(|| numbers.floats(name)).transpose()
         };
+        let losses = optional("train_losses")?.map(|(_, losses)| losses);
+        let ratio = optional("loraplus_lr_ratio")?.map(|(_, ratio)| first(ratio));
         let losses = losses.map(|losses| losses.into_iter().map(f64::from).collect());
         Ok(Self {
             model,
@@ -106,6 +109,7 @@ impl Reference {
             loss: first(numbers.floats("loss")?.1),
             gradients: gradients.collect::<Result<_, _>>()?,
             train_losses: losses,
+            loraplus_lr_ratio: ratio,
             config,
             adapter,
             trained,

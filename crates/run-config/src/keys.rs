@@ -283,6 +283,11 @@ keys! {
     learning_rate: f64 = 1e-4, positive(),
         [Transformers: "learning_rate", Other: "lr"];
 
+    /// LoRA+: the learning rate of B (and of DoRA's magnitudes) is this many times `learning_rate`, which A keeps;
+    /// the paper recommends 16. `"none"` trains both with `learning_rate`.
+    loraplus_lr_ratio: Option<f64> = None, optional(positive()),
+        [Peft: "loraplus_lr_ratio"];
+
     /// Passes over the training examples. A fraction is allowed.
     num_epochs: f64 = 4.0, positive(),
         [Transformers: "num_train_epochs", Other: "epochs"];

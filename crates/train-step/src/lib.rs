@@ -9,6 +9,7 @@
 //! | [`loss`] | sums of the loss, on the device and read back to the host |
 //! | [`loss_scale`] | the factor that keeps gradients within f16's range |
 //! | [`optimizer`] | AdamW over one flat tensor |
+//! | `loraplus.rs` | LoRA+: a learning rate of its own for B |
 //! | `flat.rs` | many tensors joined into one |
 //! | [`step_counts`] | launches, uploads, reads and bytes of a step |
 
@@ -17,8 +18,10 @@ mod flat;
 pub mod gradients;
 pub mod loss;
 pub mod loss_scale;
+mod loraplus;
 mod manual;
 pub mod optimizer;
 pub mod step_counts;
 
+pub use loraplus::loraplus_rates;
 pub use flat::{FlatGradients, joined, places};

@@ -187,7 +187,7 @@ impl<'a> Session<'a> {
                         .loss_scale
                         .map_or(1.0, |scale| scale.factor),
                 };
-                step::gradient(&learner.model, input)
+                step::gradient(&learner.model, learner.optimizer.sums(), input)
             })?;
             match gradient {
                 Ok(gradient) => return Ok(Ok(gradient)),
