@@ -6,6 +6,8 @@
 //! | [`LoraLinear`] | `linear.rs` | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
 //! | [`LoraLinear::forward`] | `autodiff.rs` | its forward pass in Burn's autodiff graph |
 //! | [`LinearGroup`] | `manual.rs` | the manual forward and backward pass, without a graph, for trainers |
+//! | [`Factors`] | `initial.rs` | PiSSA and OLoRA: adapters that are a part of the weight |
+//! | [`best_factors`] | `svd.rs` | singular values; the best approximation by a lower rank |
 //! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
 //! | [`Dora`] | `dora.rs` | DoRA: a trained magnitude per output |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | `merge.rs` | adds the adapter to a plain `Linear`, or subtracts it |
@@ -40,10 +42,12 @@ mod count;
 mod dora;
 mod dropout;
 mod error;
+mod initial;
 mod linear;
 mod manual;
 mod merge;
 mod selector;
+mod svd;
 
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
@@ -54,6 +58,8 @@ pub use kernels::{
     self, BLOCK, CounterRng, IntegerWeight, Quantization, QuantizationError, frozen_linear,
     frozen_linear_backward, quantize, quantize_data, spoil,
 };
+pub use initial::Factors;
 pub use linear::LoraLinear;
 pub use manual::{LinearGroup, LowRank};
 pub use selector::ModuleSelector;
+pub use svd::best_factors;

@@ -8,9 +8,9 @@ mod check;
 mod combine;
 mod config;
 mod floats;
+mod initial;
 mod merged;
 mod model;
-mod svd;
 mod tensors;
 mod token_rows;
 

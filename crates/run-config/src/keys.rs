@@ -248,7 +248,9 @@ keys! {
 
     section "Initialization of the adapter";
 
-    /// How the matrix A is initialized. B starts at zero.
+    /// How the adapter is initialized. `"kaiming"` and `"gaussian"` draw A, and B starts at zero. PiSSA and OLoRA take the
+    /// adapter out of the base model's weights, before these are quantized; it is saved as an adapter of the original
+    /// model, with twice the rank.
     init_lora_weights: Init = Init::Kaiming, initialization(),
         [Peft: "init_lora_weights"];
 

@@ -24,6 +24,7 @@ use crate::metrics::{MetricsError, MetricsWriter, SkippedLine, TrainLine};
 use crate::prepare::{self, Setup};
 use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use data::Order;
+use peft::AdapterTensors;
 use device::Backend;
 use run_config::{OnNonFinite, OnOutOfMemory};
 use terminal::human;
@@ -37,6 +38,9 @@ pub struct Learner {
     pub model: Llama,
     /// The optimizer, with the moments of every adapter.
     pub optimizer: Optimizer,
+    /// The adapters that were taken out of the base model's weights, if they were: the trained ones are saved as
+    /// adapters of the base model itself.
+    pub initial: Option<AdapterTensors>,
 }
 
 impl Learner {

@@ -350,7 +350,7 @@ impl Converter {
         self.targets();
         match self.get("peft_init_lora_weights") {
             Some(entry) if entry.value == Value::Bool(false) => {
-                self.problem(&entry, "must be true or gaussian: B starts at zero here");
+                self.problem(&entry, "must be true, gaussian, pissa, pissa_niter_N or olora: an adapter starts without effect here");
             }
             Some(entry) => self.set("init_lora_weights", entry.value.clone(), &entry),
             None => {}
