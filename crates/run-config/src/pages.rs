@@ -55,6 +55,16 @@ const FURTHER: [(&str, &str, &str); 13] = [
     ),
     ("peft_use_dora", "adapters.md#dora", "DoRA"),
     (
+        "init_lora_weights",
+        "adapters.md#pissa-and-olora",
+        "PiSSA and OLoRA",
+    ),
+    (
+        "loraplus_lr_ratio",
+        "adapters.md#learning-rates-of-lora",
+        "LoRA+",
+    ),
+    (
         "trainable_token_indices",
         "adapters.md#trainable-tokens",
         "trainable tokens",
