@@ -102,14 +102,14 @@ impl LoraLinear {
         let [d_in, d_out] = self.dims();
         let options = (&base.device(), base.dtype());
         let data = base.without_autodiff().into_data().convert::<f32>();
-        let mut values = data.try_to_vec().map_err(|_| LoraError::NotDecomposed)?;
+        let mut values: Vec<f32> = data.try_to_vec().map_err(|_| LoraError::NotDecomposed)?;
         let Some(factors) = config.take_out_of(&mut values, [d_in, d_out], seed)? else {
             return Err(LoraError::NotDecomposed);
         };
         let rest = Tensor::from_data(TensorData::new(values, [d_in, d_out]), options);
         let (id, _, mapper) = self.weight.consume();
         self.weight = Param::from_mapped_value(id, rest, mapper).set_require_grad(false);
-        let place = |values, shape: [usize; 2]| {
+        let place = |values: Vec<f32>, shape: [usize; 2]| {
             Tensor::from_data(TensorData::new(values, shape), (options.0, DType::F32))
         };
         let a = place(factors.a, [d_in, config.r]);

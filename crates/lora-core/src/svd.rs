@@ -99,9 +99,14 @@ pub fn best_factors(
 
 /// The elements row by row, in f32.
 pub(crate) fn row_major<T: Copy + Into<f64>>(matrix: MatRef<'_, T>) -> Vec<f32> {
-    let rows = 0..matrix.nrows();
-    rows.flat_map(|row| (0..matrix.ncols()).map(move |column| matrix[(row, column)].into() as f32))
-        .collect()
+    let mut values = Vec::with_capacity(matrix.nrows() * matrix.ncols());
+    for row in 0..matrix.nrows() {
+        for column in 0..matrix.ncols() {
+            let value: f64 = matrix[(row, column)].into();
+            values.push(value as f32);
+        }
+    }
+    values
 }
 
 #[cfg(test)]

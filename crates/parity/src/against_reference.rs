@@ -52,7 +52,7 @@ pub(super) fn check(
         autodiff: true,
         ..ModelOptions::default()
     };
-    let load = |initial| {
+    let load = |initial: Option<&mut InitialAdapters>| {
         let dtype = FloatDType::F32;
         options.load_with(&reference.model, &config, device, dtype, initial, |_| {})
     };

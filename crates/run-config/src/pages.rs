@@ -39,7 +39,7 @@ const EXAMPLE: &str = "\
 ";
 
 /// Sections of the documentation that explain a key further.
-const FURTHER: [(&str, &str, &str); 13] = [
+const FURTHER: [(&str, &str, &str); 15] = [
     ("base_model", "hub.md", "the Hub"),
     ("dataset_path", "data.md", "data"),
     ("dataset_format", "data.md#formats", "formats"),
