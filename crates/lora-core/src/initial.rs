@@ -7,11 +7,10 @@
 //! The trained adapter belongs to the changed weight. [`Factors::for_original_weight`] makes it an adapter of the
 //! original one, of twice the rank.
 
-use faer::MatRef;
 use kernels::CounterRng;
 use kernels::cpu::{self, Matrix, MatrixMut, Threads};
 
-use crate::svd::{Singular, row_major};
+use crate::svd::Singular;
 use crate::{Init, LoraConfig, LoraError};
 
 /// An adapter's factors on the host, row-major.
@@ -27,7 +26,8 @@ pub struct Factors {
 
 impl LoraConfig {
     /// Makes the factors from `weight`, `[d_in, d_out]` row-major, and subtracts γ·A·B from it. The numbers are PEFT's
-    /// for the same weight (singular vectors up to their sign); `seed` is used by [`Init::PissaNiter`] only.
+    /// for the same weight (singular vectors up to their sign); `seed` is that of the random start of PiSSA's
+    /// iterations.
     ///
     /// `None`, with the weight as it was, for an initialization that does not depend on the weight. The patterns of
     /// `self` do not apply: it is the configuration of one module ([`of_module`](Self::of_module)).
@@ -57,19 +57,18 @@ impl LoraConfig {
             let largest = d_in.min(d_out);
             return Err(LoraError::RankOfWeight { r, largest });
         }
-        let matrix = MatRef::from_row_major_slice(weight, d_in, d_out);
-        let singular = match self.init {
-            Init::Pissa => Singular::exact(matrix, r),
+        let (shape, mut rng) = ([d_in, r, d_out], CounterRng::new(seed));
+        let factors = match self.init {
             Init::PissaNiter(iterations) => {
-                let mut rng = CounterRng::new(seed);
-                Singular::by_iteration(matrix, r, usize::from(iterations), &mut rng)
+                let (sides, iterations) = ([d_in, d_out], usize::from(iterations));
+                let singular = Singular::by_iteration(weight, sides, r, iterations, &mut rng);
+                principal(&singular, self.scale(), shape)
             }
-            _ => None,
-        };
-        let factors = match (self.init, singular) {
-            (Init::Olora, _) => orthonormal(weight, [d_in, r, d_out]),
-            (_, Some(singular)) => principal(&singular, self.scale(), [d_in, r, d_out]),
-            (_, None) => return Err(LoraError::NotDecomposed),
+            Init::Pissa => {
+                let singular = Singular::converged(weight, [d_in, d_out], r, &mut rng);
+                principal(&singular, self.scale(), shape)
+            }
+            _ => orthonormal(weight, shape),
         };
         factors.subtract_from(weight, self.scale());
         Ok(Some(factors))
@@ -97,9 +96,16 @@ impl Factors {
         assert_eq!(self.shape, initial.shape, "both are of the same module");
         let [d_in, r, d_out] = self.shape;
         let rows = self.a.chunks_exact(r).zip(initial.a.chunks_exact(r));
-        let b = self.b.iter().copied().chain(initial.b.iter().map(|value| -value));
+        let b = self
+            .b
+            .iter()
+            .copied()
+            .chain(initial.b.iter().map(|value| -value));
         Self {
-            a: rows.flat_map(|(a, a0)| a.iter().chain(a0)).copied().collect(),
+            a: rows
+                .flat_map(|(a, a0)| a.iter().chain(a0))
+                .copied()
+                .collect(),
             b: b.collect(),
             shape: [d_in, 2 * r, d_out],
         }
@@ -114,14 +120,17 @@ fn principal(singular: &Singular, scale: f64, shape: [usize; 3]) -> Factors {
         .iter()
         .map(|value| (value / scale as f32).sqrt())
         .collect();
-    let scaled = |vectors: &faer::Mat<f32>| {
-        faer::Mat::from_fn(vectors.nrows(), vectors.ncols(), |i, j| {
-            vectors[(i, j)] * roots[j]
-        })
+    // Row-major with a column per singular value.
+    let scaled = |vectors: &[f32]| -> Vec<f32> {
+        let values = vectors.iter().enumerate();
+        values
+            .map(|(index, value)| value * roots[index % roots.len()])
+            .collect()
     };
+    let [_, r, d_out] = shape;
     Factors {
-        a: row_major(scaled(u).as_ref()),
-        b: row_major(scaled(v).transpose()),
+        a: scaled(u),
+        b: cpu::transposed(&scaled(v), [d_out, r]),
         shape,
     }
 }
@@ -224,7 +233,10 @@ mod tests {
     fn the_rest_and_the_adapter_are_the_weight_and_the_two_parts_are_orthogonal() {
         for init in [Init::Pissa, Init::PissaNiter(60), Init::Olora] {
             let (before, mut rest) = (weight(), weight());
-            let factors = config(init).take_out_of(&mut rest, SHAPE, 1).unwrap().unwrap();
+            let factors = config(init)
+                .take_out_of(&mut rest, SHAPE, 1)
+                .unwrap()
+                .unwrap();
             assert_eq!(factors.shape, [12, 3, 20]);
             let part = product(&factors.a, &factors.b, factors.shape);
             let sums = rest.iter().zip(&part).map(|(rest, part)| rest + 1.5 * part);
@@ -243,26 +255,39 @@ mod tests {
 
     #[test]
     fn oloras_b_is_orthonormal_and_its_a_is_triangular() {
-        let factors = config(Init::Olora).take_out_of(&mut weight(), SHAPE, 1).unwrap().unwrap();
+        let factors = config(Init::Olora)
+            .take_out_of(&mut weight(), SHAPE, 1)
+            .unwrap()
+            .unwrap();
         let rows: Vec<&[f32]> = factors.b.chunks_exact(20).collect();
         for i in 0..3 {
             for j in 0..3 {
                 let dot: f32 = rows[i].iter().zip(rows[j]).map(|(x, y)| x * y).sum();
                 assert!((dot - f32::from(u8::from(i == j))).abs() < 1e-6);
             }
-            assert!(factors.a[i * 3 + i + 1..(i + 1) * 3].iter().all(|value| *value == 0.0));
+            assert!(
+                factors.a[i * 3 + i + 1..(i + 1) * 3]
+                    .iter()
+                    .all(|value| *value == 0.0)
+            );
         }
         // Columns that are multiples of unit vectors need no reflection.
         let mut unit = vec![0.0; 12 * 20];
         (0..12).for_each(|i| unit[i * 20 + i] = 2.0);
-        let factors = config(Init::Olora).take_out_of(&mut unit, SHAPE, 1).unwrap().unwrap();
+        let factors = config(Init::Olora)
+            .take_out_of(&mut unit, SHAPE, 1)
+            .unwrap()
+            .unwrap();
         assert_eq!((factors.a[0], factors.b[0]), (2.0, 1.0));
     }
 
     #[test]
     fn an_adapter_of_the_rest_becomes_one_of_the_original_weight() {
         let (original, mut rest) = (weight(), weight());
-        let initial = config(Init::Pissa).take_out_of(&mut rest, SHAPE, 1).unwrap().unwrap();
+        let initial = config(Init::Pissa)
+            .take_out_of(&mut rest, SHAPE, 1)
+            .unwrap()
+            .unwrap();
         let mut trained = initial.clone();
         trained.a.iter_mut().for_each(|value| *value += 0.5);
         trained.b.iter_mut().for_each(|value| *value *= 0.5);
@@ -270,7 +295,11 @@ mod tests {
         assert_eq!(converted.shape, [12, 6, 20]);
         let merged = |weight: &[f32], factors: &Factors| -> Vec<f32> {
             let part = product(&factors.a, &factors.b, factors.shape);
-            weight.iter().zip(part).map(|(weight, part)| weight + 1.5 * part).collect()
+            weight
+                .iter()
+                .zip(part)
+                .map(|(weight, part)| weight + 1.5 * part)
+                .collect()
         };
         let (got, expected) = (merged(&original, &converted), merged(&rest, &trained));
         assert!(largest(got.iter().zip(&expected).map(|(a, b)| a - b)) < 5e-6);
@@ -283,7 +312,10 @@ mod tests {
         large.r = 13;
         let error = large.take_out_of(&mut values, SHAPE, 1).unwrap_err();
         assert_eq!(error, LoraError::RankOfWeight { r: 13, largest: 12 });
-        assert_eq!(config(Init::Gaussian).take_out_of(&mut values, SHAPE, 1), Ok(None));
+        assert_eq!(
+            config(Init::Gaussian).take_out_of(&mut values, SHAPE, 1),
+            Ok(None)
+        );
         assert_eq!(values, weight());
         values[7] = f32::NAN;
         for init in [Init::Pissa, Init::PissaNiter(2), Init::Olora] {
