@@ -5,6 +5,7 @@ use std::path::Path;
 use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, PackedTokens, RopeScaling};
+use lora_core::Init;
 use proptest::prelude::*;
 use proptest::sample::{Index, select, subsequence};
 use run_config::Config;
@@ -30,6 +31,14 @@ fn reconcile(object: &mut serde_json::Map<String, Value>) {
         if object.contains_key(one) {
             object.remove(other);
         }
+    }
+    let init = object.get("init_lora_weights").and_then(Value::as_str);
+    if init
+        .and_then(Init::from_name)
+        .is_some_and(Init::changes_weights)
+    {
+        object.remove("init_adapter");
+        object.remove("peft_use_dora");
     }
     if object.contains_key("layers_to_transform") {
         object.insert("target_modules".into(), json!(["q_proj"]));

@@ -61,7 +61,7 @@ const FURTHER: [(&str, &str, &str); 15] = [
     ),
     (
         "loraplus_lr_ratio",
-        "adapters.md#learning-rates-of-lora",
+        "adapters.md#a-learning-rate-for-b",
         "LoRA+",
     ),
     (
