@@ -45,6 +45,17 @@ const BACKENDS: [&str; 7] = [
     "is_cpu",
 ];
 
+/// Names of adapters' methods, and of their tensors, which only their own files write, outside of tests and comments.
+const METHODS: [&str; 4] = ["dora", "DoRA", "Dora", "magnitude_vector"];
+
+/// Tables that list the methods or the keys of a configuration.
+const LISTS_OF_METHODS: [&str; 4] = [
+    "lora-core/src/method/mod.rs",
+    "lora-core/src/lib.rs",
+    "run-config/src/keys.rs",
+    "run-config/src/pages.rs",
+];
+
 fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
 }
@@ -345,6 +356,43 @@ fn every_link_of_the_documents_leads_to_a_file_and_a_heading() {
 }
 
 // The readers of these checks.
+
+/// Whether the text names a method. A key of a configuration, PEFT's or this project's, does not count.
+fn names_a_method(text: &str) -> bool {
+    let text = text.replace("use_dora", "");
+    METHODS.iter().any(|method| text.contains(method))
+}
+
+#[test]
+fn only_its_own_file_names_a_method() {
+    let mut problems = Vec::new();
+    let mut lists = BTreeSet::new();
+    for file in files(&root().join("crates"), ".rs") {
+        let name = file.display().to_string().replace('\\', "/");
+        let own = METHODS
+            .iter()
+            .any(|method| name.ends_with(&format!("/method/{method}.rs")));
+        let list = LISTS_OF_METHODS.iter().find(|list| name.ends_with(**list));
+        let is_code = name.contains("/src/") && !name.ends_with("tests.rs");
+        if own || !is_code || !names_a_method(&code(&read(&file))) {
+            continue;
+        }
+        match list {
+            Some(list) => drop(lists.insert(*list)),
+            None => problems.push(format!("{name} names a method; ask lora_core::Method")),
+        }
+    }
+    for list in LISTS_OF_METHODS {
+        if !lists.contains(list) {
+            problems.push(format!(
+                "{list} names no method any more; remove it from the test"
+            ));
+        }
+    }
+    none(&problems);
+    assert!(names_a_method("Some(Dora::new())") && names_a_method("x.lora_magnitude_vector"));
+    assert!(!names_a_method("peft_use_dora"));
+}
 
 #[test]
 fn a_manifest_has_all_its_dependencies_read() {

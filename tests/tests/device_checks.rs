@@ -13,7 +13,7 @@ use data::contained::contain;
 use device::{Backend, Check, CheckOptions, DeviceError, Selected};
 use llama_burn::{LlamaConfig, LoadOptions, PackedTokens};
 use lora_core::spoil::{OPERATIONS, spoil};
-use lora_core::{IntegerWeight, LoraConfig, LoraLinear, Quantization};
+use lora_core::{IntegerWeight, LoraConfig, LoraLinear, Method, Quantization};
 use lora_train::guard::{DeviceFault, FaultKind, Guard};
 use tests::fixture;
 use tests::program::run_with;
@@ -381,12 +381,12 @@ fn a_layer_of_a_model_is_compared_as_it_is() {
     let row: Vec<u32> = (0..40).map(|i| i % 60).collect();
     let rows = PackedTokens::from_sequences([&row[..9], &row[..3], &row]);
     let forms = [
-        (Quantization::Bits8, false, false),
-        (Quantization::Bits4, true, false),
-        (Quantization::None, false, false),
-        (Quantization::Bits8, false, true),
+        (Quantization::Bits8, Method::Lora, false),
+        (Quantization::Bits4, Method::Dora, false),
+        (Quantization::None, Method::Lora, false),
+        (Quantization::Bits8, Method::Lora, true),
     ];
-    for (quantization, use_dora, from_gguf) in forms {
+    for (quantization, method, from_gguf) in forms {
         let options = LoadOptions {
             quantization,
             ..LoadOptions::default()
@@ -404,7 +404,7 @@ fn a_layer_of_a_model_is_compared_as_it_is() {
             *gate = LoraLinear::frozen(Linear { weight, bias: None });
         }
         let lora = LoraConfig {
-            use_dora,
+            method,
             ..LoraConfig::default()
         };
         let model = model.with_lora(&lora, 3);

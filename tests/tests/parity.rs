@@ -279,7 +279,10 @@ fn edit_floats(folder: &Path, name: &str, change: impl Fn(&mut [f32])) {
             .map(|word| f32::from_le_bytes(word.try_into().expect("four bytes")))
             .collect();
         change(&mut floats);
-        floats.iter().flat_map(|float| float.to_le_bytes()).collect()
+        floats
+            .iter()
+            .flat_map(|float| float.to_le_bytes())
+            .collect()
     });
 }
 

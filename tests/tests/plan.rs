@@ -5,7 +5,7 @@
 use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, RopeScaling, TokenRows};
-use lora_core::{LoraConfig, Quantization, TargetModules};
+use lora_core::{LoraConfig, Method, Quantization, TargetModules};
 use lora_train::plan::{Plan, PlanOptions, Workload};
 use tests::allocator::CountingAllocator;
 use train_step::gradients::{AdapterGradients, PassOptions, accumulate};
@@ -110,7 +110,11 @@ const TRAINED_TOKENS: [usize; 2] = [3, 40];
 fn lora(case: Case) -> LoraConfig {
     let mut lora = LoraConfig {
         r: case.r,
-        use_dora: case.dora,
+        method: if case.dora {
+            Method::Dora
+        } else {
+            Method::Lora
+        },
         ..LoraConfig::default()
     };
     if case.all_linear {

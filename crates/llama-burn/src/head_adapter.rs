@@ -3,7 +3,7 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor, TensorData};
 use kernels::{CounterRng, kaiming_uniform, multiply_add, normal};
-use lora_core::{LoraConfig, LoraError};
+use lora_core::{LoraConfig, LoraError, Method};
 
 use crate::Llama;
 
@@ -41,7 +41,10 @@ impl Llama {
         if self.lm_head_adapter.is_some() {
             return Err(LoraError::Already("has an adapter; merge it first"));
         }
-        if lora.use_dora || lora.lora_dropout > 0.0 || lora.init.changes_weights() {
+        if lora.method != Method::default()
+            || lora.lora_dropout > 0.0
+            || lora.init.changes_weights()
+        {
             return Err(LoraError::PlainHead);
         }
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
@@ -190,12 +193,12 @@ mod tests {
             (counts.trainable, 3)
         );
         assert_eq!(tied.frozen, counts.frozen - 48 * 32);
-        lora.use_dora = true;
+        lora.method = Method::Dora;
         assert_eq!(
             model().with_lora(&lora, 1).unwrap_err(),
             LoraError::PlainHead
         );
-        lora.use_dora = false;
+        lora.method = Method::Lora;
         lora.lora_dropout = 0.5;
         assert_eq!(
             model().with_lora(&lora, 1).unwrap_err(),

@@ -72,7 +72,8 @@ impl InitialAdapters {
         let root = CounterRng::new(self.seed);
         let mut rng = module.bytes().fold(root, |rng, byte| rng.fork(byte.into()));
         let factors = lora.take_out_of(weight, shape, rng.next_u64())?;
-        self.factors.extend(factors.map(|factors| (module.to_string(), factors)));
+        self.factors
+            .extend(factors.map(|factors| (module.to_string(), factors)));
         Ok(())
     }
 }

@@ -122,10 +122,10 @@ impl Llama {
         Ok(self)
     }
 
-    /// Caches the DoRA scalings, for inference with a model that is not trained any more ([`LoraLinear::for_inference`]).
+    /// Computes once what adapters would compute in every pass, for inference with a model that is not trained any more ([`LoraLinear::for_inference`]).
     pub fn for_inference(mut self) -> Self {
         for (_, linear) in self.linears_mut() {
-            if linear.dora.is_some() {
+            if linear.adapter().is_some() {
                 *linear = linear.clone().for_inference();
             }
         }
@@ -141,8 +141,8 @@ impl Llama {
         self.config.count(lora, lora_core::Quantization::None, 4)
     }
 
-    /// The trainable tensors by the module's full name: of an adapter A `[d_in, r]`, B `[r, d_out]` and, for a DoRA,
-    /// the magnitude `[1, d_out]`; of trained token rows `[tokens, hidden]`.
+    /// The trainable tensors by the module's full name: of an adapter A `[d_in, r]`, B `[r, d_out]` and its method's
+    /// vectors `[1, d_out]`; of trained token rows `[tokens, hidden]`.
     pub fn trainable(&self) -> impl Iterator<Item = (String, Vec<&Param<Tensor<2>>>)> {
         let linears = self.linears();
         let linears = linears.map(|(module, linear)| (module, linear.trainable()));

@@ -54,20 +54,15 @@ impl LoraLinear {
             let dropped = self.dropout.forward(x.clone(), dropout_seed);
             let dtype = x.dtype();
             // γ multiplies x·A, `[n, r]`, the smallest tensor of the chain.
-            let xa = product(dropped.clone(), adapter.a.val().cast(dtype));
-            let delta = product(xa.mul_scalar(adapter.scale), adapter.b.val().cast(dtype));
-            y = match &self.dora {
+            let [a, b] = adapter.factors().map(|factor| factor.cast(dtype));
+            let xa = product(dropped.clone(), a);
+            let delta = product(xa.mul_scalar(adapter.scale()), b);
+            y = match adapter.scaling_in_graph(&base, x.is_autodiff()) {
                 None => y + delta,
-                Some(dora) => {
-                    let norms = dora.norms(&base, adapter);
-                    let norms = if x.is_autodiff() {
-                        norms.autodiff()
-                    } else {
-                        norms
-                    };
-                    let factor = (dora.magnitude.val() / norms).cast(dtype);
+                Some(factor) => {
+                    let factor = factor.cast(dtype);
                     if self.dropout.acts(&x, dropout_seed) {
-                        // As in PEFT: the base layer gets the whole input, the part that DoRA scales the dropped one.
+                        // As in PEFT: the base layer gets the whole input, the scaled part the dropped one.
                         let dropped_base = base_product(dropped);
                         y - dropped_base.clone() + (dropped_base + delta) * factor
                     } else {
@@ -98,7 +93,8 @@ mod tests {
         let layer = adapted(&device, Quantization::None);
         let x = random([2 * 3, 64], 3, &device);
         let adapter = layer.adapter().unwrap();
-        let weight = layer.weight.base() + adapter.a.val().matmul(adapter.b.val()) * 4.0;
+        let [a, b] = adapter.factors();
+        let weight = layer.weight.base() + a.matmul(b) * 4.0;
         let expected = x.clone().matmul(weight) + layer.bias.as_ref().unwrap().val().unsqueeze();
         let got = layer.forward(x.reshape([2, 3, 64]));
         assert_eq!(got.dims(), [2, 3, 96]);
@@ -113,7 +109,7 @@ mod tests {
         let device = Device::flex().autodiff();
         for quantization in [Quantization::None, Quantization::Bits8] {
             let layer = adapted(&device, quantization);
-            let (a, b) = layer.adapter().map(|x| (x.a.val(), x.b.val())).unwrap();
+            let [a, b] = layer.adapter().unwrap().factors();
             let x = random([7, 64], 3, &device).require_grad();
             let grad = random([7, 96], 4, &device);
             let gradients = (layer.forward(x.clone()) * grad.clone()).sum().backward();

@@ -4,7 +4,7 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-use crate::{LoraError, ModuleSelector};
+use crate::{LoraError, Method, ModuleSelector};
 
 /// Which modules get an adapter. The meaning is PEFT's (`check_target_module_exists`).
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -116,9 +116,8 @@ pub struct LoraConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Values that differ from `lora_alpha`, as `rank_pattern`.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// DoRA (Liu et al., 2024, <https://arxiv.org/abs/2402.09353>): the magnitude of each output's weights is a
-    /// separate parameter, and the adapter changes their direction.
-    pub use_dora: bool,
+    /// The method, LoRA or a variant of it (PEFT's `use_dora` and the like).
+    pub method: Method,
     /// Which of the base model's biases belong to the adapter.
     pub bias: Bias,
     /// Whether `B` has a bias.
@@ -149,7 +148,7 @@ impl Default for LoraConfig {
             exclude_modules: None,
             rank_pattern: Vec::new(),
             alpha_pattern: Vec::new(),
-            use_dora: false,
+            method: Method::Lora,
             bias: Bias::None,
             lora_bias: false,
             modules_to_save: Vec::new(),
@@ -184,11 +183,12 @@ impl LoraConfig {
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(LoraError::InvalidDropout(self.lora_dropout));
         }
-        if self.use_dora && self.lora_bias {
-            return Err(LoraError::DoraWithBias);
+        let facts = self.method.facts();
+        if self.lora_bias && !facts.allows_lora_bias {
+            return Err(LoraError::MethodWithBias(self.method));
         }
-        if self.use_dora && self.init.changes_weights() {
-            return Err(LoraError::DoraOfRest(self.init));
+        if self.init.changes_weights() && facts.beyond_low_rank.is_some() {
+            return Err(LoraError::MethodOfRest(self.init, self.method));
         }
         self.selector().map(|_| ())
     }
@@ -278,8 +278,8 @@ mod tests {
             check(|c| c.target_modules = TargetModules::Names(vec![])),
             LoraError::NoTargets
         );
-        let dora = check(|c| (c.use_dora, c.init) = (true, Init::Olora));
-        assert_eq!(dora, LoraError::DoraOfRest(Init::Olora));
+        let dora = check(|c| (c.method, c.init) = (Method::Dora, Init::Olora));
+        assert_eq!(dora, LoraError::MethodOfRest(Init::Olora, Method::Dora));
         assert!(matches!(
             check(|c| c.target_modules = TargetModules::Regex("(".into())),
             LoraError::InvalidPattern { .. }

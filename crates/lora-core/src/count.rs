@@ -19,7 +19,7 @@ pub struct ModuleShape {
 /// How many parameters are trainable and frozen, and their bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ParameterCounts {
-    /// Elements of all adapters' `A` and `B`, and of a DoRA's magnitudes.
+    /// Elements of all adapters' `A` and `B`, and of their methods' vectors.
     pub trainable: u64,
     /// Elements of the base model.
     pub frozen: u64,
@@ -65,9 +65,9 @@ impl ParameterCounts {
             if let Some((d_in, d_out)) = linear
                 && selector.matches(&module.name)
             {
-                let magnitude = if config.use_dora { d_out } else { 0 };
+                let vectors = config.method.facts().vectors.len() * d_out;
                 let low_rank = selector.r(&module.name) * (d_in + d_out);
-                counts.trainable += (low_rank + magnitude) as u64;
+                counts.trainable += (low_rank + vectors) as u64;
                 counts.adapted_modules += 1;
             }
         }

@@ -2,7 +2,7 @@
 
 use kernels::AlreadyQuantized;
 
-use crate::Init;
+use crate::{Init, Method};
 
 /// An invalid configuration, or tensors that do not fit it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -39,24 +39,25 @@ pub enum LoraError {
         "layers_pattern is set but layers_to_transform is not; name the layers, or leave it out"
     )]
     PatternWithoutLayers,
-    /// PEFT does not allow both `use_dora` and `lora_bias`.
-    #[error(
-        "use_dora and lora_bias are both set, which PEFT does not support; leave lora_bias out"
-    )]
-    DoraWithBias,
-    /// DoRA, dropout or an initialization from the weight on the output layer's adapter, which training does not
+    /// PEFT does not allow `lora_bias` with this method.
+    #[error("lora_bias is set with {0}, which PEFT does not support; leave lora_bias out")]
+    MethodWithBias(Method),
+    /// Another method than the plain LoRA, dropout or an initialization from the weight on the output layer's adapter, which training does not
     /// support.
     #[error(
-        "lm_head is a target, and its adapter can be trained neither as a DoRA nor with dropout, and is not made from its weight; leave peft_use_dora, lora_dropout and init_lora_weights out, or lm_head"
+        "lm_head is a target, and its adapter can be trained only as a plain LoRA without dropout that is not made from its weight; leave the other method, lora_dropout and init_lora_weights out, or lm_head"
     )]
     PlainHead,
-    /// A DoRA whose low-rank part is taken out of the weight: no adapter of the original weight is the same.
+    /// An adapter that does more than add a low-rank product and is to be taken out of the weight: no adapter of the
+    /// original weight would be the same.
     #[error(
-        "init_lora_weights is {0} and use_dora is set; the trained adapter could not be written as one of the base model: leave one of the two out"
+        "init_lora_weights is {0} and the method is {1}; the trained adapter could not be written as one of the base model: leave one of the two out"
     )]
-    DoraOfRest(Init),
+    MethodOfRest(Init, Method),
     /// The rank is larger than a side of the weight that the adapter is taken out of.
-    #[error("the LoRA rank r is {r}, but the weight has only {largest} singular values; choose a smaller rank")]
+    #[error(
+        "the LoRA rank r is {r}, but the weight has only {largest} singular values; choose a smaller rank"
+    )]
     RankOfWeight {
         /// The rank.
         r: usize,
@@ -64,7 +65,9 @@ pub enum LoraError {
         largest: usize,
     },
     /// The decomposition of a weight does not converge.
-    #[error("the weight cannot be decomposed: it holds values that are not finite, or the decomposition does not converge")]
+    #[error(
+        "the weight cannot be decomposed: it holds values that are not finite, or the decomposition does not converge"
+    )]
     NotDecomposed,
     /// No module of the model is selected.
     #[error("{targets} selects none of the model's linear modules ({available})")]

@@ -9,7 +9,7 @@
 //! | [`Factors`] | `initial.rs` | PiSSA and OLoRA: adapters that are a part of the weight |
 //! | [`best_factors`] | `svd.rs` | singular values; the best approximation by a lower rank |
 //! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
-//! | [`Dora`] | `dora.rs` | DoRA: a trained magnitude per output |
+//! | [`Method`], [`Adapter`] | `method/` | the methods (LoRA, DoRA), each in a file, and what each is asked for |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | `merge.rs` | adds the adapter to a plain `Linear`, or subtracts it |
 //! | [`ModuleSelector`] | `selector.rs` | which modules of a model a configuration selects |
 //! | [`ParameterCounts`] | `count.rs` | trainable and frozen parameters from shapes alone |
@@ -30,7 +30,7 @@
 //! let layer = LoraLinear::new(linear, &config, 42)?.quantize(Quantization::Bits8)?;
 //! let y = layer.forward(Tensor::<2>::ones([3, 64], &device));
 //! let gradients = y.sum().backward();
-//! let (a, b) = layer.adapter().map(|x| (x.a.val(), x.b.val())).expect("an adapter");
+//! let [a, b] = layer.adapter().expect("an adapter").factors();
 //! assert!(a.grad(&gradients).is_some() && b.grad(&gradients).is_some());
 //! assert!(layer.weight.base().grad(&gradients).is_none());
 //! # Ok::<(), lora_core::LoraError>(())
@@ -39,27 +39,27 @@
 mod autodiff;
 mod config;
 mod count;
-mod dora;
 mod dropout;
 mod error;
 mod initial;
 mod linear;
 mod manual;
 mod merge;
+mod method;
 mod selector;
 mod svd;
 
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
-pub use dora::Dora;
 pub use dropout::AdapterDropout;
 pub use error::LoraError;
+pub use initial::Factors;
 pub use kernels::{
     self, BLOCK, CounterRng, IntegerWeight, Quantization, QuantizationError, frozen_linear,
     frozen_linear_backward, quantize, quantize_data, spoil,
 };
-pub use initial::Factors;
 pub use linear::LoraLinear;
 pub use manual::{LinearGroup, LowRank};
+pub use method::{Accumulate, Adapter, Dora, Facts, Method, Scaling};
 pub use selector::ModuleSelector;
 pub use svd::best_factors;

@@ -1,18 +1,19 @@
 //! A linear layer with a frozen weight and a trainable LoRA adapter: the module and its construction.
 
-use burn::module::{LoraAdapter, Module, Param, Reparameterizer};
+use burn::module::{LoraAdapter, Module, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor, TensorData};
 
 use kernels::{CounterRng, Quantization, kaiming_uniform, normal, quantize};
 
-use crate::{AdapterDropout, Dora, Init, LoraConfig, LoraError};
+use crate::method::{adapter_of, attached};
+use crate::{AdapterDropout, Init, LoraConfig, LoraError};
 
 /// A linear layer whose weight is frozen, with or without a LoRA adapter:
 /// `h = x·W₀ + b + γ·(x·A)·B`.
 ///
 /// The adapter's term is computed from its factors; `W₀ + γ·A·B` is never built. The adapter is stored as in Burn
-/// ([`LoraAdapter`] on the weight's [`Param`]), so records, `valid()`, `materialize()`, module visitors and optimizer
+/// (a [`Reparameterization`](burn::module::Reparameterization) on the weight's [`Param`]), so records, `valid()`, `materialize()`, module visitors and optimizer
 /// groups work as for Burn's LoRA. Only the forward and the backward pass differ.
 #[derive(Module, Debug)]
 pub struct LoraLinear {
@@ -23,8 +24,6 @@ pub struct LoraLinear {
     pub bias: Option<Param<Tensor<1>>>,
     /// Dropout of the adapter's input in training.
     pub dropout: AdapterDropout,
-    /// The trained magnitude per output, if the adapter is a DoRA.
-    pub dora: Option<Dora>,
 }
 
 impl LoraLinear {
@@ -34,7 +33,6 @@ impl LoraLinear {
             weight: linear.weight.set_require_grad(false),
             bias: linear.bias.map(|bias| bias.set_require_grad(false)),
             dropout: AdapterDropout::new(0.0),
-            dora: None,
         }
     }
 
@@ -77,11 +75,7 @@ impl LoraLinear {
         });
         let mut layer = self.with_adapter(a, b, config.scale())?;
         layer.dropout = AdapterDropout::new(config.lora_dropout);
-        if config.use_dora {
-            layer.with_dora(None)
-        } else {
-            Ok(layer)
-        }
+        layer.with_method(config.method, None)
     }
 
     /// Adds an adapter that is subtracted from the frozen weight.
@@ -150,51 +144,23 @@ impl LoraLinear {
             b: Param::from_tensor(b),
             scale,
         };
-        self.weight = self.weight.apply_reparameterization(Attach(Some(adapter)));
+        self.weight = attached(self.weight, adapter);
         Ok(self)
     }
 
-    /// Makes the adapter a DoRA with this magnitude. Without one, the magnitude is chosen so that the output does not
-    /// change.
-    ///
-    /// # Shapes
-    ///
-    /// - `magnitude`: `[1, d_out]`
-    ///
-    /// # Errors
-    ///
-    /// If there is no adapter, or the shape does not fit.
-    pub fn with_dora(mut self, magnitude: Option<Tensor<2>>) -> Result<Self, LoraError> {
-        let [_, d_out] = self.dims();
-        if let Some(magnitude) = &magnitude {
-            check_shape("lora_magnitude_vector", magnitude, [1, d_out])?;
-        }
-        let adapter = self.adapter().ok_or(LoraError::NoAdapter)?;
-        let base = self.weight.base();
-        self.dora = Some(Dora::new(&base, adapter, self.dense_base(), magnitude));
-        Ok(self)
-    }
-
-    /// Caches a DoRA's scaling, for a layer that is not trained any more. Training the layer afterwards would use the
-    /// old norms.
+    /// Computes once what does not change while the layer is not trained. Training it afterwards would use old values.
     pub fn for_inference(mut self) -> Self {
-        if let (Some(dora), Some(adapter)) = (&self.dora, self.adapter()) {
-            self.dora = Some(dora.clone().cache_factor(&self.weight.base(), adapter));
+        if let Some(adapter) = self.adapter() {
+            self.weight = adapter.attach_for_inference(self.bare_weight());
         }
         self
     }
 
-    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and, for a DoRA, the magnitude
-    /// `[1, d_out]`. Empty without an adapter.
+    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and the method's vectors,
+    /// `[1, d_out]` each. Empty without an adapter.
     pub fn trainable(&self) -> Vec<&Param<Tensor<2>>> {
-        let Some(adapter) = self.adapter() else {
-            return Vec::new();
-        };
-        let magnitude = self.dora.as_ref().map(|dora| &dora.magnitude);
-        [&adapter.a, &adapter.b]
-            .into_iter()
-            .chain(magnitude)
-            .collect()
+        self.adapter()
+            .map_or_else(Vec::new, |adapter| adapter.trainable())
     }
 
     /// Replaces the frozen weight by its quantized form; the adapter stays.
@@ -203,34 +169,32 @@ impl LoraLinear {
     ///
     /// If the weight is quantized already.
     pub fn quantize(mut self, quantization: Quantization) -> Result<Self, LoraError> {
-        let adapter = self.adapter().cloned();
         let base = quantize(self.weight.base(), quantization)?;
         let base = if self.weight.base().is_autodiff() {
             base.autodiff()
         } else {
             base
         };
+        let before = self.weight.clone();
         let (id, _, mapper) = self.weight.consume();
-        let weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
-        self.weight = weight.apply_reparameterization(Attach(adapter));
-        if let Some(dora) = self.dora.take() {
-            self.dora = Some(dora.with_weight(self.dense_base()));
+        self.weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
+        if let Some(adapter) = adapter_of(&before) {
+            self.weight = adapter.attach_to(self.weight.clone(), &|| self.dense_base());
         }
         Ok(self)
     }
 
-    /// The adapter, if there is one: `a` is `[d_in, r]`, `b` is `[r, d_out]`.
-    pub fn adapter(&self) -> Option<&LoraAdapter> {
-        self.weight.adapter()
-    }
-
     /// The layer without its adapter.
     pub fn without_adapter(mut self) -> Self {
-        let base = self.weight.base();
-        let (id, _, mapper) = self.weight.consume();
-        self.weight = Param::from_mapped_value(id, base, mapper).set_require_grad(false);
-        self.dora = None;
+        self.weight = self.bare_weight();
         self
+    }
+
+    /// The frozen weight without the adapter.
+    pub(crate) fn bare_weight(&self) -> Param<Tensor<2>> {
+        let base = self.weight.base();
+        let (id, _, mapper) = self.weight.clone().consume();
+        Param::from_mapped_value(id, base, mapper).set_require_grad(false)
     }
 
     /// `[d_in, d_out]`.
@@ -239,7 +203,7 @@ impl LoraLinear {
     }
 }
 
-fn check_shape(
+pub(crate) fn check_shape(
     name: &'static str,
     tensor: &Tensor<2>,
     expected: [usize; 2],
@@ -252,21 +216,6 @@ fn check_shape(
             expected: expected.to_vec(),
             got: tensor.dims().to_vec(),
         })
-    }
-}
-
-/// Attaches an existing adapter to a parameter: Burn's own reparameterizers only create new adapters.
-struct Attach(Option<LoraAdapter>);
-
-impl Reparameterizer for Attach {
-    type Reparam = LoraAdapter;
-
-    fn reparameterize<const D: usize>(
-        &mut self,
-        _path: &str,
-        param: Param<Tensor<D>>,
-    ) -> (Param<Tensor<D>>, Option<LoraAdapter>) {
-        (param, self.0.take())
     }
 }
 
@@ -333,12 +282,14 @@ pub(crate) mod tests {
                 .into_data()
                 .assert_approx_eq::<f32>(&before.into_data(), Tolerance::absolute(2e-6));
             let gradients = after.powf_scalar(2.0).sum().backward();
-            let adapter = layer.adapter().unwrap();
-            assert!(adapter.a.val().grad(&gradients).is_some());
+            let [a, _] = layer.adapter().unwrap().factors();
+            assert!(a.grad(&gradients).is_some());
             assert!(!layer.weight.base().is_require_grad());
             let rest = values(&layer.weight.base().inner());
             assert_ne!(rest, values(&linear.weight.val().inner()));
-            let packed = LoraLinear::frozen(linear).quantize(Quantization::Bits8).unwrap();
+            let packed = LoraLinear::frozen(linear)
+                .quantize(Quantization::Bits8)
+                .unwrap();
             let error = packed.with_new_adapter(&config, 5).unwrap_err();
             assert!(matches!(error, LoraError::Already(_)), "{error}");
         }
@@ -353,7 +304,7 @@ pub(crate) mod tests {
         let x = random([5, 64], 3, &device);
         let mut loaded = other.load_record(layer.clone().into_record());
         // The scale is configuration, not a tensor: Burn's records leave it to the module.
-        assert_eq!(loaded.adapter().unwrap().scale, 4.0);
+        assert_eq!(loaded.adapter().unwrap().scale(), 4.0);
         assert_eq!(
             values(&layer.forward(x.clone())),
             values(&loaded.forward(x))
@@ -373,8 +324,8 @@ pub(crate) mod tests {
         let y = valid.forward(x.clone());
         assert_eq!(values(&layer.forward(x.autodiff()).inner()), values(&y));
         let restored = valid.train();
-        let adapter = restored.adapter().unwrap();
-        assert!(adapter.a.val().is_require_grad() && adapter.b.val().is_require_grad());
+        let factors = restored.adapter().unwrap().factors();
+        assert!(factors.iter().all(Tensor::is_require_grad));
         assert!(!restored.weight.base().is_require_grad());
     }
 
@@ -408,16 +359,17 @@ pub(crate) mod tests {
         let layer = adapted(&device, Quantization::Bits8);
         let mut trainable = Trainable::default();
         layer.visit(&mut trainable);
-        let adapter = layer.adapter().unwrap();
-        assert_eq!(trainable.0, [adapter.a.id, adapter.b.id]);
+        let ids: Vec<ParamId> = layer.trainable().iter().map(|param| param.id).collect();
+        assert_eq!(trainable.0, ids);
+        let b = |layer: &LoraLinear| values(&layer.trainable()[1].val());
 
         let x = random([5, 64], 3, &device);
         let gradients = layer.forward(x).powf_scalar(2.0).sum().backward();
         let gradients = burn::optim::GradientsParams::from_grads(gradients, &layer);
-        let before = values(&adapter.b.val());
+        let before = b(&layer);
         let mut optimizer = AdamWConfig::new().init();
         let trained = optimizer.step(0.01, layer.clone(), gradients);
-        assert_ne!(values(&trained.adapter().unwrap().b.val()), before);
+        assert_ne!(b(&trained), before);
         assert_eq!(
             trained.weight.base().into_data().as_bytes(),
             layer.weight.base().into_data().as_bytes()

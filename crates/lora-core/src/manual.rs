@@ -7,10 +7,9 @@
 //! For `h = x·W₀ + γ·(x·A)·B` and the gradient G of h (Hu et al., 2021,
 //! <https://arxiv.org/abs/2106.09685>): ∂A = γ·xᵀ·(G·Bᵀ), ∂B = γ·(x·A)ᵀ·G, ∂x = G·W₀ᵀ + γ·(G·Bᵀ)·Aᵀ.
 //!
-//! A DoRA scales each output of h by m/n, with n a constant: ∂m = Σ G ⊙ h / n over the rows, and G ⊙ m/n replaces
-//! G everywhere else.
+//! A method that scales each output of h by a factor f: ∂f = Σ G ⊙ h over the rows, and G ⊙ f replaces G everywhere
+//! else. What f, A and B are made of is the method's ([`Adapter`]).
 
-use burn::module::{LoraAdapter, Param};
 use burn::tensor::{DType, Tensor};
 
 use kernels::{
@@ -19,19 +18,43 @@ use kernels::{
 };
 
 use crate::LoraLinear;
-use crate::dora::Scaling;
+use crate::method::{Accumulate, Adapter, Scaling};
 
 /// Layers with the same input, run together outside an autodiff graph.
 ///
 /// The frozen weights get no gradient, even if they are trainable.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone)]
 pub struct LinearGroup<'a, const N: usize> {
     layers: [&'a LoraLinear; N],
+    adapters: [Option<Adapted<'a>>; N],
     dropout_seeds: [Option<u64>; N],
 }
 
-/// What a forward pass saves for the backward pass: the adapters' hidden activations γ·x·A, `[n, r]` each, and for a
-/// DoRA the output before its scaling, `[n, d_out]`.
+/// A layer's adapter and its factors in their own type, outside an autodiff graph.
+#[derive(Debug, Clone)]
+struct Adapted<'a> {
+    adapter: &'a dyn Adapter,
+    a: Tensor<2>,
+    b: Tensor<2>,
+    scale: f64,
+    rank: usize,
+}
+
+impl<'a> Adapted<'a> {
+    fn new(adapter: &'a dyn Adapter) -> Self {
+        let [a, b] = adapter.factors().map(Tensor::without_autodiff);
+        Self {
+            adapter,
+            a,
+            b,
+            scale: adapter.scale(),
+            rank: adapter.rank(),
+        }
+    }
+}
+
+/// What a forward pass saves for the backward pass: the adapters' hidden activations γ·x·A, `[n, r]` each, and for
+/// outputs that are scaled the output before its scaling, `[n, d_out]`.
 #[derive(Debug, Clone)]
 pub struct LowRank<const N: usize> {
     products: [Option<LowRankPart>; N],
@@ -43,7 +66,7 @@ pub struct LowRank<const N: usize> {
     grouped: Option<Tensor<2>>,
 }
 
-/// A DoRA's output before the scaling, and the scaling.
+/// An output before its scaling, and the scaling.
 #[derive(Debug, Clone)]
 struct Scaled {
     output: Tensor<2>,
@@ -55,13 +78,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     pub fn new(layers: [&'a LoraLinear; N], dropout_seeds: [Option<u64>; N]) -> Self {
         Self {
             layers,
+            adapters: layers.map(|layer| layer.adapter().map(Adapted::new)),
             dropout_seeds,
         }
     }
 
     /// Whether a layer has an adapter, so that the backward pass needs the input.
     pub fn has_adapters(&self) -> bool {
-        self.layers.iter().any(|layer| layer.adapter().is_some())
+        self.adapters.iter().any(Option::is_some)
     }
 
     /// The outputs, each added to its entry of `sums` if there is one. An output has the type of its sum, or without a
@@ -92,10 +116,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             let layer = self.layers[i];
             let weight = layer.weight.base();
             let sum = sums[i].take();
-            let mut y = match (&products[i], layer.adapter(), &layer.dora) {
-                (Some(xa), Some(adapter), Some(dora)) => {
-                    let scaling = dora.scaling(&weight, adapter);
-                    let b = factor(&adapter.b, x.dtype());
+            let adapted = self.adapters[i].as_ref();
+            let scaling = adapted.and_then(|adapted| adapted.adapter.scaling(&weight));
+            let mut y = match (&products[i], adapted, scaling) {
+                (Some(xa), Some(adapted), Some(scaling)) => {
+                    let b = adapted.b.clone().cast(x.dtype());
                     let by = scaling.factor.clone().cast(x.dtype());
                     let dropped = self.dropped(i, x.clone());
                     let dropped_base =
@@ -121,11 +146,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         None => y,
                     }
                 }
-                (xa, adapter, _) => {
-                    let low_rank = xa.clone().zip(adapter);
-                    let low_rank = low_rank.map(|(low, adapter)| LowRankTerm {
+                (xa, adapted, _) => {
+                    let low_rank = xa.clone().zip(adapted);
+                    let low_rank = low_rank.map(|(low, adapted)| LowRankTerm {
                         low,
-                        b: plain(&adapter.b),
+                        b: adapted.b.clone(),
                     });
                     adapted_product(sum, x.clone(), weight, low_rank, Direction::Forward)
                 }
@@ -161,10 +186,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         saved: LowRank<N>,
         d_outputs: [Tensor<2>; N],
         input_gradient: bool,
-        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut Accumulate<'_>,
     ) -> Option<Tensor<2>> {
         let dtype = d_outputs[0].dtype();
-        // Under dropout, the gradients of a DoRA's outputs before the scaling: the base layer's undropped part is not
+        // Under dropout, the gradients of scaled outputs before the scaling: the base layer's undropped part is not
         // scaled.
         let mut d_unscaled: [Option<Tensor<2>>; N] = [const { None }; N];
         let d_outputs: [Tensor<2>; N] = {
@@ -172,13 +197,16 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             d_outputs.map(|d_output| {
                 let i = index;
                 index += 1;
-                let (Some(dora), Some(scaled)) = (&self.layers[i].dora, &saved.scaled[i]) else {
+                let (Some(adapted), Some(scaled)) = (&self.adapters[i], &saved.scaled[i]) else {
                     return d_output;
                 };
                 let product =
                     d_output.clone().cast(DType::F32) * scaled.output.clone().cast(DType::F32);
-                let sum = product.sum_dim(0) / scaled.scaling.norms.clone();
-                accumulate(&dora.magnitude, sum);
+                let d_factor = product.sum_dim(0);
+                let scaling = &scaled.scaling;
+                adapted
+                    .adapter
+                    .gradient_of_scaling(scaling, d_factor, accumulate);
                 let d_scaled = d_output.clone() * scaled.scaling.factor.clone().cast(dtype);
                 if self.drops_in(i) {
                     d_unscaled[i] = Some(d_output);
@@ -189,9 +217,9 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         self.gradients_of_b(&saved, &d_outputs, accumulate);
         let low_gradients = if self.drops() {
             LowGradients::Apart(std::array::from_fn(|i| {
-                let adapter = self.layers[i].adapter()?;
-                let b = factor(&adapter.b, dtype).transpose();
-                Some(multiply_add(None, adapter.scale, d_outputs[i].clone(), b))
+                let adapted = self.adapters[i].as_ref()?;
+                let b = adapted.b.clone().cast(dtype).transpose();
+                Some(multiply_add(None, adapted.scale, d_outputs[i].clone(), b))
             }))
         } else {
             match self.grouped_low_gradients(&d_outputs) {
@@ -238,10 +266,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         d_base
                     }
                 };
-                let own = parts[i].clone().zip(self.layers[i].adapter());
-                let own = own.map(|(low, adapter)| LowRankTerm {
+                let own = parts[i].clone().zip(self.adapters[i].as_ref());
+                let own = own.map(|(low, adapted)| LowRankTerm {
                     low,
-                    b: plain(&adapter.a).transpose(),
+                    b: adapted.a.clone().transpose(),
                 });
                 let last = if i + 1 == N { low_rank.take() } else { None };
                 let low_rank = own.or(last);
@@ -273,12 +301,12 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         &self,
         saved: &LowRank<N>,
         d_outputs: &[Tensor<2>; N],
-        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut Accumulate<'_>,
     ) {
         let adapted = || {
-            let layers = self.layers.iter().zip(&saved.products).zip(d_outputs);
-            layers.filter_map(|((layer, low), d_output)| {
-                Some((layer.adapter()?, low.as_ref()?, d_output))
+            let layers = self.adapters.iter().zip(&saved.products).zip(d_outputs);
+            layers.filter_map(|((adapted, low), d_output)| {
+                Some((adapted.as_ref()?, low.as_ref()?, d_output))
             })
         };
         // One kernel for all layers whose columns lie side by side.
@@ -288,7 +316,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             low_rank_gradients(all, &wide, &ranks, false)
         });
         let mut grouped = grouped.map(Vec::into_iter);
-        for (adapter, low, d_output) in adapted() {
+        for (adapted, low, d_output) in adapted() {
             let d_b = match grouped.as_mut().and_then(Iterator::next) {
                 Some(d_b) => d_b,
                 None => {
@@ -296,7 +324,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                     multiply_in_f32(low.transpose(), d_output.clone())
                 }
             };
-            accumulate(&adapter.b, d_b);
+            adapted.adapter.gradient_of_b(d_b, accumulate);
         }
     }
 
@@ -304,7 +332,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     fn parts(&self, all: &Tensor<2>) -> [Option<LowRankPart>; N] {
         let mut first = 0;
         std::array::from_fn(|i| {
-            let rank = self.layers[i].adapter()?.a.lazy_shape()[1];
+            let rank = self.adapters[i].as_ref()?.rank;
             first += rank;
             Some(LowRankPart {
                 all: all.clone(),
@@ -314,46 +342,35 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         })
     }
 
-    /// The adapters, and their scales.
-    fn adapters(&self) -> (Vec<&LoraAdapter>, Vec<f64>) {
-        let adapters = self.layers.iter().filter_map(|layer| layer.adapter());
-        adapters.map(|adapter| (adapter, adapter.scale)).unzip()
+    /// The adapters that there are.
+    fn adapted(&self) -> impl Iterator<Item = &Adapted<'a>> {
+        self.adapters.iter().flatten()
     }
 
     /// γ·x·A of every adapter side by side, if the device has a kernel for all of them.
     fn grouped_low_rank(&self, x: &Tensor<2>) -> Option<Tensor<2>> {
-        let (adapters, scales) = self.adapters();
-        let wide = vec![x.clone(); adapters.len()];
-        let factors = adapters.iter().map(|adapter| plain(&adapter.a));
-        low_rank_columns(&wide, &factors.collect::<Vec<_>>(), false, &scales)
+        let factors: Vec<_> = self.adapted().map(|adapted| adapted.a.clone()).collect();
+        let scales: Vec<_> = self.adapted().map(|adapted| adapted.scale).collect();
+        low_rank_columns(&vec![x.clone(); factors.len()], &factors, false, &scales)
     }
 
     /// γ·G·Bᵀ of every adapter side by side, if the device has a kernel for all of them.
     fn grouped_low_gradients(&self, d_outputs: &[Tensor<2>; N]) -> Option<Tensor<2>> {
-        let (adapters, scales) = self.adapters();
-        let adapted = self.layers.iter().zip(d_outputs);
-        let adapted = adapted.filter(|(layer, _)| layer.adapter().is_some());
+        let adapted = self.adapters.iter().zip(d_outputs);
+        let adapted = adapted.filter(|(adapted, _)| adapted.is_some());
         let wide: Vec<_> = adapted.map(|(_, d_output)| d_output.clone()).collect();
-        let factors = adapters.iter().map(|adapter| plain(&adapter.b));
-        low_rank_columns(&wide, &factors.collect::<Vec<_>>(), true, &scales)
+        let factors: Vec<_> = self.adapted().map(|adapted| adapted.b.clone()).collect();
+        let scales: Vec<_> = self.adapted().map(|adapted| adapted.scale).collect();
+        low_rank_columns(&wide, &factors, true, &scales)
     }
 
     /// The gradients of A from [`grouped_low_gradients`](Self::grouped_low_gradients).
-    fn grouped_backward(
-        &self,
-        x: &Tensor<2>,
-        all: &Tensor<2>,
-        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
-    ) {
-        let (adapters, _) = self.adapters();
-        let ranks: Vec<usize> = adapters
-            .iter()
-            .map(|adapter| adapter.a.lazy_shape()[1])
-            .collect();
+    fn grouped_backward(&self, x: &Tensor<2>, all: &Tensor<2>, accumulate: &mut Accumulate<'_>) {
+        let ranks: Vec<usize> = self.adapted().map(|adapted| adapted.rank).collect();
         let gradients = low_rank_gradients(all, &vec![x.clone(); ranks.len()], &ranks, true);
         let gradients = gradients.unwrap_or_else(|| unreachable!("the device has the kernels"));
-        for (adapter, d_a) in adapters.into_iter().zip(gradients) {
-            accumulate(&adapter.a, d_a);
+        for (adapted, d_a) in self.adapted().zip(gradients) {
+            adapted.adapter.gradient_of_a(d_a, accumulate);
         }
     }
 
@@ -365,10 +382,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
         if self.drops() {
             let apart = std::array::from_fn(|i| {
-                let adapter = self.layers[i].adapter()?;
-                let a = factor(&adapter.a, x.dtype());
+                let adapted = self.adapters[i].as_ref()?;
+                let a = adapted.a.clone().cast(x.dtype());
                 let dropped = self.dropped(i, x.clone());
-                let xa = multiply_add(None, adapter.scale, dropped, a);
+                let xa = multiply_add(None, adapted.scale, dropped, a);
                 Some(LowRankPart::whole(xa))
             });
             return (apart, None);
@@ -386,8 +403,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         };
         let mut start = 0;
         let products = std::array::from_fn(|i| {
-            let adapter = self.layers[i].adapter()?;
-            let r = adapter.a.lazy_shape()[1];
+            let adapted = self.adapters[i].as_ref()?;
+            let r = adapted.rank;
             start += r;
             let xa = if transposes_low_rank(x) {
                 xa.clone().narrow(0, start - r, r).transpose()
@@ -396,7 +413,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             };
             Some(LowRankPart::whole(match scale {
                 Some(_) => xa,
-                None => xa.mul_scalar(adapter.scale),
+                None => xa.mul_scalar(adapted.scale),
             }))
         });
         (products, Some(all_a))
@@ -408,17 +425,17 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         let transposed = transposes_low_rank(&d_outputs[0]);
         let common = self.common_scale().is_some();
         let parts = self
-            .layers
+            .adapters
             .iter()
             .zip(d_outputs)
-            .filter_map(|(layer, d_output)| {
-                let adapter = layer.adapter()?;
-                let b = factor(&adapter.b, dtype);
+            .filter_map(|(adapted, d_output)| {
+                let adapted = adapted.as_ref()?;
+                let b = adapted.b.clone().cast(dtype);
                 Some(if transposed {
                     let part = product(b, d_output.clone().transpose());
-                    scaled(part, (!common).then_some(adapter.scale))
+                    scaled(part, (!common).then_some(adapted.scale))
                 } else {
-                    multiply_add(None, adapter.scale, d_output.clone(), b.transpose())
+                    multiply_add(None, adapted.scale, d_output.clone(), b.transpose())
                 })
             });
         let mut parts: Vec<Tensor<2>> = parts.collect();
@@ -431,18 +448,15 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
 
     /// The scale γ of all adapters, if they have the same.
     fn common_scale(&self) -> Option<f64> {
-        let mut scales = self
-            .layers
-            .iter()
-            .filter_map(|layer| Some(layer.adapter()?.scale));
+        let mut scales = self.adapted().map(|adapted| adapted.scale);
         let first = scales.next()?;
         scales.all(|scale| scale == first).then_some(first)
     }
 
     /// The adapters' A side by side, `[d_in, Σ r]`.
     fn all_a(&self, dtype: DType) -> Tensor<2> {
-        let adapters = self.layers.iter().filter_map(|layer| layer.adapter());
-        let mut all: Vec<_> = adapters.map(|adapter| factor(&adapter.a, dtype)).collect();
+        let all = self.adapted().map(|adapted| adapted.a.clone().cast(dtype));
+        let mut all: Vec<_> = all.collect();
         match all.len() {
             1 => all.remove(0),
             _ => Tensor::cat(all, 1),
@@ -451,12 +465,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
 
     /// The gradients of A, for adapters that share their input. `all` is the result of
     /// [`low_gradients`](Self::low_gradients).
-    fn shared_backward(
-        &self,
-        x: Tensor<2>,
-        all: Tensor<2>,
-        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
-    ) {
+    fn shared_backward(&self, x: Tensor<2>, all: Tensor<2>, accumulate: &mut Accumulate<'_>) {
         let transposed = transposes_low_rank(&x);
         let d_all_a = if transposed {
             scaled(multiply_in_f32(all, x), self.common_scale())
@@ -464,14 +473,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             multiply_in_f32(x.transpose(), all)
         };
         let mut start = 0;
-        for adapter in self.layers.iter().filter_map(|layer| layer.adapter()) {
-            let r = adapter.a.lazy_shape()[1];
+        for adapted in self.adapted() {
+            let r = adapted.rank;
             let d_a = if transposed {
                 d_all_a.clone().narrow(0, start, r).transpose()
             } else {
                 d_all_a.clone().narrow(1, start, r)
             };
-            accumulate(&adapter.a, d_a);
+            adapted.adapter.gradient_of_a(d_a, accumulate);
             start += r;
         }
     }
@@ -484,17 +493,17 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         low_gradients: [Option<Tensor<2>>; N],
         mut d_dropped: [Option<Tensor<2>>; N],
         d_input: &mut Option<Tensor<2>>,
-        accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
+        accumulate: &mut Accumulate<'_>,
     ) {
         for (i, gradient) in low_gradients.into_iter().enumerate() {
-            let (Some(gradient), Some(adapter)) = (gradient, self.layers[i].adapter()) else {
+            let (Some(gradient), Some(adapted)) = (gradient, &self.adapters[i]) else {
                 continue;
             };
             let dropped = self.dropped(i, x.clone());
             let d_a = multiply_in_f32(dropped.transpose(), gradient.clone());
-            accumulate(&adapter.a, d_a);
+            adapted.adapter.gradient_of_a(d_a, accumulate);
             if let Some(sum) = d_input.take() {
-                let a = factor(&adapter.a, x.dtype()).transpose();
+                let a = adapted.a.clone().cast(x.dtype()).transpose();
                 let d_dropped = multiply_add(d_dropped[i].take(), 1.0, gradient, a);
                 // The backward pass of a dropout mask is the same multiplication as its forward pass.
                 *d_input = Some(sum + self.dropped(i, d_dropped));
@@ -537,20 +546,10 @@ fn scaled(x: Tensor<2>, scale: Option<f64>) -> Tensor<2> {
     }
 }
 
-/// A factor's value in the type that products are computed in, outside the autodiff graph.
-fn factor(param: &Param<Tensor<2>>, dtype: DType) -> Tensor<2> {
-    plain(param).cast(dtype)
-}
-
-/// A factor in its own type, outside an autodiff graph.
-fn plain(param: &Param<Tensor<2>>) -> Tensor<2> {
-    param.val().without_autodiff()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::AdapterDropout;
+    use crate::{AdapterDropout, Method};
     use burn::module::ParamId;
     use burn::nn::LinearConfig;
     use burn::tensor::Device;
@@ -580,7 +579,9 @@ mod tests {
             layer = layer.quantize(quantization).unwrap();
             if dora && bias {
                 let magnitude = random([1, d_out], 8, device).add_scalar(2.0);
-                layer = layer.with_dora(Some(magnitude)).unwrap();
+                layer = layer
+                    .with_method(Method::Dora, Some(vec![magnitude]))
+                    .unwrap();
             }
             layer
         };

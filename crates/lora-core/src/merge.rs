@@ -7,8 +7,8 @@ use burn::tensor::{DType, Tensor};
 use crate::{LoraError, LoraLinear};
 
 impl LoraLinear {
-    /// The layer as a plain `Linear` with the weight `W₀ + γ·A·B`, outside the autodiff graph. A DoRA scales its
-    /// columns.
+    /// The layer as a plain `Linear` with the weight `W₀ + γ·A·B`, outside the autodiff graph, its columns scaled if the
+    /// adapter's method scales outputs.
     ///
     /// A quantized W₀ is dequantized first, so the result is dense. Without an adapter the weight is W₀.
     ///
@@ -20,7 +20,7 @@ impl LoraLinear {
         let weight = match self.adapter_delta() {
             Some(delta) => {
                 let delta = delta.cast(base.dtype());
-                match self.dora_factor() {
+                match self.output_factor() {
                     Some(factor) => (base + delta) * factor,
                     None => base + delta,
                 }
@@ -30,8 +30,8 @@ impl LoraLinear {
         self.plain_linear(weight)
     }
 
-    /// Subtracts this layer's adapter from `merged`: the weight becomes `W − γ·A·B`. For a DoRA the columns are first
-    /// divided by their factors.
+    /// Subtracts this layer's adapter from `merged`: the weight becomes `W − γ·A·B`. Columns that the adapter
+    /// scales are first divided by their factors.
     ///
     /// The result equals W₀ up to one rounding of the sum.
     ///
@@ -49,7 +49,7 @@ impl LoraLinear {
             });
         }
         let delta = delta.cast(weight.dtype());
-        let weight = match self.dora_factor() {
+        let weight = match self.output_factor() {
             Some(factor) => weight / factor,
             None => weight,
         };
@@ -68,21 +68,20 @@ impl LoraLinear {
     /// `γ·A·B`, `[d_in, d_out]`: what the adapter adds to the weight, outside the autodiff graph.
     pub fn adapter_delta(&self) -> Option<Tensor<2>> {
         self.adapter().map(|adapter| {
-            let a = adapter.a.val().without_autodiff();
-            a.matmul(adapter.b.val().without_autodiff())
-                .mul_scalar(adapter.scale)
+            let [a, b] = adapter.factors().map(Tensor::without_autodiff);
+            a.matmul(b).mul_scalar(adapter.scale())
         })
     }
 
-    /// A DoRA's factor per column, `[1, d_out]`, in the type of the dense weight.
-    fn dora_factor(&self) -> Option<Tensor<2>> {
-        let (dora, adapter) = (self.dora.as_ref()?, self.adapter()?);
+    /// The adapter's factor per column, `[1, d_out]`, in the type of the dense weight.
+    fn output_factor(&self) -> Option<Tensor<2>> {
         let base = self.weight.base();
         let dtype = match base.dtype() {
             DType::QFloat(_) => DType::F32,
             dtype => dtype,
         };
-        Some(dora.scaling(&base, adapter).factor.cast(dtype))
+        let scaling = self.adapter()?.scaling(&base)?;
+        Some(scaling.factor.cast(dtype))
     }
 
     fn plain_linear(&self, weight: Tensor<2>) -> Linear {

@@ -3,7 +3,9 @@
 use std::path::Path;
 
 use llama_burn::{InitialAdapters, Llama, LlamaConfig};
-use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, TargetModules};
+use lora_core::{
+    Bias, ExcludeModules, LoraConfig, LoraError, Method, ModuleSelector, TargetModules,
+};
 
 use hub::{self, HubError};
 use peft::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
@@ -64,7 +66,7 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
             lora.lora_dropout
         },
         peft_use_rslora: lora.use_rslora,
-        peft_use_dora: lora.use_dora,
+        peft_use_dora: lora.method.facts().flag == Some("use_dora"),
         target_modules: lora.target_modules,
         layers_to_transform: lora.layers_to_transform,
         exclude_modules: lora.exclude_modules,
@@ -173,7 +175,8 @@ fn trainable(
 fn check_targets(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartError> {
     check_tokens(lora, model).map_err(StartError::Tokens)?;
     let selector: ModuleSelector = lora.selector()?;
-    if selector.matches("lm_head") && (lora.use_dora || lora.lora_dropout > 0.0) {
+    if selector.matches("lm_head") && (lora.method != Method::default() || lora.lora_dropout > 0.0)
+    {
         return Err(LoraError::PlainHead.into());
     }
     let linear_only = lora.target_modules == TargetModules::AllLinear;

@@ -11,7 +11,7 @@ use super::reference::Reference;
 use super::run;
 use super::{Check, ParityError, Section};
 use device::ModelOptions;
-use peft::{AdapterTensors, magnitude_name, tensor_names};
+use peft::{AdapterTensors, tensor_names, vector_name};
 
 // Both sides compute in f32 and differ only in the order of their sums. On models of this kind that
 // gives 1e-6 to 1e-5 on logits of size 1 to 10, 1e-6 relative on gradients; a wrong scale, a
@@ -247,10 +247,10 @@ fn by_tensor(adapter: &AdapterTensors) -> BTreeMap<String, Vec<f32>> {
     let pairs = adapter.modules.iter();
     let named = pairs.flat_map(|(module, pair)| {
         let [a, b] = tensor_names(module);
-        let magnitude = pair.magnitude.clone();
-        let magnitude = magnitude.map(|values| (magnitude_name(module), values));
+        let vectors = pair.vectors.iter();
+        let vectors = vectors.map(|(name, values)| (vector_name(module, name), values.clone()));
         let factors = [(a, pair.a.clone()), (b, pair.b.clone())];
-        factors.into_iter().chain(magnitude)
+        factors.into_iter().chain(vectors)
     });
     named.collect()
 }

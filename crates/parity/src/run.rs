@@ -7,7 +7,7 @@ use llama_burn::Llama;
 
 use super::ParityError;
 use data::Batch;
-use peft::{magnitude_name, tensor_names};
+use peft::{tensor_names, vector_name};
 use train_step::gradients::{self, AdapterGradients, PassOptions};
 use train_step::loraplus_rates;
 use train_step::optimizer::AdamW;
@@ -24,7 +24,7 @@ pub(super) fn loss(model: &Llama, batch: &Batch) -> f64 {
 }
 
 /// The gradients of the mean loss by PEFT's tensor name and in its layout: A `[r, d_in]`, B
-/// `[d_out, r]`, DoRA's magnitude `[d_out]`.
+/// `[d_out, r]`, the method's vectors `[d_out]`.
 pub(super) fn gradients(
     model: &Llama,
     batch: &Batch,
@@ -33,11 +33,13 @@ pub(super) fn gradients(
     let mut sums = AdapterGradients::default();
     gradients::accumulate(model, batch, options(gradient_checkpointing), &mut sums);
     let tokens = sums.totals().tokens as f64;
+    let adapter = model.linears().find_map(|(_, linear)| linear.adapter());
+    let vectors = adapter.map_or(&[][..], |adapter| adapter.method().facts().vectors);
     let mut named = BTreeMap::new();
     for (module, params) in model.trainable() {
-        let [a, b] = tensor_names(&module);
-        let names = [a, b, magnitude_name(&module)];
-        for (name, param) in names.into_iter().zip(params) {
+        let vectors = vectors.iter().map(|vector| vector_name(&module, vector));
+        let names = tensor_names(&module).into_iter().chain(vectors);
+        for (name, param) in names.zip(params) {
             let sum = sums
                 .get(param.id)
                 .ok_or_else(|| ParityError::NoGradient { name: name.clone() })?;

@@ -5,8 +5,8 @@ use std::collections::BTreeMap;
 use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig};
 use lora_core::{Bias, LoraConfig, TargetModules};
 
-use super::tensors::{EMBEDDING, bias_name, saved_whole};
-use super::{AdapterError, AdapterTensors, magnitude_name, tensor_names};
+use super::tensors::{EMBEDDING, all_vectors, bias_name, saved_whole};
+use super::{AdapterError, AdapterTensors, tensor_names, vector_name};
 
 /// The output layer's module.
 pub(super) const HEAD: &str = "lm_head";
@@ -87,10 +87,13 @@ impl AdapterTensors {
                 let got = [pair.d_out, pair.r];
                 return Err(AdapterError::shape(b_name, &[*d_out, r], &got));
             }
-            for (asked, values, name) in [
-                (lora.use_dora, &pair.magnitude, magnitude_name(module)),
-                (lora.lora_bias, &pair.bias, bias_name(module)),
-            ] {
+            let asked = lora.method.facts().vectors;
+            let vectors = all_vectors().map(|vector| {
+                let values = pair.vectors.get(vector);
+                (asked.contains(&vector), values, vector_name(module, vector))
+            });
+            let bias = (lora.lora_bias, pair.bias.as_ref(), bias_name(module));
+            for (asked, values, name) in vectors.chain([bias]) {
                 match (asked, values) {
                     (true, None) => return Err(AdapterError::Missing { name }),
                     (false, Some(_)) => return Err(AdapterError::Unexpected { name }),

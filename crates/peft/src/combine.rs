@@ -165,8 +165,12 @@ fn check(adapter: &Weighted) -> Result<ModuleSelector, CombineError> {
         });
     }
     let lora = &config.lora;
+    let facts = lora.method.facts();
     let fields = [
-        ("use_dora", lora.use_dora),
+        (
+            facts.flag.unwrap_or(facts.name),
+            facts.beyond_low_rank.is_some(),
+        ),
         ("lora_bias", lora.lora_bias),
         ("bias", lora.bias != Bias::None),
         ("modules_to_save", !lora.modules_to_save.is_empty()),
@@ -446,7 +450,7 @@ mod tests {
         for (field, change) in [
             (
                 "use_dora",
-                (|a| a.config.lora.use_dora = true) as fn(&mut Weighted),
+                (|a| a.config.lora.method = lora_core::Method::Dora) as fn(&mut Weighted),
             ),
             ("lora_bias", |a| a.config.lora.lora_bias = true),
             ("bias", |a| a.config.lora.bias = Bias::All),

@@ -1,7 +1,7 @@
 //! Reads and writes `adapter_config.json` as PEFT 0.21 does.
 
 use llama_burn::limited::clipped;
-use lora_core::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
+use lora_core::{Bias, ExcludeModules, Init, LoraConfig, Method, TargetModules};
 use serde_json::{Map, Value, json};
 
 use super::AdapterError;
@@ -34,7 +34,7 @@ const HARMLESS: [&str; 11] = [
 ];
 
 /// Fields that are read, or that are rejected with a specific reason.
-const HANDLED: [&str; 22] = [
+const HANDLED: [&str; 21] = [
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -42,7 +42,6 @@ const HANDLED: [&str; 22] = [
     "lora_alpha",
     "lora_dropout",
     "use_rslora",
-    "use_dora",
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
@@ -63,7 +62,7 @@ impl AdapterConfig {
     /// Returns the file's content, with every field that PEFT needs to load the adapter unchanged.
     pub fn to_json(&self) -> Value {
         let lora = &self.lora;
-        json!({
+        let mut fields = json!({
             "peft_type": "LORA",
             "task_type": "CAUSAL_LM",
             "auto_mapping": null,
@@ -74,7 +73,6 @@ impl AdapterConfig {
             "lora_alpha": number(lora.lora_alpha),
             "lora_dropout": lora.lora_dropout,
             "use_rslora": lora.use_rslora,
-            "use_dora": lora.use_dora,
             "target_modules": match &lora.target_modules {
                 TargetModules::Names(names) => json!(names),
                 TargetModules::Regex(pattern) => json!(pattern),
@@ -103,7 +101,13 @@ impl AdapterConfig {
             },
             "lora_bias": lora.lora_bias,
             "fan_in_fan_out": false,
-        })
+        });
+        for method in Method::ALL {
+            if let Some(flag) = method.facts().flag {
+                fields[flag] = json!(method == lora.method);
+            }
+        }
+        fields
     }
 
     /// Parses the file's content.
@@ -133,7 +137,9 @@ impl AdapterConfig {
             );
         }
         for (field, value) in &fields.0 {
-            let known = HANDLED.contains(&field.as_str()) || HARMLESS.contains(&field.as_str());
+            let known = HANDLED.contains(&field.as_str())
+                || HARMLESS.contains(&field.as_str())
+                || Method::of_flag(field).is_some();
             if !known && !is_off(value) {
                 return Err(invalid(
                     field,
@@ -144,6 +150,14 @@ impl AdapterConfig {
         }
         let on = |field| fields.optional(field, "true or false", Value::as_bool);
         let names = |field| fields.optional(field, "a list of names", as_names);
+        let mut method = Method::default();
+        for other in Method::ALL {
+            if let Some(flag) = other.facts().flag
+                && on(flag)? == Some(true)
+            {
+                method = other;
+            }
+        }
         let lora = LoraConfig {
             r: fields.required("r", "a whole number of at least 1", as_index)?,
             lora_alpha: fields.required("lora_alpha", "a positive number", Value::as_f64)?,
@@ -151,7 +165,7 @@ impl AdapterConfig {
                 .optional("lora_dropout", "a number", Value::as_f64)?
                 .unwrap_or(0.0),
             use_rslora: on("use_rslora")?.unwrap_or(false),
-            use_dora: on("use_dora")?.unwrap_or(false),
+            method,
             lora_bias: on("lora_bias")?.unwrap_or(false),
             ensure_weight_tying: on("ensure_weight_tying")?.unwrap_or(false),
             target_modules: fields
@@ -436,7 +450,7 @@ mod tests {
                 ..LoraConfig::default()
             },
             LoraConfig {
-                use_dora: true,
+                method: Method::Dora,
                 rank_pattern: vec![("q_proj".into(), 2)],
                 alpha_pattern: vec![("q_proj".into(), 2.5)],
                 exclude_modules: Some(ExcludeModules::Names(vec!["k_proj".into()])),

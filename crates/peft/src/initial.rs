@@ -49,7 +49,9 @@ impl AdapterConfig {
         lora.lora_alpha *= by;
         lora.rank_pattern.iter_mut().for_each(|(_, r)| *r *= 2);
         // PEFT writes twice these values with rsLoRA as well, and refuses the combination for it.
-        lora.alpha_pattern.iter_mut().for_each(|(_, alpha)| *alpha *= by);
+        lora.alpha_pattern
+            .iter_mut()
+            .for_each(|(_, alpha)| *alpha *= by);
         lora.init = Init::Kaiming;
         self
     }

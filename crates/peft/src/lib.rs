@@ -24,7 +24,7 @@ pub use combine::{Combination, CombineError, Weighted, combine};
 pub use config::AdapterConfig;
 pub use floats::Floats;
 pub use tensors::read_floats;
-pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
+pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, tensor_names, vector_name};
 pub use token_rows::{check_tokens, name_tables, trains_embedding, with_fresh_rows};
 
 /// Name of the file with an adapter's settings.

@@ -2,7 +2,7 @@
 
 use kernels::cpu::{self, Matrix, MatrixMut, Threads};
 use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig};
-use lora_core::LoraConfig;
+use lora_core::{LoraConfig, Method};
 
 use super::tensors::{EMBEDDING, saved_whole};
 use super::token_rows::put_rows;
@@ -69,14 +69,14 @@ impl AdapterTensors {
         };
         if let Some(pair) = self.modules.get(module_of(tensor)) {
             let scale = lora.selector()?.scale(module_of(tensor));
-            pair.merge_into(&mut values, tensor, scale)?;
+            pair.merge_into(&mut values, tensor, scale, lora.method)?;
         }
         Ok(values)
     }
 
     /// Takes the adapter out of a tensor that [`merged`](Self::merged) made from `base`. A tensor that the
-    /// adapter replaced is copied from `base`, because the merged one does not contain it. A DoRA's norms
-    /// are computed from `base` as well. The result equals `base` up to rounding of the sum.
+    /// adapter replaced is copied from `base`, because the merged one does not contain it. The factors
+    /// of scaled outputs are computed from `base` as well. The result equals `base` up to rounding of the sum.
     ///
     /// # Errors
     ///
@@ -96,7 +96,7 @@ impl AdapterTensors {
         let mut values = values;
         if let Some(pair) = self.modules.get(module_of(tensor)) {
             let scale = lora.selector()?.scale(module_of(tensor));
-            pair.take_out_of(&mut values, tensor, scale, base)?;
+            pair.take_out_of(&mut values, tensor, scale, lora.method, base)?;
         }
         Ok(values)
     }
@@ -116,36 +116,43 @@ impl AdapterTensors {
 }
 
 impl AdapterPair {
-    /// A weight W becomes W + γ·A·B, and its outputs are scaled if the adapter is a DoRA. A bias b
+    /// A weight W becomes W + γ·A·B, and its outputs are scaled if the method scales them. A bias b
     /// becomes b + γ·(the bias of B). `scale` is γ.
-    fn merge_into(&self, values: &mut [f32], tensor: &str, scale: f64) -> Result<(), AdapterError> {
+    fn merge_into(
+        &self,
+        values: &mut [f32],
+        tensor: &str,
+        scale: f64,
+        method: Method,
+    ) -> Result<(), AdapterError> {
         if tensor.ends_with(".bias") {
             return self.add_bias(values, tensor, scale);
         }
         self.add_delta(values, tensor, scale)?;
-        if self.magnitude.is_some() {
-            let factors = self.factors(values, tensor);
+        if let Some(factors) = self.factors(values, tensor, method) {
             self.scale_outputs(values, tensor, |output| factors[output]);
         }
         Ok(())
     }
 
-    /// The inverse of [`merge_into`](Self::merge_into). A DoRA's factors are those of `base`.
+    /// The inverse of [`merge_into`](Self::merge_into). The factors of outputs are those of `base`.
     fn take_out_of(
         &self,
         values: &mut [f32],
         tensor: &str,
         scale: f64,
+        method: Method,
         base: &[f32],
     ) -> Result<(), AdapterError> {
         if tensor.ends_with(".bias") {
             return self.add_bias(values, tensor, -scale);
         }
-        if self.magnitude.is_some() {
+        if method.facts().scales_outputs {
             let mut sum = base.to_vec();
             self.add_delta(&mut sum, tensor, scale)?;
-            let factors = self.factors(&sum, tensor);
-            self.scale_outputs(values, tensor, |output| 1.0 / factors[output]);
+            if let Some(factors) = self.factors(&sum, tensor, method) {
+                self.scale_outputs(values, tensor, |output| 1.0 / factors[output]);
+            }
         }
         self.add_delta(values, tensor, -scale)
     }
@@ -181,8 +188,11 @@ impl AdapterPair {
         Ok(())
     }
 
-    /// DoRA's factor m / ‖w‖ of each output of the summed weight, `[d_out]`.
-    fn factors(&self, sum: &[f32], tensor: &str) -> Vec<f32> {
+    /// The method's factor of each output of the summed weight, `[d_out]`, if it has one.
+    fn factors(&self, sum: &[f32], tensor: &str, method: Method) -> Option<Vec<f32>> {
+        if !method.facts().scales_outputs {
+            return None;
+        }
         let (d_in, d_out) = (self.d_in, self.d_out);
         let mut squares = vec![0f64; d_out];
         if is_embedding(tensor) {
@@ -196,12 +206,9 @@ impl AdapterPair {
                 *square = row.iter().map(|value| f64::from(*value).powi(2)).sum();
             }
         }
-        let magnitude = self.magnitude.as_deref().unwrap_or_default();
-        let norms = squares.iter().map(|square| square.sqrt().max(1e-19));
-        let factors = magnitude.iter().zip(norms);
-        factors
-            .map(|(magnitude, norm)| (f64::from(*magnitude) / norm) as f32)
-            .collect()
+        let vectors = method.facts().vectors.iter();
+        let vectors = vectors.map(|name| self.vectors.get(name).map_or(&[][..], Vec::as_slice));
+        method.output_factors(&vectors.collect::<Vec<_>>(), &squares)
     }
 
     /// Multiplies each output's weights.
@@ -276,7 +283,7 @@ mod tests {
                 sum[at(input, output)] += scale * products.sum::<f32>();
                 square += sum[at(input, output)].powi(2);
             }
-            if let Some(magnitude) = &pair.magnitude {
+            if let Some(magnitude) = pair.vectors.get("lora_magnitude_vector") {
                 for input in 0..pair.d_in {
                     sum[at(input, output)] *= magnitude[output] / square.sqrt();
                 }
@@ -296,13 +303,16 @@ mod tests {
                 let lora = LoraConfig {
                     r: 2,
                     lora_alpha: 3.0,
-                    use_dora: dora,
+                    method: if dora { Method::Dora } else { Method::Lora },
                     target_modules: TargetModules::Names(vec![module.into()]),
                     ..LoraConfig::default()
                 };
                 let mut pair =
                     AdapterPair::new(d_in, 2, d_out, random(2 * d_in, 1), random(2 * d_out, 2));
-                pair.magnitude = dora.then(|| random(d_out, 3));
+                if dora {
+                    pair.vectors
+                        .insert("lora_magnitude_vector", random(d_out, 3));
+                }
                 let mut adapter = AdapterTensors::default();
                 adapter.modules.insert(module.into(), pair.clone());
                 adapter.check(&model(), &lora).unwrap();

@@ -3,11 +3,11 @@
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, HeadAdapter, Llama};
-use lora_core::{AdapterDropout, LoraConfig, LoraError, LoraLinear};
+use lora_core::{AdapterDropout, LoraConfig, LoraError, LoraLinear, Method};
 
 use super::check::HEAD;
 use super::tensors::{EMBEDDING, bias_name, token_rows_name};
-use super::{AdapterError, AdapterPair, AdapterTensors, WholeTensor, magnitude_name, tensor_names};
+use super::{AdapterError, AdapterPair, AdapterTensors, WholeTensor, tensor_names, vector_name};
 
 impl AdapterTensors {
     /// Reads every adapter of `model` to the host, in f32, without the parts that [`put_on`](Self::put_on)
@@ -19,16 +19,17 @@ impl AdapterTensors {
     pub fn from_model(model: &Llama) -> Result<Self, AdapterError> {
         let mut adapter = Self::default();
         for (module, linear) in model.linears() {
-            let Some(factors) = linear.adapter() else {
+            let Some(on_layer) = linear.adapter() else {
                 continue;
             };
             let [a_name, b_name] = tensor_names(&module);
-            let ([d_in, r], [_, d_out]) = (factors.a.val().dims(), factors.b.val().dims());
-            let a = read(&a_name, factors.a.val())?;
-            let b = read(&b_name, factors.b.val())?;
+            let ([a, b], r, [d_in, d_out]) = (on_layer.factors(), on_layer.rank(), linear.dims());
+            let (a, b) = (read(&a_name, a)?, read(&b_name, b)?);
             let mut pair = AdapterPair::new(d_in, r, d_out, a, b);
-            if let Some(dora) = &linear.dora {
-                pair.magnitude = Some(read(&magnitude_name(&module), dora.magnitude.val())?);
+            let vectors = on_layer.method().facts().vectors.iter();
+            for (name, vector) in vectors.zip(on_layer.trainable().into_iter().skip(2)) {
+                let values = read(&vector_name(&module, name), vector.val())?;
+                pair.vectors.insert(name, values);
             }
             adapter.modules.insert(module, pair);
         }
@@ -52,10 +53,10 @@ impl AdapterTensors {
     }
 
     /// Puts this adapter on every module of `model` that `lora` selects, in place of the model's current
-    /// adapters. The factors and magnitudes are trainable, in f32.
+    /// adapters. The factors and the method's vectors are trainable, in f32.
     ///
     /// Parts that are not a low-rank path beside a linear layer are written into the model: replaced tensors,
-    /// biases, an adapter of the embedding, and a DoRA of the output layer. The last two are merged into
+    /// biases, an adapter of the embedding, and an adapter of the output layer that is not a plain LoRA. The last two are merged into
     /// their tables.
     ///
     /// # Errors
@@ -79,7 +80,7 @@ impl AdapterTensors {
                 continue;
             };
             let scale = selector.scale(&module);
-            let adapted = pair.put_on(linear.clone(), scale, &device);
+            let adapted = pair.put_on(linear.clone(), lora.method, scale, &device);
             *linear = adapted.map_err(|error| in_module(error, &module))?;
             linear.dropout = AdapterDropout::new(lora.lora_dropout);
             if let Some(bias) = &pair.bias {
@@ -103,7 +104,7 @@ impl AdapterTensors {
     /// The output layer's adapter, if it stays beside the table: a plain LoRA.
     fn head_beside(&self) -> Option<&AdapterPair> {
         let pair = self.modules.get(HEAD)?;
-        pair.magnitude.is_none().then_some(pair)
+        pair.vectors.is_empty().then_some(pair)
     }
 
     /// Writes into the model everything that is not a low-rank path beside a linear layer.
@@ -156,15 +157,16 @@ impl AdapterPair {
     fn put_on(
         &self,
         linear: LoraLinear,
+        method: Method,
         scale: f64,
         device: &Device,
     ) -> Result<LoraLinear, LoraError> {
         let [a, b] = self.place(device);
         let adapted = linear.with_adapter(a, b, scale)?;
-        match &self.magnitude {
-            None => Ok(adapted),
-            Some(magnitude) => adapted.with_dora(Some(place(magnitude, [1, self.d_out], device))),
-        }
+        let vectors = method.facts().vectors.iter();
+        let vectors = vectors.filter_map(|name| self.vectors.get(name));
+        let vectors = vectors.map(|vector| place(vector, [1, self.d_out], device));
+        adapted.with_method(method, Some(vectors.collect()))
     }
 
     /// A and B on a device.

@@ -6,7 +6,7 @@ use std::path::Path;
 use kernels::cpu;
 use llama_burn::floats::first_not_finite;
 use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, floats};
-use lora_core::{Bias, LoraConfig};
+use lora_core::{Bias, LoraConfig, Method};
 use safetensors::{Dtype, SafeTensors};
 
 use super::{AdapterError, not_written};
@@ -18,7 +18,6 @@ const B: &str = ".lora_B.weight";
 const EMBEDDING_A: &str = ".lora_embedding_A";
 const EMBEDDING_B: &str = ".lora_embedding_B";
 const B_BIAS: &str = ".lora_B.bias";
-const MAGNITUDE: &str = ".lora_magnitude_vector";
 /// The name of a module inside PEFT's wrapper.
 const WRAPPED: &str = ".base_layer";
 /// The base model's tensors of a saved module. PEFT writes them when it saves an embedding by itself, and does not
@@ -48,14 +47,15 @@ pub struct AdapterPair {
     pub a: Vec<f32>,
     /// `[r, d_out]`.
     pub b: Vec<f32>,
-    /// DoRA's magnitude of each output, `[d_out]`.
-    pub magnitude: Option<Vec<f32>>,
+    /// The vectors of the adapter's method, `[d_out]` each, by the end of PEFT's names
+    /// ([`Facts::vectors`](lora_core::Facts::vectors)).
+    pub vectors: BTreeMap<&'static str, Vec<f32>>,
     /// The bias of B that `lora_bias` trains, before the scale, `[d_out]`.
     pub bias: Option<Vec<f32>>,
 }
 
 impl AdapterPair {
-    /// A pair of these sizes, without magnitude and bias.
+    /// A pair of these sizes, without vectors and bias.
     ///
     /// # Panics
     ///
@@ -69,7 +69,7 @@ impl AdapterPair {
             r,
             a,
             b,
-            magnitude: None,
+            vectors: BTreeMap::new(),
             bias: None,
         }
     }
@@ -113,9 +113,15 @@ pub fn tensor_names(module: &str) -> [String; 2] {
     ]
 }
 
-/// PEFT's name of a module's magnitude.
-pub fn magnitude_name(module: &str) -> String {
-    format!("{PREFIX}{module}{MAGNITUDE}")
+/// PEFT's name of a vector of a module's method; `vector` is its end.
+pub fn vector_name(module: &str, vector: &str) -> String {
+    format!("{PREFIX}{module}.{vector}")
+}
+
+/// The vectors of every method.
+pub(super) fn all_vectors() -> impl Iterator<Item = &'static str> {
+    let methods = Method::ALL.into_iter();
+    methods.flat_map(|method| method.facts().vectors.iter().copied())
 }
 
 /// PEFT's name of the bias of B that `lora_bias` trains.
@@ -133,7 +139,7 @@ enum Place {
     A,
     B,
     Bias,
-    Magnitude,
+    Vector(&'static str),
 }
 
 /// The module that a tensor belongs to, and which part of its adapter it is. `None` for other tensors.
@@ -144,12 +150,16 @@ fn place(name: &str) -> Option<(&str, Place)> {
         (EMBEDDING_A, Place::A),
         (EMBEDDING_B, Place::B),
         (B_BIAS, Place::Bias),
-        (MAGNITUDE, Place::Magnitude),
-        // PEFT renames it when it saves. A state dict that was saved without PEFT has this name.
-        (".lora_magnitude_vector.weight", Place::Magnitude),
     ];
-    ends.into_iter()
-        .find_map(|(end, place)| Some((name.strip_suffix(end)?, place)))
+    let mut ends = ends.into_iter();
+    let matrix = ends.find_map(|(end, place)| Some((name.strip_suffix(end)?, place)));
+    let vector = |vector: &'static str| {
+        // PEFT removes this end when it saves. A state dict that was saved without PEFT has it.
+        let module = name.strip_suffix(".weight").unwrap_or(name);
+        let module = module.strip_suffix(vector)?.strip_suffix('.')?;
+        Some((module, Place::Vector(vector)))
+    };
+    matrix.or_else(|| all_vectors().find_map(vector))
 }
 
 /// Whether `modules_to_save` contains this tensor of the base model: the name of its module, or of a module around
@@ -176,7 +186,7 @@ struct Parts {
     a: Option<Values>,
     b: Option<Values>,
     bias: Option<Values>,
-    magnitude: Option<Values>,
+    vectors: BTreeMap<&'static str, Values>,
 }
 
 impl AdapterTensors {
@@ -215,9 +225,9 @@ impl AdapterTensors {
             if let Some(bias) = &pair.bias {
                 tensors.push((bias_name(module), Floats::new(bias, vec![bias.len()])));
             }
-            if let Some(magnitude) = &pair.magnitude {
-                let entry = Floats::new(magnitude, vec![magnitude.len()]);
-                tensors.push((magnitude_name(module), entry));
+            for (name, vector) in &pair.vectors {
+                let entry = Floats::new(vector, vec![vector.len()]);
+                tensors.push((vector_name(module, name), entry));
             }
         }
         for (name, tensor) in &self.whole {
@@ -264,14 +274,16 @@ impl AdapterTensors {
                     values.matrix(name)?;
                 }
                 let parts = parts.entry(module.into()).or_default();
-                let place = match place {
-                    Place::A => &mut parts.a,
-                    Place::B => &mut parts.b,
-                    Place::Bias if lora.lora_bias => &mut parts.bias,
-                    Place::Magnitude if lora.use_dora => &mut parts.magnitude,
-                    Place::Bias | Place::Magnitude => return Err(unexpected()),
+                let before = match place {
+                    Place::A => parts.a.replace(values),
+                    Place::B => parts.b.replace(values),
+                    Place::Bias if lora.lora_bias => parts.bias.replace(values),
+                    Place::Vector(name) if lora.method.facts().vectors.contains(&name) => {
+                        parts.vectors.insert(name, values)
+                    }
+                    Place::Bias | Place::Vector(_) => return Err(unexpected()),
                 };
-                if place.replace(values).is_some() {
+                if before.is_some() {
                     return Err(unexpected());
                 }
                 continue;
@@ -339,26 +351,33 @@ fn pair(
     if b_r != r {
         return Err(AdapterError::shape(b_name, &[d_out, r], &[d_out, b_r]));
     }
-    let vector = |asked: bool, values: Option<Values>, name: String| {
-        if asked {
-            let values = needed(values, &name)?;
-            if values.shape[..] == [d_out] {
-                Ok(Some(values.values))
-            } else {
-                Err(AdapterError::shape(name, &[d_out], &values.shape))
-            }
+    let vector = |values: Option<Values>, name: String| {
+        let values = needed(values, &name)?;
+        if values.shape[..] == [d_out] {
+            Ok(values.values)
         } else {
-            Ok(None)
+            Err(AdapterError::shape(name, &[d_out], &values.shape))
         }
     };
+    let bias = if lora.lora_bias {
+        Some(vector(parts.bias, bias_name(module))?)
+    } else {
+        None
+    };
+    let mut found = parts.vectors;
+    let mut vectors = BTreeMap::new();
+    for name in lora.method.facts().vectors {
+        let values = vector(found.remove(name), vector_name(module, name))?;
+        vectors.insert(*name, values);
+    }
     Ok(AdapterPair {
         d_in,
         d_out,
         r,
         a: Values::transposed(&a.values, [r, d_in]).values,
         b: Values::transposed(&b.values, [d_out, r]).values,
-        bias: vector(lora.lora_bias, parts.bias, bias_name(module))?,
-        magnitude: vector(lora.use_dora, parts.magnitude, magnitude_name(module))?,
+        bias,
+        vectors,
     })
 }
 
@@ -533,18 +552,24 @@ pub(super) mod tests {
         }
 
         let dora = LoraConfig {
-            use_dora: true,
+            method: Method::Dora,
             r: 3,
             ..LoraConfig::default()
         };
         let mut tensors = example();
         for pair in tensors.modules.values_mut() {
-            pair.magnitude = Some(vec![1.5; pair.d_out]);
+            pair.vectors
+                .insert("lora_magnitude_vector", vec![1.5; pair.d_out]);
         }
         let bytes = tensors.to_bytes().unwrap();
         assert_eq!(AdapterTensors::from_bytes(&bytes, &dora).unwrap(), tensors);
         let file = SafeTensors::deserialize(&bytes).unwrap();
-        assert_eq!(file.tensor(&magnitude_name(Q)).unwrap().shape(), [4]);
+        assert_eq!(
+            file.tensor(&vector_name(Q, "lora_magnitude_vector"))
+                .unwrap()
+                .shape(),
+            [4]
+        );
         // Neither file fits the other settings: one has an extra tensor, the other lacks it.
         let error = AdapterTensors::from_bytes(&bytes, &super::tests::lora()).unwrap_err();
         assert!(

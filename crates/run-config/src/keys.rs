@@ -285,7 +285,7 @@ keys! {
     learning_rate: f64 = 1e-4, positive(),
         [Transformers: "learning_rate", Other: "lr"];
 
-    /// LoRA+: the learning rate of B (and of DoRA's magnitudes) is this many times `learning_rate`, which A keeps;
+    /// LoRA+: the learning rate of B (and of a DoRA's magnitudes) is this many times `learning_rate`, which A keeps;
     /// the paper recommends 16. `"none"` trains both with `learning_rate`.
     loraplus_lr_ratio: Option<f64> = None, optional(positive()),
         [Peft: "loraplus_lr_ratio"];

@@ -38,7 +38,7 @@ use std::path::{Path, PathBuf};
 
 use data::DataOptions;
 use llama_burn::limited;
-use lora_core::LoraConfig;
+use lora_core::{LoraConfig, Method};
 
 pub use choice::{BatchSize, Checkpointing, ComputeDtype, OnNonFinite, OnOutOfMemory};
 pub use error::nearest;
@@ -157,13 +157,19 @@ impl Config {
             target_modules: self.target_modules.clone(),
             init: self.init_lora_weights,
             layers_to_transform: self.layers_to_transform.clone(),
-            use_dora: self.peft_use_dora,
+            method: self.method(),
             exclude_modules: self.exclude_modules.clone(),
             rank_pattern: self.rank_pattern.clone(),
             alpha_pattern: self.alpha_pattern.clone(),
             trainable_token_indices: self.trainable_token_indices.clone(),
             ..LoraConfig::default()
         }
+    }
+
+    /// The method of the adapter.
+    fn method(&self) -> Method {
+        let flag = self.peft_use_dora.then_some("use_dora");
+        flag.and_then(Method::of_flag).unwrap_or_default()
     }
 
     /// Warm-up steps of a run of `total_steps`: `warmup_steps`, else the fraction `warmup_ratio` of them, rounded up.

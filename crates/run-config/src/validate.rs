@@ -518,7 +518,7 @@ mod tests {
         let runs =
             r#"{"a": {"base_model": "m", "dataset_path": "d", "peft_use_dora": true}, "b": {}}"#;
         let config = Config::parse(runs, Some(Path::new("runs.json")), Some("a"), &[]).unwrap();
-        assert!(config.lora_config().use_dora);
+        assert_eq!(config.lora_config().method, lora_core::Method::Dora);
         let config = parse(
             "rank_pattern = { '^model\\.layers\\.0\\..*' = 2, q_proj = 4 }\nalpha_pattern = { q_proj = 1.5 }\n\
              exclude_modules = [\"k_proj\"]",

@@ -16,12 +16,12 @@
 mod autodiff;
 mod flat;
 pub mod gradients;
+mod loraplus;
 pub mod loss;
 pub mod loss_scale;
-mod loraplus;
 mod manual;
 pub mod optimizer;
 pub mod step_counts;
 
-pub use loraplus::loraplus_rates;
 pub use flat::{FlatGradients, joined, places};
+pub use loraplus::loraplus_rates;

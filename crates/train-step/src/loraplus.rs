@@ -24,7 +24,7 @@ mod tests {
     use burn::tensor::Device;
     use data::{Batch, BatchRow, Prefixes};
     use llama_burn::LlamaConfig;
-    use lora_core::{LoraConfig, TargetModules};
+    use lora_core::{LoraConfig, Method, TargetModules};
     use std::collections::BTreeMap;
 
     /// A model whose adapters have a magnitude, on a device with an autodiff graph.
@@ -35,7 +35,7 @@ mod tests {
         let config = LlamaConfig::from_json(json.as_object().unwrap()).unwrap();
         let lora = LoraConfig {
             r: 2,
-            use_dora: true,
+            method: Method::Dora,
             target_modules: TargetModules::AllLinear,
             ..LoraConfig::default()
         };
@@ -95,7 +95,10 @@ mod tests {
             let ratio = if name.1 == 0 { 1.0 } else { 4.0 };
             for (plain, fast) in plain.iter().zip(&fast) {
                 // One rounding of a value of order 1.
-                assert!((ratio * plain - fast).abs() < 2e-6, "{name:?} {plain} {fast}");
+                assert!(
+                    (ratio * plain - fast).abs() < 2e-6,
+                    "{name:?} {plain} {fast}"
+                );
             }
             assert!(name.1 == 0 || fast.iter().any(|fast| fast.abs() > 0.039));
         }
@@ -104,7 +107,11 @@ mod tests {
     #[test]
     fn the_order_of_the_gradients_and_a_restart_from_moments_change_no_bit() {
         let start = model();
-        let new = || AdamW::default().resumable().with_rates(loraplus_rates(&start, 4.0));
+        let new = || {
+            AdamW::default()
+                .resumable()
+                .with_rates(loraplus_rates(&start, 4.0))
+        };
         let expected = values(&train(&start, &mut new(), 4, true));
         // One launch per run of equal rates.
         assert_eq!(expected, values(&train(&start, &mut new(), 4, false)));

@@ -144,9 +144,14 @@ impl Optimizer {
         let mut parts = std::mem::take(&mut self.flat);
         if !parts.iter().flat_map(|part| &part.ids).eq(&gradients.ids) {
             self.split(parts);
-            let runs = gradients.ids.chunk_by(|a, b| self.rate(*a) == self.rate(*b));
+            let runs = gradients
+                .ids
+                .chunk_by(|a, b| self.rate(*a) == self.rate(*b));
             let runs: Vec<_> = runs.map(<[ParamId]>::to_vec).collect();
-            parts = runs.into_iter().map(|ids| self.join(&module, ids)).collect();
+            parts = runs
+                .into_iter()
+                .map(|ids| self.join(&module, ids))
+                .collect();
         }
         let is_whole = parts.len() == 1;
         let mut start = 0;

@@ -4,7 +4,7 @@ use burn::module::Param;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use kernels::{frozen_linear_backward, multiply_add, multiply_in_f32};
 use llama_burn::{DecoderLayer, Llama, PackedContext, RmsNorm, VocabTable, operations};
-use lora_core::{LinearGroup, LoraLinear};
+use lora_core::LinearGroup;
 
 use super::layer_pass;
 use super::subject::{Subject, numbers, rounded};
@@ -190,20 +190,22 @@ impl<'a> Run<'a> {
     /// An adapter's products, forward and backward.
     fn low_rank(&self, outputs: &mut Outputs) -> Result<(), String> {
         let linears = self.layer.linears();
-        let adapted =
-            |(_, linear): &(_, &LoraLinear)| Some((linear.adapter().cloned()?, linear.dims()));
-        let Some((adapter, [d_in, d_out])) = linears.iter().find_map(adapted) else {
+        let mut linears = linears.iter().map(|(_, linear)| linear);
+        let Some(linear) = linears.find(|linear| linear.adapter().is_some()) else {
             return Ok(());
         };
-        let factor = |param: &Param<Tensor<2>>| param.val().without_autodiff().cast(self.dtype);
-        let (a, b) = (factor(&adapter.a), factor(&adapter.b));
+        let (Some(adapter), [d_in, d_out]) = (linear.adapter(), linear.dims()) else {
+            return Ok(());
+        };
+        let factors = adapter.factors();
+        let [a, b] = factors.map(|factor| factor.without_autodiff().cast(self.dtype));
         let r = a.dims()[1];
         let x = self.place(self.inputs.more(40, d_in));
         let sum = self.place(self.inputs.more(41, d_out));
         let gradient = self.place(self.inputs.more(42, d_out));
         // Each product has its own inputs, so that differences do not add up.
         let low = self.place(self.inputs.more(43, r));
-        let scale = adapter.scale;
+        let scale = adapter.scale();
         let products = [
             multiply_add(None, 1.0, x.clone(), a.clone()),
             multiply_add(Some(sum), scale, low.clone(), b.clone()),

@@ -6,7 +6,7 @@ use burn::tensor::quantization::QuantStore;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use kernels::{CounterRng, compact, quantize_data};
 use llama_burn::{DecoderLayer, LlamaConfig, PackedTokens, RmsNorm, decoder_layer};
-use lora_core::LoraLinear;
+use lora_core::{LoraLinear, Method};
 use rayon::prelude::*;
 
 use super::{CheckOptions, tokens_at_most};
@@ -35,7 +35,8 @@ struct HostAdapter {
     a: TensorData,
     b: TensorData,
     scale: f64,
-    magnitude: Option<TensorData>,
+    method: Method,
+    vectors: Vec<TensorData>,
 }
 
 /// Seeded numbers around 0 with this deviation, the same on every machine and fast to generate:
@@ -90,7 +91,8 @@ impl Subject {
                 ),
                 b: TensorData::new(numbers(seed + 2, r * d_out, deviation), [r, *d_out]),
                 scale: options.lora.scale(),
-                magnitude: None,
+                method: Method::default(),
+                vectors: Vec::new(),
             });
             HostLinear {
                 weight,
@@ -122,14 +124,16 @@ impl Subject {
         let linear = |(_, linear): &(_, &LoraLinear)| {
             let bias = linear.bias.as_ref();
             let adapter = linear.adapter().map(|adapter| {
-                let magnitude = linear.dora.is_some().then(|| linear.trainable()[2]);
+                let [a, b] = adapter.factors();
+                let vectors = adapter.trainable().into_iter().skip(2);
                 Ok::<_, String>(HostAdapter {
-                    a: data(adapter.a.val())?,
-                    b: data(adapter.b.val())?,
-                    scale: adapter.scale,
-                    magnitude: magnitude
-                        .map(|magnitude| data(magnitude.val()))
-                        .transpose()?,
+                    a: data(a)?,
+                    b: data(b)?,
+                    scale: adapter.scale(),
+                    method: adapter.method(),
+                    vectors: vectors
+                        .map(|vector| data(vector.val()))
+                        .collect::<Result<_, _>>()?,
                 })
             });
             Ok::<_, String>(HostLinear {
@@ -188,9 +192,9 @@ impl Subject {
                 linear
                     .clone()
                     .with_adapter(factor(&adapter.a), factor(&adapter.b), adapter.scale);
-            let adapted = adapted.and_then(|linear| match &adapter.magnitude {
-                Some(magnitude) => linear.with_dora(Some(factor(magnitude))),
-                None => Ok(linear),
+            let adapted = adapted.and_then(|linear| {
+                let vectors = adapter.vectors.iter().map(factor);
+                linear.with_method(adapter.method, Some(vectors.collect()))
             });
             // The shapes come from the weight itself.
             adapted.unwrap_or(linear)

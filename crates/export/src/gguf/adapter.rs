@@ -124,8 +124,8 @@ impl Adapter {
         }
         self.tensors.modules.iter().find_map(|(module, pair)| {
             let name = format!("{module}.weight");
-            if pair.magnitude.is_some() {
-                Some("DoRA's magnitudes".to_string())
+            if let Some(vector) = pair.vectors.keys().next() {
+                Some(format!("{module}'s {vector}"))
             } else if pair.bias.is_some() {
                 Some(format!("a bias of {module}'s B"))
             } else if name == EMBEDDING_WEIGHT || (name == HEAD_WEIGHT && self.tied) {

@@ -95,7 +95,6 @@ impl<'a> Adapter<'a> {
 
     /// The reason why the base cannot be computed from the merged model, if there is one.
     pub(super) fn not_invertible(&self) -> Option<&'static str> {
-        let mut pairs = self.tensors.modules.values();
         if !self.tensors.token_rows.is_empty() {
             Some(
                 "it replaced rows of the embedding, and the merged model does not contain the original rows",
@@ -104,10 +103,8 @@ impl<'a> Adapter<'a> {
             Some(
                 "it replaced whole tensors, and the merged model does not contain the original ones",
             )
-        } else if pairs.any(|pair| pair.magnitude.is_some()) {
-            Some(
-                "a DoRA scales each output by a norm of the base's weight, which the merged model does not contain",
-            )
+        } else if let Some(reason) = self.lora.method.facts().beyond_low_rank {
+            Some(reason)
         } else if self.unties() {
             Some(
                 "it gave the model an output layer apart from the embedding, which the base does not have",

@@ -48,8 +48,8 @@ pub struct UnmergeReport {
     pub dtype: String,
 }
 
-/// Takes an adapter out of a merged model and writes a complete Hugging Face folder. A DoRA, or an adapter that
-/// replaces tensors, cannot be taken out.
+/// Takes an adapter out of a merged model and writes a complete Hugging Face folder. An adapter that scales outputs, or
+/// one that replaces tensors, cannot be taken out.
 ///
 /// The merged weight was rounded to its type, and that rounding stays. A model merged in f32 restores a 16-bit
 /// base exactly, one merged in f16 or bf16 up to a step. The record that [`merge`](super::merge) leaves in the

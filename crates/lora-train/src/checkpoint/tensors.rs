@@ -282,8 +282,10 @@ mod tests {
         let mut optimizer = AdamW::default().resumable();
         for step in 0..2 {
             let (_, linear) = model.linears().next().unwrap();
-            let adapter = linear.adapter().unwrap();
-            let params = [&adapter.a, &adapter.b];
+            let [a, b] = linear.trainable()[..] else {
+                panic!("A and B");
+            };
+            let params = [a, b];
             let count = params.map(|param| param.lazy_shape().num_elements());
             let ones = Tensor::<1>::ones([count.iter().sum::<usize>()], &Device::flex());
             let gradients = FlatGradients {

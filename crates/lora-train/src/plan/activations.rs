@@ -265,7 +265,7 @@ struct Adapted {
     /// if embedding rows are trained.
     layers: usize,
     /// The layer's linear modules that are adapted in any layer, with the floats per token that the
-    /// most demanding of them saves: its low-rank activation, and the input of DoRA's scaling.
+    /// most demanding of them saves: its low-rank activation, and the input of the scaling of outputs.
     modules: Vec<(&'static str, usize)>,
 }
 
@@ -285,7 +285,8 @@ impl Adapted {
         let modules = linears.iter().filter_map(|(name, _, d_out, _)| {
             let layers = all.clone().filter(|layer| adapted(*layer, name));
             let r = layers.map(|layer| selector.r(&full(layer, name))).max()?;
-            let scaled = if options.lora.use_dora { *d_out } else { 0 };
+            let scales = options.lora.method.facts().scales_outputs;
+            let scaled = if scales { *d_out } else { 0 };
             Some((*name, r + scaled))
         });
         Ok(Self {
