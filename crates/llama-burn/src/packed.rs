@@ -380,6 +380,7 @@ impl Planned {
             dtype,
             attention: PlannedAttention::new(
                 segments,
+                None,
                 heads,
                 dtype,
                 device,
