@@ -55,5 +55,5 @@ pub use kernels::{
     frozen_linear_backward, quantize, quantize_data, spoil,
 };
 pub use linear::LoraLinear;
-pub use manual::{LinearGroup, LowRank};
+pub use manual::{LinearGroup, LinearInput, LowRank};
 pub use selector::ModuleSelector;
