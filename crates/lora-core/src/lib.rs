@@ -5,6 +5,7 @@
 //! | [`LoraConfig`], [`TargetModules`], [`Init`] | `config.rs` | what to adapt and how, with PEFT's names and meaning |
 //! | [`LoraLinear`] | `linear.rs` | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
 //! | [`LoraLinear::forward`] | `autodiff.rs` | its forward pass in Burn's autodiff graph |
+//! | [`adapt`], [`Adapt`] | `adapt.rs` | adapters in any Burn module, by the names of its layers |
 //! | [`LinearGroup`] | `manual.rs` | the manual forward and backward pass, without a graph, for trainers |
 //! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
 //! | [`Dora`] | `dora.rs` | DoRA: a trained magnitude per output |
@@ -34,6 +35,7 @@
 //! # Ok::<(), lora_core::LoraError>(())
 //! ```
 
+mod adapt;
 mod autodiff;
 mod config;
 mod count;
@@ -45,6 +47,7 @@ mod manual;
 mod merge;
 mod selector;
 
+pub use adapt::{Adapt, adapt, linear_layers};
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
 pub use dora::Dora;
