@@ -103,18 +103,19 @@ impl<'a> Adapt<'a> {
                 available: kinds(names.iter().copied()).join(", "),
             });
         }
-        let mut mapper = Mapper {
+        let module = module.map(&mut Freeze {
             adapt: self,
             selector: &selector,
             path: Path::default(),
-            linears: 0,
-            error: None,
-        };
-        let module = module.map(&mut mapper);
-        match mapper.error {
-            Some(error) => Err(error),
-            None => Ok(module),
-        }
+        });
+        let mut index = 0;
+        map_linear_weights(module, |name, weight| {
+            index += 1;
+            if selector.saves(name) {
+                return Ok(weight);
+            }
+            self.weight(weight, &selector, name, index - 1)
+        })
     }
 
     /// Whether a parameter is trained itself.
@@ -185,21 +186,27 @@ impl Path {
     }
 
     fn is_weight_of_linear(&self) -> bool {
-        let types = ["Struct:Linear", "Struct:LoraLinear"];
-        self.fields.last().is_some_and(|(name, container)| {
-            name == "weight" && types.contains(&container.as_str())
-        })
+        self.fields.last().is_some_and(is_weight_of_linear)
     }
 
-    /// The name of the layer whose weight has something attached, if the walk is in that.
-    fn attached_to(&self) -> Option<String> {
-        let (_, container) = self.fields.last()?;
-        let of_weight = self.fields.len().checked_sub(2)?;
-        let module = self.fields[..of_weight]
-            .iter()
-            .map(|(name, _)| name.as_str());
-        (container == "Reparameterization").then(|| module.collect::<Vec<_>>().join("."))
+    fn is_attached(&self) -> bool {
+        let mut containers = self.fields.iter().map(|(_, container)| container);
+        containers.any(|container| container == "Reparameterization")
     }
+
+    /// The name of the linear layer to whose weight something is attached, if the walk has just entered that.
+    fn attached_to(&self) -> Option<String> {
+        let [module @ .., weight, (_, container)] = &self.fields[..] else {
+            return None;
+        };
+        let module = module.iter().map(|(name, _)| name.as_str());
+        (container == "Reparameterization" && is_weight_of_linear(weight))
+            .then(|| module.collect::<Vec<_>>().join("."))
+    }
+}
+
+fn is_weight_of_linear((name, container): &(String, String)) -> bool {
+    name == "weight" && ["Struct:Linear", "Struct:LoraLinear"].contains(&container.as_str())
 }
 
 /// The linear layers of a module.
@@ -236,17 +243,14 @@ impl ModuleVisitor for Layers {
     }
 }
 
-struct Mapper<'a> {
+/// Freezes every parameter that is not trained itself.
+struct Freeze<'a> {
     adapt: &'a Adapt<'a>,
     selector: &'a ModuleSelector,
     path: Path,
-    /// Linear layers so far.
-    linears: usize,
-    /// The first error: a mapper cannot return one.
-    error: Option<LoraError>,
 }
 
-impl ModuleMapper for Mapper<'_> {
+impl ModuleMapper for Freeze<'_> {
     fn enter_module(&mut self, name: &str, container: &str) {
         self.path.enter(name, container);
     }
@@ -257,27 +261,114 @@ impl ModuleMapper for Mapper<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (module, parameter) = self.path.split();
-        let is_linear = self.path.is_weight_of_linear();
-        let index = self.linears;
-        self.linears += usize::from(is_linear);
-        if self.adapt.trains(self.selector, &module, parameter) {
-            return param.set_require_grad(true);
+        let trained = self.adapt.trains(self.selector, &module, parameter);
+        param.set_require_grad(trained)
+    }
+}
+
+/// Replaces the weight `[d_in, d_out]` of every linear layer ([`linear_layers`]), given the layer's name. What is attached
+/// to a weight stays, and `change` gets the weight without it.
+///
+/// # Errors
+///
+/// The first error of `change`.
+pub fn map_linear_weights<M: Module, E>(
+    module: M,
+    change: impl FnMut(&str, Param<Tensor<2>>) -> Result<Param<Tensor<2>>, E>,
+) -> Result<M, E> {
+    let mut weights = Weights {
+        change,
+        path: Path::default(),
+        error: None,
+    };
+    let module = module.map(&mut weights);
+    match weights.error {
+        Some(error) => Err(error),
+        None => Ok(module),
+    }
+}
+
+struct Weights<C, E> {
+    change: C,
+    path: Path,
+    /// The first error: a mapper cannot return one.
+    error: Option<E>,
+}
+
+impl<C, E> ModuleMapper for Weights<C, E>
+where
+    C: FnMut(&str, Param<Tensor<2>>) -> Result<Param<Tensor<2>>, E>,
+{
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.leave();
+    }
+
+    fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
+        if !self.path.is_weight_of_linear() || self.error.is_some() {
+            return param;
         }
-        let frozen = param.set_require_grad(false);
-        if !is_linear || self.error.is_some() {
-            return frozen;
-        }
-        let (adapt, selector) = (self.adapt, self.selector);
-        let adapted = with_rank_2(frozen.clone(), |weight| {
-            adapt.weight(weight, selector, &module, index)
-        });
-        match adapted {
+        let (name, _) = self.path.split();
+        let changed = with_rank_2(param.clone(), |weight| (self.change)(&name, weight));
+        match changed {
             Some(Ok(weight)) => weight,
             Some(Err(error)) => {
                 self.error = Some(error);
-                frozen
+                param
             }
-            None => frozen,
+            None => param,
+        }
+    }
+}
+
+/// The parameters that are attached to a linear layer's weight.
+#[derive(Debug, Clone)]
+pub struct Attached {
+    /// The layer's name, as in [`linear_layers`].
+    pub layer: String,
+    /// Their names, of a LoRA `a` and `b`, and their values.
+    pub parameters: Vec<(String, Tensor<2>)>,
+}
+
+/// The parameters of all adapters of a module, in the order of its layers.
+pub fn attached_parameters<M: Module>(module: &M) -> Vec<Attached> {
+    let mut parameters = Parameters::default();
+    module.visit(&mut parameters);
+    parameters.found
+}
+
+#[derive(Default)]
+struct Parameters {
+    path: Path,
+    found: Vec<Attached>,
+}
+
+impl ModuleVisitor for Parameters {
+    fn enter_module(&mut self, name: &str, container: &str) {
+        self.path.enter(name, container);
+        if let Some(layer) = self.path.attached_to() {
+            let parameters = Vec::new();
+            self.found.push(Attached { layer, parameters });
+        }
+    }
+
+    fn exit_module(&mut self, _name: &str, _container: &str) {
+        self.path.leave();
+    }
+
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
+        let name = self.path.split().1.to_owned();
+        if !self.path.is_attached() {
+            return;
+        }
+        let param: Box<dyn Any> = Box::new(param.clone());
+        if let (Some(layer), Ok(param)) =
+            (self.found.last_mut(), param.downcast::<Param<Tensor<2>>>())
+        {
+            layer.parameters.push((name, param.val()));
         }
     }
 }

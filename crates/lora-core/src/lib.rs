@@ -47,7 +47,7 @@ mod manual;
 mod merge;
 mod selector;
 
-pub use adapt::{Adapt, adapt, linear_layers};
+pub use adapt::{Adapt, Attached, adapt, attached_parameters, linear_layers, map_linear_weights};
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
 pub use dora::Dora;
