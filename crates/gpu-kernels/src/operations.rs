@@ -434,6 +434,7 @@ fn product_shape(x: &Shape, weight: &Shape, terms: &Terms) -> Shape {
     Shape::from([x[0], weight[usize::from(!terms.transposed)]])
 }
 
+#[allow(clippy::too_many_arguments)] // Those of the operation.
 fn gradient_outputs(
     _low: &TensorSpec,
     wide0: &TensorSpec,
