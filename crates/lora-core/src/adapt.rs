@@ -453,9 +453,10 @@ mod tests {
                 let (module, name) = self.0.split();
                 let name = format!("{module}.{name}");
                 let tensor = param.base();
-                let values = match tensor.dtype().is_float() {
-                    true => values(&tensor),
-                    false => values(&tensor.clone().dequantize()),
+                let values = if tensor.dtype().is_float() {
+                    values(&tensor)
+                } else {
+                    values(&tensor.clone().dequantize())
                 };
                 self.1.insert(name, (values, tensor.is_require_grad()));
             }
