@@ -83,12 +83,16 @@ impl<'a> Adapt<'a> {
     /// # Errors
     ///
     /// Invalid settings; settings that select no layer or name one that does not exist; a layer that has an adapter;
-    /// dropout of the adapter's input, which a plain `Linear` cannot compute.
+    /// dropout of the adapter's input, which a plain `Linear` cannot compute; an initialization that changes the weights,
+    /// so that a saved adapter would not fit the original module.
     pub fn apply<M: Module>(&self, module: M) -> Result<M, LoraError> {
         let config = self.config;
         config.validate()?;
         if config.lora_dropout > 0.0 {
             return Err(LoraError::DropoutInLinear);
+        }
+        if config.init.changes_weights() {
+            return Err(LoraError::InitOfModule(config.init));
         }
         let selector = config.selector()?;
         let layers = Layers::of(&module);
@@ -587,6 +591,11 @@ mod tests {
             ..config(&["query"])
         };
         assert!(error(&dropout).contains("LoraLinear"));
+        let pissa = LoraConfig {
+            init: crate::Init::Pissa,
+            ..config(&["query"])
+        };
+        assert!(error(&pissa).contains("pissa"));
         let adapted = adapt(model.clone(), &config(&["query"])).unwrap();
         let twice = adapt(adapted, &config(&["value"])).unwrap_err().to_string();
         assert!(twice.contains("encoder.layers.0.mha.query"), "{twice}");

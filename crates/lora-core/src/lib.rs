@@ -7,6 +7,8 @@
 //! | [`LoraLinear::forward`] | `autodiff.rs` | its forward pass in Burn's autodiff graph |
 //! | [`adapt`], [`Adapt`] | `adapt.rs` | adapters in any Burn module, by the names of its layers |
 //! | [`LinearGroup`] | `manual.rs` | the manual forward and backward pass, without a graph, for trainers |
+//! | [`Factors`] | `initial.rs` | PiSSA and OLoRA: adapters that are a part of the weight |
+//! | [`best_factors`] | `svd.rs` | singular values; the best approximation by a lower rank |
 //! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
 //! | [`Dora`] | `dora.rs` | DoRA: a trained magnitude per output |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | `merge.rs` | adds the adapter to a plain `Linear`, or subtracts it |
@@ -42,10 +44,12 @@ mod count;
 mod dora;
 mod dropout;
 mod error;
+mod initial;
 mod linear;
 mod manual;
 mod merge;
 mod selector;
+mod svd;
 
 pub use adapt::{Adapt, Attached, adapt, attached_parameters, linear_layers, map_linear_weights};
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
@@ -53,6 +57,7 @@ pub use count::{ModuleShape, ParameterCounts};
 pub use dora::Dora;
 pub use dropout::AdapterDropout;
 pub use error::LoraError;
+pub use initial::Factors;
 pub use kernels::{
     self, BLOCK, CounterRng, IntegerWeight, Quantization, QuantizationError, frozen_linear,
     frozen_linear_backward, quantize, quantize_data, spoil,
@@ -60,3 +65,4 @@ pub use kernels::{
 pub use linear::LoraLinear;
 pub use manual::{LinearGroup, LinearInput, LowRank};
 pub use selector::ModuleSelector;
+pub use svd::best_factors;

@@ -8,10 +8,10 @@ mod check;
 mod combine;
 mod config;
 mod floats;
+mod initial;
 mod merged;
 mod model;
 mod module;
-mod svd;
 mod tensors;
 mod token_rows;
 
