@@ -118,6 +118,7 @@ impl Llama {
                 max_position_embeddings,
             });
         }
+        self.config.check_window(longest)?;
         let device = self.device().without_autodiff();
         let positions: Vec<u32> = cache.lengths.iter().map(|length| *length as u32).collect();
         let context = PackedContext::of_positions(&positions, &self.config, self.dtype(), &device);
@@ -146,9 +147,8 @@ mod tests {
     use super::*;
 
     /// Compares sequences continued from the cache, some of them dropped meanwhile, with whole sequences computed anew.
-    fn assert_continued(device: &Device) {
-        let config = crate::model::tests::config();
-        let model = Llama::random(&config, 1, device);
+    fn assert_continued(config: &crate::LlamaConfig, device: &Device) {
+        let model = Llama::random(config, 1, device);
         let sequences: [&[u32]; 4] = [
             &[1, 2, 3, 4, 5, 6, 7],
             &[1, 2, 3, 4, 5, 9],
@@ -197,7 +197,14 @@ mod tests {
 
     #[test]
     fn sequences_continued_from_the_cache_are_those_computed_anew() {
-        assert_continued(&Device::flex());
+        let config = crate::model::tests::config();
+        assert_continued(&config, &Device::flex());
+        let norms_of_heads = crate::LlamaConfig {
+            query_key_norm: true,
+            head_dim: 12,
+            ..config
+        };
+        assert_continued(&norms_of_heads, &Device::flex());
     }
 
     #[test]

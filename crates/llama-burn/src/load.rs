@@ -9,9 +9,9 @@ use kernels::{IntegerWeight, Quantization, QuantizationError, compact, cpu, quan
 use lora_core::LoraLinear;
 
 use crate::gguf::IntegerTensor;
-use crate::model::decoder_layer;
+use crate::spec::LinearSpec;
 use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Stored};
-use crate::{Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
+use crate::{DecoderLayer, Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy)]
@@ -99,18 +99,15 @@ pub fn load(
     let mut layers = Vec::with_capacity(config.num_hidden_layers);
     for index in 0..config.num_hidden_layers {
         let prefix = format!("model.layers.{index}");
-        let mut linears = Vec::with_capacity(7);
-        for (name, d_in, d_out, bias) in config.layer_linears() {
-            linears.push(loader.linear(&format!("{prefix}.{name}"), d_in, d_out, bias)?);
+        let mut linears = Vec::new();
+        for linear in config.layer_linears() {
+            linears.push(loader.linear(&prefix, linear)?);
         }
-        let norms = [
-            loader.norm(&format!("{prefix}.input_layernorm.weight"), config)?,
-            loader.norm(&format!("{prefix}.post_attention_layernorm.weight"), config)?,
-        ];
-        let linears = linears
-            .try_into()
-            .expect("a layer has seven linear modules");
-        layers.push(decoder_layer(config, norms, linears));
+        let mut norms = Vec::new();
+        for norm in config.layer_norms() {
+            norms.push(loader.norm(&format!("{prefix}.{}.weight", norm.name), config)?);
+        }
+        layers.push(DecoderLayer::from_parts(config, norms, linears));
     }
     let norm = loader.norm("model.norm.weight", config)?;
     let quantize_head = options.quantize_lm_head && options.quantization != Quantization::None;
@@ -159,13 +156,14 @@ impl Loader<'_> {
         });
     }
 
-    fn linear(
-        &mut self,
-        module: &str,
-        d_in: usize,
-        d_out: usize,
-        bias: bool,
-    ) -> Result<LoraLinear, LoadError> {
+    fn linear(&mut self, layer: &str, linear: LinearSpec) -> Result<LoraLinear, LoadError> {
+        let LinearSpec {
+            name,
+            d_in,
+            d_out,
+            bias,
+        } = linear;
+        let module = format!("{layer}.{name}");
         let name = format!("{module}.weight");
         let (weight, error) = match self.integers(&name)? {
             Some(tensor) => self.exact(tensor, [d_in, d_out]),

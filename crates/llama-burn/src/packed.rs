@@ -66,6 +66,17 @@ pub enum PackedError {
         /// The model's limit.
         max_position_embeddings: usize,
     },
+    /// A sequence is longer than the sliding window of a layer.
+    #[error(
+        "a sequence has {length} tokens, but layers of this model attend to the last {window} tokens only, which is not \
+         supported; shorten it to {window} tokens"
+    )]
+    Window {
+        /// The sequence's length.
+        length: usize,
+        /// The shortest window of a layer.
+        window: usize,
+    },
     /// A sequence that is too long for prefix sharing shares a prefix.
     #[error(
         "a sequence of {length} tokens shares a prefix with others; with the rope type \"dynamic\", sequences of more \
@@ -77,6 +88,16 @@ pub enum PackedError {
         /// The longest sequence that may share a prefix.
         max_position_embeddings: usize,
     },
+}
+
+impl LlamaConfig {
+    /// Checks that a sequence of `length` tokens fits into every layer's window.
+    pub(crate) fn check_window(&self, length: usize) -> Result<(), PackedError> {
+        match self.shortest_window() {
+            Some(window) if length > window => Err(PackedError::Window { length, window }),
+            _ => Ok(()),
+        }
+    }
 }
 
 impl PackedTokens {
@@ -193,6 +214,7 @@ impl PackedTokens {
                 max_position_embeddings,
             });
         }
+        config.check_window(length)?;
         match ends
             .into_iter()
             .find(|(end, offset)| *offset > 0 && config.rotates_by_length(*end))

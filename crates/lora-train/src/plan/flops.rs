@@ -12,7 +12,7 @@
 //! of positions that are not in the loss are not counted either: they lower a program's
 //! utilization.
 
-use llama_burn::LlamaConfig;
+use llama_burn::{LinearSpec, LlamaConfig};
 use lora_core::{LoraConfig, LoraError};
 
 /// The rule of the count, for the user.
@@ -44,12 +44,12 @@ impl FlopsModel {
         let counts =
             lora_core::ParameterCounts::new(&model.module_shapes(), lora, quantization, 4)?;
         let linears = model.layer_linears();
-        let in_a_layer: usize = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).sum();
+        let in_a_layer: usize = linears.iter().map(LinearSpec::elements).sum();
         let layers = model.num_hidden_layers;
         Ok(Self {
             linear: (in_a_layer * layers) as u64,
             adapters: counts.trainable,
-            attention: (layers * model.num_attention_heads * model.head_dim) as u64,
+            attention: (layers * model.query_width()) as u64,
             head: (model.vocab_size * model.hidden_size) as u64,
         })
     }
