@@ -13,6 +13,8 @@ pub enum Fault {
     Depth,
     /// Attention: the segments are not compared.
     Mask,
+    /// Attention: the sliding window is ignored.
+    Window,
     /// Attention: what was summed under an earlier maximum is not corrected.
     Correction,
     /// Low-rank products: one of four partial sums is left out.
@@ -29,11 +31,12 @@ pub enum Fault {
     Target,
 }
 
-const ALL: [Fault; 11] = [
+const ALL: [Fault; 12] = [
     Fault::None,
     Fault::Scale,
     Fault::Depth,
     Fault::Mask,
+    Fault::Window,
     Fault::Correction,
     Fault::Part,
     Fault::Mean,

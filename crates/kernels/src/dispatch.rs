@@ -101,6 +101,30 @@ pub trait Kernels: Debug + Sync {
         }
     }
 
+    fn gated_product(
+        &self,
+        gate: &Tensor<2>,
+        x: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let up = self.adapted_product(None, x, weight, low_rank, Direction::Forward);
+        let output = self.swiglu(gate, &up);
+        (up, output)
+    }
+
+    fn gated_product_backward(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        gradient: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let gradient = self.adapted_product(None, gradient, weight, low_rank, Direction::Backward);
+        self.swiglu_backward(gate, up, gradient)
+    }
+
     fn low_rank_columns(
         &self,
         _wide: &[Tensor<2>],

@@ -84,7 +84,7 @@ pub use rms_norm::{
     InverseRms, gain_row, inverse_rms, rms_norm, rms_norm_again, rms_norm_backward,
 };
 pub use rope::{PlannedRotary, RotaryTables, Rotation, rotate, rotate_in_graph};
-pub use swiglu::{swiglu, swiglu_backward};
+pub use swiglu::{gated_product, gated_product_backward, swiglu, swiglu_backward};
 pub use switches::{Kernel, switch_off};
 pub use uploads::{Floats, Ints, Uploaded, Uploads};
 pub use vocab::{table_dtype, table_logits, table_logits_backward, widens_tables};

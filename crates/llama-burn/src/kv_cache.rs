@@ -78,6 +78,7 @@ impl Llama {
             let prompts = PromptTokens {
                 places: &places,
                 heads: layer.self_attn.heads(),
+                window: None,
             };
             layers.push(kv_cache(k, v, prompts));
             hidden = output;

@@ -402,6 +402,7 @@ impl Planned {
             dtype,
             attention: PlannedAttention::new(
                 segments,
+                None,
                 heads,
                 dtype,
                 device,

@@ -10,7 +10,7 @@ use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::{
     InverseRms, KvCache, Rotation, SavedAttention, attention, attention_backward, query_scale,
-    rotate, swiglu, swiglu_backward,
+    rotate,
 };
 use lora_core::{LinearGroup, LowRank};
 
@@ -164,9 +164,8 @@ impl LayerPass<'_> {
 
         let norm = &self.layer.post_attention_layernorm;
         let (normalized, inverse_rms) = norm.manual_forward(&middle, self.context.dtype);
-        let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalized, [None, None]);
+        let ([gate, up, product], gate_up_low) = self.gate_up_group().forward_gated(&normalized);
         drop(normalized);
-        let product = swiglu(&gate, &up);
         let ([output], down_low) = self.down_group().forward(&product, [Some(middle.clone())]);
         let after = AfterAttention {
             output_low,
@@ -222,16 +221,15 @@ impl LayerPass<'_> {
         let d_mixed_needed = input_gradient || self.attention_group().has_adapters();
         let d_middle_needed = d_mixed_needed || self.output_group().has_adapters();
         let d_product_needed = d_middle_needed || self.gate_up_group().has_adapters();
-        let product = || swiglu(&gate, &up);
         let down = self.down_group();
         let dtype = self.context.dtype;
         let HiddenGradient {
             whole: d_output,
             rounded,
         } = d_output;
-        let d_block = [rounded.unwrap_or_else(|| d_output.clone().cast(dtype))];
-        let d_product = down.backward(product, down_low, d_block, d_product_needed, accumulate)?;
-        let (d_gate, d_up) = swiglu_backward(gate, up, d_product);
+        let d_block = rounded.unwrap_or_else(|| d_output.clone().cast(dtype));
+        let (d_gate, d_up) =
+            down.backward_gated(gate, up, down_low, d_block, d_product_needed, accumulate)?;
         let norm = &layer.post_attention_layernorm;
         let normalized = || norm.again(&middle, &middle_rms, dtype);
         let gain = norm.gain();
