@@ -17,6 +17,9 @@ from test_gguf import LlamaCpp, export, quantize
 FAMILIES = {
     "llama": ("llama", {}),
     "mistral": ("mistral", dict(head_dim=32, sliding_window=None, rope_theta=1e6, tie_word_embeddings=False)),
+    # A window in every layer, and in the last two: rows and texts are longer.
+    "mistral_window": ("mistral", dict(head_dim=32, sliding_window=12)),
+    "qwen2_window": ("qwen2", dict(use_sliding_window=True, sliding_window=9, max_window_layers=1)),
     "qwen2": ("qwen2", dict(rope_theta=1e6)),
     "qwen2_untied": ("qwen2", dict(rope_theta=1e6, tie_word_embeddings=False, num_key_value_heads=1)),
     "qwen3": ("qwen3", dict(head_dim=32, rope_theta=1e6)),
@@ -221,7 +224,14 @@ def test_a_trained_adapter_has_the_same_logits_in_peft(trainer, model, tmp_path)
     assert_near(logits(trainer, model, ids, tmp_path, "--adapter", adapter), expected_logits(with_adapter(model, adapter), ids))
 
 
+def skip_windows(model):
+    """llama.cpp has no windows for these families; such a model is not exported."""
+    if json.loads((model / "config.json").read_text()).get("sliding_window"):
+        pytest.skip("llama.cpp has no sliding window for this family")
+
+
 def test_llama_cpp_and_we_read_the_exported_file_alike(trainer, llama_cpp, model, tmp_path):
+    skip_windows(model)
     file = export(trainer, model, tmp_path / "model.gguf", "--type", "f32")
     runner, reference, ids = LlamaCpp(llama_cpp, file), base(model), rows()
     expected = expected_logits(reference, ids)
@@ -237,6 +247,7 @@ def test_llama_cpp_and_we_read_the_exported_file_alike(trainer, llama_cpp, model
 
 
 def test_llama_cpp_runs_the_exported_adapter(trainer, llama_cpp, model, adapter, tmp_path):
+    skip_windows(model)
     file = export(trainer, model, tmp_path / "model.gguf", "--type", "f32")
     lora = export(trainer, model, tmp_path / "lora.gguf", "--adapter", adapter, "--lora")
     merged = export(trainer, model, tmp_path / "merged.gguf", "--adapter", adapter, "--type", "f32")
@@ -249,6 +260,7 @@ def test_llama_cpp_runs_the_exported_adapter(trainer, llama_cpp, model, adapter,
 
 def test_a_file_of_llama_cpps_quantizer_loads_as_it_is(trainer, llama_cpp, model, tmp_path):
     """In 8 bits the weights of a Q8_0 file are used as they are: as from the same numbers in F32."""
+    skip_windows(model)
     f32 = export(trainer, model, tmp_path / "f32.gguf", "--type", "f32")
     q8_0 = quantize(llama_cpp, f32, tmp_path / "q8_0.gguf", llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0)
     dense = export(trainer, q8_0, tmp_path / "dense.gguf", "--type", "f32")
@@ -293,6 +305,7 @@ def test_the_exported_tokenizer_cuts_texts_as_the_folders_does(trainer, llama_cp
     tokenizer = AutoTokenizer.from_pretrained(model)
     trainer("tokenize", "--model", model, "--texts", file, "--output", ids)
     assert json.loads(ids.read_text()) == [tokenizer(text).input_ids for text in texts]
+    skip_windows(model)
     gguf = export(trainer, model, tmp_path / "model.gguf")
     runner = LlamaCpp(llama_cpp, gguf)
     trainer("tokenize", "--model", gguf, "--texts", file, "--output", ids)
@@ -314,3 +327,14 @@ def changed(folder, smollm2, family, **keys):
 def test_an_unknown_family_is_refused_with_those_that_are_known(trainer, smollm2, tmp_path):
     folder = changed(tmp_path / "model", smollm2, "llama", model_type="gpt2")
     trainer.fails("plan", "--set", f"base_model={folder}", saying=["gpt2", *{family for family, _ in FAMILIES.values()}, "how-to-add-a-family.md"])
+
+
+def test_a_window_is_not_dropped_in_a_gguf_file(trainer, smollm2, tmp_path):
+    folder = write_model(tmp_path / "model", "mistral", dict(sliding_window=12), smollm2)
+    output = tmp_path / "model.gguf"
+    trainer.fails("export-gguf", "--model", folder, "--output", output,
+                  saying=["sliding window of 12 tokens", '"max_position_embeddings": 12'])
+    assert not output.exists()
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 12}))
+    export(trainer, folder, output)

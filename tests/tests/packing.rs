@@ -46,11 +46,13 @@ fn config() -> LlamaConfig {
     }
 }
 
-/// What other families have, all at once: biases, norms of each head, heads whose widths do not add up to the hidden size.
+/// What other families have, all at once: biases, norms of each head, sliding windows, heads whose widths do not add up
+/// to the hidden size.
 fn other_config() -> LlamaConfig {
     LlamaConfig {
         head_dim: 12,
         query_key_norm: true,
+        windows: vec![Some(4), None, Some(9)],
         biases: Biases::of_blocks(true, true),
         ..config()
     }

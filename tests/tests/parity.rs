@@ -109,6 +109,32 @@ fn qwen3_with_biases_and_gradients_through_the_norms_of_all_layers_agrees_with_t
 }
 
 #[test]
+fn a_sliding_window_of_all_layers_and_of_some_agrees_with_transformers_and_peft() {
+    agrees("mistral_window", None);
+    agrees("qwen2_window", None);
+}
+
+#[test]
+fn a_window_of_another_length_or_in_other_layers_is_noticed() {
+    for (name, key, value) in [
+        ("mistral_window", "sliding_window", json!(null)),
+        ("mistral_window", "sliding_window", json!(6)),
+        ("qwen2_window", "use_sliding_window", json!(false)),
+        (
+            "qwen2_window",
+            "layer_types",
+            json!(["sliding_attention", "full_attention"]),
+        ),
+    ] {
+        notices(name, &["base_logits", "LoRA gradients"], |folder| {
+            edit_json(&folder.join("model/config.json"), |config| {
+                config[key] = value;
+            });
+        });
+    }
+}
+
+#[test]
 fn norms_of_queries_and_keys_and_biases_that_differ_are_noticed() {
     for (name, end) in [
         ("qwen3", "layers.1.self_attn.q_norm.weight"),

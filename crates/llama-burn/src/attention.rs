@@ -21,6 +21,8 @@ pub struct Attention {
     pub num_attention_heads: usize,
     pub num_key_value_heads: usize,
     pub head_dim: usize,
+    /// How many tokens a token attends to, itself included; `None` means all earlier ones.
+    pub sliding_window: Option<usize>,
 }
 
 impl Attention {

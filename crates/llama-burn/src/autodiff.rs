@@ -51,7 +51,8 @@ impl Attention {
         };
         let q = normalize_and_rotate(q, &self.q_norm, heads.query);
         let k = normalize_and_rotate(k, &self.k_norm, heads.key);
-        let output = attention_in_graph(q, k, v, &context.attention, heads);
+        let layout = context.attention(self.sliding_window);
+        let output = attention_in_graph(q, k, v, layout, heads);
         self.o_proj.forward_seeded(output, seeds.module(3))
     }
 }

@@ -44,17 +44,6 @@ pub enum ConfigError {
         page = family::HOW_TO_ADD
     )]
     UnknownFamily(String),
-    /// Sequences may be longer than a layer's sliding window.
-    #[error(
-        "sequences may have {length} tokens (max_seq_len), but layers of this model attend to the last {window} tokens \
-         only, which is not supported; set max_seq_len = {window}"
-    )]
-    Window {
-        /// The longest sequence.
-        length: usize,
-        /// The shortest window.
-        window: usize,
-    },
     /// A key is missing.
     #[error("config.json lacks {0:?}")]
     Missing(&'static str),
@@ -273,17 +262,15 @@ impl LlamaConfig {
         self.windows.iter().flatten().min().copied()
     }
 
-    /// Checks that sequences of up to `max_seq_len` tokens fit into every layer's window.
-    ///
-    /// # Errors
-    ///
-    /// [`ConfigError::Window`] if not.
-    pub fn check_length(&self, max_seq_len: usize) -> Result<(), ConfigError> {
-        let length = max_seq_len.min(self.positions());
-        match self.shortest_window() {
-            Some(window) if length > window => Err(ConfigError::Window { length, window }),
-            _ => Ok(()),
+    /// The sliding windows that layers have, each once.
+    pub(crate) fn distinct_windows(&self) -> Vec<Option<usize>> {
+        let mut windows = Vec::new();
+        for layer in 0..self.num_hidden_layers.max(1) {
+            if !windows.contains(&self.window(layer)) {
+                windows.push(self.window(layer));
+            }
         }
+        windows
     }
 
     /// Whether rotary frequencies depend on the length of a sequence of `length` tokens. Such a sequence cannot share a
@@ -486,13 +473,9 @@ mod tests {
         for window in ["", ", \"sliding_window\": null", ", \"sliding_window\": 64"] {
             let config = with(window);
             assert_eq!(config.windows, [], "{window}");
-            assert!(config.check_length(1 << 20).is_ok());
         }
         let config = with(", \"sliding_window\": 16");
         assert_eq!(config.windows, [Some(16), Some(16)]);
-        assert!(config.check_length(16).is_ok());
-        let error = config.check_length(17).unwrap_err().to_string();
-        assert!(error.contains("set max_seq_len = 16"), "{error}");
     }
 
     #[test]

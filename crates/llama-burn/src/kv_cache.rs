@@ -78,7 +78,7 @@ impl Llama {
             let prompts = PromptTokens {
                 places: &places,
                 heads: layer.self_attn.heads(),
-                window: None,
+                window: layer.self_attn.sliding_window,
             };
             layers.push(kv_cache(k, v, prompts));
             hidden = output;
@@ -119,7 +119,6 @@ impl Llama {
                 max_position_embeddings,
             });
         }
-        self.config.check_window(longest)?;
         let device = self.device().without_autodiff();
         let positions: Vec<u32> = cache.lengths.iter().map(|length| *length as u32).collect();
         let context = PackedContext::of_positions(&positions, &self.config, self.dtype(), &device);
@@ -206,6 +205,11 @@ mod tests {
             ..config
         };
         assert_continued(&norms_of_heads, &Device::flex());
+        let windows = crate::LlamaConfig {
+            windows: vec![None, Some(6)],
+            ..norms_of_heads
+        };
+        assert_continued(&windows, &Device::flex());
     }
 
     #[test]

@@ -107,7 +107,7 @@ pub fn load(
         for norm in config.layer_norms() {
             norms.push(loader.norm(&format!("{prefix}.{}.weight", norm.name), config)?);
         }
-        layers.push(DecoderLayer::from_parts(config, norms, linears));
+        layers.push(DecoderLayer::from_parts(config, index, norms, linears));
     }
     let norm = loader.norm("model.norm.weight", config)?;
     let quantize_head = options.quantize_lm_head && options.quantization != Quantization::None;

@@ -67,7 +67,7 @@ impl Llama {
             rows_per_piece,
         };
         let embed_tokens = table(&mut normal);
-        let layers = (0..config.num_hidden_layers).map(|_| {
+        let layers = (0..config.num_hidden_layers).map(|index| {
             let linear = |linear: &LinearSpec| {
                 LoraLinear::frozen(Linear {
                     weight: frozen(normal(linear.d_in, linear.d_out)),
@@ -79,7 +79,7 @@ impl Llama {
                 .layer_norms()
                 .into_iter()
                 .map(|spec| norm(spec.width));
-            DecoderLayer::from_parts(config, norms.collect(), linears)
+            DecoderLayer::from_parts(config, index, norms.collect(), linears)
         });
         let layers = layers.collect();
         Self {

@@ -22,12 +22,12 @@ impl Llama {
             device,
         };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let layers = (0..config.num_hidden_layers).map(|_| {
+        let layers = (0..config.num_hidden_layers).map(|index| {
             let linears = config.layer_linears();
             let linears = linears.iter().map(|linear| draw.linear(linear));
             let norms = config.layer_norms();
             let norms = norms.iter().map(|norm| draw.norm(norm.width));
-            DecoderLayer::from_parts(config, norms.collect(), linears.collect())
+            DecoderLayer::from_parts(config, index, norms.collect(), linears.collect())
         });
         Self {
             embed_tokens: draw.table(vocab, hidden),

@@ -189,13 +189,18 @@ impl LlamaConfig {
 }
 
 impl DecoderLayer {
-    /// Builds layer `index` from the modules that [`LlamaConfig::layer_linears`] and [`LlamaConfig::layer_norms`] list,
+    /// Builds layer `index` of the model from the modules that [`LlamaConfig::layer_linears`] and [`LlamaConfig::layer_norms`] list,
     /// in their order.
     ///
     /// # Panics
     ///
     /// If their numbers differ from those of the lists.
-    pub fn from_parts(config: &LlamaConfig, norms: Vec<RmsNorm>, linears: Vec<LoraLinear>) -> Self {
+    pub fn from_parts(
+        config: &LlamaConfig,
+        index: usize,
+        norms: Vec<RmsNorm>,
+        linears: Vec<LoraLinear>,
+    ) -> Self {
         let [
             q_proj,
             k_proj,
@@ -226,6 +231,7 @@ impl DecoderLayer {
                 num_attention_heads: config.num_attention_heads,
                 num_key_value_heads: config.num_key_value_heads,
                 head_dim: config.head_dim,
+                sliding_window: config.window(index),
             },
             post_attention_layernorm,
             mlp: Mlp {

@@ -33,7 +33,6 @@ pub fn evaluate(
 ) -> Result<Option<Scores>, TrainError> {
     let files = RunFiles::find(config)?;
     let model = LlamaConfig::from_file(&files.model)?;
-    model.check_length(config.max_seq_len)?;
     let data = files.data(config, &model, None)?;
     if data.validation.is_empty() {
         return Ok(None);

@@ -164,7 +164,6 @@ impl Inputs {
             resumed.check(&config, &fingerprint, resume.force)?;
             time = resumed.checkpoint.state.chat_template_time;
         }
-        model.check_length(config.max_seq_len)?;
         let data = files.data(&config, &model, time)?;
         if let Some(path) = fingerprint.changed_data().into_iter().next() {
             return Err(TrainError::DataChanged { path });

@@ -363,7 +363,6 @@ fn show_plan(args: &PlanArgs) -> anyhow::Result<()> {
         }
     };
     let config = lora_train::continued::continued(&config, &model)?;
-    model.check_length(config.max_seq_len)?;
     let length = config.max_seq_len.min(model.positions());
     let options = PlanOptions {
         lora: config.lora_config(),

@@ -24,6 +24,8 @@ pub struct Subject {
     /// In the order of [`LlamaConfig::layer_norms`].
     norms: Vec<Vec<f32>>,
     linears: Vec<HostLinear>,
+    /// The sliding window of the layer.
+    window: Option<usize>,
 }
 
 struct HostLinear {
@@ -113,6 +115,8 @@ impl Subject {
         let subject = Self {
             norms: (1..).zip(norms.map(|norm| norm.width)).map(norm).collect(),
             linears: linears.iter().enumerate().map(linear).collect(),
+            // The last layers have the windows where not all have them.
+            window: config.window(config.num_hidden_layers - 1),
             config,
         };
         let most = tokens_at_most(is_software);
@@ -151,6 +155,7 @@ impl Subject {
         Ok(Self {
             config: config.clone(),
             norms: layer.norms().map(norm).collect::<Result<_, _>>()?,
+            window: layer.self_attn.sliding_window,
             linears: layer
                 .linears()
                 .iter()
@@ -202,7 +207,9 @@ impl Subject {
         };
         let norms = self.norms.iter().map(norm).collect();
         let linears = (0..self.linears.len()).map(linear).collect();
-        DecoderLayer::from_parts(&self.config, norms, linears)
+        let mut layer = DecoderLayer::from_parts(&self.config, 0, norms, linears);
+        layer.self_attn.sliding_window = self.window;
+        layer
     }
 }
 

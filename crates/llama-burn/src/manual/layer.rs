@@ -9,8 +9,8 @@
 use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::{
-    InverseRms, KvCache, Rotation, SavedAttention, attention, attention_backward, query_scale,
-    rotate,
+    AttentionLayout, InverseRms, KvCache, Rotation, SavedAttention, attention, attention_backward,
+    query_scale, rotate,
 };
 use lora_core::{LinearGroup, LowRank};
 
@@ -107,7 +107,7 @@ impl LayerPass<'_> {
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
         let ([q, k, v], before) = self.queries_keys_values(x);
         let heads = self.layer.self_attn.heads();
-        let (mixed, saved) = attention(q, k, v, &self.context.attention, heads);
+        let (mixed, saved) = attention(q, k, v, self.layout(), heads);
         let (output, after) = self.after_attention(self.select(mixed), self.select(x.clone()));
         let activations = Activations {
             attention: saved,
@@ -251,7 +251,7 @@ impl LayerPass<'_> {
         let d_mixed = output.backward(mixed, output_low, [rounded], d_mixed_needed, accumulate)?;
         let d_mixed = self.scatter(d_mixed, x.dims()[0]);
         let heads = layer.self_attn.heads();
-        let [d_q, d_k, d_v] = attention_backward(saved, d_mixed, &self.context.attention, heads);
+        let [d_q, d_k, d_v] = attention_backward(saved, d_mixed, self.layout(), heads);
         let scale = query_scale(&d_q, heads);
         let d_q = self.rotate(d_q, Rotation::Inverse, scale);
         let d_k = self.rotate(d_k, Rotation::Inverse, 1.0);
@@ -272,6 +272,10 @@ impl LayerPass<'_> {
         let (whole, rounded) = norm.backward(x, inverse_rms, gain, d_normalized, residual?, dtype);
         let rounded = Some(rounded);
         Some(HiddenGradient { whole, rounded })
+    }
+
+    fn layout(&self) -> &AttentionLayout {
+        self.context.attention(self.layer.self_attn.sliding_window)
     }
 
     fn attention_group(&self) -> LinearGroup<'_, 3> {

@@ -52,11 +52,11 @@ pub fn attend_and_back(
     gradient: Tensor<2>,
     context: &PackedContext,
 ) -> (Tensor<2>, [Tensor<2>; 3]) {
-    let heads = layer.heads();
+    let (heads, layout) = (layer.heads(), context.attention(layer.sliding_window));
     let scale = query_scale(&q, heads);
     let scaled = |x: Tensor<2>| if scale == 1.0 { x } else { x.mul_scalar(scale) };
-    let (output, saved) = attention(scaled(q), k, v, &context.attention, heads);
-    let [d_q, d_k, d_v] = attention_backward(saved, gradient, &context.attention, heads);
+    let (output, saved) = attention(scaled(q), k, v, layout, heads);
+    let [d_q, d_k, d_v] = attention_backward(saved, gradient, layout, heads);
     (output, [scaled(d_q), d_k, d_v])
 }
 
