@@ -9,7 +9,7 @@ use lora_core::LinearInput;
 /// computed in f32 for every type of `x`.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
-    /// The gain, `[hidden]`.
+    /// The gain, `[hidden]`, or `[head_dim]` of the norms of queries and keys.
     pub weight: Param<Tensor<1>>,
     /// Keeps the square root away from zero.
     pub eps: f64,
@@ -64,6 +64,33 @@ impl RmsNorm {
         dtype: DType,
     ) -> (Tensor<2>, Tensor<2>) {
         kernels::rms_norm_backward(x, inverse, gain, self.eps, gradient, sum, dtype)
+    }
+
+    /// Normalizes each head: rows `[n, heads · d]` as `[n · heads, d]`. Types and saved values as in
+    /// [`manual_forward`](Self::manual_forward); the output has `x`'s type.
+    pub(crate) fn heads_forward(&self, x: &Tensor<2>) -> (Tensor<2>, InverseRms) {
+        let (output, inverse) = self.manual_forward(&self.by_heads(x.clone()), x.dtype());
+        (output.reshape(x.dims()), inverse)
+    }
+
+    /// The gradient of the input of [`heads_forward`](Self::heads_forward) from that of its output, in `x`'s type.
+    pub(crate) fn heads_backward(
+        &self,
+        x: Tensor<2>,
+        inverse: InverseRms,
+        gradient: Tensor<2>,
+    ) -> Tensor<2> {
+        let (dims, dtype, gain) = (x.dims(), x.dtype(), self.gain());
+        let (x, gradient) = (self.by_heads(x), self.by_heads(gradient));
+        let zeros = x.zeros_like();
+        let (d_x, _) = self.backward(&x, inverse, gain, gradient, zeros, dtype);
+        d_x.reshape(dims)
+    }
+
+    fn by_heads(&self, x: Tensor<2>) -> Tensor<2> {
+        let [d] = self.weight.dims();
+        let [n, width] = x.dims();
+        x.reshape([n * (width / d), d])
     }
 }
 
