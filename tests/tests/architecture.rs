@@ -248,6 +248,49 @@ fn only_some_crates_name_a_backend() {
     none(&problems);
 }
 
+/// Words of model families, and the files whose code names them: the families' own, the list of families, and tables
+/// of names that other programs write.
+const FAMILIES: [(&str, &[&str]); 2] = [
+    (
+        "mistral",
+        &[
+            "crates/llama-burn/src/family/mistral.rs",
+            "crates/llama-burn/src/family/mod.rs",
+            "crates/run-config/src/axolotl/keys.rs",
+        ],
+    ),
+    (
+        "qwen",
+        &[
+            "crates/data/src/gguf/pre_tokenizer.rs",
+            "crates/llama-burn/src/family/mod.rs",
+            "crates/llama-burn/src/family/qwen2.rs",
+            "crates/llama-burn/src/family/qwen3.rs",
+            "crates/run-config/src/axolotl/keys.rs",
+        ],
+    ),
+];
+
+#[test]
+fn a_model_family_is_named_in_its_own_file_and_in_lists_only() {
+    let root = root();
+    let sources = ["crates", "xtask"].map(|folder| files(&root.join(folder), ".rs"));
+    let sources: Vec<(String, String)> = sources
+        .concat()
+        .into_iter()
+        .filter(|file| !file.ends_with("tests.rs"))
+        .map(|file| {
+            let name = file.strip_prefix(&root).unwrap().display().to_string();
+            (name, code(&read(&file)).to_lowercase())
+        })
+        .collect();
+    for (family, own) in FAMILIES {
+        let named = sources.iter().filter(|(_, code)| code.contains(family));
+        let named: BTreeSet<&str> = named.map(|(name, _)| &name[..]).collect();
+        assert_eq!(named, own.iter().copied().collect(), "{family}");
+    }
+}
+
 /// A Markdown document without its code: fenced blocks, indented blocks, and `spans`.
 fn prose(text: &str) -> String {
     let mut fenced = false;

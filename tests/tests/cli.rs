@@ -366,6 +366,92 @@ fn the_plan_of_llama_3_1_70b_needs_no_weights_and_counts_right() {
 }
 
 #[test]
+fn the_plans_of_published_sizes_of_other_families_count_right() {
+    // Vocabulary, hidden, feed-forward, layers, heads and key heads; tied embeddings; parameters of the model, and of
+    // rank 8 on queries, keys and values.
+    type Published = (&'static str, [usize; 6], bool, &'static str, &'static str);
+    let sizes: [Published; 7] = [
+        (
+            "mistral",
+            [32_768, 4096, 14_336, 32, 32, 8],
+            false,
+            "7,248,023,552",
+            "4,718,592",
+        ),
+        (
+            "qwen2",
+            [151_936, 896, 4864, 24, 14, 2],
+            true,
+            "494,032,768",
+            "737,280",
+        ),
+        (
+            "qwen2",
+            [151_936, 1536, 8960, 28, 12, 2],
+            true,
+            "1,543,714,304",
+            "1,490,944",
+        ),
+        (
+            "qwen2",
+            [152_064, 3584, 18_944, 28, 28, 4],
+            false,
+            "7,615,616,512",
+            "3,440,640",
+        ),
+        (
+            "qwen3",
+            [151_936, 1024, 3072, 28, 16, 8],
+            true,
+            "596,049,920",
+            "1,605,632",
+        ),
+        (
+            "qwen3",
+            [151_936, 2560, 9728, 36, 32, 8],
+            true,
+            "4,022,468,096",
+            "3,981,312",
+        ),
+        (
+            "qwen3",
+            [151_936, 4096, 12_288, 36, 32, 8],
+            false,
+            "8,190,735,360",
+            "5,308,416",
+        ),
+    ];
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    for (index, (family, size, tied, parameters, trainable)) in sizes.into_iter().enumerate() {
+        let [vocab, hidden, feed_forward, layers, heads, key_heads] = size;
+        let mut config = json!({
+            "model_type": family, "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": feed_forward,
+            "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": key_heads,
+            "max_position_embeddings": 32_768, "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0,
+            "tie_word_embeddings": tied, "hidden_act": "silu", "attention_dropout": 0.0, "sliding_window": null,
+        });
+        if family != "mistral" {
+            config["use_sliding_window"] = json!(false);
+            config["max_window_layers"] = json!(layers);
+        }
+        if family == "qwen3" {
+            config["head_dim"] = json!(128);
+            config["attention_bias"] = json!(false);
+        }
+        let path = folder.path().join(format!("{index}.json"));
+        fs::write(&path, config.to_string()).expect("a temporary folder is writable");
+        let path = path.display().to_string();
+        let text = run(&["plan", "--config", &path, "--set", "lora_r=8"]).succeeded();
+        for words in [parameters, trainable] {
+            assert!(
+                text.contains(words),
+                "the plan of {config} lacks {words}:\n{text}"
+            );
+        }
+    }
+}
+
+#[test]
 fn inspecting_the_data_shows_rows_with_their_tokens() {
     let text = with_config("inspect-data", &Workspace::new(), &["--rows", "2"]).succeeded();
     assert!(

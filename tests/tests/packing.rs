@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 
 use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
-use llama_burn::{Llama, LlamaConfig, RopeScaling};
+use llama_burn::{Biases, Llama, LlamaConfig, RopeScaling};
 use lora_core::{CounterRng, LoraConfig, TargetModules};
 use parity::against_reference;
 use peft::{AdapterTensors, WholeTensor};
@@ -21,7 +21,11 @@ const LENGTHS: [usize; 5] = [9, 21, 5, 14, 6];
 /// A small Llama with adapters on every linear module, B ≠ 0 and γ = 4, and adapted embedding rows
 /// of a third of its tokens.
 fn model(lora_dropout: f64) -> Llama {
-    let config = LlamaConfig {
+    model_of(&config(), lora_dropout)
+}
+
+fn config() -> LlamaConfig {
+    LlamaConfig {
         vocab_size: 96,
         hidden_size: 32,
         intermediate_size: 64,
@@ -34,13 +38,28 @@ fn model(lora_dropout: f64) -> Llama {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::Default,
         tie_word_embeddings: true,
-        attention_bias: false,
-        mlp_bias: false,
         initializer_range: 0.2,
         bos_token_id: None,
         eos_token_ids: vec![],
         weight_bytes: 4,
-    };
+        ..LlamaConfig::default()
+    }
+}
+
+/// What other families have, all at once: biases, norms of each head, sliding windows, heads whose widths do not add up
+/// to the hidden size.
+fn other_config() -> LlamaConfig {
+    LlamaConfig {
+        head_dim: 12,
+        query_key_norm: true,
+        windows: vec![Some(4), None, Some(9)],
+        biases: Biases::of_blocks(true, true),
+        ..config()
+    }
+}
+
+/// As [`model`]; the weights of norms and biases are random too.
+fn model_of(config: &LlamaConfig, lora_dropout: f64) -> Llama {
     let lora = LoraConfig {
         r: 4,
         lora_dropout,
@@ -48,7 +67,15 @@ fn model(lora_dropout: f64) -> Llama {
         trainable_token_indices: vec![("embed_tokens".into(), (0..96).step_by(3).collect())],
         ..LoraConfig::default()
     };
-    let base = Llama::random(&config, 1, &Device::flex().autodiff());
+    let mut base = Llama::random(config, 1, &Device::flex().autodiff());
+    let mut rng = CounterRng::new(4);
+    for (name, shape) in config.tensor_shapes() {
+        if let [width] = shape[..] {
+            let center = if name.ends_with(".bias") { 0.0 } else { 1.0 };
+            let values = (0..width).map(|_| center + 0.2 * rng.normal() as f32);
+            assert!(base.set_tensor(&name, values.collect()), "{name}");
+        }
+    }
     let fresh = base.with_lora(&lora, 2).expect("the settings are valid");
     let mut adapter = AdapterTensors::from_model(&fresh).expect("the CPU gives its tensors back");
     let mut rng = CounterRng::new(3);
@@ -260,8 +287,13 @@ fn shared_beginnings_have_the_loss_and_the_gradients_of_rows_apart() {
 
 #[test]
 fn the_manual_passes_have_the_loss_and_the_gradients_of_burns_autodiff_graph() {
-    for dropout in [0.0, 0.4] {
-        let model = model(dropout);
+    for (config, dropout) in [
+        (config(), 0.0),
+        (config(), 0.4),
+        (other_config(), 0.0),
+        (other_config(), 0.4),
+    ] {
+        let model = model_of(&config, dropout);
         let batch = batch(&[0, 1, 2, 3, 4]);
         let got = gradients(&model, std::slice::from_ref(&batch), false);
         let mut sums = AdapterGradients::default();

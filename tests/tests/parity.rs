@@ -121,6 +121,67 @@ fn whole_modules_and_an_adapted_embedding_agree_with_peft() {
 }
 
 #[test]
+fn mistral_with_an_adapter_on_every_module_agrees_with_transformers_and_peft() {
+    agrees("mistral", None);
+}
+
+#[test]
+fn qwen2_with_biases_of_queries_keys_and_values_agrees_with_transformers_and_peft() {
+    agrees("qwen2", None);
+}
+
+#[test]
+fn qwen3_with_norms_of_heads_agrees_with_transformers_and_peft() {
+    agrees("qwen3", None);
+}
+
+#[test]
+fn qwen3_with_biases_and_gradients_through_the_norms_of_all_layers_agrees_with_transformers_and_peft()
+ {
+    agrees("qwen3_biases", None);
+}
+
+#[test]
+fn a_sliding_window_of_all_layers_and_of_some_agrees_with_transformers_and_peft() {
+    agrees("mistral_window", None);
+    agrees("qwen2_window", None);
+}
+
+#[test]
+fn a_window_of_another_length_or_in_other_layers_is_noticed() {
+    for (name, key, value) in [
+        ("mistral_window", "sliding_window", json!(null)),
+        ("mistral_window", "sliding_window", json!(6)),
+        ("qwen2_window", "use_sliding_window", json!(false)),
+        (
+            "qwen2_window",
+            "layer_types",
+            json!(["sliding_attention", "full_attention"]),
+        ),
+    ] {
+        notices(name, &["base_logits", "LoRA gradients"], |folder| {
+            edit_json(&folder.join("model/config.json"), |config| {
+                config[key] = value;
+            });
+        });
+    }
+}
+
+#[test]
+fn norms_of_queries_and_keys_and_biases_that_differ_are_noticed() {
+    for (name, end) in [
+        ("qwen3", "layers.1.self_attn.q_norm.weight"),
+        ("qwen3", "layers.0.self_attn.k_norm.weight"),
+        ("qwen2", "layers.0.self_attn.v_proj.bias"),
+        ("qwen2", "layers.1.self_attn.k_proj.bias"),
+    ] {
+        notices(name, &["base_logits", "LoRA gradients"], |folder| {
+            double(&folder.join("model/model.safetensors"), end);
+        });
+    }
+}
+
+#[test]
 fn a_magnitude_a_rank_s_scale_a_bias_and_a_norm_that_are_left_out_are_noticed() {
     notices("dora", &["logits", "loss", "LoRA gradients"], |folder| {
         for adapter in ["adapter", "trained"] {

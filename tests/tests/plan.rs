@@ -37,6 +37,10 @@ struct Case {
     checkpointing: bool,
     /// Adapters of the last layer only, and rows of the embedding and the output layer tied to it.
     token_rows: bool,
+    /// Norms of each head's queries and keys.
+    head_norms: bool,
+    /// The width of a head if it is not `hidden` over the number of heads.
+    head_dim: Option<usize>,
 }
 
 const CASE: Case = Case {
@@ -54,6 +58,8 @@ const CASE: Case = Case {
     bits8: true,
     checkpointing: false,
     token_rows: false,
+    head_norms: false,
+    head_dim: None,
 };
 
 #[rustfmt::skip]
@@ -75,6 +81,9 @@ fn cases() -> Vec<Case> {
         Case { bits8: false, ..CASE },
         Case { layers: 2, rows: 32, supervised: 64, ..CASE },
         Case { layers: 12, rows: 32, length: 16, ..CASE },
+        Case { head_norms: true, ..CASE },
+        Case { head_norms: true, head_dim: Some(128), checkpointing: true, rows: 16, ..CASE },
+        Case { head_norms: true, head_dim: Some(128), rows: 1, length: 512, ..CASE },
         Case { token_rows: true, ..CASE },
         Case { token_rows: true, checkpointing: true, rows: 16, ..CASE },
         Case { token_rows: true, vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 8, ..CASE },
@@ -89,18 +98,18 @@ fn config(case: Case) -> LlamaConfig {
         num_hidden_layers: case.layers,
         num_attention_heads: case.heads[0],
         num_key_value_heads: case.heads[1],
-        head_dim: case.hidden / case.heads[0],
+        head_dim: case.head_dim.unwrap_or(case.hidden / case.heads[0]),
+        query_key_norm: case.head_norms,
         max_position_embeddings: 8192,
         rms_norm_eps: 1e-5,
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::Default,
         tie_word_embeddings: true,
-        attention_bias: false,
-        mlp_bias: false,
         initializer_range: 0.02,
         bos_token_id: None,
         eos_token_ids: vec![],
         weight_bytes: 4,
+        ..LlamaConfig::default()
     }
 }
 

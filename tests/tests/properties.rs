@@ -201,12 +201,11 @@ fn tiny() -> (LlamaConfig, Llama) {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::Default,
         tie_word_embeddings: true,
-        attention_bias: false,
-        mlp_bias: false,
         initializer_range: 0.3,
         bos_token_id: None,
         eos_token_ids: vec![],
         weight_bytes: 4,
+        ..LlamaConfig::default()
     };
     let model = Llama::random(&config, 3, &Device::flex().autodiff());
     (config, model)

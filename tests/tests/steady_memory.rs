@@ -32,12 +32,11 @@ fn what_is_in_use_after_many_steps_is_what_was_in_use_after_some() {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::Default,
         tie_word_embeddings: true,
-        attention_bias: false,
-        mlp_bias: false,
         initializer_range: 0.02,
         bos_token_id: None,
         eos_token_ids: vec![],
         weight_bytes: 4,
+        ..LlamaConfig::default()
     };
     let model = Llama::random(&config, 1, &Device::flex().autodiff());
     let mut model = model

@@ -26,8 +26,9 @@ pub(super) fn write_initial(
     let layers = 0..model.num_hidden_layers;
     let names = layers.flat_map(|layer| {
         let linears = model.layer_linears().into_iter();
-        linears.map(move |(name, d_in, d_out, _)| {
-            (format!("model.layers.{layer}.{name}"), d_in, d_out)
+        linears.map(move |linear| {
+            let name = format!("model.layers.{layer}.{}", linear.name);
+            (name, linear.d_in, linear.d_out)
         })
     });
     for (index, (module, d_in, d_out)) in names.enumerate() {

@@ -34,6 +34,9 @@ struct Attention {
     k_proj: Linear,
     v_proj: Linear,
     o_proj: Linear,
+    /// Norms of each head, in the families that have them.
+    q_norm: Option<RmsNorm>,
+    k_norm: Option<RmsNorm>,
     heads: usize,
     key_value_heads: usize,
 }
@@ -68,6 +71,8 @@ impl BurnLlama {
                 k_proj: linear(layer.self_attn.k_proj),
                 v_proj: linear(layer.self_attn.v_proj),
                 o_proj: linear(layer.self_attn.o_proj),
+                q_norm: layer.self_attn.q_norm.map(norm),
+                k_norm: layer.self_attn.k_norm.map(norm),
                 heads: config.num_attention_heads,
                 key_value_heads: config.num_key_value_heads,
             },
@@ -157,11 +162,14 @@ impl Attention {
             let width = x.dims()[2] / heads;
             x.reshape([rows, length, heads, width]).swap_dims(1, 2)
         };
-        let q = rotate(heads(self.q_proj.forward(x.clone()), self.heads), context);
-        let k = rotate(
-            heads(self.k_proj.forward(x.clone()), self.key_value_heads),
-            context,
-        );
+        let normalize = |x: Tensor<4>, norm: &Option<RmsNorm>| match norm {
+            Some(norm) => norm.forward(x),
+            None => x,
+        };
+        let q = heads(self.q_proj.forward(x.clone()), self.heads);
+        let k = heads(self.k_proj.forward(x.clone()), self.key_value_heads);
+        let q = rotate(normalize(q, &self.q_norm), context);
+        let k = rotate(normalize(k, &self.k_norm), context);
         let v = heads(self.v_proj.forward(x), self.key_value_heads);
         let width = q.dims()[3];
         let scores = q.matmul(self.repeated(k).swap_dims(2, 3)) / (width as f64).sqrt();

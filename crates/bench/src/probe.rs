@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use llama_burn::LlamaConfig;
+use llama_burn::{LinearSpec, LlamaConfig};
 
 use super::child::Child;
 use super::error::BenchError;
@@ -66,7 +66,10 @@ fn products(config: &LlamaConfig, quick: bool, on_gpu: bool) -> Vec<Product> {
         name: "square".into(),
         shape: [square; 3],
     }];
-    for (name, d_in, d_out, _) in config.layer_linears() {
+    for LinearSpec {
+        name, d_in, d_out, ..
+    } in config.layer_linears()
+    {
         let shape = [TOKENS, d_in, d_out];
         let name = name.split('.').next_back().unwrap_or(name);
         match products.iter_mut().find(|product| product.shape == shape) {

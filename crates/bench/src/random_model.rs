@@ -90,7 +90,7 @@ fn placed(
     device: &Device,
 ) -> DecoderLayer {
     let mut layer = drawn.clone();
-    for ((_, linear), data) in layer.linears_mut().into_iter().zip(weights) {
+    for ((_, linear), data) in layer.linears_mut().zip(weights) {
         let dtype = match data.dtype() {
             DType::QFloat(_) => None,
             _ => Some(options.dtype),
@@ -105,8 +105,9 @@ fn placed(
             .take()
             .map(|bias| parameter(bias.val().into_data(), Some(options.dtype), device));
     }
-    layer.input_layernorm = norm(&drawn.input_layernorm, device);
-    layer.post_attention_layernorm = norm(&drawn.post_attention_layernorm, device);
+    for ((_, placed), (_, drawn)) in layer.norms_mut().zip(drawn.norms()) {
+        *placed = norm(drawn, device);
+    }
     layer
 }
 

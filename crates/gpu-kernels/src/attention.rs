@@ -19,7 +19,8 @@
 //!
 //! **Visibility.** The segments of a batch form a forest of shared prefixes. Every token has the number at which its
 //! segment begins in a depth-first walk, and that at which the segment's subtree ends. Token i attends to token j if j
-//! is not after i and i's segment is in the subtree of j's segment.
+//! is not after i and i's segment is in the subtree of j's segment. With a sliding window every token also has the first
+//! token of its window: earlier ones are outside, because a sequence's tokens are in order in the batch.
 
 use burn::tensor::DType;
 use burn_cubecl::kernel::into_contiguous;
@@ -65,6 +66,8 @@ pub struct Shape {
     pub side: usize,
     /// The matrix units' fragments, if they are used.
     pub fragment: Option<Fragment>,
+    /// Whether the tables have the first token of each token's sliding window.
+    pub window: bool,
     fault: Fault,
 }
 
@@ -86,6 +89,7 @@ impl Shape {
             d,
             side: QUERIES,
             fragment: None,
+            window: false,
             fault: fault::current(),
         };
         let fragment = Fragment::of(properties, dtype);
@@ -102,6 +106,11 @@ impl Shape {
         }
         let shape = on_matrix_units.unwrap_or(on_units);
         (group <= shape.side && d.is_multiple_of(4)).then_some(shape)
+    }
+
+    /// The same, for tables with or without windows.
+    pub fn with_window(self, window: bool) -> Self {
+        Self { window, ..self }
     }
 
     /// Tokens of a tile of queries.
@@ -288,7 +297,8 @@ fn add_transposed_product(
     }
 }
 
-/// Whether a token attends to another one. The table at `spans` holds both numbers of every token's segment.
+/// Whether a token attends to another one, whose window begins at `oldest`. The table at `spans` holds both numbers of
+/// every token's segment.
 #[cube]
 fn is_visible(
     tables: &[i32],
@@ -297,12 +307,33 @@ fn is_visible(
     key: usize,
     n: usize,
     begin: i32,
+    oldest: usize,
     #[comptime] shape: Shape,
 ) -> bool {
     let at = spans + min(key, n - 1);
     let same =
         comptime!(shape.fault == Fault::Mask) || (tables[at] <= begin && begin < tables[at + n]);
-    key <= query && same
+    let mut near = key <= query;
+    if shape.window {
+        near = near && key >= oldest;
+    }
+    near && same
+}
+
+/// The first token of a token's sliding window; 0 without windows.
+#[cube]
+pub(crate) fn oldest(
+    tables: &[i32],
+    spans: usize,
+    token: usize,
+    n: usize,
+    #[comptime] shape: Shape,
+) -> usize {
+    if comptime!(shape.window && shape.fault != Fault::Window) {
+        tables[spans + 2 * n + min(token, n - 1)] as usize
+    } else {
+        0usize.runtime()
+    }
 }
 
 #[cube]
@@ -367,12 +398,14 @@ pub fn forward<F: Float>(
         for i in 0..PART {
             let (token, _head) = query_of(place.row + i, first, n, key_head, shape);
             let begin = tables[spans + min(token, n - 1)];
+            let oldest = oldest(tables, spans, token, n, shape);
             let mut row = scores[i];
             #[unroll]
             for j in 0..PART {
                 let key = first_key + place.col + j;
-                let visible =
-                    token < n && key < n && is_visible(tables, spans, token, key, n, begin, shape);
+                let visible = token < n
+                    && key < n
+                    && is_visible(tables, spans, token, key, n, begin, oldest, shape);
                 row.insert(j, select(visible, row.extract(j), HIDDEN));
             }
             weights[(place.row + i) * ROW + place.col / 4] = row;
@@ -520,13 +553,15 @@ fn weights_again<F: Float>(
         let at = min(token, n - 1) * comptime!(shape.heads()) + head;
         let (log_sum, row_sum) = (log_sums[at], row_sums[at]);
         let begin = tables[spans + min(token, n - 1)];
+        let oldest = oldest(tables, spans, token, n, shape);
         let mut row = weights[i];
         let mut d_row = d_scores[i];
         #[unroll]
         for j in 0..PART {
             let key = first_key + place.col + j;
-            let visible =
-                token < n && key < n && is_visible(tables, spans, token, key, n, begin, shape);
+            let visible = token < n
+                && key < n
+                && is_visible(tables, spans, token, key, n, begin, oldest, shape);
             let weight = select(visible, (row.extract(j) - log_sum).exp(), 0.0f32);
             row.insert(j, weight);
             d_row.insert(j, weight * (d_row.extract(j) - row_sum));

@@ -235,7 +235,8 @@ mod measured {
         Candidate::ALL.into_iter().fold(set, |set, candidate| {
             let run = move |operands: Operands| {
                 if operands.can(candidate) {
-                    Ok(operands.launch(candidate))
+                    let [output, _] = operands.launch(candidate);
+                    Ok(output)
                 } else {
                     Err("not for these operands")
                 }

@@ -13,10 +13,14 @@ pub enum Fault {
     Depth,
     /// Attention: the segments are not compared.
     Mask,
+    /// Attention: the sliding window is ignored.
+    Window,
     /// Attention: what was summed under an earlier maximum is not corrected.
     Correction,
     /// Low-rank products: one of four partial sums is left out.
     Part,
+    /// Low-rank products: the gain of the norm before them is left out.
+    Gain,
     /// RMSNorm: the mean of one value more than there is.
     Mean,
     /// SwiGLU: the slope of the gate is its sigmoid.
@@ -29,13 +33,15 @@ pub enum Fault {
     Target,
 }
 
-const ALL: [Fault; 11] = [
+const ALL: [Fault; 13] = [
     Fault::None,
     Fault::Scale,
     Fault::Depth,
     Fault::Mask,
+    Fault::Window,
     Fault::Correction,
     Fault::Part,
+    Fault::Gain,
     Fault::Mean,
     Fault::Target,
     Fault::Slope,

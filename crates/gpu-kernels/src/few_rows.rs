@@ -17,6 +17,7 @@
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use super::ending::Ending;
 use super::fault::Fault;
 use super::product::{Lengths, Packing, widen};
 
@@ -69,10 +70,12 @@ pub fn few_rows<X: Float, L: Float, B: Float, S: Float, O: Float>(
     b: &[B],
     sum: &[S],
     out: &mut [O],
+    // The kernels of a product have the same arguments; this one has no ending with a second output.
+    _other: &mut [O],
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] rows: usize,
-    #[comptime] has_sum: bool,
+    #[comptime] ending: Ending,
     #[define(X, L, B, S, O)] _types: [ElemType; 5],
 ) {
     let chunk = comptime!(chunk_of(rows));
@@ -153,7 +156,7 @@ pub fn few_rows<X: Float, L: Float, B: Float, S: Float, O: Float>(
                         sum,
                         out,
                         &lengths,
-                        has_sum,
+                        ending,
                     );
                 }
             } else {
@@ -162,7 +165,7 @@ pub fn few_rows<X: Float, L: Float, B: Float, S: Float, O: Float>(
                     + total.extract(2usize)
                     + total.extract(3usize);
                 let col = first_col + unit;
-                finish::<L, B, S, O>(value, row, col, low, b, sum, out, &lengths, has_sum);
+                finish::<L, B, S, O>(value, row, col, low, b, sum, out, &lengths, ending);
             }
         }
         sync_cube();
@@ -288,7 +291,7 @@ fn finish<L: Float, B: Float, S: Float, O: Float>(
     sum: &[S],
     out: &mut [O],
     lengths: &Lengths,
-    #[comptime] has_sum: bool,
+    #[comptime] ending: Ending,
 ) {
     if col < lengths.m {
         let mut value = product;
@@ -297,7 +300,7 @@ fn finish<L: Float, B: Float, S: Float, O: Float>(
             let factor = f32::cast_from(low[row * lengths.low_row + column * lengths.low_col]);
             value += factor * f32::cast_from(b[inner * lengths.b_row + col * lengths.b_col]);
         }
-        if has_sum {
+        if comptime!(ending == Ending::Sum) {
             value += f32::cast_from(sum[row * lengths.sum_row + col]);
         }
         out[row * lengths.m + col] = O::cast_from(value);

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
 //! | `plane_product.rs` | the same for software drivers |
+//! | `ending.rs` | what products do with their sums: SwiGLU, for instance |
 //! | `few_rows.rs` | the same for few rows, as in decoding |
 //! | `attention.rs` | attention tile by tile |
 //! | `plane_attention.rs` | the same for software drivers |
@@ -25,6 +26,7 @@
 
 mod attention;
 mod choice;
+mod ending;
 mod fault;
 mod few_rows;
 mod fragment;

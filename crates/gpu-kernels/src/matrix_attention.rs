@@ -22,7 +22,7 @@ use cubecl::cmma::{self, MatrixIdent, MatrixLayout};
 use cubecl::ir::{DeviceProperties, ElemType};
 use cubecl::prelude::*;
 
-use super::attention::{HIDDEN, Shape, cubes, query_of};
+use super::attention::{HIDDEN, Shape, cubes, oldest, query_of};
 use super::fault::Fault;
 use super::fragment::{Fragment, read, zeros};
 use super::launch::{dims, element, launch};
@@ -458,6 +458,8 @@ struct Row {
     head: usize,
     /// Where the token's segment begins; -1 outside the batch.
     segment: i32,
+    /// The first token of its sliding window.
+    oldest: usize,
 }
 
 /// One of the rows of which a unit handles a part.
@@ -484,6 +486,7 @@ fn row_of(
         token,
         head,
         segment: select(token < pair.n, tables[spans + min(token, pair.n - 1)], -1),
+        oldest: oldest(tables, spans, token, pair.n, comptime!(matrix.shape)),
     }
 }
 
@@ -503,7 +506,12 @@ fn sees(
         || (comptime!(matrix.shape.fault() == Fault::Mask)
             && row.segment >= 0
             && begin != i32::MAX);
-    first_key + col <= row.token && same
+    let key = first_key + col;
+    let mut near = key <= row.token;
+    if matrix.shape.window {
+        near = near && key >= row.oldest;
+    }
+    near && same
 }
 
 /// A unit's part of a row of attention weights from the scores, as factors.

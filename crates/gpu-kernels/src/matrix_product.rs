@@ -26,6 +26,7 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::choice::Candidate;
+use super::ending::{Ending, finish};
 use super::fault::Fault;
 use super::fragment::{Fragment, read, zeros};
 use super::launch::launch;
@@ -134,7 +135,7 @@ impl MatrixTile {
     }
 }
 
-/// `out = [sum +] x · W [+ low · B]`, with factors rounded to `T` and sums in f32.
+/// `x · W [+ low · B]` with an [`Ending`], with factors rounded to `T` and sums in f32.
 #[cube(launch_unchecked)]
 #[allow(clippy::too_many_arguments)]
 pub fn matrix_product<
@@ -156,10 +157,11 @@ pub fn matrix_product<
     b: &[B],
     sum: &[Vector<S, NO>],
     out: &mut [Vector<O, NO>],
+    other: &mut [Vector<O, NO>],
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] tile: MatrixTile,
-    #[comptime] has_sum: bool,
+    #[comptime] ending: Ending,
     #[define(X, T, L, B, S, O)] _types: [ElemType; 6],
     #[define(NV)] _size: usize,
 ) {
@@ -311,11 +313,16 @@ pub fn matrix_product<
                 let row = row + at / in_row;
                 let col = col + (at % in_row) * out_width;
                 if row < lengths.n && col < lengths.m {
-                    let mut value = results[begin + at];
-                    if has_sum {
-                        value += Vector::cast_from(sum[(row * lengths.sum_row + col) / out_width]);
-                    }
-                    out[(row * lengths.m + col) / out_width] = Vector::cast_from(value);
+                    finish::<S, O, NO>(
+                        results[begin + at],
+                        sum,
+                        out,
+                        other,
+                        (row * lengths.sum_row + col) / out_width,
+                        (row * lengths.m + col) / out_width,
+                        ending,
+                        comptime!(packing.fault),
+                    );
                 }
             }
             sync_cube();
@@ -647,7 +654,7 @@ pub fn tile(operands: &Operands, candidate: Candidate) -> Option<MatrixTile> {
 }
 
 /// Launches [`matrix_product`].
-pub fn launch(operands: &Operands, tile: MatrixTile) -> CubeTensor {
+pub fn launch(operands: &Operands, tile: MatrixTile) -> [CubeTensor; 2] {
     let (properties, lengths) = (operands.x.client.properties(), operands.product.lengths);
     let ([n, k, m], packing) = (lengths, operands.packing);
     let [x_row, _, words_row, _] = operands.rows();
@@ -678,7 +685,7 @@ pub fn launch(operands: &Operands, tile: MatrixTile) -> CubeTensor {
         m.div_ceil(tile.cols) as u32,
         1,
     );
-    let output = operands.output();
+    let [output, other] = operands.outputs();
     launch!(
         matrix_product::launch_unchecked,
         operands.x.client,
@@ -692,14 +699,15 @@ pub fn launch(operands: &Operands, tile: MatrixTile) -> CubeTensor {
             operands.low,
             operands.b,
             operands.sum,
-            output
+            output,
+            other
         ],
         operands.lengths_arg(),
         packing,
         tile,
-        operands.has_sum,
+        operands.ending,
         [x, x, low, b, sum, out],
         width,
     );
-    output
+    [output, other]
 }

@@ -5,7 +5,9 @@ use burn::backend::tensor::{FloatTensor, IntTensor, QuantizedTensor};
 use burn::backend::{Backend, backend_extension};
 use burn::tensor::{DType, Shape};
 use burn_cubecl::CubeBackend;
+use burn_cubecl::tensor::CubeTensor;
 
+use crate::product::Operands;
 use crate::{AdamWNumbers, attention, low_rank, optimizer, product, rope, rows, swiglu};
 
 /// Which terms a [`packed_product`](GpuOps::packed_product) has.
@@ -62,6 +64,30 @@ pub trait GpuOps: Backend {
         terms: Terms,
     ) -> FloatTensor<Self>;
 
+    /// SwiGLU's up, `x · W [+ low · b]`, and its output `silu(gate) · up`. A sum is no term of `terms`.
+    #[fusion(meta = gated_outputs)]
+    fn gated_product(
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        gate: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        terms: Terms,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
+    /// The gradients of SwiGLU's gate and up; that of its output is `x · W [+ low · b]`.
+    #[fusion(meta = |_, _, gate, up, _, _, _| (gate.clone(), up.clone()))]
+    #[allow(clippy::too_many_arguments)]
+    fn gated_product_backward(
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        terms: Terms,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>);
+
     /// `[x₀·F₀·γ₀ | x₁·F₁·γ₁ | x₂·F₂·γ₂]` for the layers with a rank.
     #[fusion(dtype = group.dtype, shape = Shape::from([x0[0], group.ranks.iter().sum()]))]
     #[allow(clippy::too_many_arguments)]
@@ -75,13 +101,18 @@ pub trait GpuOps: Backend {
         group: Group,
     ) -> FloatTensor<Self>;
 
-    /// Per layer `γ · lowᵀ · wide` in f32, `[rank, length]`, or transposed.
+    /// Per layer `γ · lowᵀ · wide` in f32, `[rank, length]`, or transposed. If `normed`, `wide` is the input of an RMSNorm
+    /// with these factors of rows and this gain, and its output is meant; else both are ignored.
     #[fusion(meta = gradient_outputs)]
+    #[allow(clippy::too_many_arguments)]
     fn low_rank_gradients(
         low: FloatTensor<Self>,
         wide0: FloatTensor<Self>,
         wide1: FloatTensor<Self>,
         wide2: FloatTensor<Self>,
+        inverse: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        normed: bool,
         group: Group,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
@@ -203,14 +234,35 @@ impl GpuOps for CubeBackend {
         b: FloatTensor<Self>,
         terms: Terms,
     ) -> FloatTensor<Self> {
-        let low_rank = terms.low.map(|(first, rank)| product::LowRankTerm {
-            low,
-            first,
-            rank,
-            b,
-        });
-        let sum = terms.sum.then_some(sum);
-        product::launch(sum, x, weight, terms.transposed, low_rank, terms.dtype)
+        let [output, _] = product::launch(operands(sum, x, weight, low, b, terms));
+        output
+    }
+
+    fn gated_product(
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        gate: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        terms: Terms,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let operands = operands(x.clone(), x, weight, low, b, terms).behind_gate(gate);
+        let [up, output] = product::launch(operands);
+        (up, output)
+    }
+
+    fn gated_product_backward(
+        x: FloatTensor<Self>,
+        weight: QuantizedTensor<Self>,
+        gate: FloatTensor<Self>,
+        up: FloatTensor<Self>,
+        low: FloatTensor<Self>,
+        b: FloatTensor<Self>,
+        terms: Terms,
+    ) -> (FloatTensor<Self>, FloatTensor<Self>) {
+        let operands = operands(x.clone(), x, weight, low, b, terms).before_gate(gate, up);
+        let [d_gate, d_up] = product::launch(operands);
+        (d_gate, d_up)
     }
 
     fn low_rank_columns(
@@ -240,11 +292,20 @@ impl GpuOps for CubeBackend {
         wide0: FloatTensor<Self>,
         wide1: FloatTensor<Self>,
         wide2: FloatTensor<Self>,
+        inverse: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        normed: bool,
         group: Group,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let wide = [wide0, wide1, wide2];
-        let [a, b, c] =
-            low_rank::launch_gradients(low, wide, group.ranks, group.scales, group.transposed);
+        let norm = normed.then_some([inverse, gain]);
+        let Group {
+            ranks,
+            scales,
+            transposed,
+            ..
+        } = group;
+        let [a, b, c] = low_rank::launch_gradients(low, wide, ranks, scales, transposed, norm);
         (a, b, c)
     }
 
@@ -339,15 +400,49 @@ impl GpuOps for CubeBackend {
     }
 }
 
+/// The operands of a product with these terms.
+fn operands(
+    sum: CubeTensor,
+    x: CubeTensor,
+    weight: CubeTensor,
+    low: CubeTensor,
+    b: CubeTensor,
+    terms: Terms,
+) -> Operands {
+    let low_rank = terms.low.map(|(first, rank)| product::LowRankTerm {
+        low,
+        first,
+        rank,
+        b,
+    });
+    let sum = terms.sum.then_some(sum);
+    Operands::new(sum, x, weight, terms.transposed, low_rank, terms.dtype)
+}
+
+fn gated_outputs(
+    _x: &TensorSpec,
+    _weight: &TensorSpec,
+    gate: &TensorSpec,
+    _low: &TensorSpec,
+    _b: &TensorSpec,
+    _terms: &Terms,
+) -> (TensorSpec, TensorSpec) {
+    (gate.clone(), gate.clone())
+}
+
 fn product_shape(x: &Shape, weight: &Shape, terms: &Terms) -> Shape {
     Shape::from([x[0], weight[usize::from(!terms.transposed)]])
 }
 
+#[allow(clippy::too_many_arguments)] // Those of the operation.
 fn gradient_outputs(
     _low: &TensorSpec,
     wide0: &TensorSpec,
     wide1: &TensorSpec,
     wide2: &TensorSpec,
+    _inverse: &TensorSpec,
+    _gain: &TensorSpec,
+    _normed: &bool,
     group: &Group,
 ) -> (TensorSpec, TensorSpec, TensorSpec) {
     let output = |i: usize, wide: &TensorSpec| {

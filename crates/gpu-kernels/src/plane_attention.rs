@@ -8,7 +8,7 @@
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
-use super::attention::{HIDDEN, KEYS, QUERIES, Shape, query_of};
+use super::attention::{HIDDEN, KEYS, QUERIES, Shape, oldest, query_of};
 use super::fault::Fault;
 
 type F4 = Vector<f32, Const<4>>;
@@ -93,11 +93,12 @@ fn zeros(#[comptime] length: usize) -> Array<F4> {
     array
 }
 
-/// Whether a query sees a key, whose segment has the numbers `begin..end`.
+/// Whether a query whose window begins at `oldest` sees a key, whose segment has the numbers `begin..end`.
 #[cube]
 fn is_visible(
     query: usize,
     query_begin: i32,
+    oldest: usize,
     key: usize,
     begin: i32,
     end: i32,
@@ -105,7 +106,11 @@ fn is_visible(
 ) -> bool {
     let same =
         comptime!(shape.fault() == Fault::Mask) || (begin <= query_begin && query_begin < end);
-    key <= query && same
+    let mut near = key <= query;
+    if shape.window {
+        near = near && key >= oldest;
+    }
+    near && same
 }
 
 /// The tokens and segments of a unit's queries, `n` for a row outside the batch, and where they lie.
@@ -113,6 +118,8 @@ fn is_visible(
 struct Queries {
     token: Array<usize>,
     begin: Array<i32>,
+    /// The first token of the sliding window.
+    oldest: Array<usize>,
     /// The row of `[n · heads, d]`.
     row: Array<usize>,
 }
@@ -130,6 +137,7 @@ fn queries(
     let count = comptime!(QUERIES / units);
     let mut token = Array::<usize>::new(count);
     let mut begin = Array::<i32>::new(count);
+    let mut oldest_of = Array::<usize>::new(count);
     let mut row = Array::<usize>::new(count);
     #[unroll]
     for j in 0..count {
@@ -137,9 +145,15 @@ fn queries(
         let inside = min(at, n - 1);
         token[j] = at;
         begin[j] = tables[spans + inside];
+        oldest_of[j] = oldest(tables, spans, inside, n, shape);
         row[j] = inside * comptime!(shape.heads()) + head;
     }
-    Queries { token, begin, row }
+    Queries {
+        token,
+        begin,
+        oldest: oldest_of,
+        row,
+    }
 }
 
 /// As [`attention::forward`](super::attention::forward).
@@ -196,8 +210,9 @@ pub fn plane_forward<F: Float>(
                 #[unroll]
                 for j in 0..count {
                     let (token, query_begin) = (mine.token[j], mine.begin[j]);
+                    let key = first_key + i;
                     let visible = token < n
-                        && is_visible(token, query_begin, first_key + i, begin, end, shape);
+                        && is_visible(token, query_begin, mine.oldest[j], key, begin, end, shape);
                     let score = select(visible, dot(&k_row, &own, j, vectors), HIDDEN);
                     let most = max(largest[j], score);
                     let mut factor = (largest[j] - most).exp();
@@ -291,8 +306,9 @@ pub fn plane_backward_queries<F: Float>(
                 #[unroll]
                 for j in 0..count {
                     let (token, query_begin) = (mine.token[j], mine.begin[j]);
+                    let key = first_key + i;
                     let visible = token < n
-                        && is_visible(token, query_begin, first_key + i, begin, end, shape);
+                        && is_visible(token, query_begin, mine.oldest[j], key, begin, end, shape);
                     let score = dot(&k_row, &own, j, vectors) - log_sum[j];
                     let weight = select(visible, score.exp(), 0.0f32);
                     let d_score = weight * (dot(&v_row, &own_gradient, j, vectors) - row_sum[j]);
@@ -363,6 +379,7 @@ pub fn plane_backward_keys<F: Float>(
             let row = inside * comptime!(shape.heads()) + head;
             let (mine_begin, mine_log, mine_sum) =
                 (tables[spans + inside], log_sums[row], row_sums[row]);
+            let mine_oldest = oldest(tables, spans, inside, n, shape) as u32;
             let mut mine_q = Array::<F4>::new(vectors);
             let mut mine_gradient = Array::<F4>::new(vectors);
             read_row::<F>(q, row * vectors, &mut mine_q, 0usize, vectors);
@@ -375,10 +392,15 @@ pub fn plane_backward_keys<F: Float>(
                 let log_sum = plane_shuffle(mine_log, unit);
                 let row_sum = plane_shuffle(mine_sum, unit);
                 let query = plane_shuffle(token as u32, unit) as usize;
+                let mut oldest = 0usize;
+                if shape.window {
+                    oldest = plane_shuffle(mine_oldest, unit) as usize;
+                }
                 #[unroll]
                 for j in 0..count {
-                    let visible = query < n
-                        && is_visible(query, begin, key[j], key_begin[j], key_end[j], shape);
+                    let (begins, ends) = (key_begin[j], key_end[j]);
+                    let visible =
+                        query < n && is_visible(query, begin, oldest, key[j], begins, ends, shape);
                     let score = dot(&q_row, &own_k, j, vectors) - log_sum;
                     let weight = select(visible, score.exp(), 0.0f32);
                     let d_score = weight * (dot(&gradient_row, &own_v, j, vectors) - row_sum);

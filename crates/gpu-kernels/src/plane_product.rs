@@ -15,6 +15,7 @@ use cubecl::client::Client;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
+use super::ending::{Ending, finish};
 use super::fault::Fault;
 use super::product::{Lengths, Packing, widen};
 
@@ -61,10 +62,11 @@ pub fn plane_product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size,
     b: &[B],
     sum: &[Vector<S, NM>],
     out: &mut [Vector<O, NM>],
+    other: &mut [Vector<O, NM>],
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] tile: Tile,
-    #[comptime] has_sum: bool,
+    #[comptime] ending: Ending,
     #[define(X, L, B, S, O)] _types: [ElemType; 5],
 ) {
     let lane = UNIT_POS as usize;
@@ -138,10 +140,16 @@ pub fn plane_product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size,
                         sums[comptime!(i * vectors + at / 4)].extract(comptime!(at % 4)),
                     );
                 }
-                if has_sum {
-                    value += Vector::cast_from(sum[(row * lengths.sum_row + col) / in_vector]);
-                }
-                out[(row * lengths.m + col) / in_vector] = Vector::cast_from(value);
+                finish::<S, O, NM>(
+                    value,
+                    sum,
+                    out,
+                    other,
+                    (row * lengths.sum_row + col) / in_vector,
+                    (row * lengths.m + col) / in_vector,
+                    ending,
+                    comptime!(packing.fault),
+                );
             }
         }
     }

@@ -26,11 +26,12 @@ use cubecl::ir::ElemType;
 use cubecl::prelude::*;
 
 use super::choice::{self, Candidate, Product};
+use super::ending::{Ending, finish};
 use super::fault::{self, Fault};
 use super::few_rows::{self, FEW_ROWS, columns_of, rows_of};
 use super::fragment::Fragment;
-use super::launch::{dims, element, empty, launch, strides, with_contiguous_rows};
-use super::{matrix_product, plane_product};
+use super::launch::{dims, element, empty, launch, owned, strides, with_contiguous_rows};
+use super::{matrix_product, plane_product, swiglu};
 
 /// The shape of a workgroup's tile.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -122,20 +123,21 @@ pub struct Lengths {
     pub b_col: usize,
 }
 
-/// `out = [sum +] x · W [+ low · B]`.
+/// `x · W [+ low · B]` with an [`Ending`].
 #[cube(launch_unchecked)]
-pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, O: Float>(
+pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size, O: Float>(
     x: &[Vector<X, NX>],
     words: &[u32],
     scales: &[f32],
     low: &[L],
     b: &[B],
-    sum: &[S],
-    out: &mut [O],
+    sum: &[Vector<S, NM>],
+    out: &mut [Vector<O, NM>],
+    other: &mut [Vector<O, NM>],
     lengths: Lengths,
     #[comptime] packing: Packing,
     #[comptime] tile: Tile,
-    #[comptime] has_sum: bool,
+    #[comptime] ending: Ending,
     #[define(X, L, B, S, O)] _types: [ElemType; 5],
 ) {
     let per_row = comptime!(tile.cols / tile.unit_cols);
@@ -193,19 +195,30 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, O: Float>(
         tile,
     );
 
+    let in_vector = NM::value();
     #[unroll]
     for i in 0..tile.unit_rows {
         let row = first_row + unit_row + i;
         #[unroll]
-        for j in 0..tile.unit_cols {
-            let col = first_col + unit_col + j;
+        for j in 0..comptime!(tile.unit_cols / in_vector) {
+            let col = first_col + unit_col + comptime!(j * in_vector);
             if row < lengths.n && col < lengths.m {
-                let mut value =
-                    sums[comptime!((i * tile.unit_cols + j) / 4)].extract(comptime!(j % 4));
-                if has_sum {
-                    value += f32::cast_from(sum[row * lengths.sum_row + col]);
+                let mut value = Vector::<f32, NM>::new(0.0f32);
+                #[unroll]
+                for part in 0..in_vector {
+                    let at = comptime!(i * tile.unit_cols + j * in_vector + part);
+                    value.insert(part, sums[comptime!(at / 4)].extract(comptime!(at % 4)));
                 }
-                out[row * lengths.m + col] = O::cast_from(value);
+                finish::<S, O, NM>(
+                    value,
+                    sum,
+                    out,
+                    other,
+                    (row * lengths.sum_row + col) / in_vector,
+                    (row * lengths.m + col) / in_vector,
+                    ending,
+                    comptime!(packing.fault),
+                );
             }
         }
     }
@@ -471,7 +484,9 @@ pub struct Operands {
     /// The parts of `weight`.
     pub words: CubeTensor,
     pub scales: CubeTensor,
-    pub has_sum: bool,
+    pub ending: Ending,
+    /// SwiGLU's gate and up, if their gradients take their places.
+    gate_up: Option<[CubeTensor; 2]>,
     /// `x` in place of a term that is not there, as are the next two.
     pub low: CubeTensor,
     pub b: CubeTensor,
@@ -481,7 +496,13 @@ pub struct Operands {
 }
 
 impl Operands {
-    /// Operands of [`launch`].
+    /// Operands of a product `[sum +] x · W [+ low · B]`, or with Wᵀ if `transposed`, in `dtype`.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n, k]`
+    /// - `weight`: `[k, m]`, with `transposed` `[m, k]`, quantized
+    /// - `sum`, output: `[n, m]`
     pub fn new(
         sum: Option<CubeTensor>,
         x: CubeTensor,
@@ -499,7 +520,10 @@ impl Operands {
         let (words, scales) = weight
             .quantized_handles()
             .unwrap_or_else(|| unreachable!("a quantized weight has integers and scales"));
-        let has_sum = sum.is_some();
+        let ending = match sum {
+            Some(_) => Ending::Sum,
+            None => Ending::Plain,
+        };
         // An operand that is not there is never read; something has to be bound in its place.
         let nothing = || LowRankTerm {
             low: x.clone(),
@@ -527,11 +551,31 @@ impl Operands {
             transposed,
             words,
             scales,
-            has_sum,
+            ending,
+            gate_up: None,
             low,
             b,
             rank,
             low_first,
+        }
+    }
+
+    /// The product is SwiGLU's up; the outputs are up and SwiGLU's output. `gate`: `[n, m]`, of the output's type.
+    pub fn behind_gate(self, gate: CubeTensor) -> Self {
+        Self {
+            sum: with_contiguous_rows(gate),
+            ending: Ending::Gate,
+            ..self
+        }
+    }
+
+    /// The product is the gradient of SwiGLU's output; the outputs are the gradients of gate and up, in their memory if
+    /// nothing else holds it. `gate`, `up`: `[n, m]`, of the output's type.
+    pub fn before_gate(self, gate: CubeTensor, up: CubeTensor) -> Self {
+        Self {
+            gate_up: Some([gate, up].map(owned)),
+            ending: Ending::GateBackward,
+            ..self
         }
     }
 
@@ -547,8 +591,8 @@ impl Operands {
         }
     }
 
-    /// Launches a candidate that [can](Self::can).
-    pub fn launch(self, candidate: Candidate) -> CubeTensor {
+    /// Launches a candidate that [can](Self::can). The second output means something if there is a gate.
+    pub fn launch(self, candidate: Candidate) -> [CubeTensor; 2] {
         match matrix_product::tile(&self, candidate) {
             Some(tile) => matrix_product::launch(&self, tile),
             None if candidate == Candidate::Composed => launch_composed(self),
@@ -556,20 +600,33 @@ impl Operands {
         }
     }
 
+    fn has_gate(&self) -> bool {
+        matches!(self.ending, Ending::Gate | Ending::GateBackward)
+    }
+
     /// The product alone.
     #[cfg(feature = "autotune")]
     pub fn without_terms(&self) -> Self {
         Self {
             rank: 0,
-            has_sum: false,
+            ending: Ending::Plain,
+            gate_up: None,
             ..self.clone()
         }
     }
 
-    /// Memory for the output.
-    pub fn output(&self) -> CubeTensor {
+    /// Both outputs, to be written. The second is the first if there is none.
+    pub fn outputs(&self) -> [CubeTensor; 2] {
         let ([n, _, m], [_, dtype]) = (self.product.lengths, self.product.types);
-        empty(&self.x, [n, m], dtype)
+        let output = || empty(&self.x, [n, m], dtype);
+        match (&self.gate_up, self.ending) {
+            (Some(gate_up), _) => gate_up.clone(),
+            (None, Ending::Gate) => [output(), output()],
+            (None, _) => {
+                let output = output();
+                [output.clone(), output]
+            }
+        }
     }
 
     /// The distances of rows of x, of the sum, of the packed words and of the scales.
@@ -593,7 +650,7 @@ impl Operands {
 
     /// Values of a vector of the sum and of the output: 4 where rows allow it.
     pub fn out_vector(&self) -> usize {
-        let sum_allows = !self.has_sum || self.rows()[1].is_multiple_of(4);
+        let sum_allows = !self.ending.reads_sum() || self.rows()[1].is_multiple_of(4);
         let aligned = self.product.lengths[2].is_multiple_of(4) && sum_allows;
         if aligned { 4 } else { 1 }
     }
@@ -627,25 +684,13 @@ impl Operands {
     }
 }
 
-/// `[sum +] x · W [+ low · B]`, or with Wᵀ if `transposed`, in `dtype`.
-///
-/// # Shapes
-///
-/// - `x`: `[n, k]`
-/// - `weight`: `[k, m]`, with `transposed` `[m, k]`, quantized
-/// - `sum`, output: `[n, m]`
-pub fn launch(
-    sum: Option<CubeTensor>,
-    x: CubeTensor,
-    weight: CubeTensor,
-    transposed: bool,
-    low_rank: Option<LowRankTerm>,
-    dtype: DType,
-) -> CubeTensor {
-    let operands = Operands::new(sum, x, weight, transposed, low_rank, dtype);
+/// Launches the forced candidate or else the fastest one. The second output means something if there is a gate.
+pub fn launch(operands: Operands) -> [CubeTensor; 2] {
     match choice::forced().filter(|candidate| operands.can(*candidate)) {
         Some(candidate) => operands.launch(candidate),
-        None if operands.product.lengths[0] < FEW_ROWS => launch_few_rows(&operands),
+        None if operands.product.lengths[0] < FEW_ROWS && !operands.has_gate() => {
+            launch_few_rows(&operands)
+        }
         None => {
             let candidate = choice::fastest(&operands);
             operands.launch(candidate)
@@ -656,26 +701,26 @@ pub fn launch(
 /// Launches one of the kernels that take the same tensors, lengths and types: [`product`] and its variants.
 macro_rules! launch_product {
     ($kernel:path, $operands:expr, $cubes:expr, $units:expr, [$($size:expr),*], $tile:expr) => {{
-        let (operands, output) = ($operands, $operands.output());
+        let (operands, [output, other]) = ($operands, $operands.outputs());
         launch!(
             $kernel,
             operands.x.client,
             $cubes,
             CubeDim::new_1d($units as u32),
             [$($size),*],
-            [operands.x, operands.words, operands.scales, operands.low, operands.b, operands.sum, output],
+            [operands.x, operands.words, operands.scales, operands.low, operands.b, operands.sum, output, other],
             operands.lengths_arg(),
             operands.packing,
             $tile,
-            operands.has_sum,
+            operands.ending,
             operands.elements(),
         );
-        output
+        [output, other]
     }};
 }
 
 /// For few rows.
-fn launch_few_rows(operands: &Operands) -> CubeTensor {
+fn launch_few_rows(operands: &Operands) -> [CubeTensor; 2] {
     let [n, _, m] = operands.product.lengths;
     let (rows, columns) = (rows_of(n), columns_of(operands.packing));
     let cubes = CubeCount::Static(m.div_ceil(columns) as u32, n.div_ceil(rows) as u32, 1);
@@ -690,13 +735,14 @@ fn launch_few_rows(operands: &Operands) -> CubeTensor {
 }
 
 /// Burn's kernels: the weight dequantized into memory, then a product.
-fn launch_composed(operands: Operands) -> CubeTensor {
+fn launch_composed(operands: Operands) -> [CubeTensor; 2] {
     let Operands {
         product,
         x,
         weight,
         transposed,
-        has_sum,
+        ending,
+        gate_up,
         low,
         b,
         sum,
@@ -720,14 +766,22 @@ fn launch_composed(operands: Operands) -> CubeTensor {
         let term = multiply(cast(low, factors), cast(b, factors));
         result = CubeBackend::float_add(result, term);
     }
-    if has_sum {
-        result = CubeBackend::float_add(sum, result);
+    match (ending, gate_up) {
+        (Ending::Gate, _) => [result.clone(), swiglu::launch(sum, result)],
+        (_, Some([gate, up])) => {
+            let (d_gate, d_up) = swiglu::launch_backward(gate, up, result);
+            [d_gate, d_up]
+        }
+        (Ending::Sum, None) => {
+            let sum = CubeBackend::float_add(sum, result);
+            [sum.clone(), sum]
+        }
+        (_, None) => [result.clone(), result],
     }
-    result
 }
 
 /// Without matrix units.
-fn launch_on_units(operands: &Operands) -> CubeTensor {
+fn launch_on_units(operands: &Operands) -> [CubeTensor; 2] {
     let [n, _, m] = operands.product.lengths;
     let vector = operands.x_vector();
     let (client, packing) = (&operands.x.client, operands.packing);
@@ -751,7 +805,7 @@ fn launch_on_units(operands: &Operands) -> CubeTensor {
         operands,
         cubes,
         TILE.units(),
-        [vector],
+        [vector, operands.out_vector()],
         TILE
     )
 }

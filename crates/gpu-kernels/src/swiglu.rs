@@ -12,9 +12,33 @@ type F4 = Vector<f32, Const<4>>;
 
 /// `1 / (1 + exp(−x))`. For a large −x the exponential is infinite and the result 0, as it should be.
 #[cube]
-fn sigmoid(x: F4) -> F4 {
-    let one = F4::new(1.0f32);
-    one / (one + (F4::new(0.0f32) - x).exp())
+fn sigmoid<N: Size>(x: Vector<f32, N>) -> Vector<f32, N> {
+    let one = Vector::<f32, N>::new(1.0f32);
+    one / (one + (Vector::<f32, N>::new(0.0f32) - x).exp())
+}
+
+/// `gate · σ(gate) · up`.
+#[cube]
+pub fn gated<N: Size>(gate: Vector<f32, N>, up: Vector<f32, N>) -> Vector<f32, N> {
+    gate * sigmoid::<N>(gate) * up
+}
+
+/// With the gradient G of [`gated`]: `G·up·σ·(1 + gate·(1 − σ))` and `G·gate·σ`.
+#[cube]
+pub fn gated_backward<N: Size>(
+    gate: Vector<f32, N>,
+    up: Vector<f32, N>,
+    gradient: Vector<f32, N>,
+    #[comptime] fault: Fault,
+) -> (Vector<f32, N>, Vector<f32, N>) {
+    let one = Vector::<f32, N>::new(1.0f32);
+    let s = sigmoid::<N>(gate);
+    let slope = if comptime!(fault == Fault::Slope) {
+        s
+    } else {
+        s * (one + gate * (one - s))
+    };
+    (gradient * up * slope, gradient * gate * s)
 }
 
 /// `output = gate · σ(gate) · up`.
@@ -28,8 +52,8 @@ pub fn swiglu<F: Float>(
 ) {
     let at = ABSOLUTE_POS;
     if at < count {
-        let x = F4::cast_from(gate[at]);
-        output[at] = Vector::cast_from(x * sigmoid(x) * F4::cast_from(up[at]));
+        let value = gated::<Const<4>>(F4::cast_from(gate[at]), F4::cast_from(up[at]));
+        output[at] = Vector::cast_from(value);
     }
 }
 
@@ -45,16 +69,10 @@ pub fn swiglu_backward<F: Float, G: Float>(
 ) {
     let at = ABSOLUTE_POS;
     if at < count {
-        let one = F4::new(1.0f32);
         let (x, g) = (F4::cast_from(gate[at]), F4::cast_from(gradient[at]));
-        let s = sigmoid(x);
-        let slope = if comptime!(fault == Fault::Slope) {
-            s
-        } else {
-            s * (one + x * (one - s))
-        };
-        gate[at] = Vector::cast_from(g * F4::cast_from(up[at]) * slope);
-        up[at] = Vector::cast_from(g * x * s);
+        let (d_gate, d_up) = gated_backward::<Const<4>>(x, F4::cast_from(up[at]), g, fault);
+        gate[at] = Vector::cast_from(d_gate);
+        up[at] = Vector::cast_from(d_up);
     }
 }
 

@@ -3,7 +3,7 @@
 use burn::tensor::activation::{silu, softmax};
 use burn::tensor::{DType, Device, Distribution, FloatDType, Tensor};
 use kernels::{Quantization, frozen_linear, frozen_linear_backward, product, quantize_on_device};
-use llama_burn::{Activations, LayerPass, Llama, LlamaConfig};
+use llama_burn::{Activations, LayerPass, LinearSpec, Llama, LlamaConfig};
 use lora_core::LoraConfig;
 
 use super::clock::Clock;
@@ -162,7 +162,10 @@ impl Bench<'_> {
     fn products(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let tokens = self.tokens();
         let mut shapes: Vec<(String, [usize; 2])> = Vec::new();
-        for (name, d_in, d_out, _) in config.layer_linears() {
+        for LinearSpec {
+            name, d_in, d_out, ..
+        } in config.layer_linears()
+        {
             let name = name.split('.').next_back().unwrap_or(name);
             match shapes.iter_mut().find(|(_, shape)| *shape == [d_in, d_out]) {
                 Some((names, _)) => *names += &format!(", {name}"),
@@ -232,7 +235,7 @@ impl Bench<'_> {
     fn layer(&mut self, config: &LlamaConfig, dtype: FloatDType) -> Result<(), ReportError> {
         let tokens = self.tokens() as f64;
         let linears = config.layer_linears();
-        let weights: usize = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).sum();
+        let weights: usize = linears.iter().map(LinearSpec::elements).sum();
         let attention = 2.0 * tokens * (tokens + 1.0);
         let attention = attention * (config.num_attention_heads * config.head_dim) as f64;
         let products = 2.0 * tokens * weights as f64;

@@ -62,17 +62,18 @@ pub struct PlannedAttention {
 }
 
 impl PlannedAttention {
-    /// Plans attention between these segments for tensors of type `dtype` on `device`. If scores are stored in memory,
-    /// at most `scores_at_once` of them at a time.
+    /// Plans attention between these segments for tensors of type `dtype` on `device`, with a sliding window of `window`
+    /// tokens. If scores are stored in memory, at most `scores_at_once` of them at a time.
     pub fn new(
         segments: &[Segment],
+        window: Option<usize>,
         heads: Heads,
         dtype: DType,
         device: &Device,
         scores_at_once: usize,
         uploads: &mut Uploads,
     ) -> Self {
-        let ranges = AttentionRanges::new(segments);
+        let ranges = AttentionRanges::new(segments, window);
         let reads_ranges = dtype == DType::F32 && of_device(device).attention_reads_ranges();
         #[cfg(feature = "cube")]
         let tiled = crate::gpu::PlannedTiles::new(segments, &ranges, heads, dtype, device, uploads);
@@ -256,25 +257,43 @@ mod tests {
     }
 
     /// A layout whose tiles have at most this many scores.
-    fn in_tiles(segments: &[Segment], scores_at_once: usize, device: &Device) -> AttentionLayout {
+    fn in_tiles(
+        segments: &[Segment],
+        window: Option<usize>,
+        scores_at_once: usize,
+        device: &Device,
+    ) -> AttentionLayout {
         let mut uploads = Uploads::default();
         let dtype = DType::F32;
-        let planned =
-            PlannedAttention::new(segments, HEADS, dtype, device, scores_at_once, &mut uploads);
+        let planned = PlannedAttention::new(
+            segments,
+            window,
+            HEADS,
+            dtype,
+            device,
+            scores_at_once,
+            &mut uploads,
+        );
         planned.on_device(&uploads.send(device))
     }
 
     /// The CPU's kernel and the composition, in tiles and whole, against Burn's autodiff graph.
     #[test]
     fn outputs_and_gradients_are_those_of_the_autodiff_graph() {
-        for segments in [
-            segments(&[(93, None), (390, None), (90, None), (5, None), (21, None)]),
-            segments(&[(390, None)]),
-            shared().0,
+        let several = segments(&[(93, None), (390, None), (90, None), (5, None), (21, None)]);
+        for (segments, window) in [
+            (several.clone(), None),
+            (segments(&[(390, None)]), None),
+            (shared().0, None),
+            (several.clone(), Some(2)),
+            (several, Some(50)),
+            (segments(&[(390, None)]), Some(260)),
+            (shared().0, Some(24)),
+            (shared().0, Some(301)),
         ] {
             let n = segments.iter().map(|segment| segment.length).sum();
             let device = Device::flex().autodiff();
-            let layout = in_tiles(&segments, usize::MAX, &device);
+            let layout = in_tiles(&segments, window, usize::MAX, &device);
             assert_eq!(layout.padded().tiles.len(), 1);
             let mut rng = CounterRng::new(1);
             let mut random = |width| normal([n, width], 1.5, &mut rng, &device);
@@ -309,7 +328,7 @@ mod tests {
             }
             let count = segments.len();
             for (queries, tiles) in [(7, 2), (64, 2), (1000, 1)] {
-                let layout = in_tiles(&segments, queries * count * 4 * 390, &device);
+                let layout = in_tiles(&segments, window, queries * count * 4 * 390, &device);
                 let padded = layout.padded();
                 assert!(padded.tiles.len() >= tiles);
                 let scale = 1.0 / (HEADS.d as f64).sqrt();
@@ -341,12 +360,18 @@ mod tests {
         let qkv = [32, 16, 16].map(|width| normal([n, width], 1.5, &mut rng, &device));
         let indices: Vec<i32> = places.concat().iter().map(|place| *place as i32).collect();
         let indices = Tensor::<1, Int>::from_data(&indices[..], &device);
-        let output = |segments: &[Segment], [q, k, v]: [Tensor<2>; 3]| {
-            let layout = in_tiles(segments, composed::SCORES_AT_ONCE, &device);
-            attention(q, k, v, &layout, HEADS).0
-        };
-        let shared = output(&together, qkv.clone()).select(0, indices.clone());
-        let alone = output(&apart, qkv.map(|x| x.select(0, indices.clone())));
-        assert!(distance(&shared, &alone) < 1e-6);
+        let mut outputs = Vec::new();
+        for window in [None, Some(30)] {
+            let output = |segments: &[Segment], [q, k, v]: [Tensor<2>; 3]| {
+                let layout = in_tiles(segments, window, composed::SCORES_AT_ONCE, &device);
+                attention(q, k, v, &layout, HEADS).0
+            };
+            let shared = output(&together, qkv.clone()).select(0, indices.clone());
+            let alone = output(&apart, qkv.clone().map(|x| x.select(0, indices.clone())));
+            assert!(distance(&shared, &alone) < 1e-6);
+            outputs.push(shared);
+        }
+        // The window changes something: the sequences are longer.
+        assert!(distance(&outputs[0], &outputs[1]) > 0.1);
     }
 }

@@ -11,7 +11,7 @@ use crate::cpu;
 use crate::frozen_linear::Direction;
 use crate::kv_cache::{KvCache, PromptTokens};
 use crate::loss::{CrossEntropy, LOGITS_BYTES_GPU, Targets};
-use crate::low_rank::LowRankTerm;
+use crate::low_rank::{LowRankTerm, Normalized};
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
 
@@ -101,6 +101,30 @@ pub trait Kernels: Debug + Sync {
         }
     }
 
+    fn gated_product(
+        &self,
+        gate: &Tensor<2>,
+        x: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let up = self.adapted_product(None, x, weight, low_rank, Direction::Forward);
+        let output = self.swiglu(gate, &up);
+        (up, output)
+    }
+
+    fn gated_product_backward(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        gradient: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let gradient = self.adapted_product(None, gradient, weight, low_rank, Direction::Backward);
+        self.swiglu_backward(gate, up, gradient)
+    }
+
     fn low_rank_columns(
         &self,
         _wide: &[Tensor<2>],
@@ -117,6 +141,15 @@ pub trait Kernels: Debug + Sync {
         _wide: &[Tensor<2>],
         _ranks: &[usize],
         _transposed: bool,
+    ) -> Option<Vec<Tensor<2>>> {
+        None
+    }
+
+    fn low_rank_gradients_of_norm(
+        &self,
+        _low: &Tensor<2>,
+        _normalized: &Normalized,
+        _ranks: &[usize],
     ) -> Option<Vec<Tensor<2>>> {
         None
     }

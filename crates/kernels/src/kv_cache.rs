@@ -37,6 +37,8 @@ pub struct PromptTokens<'a> {
     pub places: &'a [Vec<u32>],
     /// The heads of the layer.
     pub heads: Heads,
+    /// The layer's sliding window: a token attends to this many tokens, itself included.
+    pub window: Option<usize>,
 }
 
 /// A cache that starts from the prompts' keys and values.
@@ -69,26 +71,35 @@ mod tests {
             d: 8,
         };
         let places = vec![vec![0, 1, 2, 3], vec![0, 1, 4], vec![5]];
-        let prompts = PromptTokens {
-            places: &places,
-            heads,
-        };
-        let [k, v] = [random(6, 16), random(6, 16)];
-        let mut native = cpu::kv_cache::Cache::new([k.clone(), v.clone()], prompts);
-        let mut padded = composed::kv_cache::Cache::new([k, v], prompts);
-        let mut sequences = 3;
-        // More steps than a block of the padded cache has room for.
-        for step in 0..80 {
-            if step == 10 {
-                sequences = 2;
-                native.keep(&[2, 0]);
-                padded.keep(&[2, 0]);
+        for window in [None, Some(1), Some(4), Some(70)] {
+            let prompts = PromptTokens {
+                places: &places,
+                heads,
+                window,
+            };
+            let [k, v] = [random(6, 16), random(6, 16)];
+            let mut native = cpu::kv_cache::Cache::new([k.clone(), v.clone()], prompts);
+            let mut padded = composed::kv_cache::Cache::new([k, v], prompts);
+            let mut sequences = 3;
+            // More steps than a block of the padded cache has room for.
+            for step in 0..80 {
+                if step == 10 {
+                    sequences = 2;
+                    native.keep(&[2, 0]);
+                    padded.keep(&[2, 0]);
+                }
+                let [q, k, v] = [32, 16, 16].map(|width| random(sequences, width));
+                let a = native.attend(q.clone(), k.clone(), v.clone(), heads);
+                if window == Some(1) {
+                    // Each token attends to itself: every query head gets its value.
+                    let v = v.clone().reshape([sequences, 2, 1, 8]).repeat_dim(2, 2);
+                    let difference = (a.clone() - v.reshape([sequences, 32])).abs().max();
+                    assert!(difference.into_scalar::<f32>() < 1e-6);
+                }
+                let b = padded.attend(q.div_scalar((heads.d as f64).sqrt()), k, v, heads);
+                let difference = (a - b).abs().max().into_scalar::<f32>();
+                assert!(difference < 2e-6, "step {step}, {window:?}: {difference:e}");
             }
-            let [q, k, v] = [32, 16, 16].map(|width| random(sequences, width));
-            let a = native.attend(q.clone(), k.clone(), v.clone(), heads);
-            let b = padded.attend(q.div_scalar((heads.d as f64).sqrt()), k, v, heads);
-            let difference = (a - b).abs().max().into_scalar::<f32>();
-            assert!(difference < 2e-6, "step {step}: {difference:e}");
         }
     }
 }

@@ -49,6 +49,20 @@ pub struct SegmentRanges {
 }
 
 impl SegmentRanges {
+    /// The ranges of the packed sequence that hold the tokens at these positions.
+    pub fn places(&self, positions: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+        let ranges = self.prefix.iter().chain(std::iter::once(&self.own));
+        let ranges = ranges.scan(0, |position, range| {
+            *position += range.len();
+            Some((*position - range.len(), range.clone()))
+        });
+        ranges.filter_map(move |(first, range)| {
+            let from = positions.start.max(first);
+            let to = positions.end.min(first + range.len());
+            (from < to).then(|| range.start + from - first..range.start + to - first)
+        })
+    }
+
     /// The indices of the tokens in `prefix`, then of the segment's own.
     pub fn tokens(&self) -> impl Iterator<Item = usize> {
         let prefix = self.prefix.iter().cloned().flatten();
@@ -58,15 +72,22 @@ impl SegmentRanges {
 
 /// The ranges of every segment of a packed sequence.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct AttentionRanges(pub Vec<SegmentRanges>);
+pub struct AttentionRanges {
+    /// One per segment.
+    pub segments: Vec<SegmentRanges>,
+    /// A token attends to itself and to the tokens before it, this many in all: a sliding window (Beltagy et al., 2020,
+    /// <https://arxiv.org/abs/2004.05150>). `None` if no sequence is longer.
+    pub window: Option<usize>,
+}
 
 impl AttentionRanges {
-    /// The ranges of these segments.
+    /// The ranges of these segments, with a sliding window of `window` tokens.
     ///
     /// # Panics
     ///
-    /// If a parent does not come before its child.
-    pub fn new(segments: &[Segment]) -> Self {
+    /// If a parent does not come before its child, or the window is empty.
+    pub fn new(segments: &[Segment], window: Option<usize>) -> Self {
+        assert_ne!(window, Some(0), "a token attends to itself at least");
         let mut ranges: Vec<SegmentRanges> = Vec::with_capacity(segments.len());
         let places = starts(segments).into_iter().zip(offsets(segments));
         for (index, (segment, (start, offset))) in segments.iter().zip(places).enumerate() {
@@ -91,17 +112,29 @@ impl AttentionRanges {
                 ancestor = segments[parent].parent;
             }
         }
-        Self(ranges)
+        let longest = ranges.iter().map(|span| span.offset + span.own.len()).max();
+        Self {
+            window: window.filter(|window| Some(*window) < longest),
+            segments: ranges,
+        }
+    }
+
+    /// The position of the first token in the window of the token at `position`.
+    pub fn oldest(&self, position: usize) -> usize {
+        match self.window {
+            Some(window) => (position + 1).saturating_sub(window),
+            None => 0,
+        }
     }
 
     /// The number of pairs of a token and a token that it attends to.
     #[cfg(feature = "cube")]
     pub(crate) fn pairs(&self) -> usize {
-        let of_segment = |segment: &SegmentRanges| {
-            let own = segment.own.len();
-            own * segment.offset + own * (own + 1) / 2
+        let of_segment = |segment: &SegmentRanges| -> usize {
+            let positions = segment.offset..segment.offset + segment.own.len();
+            positions.map(|at| at + 1 - self.oldest(at)).sum()
         };
-        self.0.iter().map(of_segment).sum()
+        self.segments.iter().map(of_segment).sum()
     }
 }
 
@@ -119,11 +152,25 @@ mod tests {
             segment(1, Some(0)),
             segment(1, Some(2)),
         ];
-        let ranges = AttentionRanges::new(&segments).0;
+        let ranges = AttentionRanges::new(&segments, None).segments;
         assert_eq!(ranges[1].prefix, std::slice::from_ref(&(0..2)));
         assert_eq!(ranges[3].prefix, [0..2, 4..5]);
         assert_eq!(ranges[3].offset, 3);
         assert_eq!(ranges[0].descendants, [0, 1, 2, 3]);
         assert_eq!(ranges[2].descendants, [2, 3]);
+        let places = |positions| ranges[3].places(positions).collect::<Vec<_>>();
+        assert_eq!(places(0..4), [0..2, 4..5, 5..6]);
+        assert_eq!(places(1..3), [1..2, 4..5]);
+    }
+
+    #[test]
+    fn a_window_counts_positions_of_the_sequence() {
+        let segment = |length, parent| Segment { length, parent };
+        let segments = [segment(3, None), segment(4, Some(0)), segment(2, None)];
+        let ranges = AttentionRanges::new(&segments, Some(3));
+        assert_eq!([0, 2, 3, 6].map(|at| ranges.oldest(at)), [0, 0, 1, 4]);
+        // No sequence is longer than 7 tokens.
+        assert_eq!(AttentionRanges::new(&segments, Some(7)).window, None);
+        assert_eq!(AttentionRanges::new(&segments, Some(6)).window, Some(6));
     }
 }

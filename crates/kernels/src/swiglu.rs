@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::dispatch::of;
+use crate::low_rank::LowRankTerm;
 use crate::spoil::spoilt;
 
 /// `silu(gate) · up`, computed in f32 and returned in the type of `gate`.
@@ -22,6 +23,46 @@ pub fn swiglu_backward(
     gradient: Tensor<2>,
 ) -> (Tensor<2>, Tensor<2>) {
     let (d_gate, d_up) = of(&gate).swiglu_backward(gate, up, gradient);
+    let spoilt = |x| spoilt("swiglu_backward", x);
+    (spoilt(d_gate), spoilt(d_up))
+}
+
+/// SwiGLU's up, `x · W [+ low · b]`, and `silu(gate) · up`, in one launch where there is a kernel.
+///
+/// # Shapes
+///
+/// - `x`: `[n, d_in]`
+/// - `weight`: `[d_in, intermediate]`
+/// - `gate`, up, output: `[n, intermediate]`
+pub fn gated_product(
+    gate: &Tensor<2>,
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    low_rank: Option<LowRankTerm>,
+) -> (Tensor<2>, Tensor<2>) {
+    let weight = weight.without_autodiff();
+    let (up, output) = of(&x).gated_product(gate, x, weight, low_rank);
+    (up, spoilt("swiglu", output))
+}
+
+/// The gradients of `gate` and `up`, in their memory if it is not shared; that of SwiGLU's output is `gradient · Wᵀ
+/// [+ low · b]`. One launch where there is a kernel.
+///
+/// # Shapes
+///
+/// - `gradient`: `[n, d_out]`
+/// - `weight`: `[intermediate, d_out]`
+/// - `gate`, `up`, outputs: `[n, intermediate]`
+pub fn gated_product_backward(
+    gate: Tensor<2>,
+    up: Tensor<2>,
+    gradient: Tensor<2>,
+    weight: Tensor<2>,
+    low_rank: Option<LowRankTerm>,
+) -> (Tensor<2>, Tensor<2>) {
+    let weight = weight.without_autodiff();
+    let kernels = of(&gradient);
+    let (d_gate, d_up) = kernels.gated_product_backward(gate, up, gradient, weight, low_rank);
     let spoilt = |x| spoilt("swiglu_backward", x);
     (spoilt(d_gate), spoilt(d_up))
 }

@@ -4,6 +4,8 @@ use burn::module::Module;
 use kernels::Heads;
 use lora_core::LoraLinear;
 
+use crate::RmsNorm;
+
 /// The attention block of a decoder layer (`self_attn`).
 #[derive(Module, Debug)]
 #[allow(missing_docs)] // Hugging Face's names.
@@ -12,9 +14,15 @@ pub struct Attention {
     pub k_proj: LoraLinear,
     pub v_proj: LoraLinear,
     pub o_proj: LoraLinear,
+    /// Normalizes each head's queries before they are rotated, `[head_dim]`.
+    pub q_norm: Option<RmsNorm>,
+    /// As `q_norm`, for keys. A layer has both or none.
+    pub k_norm: Option<RmsNorm>,
     pub num_attention_heads: usize,
     pub num_key_value_heads: usize,
     pub head_dim: usize,
+    /// How many tokens a token attends to, itself included; `None` means all earlier ones.
+    pub sliding_window: Option<usize>,
 }
 
 impl Attention {

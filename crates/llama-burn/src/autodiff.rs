@@ -41,12 +41,18 @@ impl Attention {
         let q = self.q_proj.forward_seeded(x.clone(), seeds.module(0));
         let k = self.k_proj.forward_seeded(x.clone(), seeds.module(1));
         let v = self.v_proj.forward_seeded(x, seeds.module(2));
-        let rotate = |x: Tensor<2>, count: usize| {
+        let normalize_and_rotate = |x: Tensor<2>, norm: &Option<RmsNorm>, count: usize| {
+            let x = match norm {
+                Some(norm) => norm.forward(x.reshape([n * count, heads.d])),
+                None => x,
+            };
             let x = x.reshape([n, count, heads.d]);
             rotate_in_graph(x, &context.rotary).reshape([n, count * heads.d])
         };
-        let (q, k) = (rotate(q, heads.query), rotate(k, heads.key));
-        let output = attention_in_graph(q, k, v, &context.attention, heads);
+        let q = normalize_and_rotate(q, &self.q_norm, heads.query);
+        let k = normalize_and_rotate(k, &self.k_norm, heads.key);
+        let layout = context.attention(self.sliding_window);
+        let output = attention_in_graph(q, k, v, layout, heads);
         self.o_proj.forward_seeded(output, seeds.module(3))
     }
 }

@@ -1,15 +1,17 @@
-//! The configuration of a Llama, read from Hugging Face's `config.json`.
+//! The configuration of a model, read from Hugging Face's `config.json`.
 
 use std::path::{Path, PathBuf};
 
 use lora_core::{LoraConfig, LoraError, ModuleShape, ParameterCounts, Quantization};
 use serde_json::{Map, Value};
 
+use crate::family::{self, Biases, Family, LLAMA};
 use crate::gguf::{self, GgufError, GgufFile};
+use crate::keys::{Keys, invalid};
 use crate::limited::{self, LARGEST_SETTINGS};
 use crate::rope_scaling::{self, RopeScaling};
 use crate::unsupported;
-use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Weights};
+use crate::weights::Weights;
 
 /// Why a `config.json` cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -32,14 +34,16 @@ pub enum ConfigError {
         /// The parser's message.
         reason: String,
     },
-    /// The metadata of a GGUF file do not describe a Llama.
+    /// The metadata of a GGUF file do not describe a model of a known family.
     #[error(transparent)]
     Gguf(#[from] GgufError),
-    /// The model is not a Llama.
+    /// The model's family is not known.
     #[error(
-        "the model is of type {0:?}, not \"llama\"; only Llama-family models (LlamaForCausalLM) can be trained"
+        "the model is of type {0:?}; the families that can be trained are {known}; {page} explains how to add one",
+        known = Family::model_types(),
+        page = family::HOW_TO_ADD
     )]
-    NotLlama(String),
+    UnknownFamily(String),
     /// A key is missing.
     #[error("config.json lacks {0:?}")]
     Missing(&'static str),
@@ -64,10 +68,12 @@ fn weight_bytes(object: &Map<String, Value>) -> usize {
     }
 }
 
-/// The configuration of a Llama, with Hugging Face's names.
+/// The configuration of a model of any family, with Hugging Face's names.
 #[derive(Debug, Clone, PartialEq)]
 #[allow(missing_docs)] // The names are Hugging Face's; their documentation is there.
 pub struct LlamaConfig {
+    /// The model's family; its file filled in `biases`, `query_key_norm` and `windows`.
+    pub family: &'static Family,
     pub vocab_size: usize,
     pub hidden_size: usize,
     pub intermediate_size: usize,
@@ -80,14 +86,46 @@ pub struct LlamaConfig {
     pub rope_theta: f64,
     pub rope_scaling: RopeScaling,
     pub tie_word_embeddings: bool,
-    pub attention_bias: bool,
-    pub mlp_bias: bool,
+    /// Which linear modules have a bias.
+    pub biases: Biases,
+    /// Whether each head's queries and keys are normalized before they are rotated.
+    pub query_key_norm: bool,
+    /// The sliding window of each layer, as [`Traits::windows`](crate::family::Traits::windows).
+    pub windows: Vec<Option<usize>>,
     pub initializer_range: f64,
     pub bos_token_id: Option<u32>,
     /// Llama 3 has several.
     pub eos_token_ids: Vec<u32>,
     /// Bytes per weight in the files: 4 if `dtype` (or `torch_dtype`) is float32, else 2.
     pub weight_bytes: usize,
+}
+
+impl Default for LlamaConfig {
+    /// The defaults of transformers' `LlamaConfig`: Llama 1 with 7 billion parameters.
+    fn default() -> Self {
+        Self {
+            family: &LLAMA,
+            vocab_size: 32_000,
+            hidden_size: 4096,
+            intermediate_size: 11_008,
+            num_hidden_layers: 32,
+            num_attention_heads: 32,
+            num_key_value_heads: 32,
+            head_dim: 128,
+            max_position_embeddings: 2048,
+            rms_norm_eps: 1e-6,
+            rope_theta: 10_000.0,
+            rope_scaling: RopeScaling::Default,
+            tie_word_embeddings: false,
+            biases: Biases::default(),
+            query_key_norm: false,
+            windows: Vec::new(),
+            initializer_range: 0.02,
+            bos_token_id: Some(1),
+            eos_token_ids: vec![2],
+            weight_bytes: 2,
+        }
+    }
 }
 
 impl LlamaConfig {
@@ -139,15 +177,20 @@ impl LlamaConfig {
     ///
     /// As [`from_file`](Self::from_file).
     pub fn from_json(object: &Map<String, Value>) -> Result<Self, ConfigError> {
-        let keys = Keys(object);
         let model_type = match object.get("model_type") {
             Some(value) => limited::clipped(value.as_str().unwrap_or("?"), 80).into_owned(),
             None => return Err(ConfigError::Missing("model_type")),
         };
-        if model_type != "llama" {
-            return Err(ConfigError::NotLlama(model_type));
-        }
+        let Some(family) = Family::of_model_type(&model_type) else {
+            return Err(ConfigError::UnknownFamily(model_type));
+        };
         unsupported::refuse(object)?;
+        let mut object = object.clone();
+        for (key, value) in family.defaults {
+            object.entry(*key).or_insert_with(|| (*value).into());
+        }
+        let keys = Keys(&object);
+        let traits = (family.traits)(&keys)?;
         let hidden_size = keys.count("hidden_size")?;
         let num_attention_heads = keys.count("num_attention_heads")?;
         let head_dim = match keys.optional_count("head_dim")? {
@@ -159,7 +202,9 @@ impl LlamaConfig {
             .unwrap_or(2048);
         let (rope_theta, rope_scaling) =
             rope_scaling::read(&keys, head_dim, max_position_embeddings)?;
+        let positions = rope_scaling.positions(max_position_embeddings);
         let config = Self {
+            family,
             vocab_size: keys.count("vocab_size")?,
             hidden_size,
             intermediate_size: keys.count("intermediate_size")?,
@@ -174,12 +219,13 @@ impl LlamaConfig {
             rope_theta,
             rope_scaling,
             tie_word_embeddings: keys.flag("tie_word_embeddings")?,
-            attention_bias: keys.flag("attention_bias")?,
-            mlp_bias: keys.flag("mlp_bias")?,
+            biases: traits.biases,
+            query_key_norm: traits.query_key_norm,
+            windows: traits.effective_windows(positions),
             initializer_range: keys.positive("initializer_range")?.unwrap_or(0.02),
             bos_token_id: keys.tokens("bos_token_id")?.first().copied(),
             eos_token_ids: keys.tokens("eos_token_id")?,
-            weight_bytes: weight_bytes(object),
+            weight_bytes: weight_bytes(&object),
         };
         config.check()
     }
@@ -206,50 +252,32 @@ impl LlamaConfig {
         self.rope_scaling.positions(self.max_position_embeddings)
     }
 
+    /// The sliding window of a layer in tokens; `None` if its tokens attend to all earlier ones.
+    pub fn window(&self, layer: usize) -> Option<usize> {
+        self.windows.get(layer).copied().flatten()
+    }
+
+    /// The shortest sliding window of a layer; `None` if no layer has one.
+    pub fn shortest_window(&self) -> Option<usize> {
+        self.windows.iter().flatten().min().copied()
+    }
+
+    /// The sliding windows that layers have, each once.
+    pub(crate) fn distinct_windows(&self) -> Vec<Option<usize>> {
+        let mut windows = Vec::new();
+        for layer in 0..self.num_hidden_layers.max(1) {
+            if !windows.contains(&self.window(layer)) {
+                windows.push(self.window(layer));
+            }
+        }
+        windows
+    }
+
     /// Whether rotary frequencies depend on the length of a sequence of `length` tokens. Such a sequence cannot share a
     /// prefix with longer ones.
     pub fn rotates_by_length(&self, length: usize) -> bool {
         matches!(self.rope_scaling, RopeScaling::Dynamic { .. })
             && length > self.max_position_embeddings
-    }
-
-    /// The linear modules of a decoder layer: name within the layer, d_in, d_out, whether it has a bias.
-    pub fn layer_linears(&self) -> [(&'static str, usize, usize, bool); 7] {
-        let (hidden, inter) = (self.hidden_size, self.intermediate_size);
-        let q = self.num_attention_heads * self.head_dim;
-        let kv = self.num_key_value_heads * self.head_dim;
-        [
-            ("self_attn.q_proj", hidden, q, self.attention_bias),
-            ("self_attn.k_proj", hidden, kv, self.attention_bias),
-            ("self_attn.v_proj", hidden, kv, self.attention_bias),
-            ("self_attn.o_proj", q, hidden, self.attention_bias),
-            ("mlp.gate_proj", hidden, inter, self.mlp_bias),
-            ("mlp.up_proj", hidden, inter, self.mlp_bias),
-            ("mlp.down_proj", inter, hidden, self.mlp_bias),
-        ]
-    }
-
-    /// Every tensor of the checkpoint with Hugging Face's name and shape (linear weights `[out, in]`).
-    pub fn tensor_shapes(&self) -> Vec<(String, Vec<usize>)> {
-        let (vocab, hidden) = (self.vocab_size, self.hidden_size);
-        let mut shapes = vec![(EMBEDDING_WEIGHT.to_string(), vec![vocab, hidden])];
-        for layer in 0..self.num_hidden_layers {
-            let prefix = format!("model.layers.{layer}");
-            for (name, d_in, d_out, bias) in self.layer_linears() {
-                shapes.push((format!("{prefix}.{name}.weight"), vec![d_out, d_in]));
-                if bias {
-                    shapes.push((format!("{prefix}.{name}.bias"), vec![d_out]));
-                }
-            }
-            for norm in ["input_layernorm", "post_attention_layernorm"] {
-                shapes.push((format!("{prefix}.{norm}.weight"), vec![hidden]));
-            }
-        }
-        shapes.push(("model.norm.weight".into(), vec![hidden]));
-        if !self.tie_word_embeddings {
-            shapes.push((HEAD_WEIGHT.into(), vec![vocab, hidden]));
-        }
-        shapes
     }
 
     /// Counts the parameters that `lora` trains and those of the model, from shapes. A tied output layer counts once,
@@ -296,121 +324,6 @@ impl LlamaConfig {
             lists.dedup();
         }
         lists.into_iter().map(<[usize]>::len).sum()
-    }
-
-    /// The modules in lora-core's form: linear weights `[d_in, d_out]`.
-    pub fn module_shapes(&self) -> Vec<ModuleShape> {
-        let linear = |name: &str| name == "lm_head" || name.ends_with("_proj");
-        self.tensor_shapes()
-            .into_iter()
-            .map(|(tensor, mut shape)| {
-                let is_weight = tensor.ends_with(".weight");
-                let name = match tensor.strip_suffix(".weight") {
-                    Some(module) => module.to_string(),
-                    None => tensor,
-                };
-                let is_linear = is_weight && linear(&name);
-                if is_linear {
-                    shape.reverse();
-                }
-                ModuleShape {
-                    name,
-                    shape,
-                    is_linear,
-                }
-            })
-            .collect()
-    }
-}
-
-pub(crate) fn invalid(key: &str, value: impl std::fmt::Display, expected: &str) -> ConfigError {
-    ConfigError::Invalid {
-        key: key.into(),
-        value: limited::clipped(&value.to_string(), 200).into_owned(),
-        expected: expected.into(),
-    }
-}
-
-/// The largest accepted value of a key: several times that of any real model. Small enough that lists of all tensors
-/// stay short and no product of these values, in bytes, overflows 64 bits.
-fn largest(key: &str) -> u64 {
-    match key {
-        "num_hidden_layers" => 1 << 11,
-        "num_attention_heads" | "num_key_value_heads" => 1 << 10,
-        "head_dim" => 1 << 11,
-        "hidden_size" => 1 << 17,
-        "intermediate_size" => 1 << 20,
-        "vocab_size" => 1 << 22,
-        _ => 1 << 28,
-    }
-}
-
-/// Typed access to an object's keys; `null` counts as absent.
-pub(crate) struct Keys<'a>(pub(crate) &'a Map<String, Value>);
-
-impl<'a> Keys<'a> {
-    pub(crate) fn get(&self, key: &str) -> Option<&'a Value> {
-        self.0.get(key).filter(|value| !value.is_null())
-    }
-
-    fn optional_count(&self, key: &'static str) -> Result<Option<usize>, ConfigError> {
-        let largest = largest(key);
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) => match value.as_u64() {
-                Some(count) if (1..=largest).contains(&count) => Ok(Some(count as usize)),
-                Some(count) if count > largest => {
-                    let expected = format!("at most {largest} is supported");
-                    Err(invalid(key, value, &expected))
-                }
-                _ => Err(invalid(key, value, "expected a whole number of at least 1")),
-            },
-        }
-    }
-
-    fn count(&self, key: &'static str) -> Result<usize, ConfigError> {
-        self.optional_count(key)?.ok_or(ConfigError::Missing(key))
-    }
-
-    pub(crate) fn positive(&self, key: &'static str) -> Result<Option<f64>, ConfigError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(value) => match value.as_f64() {
-                Some(number) if number.is_finite() && number > 0.0 => Ok(Some(number)),
-                _ => Err(invalid(key, value, "expected a number above 0")),
-            },
-        }
-    }
-
-    fn flag(&self, key: &'static str) -> Result<bool, ConfigError> {
-        match self.get(key) {
-            None => Ok(false),
-            Some(Value::Bool(flag)) => Ok(*flag),
-            Some(value) => Err(invalid(key, value, "expected true or false")),
-        }
-    }
-
-    fn tokens(&self, key: &'static str) -> Result<Vec<u32>, ConfigError> {
-        let one = |value: &Value| {
-            let token = value.as_u64().and_then(|token| u32::try_from(token).ok());
-            token.ok_or_else(|| invalid(key, value, "expected a token id or a list of them"))
-        };
-        match self.get(key) {
-            None => Ok(Vec::new()),
-            Some(Value::Array(list)) => list.iter().map(one).collect(),
-            Some(value) => Ok(vec![one(value)?]),
-        }
-    }
-
-    pub(crate) fn object(
-        &self,
-        key: &'static str,
-    ) -> Result<Option<&'a Map<String, Value>>, ConfigError> {
-        match self.get(key) {
-            None => Ok(None),
-            Some(Value::Object(object)) => Ok(Some(object)),
-            Some(value) => Err(invalid(key, value, "expected an object")),
-        }
     }
 }
 
@@ -482,6 +395,90 @@ mod tests {
     }
 
     #[test]
+    fn published_models_of_other_families_have_their_published_parameter_counts() {
+        let mistral = r#"{"model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096,
+            "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+            "max_position_embeddings": 32768, "sliding_window": 4096, "tie_word_embeddings": false}"#;
+        let qwen = |family: &str,
+                    rest: &str,
+                    [vocab, hidden, inter, layers, heads, kv]: [usize; 6]| {
+            format!(
+                r#"{{"model_type": "{family}", "vocab_size": {vocab}, "hidden_size": {hidden},
+                "intermediate_size": {inter}, "num_hidden_layers": {layers}, "num_attention_heads": {heads},
+                "num_key_value_heads": {kv}, "max_position_embeddings": 32768, "sliding_window": 32768,
+                "use_sliding_window": false, "max_window_layers": 21, {rest}}}"#
+            )
+        };
+        let tied = r#""tie_word_embeddings": true"#;
+        let untied = r#""tie_word_embeddings": false"#;
+        let wide = r#""tie_word_embeddings": true, "head_dim": 128, "attention_bias": false"#;
+        let cases = [
+            (mistral.to_string(), 7_241_732_096),
+            (
+                qwen("qwen2", tied, [151_936, 896, 4864, 24, 14, 2]),
+                494_032_768,
+            ),
+            (
+                qwen("qwen2", tied, [151_936, 1536, 8960, 28, 12, 2]),
+                1_543_714_304,
+            ),
+            (
+                qwen("qwen2", tied, [151_936, 2048, 11_008, 36, 16, 2]),
+                3_085_938_688,
+            ),
+            (
+                qwen("qwen2", untied, [152_064, 3584, 18_944, 28, 28, 4]),
+                7_615_616_512,
+            ),
+            (
+                qwen("qwen3", wide, [151_936, 1024, 3072, 28, 16, 8]),
+                596_049_920,
+            ),
+            (
+                qwen("qwen3", wide, [151_936, 2048, 6144, 28, 16, 8]),
+                1_720_574_976,
+            ),
+            // The head's width of 128 is the family's default.
+            (
+                qwen("qwen3", tied, [151_936, 2560, 9728, 36, 32, 8]),
+                4_022_468_096,
+            ),
+            (
+                qwen("qwen3", untied, [151_936, 4096, 12_288, 36, 32, 8]),
+                8_190_735_360,
+            ),
+        ];
+        for (text, parameters) in cases {
+            let config = parse(&text).unwrap();
+            let shapes = config.tensor_shapes();
+            let total: usize = shapes
+                .iter()
+                .map(|(_, shape)| shape.iter().product::<usize>())
+                .sum();
+            assert_eq!(total, parameters, "{config:?}");
+        }
+    }
+
+    #[test]
+    fn a_window_counts_only_if_sequences_can_be_longer() {
+        let with = |window: &str| {
+            parse(&format!(
+                r#"{{"model_type": "mistral", "vocab_size": 32, "hidden_size": 8, "intermediate_size": 16,
+                "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
+                "max_position_embeddings": 64{window}}}"#
+            ))
+            .unwrap()
+        };
+        // Without the key transformers' MistralConfig has a window of 4096.
+        for window in ["", ", \"sliding_window\": null", ", \"sliding_window\": 64"] {
+            let config = with(window);
+            assert_eq!(config.windows, [], "{window}");
+        }
+        let config = with(", \"sliding_window\": 16");
+        assert_eq!(config.windows, [Some(16), Some(16)]);
+    }
+
+    #[test]
     fn both_forms_of_rope_settings_are_read() {
         let old = published([32, 8, 16, 1, 2, 1], true, LLAMA3);
         let new = published(
@@ -529,7 +526,10 @@ mod tests {
         let base = r#""model_type": "llama", "vocab_size": 32, "intermediate_size": 16,
             "num_hidden_layers": 1"#;
         let cases = [
-            (r#"{"model_type": "mistral"}"#.to_string(), "mistral"),
+            (
+                r#"{"model_type": "gpt2"}"#.to_string(),
+                "\"llama\", \"mistral\", \"qwen2\", \"qwen3\"; docs/how-to-add-a-family.md",
+            ),
             ("{}".into(), "model_type"),
             (
                 format!(r#"{{{base}, "num_attention_heads": 2}}"#),

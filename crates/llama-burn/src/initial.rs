@@ -40,9 +40,9 @@ impl InitialAdapters {
             return Err(LoraError::PlainHead);
         }
         for layer in 0..model.num_hidden_layers {
-            for (name, d_in, d_out, _) in model.layer_linears() {
-                let module = format!("model.layers.{layer}.{name}");
-                let (r, largest) = (selector.r(&module), d_in.min(d_out));
+            for linear in model.layer_linears() {
+                let module = format!("model.layers.{layer}.{}", linear.name);
+                let (r, largest) = (selector.r(&module), linear.d_in.min(linear.d_out));
                 if selector.matches(&module) && r > largest {
                     return Err(LoraError::RankOfWeight { r, largest });
                 }

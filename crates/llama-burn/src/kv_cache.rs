@@ -78,6 +78,7 @@ impl Llama {
             let prompts = PromptTokens {
                 places: &places,
                 heads: layer.self_attn.heads(),
+                window: layer.self_attn.sliding_window,
             };
             layers.push(kv_cache(k, v, prompts));
             hidden = output;
@@ -146,9 +147,8 @@ mod tests {
     use super::*;
 
     /// Compares sequences continued from the cache, some of them dropped meanwhile, with whole sequences computed anew.
-    fn assert_continued(device: &Device) {
-        let config = crate::model::tests::config();
-        let model = Llama::random(&config, 1, device);
+    fn assert_continued(config: &crate::LlamaConfig, device: &Device) {
+        let model = Llama::random(config, 1, device);
         let sequences: [&[u32]; 4] = [
             &[1, 2, 3, 4, 5, 6, 7],
             &[1, 2, 3, 4, 5, 9],
@@ -197,7 +197,19 @@ mod tests {
 
     #[test]
     fn sequences_continued_from_the_cache_are_those_computed_anew() {
-        assert_continued(&Device::flex());
+        let config = crate::model::tests::config();
+        assert_continued(&config, &Device::flex());
+        let norms_of_heads = crate::LlamaConfig {
+            query_key_norm: true,
+            head_dim: 12,
+            ..config
+        };
+        assert_continued(&norms_of_heads, &Device::flex());
+        let windows = crate::LlamaConfig {
+            windows: vec![None, Some(6)],
+            ..norms_of_heads
+        };
+        assert_continued(&windows, &Device::flex());
     }
 
     #[test]

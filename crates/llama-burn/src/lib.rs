@@ -2,7 +2,9 @@
 //!
 //! | file | what it holds |
 //! | --- | --- |
-//! | `config`, `unsupported` | [`LlamaConfig`] from `config.json`; settings that are rejected |
+//! | [`family`] | what distinguishes the families, one file each |
+//! | `spec` | the tensors and modules of a model, described once |
+//! | `config`, `keys`, `unsupported` | [`LlamaConfig`] from `config.json`; settings that are rejected |
 //! | `weights`, `load` | safetensors and GGUF to a [`Llama`], quantized one tensor at a time |
 //! | [`floats`] | f32, f16 and bf16 from bytes |
 //! | [`gguf`] | llama.cpp's file format, read and written |
@@ -19,16 +21,19 @@
 //! | `random` | a model with random weights made on the device, for measurements |
 //! | [`limited`] | untrusted files: reads up to a size limit |
 //!
-//! The reference is `transformers`' `LlamaForCausalLM`; the workspace's tests compare with it.
+//! The reference is `transformers`' `LlamaForCausalLM` and the classes of the other families; the workspace's tests
+//! compare with them.
 
 mod attention;
 mod autodiff;
 mod config;
 mod decoder_layer;
+pub mod family;
 pub mod floats;
 pub mod gguf;
 mod head_adapter;
 mod initial;
+mod keys;
 mod kv_cache;
 pub mod limited;
 mod load;
@@ -41,6 +46,7 @@ mod replace;
 mod rms_norm;
 mod rope;
 mod rope_scaling;
+mod spec;
 mod token_rows;
 mod unsupported;
 mod vocab_table;
@@ -49,6 +55,7 @@ mod weights;
 pub use attention::Attention;
 pub use config::{ConfigError, LlamaConfig};
 pub use decoder_layer::DecoderLayer;
+pub use family::{Biases, Family};
 pub use head_adapter::HeadAdapter;
 pub use initial::InitialAdapters;
 pub use kernels::{SCORES_AT_ONCE, Segment, heads_apart};
@@ -57,11 +64,12 @@ pub use load::{LoadError, LoadOptions, TensorReport, load, load_with};
 pub use manual::operations;
 pub use manual::{Activations, HiddenGradient, LayerPass, ManualInputs};
 pub use mlp::Mlp;
-pub use model::{Llama, decoder_layer};
+pub use model::Llama;
 pub use packed::{PackedContext, PackedError, PackedTokens};
 pub use rms_norm::RmsNorm;
 pub use rope::inverse_frequencies;
 pub use rope_scaling::{RopeScaling, Yarn};
+pub use spec::{LinearSpec, NormSpec, linear_names};
 pub use token_rows::TokenRows;
 pub use vocab_table::{PIECE_BYTES, VocabTable};
 pub use weights::{

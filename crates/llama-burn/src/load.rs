@@ -9,9 +9,11 @@ use kernels::{IntegerWeight, Quantization, QuantizationError, compact, cpu, quan
 use lora_core::{LoraError, LoraLinear};
 
 use crate::gguf::IntegerTensor;
-use crate::model::decoder_layer;
+use crate::spec::LinearSpec;
 use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Stored};
-use crate::{InitialAdapters, Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
+use crate::{
+    DecoderLayer, InitialAdapters, Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError,
+};
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy)]
@@ -125,18 +127,15 @@ pub fn load_with(
     let mut layers = Vec::with_capacity(config.num_hidden_layers);
     for index in 0..config.num_hidden_layers {
         let prefix = format!("model.layers.{index}");
-        let mut linears = Vec::with_capacity(7);
-        for (name, d_in, d_out, bias) in config.layer_linears() {
-            linears.push(loader.linear(&format!("{prefix}.{name}"), d_in, d_out, bias)?);
+        let mut linears = Vec::new();
+        for linear in config.layer_linears() {
+            linears.push(loader.linear(&prefix, linear)?);
         }
-        let norms = [
-            loader.norm(&format!("{prefix}.input_layernorm.weight"), config)?,
-            loader.norm(&format!("{prefix}.post_attention_layernorm.weight"), config)?,
-        ];
-        let linears = linears
-            .try_into()
-            .expect("a layer has seven linear modules");
-        layers.push(decoder_layer(config, norms, linears));
+        let mut norms = Vec::new();
+        for norm in config.layer_norms() {
+            norms.push(loader.norm(&format!("{prefix}.{}.weight", norm.name), config)?);
+        }
+        layers.push(DecoderLayer::from_parts(config, index, norms, linears));
     }
     let norm = loader.norm("model.norm.weight", config)?;
     let quantize_head = options.quantize_lm_head && options.quantization != Quantization::None;
@@ -186,25 +185,26 @@ impl Loader<'_> {
         });
     }
 
-    fn linear(
-        &mut self,
-        module: &str,
-        d_in: usize,
-        d_out: usize,
-        bias: bool,
-    ) -> Result<LoraLinear, LoadError> {
+    fn linear(&mut self, layer: &str, linear: LinearSpec) -> Result<LoraLinear, LoadError> {
+        let LinearSpec {
+            name,
+            d_in,
+            d_out,
+            bias,
+        } = linear;
+        let module = format!("{layer}.{name}");
         let name = format!("{module}.weight");
         let initial = self.initial.as_ref();
-        let changes = initial.is_some_and(|initial| initial.selects(module));
+        let changes = initial.is_some_and(|initial| initial.selects(&module));
         let integers = if changes { None } else { self.integers(&name)? };
         let (weight, error) = match integers {
             Some(tensor) => self.exact(tensor, [d_in, d_out]),
             None => {
                 let mut values = cpu::transposed(&self.weights.read(&name)?, [d_out, d_in]);
                 if let Some(initial) = self.initial.as_mut().filter(|_| changes) {
-                    let taken = initial.take_out_of(module, &mut values, [d_in, d_out]);
+                    let taken = initial.take_out_of(&module, &mut values, [d_in, d_out]);
                     taken.map_err(|source| LoadError::Adapter {
-                        module: module.into(),
+                        module: module.as_str().into(),
                         source,
                     })?;
                 }

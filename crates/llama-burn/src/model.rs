@@ -6,11 +6,10 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::{CounterRng, Uploads};
 use lora_core::{LoraConfig, LoraError, LoraLinear, ParameterCounts};
 
-use crate::{
-    Attention, DecoderLayer, HeadAdapter, LlamaConfig, Mlp, RmsNorm, TokenRows, VocabTable,
-};
+use crate::spec::LinearSpec;
+use crate::{DecoderLayer, HeadAdapter, LlamaConfig, RmsNorm, TokenRows, VocabTable};
 
-/// A Llama (`LlamaForCausalLM`). Made by [`load`](crate::load) or [`Llama::random`].
+/// A model of any family (`LlamaForCausalLM` and its kin). Made by [`load`](crate::load) or [`Llama::random`].
 #[derive(Module, Debug)]
 #[allow(missing_docs)] // Hugging Face's names.
 pub struct Llama {
@@ -51,8 +50,8 @@ impl Llama {
             Param::from_tensor(Tensor::<1>::from_data(data, (device, DType::F32)))
                 .set_require_grad(false)
         };
-        let norm = || RmsNorm {
-            weight: Param::from_tensor(Tensor::ones([config.hidden_size], (device, DType::F32)))
+        let norm = |width: usize| RmsNorm {
+            weight: Param::from_tensor(Tensor::ones([width], (device, DType::F32)))
                 .set_require_grad(false),
             eps: config.rms_norm_eps,
         };
@@ -68,21 +67,25 @@ impl Llama {
             rows_per_piece,
         };
         let embed_tokens = table(&mut normal);
-        let layers = (0..config.num_hidden_layers).map(|_| {
-            let [q, k, v, o, gate, up, down] =
-                config.layer_linears().map(|(_, d_in, d_out, bias)| {
-                    LoraLinear::frozen(Linear {
-                        weight: frozen(normal(d_in, d_out)),
-                        bias: bias.then(|| zeros(d_out)),
-                    })
-                });
-            decoder_layer(config, [norm(), norm()], [q, k, v, o, gate, up, down])
+        let layers = (0..config.num_hidden_layers).map(|index| {
+            let linear = |linear: &LinearSpec| {
+                LoraLinear::frozen(Linear {
+                    weight: frozen(normal(linear.d_in, linear.d_out)),
+                    bias: linear.bias.then(|| zeros(linear.d_out)),
+                })
+            };
+            let linears = config.layer_linears().iter().map(linear).collect();
+            let norms = config
+                .layer_norms()
+                .into_iter()
+                .map(|spec| norm(spec.width));
+            DecoderLayer::from_parts(config, index, norms.collect(), linears)
         });
         let layers = layers.collect();
         Self {
             embed_tokens,
             layers,
-            norm: norm(),
+            norm: norm(config.hidden_size),
             lm_head: (!config.tie_word_embeddings).then(|| table(&mut normal)),
             quantized_lm_head: Vec::new(),
             lm_head_adapter: None,
@@ -105,7 +108,7 @@ impl Llama {
         let selector = lora.selector()?;
         let root = CounterRng::new(seed);
         for (index, layer) in self.layers.iter_mut().enumerate() {
-            for (module, (name, linear)) in layer.linears_mut().into_iter().enumerate() {
+            for (module, (name, linear)) in layer.linears_mut().enumerate() {
                 let name = format!("model.layers.{index}.{name}");
                 if selector.matches(&name) {
                     let seed = root.fork(index as u64).fork(module as u64).next_u64();
@@ -173,7 +176,7 @@ impl Llama {
             .iter_mut()
             .enumerate()
             .flat_map(|(index, layer)| {
-                let named = layer.linears_mut().into_iter();
+                let named = layer.linears_mut();
                 named.map(move |(name, linear)| (format!("model.layers.{index}.{name}"), linear))
             })
     }
@@ -204,44 +207,10 @@ impl Llama {
     }
 }
 
-/// Builds a layer from its norms (input, post-attention) and linear modules in
-/// [`LlamaConfig::layer_linears`]' order.
-pub fn decoder_layer(
-    config: &LlamaConfig,
-    [input_layernorm, post_attention_layernorm]: [RmsNorm; 2],
-    [
-        q_proj,
-        k_proj,
-        v_proj,
-        o_proj,
-        gate_proj,
-        up_proj,
-        down_proj,
-    ]: [LoraLinear; 7],
-) -> DecoderLayer {
-    DecoderLayer {
-        input_layernorm,
-        self_attn: Attention {
-            q_proj,
-            k_proj,
-            v_proj,
-            o_proj,
-            num_attention_heads: config.num_attention_heads,
-            num_key_value_heads: config.num_key_value_heads,
-            head_dim: config.head_dim,
-        },
-        post_attention_layernorm,
-        mlp: Mlp {
-            gate_proj,
-            up_proj,
-            down_proj,
-        },
-    }
-}
-
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::family::Biases;
     use crate::{PackedTokens, RopeScaling};
     use burn::tensor::Tolerance;
     use lora_core::{Init, TargetModules};
@@ -260,12 +229,12 @@ pub(crate) mod tests {
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::Default,
             tie_word_embeddings: false,
-            attention_bias: true,
-            mlp_bias: false,
+            biases: Biases::of_blocks(true, false),
             initializer_range: 0.2,
             bos_token_id: None,
             eos_token_ids: vec![],
             weight_bytes: 4,
+            ..LlamaConfig::default()
         }
     }
 

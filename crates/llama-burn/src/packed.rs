@@ -205,6 +205,13 @@ impl PackedTokens {
         }
     }
 
+    /// The length of the longest sequence.
+    fn longest(&self) -> usize {
+        let ends = self.segments.iter().zip(self.offsets());
+        let ends = ends.map(|(segment, offset)| offset + segment.length);
+        ends.max().unwrap_or(0)
+    }
+
     /// Each token's position within its sequence.
     pub fn positions(&self) -> Vec<u32> {
         let segments = self.segments.iter().zip(self.offsets());
@@ -316,8 +323,8 @@ impl Sharing<'_> {
 pub struct PackedContext {
     /// The type that products are computed in.
     pub(crate) dtype: DType,
-    /// Which tokens attend to which tokens.
-    pub(crate) attention: AttentionLayout,
+    /// Which tokens attend to which tokens, for each sliding window of a layer; empty for attention with a KV cache.
+    attention: Vec<(Option<usize>, AttentionLayout)>,
     /// The cosines and sines of the tokens' positions.
     pub(crate) rotary: RotaryTables,
 }
@@ -328,6 +335,18 @@ impl PackedContext {
         let mut uploads = Uploads::default();
         let planned = Planned::new(packed, config, dtype, device, SCORES_AT_ONCE, &mut uploads);
         planned.on_device(&uploads.send(device))
+    }
+
+    /// Which tokens attend to which tokens in layers with this sliding window.
+    ///
+    /// # Panics
+    ///
+    /// If the context was prepared for another model or for attention with a KV cache.
+    pub(crate) fn attention(&self, window: Option<usize>) -> &AttentionLayout {
+        match self.attention.iter().find(|(other, _)| *other == window) {
+            Some((_, layout)) => layout,
+            None => panic!("the context was not prepared for a window of {window:?} tokens"),
+        }
     }
 
     /// The context of tokens at these positions, for attention with a KV cache.
@@ -347,7 +366,7 @@ impl PackedContext {
         let rotary = rope::planned(&places, config, &mut uploads);
         Self {
             dtype,
-            attention: AttentionLayout::default(),
+            attention: Vec::new(),
             rotary: rotary.on_device(&uploads.send(device)),
         }
     }
@@ -356,7 +375,7 @@ impl PackedContext {
 /// A [`PackedContext`] whose indices and tables are not copied to the device yet.
 pub(crate) struct Planned {
     dtype: DType,
-    attention: PlannedAttention,
+    attention: Vec<(Vec<Option<usize>>, PlannedAttention)>,
     rotary: PlannedRotary,
 }
 
@@ -375,25 +394,48 @@ impl Planned {
             key: config.num_key_value_heads,
             d: config.head_dim,
         };
-        let segments = &packed.segments;
-        Self {
-            dtype,
-            attention: PlannedAttention::new(
+        let (segments, longest) = (&packed.segments, packed.longest());
+        let mut planned = |window| {
+            PlannedAttention::new(
                 segments,
+                window,
                 heads,
                 dtype,
                 device,
                 scores_at_once,
                 uploads,
-            ),
+            )
+        };
+        // Windows that are not shorter than a sequence share the layout without a window.
+        let mut attention: Vec<(Vec<Option<usize>>, PlannedAttention)> = Vec::new();
+        let mut effective: Vec<Option<usize>> = Vec::new();
+        for window in config.distinct_windows() {
+            let shorter = window.filter(|window| *window < longest);
+            match effective.iter().position(|other| *other == shorter) {
+                Some(index) => attention[index].0.push(window),
+                None => {
+                    effective.push(shorter);
+                    attention.push((vec![window], planned(shorter)));
+                }
+            }
+        }
+        Self {
+            dtype,
+            attention,
             rotary: rope::planned(&packed.places(), config, uploads),
         }
     }
 
     pub(crate) fn on_device(self, uploaded: &Uploaded) -> PackedContext {
+        let mut attention = Vec::new();
+        for (windows, planned) in self.attention {
+            let layout = planned.on_device(uploaded);
+            let windows = windows.into_iter();
+            attention.extend(windows.map(|window| (window, layout.clone())));
+        }
         PackedContext {
             dtype: self.dtype,
-            attention: self.attention.on_device(uploaded),
+            attention,
             rotary: self.rotary.on_device(uploaded),
         }
     }

@@ -6,8 +6,8 @@ use burn::tensor::{DType, Device, Distribution, Tensor};
 use kernels::quantize_on_device;
 use lora_core::LoraLinear;
 
-use crate::model::decoder_layer;
-use crate::{Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
+use crate::spec::LinearSpec;
+use crate::{DecoderLayer, Llama, LlamaConfig, LoadOptions, RmsNorm, VocabTable};
 
 impl Llama {
     /// A model with random weights that the device draws and quantizes, one tensor at a time: normal with Hugging
@@ -22,15 +22,17 @@ impl Llama {
             device,
         };
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
-        let layers = (0..config.num_hidden_layers).map(|_| {
+        let layers = (0..config.num_hidden_layers).map(|index| {
             let linears = config.layer_linears();
-            let linears = linears.map(|(_, d_in, d_out, bias)| draw.linear(d_in, d_out, bias));
-            decoder_layer(config, [draw.norm(), draw.norm()], linears)
+            let linears = linears.iter().map(|linear| draw.linear(linear));
+            let norms = config.layer_norms();
+            let norms = norms.iter().map(|norm| draw.norm(norm.width));
+            DecoderLayer::from_parts(config, index, norms.collect(), linears.collect())
         });
         Self {
             embed_tokens: draw.table(vocab, hidden),
             layers: layers.collect(),
-            norm: draw.norm(),
+            norm: draw.norm(hidden),
             lm_head: (!config.tie_word_embeddings).then(|| draw.table(vocab, hidden)),
             quantized_lm_head: Vec::new(),
             lm_head_adapter: None,
@@ -48,7 +50,10 @@ struct Draw<'a> {
 }
 
 impl Draw<'_> {
-    fn linear(&self, d_in: usize, d_out: usize, bias: bool) -> LoraLinear {
+    fn linear(&self, linear: &LinearSpec) -> LoraLinear {
+        let LinearSpec {
+            d_in, d_out, bias, ..
+        } = *linear;
         let quantization = self.options.quantization;
         let weight = self.parameter(|draw| match quantization.block(d_out) {
             Some(_) => quantize_on_device(draw.normal([d_in, d_out], DType::F32), quantization),
@@ -61,10 +66,9 @@ impl Draw<'_> {
         })
     }
 
-    fn norm(&self) -> RmsNorm {
-        let hidden = self.config.hidden_size;
+    fn norm(&self, width: usize) -> RmsNorm {
         RmsNorm {
-            weight: self.parameter(|draw| Tensor::ones([hidden], (draw.device, DType::F32))),
+            weight: self.parameter(|draw| Tensor::ones([width], (draw.device, DType::F32))),
             eps: self.config.rms_norm_eps,
         }
     }

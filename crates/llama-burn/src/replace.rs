@@ -39,25 +39,20 @@ impl Llama {
             return true;
         }
         let layers = self.layers.iter_mut().enumerate().flat_map(|(i, layer)| {
-            [
-                (
-                    format!("model.layers.{i}.input_layernorm.weight"),
-                    &mut layer.input_layernorm,
-                ),
-                (
-                    format!("model.layers.{i}.post_attention_layernorm.weight"),
-                    &mut layer.post_attention_layernorm,
-                ),
-            ]
+            let norms = layer.norms_mut();
+            norms.map(move |(norm, parameters)| {
+                (format!("model.layers.{i}.{norm}.weight"), parameters)
+            })
         });
         let norms = layers.chain([("model.norm.weight".to_string(), &mut self.norm)]);
         for (norm_name, norm) in norms {
             if norm_name == name {
-                if values.len() != hidden {
+                let [width] = norm.weight.dims();
+                if values.len() != width {
                     return false;
                 }
                 // f32 for every compute type: the norm computes in f32.
-                norm.weight = frozen(TensorData::new(values, [hidden]), DType::F32, &device);
+                norm.weight = frozen(TensorData::new(values, [width]), DType::F32, &device);
                 return true;
             }
         }

@@ -2,13 +2,14 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
-use kernels::InverseRms;
+use kernels::{InverseRms, Normalized};
+use lora_core::LinearInput;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
 /// computed in f32 for every type of `x`.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
-    /// The gain, `[hidden]`.
+    /// The gain, `[hidden]`, or `[head_dim]` of the norms of queries and keys.
     pub weight: Param<Tensor<1>>,
     /// Keeps the square root away from zero.
     pub eps: f64,
@@ -34,6 +35,23 @@ impl RmsNorm {
         kernels::rms_norm_again(x, inverse, self.gain(), self.eps, dtype)
     }
 
+    /// The same for the backward pass of linear layers. `gain` as in [`backward`](Self::backward).
+    pub(crate) fn output<'a>(
+        &'a self,
+        x: &'a Tensor<2>,
+        inverse: &'a InverseRms,
+        gain: Tensor<2>,
+        dtype: DType,
+    ) -> NormOutput<'a> {
+        NormOutput {
+            norm: self,
+            x,
+            inverse,
+            gain,
+            dtype,
+        }
+    }
+
     /// `sum` plus the gradient of `x`, and the same in `dtype`. `gain` is [`gain`](Self::gain), called before the
     /// operations that compute `gradient`.
     pub(crate) fn backward(
@@ -46,5 +64,55 @@ impl RmsNorm {
         dtype: DType,
     ) -> (Tensor<2>, Tensor<2>) {
         kernels::rms_norm_backward(x, inverse, gain, self.eps, gradient, sum, dtype)
+    }
+
+    /// Normalizes each head: rows `[n, heads · d]` as `[n · heads, d]`. Types and saved values as in
+    /// [`manual_forward`](Self::manual_forward); the output has `x`'s type.
+    pub(crate) fn heads_forward(&self, x: &Tensor<2>) -> (Tensor<2>, InverseRms) {
+        let (output, inverse) = self.manual_forward(&self.by_heads(x.clone()), x.dtype());
+        (output.reshape(x.dims()), inverse)
+    }
+
+    /// The gradient of the input of [`heads_forward`](Self::heads_forward) from that of its output, in `x`'s type.
+    pub(crate) fn heads_backward(
+        &self,
+        x: Tensor<2>,
+        inverse: InverseRms,
+        gradient: Tensor<2>,
+    ) -> Tensor<2> {
+        let (dims, dtype, gain) = (x.dims(), x.dtype(), self.gain());
+        let (x, gradient) = (self.by_heads(x), self.by_heads(gradient));
+        let zeros = x.zeros_like();
+        let (d_x, _) = self.backward(&x, inverse, gain, gradient, zeros, dtype);
+        d_x.reshape(dims)
+    }
+
+    fn by_heads(&self, x: Tensor<2>) -> Tensor<2> {
+        let [d] = self.weight.dims();
+        let [n, width] = x.dims();
+        x.reshape([n * (width / d), d])
+    }
+}
+
+/// A norm's output that is computed again if it is needed.
+pub(crate) struct NormOutput<'a> {
+    norm: &'a RmsNorm,
+    x: &'a Tensor<2>,
+    inverse: &'a InverseRms,
+    gain: Tensor<2>,
+    dtype: DType,
+}
+
+impl LinearInput for NormOutput<'_> {
+    fn tensor(self) -> Tensor<2> {
+        self.norm.again(self.x, self.inverse, self.dtype)
+    }
+
+    fn normalized(&self) -> Option<Normalized> {
+        Some(Normalized {
+            x: self.x.clone(),
+            inverse: self.inverse.clone(),
+            gain: self.gain.clone(),
+        })
     }
 }

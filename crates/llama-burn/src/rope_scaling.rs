@@ -5,7 +5,8 @@ use std::f64::consts::TAU;
 
 use serde_json::{Map, Value};
 
-use crate::config::{ConfigError, Keys, invalid};
+use crate::ConfigError;
+use crate::keys::{Keys, invalid};
 
 /// The largest context that is accepted, the limit of every count in a `config.json`.
 const LONGEST: f64 = (1u64 << 28) as f64;

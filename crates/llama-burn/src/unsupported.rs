@@ -2,9 +2,10 @@
 
 use serde_json::{Map, Value};
 
-use crate::config::{ConfigError, invalid};
+use crate::ConfigError;
+use crate::keys::invalid;
 
-/// Rejects weights that are stored quantized, and settings of transformers' `LlamaConfig` that change the results and
+/// Rejects weights that are stored quantized, and settings of transformers' configuration classes that change the results and
 /// are not supported.
 ///
 /// # Errors
@@ -19,7 +20,7 @@ pub(crate) fn refuse(config: &Map<String, Value>) -> Result<(), ConfigError> {
             object,
             "partial_rotary_factor",
             1.0,
-            "a Llama rotates whole heads; only 1.0 is supported",
+            "heads are rotated whole; only 1.0 is supported",
         )?;
     }
     number(
@@ -31,7 +32,7 @@ pub(crate) fn refuse(config: &Map<String, Value>) -> Result<(), ConfigError> {
     match set(config, "hidden_act") {
         None => {}
         Some(Value::String(act)) if act == "silu" => {}
-        Some(other) => return Err(invalid("hidden_act", other, "only \"silu\" is a Llama's")),
+        Some(other) => return Err(invalid("hidden_act", other, "only \"silu\" is supported")),
     }
     let Some(quantization) = set(config, "quantization_config") else {
         return Ok(());

@@ -122,7 +122,7 @@ pub const HEAD_WEIGHT: &str = "lm_head.weight";
 /// An open GGUF file.
 struct Gguf {
     file: GgufFile,
-    head_dim: usize,
+    config: LlamaConfig,
 }
 
 /// One open file.
@@ -209,10 +209,7 @@ impl Weights {
         Ok(Self {
             shards: Vec::new(),
             tensors,
-            gguf: Some(Gguf {
-                file,
-                head_dim: config.head_dim,
-            }),
+            gguf: Some(Gguf { file, config }),
         })
     }
 
@@ -399,15 +396,15 @@ impl Gguf {
     /// llama.cpp's name of a tensor, and the order of its rows.
     fn place(&self, name: &str, shape: &[usize]) -> Result<(String, Option<Rows>), WeightsError> {
         let theirs = gguf::llama_cpp_name(name).unwrap_or_else(|| name.into());
-        let rows = gguf::rows_of(name, self.head_dim);
+        let rows = gguf::rows_of(name, &self.config);
+        let head_dim = self.config.head_dim;
         match shape.first() {
-            Some(count) if rows.is_some() && !count.is_multiple_of(self.head_dim) => {
+            Some(count) if rows.is_some() && !count.is_multiple_of(head_dim) => {
                 let error = GgufError::Tensor {
                     file: self.file.header.path.clone(),
                     name: theirs,
                     reason: format!(
-                        "has {count} rows, which is not a multiple of the head's {}",
-                        self.head_dim
+                        "has {count} rows, which is not a multiple of the head's {head_dim}"
                     ),
                 };
                 Err(error.into())

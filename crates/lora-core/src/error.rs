@@ -102,6 +102,19 @@ pub enum LoraError {
     /// The layer is quantized or has an adapter already.
     #[error("this layer already {0}")]
     Already(&'static str),
+    /// A module that is to be adapted has a layer with an adapter.
+    #[error("the layer {0:?} has an adapter already; merge it first, with `materialize()`")]
+    AlreadyAdapted(Box<str>),
+    /// An initialization that changes the weights of a module whose adapters are saved apart from them.
+    #[error(
+        "init_lora_weights {0} changes the frozen weights, and the saved adapter would belong to the changed weights; use kaiming or gaussian here"
+    )]
+    InitOfModule(Init),
+    /// Dropout of an adapter's input, in a module whose layers do not compute it.
+    #[error(
+        "lora_dropout is set, but a burn::nn::Linear computes no dropout of its adapter's input; set it to 0, or use LoraLinear in place of Linear"
+    )]
+    DropoutInLinear,
     /// The layer has no adapter to merge or to read.
     #[error("this layer has no adapter")]
     NoAdapter,

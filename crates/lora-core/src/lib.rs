@@ -5,6 +5,7 @@
 //! | [`LoraConfig`], [`TargetModules`], [`Init`] | `config.rs` | what to adapt and how, with PEFT's names and meaning |
 //! | [`LoraLinear`] | `linear.rs` | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
 //! | [`LoraLinear::forward`] | `autodiff.rs` | its forward pass in Burn's autodiff graph |
+//! | [`adapt`], [`Adapt`] | `adapt.rs` | adapters in any Burn module, by the names of its layers |
 //! | [`LinearGroup`] | `manual.rs` | the manual forward and backward pass, without a graph, for trainers |
 //! | [`Factors`] | `initial.rs` | PiSSA and OLoRA: adapters that are a part of the weight |
 //! | [`best_factors`] | `svd.rs` | singular values; the best approximation by a lower rank |
@@ -36,6 +37,7 @@
 //! # Ok::<(), lora_core::LoraError>(())
 //! ```
 
+mod adapt;
 mod autodiff;
 mod config;
 mod count;
@@ -49,6 +51,7 @@ mod method;
 mod selector;
 mod svd;
 
+pub use adapt::{Adapt, Attached, adapt, attached_parameters, linear_layers, map_linear_weights};
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
 pub use dropout::AdapterDropout;
@@ -59,7 +62,7 @@ pub use kernels::{
     frozen_linear_backward, quantize, quantize_data, spoil,
 };
 pub use linear::LoraLinear;
-pub use manual::{LinearGroup, LowRank};
+pub use manual::{LinearGroup, LinearInput, LowRank};
 pub use method::{Accumulate, Adapter, Dora, Facts, Method, Scaling};
 pub use selector::ModuleSelector;
 pub use svd::best_factors;

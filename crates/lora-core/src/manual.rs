@@ -13,12 +13,31 @@
 use burn::tensor::{DType, Tensor};
 
 use kernels::{
-    Direction, LowRankPart, LowRankTerm, adapted_product, frozen_product, low_rank_columns,
-    low_rank_gradients, multiply_add, multiply_in_f32, product, transposes_low_rank,
+    Direction, LowRankPart, LowRankTerm, Normalized, adapted_product, frozen_product,
+    gated_product, gated_product_backward, low_rank_columns, low_rank_gradients,
+    low_rank_gradients_of_norm, multiply_add, multiply_in_f32, product, swiglu, swiglu_backward,
+    transposes_low_rank,
 };
 
 use crate::LoraLinear;
 use crate::method::{Accumulate, Adapter, Scaling};
+
+/// The input of a group in its backward pass: a tensor that is computed again, if it is needed at all.
+pub trait LinearInput {
+    /// The input, `[n, d_in]`.
+    fn tensor(self) -> Tensor<2>;
+
+    /// The input as the output of an RMSNorm, for kernels that need not have it in memory.
+    fn normalized(&self) -> Option<Normalized> {
+        None
+    }
+}
+
+impl<F: FnOnce() -> Tensor<2>> LinearInput for F {
+    fn tensor(self) -> Tensor<2> {
+        self()
+    }
+}
 
 /// Layers with the same input, run together outside an autodiff graph.
 ///
@@ -89,7 +108,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     }
 
     /// The outputs, each added to its entry of `sums` if there is one. An output has the type of its sum, or without a
-    /// sum the type of `x`, in which products are computed.
+    /// sum the type of `x`, in which products are computed. See also [`forward_gated`](LinearGroup::forward_gated).
     ///
     /// # Shapes
     ///
@@ -102,8 +121,20 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     pub fn forward(
         &self,
         x: &Tensor<2>,
-        mut sums: [Option<Tensor<2>>; N],
+        sums: [Option<Tensor<2>>; N],
     ) -> ([Tensor<2>; N], LowRank<N>) {
+        let (outputs, saved, _) = self.forward_with(x, sums, false);
+        (outputs, saved)
+    }
+
+    /// As [`forward`](Self::forward). With `gates`, the first output is SwiGLU's gate and the last one its up, and
+    /// SwiGLU's output is returned if the last product computed it.
+    fn forward_with(
+        &self,
+        x: &Tensor<2>,
+        mut sums: [Option<Tensor<2>>; N],
+        gates: bool,
+    ) -> ([Tensor<2>; N], LowRank<N>, Option<Tensor<2>>) {
         let grouped = (self.has_adapters() && !self.drops())
             .then(|| self.grouped_low_rank(x))
             .flatten();
@@ -112,6 +143,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             None => self.low_rank(x),
         };
         let mut scaled = [const { None }; N];
+        let (mut gate, mut gated) = (None, None);
         let outputs = std::array::from_fn(|i| {
             let layer = self.layers[i];
             let weight = layer.weight.base();
@@ -152,12 +184,24 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         low,
                         b: adapted.b.clone(),
                     });
-                    adapted_product(sum, x.clone(), weight, low_rank, Direction::Forward)
+                    match gate.as_ref().filter(|_| layer.bias.is_none() && i + 1 == N) {
+                        Some(gate) => {
+                            let (up, output) = gated_product(gate, x.clone(), weight, low_rank);
+                            gated = Some(output);
+                            up
+                        }
+                        None => {
+                            adapted_product(sum, x.clone(), weight, low_rank, Direction::Forward)
+                        }
+                    }
                 }
             };
             if let Some(bias) = &layer.bias {
                 let dtype = y.dtype();
                 y = y + bias.val().without_autodiff().cast(dtype).unsqueeze();
+            }
+            if gates && i == 0 {
+                gate = Some(y.clone());
             }
             y
         });
@@ -167,14 +211,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             all_a,
             grouped,
         };
-        (outputs, saved)
+        (outputs, saved, gated)
     }
 
     /// Computes the gradients of the adapters, each passed to `accumulate` in f32. Returns the gradient of `x` if
     /// `input_gradient` is set.
     ///
-    /// `x` is called only if a layer has an adapter, because it may compute the input again. `saved` comes from
-    /// [`forward`](Self::forward).
+    /// `x` is read only if a layer has an adapter, because it may compute the input again. `saved` comes from
+    /// [`forward`](Self::forward). See also [`backward_gated`](LinearGroup::backward_gated).
     ///
     /// # Shapes
     ///
@@ -182,13 +226,31 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     /// - `d_outputs`: `[n, d_out]` of each layer
     pub fn backward(
         &self,
-        x: impl FnOnce() -> Tensor<2>,
+        x: impl LinearInput,
         saved: LowRank<N>,
         d_outputs: [Tensor<2>; N],
         input_gradient: bool,
         accumulate: &mut Accumulate<'_>,
     ) -> Option<Tensor<2>> {
+        let last = |sum, d_output, weight, low_rank| {
+            adapted_product(sum, d_output, weight, low_rank, Direction::Backward)
+        };
+        self.backward_with(x, saved, d_outputs, input_gradient, last, accumulate)
+    }
+
+    /// As [`backward`](Self::backward). The last product with a frozen weight is `last`, of the sum so far, the gradient
+    /// of a layer's output, its weight and the term of low rank. Unless there is dropout, its result is returned.
+    fn backward_with(
+        &self,
+        x: impl LinearInput,
+        saved: LowRank<N>,
+        d_outputs: [Tensor<2>; N],
+        input_gradient: bool,
+        last: impl FnOnce(Option<Tensor<2>>, Tensor<2>, Tensor<2>, Option<LowRankTerm>) -> Tensor<2>,
+        accumulate: &mut Accumulate<'_>,
+    ) -> Option<Tensor<2>> {
         let dtype = d_outputs[0].dtype();
+        let mut last_product = Some(last);
         // Under dropout, the gradients of scaled outputs before the scaling: the base layer's undropped part is not
         // scaled.
         let mut d_unscaled: [Option<Tensor<2>>; N] = [const { None }; N];
@@ -271,25 +333,24 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                     low,
                     b: adapted.a.clone().transpose(),
                 });
-                let last = if i + 1 == N { low_rank.take() } else { None };
-                let low_rank = own.or(last);
-                d_input = Some(adapted_product(
-                    d_input,
-                    d_base,
-                    weight,
-                    low_rank,
-                    Direction::Backward,
-                ));
+                let is_last = i + 1 == N;
+                let low_rank = own.or(if is_last { low_rank.take() } else { None });
+                let sum = d_input.take();
+                d_input = Some(match last_product.take_if(|_| is_last) {
+                    Some(last) => last(sum, d_base, weight, low_rank),
+                    None => adapted_product(sum, d_base, weight, low_rank, Direction::Backward),
+                });
             }
         }
         if self.has_adapters() {
-            let x = x();
             match low_gradients {
-                LowGradients::Together(Some(all)) => self.shared_backward(x, all, accumulate),
+                LowGradients::Together(Some(all)) => {
+                    self.shared_backward(x.tensor(), all, accumulate);
+                }
                 LowGradients::Together(None) => {}
-                LowGradients::Grouped(all) => self.grouped_backward(&x, &all, accumulate),
+                LowGradients::Grouped(all) => self.grouped_backward(x, &all, accumulate),
                 LowGradients::Apart(all) => {
-                    self.dropped_backward(x, all, d_dropped, &mut d_input, accumulate);
+                    self.dropped_backward(x.tensor(), all, d_dropped, &mut d_input, accumulate);
                 }
             }
         }
@@ -365,9 +426,17 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     }
 
     /// The gradients of A from [`grouped_low_gradients`](Self::grouped_low_gradients).
-    fn grouped_backward(&self, x: &Tensor<2>, all: &Tensor<2>, accumulate: &mut Accumulate<'_>) {
+    fn grouped_backward(
+        &self,
+        x: impl LinearInput,
+        all: &Tensor<2>,
+        accumulate: &mut Accumulate<'_>,
+    ) {
         let ranks: Vec<usize> = self.adapted().map(|adapted| adapted.rank).collect();
-        let gradients = low_rank_gradients(all, &vec![x.clone(); ranks.len()], &ranks, true);
+        let normalized = x.normalized();
+        let gradients = normalized
+            .and_then(|normalized| low_rank_gradients_of_norm(all, &normalized, &ranks))
+            .or_else(|| low_rank_gradients(all, &vec![x.tensor(); ranks.len()], &ranks, true));
         let gradients = gradients.unwrap_or_else(|| unreachable!("the device has the kernels"));
         for (adapted, d_a) in self.adapted().zip(gradients) {
             adapted.adapter.gradient_of_a(d_a, accumulate);
@@ -543,6 +612,59 @@ fn scaled(x: Tensor<2>, scale: Option<f64>) -> Tensor<2> {
     match scale {
         Some(scale) if scale != 1.0 => x.mul_scalar(scale),
         _ => x,
+    }
+}
+
+/// The layers of a feed-forward block with SwiGLU.
+impl LinearGroup<'_, 2> {
+    /// The gate, up and SwiGLU's output `silu(gate) · up` of a group of both layers. On GPUs SwiGLU is part of up's
+    /// product.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`: `[n, d_in]`
+    /// - outputs: `[n, intermediate]`
+    pub fn forward_gated(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], LowRank<2>) {
+        let ([gate, up], saved, gated) = self.forward_with(x, [None, None], true);
+        let output = gated.unwrap_or_else(|| swiglu(&gate, &up));
+        ([gate, up, output], saved)
+    }
+}
+
+impl LinearGroup<'_, 1> {
+    /// As [`backward`](Self::backward) for a layer whose input is SwiGLU's output. Returns the gradients of `gate` and
+    /// `up`, in their memory if it is not shared. On GPUs SwiGLU's backward pass is part of the product.
+    ///
+    /// # Shapes
+    ///
+    /// - `gate`, `up`, outputs: `[n, d_in]`
+    /// - `d_output`: `[n, d_out]`
+    pub fn backward_gated(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        saved: LowRank<1>,
+        d_output: Tensor<2>,
+        input_gradient: bool,
+        accumulate: &mut Accumulate<'_>,
+    ) -> Option<(Tensor<2>, Tensor<2>)> {
+        // Computed before the gradients take the place of gate and up.
+        let input = self.has_adapters().then(|| swiglu(&gate, &up));
+        let input = || input.unwrap_or_else(|| unreachable!("there is an adapter"));
+        if self.drops() {
+            // Dropout changes the gradient after the product.
+            let d_input = self.backward(input, saved, [d_output], input_gradient, accumulate)?;
+            return Some(swiglu_backward(gate, up, d_input));
+        }
+        let mut d_gate = None;
+        let last = |_sum, d_output, weight, low_rank| {
+            let gradients = gated_product_backward(gate, up, d_output, weight, low_rank);
+            d_gate = Some(gradients.0);
+            gradients.1
+        };
+        let d_outputs = [d_output];
+        let d_up = self.backward_with(input, saved, d_outputs, input_gradient, last, accumulate)?;
+        Some((d_gate?, d_up))
     }
 }
 

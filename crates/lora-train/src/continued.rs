@@ -152,7 +152,7 @@ fn trainable(
     name_tables(&mut plain);
     plain.layers_pattern = Vec::new();
     if let TargetModules::Names(names) = &mut plain.target_modules {
-        // PEFT keeps names that match nothing; a configuration accepts only a Llama's modules.
+        // PEFT keeps names that match nothing; a configuration accepts only a decoder's modules.
         let modules = linear_modules(model);
         names.retain(|name| {
             let ends = |module: &String| module == name || module.ends_with(&format!(".{name}"));
@@ -165,7 +165,7 @@ fn trainable(
         Ok(plain)
     } else {
         let got = format!("{:?}", lora.layers_pattern);
-        let why = "only the pattern \"layers\" fits a Llama";
+        let why = "only the pattern \"layers\" fits this model";
         Err(refused("layers_pattern", got, why))
     }
 }
@@ -208,7 +208,7 @@ fn linear_modules(model: &LlamaConfig) -> Vec<String> {
     let layers = 0..model.num_hidden_layers;
     let names = layers.flat_map(|layer| {
         let linears = model.layer_linears().into_iter();
-        linears.map(move |(name, ..)| format!("model.layers.{layer}.{name}"))
+        linears.map(move |linear| format!("model.layers.{layer}.{}", linear.name))
     });
     names.chain(["lm_head".to_string()]).collect()
 }

@@ -11,7 +11,7 @@ pub mod flops;
 pub mod on_gpu;
 mod report;
 
-use llama_burn::LlamaConfig;
+use llama_burn::{LinearSpec, LlamaConfig};
 use lora_core::{LoraConfig, LoraError, ParameterCounts, Quantization, TargetModules};
 
 use data::Batch;
@@ -292,7 +292,7 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
     let linear: u64 = model
         .layer_linears()
         .iter()
-        .map(|(_, d_in, d_out, _)| (d_in * d_out * model.num_hidden_layers) as u64)
+        .map(|linear| (linear.elements() * model.num_hidden_layers) as u64)
         .sum();
     let bits = match (options.quantization, options.stored()) {
         (Quantization::Bits4, Quantization::Bits8) => "4 bits stored in bytes".into(),
@@ -331,7 +331,7 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
 /// values, and the transposed values. The embedding comes first and is only read.
 fn loading(model: &LlamaConfig) -> Part {
     let linears = model.layer_linears();
-    let largest = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).max();
+    let largest = linears.iter().map(LinearSpec::elements).max();
     let largest = (largest.unwrap_or(0) * (model.weight_bytes + 8)) as u64;
     Part {
         name: "while loading (part of the weight files memory-mapped, one tensor at a time in f32)"
@@ -368,12 +368,11 @@ mod tests {
             rope_theta: 10_000.0,
             rope_scaling: llama_burn::RopeScaling::Default,
             tie_word_embeddings,
-            attention_bias: false,
-            mlp_bias: false,
             initializer_range: 0.02,
             bos_token_id: None,
             eos_token_ids: vec![],
             weight_bytes: 2,
+            ..LlamaConfig::default()
         }
     }
 

@@ -111,7 +111,7 @@ fn measure(device: &Device) -> Result<Numbers, ParityError> {
     })
 }
 
-/// Widths with whole blocks of 32 (hidden) and of 8 only (intermediate), grouped queries, biases.
+/// Widths with whole blocks of 32 (hidden) and of 8 only (intermediate), grouped queries, biases, norms of heads.
 fn config() -> LlamaConfig {
     LlamaConfig {
         vocab_size: 160,
@@ -126,12 +126,13 @@ fn config() -> LlamaConfig {
         rope_theta: 10_000.0,
         rope_scaling: RopeScaling::Default,
         tie_word_embeddings: true,
-        attention_bias: true,
-        mlp_bias: false,
+        biases: llama_burn::Biases::of_blocks(true, false),
+        query_key_norm: true,
         initializer_range: 0.15,
         bos_token_id: None,
         eos_token_ids: vec![],
         weight_bytes: 4,
+        ..LlamaConfig::default()
     }
 }
 

@@ -18,8 +18,9 @@ fn widths(model: &LlamaConfig) -> BTreeMap<String, [usize; 2]> {
     let (vocab, hidden) = (model.vocab_size, model.hidden_size);
     let layers = (0..model.num_hidden_layers).flat_map(|layer| {
         let linears = model.layer_linears().into_iter();
-        linears.map(move |(name, d_in, d_out, _)| {
-            (format!("model.layers.{layer}.{name}"), [d_in, d_out])
+        linears.map(move |linear| {
+            let name = format!("model.layers.{layer}.{}", linear.name);
+            (name, [linear.d_in, linear.d_out])
         })
     });
     let tables = [

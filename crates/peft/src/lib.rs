@@ -11,6 +11,7 @@ mod floats;
 mod initial;
 mod merged;
 mod model;
+mod module;
 mod tensors;
 mod token_rows;
 
@@ -23,6 +24,7 @@ use llama_burn::limited::{self, LARGEST_SETTINGS};
 pub use combine::{Combination, CombineError, Weighted, combine};
 pub use config::AdapterConfig;
 pub use floats::Floats;
+pub use module::{load_module, save_module};
 pub use tensors::read_floats;
 pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, tensor_names, vector_name};
 pub use token_rows::{check_tokens, name_tables, trains_embedding, with_fresh_rows};

@@ -154,7 +154,7 @@ impl AdapterTensors {
 }
 
 impl AdapterPair {
-    fn put_on(
+    pub(super) fn put_on(
         &self,
         linear: LoraLinear,
         method: Method,
@@ -183,7 +183,7 @@ fn place(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::from_data(data, (device, DType::F32))
 }
 
-fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
+pub(super) fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
     let data = tensor.into_data().convert::<f32>();
     data.try_to_vec().map_err(|error| AdapterError::Unreadable {
         name: name.into(),
@@ -192,7 +192,7 @@ fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
 }
 
 /// Adds the module's name to an error of a layer.
-fn in_module(error: LoraError, module: &str) -> AdapterError {
+pub(super) fn in_module(error: LoraError, module: &str) -> AdapterError {
     AdapterError::Module {
         module: module.into(),
         source: Box::new(error),
@@ -220,12 +220,11 @@ mod tests {
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::Default,
             tie_word_embeddings: true,
-            attention_bias: false,
-            mlp_bias: false,
             initializer_range: 0.3,
             bos_token_id: None,
             eos_token_ids: vec![],
             weight_bytes: 4,
+            ..LlamaConfig::default()
         }
     }
 

@@ -221,8 +221,7 @@ impl<'a> Run<'a> {
 
     fn attention(&self, subject: &Subject, outputs: &mut Outputs) -> Result<(), String> {
         let config = &subject.config;
-        let queries = config.num_attention_heads * config.head_dim;
-        let keys = config.num_key_value_heads * config.head_dim;
+        let (queries, keys) = (config.query_width(), config.key_width());
         let [q, k, v, gradient] = [(50, queries), (51, keys), (52, keys), (53, queries)]
             .map(|(seed, width)| self.place(self.inputs.more(seed, width)));
         outputs.push(named(
@@ -234,6 +233,15 @@ impl<'a> Run<'a> {
             operations::rope(k.clone(), self.context, true),
         )?);
         let attention = &self.layer.self_attn;
+        for (norm, x) in [(&attention.q_norm, &q), (&attention.k_norm, &k)] {
+            let Some(norm) = norm else {
+                continue;
+            };
+            outputs.push(named("rms_norm", operations::head_norm(norm, x))?);
+            let gradient = self.place(self.inputs.more(54, x.dims()[1]));
+            let through = operations::head_norm_backward(norm, x.clone(), gradient);
+            outputs.push(named("rms_norm_backward", through)?);
+        }
         let (mixed, gradients) =
             operations::attend_and_back(attention, [q, k, v], gradient, self.context);
         outputs.push(named("attention", mixed)?);

@@ -5,7 +5,7 @@ use burn::nn::Linear;
 use burn::tensor::quantization::QuantStore;
 use burn::tensor::{DType, Device, FloatDType, Tensor, TensorData};
 use kernels::{CounterRng, compact, quantize_data};
-use llama_burn::{DecoderLayer, LlamaConfig, PackedTokens, RmsNorm, decoder_layer};
+use llama_burn::{DecoderLayer, LinearSpec, LlamaConfig, PackedTokens, RmsNorm};
 use lora_core::{LoraLinear, Method};
 use rayon::prelude::*;
 
@@ -21,8 +21,11 @@ const WEIGHTS_ON_SOFTWARE: usize = 2 << 20;
 pub struct Subject {
     /// The shapes.
     pub config: LlamaConfig,
-    norms: [Vec<f32>; 2],
+    /// In the order of [`LlamaConfig::layer_norms`].
+    norms: Vec<Vec<f32>>,
     linears: Vec<HostLinear>,
+    /// The sliding window of the layer.
+    window: Option<usize>,
 }
 
 struct HostLinear {
@@ -73,7 +76,13 @@ impl Subject {
             };
             names.as_ref().is_none_or(in_some)
         };
-        let linear = |(index, (name, d_in, d_out, bias)): (usize, &(&str, usize, usize, bool))| {
+        let linear = |(index, linear): (usize, &LinearSpec)| {
+            let LinearSpec {
+                name,
+                d_in,
+                d_out,
+                bias,
+            } = linear;
             let seed = 100 + 10 * index as u64;
             // So that outputs are as long as inputs, roughly as in trained layers.
             let values = numbers(seed, d_in * d_out, (*d_in as f64).powf(-0.5));
@@ -100,13 +109,16 @@ impl Subject {
                 adapter,
             }
         };
-        let norm = |seed| {
-            let around_one = numbers(seed, config.hidden_size, 0.2).into_iter();
+        let norm = |(seed, width)| {
+            let around_one = numbers(seed, width, 0.2).into_iter();
             around_one.map(|x| 1.0 + x).collect()
         };
+        let norms = config.layer_norms().into_iter();
         let subject = Self {
-            norms: [norm(1), norm(2)],
+            norms: (1..).zip(norms.map(|norm| norm.width)).map(norm).collect(),
             linears: linears.iter().enumerate().map(linear).collect(),
+            // The last layers have the windows where not all have them.
+            window: config.window(config.num_hidden_layers - 1),
             config,
         };
         let most = tokens_at_most(is_software);
@@ -120,7 +132,7 @@ impl Subject {
     ///
     /// If the device does not return its tensors.
     pub fn of(layer: &DecoderLayer, config: &LlamaConfig) -> Result<Self, String> {
-        let norm = |norm: &RmsNorm| data(norm.weight.val());
+        let norm = |(_, norm): (_, &RmsNorm)| floats(data(norm.weight.val())?);
         let linear = |(_, linear): &(_, &LoraLinear)| {
             let bias = linear.bias.as_ref();
             let adapter = linear.adapter().map(|adapter| {
@@ -146,10 +158,8 @@ impl Subject {
         };
         Ok(Self {
             config: config.clone(),
-            norms: [
-                floats(norm(&layer.input_layernorm)?)?,
-                floats(norm(&layer.post_attention_layernorm)?)?,
-            ],
+            norms: layer.norms().map(norm).collect::<Result<_, _>>()?,
+            window: layer.self_attn.sliding_window,
             linears: layer
                 .linears()
                 .iter()
@@ -199,8 +209,11 @@ impl Subject {
             // The shapes come from the weight itself.
             adapted.unwrap_or(linear)
         };
-        let norms = [norm(&self.norms[0]), norm(&self.norms[1])];
-        decoder_layer(&self.config, norms, std::array::from_fn(linear))
+        let norms = self.norms.iter().map(norm).collect();
+        let linears = (0..self.linears.len()).map(linear).collect();
+        let mut layer = DecoderLayer::from_parts(&self.config, 0, norms, linears);
+        layer.self_attn.sliding_window = self.window;
+        layer
     }
 }
 
@@ -213,7 +226,7 @@ fn bounded(model: &LlamaConfig, is_software: bool) -> LlamaConfig {
     };
     let weights = |model: &LlamaConfig| -> usize {
         let linears = model.layer_linears();
-        linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).sum()
+        linears.iter().map(LinearSpec::elements).sum()
     };
     let mut config = model.clone();
     // Whole blocks of every quantization stay whole.

@@ -14,8 +14,7 @@ pub(super) struct Adapter {
     folder: PathBuf,
     config: AdapterConfig,
     tensors: AdapterTensors,
-    head_dim: usize,
-    tied: bool,
+    model: LlamaConfig,
 }
 
 /// A matrix of llama.cpp's LoRA file, row-major.
@@ -38,8 +37,7 @@ impl Adapter {
             folder: folder.into(),
             config,
             tensors,
-            head_dim: model.head_dim,
-            tied: model.tie_word_embeddings,
+            model: model.clone(),
         })
     }
 
@@ -73,6 +71,11 @@ impl Adapter {
         })
     }
 
+    /// llama.cpp's architecture of the model.
+    pub fn architecture(&self) -> &'static str {
+        self.model.family.gguf_architecture
+    }
+
     /// llama.cpp's α and matrices. llama.cpp scales by α over each matrix's rank. If the adapter's scale of
     /// a module differs (patterns, α/√r), B is multiplied by the ratio.
     pub fn lora_tensors(&self) -> Result<(f32, Vec<LoraTensor>), ExportGgufError> {
@@ -97,7 +100,7 @@ impl Adapter {
             let factor = (selector.scale(module) * r as f64 / alpha) as f32;
             let mut b = cpu::transposed(&pair.b, [r, d_out]);
             b.iter_mut().for_each(|value| *value *= factor);
-            if let Some(rows) = rows_of(&name, self.head_dim) {
+            if let Some(rows) = rows_of(&name, &self.model) {
                 b = rows.to_llama_cpp(&b, r);
             }
             tensors.push(LoraTensor {
@@ -128,7 +131,9 @@ impl Adapter {
                 Some(format!("{module}'s {vector}"))
             } else if pair.bias.is_some() {
                 Some(format!("a bias of {module}'s B"))
-            } else if name == EMBEDDING_WEIGHT || (name == HEAD_WEIGHT && self.tied) {
+            } else if name == EMBEDDING_WEIGHT
+                || (name == HEAD_WEIGHT && self.model.tie_word_embeddings)
+            {
                 Some(format!("matrices for {module}, which is the embedding"))
             } else {
                 None

@@ -117,7 +117,7 @@ fn write_model(
         adapter.add_untied_head(model, &mut shapes);
     }
     let mut metadata = vec![
-        text("general.architecture", "llama"),
+        text("general.architecture", model.family.gguf_architecture),
         text("general.type", "model"),
     ];
     if let Some(name) = path.file_stem() {
@@ -182,7 +182,7 @@ fn write_model(
                 Some(adapter) => adapter.merged(&mut weights, model, name)?,
                 None => weights.read(name)?,
             };
-            if let Some(rows) = rows_of(name, model.head_dim) {
+            if let Some(rows) = rows_of(name, model) {
                 let columns = shape.get(1).copied().unwrap_or(1);
                 values = rows.to_llama_cpp(&values, columns);
             }
@@ -207,7 +207,7 @@ fn write_adapter(
     }
     let (alpha, tensors) = adapter.lora_tensors()?;
     let metadata = [
-        text("general.architecture", "llama"),
+        text("general.architecture", adapter.architecture()),
         text("general.type", "adapter"),
         text("adapter.type", "lora"),
         ("adapter.lora.alpha".into(), Value::F32(alpha)),

@@ -191,12 +191,11 @@ mod tests {
             rope_theta: 10_000.0,
             rope_scaling: RopeScaling::Default,
             tie_word_embeddings: true,
-            attention_bias: false,
-            mlp_bias: false,
             initializer_range: 0.3,
             bos_token_id: None,
             eos_token_ids: vec![],
             weight_bytes: 4,
+            ..LlamaConfig::default()
         };
         Llama::random(&config, 3, &Device::flex())
     }

@@ -20,6 +20,7 @@ pub struct Cache {
     used: usize,
     /// The padding before each sequence's prompt.
     padding: Vec<usize>,
+    window: Option<usize>,
 }
 
 impl Cache {
@@ -44,6 +45,7 @@ impl Cache {
             keys_values,
             used: longest,
             padding,
+            window: prompts.window,
         }
     }
 
@@ -66,8 +68,12 @@ impl Cache {
 
     /// 0 for a token of a sequence, very negative elsewhere: `[sequences, 1, 1, capacity]`.
     fn mask(&self, capacity: usize, scores: &Tensor<4>) -> Tensor<4> {
+        let oldest = self
+            .window
+            .map_or(0, |window| self.used.saturating_sub(window));
         let row = |padding: &usize| {
-            let hidden = |place: usize| place < *padding || place >= self.used;
+            let first = oldest.max(*padding);
+            let hidden = |place: usize| place < first || place >= self.used;
             let mask = move |place| if hidden(place) { MASKED } else { 0.0 };
             (0..capacity).map(mask).collect::<Vec<f32>>()
         };

@@ -38,6 +38,8 @@ pub struct Tile {
     last_seen: Tensor<4>,
     /// The keys' indices, `[1, 1, 1, visible]`.
     numbers: Tensor<4>,
+    /// The length of the sliding window, if there is one.
+    window: Option<usize>,
 }
 
 #[derive(Debug, Clone)]
@@ -76,6 +78,7 @@ pub struct PlannedPadded {
     keys: usize,
     tokens: usize,
     group: usize,
+    window: Option<usize>,
     padding: Option<(Ints, Ints, Floats)>,
     shared: Option<PlannedShared>,
     /// The number of segments in `last_seen`: all, or 1 if they are alike.
@@ -109,7 +112,8 @@ impl PlannedPadded {
         uploads: &mut Uploads,
     ) -> Self {
         let group = heads.query / heads.key;
-        let ranges = &ranges.0;
+        let window = ranges.window;
+        let ranges = &ranges.segments;
         let segments = ranges.len();
         let queries = ranges.iter().map(|span| span.own.len()).max().unwrap_or(0);
         let ends = ranges.iter().map(|span| span.offset + span.own.len());
@@ -164,6 +168,7 @@ impl PlannedPadded {
             keys,
             tokens,
             group,
+            window,
             padding,
             shared,
             apart,
@@ -186,6 +191,7 @@ impl PlannedPadded {
             numbers: numbers.clone().narrow(3, 0, visible),
             queries,
             visible,
+            window: self.window,
         });
         Padded {
             segments: self.segments,
@@ -334,8 +340,16 @@ impl Tile {
             DType::F16 => MASKED_F16,
             _ => MASKED,
         };
-        let difference = self.last_seen.clone() - self.numbers.clone();
-        difference.clamp(-1.0, 0.0).mul_scalar(-masked)
+        let behind = self.last_seen.clone() - self.numbers.clone();
+        let hidden = behind.clone().clamp(-1.0, 0.0);
+        let hidden = match self.window {
+            Some(window) => {
+                let outside = behind.neg().add_scalar(window as f64 - 1.0);
+                hidden + outside.clamp(-1.0, 0.0)
+            }
+            None => hidden,
+        };
+        hidden.mul_scalar(-masked)
     }
 }
 
@@ -366,7 +380,7 @@ mod tests {
             length: *length,
             parent: *parent,
         });
-        let ranges = AttentionRanges::new(&segments.collect::<Vec<_>>());
+        let ranges = AttentionRanges::new(&segments.collect::<Vec<_>>(), None);
         let mut uploads = Uploads::default();
         let planned = PlannedPadded::new(&ranges, HEADS, scores_at_once, &mut uploads);
         (ranges, planned.on_device(&uploads.send(&Device::flex())))
@@ -390,7 +404,7 @@ mod tests {
         let data = burn::tensor::TensorData::new(values.clone(), [places, 2]);
         let x = Tensor::<2>::from_data(data, &Device::flex());
         let mut expected = vec![0f32; tokens * 2];
-        for (segment, span) in ranges.0.iter().enumerate() {
+        for (segment, span) in ranges.segments.iter().enumerate() {
             for (key, token) in span.tokens().enumerate() {
                 for i in 0..2 {
                     expected[token * 2 + i] += values[(segment * padded.keys + key) * 2 + i];

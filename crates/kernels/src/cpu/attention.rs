@@ -105,14 +105,14 @@ fn forward(
     query_tiles(ranges, heads)
         .into_par_iter()
         .for_each_init(Vec::new, |scores, tile| {
-            let span = &ranges.0[tile.segment];
-            let keys = Keys::new(span, tile);
+            let keys = Keys::new(ranges, tile);
             scores.resize(tile.count * keys.count, 0.0);
             keys.scores(inputs, heads, tile, scores);
             for (i, row) in scores.chunks_exact_mut(keys.count).enumerate() {
-                let (visible, hidden) = row.split_at_mut(keys.visible_to(tile.first + i));
-                let log_sum = softmax(visible);
-                hidden.fill(0.0);
+                let visible = keys.visible_to(tile.first + i);
+                row[..visible.start].fill(0.0);
+                row[visible.end..].fill(0.0);
+                let log_sum = softmax(&mut row[visible]);
                 // SAFETY: this query and head are this task's.
                 unsafe { *sums.at((keys.query(i)) * heads.query + tile.head) = log_sum };
             }
@@ -162,7 +162,7 @@ fn head_gradients(
     let of_heads = (0..heads.query).into_par_iter().map(|head| {
         let (mut d_k, mut d_v) = (vec![0f32; n * heads.d], vec![0f32; n * heads.d]);
         let (mut scores, mut d_weights) = (Vec::new(), Vec::new());
-        for (segment, span) in ranges.0.iter().enumerate() {
+        for (segment, span) in ranges.segments.iter().enumerate() {
             for first in (0..span.own.len()).step_by(QUERIES) {
                 let count = QUERIES.min(span.own.len() - first);
                 let tile = Tile {
@@ -171,7 +171,7 @@ fn head_gradients(
                     first,
                     count,
                 };
-                let keys = Keys::new(span, tile);
+                let keys = Keys::new(ranges, tile);
                 scores.resize(count * keys.count, 0.0);
                 d_weights.resize(count * keys.count, 0.0);
                 keys.scores(inputs, heads, tile, &mut scores);
@@ -236,7 +236,7 @@ fn query_gradients(
     query_tiles(ranges, heads).into_par_iter().for_each_init(
         scratch,
         |(scores, d_weights), tile| {
-            let keys = Keys::new(&ranges.0[tile.segment], tile);
+            let keys = Keys::new(ranges, tile);
             scores.resize(tile.count * keys.count, 0.0);
             d_weights.resize(tile.count * keys.count, 0.0);
             keys.scores(inputs, heads, tile, scores);
@@ -266,7 +266,7 @@ fn key_gradients(
     let (mut d_k, mut d_v) = (vec![0f32; n * width], vec![0f32; n * width]);
     let (k_out, v_out) = (Shared::new(&mut d_k), Shared::new(&mut d_v));
     let mut tasks = Vec::new();
-    for (segment, span) in ranges.0.iter().enumerate() {
+    for (segment, span) in ranges.segments.iter().enumerate() {
         for head in 0..heads.key {
             let pieces = (0..span.own.len()).step_by(KEYS);
             tasks.extend(pieces.map(|first| (segment, head, first)));
@@ -276,7 +276,7 @@ fn key_gradients(
     tasks.into_par_iter().for_each_init(
         scratch,
         |(weights, d_weights), (segment, key_head, first)| {
-            let own = &ranges.0[segment].own;
+            let own = &ranges.segments[segment].own;
             let count = KEYS.min(own.len() - first);
             let keys = own.start + first..own.start + first + count;
             let k = heads.keys(inputs.k, &keys, key_head);
@@ -286,14 +286,21 @@ fn key_gradients(
                 let data = out.at(keys.start * width + key_head * heads.d);
                 MatrixMut::from_raw(data, count, heads.d, width)
             };
-            for descendant in &ranges.0[segment].descendants {
-                let queries = &ranges.0[*descendant].own;
+            for descendant in &ranges.segments[segment].descendants {
+                let queries = &ranges.segments[*descendant].own;
                 let itself = *descendant == segment;
-                // These keys are not visible to earlier queries of the same segment.
+                // These keys are not visible to earlier queries of the same segment, nor to those whose window begins
+                // after them.
                 let begin = if itself { first } else { 0 };
-                for from in (begin..queries.len()).step_by(QUERIES) {
-                    let tokens =
-                        queries.start + from..(queries.start + from + QUERIES).min(queries.end);
+                let position = ranges.segments[segment].offset + first;
+                let offset = ranges.segments[*descendant].offset;
+                let end = match ranges.window {
+                    Some(window) => (position + count + window - 1).saturating_sub(offset),
+                    None => usize::MAX,
+                };
+                let end = queries.end.min(queries.start.saturating_add(end));
+                for from in (begin..end.saturating_sub(queries.start)).step_by(QUERIES) {
+                    let tokens = queries.start + from..(queries.start + from + QUERIES).min(end);
                     weights.resize(tokens.len() * count, 0.0);
                     d_weights.resize(tokens.len() * count, 0.0);
                     for head in heads.group(key_head) {
@@ -314,10 +321,12 @@ fn key_gradients(
                         let rows = rows.zip(d_weights.chunks_exact_mut(count));
                         for (i, (row, d_weights)) in rows.enumerate() {
                             let at = (tokens.start + i) * heads.query + head;
+                            let oldest = ranges.oldest(offset + from + i);
+                            let oldest = oldest.saturating_sub(position).min(count);
                             let visible = if itself {
-                                (from + i + 1).saturating_sub(first).min(count)
+                                oldest..(from + i + 1).saturating_sub(first).min(count)
                             } else {
-                                count
+                                oldest..count
                             };
                             let log_sum = upstream.log_sums[at];
                             row_backward(row, d_weights, visible, log_sum, Some(deltas[at]));
@@ -364,22 +373,25 @@ in_vectors! {
     fn row_backward(
         scores: &mut [f32],
         d_weights: &mut [f32],
-        visible: usize,
+        visible: Range<usize>,
         log_sum: f32,
         delta: Option<f32>,
     ) -> f32 {
-        for weight in scores[..visible].iter_mut() {
+        for values in [&mut *scores, &mut *d_weights] {
+            values[..visible.start].fill(0.0);
+            values[visible.end..].fill(0.0);
+        }
+        let (scores, d_weights) = (&mut scores[visible.clone()], &mut d_weights[visible]);
+        for weight in scores.iter_mut() {
             *weight = cpu::exp(*weight - log_sum);
         }
-        scores[visible..].fill(0.0);
         let delta = match delta {
             Some(delta) => delta,
-            None => cpu::dot(&scores[..visible], &d_weights[..visible]),
+            None => cpu::dot(scores, d_weights),
         };
-        for (weight, d_weights) in scores[..visible].iter().zip(d_weights[..visible].iter_mut()) {
+        for (weight, d_weights) in scores.iter().zip(d_weights.iter_mut()) {
             *d_weights = *weight * (*d_weights - delta);
         }
-        d_weights[visible..].fill(0.0);
         delta
     }
 }
@@ -394,7 +406,7 @@ in_vectors! {
 
 fn query_tiles(ranges: &AttentionRanges, heads: Heads) -> Vec<Tile> {
     let mut tiles = Vec::new();
-    for (segment, span) in ranges.0.iter().enumerate() {
+    for (segment, span) in ranges.segments.iter().enumerate() {
         for first in (0..span.own.len()).step_by(QUERIES) {
             let count = QUERIES.min(span.own.len() - first);
             tiles.extend((0..heads.query).map(|head| Tile {
@@ -410,35 +422,42 @@ fn query_tiles(ranges: &AttentionRanges, heads: Heads) -> Vec<Tile> {
 
 /// The keys that are visible to a tile's queries, as ranges of the packed batch.
 struct Keys<'a> {
+    ranges: &'a AttentionRanges,
     span: &'a SegmentRanges,
     first: usize,
-    own: Range<usize>,
+    /// The position of the first key.
+    oldest: usize,
+    places: Vec<Range<usize>>,
     count: usize,
 }
 
 impl<'a> Keys<'a> {
-    fn new(span: &'a SegmentRanges, tile: Tile) -> Self {
-        let own = span.own.start..span.own.start + tile.first + tile.count;
+    fn new(ranges: &'a AttentionRanges, tile: Tile) -> Self {
+        let span = &ranges.segments[tile.segment];
+        let oldest = ranges.oldest(span.offset + tile.first);
+        let end = span.offset + tile.first + tile.count;
         Self {
+            ranges,
             span,
             first: tile.first,
-            count: span.offset + own.len(),
-            own,
+            oldest,
+            places: span.places(oldest..end).collect(),
+            count: end - oldest,
         }
     }
 
     /// The ranges, each with its first index among the keys.
     fn key_ranges(&self) -> impl Iterator<Item = (usize, &Range<usize>)> {
-        let ranges = self.span.prefix.iter().chain([&self.own]);
-        ranges.scan(0, |place, range| {
+        self.places.iter().scan(0, |place, range| {
             *place += range.len();
             Some((*place - range.len(), range))
         })
     }
 
-    /// The number of keys that are visible to the segment's query `i`.
-    fn visible_to(&self, i: usize) -> usize {
-        self.span.offset + i + 1
+    /// The keys that are visible to the segment's query `i`, as indices among the keys.
+    fn visible_to(&self, i: usize) -> Range<usize> {
+        let position = self.span.offset + i;
+        self.ranges.oldest(position) - self.oldest..position + 1 - self.oldest
     }
 
     /// The token of the tile's query `i`.

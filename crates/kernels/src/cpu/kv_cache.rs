@@ -18,6 +18,7 @@ pub struct Cache {
     /// The packed prompts' keys and values, `[n, width]`.
     prompts: [Values; 2],
     rows: Vec<Row>,
+    window: Option<usize>,
 }
 
 /// A sequence: the indices of its prompt, and the keys and values of its new tokens.
@@ -37,6 +38,7 @@ impl Cache {
         Self {
             prompts: keys_values.map(cpu::values),
             rows: rows.collect(),
+            window: prompts.window,
         }
     }
 }
@@ -61,16 +63,21 @@ impl KvCache for Cache {
         let group = heads.query / heads.key;
         let query_width = heads.query * heads.d;
         let mut output = vec![0f32; self.rows.len() * query_width];
-        let products = self.rows.iter().map(|row| row.tokens(width) * query_width);
+        let window = self.window.unwrap_or(usize::MAX);
+        let products = self.rows.iter();
+        let products = products.map(|row| row.tokens(width).min(window) * query_width);
         let products: usize = products.sum();
         // Query heads that share a key head are adjacent, in the queries and in the output.
         let work = |(index, out): (usize, &mut [f32])| {
             let (row, key_head) = (index / heads.key, index % heads.key);
             let q = &q.as_slice()[index * group * heads.d..][..group * heads.d];
+            let tokens = self.rows[row].tokens(width);
+            let outside = tokens.saturating_sub(window);
             let of = |which: usize| Keys {
                 row: &self.rows[row],
                 which,
                 prompts,
+                outside,
                 width,
                 at: key_head * heads.d,
                 d: heads.d,
@@ -79,7 +86,7 @@ impl KvCache for Cache {
                 q,
                 keys: of(0),
                 values: of(1),
-                tokens: self.rows[row].tokens(width),
+                tokens: tokens - outside,
                 out,
             });
         };
@@ -114,6 +121,8 @@ struct Keys<'a> {
     row: &'a Row,
     which: usize,
     prompts: [&'a [f32]; 2],
+    /// The number of tokens before the window.
+    outside: usize,
     width: usize,
     at: usize,
     d: usize,
@@ -126,15 +135,20 @@ impl<'a> Keys<'a> {
         self.row.prompt.len() + 1
     }
 
-    /// The tokens of a chunk, `[tokens, width]`.
+    /// The tokens of a chunk that are in the window, `[tokens, width]`.
     #[inline(always)]
     fn piece(self, piece: usize) -> &'a [f32] {
-        match self.row.prompt.get(piece) {
+        let all = match self.row.prompt.get(piece) {
             Some(range) => {
                 &self.prompts[self.which][range.start * self.width..range.end * self.width]
             }
             None => &self.row.own[self.which],
+        };
+        let mut outside = self.outside;
+        for range in &self.row.prompt[..piece] {
+            outside = outside.saturating_sub(range.len());
         }
+        &all[(outside * self.width).min(all.len())..]
     }
 }
 

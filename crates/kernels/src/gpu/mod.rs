@@ -16,7 +16,7 @@ use crate::dispatch::Composed;
 use crate::frozen_linear::Direction;
 use crate::limits::{client, has_tf32, rows_at_once};
 use crate::loss::{CrossEntropy, LossTerms, Targets};
-use crate::low_rank::LowRankTerm;
+use crate::low_rank::{LowRankTerm, Normalized};
 use crate::ranges::{AttentionRanges, Segment};
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
@@ -84,14 +84,68 @@ impl Kernels for Gpu {
             // Bound by the reading of the weight: matrix units would not help.
             Kernel::FewRows.is_on() && matches!(weight.dtype(), DType::QFloat(_))
         } else {
-            computes_products(x.dtype(), &x.device())
-                && has_kernel(sum.as_ref(), &x, &weight, direction)
+            has_kernel(sum.as_ref(), &x, &weight, direction)
         };
         if on {
             packed_product(sum, x, weight, low_rank, direction)
         } else {
             Composed.adapted_product(sum, x, weight, low_rank, direction)
         }
+    }
+
+    fn gated_product(
+        &self,
+        gate: &Tensor<2>,
+        x: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let (dtype, direction) = (x.dtype(), Direction::Forward);
+        if gate.dtype() != dtype || !ends_in_gate(&x, &weight, direction) {
+            let up = self.adapted_product(None, x, weight, low_rank, direction);
+            let output = self.swiglu(gate, &up);
+            return (up, output);
+        }
+        let (terms, [low, b]) = terms(&x, None, low_rank, direction);
+        let (up, output) = Dispatch::gated_product(
+            x.into_dispatch(),
+            weight.into_dispatch(),
+            gate.clone().into_dispatch(),
+            low.into_dispatch(),
+            b.into_dispatch(),
+            terms,
+        );
+        let up = spoilt("quantized_product", Tensor::from_dispatch(up));
+        (up, Tensor::from_dispatch(output))
+    }
+
+    fn gated_product_backward(
+        &self,
+        gate: Tensor<2>,
+        up: Tensor<2>,
+        gradient: Tensor<2>,
+        weight: Tensor<2>,
+        low_rank: Option<LowRankTerm>,
+    ) -> (Tensor<2>, Tensor<2>) {
+        let (dtype, direction) = (gradient.dtype(), Direction::Backward);
+        let same = gate.dtype() == dtype && up.dtype() == dtype;
+        if !same || !ends_in_gate(&gradient, &weight, direction) {
+            let gradient = self.adapted_product(None, gradient, weight, low_rank, direction);
+            return self.swiglu_backward(gate, up, gradient);
+        }
+        let (terms, [low, b]) = terms(&gradient, None, low_rank, direction);
+        let (d_gate, d_up) = Dispatch::gated_product_backward(
+            gradient.into_dispatch(),
+            weight.into_dispatch(),
+            gate.into_dispatch(),
+            up.into_dispatch(),
+            low.into_dispatch(),
+            b.into_dispatch(),
+            terms,
+        );
+        let [d_gate, d_up] = [d_gate, d_up].map(Tensor::from_dispatch);
+        let spoilt = |x| spoilt("quantized_product_backward", x);
+        (spoilt(d_gate), spoilt(d_up))
     }
 
     fn low_rank_columns(
@@ -125,24 +179,19 @@ impl Kernels for Gpu {
         ranks: &[usize],
         transposed: bool,
     ) -> Option<Vec<Tensor<2>>> {
-        if !groups(wide, ranks.len()) {
-            return None;
-        }
-        let group = Group {
-            ranks: padded(ranks, 0),
-            scales: [1.0; MEMBERS],
-            transposed,
-            dtype: DType::F32,
-        };
-        let [x0, x1, x2] = all_members(wide);
-        let low = low.clone().into_dispatch();
-        let (a, b, c) = Dispatch::low_rank_gradients(low, x0, x1, x2, group);
-        let outputs = [a, b, c].into_iter().take(ranks.len());
-        Some(
-            outputs
-                .map(|output| spoilt("low_rank", Tensor::from_dispatch(output)))
-                .collect(),
-        )
+        groups(wide, ranks.len()).then(|| low_rank_gradients(low, wide, ranks, transposed, None))
+    }
+
+    fn low_rank_gradients_of_norm(
+        &self,
+        low: &Tensor<2>,
+        normalized: &Normalized,
+        ranks: &[usize],
+    ) -> Option<Vec<Tensor<2>>> {
+        let wide = std::slice::from_ref(&normalized.x);
+        let inverse = normalized.inverse.0.clone()?;
+        let norm = [inverse, normalized.gain.clone()];
+        groups(wide, ranks.len()).then(|| low_rank_gradients(low, wide, ranks, true, Some(norm)))
     }
 
     fn rms_norm(
@@ -343,7 +392,18 @@ impl Kernels for Gpu {
     }
 }
 
-/// Whether the weight is quantized, and no measurement showed that Burn multiplies faster.
+/// Whether a product with a quantized weight can have SwiGLU's gate behind it: with many rows that are not divided.
+fn ends_in_gate(x: &Tensor<2>, weight: &Tensor<2>, direction: Direction) -> bool {
+    let n = x.dims()[0];
+    let (k, m) = direction.inner_and_outer(weight.dims());
+    Kernel::SwiGlu.is_on()
+        && n >= FEW_ROWS
+        && m.is_multiple_of(4)
+        && rows_at_once([n, k, m]) >= n
+        && has_kernel(None, x, weight, direction)
+}
+
+/// Whether a kernel multiplies: the weight is quantized, and no measurement showed that Burn multiplies faster.
 fn has_kernel(
     sum: Option<&Tensor<2>>,
     x: &Tensor<2>,
@@ -353,6 +413,9 @@ fn has_kernel(
     let DType::QFloat(scheme) = weight.dtype() else {
         return false;
     };
+    if !computes_products(x.dtype(), &x.device()) {
+        return false;
+    }
     let types = [x.dtype(), sum.map_or(x.dtype(), Tensor::dtype)];
     let transposed = direction == Direction::Backward;
     let product = Product::new(x.dims()[0], weight.dims(), &scheme, transposed, types);
@@ -385,20 +448,9 @@ fn packed_product(
         });
         return Tensor::cat(parts.collect(), 0);
     }
-    let terms = Terms {
-        transposed: direction == Direction::Backward,
-        sum: sum.is_some(),
-        low: low_rank
-            .as_ref()
-            .map(|term| (term.low.first, term.low.rank)),
-        dtype: sum.as_ref().map_or(x.dtype(), Tensor::dtype),
-    };
+    let (terms, [low, b]) = terms(&x, sum.as_ref(), low_rank, direction);
     // An operand that is not a term is ignored; something has to stand in its place.
     let sum = sum.unwrap_or_else(|| x.clone());
-    let (low, b) = match low_rank {
-        Some(term) => (term.low.all, term.b),
-        None => (x.clone(), x.clone()),
-    };
     let operation = match direction {
         Direction::Forward => "quantized_product",
         Direction::Backward => "quantized_product_backward",
@@ -414,11 +466,61 @@ fn packed_product(
     spoilt(operation, Tensor::from_dispatch(product))
 }
 
+/// The terms of a product, and both factors of the low-rank term; without one x stands in their place.
+fn terms(
+    x: &Tensor<2>,
+    sum: Option<&Tensor<2>>,
+    low_rank: Option<LowRankTerm>,
+    direction: Direction,
+) -> (Terms, [Tensor<2>; 2]) {
+    let terms = Terms {
+        transposed: direction == Direction::Backward,
+        sum: sum.is_some(),
+        low: low_rank
+            .as_ref()
+            .map(|term| (term.low.first, term.low.rank)),
+        dtype: sum.map_or(x.dtype(), Tensor::dtype),
+    };
+    let factors = match low_rank {
+        Some(term) => [term.low.all, term.b],
+        None => [x.clone(), x.clone()],
+    };
+    (terms, factors)
+}
+
 /// Whether one launch can compute the products of low rank of these layers.
 fn groups(wide: &[Tensor<2>], layers: usize) -> bool {
     Kernel::LowRank.is_on()
         && layers <= MEMBERS
         && wide.iter().all(|x| x.dims()[1].is_multiple_of(4))
+}
+
+/// The gradients of up to three layers; of layers with the same `wide`, one is sufficient. `norm`: the factors of rows
+/// and the gain of an RMSNorm whose output is meant.
+fn low_rank_gradients(
+    low: &Tensor<2>,
+    wide: &[Tensor<2>],
+    ranks: &[usize],
+    transposed: bool,
+    norm: Option<[Tensor<2>; 2]>,
+) -> Vec<Tensor<2>> {
+    let group = Group {
+        ranks: padded(ranks, 0),
+        scales: [1.0; MEMBERS],
+        transposed,
+        dtype: DType::F32,
+    };
+    let [x0, x1, x2] = all_members(wide);
+    let normed = norm.is_some();
+    // Operands that are ignored; something has to stand in their place.
+    let norm = norm.unwrap_or_else(|| [low.clone(), low.clone()]);
+    let [inverse, gain] = norm.map(Tensor::into_dispatch);
+    let low = low.clone().into_dispatch();
+    let (a, b, c) = Dispatch::low_rank_gradients(low, x0, x1, x2, inverse, gain, normed, group);
+    let outputs = [a, b, c].into_iter().take(ranks.len());
+    outputs
+        .map(|output| spoilt("low_rank", Tensor::from_dispatch(output)))
+        .collect()
 }
 
 /// Operands for a kernel of [`MEMBERS`] layers; the first stands for those that are not there.
@@ -492,7 +594,7 @@ impl PlannedTiles {
         device: &Device,
         uploads: &mut Uploads,
     ) -> Option<Self> {
-        let shape = shape(heads, dtype, device)?;
+        let shape = shape(heads, dtype, device)?.with_window(ranges.window.is_some());
         let tables = tiles::Tables::new(segments, ranges, shape.tokens(), shape.side);
         Some(Self {
             spans: uploads.ints(tables.spans),

@@ -14,7 +14,7 @@ use super::tests::{BOUND, Weight, distance, layout, on, segments_and_heads};
 use super::{packed_product, shape};
 use crate::{
     CounterRng, Direction, LowRankPart, LowRankTerm, Quantization, attention, attention_backward,
-    normal, query_scale,
+    gated_product, gated_product_backward, normal, query_scale, swiglu, swiglu_backward,
 };
 
 /// The 16-bit types of a device.
@@ -117,6 +117,37 @@ pub fn products(gpu: &Device) {
     }
 }
 
+/// SwiGLU as part of a product, against SwiGLU behind the same product. The rest is in [`products`].
+pub fn gated_products(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(14);
+    let weight = Weight::Ours(Quantization::Bits8);
+    for dtype in types(gpu) {
+        // Both round to this type; exponentials may differ in the last bits.
+        let bound = if dtype == DType::F16 { 5e-4 } else { 4e-3 };
+        let (n, hidden, wide) = (130, 96, 160);
+        let [_, up_weight] = weight.on([hidden, wide], &mut rng, [&cpu, gpu]);
+        let [_, down] = weight.on([wide, hidden], &mut rng, [&cpu, gpu]);
+        let [gate, up, x] = [wide, wide, hidden].map(|width| {
+            let x = normal([n, width], 1.0, &mut rng, &cpu);
+            on(gpu, &x).cast(dtype)
+        });
+        let product = |x, weight, direction| packed_product(None, x, weight, None, direction);
+        let plain = product(x.clone(), up_weight.clone(), Direction::Forward);
+        let gated = swiglu(&gate, &plain);
+        let d_output = product(x.clone(), down.clone(), Direction::Backward);
+        let (d_gate, d_up) = swiglu_backward(gate.clone(), up.clone(), d_output);
+        let (a, b) = gated_product(&gate, x.clone(), up_weight, None);
+        let (c, d) = gated_product_backward(gate, up, x, down, None);
+        let pairs = [(a, plain), (b, gated), (c, d_gate), (d, d_up)];
+        for (i, (got, expected)) in pairs.into_iter().enumerate() {
+            assert_eq!(got.dtype(), dtype);
+            let distance = distance(got, expected);
+            assert!(distance < bound, "{dtype:?} {i}: {distance:.1e}");
+        }
+    }
+}
+
 pub fn attention_and_gradients(gpu: &Device) {
     let cpu = Device::flex();
     let mut rng = CounterRng::new(12);
@@ -129,14 +160,14 @@ pub fn attention_and_gradients(gpu: &Device) {
         let cases = segments_and_heads();
         let required = std::env::var_os("LORA_REQUIRE_MATRIX_UNITS").is_some();
         assert!(
-            !required || dtype != DType::F16 || on_matrix_units(cases[0].1),
+            !required || dtype != DType::F16 || on_matrix_units(cases[0].2),
             "LORA_REQUIRE_MATRIX_UNITS is set, and this device has none"
         );
-        // Mesa's software driver takes a minute and more to compile these for matrix units: a tree of prefixes, and
-        // heads in two chunks.
+        // Mesa's software driver takes a minute and more to compile these for matrix units: a tree of prefixes with
+        // a window, and heads in two chunks.
         let cases = cases.into_iter().enumerate();
-        let cases = cases.filter(|(i, (_, heads))| !on_matrix_units(*heads) || [2, 3].contains(i));
-        for (_, (segments, heads)) in cases {
+        let cases = cases.filter(|(i, case)| !on_matrix_units(case.2) || [3, 4].contains(i));
+        for (_, (segments, window, heads)) in cases {
             let n = segments.iter().map(|segment| segment.length).sum();
             let widths =
                 [heads.query, heads.key, heads.key, heads.query].map(|count| count * heads.d);
@@ -150,7 +181,7 @@ pub fn attention_and_gradients(gpu: &Device) {
                 } else {
                     (DType::F32, 1)
                 };
-                let layout = layout(&segments, heads, dtype, device);
+                let layout = layout(&segments, window, heads, dtype, device);
                 let [q, k, v, gradient] = inputs.clone().map(|x| x[which].clone());
                 let scale = root * query_scale(&q, heads);
                 let (output, saved) = attention(q.mul_scalar(scale), k, v, &layout, heads);

@@ -5,15 +5,16 @@
 
 use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
 
-use super::{packed_product, sixteen_bits};
+use super::{ends_in_gate, packed_product, sixteen_bits};
 use crate::{
     AdamWSettings, AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight,
-    LossTerms, LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
-    SCORES_AT_ONCE, Segment, Targets, Uploads, adamw, adapted_product, attention,
-    attention_backward, cross_entropy, low_rank_columns, low_rank_gradients, normal, quantize_data,
-    query_scale, rms_norm, rms_norm_backward, rotate, sums_of_squares, swiglu, swiglu_backward,
+    LossTerms, LowRankPart, LowRankTerm, Normalized, PlannedAttention, PlannedRotary, Quantization,
+    Rotation, SCORES_AT_ONCE, Segment, Targets, Uploads, adamw, adapted_product, attention,
+    attention_backward, cross_entropy, gated_product, gated_product_backward, low_rank_columns,
+    low_rank_gradients, low_rank_gradients_of_norm, normal, quantize_data, query_scale, rms_norm,
+    rms_norm_backward, rotate, sums_of_squares, swiglu, swiglu_backward,
 };
-use gpu_kernels::{Fault, inject, set_software_driver};
+use gpu_kernels::{FEW_ROWS, Fault, inject, set_software_driver};
 
 /// Relative Frobenius distance from the CPU's result.
 pub const BOUND: f64 = 5e-6;
@@ -68,12 +69,17 @@ type Lengths = &'static [(usize, Option<usize>)];
 type Comparison = fn(&Device);
 
 /// Every comparison, with the faults that it has to notice.
-const COMPARISONS: [(&str, Comparison, &[Fault]); 10] = [
+const COMPARISONS: [(&str, Comparison, &[Fault]); 12] = [
     ("products", products, &[Fault::Scale, Fault::Depth]),
+    (
+        "products with SwiGLU",
+        gated_products,
+        &[Fault::Slope, Fault::Depth],
+    ),
     (
         "attention",
         attention_and_gradients,
-        &[Fault::Mask, Fault::Correction],
+        &[Fault::Mask, Fault::Window, Fault::Correction],
     ),
     (
         "products in 16 bits",
@@ -81,11 +87,20 @@ const COMPARISONS: [(&str, Comparison, &[Fault]); 10] = [
         &[Fault::Scale, Fault::Depth],
     ),
     (
+        "products with SwiGLU in 16 bits",
+        sixteen_bits::gated_products,
+        &[],
+    ),
+    (
         "attention in 16 bits",
         sixteen_bits::attention_and_gradients,
-        &[Fault::Mask, Fault::Correction],
+        &[Fault::Mask, Fault::Window, Fault::Correction],
     ),
-    ("low-rank products", low_rank_products, &[Fault::Part]),
+    (
+        "low-rank products",
+        low_rank_products,
+        &[Fault::Part, Fault::Gain],
+    ),
     ("RMSNorm", norms, &[Fault::Mean]),
     ("RoPE", rotations, &[]),
     ("SwiGLU", gates, &[Fault::Slope]),
@@ -217,8 +232,58 @@ fn products(gpu: &Device) {
     }
 }
 
+fn gated_products(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(13);
+    let ours = Weight::Ours;
+    for (weight, n, hidden, wide, rank) in [
+        // Few rows, without a kernel of their own; sizes that are no multiples of a tile.
+        (ours(Quantization::Bits8), 3, 64, 32, 2),
+        (ours(Quantization::Bits8), 130, 96, 172, 8),
+        (ours(Quantization::Bits4), 33, 64, 200, 3),
+        (Weight::Gguf, 65, 96, 224, 5),
+    ] {
+        let [up_cpu, up_gpu] = weight.on([hidden, wide], &mut rng, [&cpu, gpu]);
+        let [down_cpu, down_gpu] = weight.on([wide, hidden], &mut rng, [&cpu, gpu]);
+        for with_low in [false, true] {
+            let mut random = |shape, std| normal(shape, std, &mut rng, &cpu);
+            // Gates whose exponentials overflow f32, among others.
+            let gate = random([n, wide], 1.0) * random([n, wide], 30.0);
+            let [x, up, low] = [hidden, wide, rank].map(|width| random([n, width], 1.0));
+            let b = random([rank, wide], 1.0);
+            let run = |device: &Device, up_weight: &Tensor<2>, down: &Tensor<2>| {
+                let [gate, up, x] = [&gate, &up, &x].map(|x| on(device, x));
+                let term = || LowRankTerm {
+                    low: LowRankPart::whole(on(device, &low)),
+                    b: on(device, &b),
+                };
+                let term = || with_low.then(term);
+                assert_eq!(
+                    device == gpu && n >= FEW_ROWS,
+                    device == gpu && ends_in_gate(&x, up_weight, Direction::Forward)
+                );
+                let kept = gate.clone();
+                let (a, b) = gated_product(&gate, x.clone(), up_weight.clone(), term());
+                let (c, d) = gated_product_backward(gate, up, x, down.clone(), term());
+                [a, b, c, d, kept]
+            };
+            let got = run(gpu, &up_gpu, &down_gpu);
+            let expected = run(&cpu, &up_cpu, &down_cpu);
+            let names = ["up", "output", "d_gate", "d_up", "gate"];
+            for ((name, got), expected) in names.iter().zip(got).zip(expected) {
+                let distance = distance(got, expected);
+                assert!(
+                    distance < BOUND,
+                    "{weight:?} [{n}, {hidden}, {wide}], low rank {with_low}: {name} {distance:.1e}"
+                );
+            }
+        }
+    }
+}
+
 pub fn layout(
     segments: &[Segment],
+    window: Option<usize>,
     heads: Heads,
     dtype: DType,
     device: &Device,
@@ -226,17 +291,24 @@ pub fn layout(
     let mut uploads = Uploads::default();
     // Something in front of the tables, so that their places matter.
     let _ = uploads.ints([7, 7, 7]);
-    let planned =
-        PlannedAttention::new(segments, heads, dtype, device, SCORES_AT_ONCE, &mut uploads);
+    let planned = PlannedAttention::new(
+        segments,
+        window,
+        heads,
+        dtype,
+        device,
+        SCORES_AT_ONCE,
+        &mut uploads,
+    );
     planned.on_device(&uploads.send(device))
 }
 
 /// Batches and heads: one token, one key, odd sizes, prefix trees, many heads per key head, a wide head.
-pub fn segments_and_heads() -> Vec<(Vec<Segment>, Heads)> {
+pub fn segments_and_heads() -> Vec<(Vec<Segment>, Option<usize>, Heads)> {
     let heads = |query, key, d| Heads { query, key, d };
-    let cases: [(Lengths, Heads); 7] = [
-        (&[(1, None)], heads(1, 1, 4)),
-        (&[(7, None), (1, None)], heads(2, 1, 16)),
+    let cases: [(Lengths, Option<usize>, Heads); 9] = [
+        (&[(1, None)], None, heads(1, 1, 4)),
+        (&[(7, None), (1, None)], None, heads(2, 1, 16)),
         (
             &[
                 (33, None),
@@ -245,15 +317,23 @@ pub fn segments_and_heads() -> Vec<(Vec<Segment>, Heads)> {
                 (11, Some(0)),
                 (40, Some(2)),
             ],
+            None,
             heads(6, 2, 20),
         ),
-        (&[(1, None), (70, None)], heads(7, 1, 40)),
+        (
+            &[(33, None), (20, Some(0)), (5, None), (50, Some(0))],
+            Some(37),
+            heads(6, 2, 20),
+        ),
+        (&[(1, None), (70, None)], None, heads(7, 1, 40)),
         (
             &[(20, None), (5, Some(0)), (130, Some(1)), (3, Some(0))],
+            None,
             heads(4, 1, 128),
         ),
-        (&[(300, None)], heads(4, 4, 64)),
-        (&[(40, None)], heads(64, 2, 8)),
+        (&[(300, None)], None, heads(4, 4, 64)),
+        (&[(200, None)], Some(3), heads(4, 2, 64)),
+        (&[(40, None)], None, heads(64, 2, 8)),
     ];
     let segment = |(length, parent): &(usize, Option<usize>)| Segment {
         length: *length,
@@ -261,20 +341,20 @@ pub fn segments_and_heads() -> Vec<(Vec<Segment>, Heads)> {
     };
     let cases = cases.into_iter();
     cases
-        .map(|(lengths, heads)| (lengths.iter().map(segment).collect(), heads))
+        .map(|(lengths, window, heads)| (lengths.iter().map(segment).collect(), window, heads))
         .collect()
 }
 
 fn attention_and_gradients(gpu: &Device) {
     let cpu = Device::flex();
     let mut rng = CounterRng::new(6);
-    for (segments, heads) in segments_and_heads() {
+    for (segments, window, heads) in segments_and_heads() {
         let n = segments.iter().map(|segment| segment.length).sum();
         let widths = [heads.query, heads.key, heads.key, heads.query].map(|count| count * heads.d);
         // Large scores, so that a softmax without its maximum would overflow.
         let [q, k, v, gradient] = widths.map(|width| normal([n, width], 3.0, &mut rng, &cpu));
         let run = |device: &Device| {
-            let layout = layout(&segments, heads, DType::F32, device);
+            let layout = layout(&segments, window, heads, DType::F32, device);
             let [q, k, v, gradient] = [&q, &k, &v, &gradient].map(|x| on(device, x));
             let scale = query_scale(&q, heads);
             let scaled = |x: Tensor<2>| x.mul_scalar(scale);
@@ -295,7 +375,7 @@ fn attention_and_gradients(gpu: &Device) {
             let distance = distance(got, expected);
             assert!(
                 distance < BOUND,
-                "{segments:?} {heads:?}: {name} {distance:.1e}"
+                "{segments:?} {window:?} {heads:?}: {name} {distance:.1e}"
             );
         }
     }
@@ -499,6 +579,27 @@ fn low_rank_products(gpu: &Device) {
             assert!(
                 distance < BOUND,
                 "{n} {layers:?} {transposed}: {distance:.1e}"
+            );
+        }
+        // The gradients of layers behind a norm, whose output is not computed again.
+        let x = wide[0].clone().mul_scalar(3.0);
+        let gain = normal([1, layers[0].0], 1.0, &mut rng, &cpu);
+        let (output, _) = rms_norm(&x, gain.clone(), 1e-5, DType::F32);
+        let (_, inverse) = rms_norm(&on(gpu, &x), on(gpu, &gain), 1e-5, DType::F32);
+        let normalized = Normalized {
+            x: on(gpu, &x),
+            inverse,
+            gain: on(gpu, &gain),
+        };
+        let got = low_rank_gradients_of_norm(&on(gpu, &expected), &normalized, &ranks);
+        let mut first = 0;
+        for (got, rank) in got.expect("a kernel").into_iter().zip(&ranks) {
+            let low = expected.clone().narrow(1, first, *rank);
+            first += rank;
+            let distance = distance(got, output.clone().transpose().matmul(low));
+            assert!(
+                distance < BOUND,
+                "{n} {layers:?}, of a norm: {distance:.1e}"
             );
         }
         for transposed in [false, true] {

@@ -5,7 +5,8 @@ use crate::ranges::{AttentionRanges, Segment};
 /// The index tables of a batch.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Tables {
-    /// `[2, n]`: per token the number of its segment in a depth-first walk, then the end of the segment's subtree.
+    /// `[2, n]`: per token the number of its segment in a depth-first walk, then the end of the segment's subtree. With
+    /// a sliding window `[3, n]`: then the first token of its window.
     pub spans: Vec<i32>,
     /// The tiles of keys of each tile of queries: where each list begins, the end of the last, the lists.
     pub keys_of: Vec<i32>,
@@ -29,8 +30,12 @@ impl Tables {
             seeing.map(|(query, _)| query).collect()
         });
         let queries_of = lists(&seen_by.collect::<Vec<_>>(), queries);
+        let mut spans = spans(segments);
+        if ranges.window.is_some() {
+            spans.extend(oldest(ranges));
+        }
         Self {
-            spans: spans(segments),
+            spans,
             keys_of: lists(&seen, keys),
             queries_of,
         }
@@ -45,16 +50,18 @@ fn visible_tiles(
     keys: usize,
 ) -> Vec<Vec<usize>> {
     let mut seen = vec![vec![false; n.div_ceil(keys)]; n.div_ceil(queries)];
-    for segment in &ranges.0 {
+    for segment in &ranges.segments {
         let own = segment.own.clone();
+        let position = |token: usize| segment.offset + token - own.start;
         let (first, end) = (own.start / queries, own.end.div_ceil(queries));
         for (tile, seen) in seen.iter_mut().enumerate().take(end).skip(first) {
-            let visible = own.start..own.end.min((tile + 1) * queries);
-            let prefix = segment.prefix.iter().cloned();
-            for range in prefix.chain(std::iter::once(visible)) {
-                if !range.is_empty() {
-                    seen[range.start / keys..range.end.div_ceil(keys)].fill(true);
-                }
+            let (from, to) = (
+                own.start.max(tile * queries),
+                own.end.min((tile + 1) * queries),
+            );
+            let visible = ranges.oldest(position(from))..position(to);
+            for range in segment.places(visible) {
+                seen[range.start / keys..range.end.div_ceil(keys)].fill(true);
             }
         }
     }
@@ -74,6 +81,17 @@ fn lists(lists: &[Vec<usize>], size: usize) -> Vec<i32> {
     table.push(begin as i32);
     table.extend(lists.iter().flatten().map(|tile| (tile * size) as i32));
     table
+}
+
+/// The first token of each token's window. Of the tokens of a sequence, those before it in the batch are outside.
+fn oldest(ranges: &AttentionRanges) -> impl Iterator<Item = i32> {
+    ranges.segments.iter().flat_map(|segment| {
+        let positions = segment.offset..segment.offset + segment.own.len();
+        positions.filter_map(|at| {
+            let first = segment.places(ranges.oldest(at)..at + 1).next()?;
+            Some(first.start as i32)
+        })
+    })
 }
 
 /// A walk through the forest of segments: where it enters and leaves the segment of each token.
@@ -118,9 +136,9 @@ mod tests {
     }
 
     /// Whether token `i` attends to token `j`, by the numbers of their segments.
-    fn sees(spans: &[i32], i: usize, j: usize) -> bool {
-        let n = spans.len() / 2;
-        j <= i && spans[j] <= spans[i] && spans[i] < spans[n + j]
+    fn sees(spans: &[i32], n: usize, i: usize, j: usize) -> bool {
+        let oldest = spans.get(2 * n + i).map_or(0, |oldest| *oldest as usize);
+        (oldest..=i).contains(&j) && spans[j] <= spans[i] && spans[i] < spans[n + j]
     }
 
     #[test]
@@ -135,13 +153,17 @@ mod tests {
             segment(1, Some(2)),
             segment(3, Some(1)),
         ];
-        let ranges = AttentionRanges::new(&segments);
-        let spans = spans(&segments);
-        for segment in &ranges.0 {
-            for i in segment.own.clone() {
-                let expected: Vec<usize> = segment.tokens().filter(|j| *j <= i).collect();
-                let got: Vec<usize> = (0..14).filter(|j| sees(&spans, i, *j)).collect();
-                assert_eq!(got, expected, "token {i}");
+        for window in [None, Some(1), Some(3), Some(5), Some(100)] {
+            let ranges = AttentionRanges::new(&segments, window);
+            let tables = Tables::new(&segments, &ranges, 4, 4);
+            for segment in &ranges.segments {
+                for (i, position) in segment.own.clone().zip(segment.offset..) {
+                    let all = segment.tokens().filter(|j| *j <= i);
+                    let outside = (position + 1).saturating_sub(window.unwrap_or(usize::MAX));
+                    let expected: Vec<usize> = all.skip(outside).collect();
+                    let got = (0..14).filter(|j| sees(&tables.spans, 14, i, *j));
+                    assert_eq!(got.collect::<Vec<_>>(), expected, "token {i}, {window:?}");
+                }
             }
         }
     }
@@ -155,9 +177,14 @@ mod tests {
             segment(6, Some(0)),
             segment(1, Some(2)),
         ];
-        let ranges = AttentionRanges::new(&segments);
         let n = 28;
-        for (queries, keys) in [(4, 4), (3, 8), (32, 32), (1, 5)] {
+        let sizes = [(4, 4), (3, 8), (32, 32), (1, 5)];
+        let windows = [None, Some(2), Some(9)];
+        let cases = sizes
+            .into_iter()
+            .flat_map(|size| windows.map(|window| (size, window)));
+        for ((queries, keys), window) in cases {
+            let ranges = AttentionRanges::new(&segments, window);
             let tables = Tables::new(&segments, &ranges, queries, keys);
             let list = |table: &[i32], tile: usize| -> Vec<usize> {
                 let range = table[tile] as usize..table[tile + 1] as usize;
@@ -167,7 +194,7 @@ mod tests {
                 for key in 0..n_tiles(n, keys) {
                     let tokens = |tile: usize, size: usize| tile * size..n.min((tile + 1) * size);
                     let visible = tokens(query, queries)
-                        .any(|i| tokens(key, keys).any(|j| sees(&tables.spans, i, j)));
+                        .any(|i| tokens(key, keys).any(|j| sees(&tables.spans, n, i, j)));
                     assert_eq!(
                         list(&tables.keys_of, query).contains(&(key * keys)),
                         visible

@@ -1,10 +1,12 @@
-//! Converts a Llama's configuration between GGUF's metadata and Hugging Face's `config.json`.
+//! Converts a model's configuration between GGUF's metadata and Hugging Face's `config.json`.
 
 use serde_json::{Map, Number, Value as Json, json};
 
 use super::{GgufError, Header, TensorKind, Value};
+use crate::family::HOW_TO_ADD;
+use crate::limited::clipped;
 use crate::rope_scaling::{plain, sharpening};
-use crate::{LlamaConfig, RopeScaling, Yarn};
+use crate::{Family, LlamaConfig, RopeScaling, Yarn};
 
 /// The tensor in which llama.cpp stores the divisors of the rotary frequencies for Llama 3.1's scaling.
 const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -17,46 +19,47 @@ const ROPE_FACTORS: &str = "rope_freqs.weight";
 pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufError> {
     let header = &file.header;
     const ARCHITECTURE: &str = "general.architecture";
-    match header.text(ARCHITECTURE)? {
-        Some("llama") => {}
-        Some(other) => {
-            let reason =
-                format!("is {other:?}; only models of the architecture \"llama\" are read");
-            return Err(header.wrong(ARCHITECTURE, reason));
-        }
-        None => return Err(header.wrong(ARCHITECTURE, "is missing; is this a model?")),
-    }
+    let Some(architecture) = header.text(ARCHITECTURE)? else {
+        return Err(header.wrong(ARCHITECTURE, "is missing; is this a model?"));
+    };
+    let Some(family) = Family::of_gguf(architecture) else {
+        let reason = format!(
+            "is {:?}; the architectures that can be read are {}; {HOW_TO_ADD} explains how to add one",
+            clipped(architecture, 80),
+            Family::gguf_architectures()
+        );
+        return Err(header.wrong(ARCHITECTURE, reason));
+    };
+    let own = Own {
+        header,
+        architecture,
+    };
     if let Some(kind) = header.text("general.type")?.filter(|kind| *kind != "model") {
         return Err(header.wrong("general.type", format!("is {kind:?}, not \"model\"")));
     }
-    if header.count("llama.expert_count")?.unwrap_or(0) > 0 {
+    if own.count("expert_count")?.unwrap_or(0) > 0 {
         let reason = "is above 0; mixture-of-experts models are not supported";
-        return Err(header.wrong("llama.expert_count", reason));
+        return Err(own.wrong("expert_count", reason));
     }
-    let need = |key: &str| match header.count(key)? {
-        Some(count) if (1..=1 << 28).contains(&count) => Ok(count),
-        Some(count) => Err(header.wrong(key, format!("is {count}"))),
-        None => Err(header.wrong(key, "is missing")),
-    };
-    let heads = need("llama.attention.head_count")?;
-    let kv_heads = match header.metadata.get("llama.attention.head_count_kv") {
+    let heads = own.need("attention.head_count")?;
+    let kv_heads = match own.count("attention.head_count_kv")? {
         None => heads,
-        Some(_) => need("llama.attention.head_count_kv")?,
+        Some(_) => own.need("attention.head_count_kv")?,
     };
-    let hidden = need("llama.embedding_length")?;
-    let head_dim = match header.count("llama.attention.key_length")? {
-        Some(_) => need("llama.attention.key_length")?,
+    let hidden = own.need("embedding_length")?;
+    let head_dim = match own.count("attention.key_length")? {
+        Some(_) => own.need("attention.key_length")?,
         None => hidden / heads,
     };
     for (key, of) in [
-        ("llama.attention.value_length", "values"),
-        ("llama.rope.dimension_count", "rotated dimensions"),
+        ("attention.value_length", "values"),
+        ("rope.dimension_count", "rotated dimensions"),
     ] {
-        if let Some(other) = header.count(key)?.filter(|other| *other != head_dim) {
+        if let Some(other) = own.count(key)?.filter(|other| *other != head_dim) {
             let reason = format!(
                 "is {other}, and heads have {head_dim}; {of} of another size are not supported"
             );
-            return Err(header.wrong(key, reason));
+            return Err(own.wrong(key, reason));
         }
     }
     let vocab = match header
@@ -73,16 +76,16 @@ pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufErro
             ));
         }
     };
-    let decimal = |key: &str| header.get(key, "a number", Value::as_decimal);
-    let eps = decimal("llama.attention.layer_norm_rms_epsilon")?;
-    let eps =
-        eps.ok_or_else(|| header.wrong("llama.attention.layer_norm_rms_epsilon", "is missing"))?;
-    let theta = decimal("llama.rope.freq_base")?.unwrap_or(10_000.0);
+    const EPSILON: &str = "attention.layer_norm_rms_epsilon";
+    const BASE: &str = "rope.freq_base";
+    let eps = own.decimal(EPSILON)?;
+    let eps = eps.ok_or_else(|| own.wrong(EPSILON, "is missing"))?;
+    let theta = own.decimal(BASE)?.unwrap_or(10_000.0);
     let has = |name: &str| header.tensors.contains_key(name);
     let mut config = Map::new();
     let mut set = |key: &str, value: Json| config.insert(key.into(), value);
-    set("architectures", json!(["LlamaForCausalLM"]));
-    set("model_type", json!("llama"));
+    set("architectures", json!([family.class]));
+    set("model_type", json!(family.model_type));
     // What the tables are loaded in.
     set(
         "dtype",
@@ -95,24 +98,18 @@ pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufErro
     set("hidden_act", json!("silu"));
     set("vocab_size", json!(vocab));
     set("hidden_size", json!(hidden));
-    set(
-        "intermediate_size",
-        json!(need("llama.feed_forward_length")?),
-    );
-    set("num_hidden_layers", json!(need("llama.block_count")?));
+    set("intermediate_size", json!(own.need("feed_forward_length")?));
+    set("num_hidden_layers", json!(own.need("block_count")?));
     set("num_attention_heads", json!(heads));
     set("num_key_value_heads", json!(kv_heads));
     set("head_dim", json!(head_dim));
     set(
         "max_position_embeddings",
-        json!(need("llama.context_length")?),
+        json!(own.need("context_length")?),
     );
-    set(
-        "rms_norm_eps",
-        number(header, "llama.attention.layer_norm_rms_epsilon", eps)?,
-    );
-    set("rope_theta", number(header, "llama.rope.freq_base", theta)?);
-    let scaling = rope_scaling(file, head_dim, theta)?;
+    set("rms_norm_eps", own.number(EPSILON, eps)?);
+    set("rope_theta", own.number(BASE, theta)?);
+    let scaling = rope_scaling(file, &own, head_dim, theta)?;
     set("rope_scaling", scaling);
     set("tie_word_embeddings", json!(!has("output.weight")));
     set("attention_bias", json!(has("blk.0.attn_q.bias")));
@@ -145,11 +142,57 @@ pub fn config_json(file: &super::GgufFile) -> Result<Map<String, Json>, GgufErro
     Ok(config)
 }
 
-fn number(header: &Header, key: &str, value: f64) -> Result<Json, GgufError> {
-    let number = Number::from_f64(value);
-    number
-        .map(Json::Number)
-        .ok_or_else(|| header.wrong(key, "is not finite"))
+/// The keys of a file that begin with its architecture.
+struct Own<'a> {
+    header: &'a Header,
+    architecture: &'a str,
+}
+
+impl Own<'_> {
+    fn key(&self, key: &str) -> String {
+        format!("{}.{key}", self.architecture)
+    }
+
+    fn wrong(&self, key: &str, reason: impl Into<String>) -> GgufError {
+        self.header.wrong(&self.key(key), reason)
+    }
+
+    fn text(&self, key: &str) -> Result<Option<&str>, GgufError> {
+        self.header.text(&self.key(key))
+    }
+
+    fn count(&self, key: &str) -> Result<Option<u64>, GgufError> {
+        self.header.count(&self.key(key))
+    }
+
+    /// A count of at least 1 that has to be there.
+    fn need(&self, key: &str) -> Result<u64, GgufError> {
+        match self.count(key)? {
+            Some(count) if (1..=1 << 28).contains(&count) => Ok(count),
+            Some(count) => Err(self.wrong(key, format!("is {count}"))),
+            None => Err(self.wrong(key, "is missing")),
+        }
+    }
+
+    fn decimal(&self, key: &str) -> Result<Option<f64>, GgufError> {
+        self.header
+            .get(&self.key(key), "a number", Value::as_decimal)
+    }
+
+    /// A number above 0.
+    fn positive(&self, key: &str) -> Result<Option<f64>, GgufError> {
+        match self.decimal(key)? {
+            Some(factor) if factor.is_finite() && factor > 0.0 => Ok(Some(factor)),
+            None => Ok(None),
+            _ => Err(self.wrong(key, "must be above 0")),
+        }
+    }
+
+    /// The value of `key` in JSON.
+    fn number(&self, key: &str, value: f64) -> Result<Json, GgufError> {
+        let number = Number::from_f64(value).map(Json::Number);
+        number.ok_or_else(|| self.wrong(key, "is not finite"))
+    }
 }
 
 fn wrong_tensor(header: &Header, name: &str, reason: impl Into<String>) -> GgufError {
@@ -160,7 +203,12 @@ fn wrong_tensor(header: &Header, name: &str, reason: impl Into<String>) -> GgufE
     }
 }
 
-fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Json, GgufError> {
+fn rope_scaling(
+    file: &super::GgufFile,
+    own: &Own,
+    head_dim: u64,
+    theta: f64,
+) -> Result<Json, GgufError> {
     let header = &file.header;
     if let Some(place) = header.tensors.get(ROPE_FACTORS) {
         // Checked before the tensor is read: a wrong size must not cause a large allocation.
@@ -172,11 +220,11 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
             );
             return Err(wrong_tensor(header, ROPE_FACTORS, reason));
         }
-        if let Some(kind @ ("linear" | "yarn")) = header.text(SCALING_TYPE)? {
+        if let Some(kind @ ("linear" | "yarn")) = own.text(SCALING_TYPE)? {
             let reason = format!(
                 "is {kind:?} and the file has {ROPE_FACTORS}; only one scaling is supported"
             );
-            return Err(header.wrong(SCALING_TYPE, reason));
+            return Err(own.wrong(SCALING_TYPE, reason));
         }
         let factors = file.floats(ROPE_FACTORS)?;
         return match llama3_scaling(&factors, theta) {
@@ -189,26 +237,26 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
             )),
         };
     }
-    let kind = header.text(SCALING_TYPE)?;
+    let kind = own.text(SCALING_TYPE)?;
     let yarn = kind == Some("yarn");
     // In llama.cpp a missing type means "linear"; older files have `scale_linear`.
-    let factor = match positive(header, "llama.rope.scaling.factor")? {
+    let factor = match own.positive("rope.scaling.factor")? {
         Some(factor) => Some(factor),
-        None => positive(header, "llama.rope.scale_linear")?,
+        None => own.positive("rope.scale_linear")?,
     };
     for (key, neutral) in NEUTRAL {
-        let key = format!("llama.rope.scaling.{key}");
-        let value = header.get(&key, "a number", Value::as_decimal)?;
+        let key = format!("rope.scaling.{key}");
+        let value = own.decimal(&key)?;
         if let Some(value) = value.filter(|value| value != neutral) {
             let reason = format!("is {value}; only {neutral} is supported");
-            return Err(header.wrong(&key, reason));
+            return Err(own.wrong(&key, reason));
         }
     }
-    const ATTENTION: &str = "llama.rope.scaling.attn_factor";
-    let attention = positive(header, ATTENTION)?.unwrap_or(1.0);
+    const ATTENTION: &str = "rope.scaling.attn_factor";
+    let attention = own.positive(ATTENTION)?.unwrap_or(1.0);
     if attention != 1.0 && !yarn {
         let reason = format!("is {attention}; it is supported with the scaling type \"yarn\" only");
-        return Err(header.wrong(ATTENTION, reason));
+        return Err(own.wrong(ATTENTION, reason));
     }
     match kind {
         Some("none") => Ok(Json::Null),
@@ -218,9 +266,9 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
         }),
         Some("yarn") => {
             let factor = factor.unwrap_or(1.0);
-            let context = match header.count("llama.rope.scaling.original_context_length")? {
+            let context = match own.count("rope.scaling.original_context_length")? {
                 Some(context) => Some(context),
-                None => header.count("llama.context_length")?,
+                None => own.count("context_length")?,
             };
             let context = context.unwrap_or(0) as f64;
             let yarn = Yarn {
@@ -234,18 +282,18 @@ fn rope_scaling(file: &super::GgufFile, head_dim: u64, theta: f64) -> Result<Jso
             if theta <= 1.0 || !is_llama_cpps(&yarn, theta, head_dim as usize) {
                 let reason = "is \"yarn\" with a context too short or a base too small for its ramp, where \
                               llama.cpp and transformers differ";
-                return Err(header.wrong(SCALING_TYPE, reason));
+                return Err(own.wrong(SCALING_TYPE, reason));
             }
             Ok(scaling_json(RopeScaling::Yarn(yarn)))
         }
         Some(other) => {
             let reason = format!("is {other:?}; \"none\", \"linear\" and \"yarn\" are supported");
-            Err(header.wrong(SCALING_TYPE, reason))
+            Err(own.wrong(SCALING_TYPE, reason))
         }
     }
 }
 
-const SCALING_TYPE: &str = "llama.rope.scaling.type";
+const SCALING_TYPE: &str = "rope.scaling.type";
 
 /// Further settings of llama.cpp's rotation, with the values that have no effect. YaRN's factor on attention
 /// (`yarn_attn_factor`) is separate from the factor of all types (`attn_factor`).
@@ -257,15 +305,6 @@ const NEUTRAL: &[(&str, f64)] = &[
     ("yarn_beta_fast", 32.0),
     ("yarn_beta_slow", 1.0),
 ];
-
-/// A number above 0.
-fn positive(header: &Header, key: &str) -> Result<Option<f64>, GgufError> {
-    match header.get(key, "a number", Value::as_decimal)? {
-        Some(factor) if factor.is_finite() && factor > 0.0 => Ok(Some(factor)),
-        None => Ok(None),
-        _ => Err(header.wrong(key, "must be above 0")),
-    }
-}
 
 /// Whether llama.cpp computes these settings as transformers does: it supports the default betas and a rounded ramp
 /// only, and computes a ramp with exchanged ends as a step.
@@ -394,8 +433,16 @@ fn llama3_scaling(factors: &[f32], theta: f64) -> Option<RopeScaling> {
 ///
 /// # Errors
 ///
-/// Names a rotary scaling that llama.cpp does not support.
+/// Names a rotary scaling or a window that llama.cpp does not support.
 pub fn config_metadata(config: &LlamaConfig) -> Result<Vec<(String, Value)>, String> {
+    if let Some(window) = config.shortest_window() {
+        return Err(format!(
+            "the model has a sliding window of {window} tokens, which llama.cpp does not compute for this architecture; \
+             write \"max_position_embeddings\": {window} into config.json to write the model for sequences for which the \
+             window changes nothing"
+        ));
+    }
+    let architecture = config.family.gguf_architecture;
     let count = |x: usize| Value::U32(u32::try_from(x).unwrap_or(u32::MAX));
     let mut metadata: Vec<(String, Value)> = [
         ("vocab_size", count(config.vocab_size)),
@@ -414,9 +461,9 @@ pub fn config_metadata(config: &LlamaConfig) -> Result<Vec<(String, Value)>, Str
         ("rope.dimension_count", count(config.head_dim)),
         ("rope.freq_base", Value::F32(config.rope_theta as f32)),
     ]
-    .map(|(key, value)| (format!("llama.{key}"), value))
+    .map(|(key, value)| (format!("{architecture}.{key}"), value))
     .into();
-    let scaling = |key: &str, value| (format!("llama.rope.scaling.{key}"), value);
+    let scaling = |key: &str, value| (format!("{architecture}.rope.scaling.{key}"), value);
     match config.rope_scaling {
         // Llama 3.1's scaling is a tensor, see `rope_factors`.
         RopeScaling::Default | RopeScaling::Llama3 { .. } => {}

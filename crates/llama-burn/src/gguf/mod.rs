@@ -7,7 +7,7 @@
 //! | `kind` | [`TensorKind`]: how tensors are stored |
 //! | `blocks` | ggml's blocks to floats, and to integers with their scales |
 //! | `file` | [`GgufFile`]: an open file and its tensors |
-//! | `names`, `config` | a Llama's tensors and shape: llama.cpp's names to Hugging Face's |
+//! | `names`, `config` | a model's tensors and shape: llama.cpp's names to Hugging Face's |
 //! | `write` | [`GgufWriter`] |
 //!
 //! Implements the format's specification (ggml's `docs/gguf.md`), tested against the Python package `gguf` and

@@ -1,21 +1,12 @@
-//! A Llama's tensors under llama.cpp's names and Hugging Face's.
+//! A model's tensors under llama.cpp's names and Hugging Face's.
 //!
-//! llama.cpp rotates neighbouring pairs of a head's elements, Hugging Face the two halves of a head. llama.cpp's
-//! converter therefore reorders the rows of the query and key projections.
+//! Hugging Face rotates the two halves of a head. For some architectures llama.cpp rotates neighbouring pairs of its
+//! elements, and llama.cpp's converter reorders the rows of the query and key projections.
 
-/// A module of a decoder layer: Hugging Face's name, llama.cpp's.
-const IN_LAYER: [(&str, &str); 9] = [
-    ("input_layernorm", "attn_norm"),
-    ("post_attention_layernorm", "ffn_norm"),
-    ("self_attn.q_proj", "attn_q"),
-    ("self_attn.k_proj", "attn_k"),
-    ("self_attn.v_proj", "attn_v"),
-    ("self_attn.o_proj", "attn_output"),
-    ("mlp.gate_proj", "ffn_gate"),
-    ("mlp.up_proj", "ffn_up"),
-    ("mlp.down_proj", "ffn_down"),
-];
+use crate::LlamaConfig;
+use crate::spec::{LINEARS, NORMS};
 
+/// Modules outside the layers: Hugging Face's name, llama.cpp's.
 const OUTSIDE: [(&str, &str); 3] = [
     ("model.embed_tokens", "token_embd"),
     ("model.norm", "output_norm"),
@@ -23,7 +14,7 @@ const OUTSIDE: [(&str, &str); 3] = [
 ];
 
 /// Hugging Face's name of a tensor (`model.layers.0.self_attn.q_proj.weight`) for llama.cpp's
-/// (`blk.0.attn_q.weight`); `None` for a tensor that a Llama does not have.
+/// (`blk.0.attn_q.weight`); `None` for a tensor that no family has.
 pub fn hugging_face_name(name: &str) -> Option<String> {
     translate(name, "blk.", "model.layers.", |(theirs, ours)| {
         (ours, theirs)
@@ -60,7 +51,10 @@ fn translate(
             if number.to_string() != layer {
                 return None;
             }
-            Some(format!("{to}{layer}.{}.{kind}", find(&IN_LAYER, module)?))
+            let in_layer = NORMS.iter().chain(&LINEARS);
+            let in_layer = in_layer.map(|names| (names.hugging_face, names.llama_cpp));
+            let in_layer: Vec<_> = in_layer.collect();
+            Some(format!("{to}{layer}.{}.{kind}", find(&in_layer, module)?))
         }
     }
 }
@@ -72,10 +66,12 @@ pub struct Rows {
     pub head_dim: usize,
 }
 
-/// The order of rows of a tensor with this Hugging Face name; `None` if both programs have the same order.
-pub fn rows_of(name: &str, head_dim: usize) -> Option<Rows> {
+/// The order of rows of a tensor with this Hugging Face name in a model of this configuration; `None` if both programs
+/// have the same order.
+pub fn rows_of(name: &str, config: &LlamaConfig) -> Option<Rows> {
     let rotated = name.contains(".q_proj.") || name.contains(".k_proj.");
-    rotated.then_some(Rows { head_dim })
+    let head_dim = config.head_dim;
+    (rotated && config.family.gguf_rotates_pairs).then_some(Rows { head_dim })
 }
 
 impl Rows {

@@ -268,8 +268,21 @@ fn names_translate_in_both_directions() {
 
 #[test]
 fn rows_of_rotated_projections_are_reordered_in_both_directions() {
-    let rows = rows_of("model.layers.0.self_attn.k_proj.weight", 4).unwrap();
-    assert_eq!(rows_of("model.layers.0.self_attn.v_proj.weight", 4), None);
+    let config = crate::LlamaConfig {
+        head_dim: 4,
+        ..Default::default()
+    };
+    let rows = rows_of("model.layers.0.self_attn.k_proj.weight", &config).unwrap();
+    assert_eq!(
+        rows_of("model.layers.0.self_attn.v_proj.weight", &config),
+        None
+    );
+    let halves = crate::LlamaConfig {
+        family: crate::Family::of_gguf("qwen2").unwrap(),
+        ..config
+    };
+    let key = "model.layers.0.self_attn.k_proj.weight";
+    assert_eq!(rows_of(key, &halves), None);
     // Two heads of four rows: halves [0 1 | 2 3] become pairs (0 2)(1 3).
     let values: Vec<i8> = (0..16).collect();
     let theirs = rows.to_llama_cpp(&values, 2);

@@ -9,13 +9,13 @@
 use burn::module::Param;
 use burn::tensor::{IndexingUpdateOp, Int, Tensor};
 use kernels::{
-    InverseRms, KvCache, Rotation, SavedAttention, attention, attention_backward, query_scale,
-    rotate, swiglu, swiglu_backward,
+    AttentionLayout, InverseRms, KvCache, Rotation, SavedAttention, attention, attention_backward,
+    query_scale, rotate,
 };
 use lora_core::{LinearGroup, LowRank};
 
 use crate::decoder_layer::DropoutSeeds;
-use crate::{DecoderLayer, PackedContext};
+use crate::{DecoderLayer, PackedContext, RmsNorm};
 
 /// The passes of one layer on a packed batch.
 #[derive(Debug, Clone, Copy)]
@@ -35,9 +35,26 @@ pub struct LayerPass<'a> {
 #[derive(Debug, Clone)]
 pub struct Activations {
     attention: SavedAttention,
-    attention_low: LowRank<3>,
-    inverse_rms: InverseRms,
+    before: BeforeAttention,
     after: AfterAttention,
+}
+
+/// The part of [`Activations`] that comes before attention.
+#[derive(Debug, Clone)]
+struct BeforeAttention {
+    inverse_rms: InverseRms,
+    low: LowRank<3>,
+    q_norm: Option<SavedNorm>,
+    k_norm: Option<SavedNorm>,
+}
+
+/// What the norm of queries or keys saves.
+#[derive(Debug, Clone)]
+struct SavedNorm {
+    /// Its input, `[n, heads · d]`.
+    input: Tensor<2>,
+    /// Of each head, `[n · heads, 1]`.
+    inverse_rms: InverseRms,
 }
 
 /// The part of [`Activations`] that comes after attention.
@@ -88,14 +105,13 @@ impl LayerPass<'_> {
     /// - `x`: `[n, hidden]`, f32
     /// - output: `[n, hidden]`, or `[m, hidden]` for `m` output positions, f32
     pub fn forward(&self, x: &Tensor<2>) -> (Tensor<2>, Activations) {
-        let ([q, k, v], attention_low, inverse_rms) = self.queries_keys_values(x);
+        let ([q, k, v], before) = self.queries_keys_values(x);
         let heads = self.layer.self_attn.heads();
-        let (mixed, saved) = attention(q, k, v, &self.context.attention, heads);
+        let (mixed, saved) = attention(q, k, v, self.layout(), heads);
         let (output, after) = self.after_attention(self.select(mixed), self.select(x.clone()));
         let activations = Activations {
             attention: saved,
-            attention_low,
-            inverse_rms,
+            before,
             after,
         };
         (output, activations)
@@ -108,22 +124,31 @@ impl LayerPass<'_> {
     ///
     /// - `x`, output: `[sequences, hidden]`, f32
     pub(crate) fn decode(&self, x: &Tensor<2>, cache: &mut dyn KvCache) -> Tensor<2> {
-        let ([q, k, v], ..) = self.queries_keys_values(x);
+        let ([q, k, v], _) = self.queries_keys_values(x);
         let mixed = cache.attend(q, k, v, self.layer.self_attn.heads());
         self.after_attention(mixed, x.clone()).0
     }
 
     /// Rotated queries and keys, and values. The queries are multiplied by [`query_scale`].
-    fn queries_keys_values(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], LowRank<3>, InverseRms) {
+    fn queries_keys_values(&self, x: &Tensor<2>) -> ([Tensor<2>; 3], BeforeAttention) {
         let norm = &self.layer.input_layernorm;
         let (normalized, inverse_rms) = norm.manual_forward(x, self.context.dtype);
         let ([q, k, v], low) = self
             .attention_group()
             .forward(&normalized, [const { None }; 3]);
-        let scale = query_scale(&q, self.layer.self_attn.heads());
+        let attention = &self.layer.self_attn;
+        let (q, q_norm) = normalize_heads(&attention.q_norm, q);
+        let (k, k_norm) = normalize_heads(&attention.k_norm, k);
+        let scale = query_scale(&q, attention.heads());
         let q = self.rotate(q, Rotation::Forward, scale);
         let k = self.rotate(k, Rotation::Forward, 1.0);
-        ([q, k, v], low, inverse_rms)
+        let before = BeforeAttention {
+            inverse_rms,
+            low,
+            q_norm,
+            k_norm,
+        };
+        ([q, k, v], before)
     }
 
     /// From the attention output before `o_proj` to the layer's output. `residual` is the layer's input at these
@@ -139,9 +164,8 @@ impl LayerPass<'_> {
 
         let norm = &self.layer.post_attention_layernorm;
         let (normalized, inverse_rms) = norm.manual_forward(&middle, self.context.dtype);
-        let ([gate, up], gate_up_low) = self.gate_up_group().forward(&normalized, [None, None]);
+        let ([gate, up, product], gate_up_low) = self.gate_up_group().forward_gated(&normalized);
         drop(normalized);
-        let product = swiglu(&gate, &up);
         let ([output], down_low) = self.down_group().forward(&product, [Some(middle.clone())]);
         let after = AfterAttention {
             output_low,
@@ -173,8 +197,13 @@ impl LayerPass<'_> {
     ) -> Option<HiddenGradient> {
         let Activations {
             attention: saved,
-            attention_low,
-            inverse_rms,
+            before:
+                BeforeAttention {
+                    inverse_rms,
+                    low: attention_low,
+                    q_norm,
+                    k_norm,
+                },
             after:
                 AfterAttention {
                     output_low,
@@ -192,19 +221,18 @@ impl LayerPass<'_> {
         let d_mixed_needed = input_gradient || self.attention_group().has_adapters();
         let d_middle_needed = d_mixed_needed || self.output_group().has_adapters();
         let d_product_needed = d_middle_needed || self.gate_up_group().has_adapters();
-        let product = || swiglu(&gate, &up);
         let down = self.down_group();
         let dtype = self.context.dtype;
         let HiddenGradient {
             whole: d_output,
             rounded,
         } = d_output;
-        let d_block = [rounded.unwrap_or_else(|| d_output.clone().cast(dtype))];
-        let d_product = down.backward(product, down_low, d_block, d_product_needed, accumulate)?;
-        let (d_gate, d_up) = swiglu_backward(gate, up, d_product);
+        let d_block = rounded.unwrap_or_else(|| d_output.clone().cast(dtype));
+        let (d_gate, d_up) =
+            down.backward_gated(gate, up, down_low, d_block, d_product_needed, accumulate)?;
         let norm = &layer.post_attention_layernorm;
-        let normalized = || norm.again(&middle, &middle_rms, dtype);
         let gain = norm.gain();
+        let normalized = norm.output(&middle, &middle_rms, gain.clone(), dtype);
         let gate_up = self.gate_up_group();
         let d_normalized = gate_up.backward(
             normalized,
@@ -223,15 +251,17 @@ impl LayerPass<'_> {
         let d_mixed = output.backward(mixed, output_low, [rounded], d_mixed_needed, accumulate)?;
         let d_mixed = self.scatter(d_mixed, x.dims()[0]);
         let heads = layer.self_attn.heads();
-        let [d_q, d_k, d_v] = attention_backward(saved, d_mixed, &self.context.attention, heads);
+        let [d_q, d_k, d_v] = attention_backward(saved, d_mixed, self.layout(), heads);
         let scale = query_scale(&d_q, heads);
         let d_q = self.rotate(d_q, Rotation::Inverse, scale);
         let d_k = self.rotate(d_k, Rotation::Inverse, 1.0);
+        let d_q = normalize_heads_backward(&layer.self_attn.q_norm, q_norm, d_q);
+        let d_k = normalize_heads_backward(&layer.self_attn.k_norm, k_norm, d_k);
         let norm = &layer.input_layernorm;
-        let normalized = || norm.again(x, &inverse_rms, dtype);
         let attention = self.attention_group();
         let residual = input_gradient.then(|| self.scatter(d_middle, x.dims()[0]));
         let gain = norm.gain();
+        let normalized = norm.output(x, &inverse_rms, gain.clone(), dtype);
         let d_normalized = attention.backward(
             normalized,
             attention_low,
@@ -242,6 +272,10 @@ impl LayerPass<'_> {
         let (whole, rounded) = norm.backward(x, inverse_rms, gain, d_normalized, residual?, dtype);
         let rounded = Some(rounded);
         Some(HiddenGradient { whole, rounded })
+    }
+
+    fn layout(&self) -> &AttentionLayout {
+        self.context.attention(self.layer.self_attn.sliding_window)
     }
 
     fn attention_group(&self) -> LinearGroup<'_, 3> {
@@ -286,5 +320,30 @@ impl LayerPass<'_> {
         };
         let zeros = Tensor::zeros([n, x.dims()[1]], (&x.device(), x.dtype()));
         zeros.select_assign(0, positions.clone(), x, IndexingUpdateOp::Add)
+    }
+}
+
+/// Queries or keys, each head normalized if the layer has this norm, and what the backward pass needs.
+fn normalize_heads(norm: &Option<RmsNorm>, x: Tensor<2>) -> (Tensor<2>, Option<SavedNorm>) {
+    let Some(norm) = norm else {
+        return (x, None);
+    };
+    let (output, inverse_rms) = norm.heads_forward(&x);
+    let saved = SavedNorm {
+        input: x,
+        inverse_rms,
+    };
+    (output, Some(saved))
+}
+
+/// The gradient of the input of [`normalize_heads`] from that of its output.
+fn normalize_heads_backward(
+    norm: &Option<RmsNorm>,
+    saved: Option<SavedNorm>,
+    gradient: Tensor<2>,
+) -> Tensor<2> {
+    match (norm, saved) {
+        (Some(norm), Some(saved)) => norm.heads_backward(saved.input, saved.inverse_rms, gradient),
+        _ => gradient,
     }
 }

@@ -19,6 +19,17 @@ pub fn rms_norm_backward(norm: &RmsNorm, x: &Tensor<2>, gradient: Tensor<2>) -> 
         .0
 }
 
+/// Queries or keys `[n, heads · d]`, each head normalized, in `x`'s type.
+pub fn head_norm(norm: &RmsNorm, x: &Tensor<2>) -> Tensor<2> {
+    norm.heads_forward(x).0
+}
+
+/// The gradient of the input of [`head_norm`] from that of its output, `[n, heads · d]`.
+pub fn head_norm_backward(norm: &RmsNorm, x: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
+    let (_, inverse) = norm.heads_forward(&x);
+    norm.heads_backward(x, inverse, gradient)
+}
+
 /// Queries or keys `[n, heads · d]` rotated by their positions' angles, or with `back` by the negative angles.
 pub fn rope(x: Tensor<2>, context: &PackedContext, back: bool) -> Tensor<2> {
     let rotation = if back {
@@ -41,11 +52,11 @@ pub fn attend_and_back(
     gradient: Tensor<2>,
     context: &PackedContext,
 ) -> (Tensor<2>, [Tensor<2>; 3]) {
-    let heads = layer.heads();
+    let (heads, layout) = (layer.heads(), context.attention(layer.sliding_window));
     let scale = query_scale(&q, heads);
     let scaled = |x: Tensor<2>| if scale == 1.0 { x } else { x.mul_scalar(scale) };
-    let (output, saved) = attention(scaled(q), k, v, &context.attention, heads);
-    let [d_q, d_k, d_v] = attention_backward(saved, gradient, &context.attention, heads);
+    let (output, saved) = attention(scaled(q), k, v, layout, heads);
+    let [d_q, d_k, d_v] = attention_backward(saved, gradient, layout, heads);
     (output, [scaled(d_q), d_k, d_v])
 }
 

@@ -128,18 +128,16 @@ impl<'a> Search<'a> {
     /// its product.
     fn check_weights(&self) -> Result<(), FitError> {
         let linears = self.model.layer_linears();
-        let largest = linears
-            .iter()
-            .max_by_key(|(_, d_in, d_out, _)| d_in * d_out);
-        let (Some(limit), Some((name, d_in, d_out, _))) = (self.limit, largest) else {
+        let largest = linears.iter().max_by_key(|linear| linear.elements());
+        let (Some(limit), Some(linear)) = (self.limit, largest) else {
             return Ok(());
         };
-        let needed = (d_in * d_out * self.float_bytes) as u64;
+        let needed = (linear.elements() * self.float_bytes) as u64;
         if needed <= limit {
             Ok(())
         } else {
             Err(FitError::Buffer {
-                what: format!("the dequantized weight of {name}"),
+                what: format!("the dequantized weight of {}", linear.name),
                 needed,
                 limit,
                 advice: "compute_dtype = \"f16\", where the device has it, halves it; --backend cpu, or another GPU, \
@@ -219,7 +217,7 @@ impl<'a> Search<'a> {
     /// The widest output of a linear module.
     fn widest(&self) -> usize {
         let linears = self.model.layer_linears();
-        let widths = linears.iter().map(|(_, _, d_out, _)| *d_out);
+        let widths = linears.iter().map(|linear| linear.d_out);
         widths.max().unwrap_or(0)
     }
 

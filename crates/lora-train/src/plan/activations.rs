@@ -4,7 +4,7 @@
 //! counted one by one. A test of the workspace (`tests/tests/plan.rs`) counts every byte of real
 //! passes and compares.
 
-use llama_burn::LlamaConfig;
+use llama_burn::{LinearSpec, LlamaConfig};
 use lora_core::{LoraError, ModuleSelector, Quantization};
 
 use super::{Part, PlanOptions};
@@ -221,9 +221,13 @@ impl Sizes {
         };
         // Hidden states and their gradients are f32 whatever the compute type.
         let hidden = 4.0 * (tokens * model.hidden_size) as f64;
-        let query = floats * (model.num_attention_heads * model.head_dim) as f64;
-        let key_value = floats * (model.num_key_value_heads * model.head_dim) as f64;
+        let query = floats * model.query_width() as f64;
+        let key_value = floats * model.key_width() as f64;
         let feed_forward = floats * model.intermediate_size as f64;
+        // The inputs of the norms of queries and keys, and on a GPU a factor per head.
+        let heads = model.num_attention_heads + model.num_key_value_heads;
+        let factors = f64::from(options.on_gpu) * 4.0 * (tokens * heads) as f64;
+        let head_norms = f64::from(model.query_key_norm) * (query + key_value + factors);
         let log_sums = 4.0 * (tokens * model.num_attention_heads) as f64;
         let workload = options.workload;
         let scores = workload.rows * model.num_attention_heads * workload.longest_row;
@@ -245,6 +249,7 @@ impl Sizes {
                 + f64::from(options.on_gpu) * query
                 + 2.0 * key_value
                 + log_sums
+                + head_norms
                 + low(&["q_proj", "k_proj", "v_proj"]),
             // Including the attention output if the adapter of `o_proj` reads it again.
             feed_forward_block: hidden
@@ -280,14 +285,15 @@ impl Adapted {
             Some(0)
         } else {
             all.clone()
-                .find(|layer| linears.iter().any(|(name, ..)| adapted(*layer, name)))
+                .find(|layer| linears.iter().any(|linear| adapted(*layer, linear.name)))
         };
-        let modules = linears.iter().filter_map(|(name, _, d_out, _)| {
+        let modules = linears.iter().filter_map(|linear| {
+            let LinearSpec { name, d_out, .. } = *linear;
             let layers = all.clone().filter(|layer| adapted(*layer, name));
             let r = layers.map(|layer| selector.r(&full(layer, name))).max()?;
             let scales = options.lora.method.facts().scales_outputs;
-            let scaled = if scales { *d_out } else { 0 };
-            Some((*name, r + scaled))
+            let scaled = if scales { d_out } else { 0 };
+            Some((name, r + scaled))
         });
         Ok(Self {
             layers: model.num_hidden_layers - lowest.unwrap_or(model.num_hidden_layers),
@@ -309,11 +315,7 @@ impl Adapted {
 /// Weights that exist dense for a moment.
 fn unpacked(model: &LlamaConfig, options: &PlanOptions) -> f64 {
     let linears = model.layer_linears();
-    let largest = linears
-        .iter()
-        .map(|(_, d_in, d_out, _)| d_in * d_out)
-        .max()
-        .unwrap_or(0);
+    let largest = linears.iter().map(LinearSpec::elements).max().unwrap_or(0);
     let floats = match (options.quantization, options.on_gpu) {
         (Quantization::None, _) => 0,
         (_, false) => largest.min(PANEL),

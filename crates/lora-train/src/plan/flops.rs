@@ -3,8 +3,8 @@
 //! Counted are, with a multiplication and an addition as two:
 //!
 //! - the decoder's linear weights, forward and once backward (for the input; frozen weights have no gradient);
-//! - attention's two products, each query with the keys up to its own position, forward and twice
-//!   backward;
+//! - attention's two products, each query with the keys up to its own position and within its window,
+//!   forward and twice backward;
 //! - the adapters' two products, forward and twice backward (input and factors);
 //! - the head at positions in the loss, forward and once backward.
 //!
@@ -12,7 +12,7 @@
 //! of positions that are not in the loss are not counted either: they lower a program's
 //! utilization.
 
-use llama_burn::LlamaConfig;
+use llama_burn::{LinearSpec, LlamaConfig};
 use lora_core::{LoraConfig, LoraError};
 
 /// The rule of the count, for the user.
@@ -27,8 +27,10 @@ pub struct FlopsModel {
     linear: u64,
     /// Elements of the adapters.
     adapters: u64,
-    /// Layers · heads · width of a head.
+    /// Layers · heads · width of a head, for layers without a sliding window.
     attention: u64,
+    /// The same for layers with one, and its length.
+    windowed: (u64, u64),
     /// Vocabulary · hidden.
     head: u64,
 }
@@ -44,22 +46,28 @@ impl FlopsModel {
         let counts =
             lora_core::ParameterCounts::new(&model.module_shapes(), lora, quantization, 4)?;
         let linears = model.layer_linears();
-        let in_a_layer: usize = linears.iter().map(|(_, d_in, d_out, _)| d_in * d_out).sum();
+        let in_a_layer: usize = linears.iter().map(LinearSpec::elements).sum();
         let layers = model.num_hidden_layers;
+        let window = model.shortest_window().unwrap_or(0);
+        let windowed = model.windows.iter().flatten().count();
         Ok(Self {
             linear: (in_a_layer * layers) as u64,
             adapters: counts.trainable,
-            attention: (layers * model.num_attention_heads * model.head_dim) as u64,
+            attention: ((layers - windowed) * model.query_width()) as u64,
+            windowed: ((windowed * model.query_width()) as u64, window as u64),
             head: (model.vocab_size * model.hidden_size) as u64,
         })
     }
 
     /// Operations of a forward and a backward pass over a single example.
     pub fn of_row(&self, tokens: u64, supervised: u64) -> u64 {
-        // Query t meets t keys, in two products.
+        // Query t meets t keys, or as many as the window has, in two products.
         let pairs = tokens * (tokens + 1) / 2;
+        let (windowed, window) = self.windowed;
+        let within = tokens.min(window);
+        let pairs_within = within * (within + 1) / 2 + (tokens - within) * window;
         2 * 2 * self.linear * tokens
-            + 3 * 2 * 2 * self.attention * pairs
+            + 3 * 2 * 2 * (self.attention * pairs + windowed * pairs_within)
             + 3 * 2 * self.adapters * tokens
             + 2 * 2 * self.head * supervised
     }
@@ -114,6 +122,19 @@ mod tests {
         assert_eq!(flops.of_row(2, 1), by_hand);
         assert_eq!(flops.per_token([(2, 1), (2, 1)]), by_hand as f64 / 2.0);
         assert_eq!(flops.per_token([]), 0.0);
+    }
+
+    #[test]
+    fn a_window_bounds_the_keys_that_a_query_meets() {
+        let lora = LoraConfig::default();
+        let all = FlopsModel::new(&model(), &lora).unwrap();
+        let windows = vec![None, Some(3)];
+        let windowed = LlamaConfig { windows, ..model() };
+        let windowed = FlopsModel::new(&windowed, &lora).unwrap();
+        // Queries 4 and 5 meet 3 keys instead of 4 and 5; one layer with 2 heads of 4.
+        let saved = 3 * 2 * 2 * (2 * 4) * (1 + 2);
+        assert_eq!(all.of_row(5, 1) - windowed.of_row(5, 1), saved);
+        assert_eq!(all.of_row(3, 1), windowed.of_row(3, 1));
     }
 
     #[test]

@@ -7,17 +7,6 @@ use super::{Kind, LARGEST_COUNT, Parsed, Value, must_be, nearest};
 use super::{none_if_empty, positive, whole, whole_number};
 use crate::error::shown;
 
-/// The linear modules of a Llama's decoder layers.
-const LINEAR_MODULES: [&str; 7] = [
-    "q_proj",
-    "k_proj",
-    "v_proj",
-    "o_proj",
-    "gate_proj",
-    "up_proj",
-    "down_proj",
-];
-
 /// `init_lora_weights`. PEFT writes `true` for its default, Kaiming-uniform.
 pub(in super::super) fn initialization() -> Kind<Init> {
     let allowed = "\"kaiming\" (or true), \"gaussian\", \"pissa\", \"pissa_niter_N\" with a number of iterations, as in \
@@ -233,18 +222,19 @@ fn module_name(value: &Value) -> Parsed<String> {
         ));
     };
     let last = name.rsplit('.').next().unwrap_or_default();
-    if LINEAR_MODULES.contains(&last) || name == "lm_head" {
+    let modules = llama_burn::linear_names();
+    if modules.contains(&last) || name == "lm_head" {
         return Ok(name.clone());
     }
-    let nearest = nearest(last, LINEAR_MODULES.into_iter());
+    let nearest = nearest(last, modules.into_iter());
     let name = shown(name);
     Err(match nearest {
         Some(known) => {
-            format!("{name:?} is not a linear module of a Llama layer; did you mean {known:?}?")
+            format!("{name:?} is not a linear module of a decoder layer; did you mean {known:?}?")
         }
         None => format!(
-            "{name:?} is not a linear module of a Llama layer; these are {}",
-            LINEAR_MODULES.join(", ")
+            "{name:?} is not a linear module of a decoder layer; these are {}",
+            modules.join(", ")
         ),
     })
 }
