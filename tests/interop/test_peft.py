@@ -282,6 +282,11 @@ TRAINED = {
                  dict(rank_pattern={"q_proj": 2, r"layers\.1\..*v_proj": 3}, alpha_pattern={"v_proj": 5.5}, use_rslora=True)),
     "exclusion": (dict(target_modules='"all-linear"', exclude_modules="['k_proj', 'mlp.up_proj']"), {}),
     "expression": (dict(target_modules=r"'.*\.layers\.[02]\..*_proj'"), {}),
+    "LoRA+": (dict(loraplus_lr_ratio=4), {}),
+    "PiSSA": (dict(init_lora_weights='"pissa"', lora_r=4), dict(r=8, init_lora_weights=True)),
+    "PiSSA by iteration, with dropout": (dict(init_lora_weights='"pissa_niter_4"', lora_r=4, lora_dropout="0.2"), dict(r=8)),
+    "OLoRA with patterns": (dict(init_lora_weights='"olora"', lora_r=4, rank_pattern="{ q_proj = 2 }", alpha_pattern="{ v_proj = 5.5 }", peft_use_rslora="true"),
+                            dict(r=8, rank_pattern={"q_proj": 4}, use_rslora=True)),
     "lm_head": (dict(target_modules="['v_proj', 'lm_head']", rank_pattern="{ lm_head = 3 }"), dict(rank_pattern={"lm_head": 3})),
 }
 

@@ -95,7 +95,7 @@ fn a_layer_and_a_step_of_llama_8b_stay_within_their_budgets() {
     let counts = counted(&step_of_8b(DType::F32), &selected);
     print("layer, f32", &counts.layer);
     print("step, f32", &counts.step);
-    assert!(counts.layer.launches() <= 40, "{}", counts.layer.launches());
+    assert!(counts.layer.launches() <= 32, "{}", counts.layer.launches());
     our_kernels_do_the_work(&counts.step);
     assert_eq!((counts.layer.uploads, counts.layer.reads), (0, 0));
     assert!(counts.step.uploads <= 12, "{}", counts.step.uploads);
@@ -107,7 +107,7 @@ fn a_layer_and_a_step_of_llama_8b_stay_within_their_budgets() {
 
 /// In 16 bits, as on CUDA: bf16 and f16 tensors have the same bytes.
 #[test]
-fn a_step_of_llama_8b_in_16_bits_moves_at_most_95_gb() {
+fn a_step_of_llama_8b_in_16_bits_moves_at_most_86_gb() {
     let _one = COUNTING.lock();
     let Some(selected) = wgpu() else { return };
     // As on a card with 8 GB or more: lavapipe binds 128 MiB, and the output layer would be read
@@ -124,12 +124,12 @@ fn a_step_of_llama_8b_in_16_bits_moves_at_most_95_gb() {
     print("layer, f16", &counts.layer);
     print("step, f16", &counts.step);
     assert!(
-        counts.step.fused_bytes() <= 95_000_000_000,
+        counts.step.fused_bytes() <= 86_000_000_000,
         "{}",
         counts.step.fused_bytes()
     );
     assert_eq!((counts.layer.uploads, counts.layer.reads), (0, 0));
-    assert!(counts.layer.launches() <= 40, "{}", counts.layer.launches());
+    assert!(counts.layer.launches() <= 32, "{}", counts.layer.launches());
     our_kernels_do_the_work(&counts.step);
 }
 
@@ -146,7 +146,8 @@ fn our_kernels_do_the_work(step: &Counts) {
         "low_rank_gradients",
         "rms_norm_rows",
         "rotate_heads",
-        "swiglu_rows",
+        "gated_product",
+        "gated_product_backward",
         "cross_entropy_rows",
         "adamw_update",
     ] {

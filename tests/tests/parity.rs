@@ -4,6 +4,7 @@
 //! The second half tests the comparison: each mistake that is easy to make in a trainer is made in
 //! a copy of a fixture, and must be found.
 
+use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
@@ -65,6 +66,38 @@ fn packed_rows_agree_with_rows_that_transformers_pads() {
 #[test]
 fn dora_agrees_with_peft_magnitudes_training_and_merge_included() {
     agrees("dora", None);
+}
+
+#[test]
+fn a_learning_rate_of_its_own_for_b_agrees_with_pefts_loraplus_optimizer() {
+    agrees("loraplus", None);
+    // With one learning rate for A and B the losses are others.
+    notices("loraplus", &["train_losses", "adapter after"], |folder| {
+        edit_floats(folder, "loraplus_lr_ratio", |ratio| ratio.fill(1.0));
+    });
+}
+
+#[test]
+fn adapters_that_are_taken_out_of_the_weights_agree_with_pefts_pissa_and_olora() {
+    agrees("pissa", None);
+    agrees("olora", None);
+    // Another part of the weights, with which nothing is as in the reference.
+    for (name, init) in [("pissa", "olora"), ("olora", "pissa")] {
+        notices(name, &["initial adapters", "logits", "loss"], |folder| {
+            edit_init(folder, init);
+        });
+    }
+}
+
+#[test]
+fn a_randomized_decomposition_with_many_iterations_is_pefts_exact_one() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&fixture("pissa"), folder.path());
+    edit_init(folder.path(), "pissa_niter_300");
+    let report = on_the_cpu(folder.path());
+    assert!(report.passed(), "{report}");
+    edit_init(folder.path(), "pissa_niter_0");
+    assert!(!on_the_cpu(folder.path()).passed());
 }
 
 #[test]
@@ -288,19 +321,41 @@ fn another_rope_theta_is_noticed() {
 
 /// Rewrites `reference.safetensors` with the integers of one tensor changed, row by row.
 fn edit_integers(folder: &Path, name: &str, change: impl Fn(&mut [i64])) {
+    edit_tensor(folder, name, |shape, bytes| {
+        let words = bytes.chunks_exact(8);
+        let mut integers: Vec<i64> = words
+            .map(|word| i64::from_le_bytes(word.try_into().expect("eight bytes")))
+            .collect();
+        integers.chunks_mut(shape[1]).for_each(change);
+        let integers = integers.iter();
+        integers.flat_map(|integer| integer.to_le_bytes()).collect()
+    });
+}
+
+/// As [`edit_integers`], for the f32 elements of one tensor.
+fn edit_floats(folder: &Path, name: &str, change: impl Fn(&mut [f32])) {
+    edit_tensor(folder, name, |_, bytes| {
+        let words = bytes.chunks_exact(4);
+        let mut floats: Vec<f32> = words
+            .map(|word| f32::from_le_bytes(word.try_into().expect("four bytes")))
+            .collect();
+        change(&mut floats);
+        floats
+            .iter()
+            .flat_map(|float| float.to_le_bytes())
+            .collect()
+    });
+}
+
+/// Rewrites `reference.safetensors` with the bytes of one tensor changed; `change` also gets its shape.
+fn edit_tensor(folder: &Path, name: &str, change: impl FnOnce(&[usize], &[u8]) -> Vec<u8>) {
     let path = folder.join("reference.safetensors");
     let bytes = fs::read(&path).expect("the fixture can be read");
     let file = SafeTensors::deserialize(&bytes).expect("the fixture is a safetensors file");
     let view = file.tensor(name).expect("the fixture has this tensor");
-    let words = view.data().chunks_exact(8);
-    let mut integers: Vec<i64> = words
-        .map(|word| i64::from_le_bytes(word.try_into().expect("eight bytes")))
-        .collect();
-    integers.chunks_mut(view.shape()[1]).for_each(change);
-    let changed: Vec<u8> = integers
-        .iter()
-        .flat_map(|integer| integer.to_le_bytes())
-        .collect();
+    let changed = change(view.shape(), view.data());
+    let (_, header) = SafeTensors::read_metadata(&bytes).expect("the same file");
+    let metadata = header.metadata().clone();
     let tensors = file.iter().map(|(key, view)| {
         if key == name {
             let view =
@@ -312,9 +367,19 @@ fn edit_integers(folder: &Path, name: &str, change: impl Fn(&mut [i64])) {
     });
     fs::write(
         &path,
-        safetensors::serialize(tensors, None).expect("the same tensors"),
+        safetensors::serialize(tensors, metadata).expect("the same tensors"),
     )
     .expect("a temporary folder is writable");
+}
+
+/// Rewrites `reference.safetensors` with another name of the initialization.
+fn edit_init(folder: &Path, init: &str) {
+    let path = folder.join("reference.safetensors");
+    let bytes = fs::read(&path).expect("the fixture can be read");
+    let file = SafeTensors::deserialize(&bytes).expect("the fixture is a safetensors file");
+    let metadata = HashMap::from([("init_lora_weights".to_string(), init.to_string())]);
+    let written = safetensors::serialize(file.tensors(), Some(metadata));
+    fs::write(&path, written.expect("the same tensors")).expect("a temporary folder is writable");
 }
 
 #[test]

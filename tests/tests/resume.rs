@@ -94,6 +94,29 @@ fn trained_tokens_go_on_bit_for_bit() {
 }
 
 #[test]
+fn adapters_taken_out_of_the_weights_go_on_bit_for_bit_and_are_saved_for_the_base_model() {
+    let workspace = Workspace::new();
+    for init in ["pissa", "pissa_niter_2", "olora"] {
+        let (whole, parts) = (format!("{init}-whole"), format!("{init}-parts"));
+        let init = format!("init_lora_weights={init}");
+        let sets = ["--set", &init, "--set", "loraplus_lr_ratio=4"];
+        train(&workspace, &whole, &sets, "").succeeded();
+        let stopped = train(&workspace, &parts, &sets, "lost=9");
+        stopped.failed_saying(&["Step 8 is saved"]);
+        resume(&workspace.path(&parts), &[]).succeeded();
+        let (whole, parts) = (workspace.path(&whole), workspace.path(&parts));
+        assert_eq!(numbers(&whole), numbers(&parts));
+        assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
+        let (config, tensors) = peft::read_adapter(&whole.join("adapter")).expect("it is there");
+        assert_eq!(config.lora.init, lora_core::Init::Kaiming);
+        let trained = lora_train::checkpoint::config_of(&whole).expect("the run's config");
+        let trained = run_config::Config::load(Some(&trained), None, &[]).expect("the run's");
+        assert_eq!(config.lora.r, 2 * trained.lora_r);
+        assert!(tensors.modules.values().all(|pair| pair.r == config.lora.r));
+    }
+}
+
+#[test]
 fn going_back_to_an_earlier_checkpoint_takes_its_steps_again() {
     let workspace = Workspace::new();
     train(&workspace, "out", &["--set", "save_total_limit=none"], "").succeeded();

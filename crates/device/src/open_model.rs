@@ -8,7 +8,7 @@
 use std::path::{Path, PathBuf};
 
 use burn::tensor::{DType, Device, FloatDType};
-use llama_burn::{Llama, LlamaConfig, LoadError, LoadOptions, TensorReport};
+use llama_burn::{InitialAdapters, Llama, LlamaConfig, LoadError, LoadOptions, TensorReport};
 use lora_core::{LoraConfig, Quantization};
 
 use super::{
@@ -56,8 +56,25 @@ impl ModelOptions {
         dtype: FloatDType,
         report: impl FnMut(&TensorReport),
     ) -> Result<Llama, LoadError> {
-        let device = self.on_graph(device);
-        llama_burn::load(folder, config, self.load_options(dtype), &device, report)
+        self.load_with(folder, config, device, dtype, None, report)
+    }
+
+    /// As [`load`](Self::load). Adapters are taken out of the weights that `initial` selects.
+    ///
+    /// # Errors
+    ///
+    /// As [`load`](Self::load); a weight that cannot be decomposed.
+    pub fn load_with(
+        &self,
+        folder: &Path,
+        config: &LlamaConfig,
+        device: &Device,
+        dtype: FloatDType,
+        initial: Option<&mut InitialAdapters>,
+        report: impl FnMut(&TensorReport),
+    ) -> Result<Llama, LoadError> {
+        let (device, options) = (self.on_graph(device), self.load_options(dtype));
+        llama_burn::load_with(folder, config, options, &device, initial, report)
     }
 
     fn load_options(&self, dtype: FloatDType) -> LoadOptions {
@@ -164,9 +181,22 @@ impl ModelLoader {
     ///
     /// As [`ModelOptions::load`].
     pub fn load(&self, report: impl FnMut(&TensorReport)) -> Result<Llama, LoadError> {
+        self.load_with(None, report)
+    }
+
+    /// As [`load`](Self::load). Adapters are taken out of the weights that `initial` selects.
+    ///
+    /// # Errors
+    ///
+    /// As [`ModelOptions::load_with`].
+    pub fn load_with(
+        &self,
+        initial: Option<&mut InitialAdapters>,
+        report: impl FnMut(&TensorReport),
+    ) -> Result<Llama, LoadError> {
         let (config, device) = (&self.config, &self.selected.device);
         self.options
-            .load(&self.folder, config, device, self.dtype, report)
+            .load_with(&self.folder, config, device, self.dtype, initial, report)
     }
 
     /// How [`load`](Self::load) stores weights.

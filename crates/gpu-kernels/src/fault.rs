@@ -19,6 +19,8 @@ pub enum Fault {
     Correction,
     /// Low-rank products: one of four partial sums is left out.
     Part,
+    /// Low-rank products: the gain of the norm before them is left out.
+    Gain,
     /// RMSNorm: the mean of one value more than there is.
     Mean,
     /// SwiGLU: the slope of the gate is its sigmoid.
@@ -31,7 +33,7 @@ pub enum Fault {
     Target,
 }
 
-const ALL: [Fault; 12] = [
+const ALL: [Fault; 13] = [
     Fault::None,
     Fault::Scale,
     Fault::Depth,
@@ -39,6 +41,7 @@ const ALL: [Fault; 12] = [
     Fault::Window,
     Fault::Correction,
     Fault::Part,
+    Fault::Gain,
     Fault::Mean,
     Fault::Target,
     Fault::Slope,

@@ -11,6 +11,7 @@
 //! The four partial sums of an output meet in shared memory and are added in order: results do not depend on timing.
 
 use burn::tensor::DType;
+use burn_cubecl::kernel::into_contiguous;
 use burn_cubecl::tensor::CubeTensor;
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
@@ -147,17 +148,21 @@ fn columns_of<X: Float, A: Float, O: Float>(
     }
 }
 
-/// `output[a, b] = scale · Σ low[token, first + a] · wide[token, b]` of one layer.
+/// `output[a, b] = scale · Σ low[token, first + a] · wide[token, b]` of one layer. If `normed`, `wide` is the input of an
+/// RMSNorm whose output is meant: times `inverse[token] · gain[b]`.
 #[cube]
 fn gradient_of<L: Float, X: Float>(
     low: &[L],
     wide: &[Vector<X, Const<4>>],
+    inverse: &[f32],
+    gain: &[f32],
     output: &mut [f32],
     tile: &mut Shared<[F4]>,
     partial: &mut Shared<[F4]>,
     member: &Member,
     tokens: usize,
     all: usize,
+    #[comptime] normed: bool,
     #[comptime] fault: Fault,
 ) {
     let unit = UNIT_POS as usize;
@@ -177,7 +182,11 @@ fn gradient_of<L: Float, X: Float>(
             #[unroll]
             for j in 0..4usize {
                 if token < tokens && row + j < member.rank {
-                    values.insert(j, f32::cast_from(low[token * all + member.first + row + j]));
+                    let mut value = f32::cast_from(low[token * all + member.first + row + j]);
+                    if normed {
+                        value *= inverse[token];
+                    }
+                    values.insert(j, value);
                 }
             }
             tile[i] = values;
@@ -218,8 +227,11 @@ fn gradient_of<L: Float, X: Float>(
         if first_row + row < member.rank && col < member.length {
             #[unroll]
             for j in 0..4usize {
-                output[(first_row + row) * member.row + (col + j) * member.col] =
-                    sum.extract(j) * member.scale;
+                let mut value = sum.extract(j) * member.scale;
+                if comptime!(normed && fault != Fault::Gain) {
+                    value *= gain[col + j];
+                }
+                output[(first_row + row) * member.row + (col + j) * member.col] = value;
             }
         }
     }
@@ -291,6 +303,8 @@ pub fn gradients<L: Float, X: Float>(
     wide0: &[Vector<X, Const<4>>],
     wide1: &[Vector<X, Const<4>>],
     wide2: &[Vector<X, Const<4>>],
+    inverse: &[f32],
+    gain: &[f32],
     output0: &mut [f32],
     output1: &mut [f32],
     output2: &mut [f32],
@@ -299,6 +313,7 @@ pub fn gradients<L: Float, X: Float>(
     member2: Member,
     tokens: usize,
     all: usize,
+    #[comptime] normed: bool,
     #[comptime] fault: Fault,
     #[define(L, X)] _types: [ElemType; 2],
 ) {
@@ -308,36 +323,45 @@ pub fn gradients<L: Float, X: Float>(
         gradient_of::<L, X>(
             low,
             wide0,
+            inverse,
+            gain,
             output0,
             &mut tile,
             &mut partial,
             &member0,
             tokens,
             all,
+            normed,
             fault,
         );
     } else if CUBE_POS_Y == 1 {
         gradient_of::<L, X>(
             low,
             wide1,
+            inverse,
+            gain,
             output1,
             &mut tile,
             &mut partial,
             &member1,
             tokens,
             all,
+            normed,
             fault,
         );
     } else {
         gradient_of::<L, X>(
             low,
             wide2,
+            inverse,
+            gain,
             output2,
             &mut tile,
             &mut partial,
             &member2,
             tokens,
             all,
+            normed,
             fault,
         );
     }
@@ -416,12 +440,14 @@ pub fn launch_columns(
     output
 }
 
-/// Launches [`gradients`]: per layer `γ · lowᵀ · wide`, transposed to `[length, rank]` if `transposed`, in f32.
+/// Launches [`gradients`]: per layer `γ · lowᵀ · wide`, transposed to `[length, rank]` if `transposed`, in f32. With a
+/// `norm`, the factors of rows and the gain of an RMSNorm, `wide` is the norm's input and its output is meant.
 ///
 /// # Shapes
 ///
 /// - `low`: `[n, Σ rank]`
 /// - `wide`: `[n, length]` each, of one type
+/// - `norm`: `[n, 1]` and `[1, length]`, f32
 /// - outputs: `[rank, length]` each
 pub fn launch_gradients(
     low: CubeTensor,
@@ -429,7 +455,12 @@ pub fn launch_gradients(
     ranks: [usize; MEMBERS],
     scales: [f32; MEMBERS],
     transposed: bool,
+    norm: Option<[CubeTensor; 2]>,
 ) -> [CubeTensor; MEMBERS] {
+    let normed = norm.is_some();
+    // Something has to be bound in the place of what is not read.
+    let norm = norm.unwrap_or_else(|| [low.clone(), low.clone()]);
+    let [inverse, gain] = norm.map(|tensor| into_contiguous(tensor).into_buffer_arg());
     let (low, wide) = (with_contiguous_rows(low), wide.map(with_contiguous_rows));
     let (n, all) = (dims(&low)[0], strides(&low)[0]);
     let outputs: [CubeTensor; MEMBERS] = std::array::from_fn(|i| {
@@ -481,6 +512,8 @@ pub fn launch_gradients(
             wide0,
             wide1,
             wide2,
+            inverse,
+            gain,
             output0,
             output1,
             output2,
@@ -489,6 +522,7 @@ pub fn launch_gradients(
             member2,
             n,
             all,
+            normed,
             fault::current(),
             elements,
         );

@@ -101,13 +101,18 @@ pub trait GpuOps: Backend {
         group: Group,
     ) -> FloatTensor<Self>;
 
-    /// Per layer `γ · lowᵀ · wide` in f32, `[rank, length]`, or transposed.
+    /// Per layer `γ · lowᵀ · wide` in f32, `[rank, length]`, or transposed. If `normed`, `wide` is the input of an RMSNorm
+    /// with these factors of rows and this gain, and its output is meant; else both are ignored.
     #[fusion(meta = gradient_outputs)]
+    #[allow(clippy::too_many_arguments)]
     fn low_rank_gradients(
         low: FloatTensor<Self>,
         wide0: FloatTensor<Self>,
         wide1: FloatTensor<Self>,
         wide2: FloatTensor<Self>,
+        inverse: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        normed: bool,
         group: Group,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>);
 
@@ -287,11 +292,20 @@ impl GpuOps for CubeBackend {
         wide0: FloatTensor<Self>,
         wide1: FloatTensor<Self>,
         wide2: FloatTensor<Self>,
+        inverse: FloatTensor<Self>,
+        gain: FloatTensor<Self>,
+        normed: bool,
         group: Group,
     ) -> (FloatTensor<Self>, FloatTensor<Self>, FloatTensor<Self>) {
         let wide = [wide0, wide1, wide2];
-        let [a, b, c] =
-            low_rank::launch_gradients(low, wide, group.ranks, group.scales, group.transposed);
+        let norm = normed.then_some([inverse, gain]);
+        let Group {
+            ranks,
+            scales,
+            transposed,
+            ..
+        } = group;
+        let [a, b, c] = low_rank::launch_gradients(low, wide, ranks, scales, transposed, norm);
         (a, b, c)
     }
 
@@ -420,11 +434,15 @@ fn product_shape(x: &Shape, weight: &Shape, terms: &Terms) -> Shape {
     Shape::from([x[0], weight[usize::from(!terms.transposed)]])
 }
 
+#[allow(clippy::too_many_arguments)] // Those of the operation.
 fn gradient_outputs(
     _low: &TensorSpec,
     wide0: &TensorSpec,
     wide1: &TensorSpec,
     wide2: &TensorSpec,
+    _inverse: &TensorSpec,
+    _gain: &TensorSpec,
+    _normed: &bool,
     group: &Group,
 ) -> (TensorSpec, TensorSpec, TensorSpec) {
     let output = |i: usize, wide: &TensorSpec| {

@@ -210,7 +210,14 @@ fn low_rank(on: &Tensors, dtype: DType) {
     let factor = || on.floats([LLAMA.hidden, RANK], F32);
     CubeBackend::low_rank_columns(wide(), wide(), wide(), factor(), factor(), factor(), group);
     let low = on.floats([TOKENS, 3 * RANK], F32);
-    CubeBackend::low_rank_gradients(low, wide(), wide(), wide(), group);
+    let (inverse, gain) = (
+        on.floats([TOKENS, 1], F32),
+        on.floats([1, LLAMA.hidden], F32),
+    );
+    for normed in [false, true] {
+        let (low, inverse, gain) = (low.clone(), inverse.clone(), gain.clone());
+        CubeBackend::low_rank_gradients(low, wide(), wide(), wide(), inverse, gain, normed, group);
+    }
 }
 
 fn norms(on: &Tensors, dtype: DType) {

@@ -11,7 +11,7 @@ use crate::cpu;
 use crate::frozen_linear::Direction;
 use crate::kv_cache::{KvCache, PromptTokens};
 use crate::loss::{CrossEntropy, LOGITS_BYTES_GPU, Targets};
-use crate::low_rank::LowRankTerm;
+use crate::low_rank::{LowRankTerm, Normalized};
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
 
@@ -141,6 +141,15 @@ pub trait Kernels: Debug + Sync {
         _wide: &[Tensor<2>],
         _ranks: &[usize],
         _transposed: bool,
+    ) -> Option<Vec<Tensor<2>>> {
+        None
+    }
+
+    fn low_rank_gradients_of_norm(
+        &self,
+        _low: &Tensor<2>,
+        _normalized: &Normalized,
+        _ranks: &[usize],
     ) -> Option<Vec<Tensor<2>>> {
         None
     }

@@ -72,7 +72,10 @@ pub use limits::{AssumedBuffer, has_f16_matrix_units, has_tf32, largest_buffer, 
 pub use loss::{
     CrossEntropy, LOGITS_BYTES, LOGITS_BYTES_GPU, LossTerms, Targets, cross_entropy, logits_bytes,
 };
-pub use low_rank::{LowRankPart, LowRankTerm, low_rank_columns, low_rank_gradients};
+pub use low_rank::{
+    LowRankPart, LowRankTerm, Normalized, low_rank_columns, low_rank_gradients,
+    low_rank_gradients_of_norm,
+};
 pub use products::{multiply_add, multiply_in_f32, transposes_low_rank};
 pub use quantize::{
     AlreadyQuantized, BLOCK, Quantization, QuantizationError, compact, quantize, quantize_data,

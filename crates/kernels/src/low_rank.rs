@@ -3,6 +3,7 @@
 use burn::tensor::Tensor;
 
 use crate::dispatch::of;
+use crate::rms_norm::InverseRms;
 
 /// Columns of low rank that belong to one of several layers.
 #[derive(Debug, Clone)]
@@ -88,4 +89,25 @@ pub fn low_rank_gradients(
 ) -> Option<Vec<Tensor<2>>> {
     assert_eq!(wide.len(), ranks.len(), "one rank per layer");
     of(low).low_rank_gradients(low, wide, ranks, transposed)
+}
+
+/// The output of an RMSNorm that is not in memory: its input, the saved value and its gain.
+#[derive(Debug, Clone)]
+pub struct Normalized {
+    /// The norm's input, `[n, hidden]` in f32.
+    pub x: Tensor<2>,
+    /// From [`rms_norm`](crate::rms_norm).
+    pub inverse: InverseRms,
+    /// From [`gain_row`](crate::gain_row).
+    pub gain: Tensor<2>,
+}
+
+/// As [`low_rank_gradients`] with transposed outputs, `[hidden, r]`, for layers that all have the output of a norm as
+/// `wide`. That output is not computed again; nothing is rounded to 16 bits.
+pub fn low_rank_gradients_of_norm(
+    low: &Tensor<2>,
+    normalized: &Normalized,
+    ranks: &[usize],
+) -> Option<Vec<Tensor<2>>> {
+    of(low).low_rank_gradients_of_norm(low, normalized, ranks)
 }

@@ -41,17 +41,17 @@ impl Llama {
         if self.lm_head_adapter.is_some() {
             return Err(LoraError::Already("has an adapter; merge it first"));
         }
-        if lora.use_dora || lora.lora_dropout > 0.0 {
+        if lora.use_dora || lora.lora_dropout > 0.0 || lora.init.changes_weights() {
             return Err(LoraError::PlainHead);
         }
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
         let device = self.device();
         let mut rng = CounterRng::new(seed);
         let a = match lora.init {
-            lora_core::Init::Kaiming => kaiming_uniform(hidden, lora.r, &mut rng, &device),
             lora_core::Init::Gaussian => {
                 normal([hidden, lora.r], 1.0 / lora.r as f64, &mut rng, &device)
             }
+            _ => kaiming_uniform(hidden, lora.r, &mut rng, &device),
         };
         let b = Tensor::zeros([lora.r, vocab], (&device, a.dtype()));
         self.lm_head_adapter = Some(HeadAdapter::new(a, b, lora.scale()));

@@ -16,6 +16,7 @@
 //! | `rope`, `rope_scaling` | the angles of rotary position embeddings |
 //! | `kv_cache` | generation token by token |
 //! | `head_adapter`, `token_rows` | a LoRA adapter of the output layer; trained rows of embedding and output layer |
+//! | `initial` | adapters taken out of the weights while these are loaded: PiSSA and OLoRA |
 //! | `replace` | single tensors, replaced or read back by name |
 //! | `random` | a model with random weights made on the device, for measurements |
 //! | [`limited`] | untrusted files: reads up to a size limit |
@@ -31,6 +32,7 @@ pub mod family;
 pub mod floats;
 pub mod gguf;
 mod head_adapter;
+mod initial;
 mod keys;
 mod kv_cache;
 pub mod limited;
@@ -55,9 +57,10 @@ pub use config::{ConfigError, LlamaConfig};
 pub use decoder_layer::DecoderLayer;
 pub use family::{Biases, Family};
 pub use head_adapter::HeadAdapter;
+pub use initial::InitialAdapters;
 pub use kernels::{SCORES_AT_ONCE, Segment, heads_apart};
 pub use kv_cache::KvCache;
-pub use load::{LoadError, LoadOptions, TensorReport, load};
+pub use load::{LoadError, LoadOptions, TensorReport, load, load_with};
 pub use manual::operations;
 pub use manual::{Activations, HiddenGradient, LayerPass, ManualInputs};
 pub use mlp::Mlp;

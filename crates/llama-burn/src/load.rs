@@ -6,12 +6,14 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::{IntegerWeight, Quantization, QuantizationError, compact, cpu, quantize_data};
-use lora_core::LoraLinear;
+use lora_core::{LoraError, LoraLinear};
 
 use crate::gguf::IntegerTensor;
 use crate::spec::LinearSpec;
 use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Stored};
-use crate::{DecoderLayer, Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError};
+use crate::{
+    DecoderLayer, InitialAdapters, Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError,
+};
 
 /// How weights are stored.
 #[derive(Debug, Clone, Copy)]
@@ -61,6 +63,14 @@ pub enum LoadError {
         "quantize_lm_head is set, but this model's lm_head is tied to its embedding, which stays unquantized; leave quantize_lm_head out"
     )]
     TiedHead,
+    /// No adapter can be taken out of a weight.
+    #[error("{module}: {source}")]
+    Adapter {
+        /// The module's full name.
+        module: String,
+        /// The error of its decomposition.
+        source: LoraError,
+    },
 }
 
 /// Reads the weights of `folder`, or of a GGUF file, for `config` onto `device`, frozen, without adapters.
@@ -78,6 +88,23 @@ pub fn load(
     config: &LlamaConfig,
     options: LoadOptions,
     device: &Device,
+    report: impl FnMut(&TensorReport),
+) -> Result<Llama, LoadError> {
+    load_with(folder, config, options, device, None, report)
+}
+
+/// As [`load`]. Adapters are taken out of the weights that `initial` selects, before these are quantized; the model
+/// does not have them yet.
+///
+/// # Errors
+///
+/// As [`load`]; a weight that cannot be decomposed.
+pub fn load_with(
+    folder: &Path,
+    config: &LlamaConfig,
+    options: LoadOptions,
+    device: &Device,
+    initial: Option<&mut InitialAdapters>,
     mut report: impl FnMut(&TensorReport),
 ) -> Result<Llama, LoadError> {
     if options.quantize_lm_head && config.tie_word_embeddings {
@@ -90,6 +117,7 @@ pub fn load(
         weights: &mut weights,
         options,
         device,
+        initial,
         report: &mut report,
         done: 0,
         total: shapes.len(),
@@ -139,6 +167,7 @@ struct Loader<'a> {
     weights: &'a mut Weights,
     options: LoadOptions,
     device: &'a Device,
+    initial: Option<&'a mut InitialAdapters>,
     report: &'a mut dyn FnMut(&TensorReport),
     done: usize,
     total: usize,
@@ -165,10 +194,20 @@ impl Loader<'_> {
         } = linear;
         let module = format!("{layer}.{name}");
         let name = format!("{module}.weight");
-        let (weight, error) = match self.integers(&name)? {
+        let initial = self.initial.as_ref();
+        let changes = initial.is_some_and(|initial| initial.selects(&module));
+        let integers = if changes { None } else { self.integers(&name)? };
+        let (weight, error) = match integers {
             Some(tensor) => self.exact(tensor, [d_in, d_out]),
             None => {
-                let values = cpu::transposed(&self.weights.read(&name)?, [d_out, d_in]);
+                let mut values = cpu::transposed(&self.weights.read(&name)?, [d_out, d_in]);
+                if let Some(initial) = self.initial.as_mut().filter(|_| changes) {
+                    let taken = initial.take_out_of(&module, &mut values, [d_in, d_out]);
+                    taken.map_err(|source| LoadError::Adapter {
+                        module: module.as_str().into(),
+                        source,
+                    })?;
+                }
                 self.packed_or_dense(values, [d_in, d_out])
             }
         };

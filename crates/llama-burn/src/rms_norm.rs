@@ -2,7 +2,8 @@
 
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
-use kernels::InverseRms;
+use kernels::{InverseRms, Normalized};
+use lora_core::LinearInput;
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
 /// computed in f32 for every type of `x`.
@@ -32,6 +33,23 @@ impl RmsNorm {
     /// The output of [`manual_forward`](Self::manual_forward), recomputed.
     pub(crate) fn again(&self, x: &Tensor<2>, inverse: &InverseRms, dtype: DType) -> Tensor<2> {
         kernels::rms_norm_again(x, inverse, self.gain(), self.eps, dtype)
+    }
+
+    /// The same for the backward pass of linear layers. `gain` as in [`backward`](Self::backward).
+    pub(crate) fn output<'a>(
+        &'a self,
+        x: &'a Tensor<2>,
+        inverse: &'a InverseRms,
+        gain: Tensor<2>,
+        dtype: DType,
+    ) -> NormOutput<'a> {
+        NormOutput {
+            norm: self,
+            x,
+            inverse,
+            gain,
+            dtype,
+        }
     }
 
     /// `sum` plus the gradient of `x`, and the same in `dtype`. `gain` is [`gain`](Self::gain), called before the
@@ -73,5 +91,28 @@ impl RmsNorm {
         let [d] = self.weight.dims();
         let [n, width] = x.dims();
         x.reshape([n * (width / d), d])
+    }
+}
+
+/// A norm's output that is computed again if it is needed.
+pub(crate) struct NormOutput<'a> {
+    norm: &'a RmsNorm,
+    x: &'a Tensor<2>,
+    inverse: &'a InverseRms,
+    gain: Tensor<2>,
+    dtype: DType,
+}
+
+impl LinearInput for NormOutput<'_> {
+    fn tensor(self) -> Tensor<2> {
+        self.norm.again(self.x, self.inverse, self.dtype)
+    }
+
+    fn normalized(&self) -> Option<Normalized> {
+        Some(Normalized {
+            x: self.x.clone(),
+            inverse: self.inverse.clone(),
+            gain: self.gain.clone(),
+        })
     }
 }

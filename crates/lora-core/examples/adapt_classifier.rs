@@ -1,4 +1,5 @@
-//! Adapts a Burn model that is not a Llama: a classifier of points on a plane, 8-bit base, LoRA, merged.
+//! Adapts a Burn model that is not a Llama: a classifier of points on a plane, 8-bit base, LoRA, merged. With `LoraLinear`
+//! in place of `Linear`, no dense weight is built; `adapt_transformer.rs` keeps the model's type.
 //!
 //! ```text
 //! cargo run --release -p lora-core --example adapt_classifier -- --backend cpu
@@ -18,6 +19,8 @@ use burn::tensor::activation::relu;
 use burn::tensor::{Device, Int, Tensor, TensorData};
 use clap::Parser;
 use lora_core::{CounterRng, LoraConfig, LoraError, LoraLinear, Quantization};
+
+mod shared;
 
 #[derive(Parser)]
 struct Args {
@@ -113,35 +116,8 @@ fn train<M: Module>(
     model
 }
 
-fn accuracy(logits: Tensor<2>, arms: Tensor<1, Int>) -> f32 {
-    let count = arms.dims()[0];
-    let hits = logits.argmax(1).reshape([count]).equal(arms).float().sum();
-    100.0 * hits.into_scalar::<f32>() / count as f32
-}
-
-fn device(backend: &str) -> Option<Device> {
-    match backend {
-        "cpu" => Some(Device::flex()),
-        #[cfg(any(feature = "wgpu", feature = "vulkan", feature = "metal"))]
-        "wgpu" => Some(Device::wgpu(burn::tensor::DeviceKind::DefaultDevice)),
-        #[cfg(feature = "vulkan")]
-        "vulkan" => Some(Device::vulkan(burn::tensor::DeviceKind::DefaultDevice)),
-        #[cfg(feature = "metal")]
-        "metal" => Some(Device::metal(burn::tensor::DeviceKind::DefaultDevice)),
-        #[cfg(feature = "cuda")]
-        "cuda" => Some(Device::cuda(0)),
-        _ => None,
-    }
-}
-
 fn main() -> Result<(), LoraError> {
-    let backend = Args::parse().backend;
-    let Some(plain) = device(&backend) else {
-        eprintln!(
-            "no backend {backend:?} in this build; use cpu, or build with --features {backend}"
-        );
-        std::process::exit(2);
-    };
+    let plain = shared::device(&Args::parse().backend);
     let device = plain.clone().autodiff();
     let rotation = 40f64.to_radians();
     let (x, arms) = spirals(3_000, 0.0, 1, &plain);
@@ -156,9 +132,9 @@ fn main() -> Result<(), LoraError> {
     let valid = base.valid();
     println!(
         "base model, original plane:        {:5.1} %",
-        accuracy(valid.forward(x), arms)
+        shared::accuracy(valid.forward(x), arms)
     );
-    let before = accuracy(valid.forward(x_rotated.clone()), arms_rotated.clone());
+    let before = shared::accuracy(valid.forward(x_rotated.clone()), arms_rotated.clone());
     println!("base model, rotated plane:         {before:5.1} %");
 
     let config = LoraConfig {
@@ -170,7 +146,7 @@ fn main() -> Result<(), LoraError> {
     let logits = adapted.valid().forward(x_rotated.clone());
     println!(
         "8-bit base and adapters, rotated:  {:5.1} %",
-        accuracy(logits.clone(), arms_rotated.clone())
+        shared::accuracy(logits.clone(), arms_rotated.clone())
     );
 
     let merged = adapted.merge();
@@ -181,7 +157,7 @@ fn main() -> Result<(), LoraError> {
         .into_scalar::<f32>();
     println!(
         "merged into a plain Burn model:    {:5.1} %",
-        accuracy(merged_logits, arms_rotated)
+        shared::accuracy(merged_logits, arms_rotated)
     );
     println!("largest difference of a logit after merging: {difference:.1e}");
     Ok(())

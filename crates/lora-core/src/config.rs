@@ -1,5 +1,7 @@
 //! What to adapt and how: PEFT's `LoraConfig` with PEFT's names and meaning.
 
+use std::fmt;
+
 use serde::{Deserialize, Serialize};
 
 use crate::{LoraError, ModuleSelector};
@@ -36,7 +38,8 @@ pub enum Bias {
     LoraOnly,
 }
 
-/// How the adapter's `A` is initialized. `B` is always zero, so the first output is the base model's.
+/// How an adapter is initialized. The first output is the base model's: `B` is zero, or the adapter is a part of the
+/// weight and the frozen weight is the rest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Init {
     /// Kaiming-uniform with a = √5, that is uniform in ±1/√d_in: PEFT's default and that of `nn.Linear`.
@@ -44,6 +47,48 @@ pub enum Init {
     Kaiming,
     /// Normal with standard deviation 1/r: PEFT's `init_lora_weights="gaussian"`.
     Gaussian,
+    /// PiSSA (Meng et al., 2024, <https://arxiv.org/abs/2404.02948>): the part of the weight with the r largest singular
+    /// values.
+    Pissa,
+    /// PiSSA by a randomized decomposition with this many iterations, which is much faster: PEFT's `pissa_niter_N`.
+    PissaNiter(u16),
+    /// OLoRA (Büyükakyüz, 2024, <https://arxiv.org/abs/2406.01775>): orthonormal rows of B, by a QR decomposition of the
+    /// weight.
+    Olora,
+}
+
+impl Init {
+    /// Whether the adapter is taken out of the weight, which is then no longer the base model's.
+    pub fn changes_weights(self) -> bool {
+        matches!(self, Self::Pissa | Self::PissaNiter(_) | Self::Olora)
+    }
+
+    /// The initialization of this name, as in PEFT's `init_lora_weights`; `kaiming` is PEFT's `True`.
+    pub fn from_name(name: &str) -> Option<Self> {
+        match name {
+            "kaiming" => Some(Self::Kaiming),
+            "gaussian" => Some(Self::Gaussian),
+            "pissa" => Some(Self::Pissa),
+            "olora" => Some(Self::Olora),
+            _ => {
+                let iterations = name.strip_prefix("pissa_niter_")?;
+                iterations.parse().ok().map(Self::PissaNiter)
+            }
+        }
+    }
+}
+
+/// The name that [`Init::from_name`] reads.
+impl fmt::Display for Init {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Kaiming => f.write_str("kaiming"),
+            Self::Gaussian => f.write_str("gaussian"),
+            Self::Pissa => f.write_str("pissa"),
+            Self::PissaNiter(iterations) => write!(f, "pissa_niter_{iterations}"),
+            Self::Olora => f.write_str("olora"),
+        }
+    }
 }
 
 /// The settings of a LoRA (Hu et al., 2021, <https://arxiv.org/abs/2106.09685>), named as in PEFT.
@@ -59,7 +104,7 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// Which modules are adapted.
     pub target_modules: TargetModules,
-    /// How `A` is initialized.
+    /// How the adapter is initialized.
     pub init: Init,
     /// Adapt these decoder layers only; `None` means all.
     pub layers_to_transform: Option<Vec<usize>>,
@@ -142,6 +187,9 @@ impl LoraConfig {
         if self.use_dora && self.lora_bias {
             return Err(LoraError::DoraWithBias);
         }
+        if self.use_dora && self.init.changes_weights() {
+            return Err(LoraError::DoraOfRest(self.init));
+        }
         self.selector().map(|_| ())
     }
 
@@ -195,6 +243,17 @@ mod tests {
     }
 
     #[test]
+    fn every_initialization_has_pefts_name() {
+        let names = ["kaiming", "gaussian", "pissa", "pissa_niter_16", "olora"];
+        for name in names {
+            assert_eq!(Init::from_name(name).unwrap().to_string(), name);
+        }
+        for name in ["pissa_niter_", "pissa_niter_-1", "eva", ""] {
+            assert_eq!(Init::from_name(name), None);
+        }
+    }
+
+    #[test]
     fn every_invalid_field_is_a_typed_error() {
         let check = |change: fn(&mut LoraConfig)| {
             let mut config = LoraConfig::default();
@@ -219,6 +278,8 @@ mod tests {
             check(|c| c.target_modules = TargetModules::Names(vec![])),
             LoraError::NoTargets
         );
+        let dora = check(|c| (c.use_dora, c.init) = (true, Init::Olora));
+        assert_eq!(dora, LoraError::DoraOfRest(Init::Olora));
         assert!(matches!(
             check(|c| c.target_modules = TargetModules::Regex("(".into())),
             LoraError::InvalidPattern { .. }

@@ -2,6 +2,8 @@
 
 use kernels::AlreadyQuantized;
 
+use crate::Init;
+
 /// An invalid configuration, or tensors that do not fit it.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 pub enum LoraError {
@@ -42,11 +44,32 @@ pub enum LoraError {
         "use_dora and lora_bias are both set, which PEFT does not support; leave lora_bias out"
     )]
     DoraWithBias,
-    /// DoRA or dropout on the output layer's adapter, which training does not support.
+    /// DoRA, dropout or an initialization from the weight on the output layer's adapter, which training does not
+    /// support.
     #[error(
-        "lm_head is a target, and its adapter can be trained neither as a DoRA nor with dropout; leave peft_use_dora and lora_dropout out, or lm_head"
+        "lm_head is a target, and its adapter can be trained neither as a DoRA nor with dropout, and is not made from its weight; leave peft_use_dora, lora_dropout and init_lora_weights out, or lm_head"
     )]
     PlainHead,
+    /// A DoRA whose low-rank part is taken out of the weight: no adapter of the original weight is the same.
+    #[error(
+        "init_lora_weights is {0} and use_dora is set; the trained adapter could not be written as one of the base model: leave one of the two out"
+    )]
+    DoraOfRest(Init),
+    /// The rank is larger than a side of the weight that the adapter is taken out of.
+    #[error(
+        "the LoRA rank r is {r}, but the weight has only {largest} singular values; choose a smaller rank"
+    )]
+    RankOfWeight {
+        /// The rank.
+        r: usize,
+        /// The smaller side of the weight.
+        largest: usize,
+    },
+    /// The decomposition of a weight does not converge.
+    #[error(
+        "the weight cannot be decomposed: it holds values that are not finite, or the decomposition does not converge"
+    )]
+    NotDecomposed,
     /// No module of the model is selected.
     #[error("{targets} selects none of the model's linear modules ({available})")]
     NothingSelected {
@@ -80,6 +103,19 @@ pub enum LoraError {
     /// The layer is quantized or has an adapter already.
     #[error("this layer already {0}")]
     Already(&'static str),
+    /// A module that is to be adapted has a layer with an adapter.
+    #[error("the layer {0:?} has an adapter already; merge it first, with `materialize()`")]
+    AlreadyAdapted(Box<str>),
+    /// An initialization that changes the weights of a module whose adapters are saved apart from them.
+    #[error(
+        "init_lora_weights {0} changes the frozen weights, and the saved adapter would belong to the changed weights; use kaiming or gaussian here"
+    )]
+    InitOfModule(Init),
+    /// Dropout of an adapter's input, in a module whose layers do not compute it.
+    #[error(
+        "lora_dropout is set, but a burn::nn::Linear computes no dropout of its adapter's input; set it to 0, or use LoraLinear in place of Linear"
+    )]
+    DropoutInLinear,
     /// The layer has no adapter to merge or to read.
     #[error("this layer has no adapter")]
     NoAdapter,

@@ -5,7 +5,10 @@
 //! | [`LoraConfig`], [`TargetModules`], [`Init`] | `config.rs` | what to adapt and how, with PEFT's names and meaning |
 //! | [`LoraLinear`] | `linear.rs` | a Burn `Module` made from a `Linear`: `h = x·W₀ + γ·(x·A)·B` |
 //! | [`LoraLinear::forward`] | `autodiff.rs` | its forward pass in Burn's autodiff graph |
+//! | [`adapt`], [`Adapt`] | `adapt.rs` | adapters in any Burn module, by the names of its layers |
 //! | [`LinearGroup`] | `manual.rs` | the manual forward and backward pass, without a graph, for trainers |
+//! | [`Factors`] | `initial.rs` | PiSSA and OLoRA: adapters that are a part of the weight |
+//! | [`best_factors`] | `svd.rs` | singular values; the best approximation by a lower rank |
 //! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
 //! | [`Dora`] | `dora.rs` | DoRA: a trained magnitude per output |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | `merge.rs` | adds the adapter to a plain `Linear`, or subtracts it |
@@ -34,26 +37,32 @@
 //! # Ok::<(), lora_core::LoraError>(())
 //! ```
 
+mod adapt;
 mod autodiff;
 mod config;
 mod count;
 mod dora;
 mod dropout;
 mod error;
+mod initial;
 mod linear;
 mod manual;
 mod merge;
 mod selector;
+mod svd;
 
+pub use adapt::{Adapt, Attached, adapt, attached_parameters, linear_layers, map_linear_weights};
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
 pub use dora::Dora;
 pub use dropout::AdapterDropout;
 pub use error::LoraError;
+pub use initial::Factors;
 pub use kernels::{
     self, BLOCK, CounterRng, IntegerWeight, Quantization, QuantizationError, frozen_linear,
     frozen_linear_backward, quantize, quantize_data, spoil,
 };
 pub use linear::LoraLinear;
-pub use manual::{LinearGroup, LowRank};
+pub use manual::{LinearGroup, LinearInput, LowRank};
 pub use selector::ModuleSelector;
+pub use svd::best_factors;

@@ -2,7 +2,7 @@
 
 use burn::module::{LoraAdapter, Module, Param, Reparameterizer};
 use burn::nn::Linear;
-use burn::tensor::Tensor;
+use burn::tensor::{DType, Tensor, TensorData};
 
 use kernels::{CounterRng, Quantization, kaiming_uniform, normal, quantize};
 
@@ -39,7 +39,8 @@ impl LoraLinear {
     }
 
     /// Freezes `linear` and adds an adapter. Its `A` depends on `seed` only and its `B` is zero: until `B` is trained,
-    /// the output is that of `linear`, bit for bit.
+    /// the output is that of `linear`, bit for bit. With [`Init::changes_weights`] the adapter is a part of the weight
+    /// instead, which the frozen weight lacks; the output is that of `linear` up to rounding.
     ///
     /// # Errors
     ///
@@ -53,19 +54,23 @@ impl LoraLinear {
     ///
     /// # Errors
     ///
-    /// If `config` is invalid or the layer has an adapter.
+    /// If `config` is invalid or the layer has an adapter. If the adapter is to be taken out of the weight, as
+    /// [`LoraConfig::take_out_of`], and for a quantized weight.
     pub fn with_new_adapter(self, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
         config.validate()?;
+        if config.init.changes_weights() {
+            return self.with_part_of_the_weight(config, seed);
+        }
         let [d_in, d_out] = self.weight.lazy_shape().dims();
         let device = self.weight.lazy_device();
         // Burn keeps persistent allocations, such as parameters, in separate memory pools.
         let (a, b) = device.memory_persistent_allocations((), |_| {
             let mut rng = CounterRng::new(seed);
             let a = match config.init {
-                Init::Kaiming => kaiming_uniform(d_in, config.r, &mut rng, &device),
                 Init::Gaussian => {
                     normal([d_in, config.r], 1.0 / config.r as f64, &mut rng, &device)
                 }
+                _ => kaiming_uniform(d_in, config.r, &mut rng, &device),
             };
             let options = (&device, a.dtype());
             (a, Tensor::zeros([config.r, d_out], options))
@@ -77,6 +82,41 @@ impl LoraLinear {
         } else {
             Ok(layer)
         }
+    }
+
+    /// Adds an adapter that is subtracted from the frozen weight.
+    fn with_part_of_the_weight(
+        mut self,
+        config: &LoraConfig,
+        seed: u64,
+    ) -> Result<Self, LoraError> {
+        if self.adapter().is_some() {
+            return Err(LoraError::Already("has an adapter; merge it first"));
+        }
+        let base = self.weight.base();
+        if matches!(base.dtype(), DType::QFloat(_)) {
+            return Err(LoraError::Already(
+                "has a quantized weight, and this initialization decomposes the original one; add the adapter first, then quantize",
+            ));
+        }
+        let [d_in, d_out] = self.dims();
+        let options = (&base.device(), base.dtype());
+        let data = base.without_autodiff().into_data().convert::<f32>();
+        let mut values: Vec<f32> = data.try_to_vec().map_err(|_| LoraError::NotDecomposed)?;
+        let Some(factors) = config.take_out_of(&mut values, [d_in, d_out], seed)? else {
+            return Err(LoraError::NotDecomposed);
+        };
+        let rest = Tensor::from_data(TensorData::new(values, [d_in, d_out]), options);
+        let (id, _, mapper) = self.weight.consume();
+        self.weight = Param::from_mapped_value(id, rest, mapper).set_require_grad(false);
+        let place = |values: Vec<f32>, shape: [usize; 2]| {
+            Tensor::from_data(TensorData::new(values, shape), (options.0, DType::F32))
+        };
+        let a = place(factors.a, [d_in, config.r]);
+        let b = place(factors.b, [config.r, d_out]);
+        let mut layer = self.with_adapter(a, b, config.scale())?;
+        layer.dropout = AdapterDropout::new(config.lora_dropout);
+        Ok(layer)
     }
 
     /// Adds an adapter with these factors and the scale γ.
@@ -236,7 +276,7 @@ pub(crate) mod tests {
     use burn::module::{ModuleVisitor, ParamId};
     use burn::nn::LinearConfig;
     use burn::optim::AdamWConfig;
-    use burn::tensor::{DType, Device, TensorData, Tolerance};
+    use burn::tensor::{Device, Tolerance};
 
     pub(crate) fn values<const D: usize>(x: &Tensor<D>) -> Vec<f32> {
         x.clone().into_data().try_to_vec().unwrap()
@@ -274,6 +314,35 @@ pub(crate) mod tests {
             let after = values(&base.with_new_adapter(&config(8), 5).unwrap().forward(x));
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             assert_eq!(bits(&before), bits(&after));
+        }
+    }
+
+    #[test]
+    fn an_adapter_that_is_a_part_of_the_weight_leaves_the_output_and_trains() {
+        let device = Device::flex().autodiff();
+        for init in [Init::Pissa, Init::PissaNiter(4), Init::Olora] {
+            let linear = LinearConfig::new(64, 96).init(&device);
+            let x = random([9, 64], 3, &device);
+            let before = linear.forward(x.clone()).inner();
+            let config = LoraConfig { init, ..config(8) };
+            let layer = LoraLinear::new(linear.clone(), &config, 5).unwrap();
+            let after = layer.forward(x.clone());
+            after
+                .clone()
+                .inner()
+                .into_data()
+                .assert_approx_eq::<f32>(&before.into_data(), Tolerance::absolute(2e-6));
+            let gradients = after.powf_scalar(2.0).sum().backward();
+            let adapter = layer.adapter().unwrap();
+            assert!(adapter.a.val().grad(&gradients).is_some());
+            assert!(!layer.weight.base().is_require_grad());
+            let rest = values(&layer.weight.base().inner());
+            assert_ne!(rest, values(&linear.weight.val().inner()));
+            let packed = LoraLinear::frozen(linear)
+                .quantize(Quantization::Bits8)
+                .unwrap();
+            let error = packed.with_new_adapter(&config, 5).unwrap_err();
+            assert!(matches!(error, LoraError::Already(_)), "{error}");
         }
     }
 

@@ -14,13 +14,31 @@ use burn::module::{LoraAdapter, Param};
 use burn::tensor::{DType, Tensor};
 
 use kernels::{
-    Direction, LowRankPart, LowRankTerm, adapted_product, frozen_product, gated_product,
-    gated_product_backward, low_rank_columns, low_rank_gradients, multiply_add, multiply_in_f32,
-    product, swiglu, swiglu_backward, transposes_low_rank,
+    Direction, LowRankPart, LowRankTerm, Normalized, adapted_product, frozen_product,
+    gated_product, gated_product_backward, low_rank_columns, low_rank_gradients,
+    low_rank_gradients_of_norm, multiply_add, multiply_in_f32, product, swiglu, swiglu_backward,
+    transposes_low_rank,
 };
 
 use crate::LoraLinear;
 use crate::dora::Scaling;
+
+/// The input of a group in its backward pass: a tensor that is computed again, if it is needed at all.
+pub trait LinearInput {
+    /// The input, `[n, d_in]`.
+    fn tensor(self) -> Tensor<2>;
+
+    /// The input as the output of an RMSNorm, for kernels that need not have it in memory.
+    fn normalized(&self) -> Option<Normalized> {
+        None
+    }
+}
+
+impl<F: FnOnce() -> Tensor<2>> LinearInput for F {
+    fn tensor(self) -> Tensor<2> {
+        self()
+    }
+}
 
 /// Layers with the same input, run together outside an autodiff graph.
 ///
@@ -174,7 +192,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     /// Computes the gradients of the adapters, each passed to `accumulate` in f32. Returns the gradient of `x` if
     /// `input_gradient` is set.
     ///
-    /// `x` is called only if a layer has an adapter, because it may compute the input again. `saved` comes from
+    /// `x` is read only if a layer has an adapter, because it may compute the input again. `saved` comes from
     /// [`forward`](Self::forward). See also [`backward_gated`](LinearGroup::backward_gated).
     ///
     /// # Shapes
@@ -183,7 +201,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     /// - `d_outputs`: `[n, d_out]` of each layer
     pub fn backward(
         &self,
-        x: impl FnOnce() -> Tensor<2>,
+        x: impl LinearInput,
         saved: LowRank<N>,
         d_outputs: [Tensor<2>; N],
         input_gradient: bool,
@@ -199,7 +217,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     /// of a layer's output, its weight and the term of low rank. Unless there is dropout, its result is returned.
     fn backward_with(
         &self,
-        x: impl FnOnce() -> Tensor<2>,
+        x: impl LinearInput,
         saved: LowRank<N>,
         d_outputs: [Tensor<2>; N],
         input_gradient: bool,
@@ -297,13 +315,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             }
         }
         if self.has_adapters() {
-            let x = x();
             match low_gradients {
-                LowGradients::Together(Some(all)) => self.shared_backward(x, all, accumulate),
+                LowGradients::Together(Some(all)) => {
+                    self.shared_backward(x.tensor(), all, accumulate);
+                }
                 LowGradients::Together(None) => {}
-                LowGradients::Grouped(all) => self.grouped_backward(&x, &all, accumulate),
+                LowGradients::Grouped(all) => self.grouped_backward(x, &all, accumulate),
                 LowGradients::Apart(all) => {
-                    self.dropped_backward(x, all, d_dropped, &mut d_input, accumulate);
+                    self.dropped_backward(x.tensor(), all, d_dropped, &mut d_input, accumulate);
                 }
             }
         }
@@ -383,7 +402,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
     /// The gradients of A from [`grouped_low_gradients`](Self::grouped_low_gradients).
     fn grouped_backward(
         &self,
-        x: &Tensor<2>,
+        x: impl LinearInput,
         all: &Tensor<2>,
         accumulate: &mut dyn FnMut(&Param<Tensor<2>>, Tensor<2>),
     ) {
@@ -392,7 +411,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             .iter()
             .map(|adapter| adapter.a.lazy_shape()[1])
             .collect();
-        let gradients = low_rank_gradients(all, &vec![x.clone(); ranks.len()], &ranks, true);
+        let normalized = x.normalized();
+        let gradients = normalized
+            .and_then(|normalized| low_rank_gradients_of_norm(all, &normalized, &ranks))
+            .or_else(|| low_rank_gradients(all, &vec![x.tensor(); ranks.len()], &ranks, true));
         let gradients = gradients.unwrap_or_else(|| unreachable!("the device has the kernels"));
         for (adapter, d_a) in adapters.into_iter().zip(gradients) {
             accumulate(&adapter.a, d_a);

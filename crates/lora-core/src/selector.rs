@@ -127,11 +127,16 @@ impl ModuleSelector {
     /// The output layer is recognised by its name, `lm_head`; `all-linear` excludes it.
     pub fn matches(&self, name: &str) -> bool {
         let excluded = self.exclude.as_ref().is_some_and(|set| set.contains(name));
-        if excluded || self.saved.iter().any(|saved| matches(saved, name)) {
+        if excluded || self.saves(name) {
             return false;
         }
         let in_layers = |layers: &Layers| self.targets.lists(name) || layers.contain(name);
         self.targets.contains(name) && self.layers.as_ref().is_none_or(in_layers)
+    }
+
+    /// Whether the module of this full name is trained as a whole: it, or a module around it, is in `modules_to_save`.
+    pub fn saves(&self, name: &str) -> bool {
+        self.saved.iter().any(|saved| matches(saved, name))
     }
 
     /// Checks that every entry of `config`, from which the selector was made, matches a linear module of these names.

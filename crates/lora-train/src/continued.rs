@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use llama_burn::{Llama, LlamaConfig};
+use llama_burn::{InitialAdapters, Llama, LlamaConfig};
 use lora_core::{Bias, ExcludeModules, LoraConfig, LoraError, ModuleSelector, TargetModules};
 
 use hub::{self, HubError};
@@ -24,6 +24,8 @@ pub enum StartError {
     Lora(#[from] lora_core::LoraError),
     #[error(transparent)]
     Tokens(AdapterError),
+    #[error("the initial adapters: {0}")]
+    Initial(#[source] AdapterError),
     /// A selector matches modules that cannot be trained.
     #[error(
         "target_modules selects {0}; adapters of the embedding can be loaded and merged but not trained: narrow target_modules, or list the embedding in exclude_modules"
@@ -40,7 +42,9 @@ pub enum StartError {
 /// `init_adapter` and contradicts it.
 pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartError> {
     let Some(folder) = &config.init_adapter else {
-        check_targets(&config.lora_config(), model)?;
+        let lora = config.lora_config();
+        check_targets(&lora, model)?;
+        InitialAdapters::new(&lora, model, config.seed)?;
         return Ok(config.clone());
     };
     let folder = &hub::adapter_folder(folder)?;
@@ -77,16 +81,29 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
     }
 }
 
-/// The model with the adapters that training starts from: fresh ones, or those of `init_adapter`.
-/// `config` is the result of [`continued`].
+/// The model with the adapters that training starts from: fresh ones, those that were taken out of its weights, or those
+/// of `init_adapter`. `config` is the result of [`continued`].
 ///
 /// # Errors
 ///
 /// As [`read_adapter`] and [`AdapterTensors::put_on`]; as [`Llama::with_lora`].
-pub fn start(model: Llama, config: &Config) -> Result<Llama, StartError> {
+pub fn start(
+    model: Llama,
+    config: &Config,
+    initial: Option<&AdapterTensors>,
+) -> Result<Llama, StartError> {
     let lora = config.lora_config();
     let Some(folder) = &config.init_adapter else {
-        let model = model.with_lora(&lora, config.seed)?;
+        let model = match initial {
+            Some(initial) => {
+                // The rows are added afterwards.
+                let mut without_rows = lora.clone();
+                without_rows.trainable_token_indices.clear();
+                let model = initial.put_on(model, &without_rows);
+                model.map_err(StartError::Initial)?
+            }
+            None => model.with_lora(&lora, config.seed)?,
+        };
         return with_fresh_rows(model, &lora).map_err(StartError::Tokens);
     };
     let folder = &hub::adapter_folder(folder)?;

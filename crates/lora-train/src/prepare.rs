@@ -6,7 +6,7 @@
 use std::path::Path;
 
 use burn::tensor::{DType, FloatDType};
-use llama_burn::LlamaConfig;
+use llama_burn::{InitialAdapters, LlamaConfig};
 use lora_core::Quantization;
 
 use crate::callback::TrainingCallback;
@@ -22,7 +22,9 @@ use crate::train::Request;
 use data::{Data, Order};
 use device::{Backend, KeptKernels, ModelLoader, ModelOptions, Selected};
 use durable::faults::{self, Kernels};
+use peft::AdapterTensors;
 use run_config::{ComputeDtype, Config};
+use train_step::loraplus_rates;
 use train_step::loss_scale::LossScale;
 use train_step::optimizer::AdamW;
 
@@ -192,7 +194,13 @@ impl Setup {
     fn load(&self, callback: &mut dyn TrainingCallback) -> Result<Learner, TrainError> {
         let total = self.loader.tensors();
         callback.on_loading(0, total);
-        let model = self.loader.load(|tensor| {
+        let config = &self.config;
+        let lora = config.lora_config();
+        let mut initial = match &config.init_adapter {
+            None => InitialAdapters::new(&lora, &self.loader.config, config.seed)?,
+            Some(_) => None,
+        };
+        let model = self.loader.load_with(initial.as_mut(), |tensor| {
             callback.on_loading(tensor.done, total);
             if let Some(error) = tensor.quantization {
                 log::debug!(
@@ -203,8 +211,8 @@ impl Setup {
                 );
             }
         })?;
-        let config = &self.config;
-        let mut model = continued::start(model, config)?;
+        let initial = initial.map(|initial| AdapterTensors::from_factors(initial.factors));
+        let mut model = continued::start(model, config, initial.as_ref())?;
         let mut optimizer = AdamW {
             beta_1: config.adam_beta1,
             beta_2: config.adam_beta2,
@@ -212,12 +220,19 @@ impl Setup {
             weight_decay: config.weight_decay,
         }
         .resumable();
+        if let Some(ratio) = config.loraplus_lr_ratio {
+            optimizer = optimizer.with_rates(loraplus_rates(&model, ratio));
+        }
         if let Some(checkpoint) = self.checkpoint() {
             model = checkpoint.tensors()?.put(model, &mut optimizer)?;
         }
         callback.on_loaded();
         durable::write_atomically(&self.folder.config(), config.to_toml().as_bytes())?;
-        Ok(Learner { model, optimizer })
+        Ok(Learner {
+            model,
+            optimizer,
+            initial,
+        })
     }
 }
 

@@ -68,7 +68,8 @@ pub struct NotFinite {
     pub rows: String,
 }
 
-/// Runs a step's micro-batches forward and backward and accumulates the gradients.
+/// Runs a step's micro-batches forward and backward and accumulates the gradients in `sums`, which are empty and
+/// come from the optimizer.
 ///
 /// The dropout masks are functions of the seed, the step and the micro-batch; no random generator
 /// has a state.
@@ -80,9 +81,12 @@ pub struct NotFinite {
 /// # Panics
 ///
 /// If the device panics.
-pub fn gradient(model: &Llama, input: StepInput) -> Result<StepGradient, NoGradient> {
+pub fn gradient(
+    model: &Llama,
+    mut sums: AdapterGradients,
+    input: StepInput,
+) -> Result<StepGradient, NoGradient> {
     let dropout = CounterRng::new(input.seed).fork(DROPOUT);
-    let mut sums = AdapterGradients::default();
     let mut tokens = 0;
     for (index, rows) in input.micro_batches.iter().enumerate() {
         faults::device(rows.len());

@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::{Device, FloatDType, Tensor};
-use llama_burn::{Llama, LlamaConfig, Weights};
-use lora_core::Quantization;
+use llama_burn::{InitialAdapters, Llama, LlamaConfig, Weights};
+use lora_core::{LoraConfig, Quantization};
 
 use super::difference::{curves, max_abs, relative};
 use super::reference::Reference;
@@ -23,6 +23,9 @@ const LOSS: f64 = 1e-5;
 /// with it.
 const LOSS_RELATIVE: f64 = 2e-6;
 const GRADIENT: f64 = 1e-4;
+/// Singular vectors of f32 matrices: the rounding, 1e-7 of the largest singular value, over the distance between two
+/// singular values, which is some percent of it.
+const INITIAL: f64 = 1e-4;
 const TRAIN_LOSSES: f64 = 1e-3;
 const MERGED: f64 = 1e-6;
 /// AdamW divides by the gradient's size: an element whose gradient is rounding noise moves by a
@@ -49,11 +52,30 @@ pub(super) fn check(
         autodiff: true,
         ..ModelOptions::default()
     };
-    let base = options.load(&reference.model, &config, device, FloatDType::F32, |_| {})?;
+    let load = |initial: Option<&mut InitialAdapters>| {
+        let dtype = FloatDType::F32;
+        options.load_with(&reference.model, &config, device, dtype, initial, |_| {})
+    };
+    let base = load(None)?;
     let lora = &reference.config.lora;
-    let adapted = reference.adapter.put_on(base.clone(), lora)?;
-
     let mut checks = Vec::new();
+    let adapted = match reference.init {
+        None => reference.adapter.put_on(base.clone(), lora)?,
+        Some(init) => {
+            let lora = LoraConfig {
+                init,
+                ..lora.clone()
+            };
+            let mut initial = InitialAdapters::new(&lora, &config, 1)?;
+            let rest = load(initial.as_mut())?;
+            let factors = initial.map(|initial| initial.factors).unwrap_or_default();
+            let ours = AdapterTensors::from_factors(factors);
+            checks.push(initial_adapters(&ours, &reference.adapter)?);
+            // The reference's factors, whose singular vectors may have other signs.
+            reference.adapter.put_on(rest, &lora)?
+        }
+    };
+
     let mut left_out = Vec::new();
     let base_logits = run::logits(&base, &reference.batch)?;
     checks.push(logits(
@@ -86,6 +108,7 @@ pub(super) fn check(
         None => left_out.push("merged weights: the folder has no merged/".into()),
         Some(folder) => {
             // The reference's trained adapter, so that only the merge is compared.
+            let lora = &reference.trained_config.lora;
             let model = reference.trained.put_on(base, lora)?;
             let mut merged = Weights::open(folder)?;
             merged.check(&config.tensor_shapes())?;
@@ -101,6 +124,33 @@ pub(super) fn check(
         checks,
         left_out,
     })
+}
+
+/// Compares adapters that were taken out of the base model's weights, each singular vector with the sign of the
+/// reference's.
+fn initial_adapters(
+    got: &AdapterTensors,
+    reference: &AdapterTensors,
+) -> Result<Check, ParityError> {
+    let mut got = got.clone();
+    for (module, pair) in &mut got.modules {
+        let Some(expected) = reference.modules.get(module) else {
+            continue;
+        };
+        let (r, d_out) = (pair.r, pair.d_out);
+        for k in 0..r.min(expected.r) {
+            let rows = pair.b[k * d_out..].iter().zip(&expected.b[k * d_out..]);
+            let dot: f32 = rows.take(d_out).map(|(x, y)| x * y).sum();
+            if dot < 0.0 {
+                let row = &mut pair.b[k * d_out..(k + 1) * d_out];
+                row.iter_mut().for_each(|value| *value = -*value);
+                let column = pair.a.iter_mut().skip(k).step_by(r);
+                column.for_each(|value| *value = -*value);
+            }
+        }
+    }
+    let expected = by_tensor(reference);
+    tensors("initial adapters", INITIAL, &by_tensor(&got), &expected)
 }
 
 /// Gradients, and AdamW steps.
@@ -119,7 +169,8 @@ fn training(
         checks.push(tensors(quantity, GRADIENT, &got, &reference.gradients)?);
     }
     let steps = expected.len();
-    let (trained, losses) = run::train(adapted, &reference.batch, steps, learning_rate);
+    let ratio = reference.loraplus_lr_ratio;
+    let (trained, losses) = run::train(adapted, &reference.batch, steps, learning_rate, ratio);
     let (difference, step) = curves(&losses, expected);
     checks.push(Check {
         quantity: format!("train_losses, {steps} AdamW steps"),
@@ -127,7 +178,12 @@ fn training(
         tolerance: TRAIN_LOSSES,
         note: format!("relative; largest at step {step}, learning rate {learning_rate}"),
     });
-    let got = by_tensor(&AdapterTensors::from_model(&trained)?);
+    let trained = AdapterTensors::from_model(&trained)?;
+    let trained = match reference.init {
+        None => trained,
+        Some(_) => trained.for_base_model(&reference.adapter),
+    };
+    let got = by_tensor(&trained);
     let expected = by_tensor(&reference.trained);
     checks.push(tensors("adapter after training", TRAINED, &got, &expected)?);
     Ok(checks)
@@ -231,7 +287,7 @@ fn merged_on_the_host(
     config: &LlamaConfig,
     merged: &mut Weights,
 ) -> Result<Check, ParityError> {
-    let lora = &reference.config.lora;
+    let lora = &reference.trained_config.lora;
     let mut base = Weights::open(&reference.model)?;
     let mut worst = (0.0f64, String::new());
     let mut count = 0;

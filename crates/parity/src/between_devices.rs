@@ -102,7 +102,7 @@ fn measure(device: &Device) -> Result<Numbers, ParityError> {
     let gradients = run::gradients(&model, &batch, true)?;
     let logits = run::logits(&model, &batch)?;
     let loss = run::loss(&model, &batch);
-    let (_, losses) = run::train(model, &batch, STEPS, LEARNING_RATE);
+    let (_, losses) = run::train(model, &batch, STEPS, LEARNING_RATE, None);
     Ok(Numbers {
         logits,
         loss,

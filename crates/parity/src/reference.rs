@@ -8,6 +8,7 @@ use safetensors::{Dtype, SafeTensors};
 
 use super::ParityError;
 use data::{Batch, BatchRow, Prefixes};
+use lora_core::Init;
 use peft::{self, AdapterConfig, AdapterTensors};
 
 const NUMBERS: &str = "reference.safetensors";
@@ -35,8 +36,14 @@ pub(super) struct Reference {
     pub gradients: BTreeMap<String, Vec<f32>>,
     /// `None` if the reference's training has no counterpart here.
     pub train_losses: Option<Vec<f64>>,
+    /// The ratio of learning rates if the reference was trained with LoRA+.
+    pub loraplus_lr_ratio: Option<f64>,
+    /// The initialization, if the adapter is a part of the base model's weights that these lack.
+    pub init: Option<Init>,
     pub config: AdapterConfig,
     pub adapter: AdapterTensors,
+    /// As saved for the base model: its rank may differ.
+    pub trained_config: AdapterConfig,
     pub trained: AdapterTensors,
 }
 
@@ -88,13 +95,14 @@ impl Reference {
             Some(gradient.map(|gradient| (parameter.to_string(), gradient)))
         });
         let (config, adapter) = peft::read_adapter(&folder.join("adapter"))?;
-        let (_, trained) = peft::read_adapter(&folder.join("trained"))?;
+        let (trained_config, trained) = peft::read_adapter(&folder.join("trained"))?;
         let first = |values: Vec<f32>| values.first().map_or(f64::NAN, |value| *value as f64);
-        let losses = if numbers.file.names().contains(&"train_losses") {
-            Some(numbers.floats("train_losses")?.1)
-        } else {
-            None
+        let optional = |name: &str| {
+            let has = numbers.file.names().contains(&name);
+            has.then(|| numbers.floats(name)).transpose()
         };
+        let losses = optional("train_losses")?.map(|(_, losses)| losses);
+        let ratio = optional("loraplus_lr_ratio")?.map(|(_, ratio)| first(ratio));
         let losses = losses.map(|losses| losses.into_iter().map(f64::from).collect());
         Ok(Self {
             model,
@@ -106,8 +114,11 @@ impl Reference {
             loss: first(numbers.floats("loss")?.1),
             gradients: gradients.collect::<Result<_, _>>()?,
             train_losses: losses,
+            loraplus_lr_ratio: ratio,
+            init: numbers.init(&bytes)?,
             config,
             adapter,
+            trained_config,
             trained,
         })
     }
@@ -187,6 +198,20 @@ impl<'a> Numbers<'a> {
             Some(values) => Ok((view.shape().to_vec(), values)),
             None => Err(self.bad(name, format!("its type is {:?}, not a float", view.dtype()))),
         }
+    }
+
+    /// The name of the initialization in the file's metadata.
+    fn init(&self, bytes: &[u8]) -> Result<Option<Init>, ParityError> {
+        const NAME: &str = "init_lora_weights";
+        let (_, header) =
+            SafeTensors::read_metadata(bytes).map_err(|error| self.bad(NAME, error))?;
+        let metadata = header.metadata().as_ref();
+        let Some(name) = metadata.and_then(|metadata| metadata.get(NAME)) else {
+            return Ok(None);
+        };
+        let init = Init::from_name(name);
+        let init = init.ok_or_else(|| self.bad(NAME, format!("{name:?} is not known")))?;
+        Ok(Some(init))
     }
 
     fn integers(&self, name: &str) -> Result<Integers, ParityError> {

@@ -9,6 +9,7 @@ use super::ParityError;
 use data::Batch;
 use peft::{magnitude_name, tensor_names};
 use train_step::gradients::{self, AdapterGradients, PassOptions};
+use train_step::loraplus_rates;
 use train_step::optimizer::AdamW;
 
 /// The logits at every position, `[n, vocab]`, row-major.
@@ -66,17 +67,21 @@ pub(super) fn values<const D: usize>(
     })
 }
 
-/// Trains on one batch and returns the loss of each step, before its update.
+/// Trains on one batch and returns the loss of each step, before its update. With a ratio the optimizer is LoRA+.
 pub(super) fn train(
     mut model: Llama,
     batch: &Batch,
     steps: usize,
     learning_rate: f64,
+    loraplus_lr_ratio: Option<f64>,
 ) -> (Llama, Vec<f64>) {
     let mut optimizer = AdamW::default().resumable();
+    if let Some(ratio) = loraplus_lr_ratio {
+        optimizer = optimizer.with_rates(loraplus_rates(&model, ratio));
+    }
     let mut losses = Vec::new();
     for _ in 0..steps {
-        let mut sums = AdapterGradients::default();
+        let mut sums = optimizer.sums();
         gradients::accumulate(&model, batch, options(true), &mut sums);
         let mean = sums.into_mean(0.0);
         losses.push(mean.totals.mean());

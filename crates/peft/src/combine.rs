@@ -3,9 +3,8 @@
 use std::collections::BTreeSet;
 
 use clap::ValueEnum;
-use lora_core::{Bias, LoraConfig, LoraError, ModuleSelector, TargetModules};
+use lora_core::{Bias, LoraConfig, LoraError, ModuleSelector, TargetModules, best_factors};
 
-use super::svd::best_factors;
 use super::{AdapterConfig, AdapterError, AdapterPair, AdapterTensors};
 
 /// How adapters are combined. The names are PEFT's `combination_type`s.

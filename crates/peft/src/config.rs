@@ -94,7 +94,7 @@ impl AdapterConfig {
             "alpha_pattern": pattern_json(&lora.alpha_pattern, |alpha| number(*alpha)),
             "init_lora_weights": match lora.init {
                 Init::Kaiming => json!(true),
-                Init::Gaussian => json!("gaussian"),
+                init => json!(init.to_string()),
             },
             "bias": match lora.bias {
                 Bias::None => "none",

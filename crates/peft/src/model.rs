@@ -153,7 +153,7 @@ impl AdapterTensors {
 }
 
 impl AdapterPair {
-    fn put_on(
+    pub(super) fn put_on(
         &self,
         linear: LoraLinear,
         scale: f64,
@@ -181,7 +181,7 @@ fn place(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
     Tensor::from_data(data, (device, DType::F32))
 }
 
-fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
+pub(super) fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
     let data = tensor.into_data().convert::<f32>();
     data.try_to_vec().map_err(|error| AdapterError::Unreadable {
         name: name.into(),
@@ -190,7 +190,7 @@ fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {
 }
 
 /// Adds the module's name to an error of a layer.
-fn in_module(error: LoraError, module: &str) -> AdapterError {
+pub(super) fn in_module(error: LoraError, module: &str) -> AdapterError {
     AdapterError::Module {
         module: module.into(),
         source: Box::new(error),

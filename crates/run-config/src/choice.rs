@@ -2,8 +2,6 @@
 
 use std::fmt;
 
-use lora_core::Init;
-
 use crate::Decay;
 
 /// The number format in which the layers compute.
@@ -117,11 +115,6 @@ impl Choice for Decay {
     ];
 }
 
-impl Choice for Init {
-    const NAMES: &'static [(&'static str, Self)] =
-        &[("kaiming", Self::Kaiming), ("gaussian", Self::Gaussian)];
-}
-
 /// As in a config file.
 impl fmt::Display for ComputeDtype {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -144,9 +137,6 @@ mod tests {
     fn every_value_has_a_name() {
         assert_eq!(ComputeDtype::Bf16.to_string(), "bf16");
         assert_eq!(Checkpointing::Off.to_string(), "off");
-        assert_eq!(
-            (Decay::Linear.name(), Init::Gaussian.name()),
-            ("linear", "gaussian")
-        );
+        assert_eq!(Decay::Linear.name(), "linear");
     }
 }

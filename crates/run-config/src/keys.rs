@@ -248,7 +248,9 @@ keys! {
 
     section "Initialization of the adapter";
 
-    /// How the matrix A is initialized. B starts at zero.
+    /// How the adapter is initialized. `"kaiming"` and `"gaussian"` draw A, and B starts at zero. PiSSA and OLoRA take the
+    /// adapter out of the base model's weights, before these are quantized; it is saved as an adapter of the original
+    /// model, with twice the rank.
     init_lora_weights: Init = Init::Kaiming, initialization(),
         [Peft: "init_lora_weights"];
 
@@ -282,6 +284,11 @@ keys! {
     /// The peak learning rate.
     learning_rate: f64 = 1e-4, positive(),
         [Transformers: "learning_rate", Other: "lr"];
+
+    /// LoRA+: the learning rate of B (and of DoRA's magnitudes) is this many times `learning_rate`, which A keeps;
+    /// the paper recommends 16. `"none"` trains both with `learning_rate`.
+    loraplus_lr_ratio: Option<f64> = None, optional(positive()),
+        [Peft: "loraplus_lr_ratio"];
 
     /// Passes over the training examples. A fraction is allowed.
     num_epochs: f64 = 4.0, positive(),

@@ -39,7 +39,7 @@ const EXAMPLE: &str = "\
 ";
 
 /// Sections of the documentation that explain a key further.
-const FURTHER: [(&str, &str, &str); 13] = [
+const FURTHER: [(&str, &str, &str); 15] = [
     ("base_model", "hub.md", "the Hub"),
     ("dataset_path", "data.md", "data"),
     ("dataset_format", "data.md#formats", "formats"),
@@ -54,6 +54,16 @@ const FURTHER: [(&str, &str, &str); 13] = [
         "prompt templates",
     ),
     ("peft_use_dora", "adapters.md#dora", "DoRA"),
+    (
+        "init_lora_weights",
+        "adapters.md#pissa-and-olora",
+        "PiSSA and OLoRA",
+    ),
+    (
+        "loraplus_lr_ratio",
+        "adapters.md#learning-rates-of-lora",
+        "LoRA+",
+    ),
     (
         "trainable_token_indices",
         "adapters.md#trainable-tokens",

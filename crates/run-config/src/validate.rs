@@ -67,6 +67,12 @@ fn check_together(config: &Config, reader: &mut Reader) {
         );
         reader.problem("max_batch_tokens", &message);
     }
+    if config.init_adapter.is_some() && config.init_lora_weights.changes_weights() {
+        reader.problem(
+            "init_lora_weights",
+            "cannot be combined with init_adapter: it makes new adapters from the weights; remove one of them",
+        );
+    }
     let is_names = matches!(config.target_modules, TargetModules::Names(_));
     if config.layers_to_transform.is_some() && !is_names {
         reader.problem(
@@ -263,7 +269,8 @@ mod tests {
             "dataset_format = \"jsonl\"",
             "dataset_format = 1",
             "init_lora_weights = false",
-            "init_lora_weights = \"pissa\"",
+            "init_lora_weights = \"pissa_niter\"",
+            "init_lora_weights = \"olora\"\ninit_adapter = \"a\"",
             "peft_use_rslora = 1",
             "peft_use_dora = \"no\"",
             "save_best = 0",

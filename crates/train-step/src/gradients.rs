@@ -2,6 +2,9 @@
 //!
 //! [`accumulate`] computes them with the manual passes, [`accumulate_in_graph`] in Burn's autodiff graph.
 
+use std::collections::HashMap;
+use std::sync::Arc;
+
 use burn::module::ParamId;
 use burn::tensor::{Shape, Tensor};
 
@@ -20,6 +23,8 @@ pub struct AdapterGradients {
     ids: Vec<ParamId>,
     shapes: Vec<Shape>,
     sum: Option<Tensor<1>>,
+    /// Learning rates that differ from the step's. Parameters with the same rate are next to each other in `ids`.
+    rates: Arc<HashMap<ParamId, f64>>,
     /// The loss scale of the micro-batches so far.
     pub(crate) scale: Option<f64>,
     /// Losses and tokens of the micro-batches so far, without those in `on_device`.
@@ -75,6 +80,14 @@ pub struct PhaseTimes {
 }
 
 impl AdapterGradients {
+    /// Sums for an optimizer that has these learning rates, as multiples of the step's.
+    pub(crate) fn ordered(rates: Arc<HashMap<ParamId, f64>>) -> Self {
+        Self {
+            rates,
+            ..Self::default()
+        }
+    }
+
     /// The summed gradient of a parameter.
     pub fn get(&self, id: ParamId) -> Option<Tensor<2>> {
         let sum = part(&self.ids, &self.shapes, self.sum.as_ref()?, id)?;
@@ -98,10 +111,13 @@ impl AdapterGradients {
     }
 
     /// Adds a micro-batch's gradients.
-    pub(crate) fn add(&mut self, gradients: Vec<(ParamId, Tensor<2>)>) {
+    pub(crate) fn add(&mut self, mut gradients: Vec<(ParamId, Tensor<2>)>) {
         if gradients.is_empty() {
             return;
         }
+        // Stable: without rates of their own the order is that of the passes.
+        let rate = |id: &ParamId| self.rates.get(id).copied().unwrap_or(1.0);
+        gradients.sort_by(|(a, _), (b, _)| rate(a).total_cmp(&rate(b)));
         let (ids, gradients): (Vec<_>, Vec<_>) = gradients.into_iter().unzip();
         let shapes = gradients.iter().map(|gradient| gradient.shape()).collect();
         let flat = gradients.into_iter().map(|gradient| {

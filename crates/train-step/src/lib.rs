@@ -9,12 +9,14 @@
 //! | [`loss`] | sums of the loss, on the device and read back to the host |
 //! | [`loss_scale`] | the factor that keeps gradients within f16's range |
 //! | [`optimizer`] | AdamW over one flat tensor |
+//! | `loraplus.rs` | LoRA+: a learning rate of its own for B |
 //! | `flat.rs` | many tensors joined into one |
 //! | [`step_counts`] | launches, uploads, reads and bytes of a step |
 
 mod autodiff;
 mod flat;
 pub mod gradients;
+mod loraplus;
 pub mod loss;
 pub mod loss_scale;
 mod manual;
@@ -22,3 +24,4 @@ pub mod optimizer;
 pub mod step_counts;
 
 pub use flat::{FlatGradients, joined, places};
+pub use loraplus::loraplus_rates;

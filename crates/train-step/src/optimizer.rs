@@ -2,10 +2,12 @@
 //! explicitly, because Burn's defaults differ from PyTorch's.
 //!
 //! All parameters are updated together as one flat tensor. On a GPU a step is then a few kernel launches, instead of a
-//! few per tensor for several hundred small tensors. The parameters in the model are views of the flat tensor.
+//! few per tensor for several hundred small tensors. The parameters in the model are views of the flat tensor. With
+//! learning rates of their own (LoRA+) there is one flat tensor, and one launch, per learning rate.
 
 use std::collections::HashMap;
 use std::ops::Range;
+use std::sync::Arc;
 
 use burn::module::{Module, ModuleMapper, ModuleVisitor, Param, ParamId};
 use burn::optim::{AdaptiveMomentumState, ModuleOptimizer};
@@ -14,6 +16,7 @@ use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::AdamWSettings;
 
 use crate::flat::{FlatGradients, joined};
+use crate::gradients::AdapterGradients;
 
 /// AdamW's hyper-parameters except the learning rate, which comes from the schedule.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,7 +56,8 @@ impl AdamW {
     pub fn resumable(&self) -> Optimizer {
         Optimizer {
             settings: self.settings(),
-            flat: None,
+            rates: Arc::default(),
+            flat: Vec::new(),
             separate: HashMap::new(),
             since_sweep: 0,
         }
@@ -75,8 +79,10 @@ impl AdamW {
 /// The optimizer keeps the parameters' values: nothing else may change them between two steps.
 pub struct Optimizer {
     settings: AdamWSettings,
-    /// The parameters of the last step.
-    flat: Option<Flat>,
+    /// Learning rates that differ from the step's, as multiples of it.
+    rates: Arc<HashMap<ParamId, f64>>,
+    /// The parameters of the last step, in the order of its gradients: one entry per learning rate.
+    flat: Vec<Flat>,
     /// The state of parameters that the last step did not update, for example before the first step of a resumed run.
     separate: HashMap<ParamId, AdaptiveMomentumState<1>>,
     /// Steps since the last [`sweep`].
@@ -86,6 +92,8 @@ pub struct Optimizer {
 /// Parameters that are updated together, joined into one tensor.
 struct Flat {
     ids: Vec<ParamId>,
+    /// Their learning rate, as a multiple of the step's.
+    rate: f64,
     places: HashMap<ParamId, Range<usize>>,
     values: Tensor<1>,
     state: Option<AdaptiveMomentumState<1>>,
@@ -106,6 +114,19 @@ pub struct Moments {
 }
 
 impl Optimizer {
+    /// The same optimizer with learning rates that differ from the step's, as multiples of it. Set them before the
+    /// first step. The gradients should come from [`sums`](Self::sums): an update is one launch per run of
+    /// parameters with the same rate.
+    pub fn with_rates(mut self, rates: HashMap<ParamId, f64>) -> Self {
+        self.rates = Arc::new(rates);
+        self
+    }
+
+    /// Empty sums of gradients, which will have the parameters of each learning rate side by side.
+    pub fn sums(&self) -> AdapterGradients {
+        AdapterGradients::ordered(Arc::clone(&self.rates))
+    }
+
     /// Updates the parameters of `module` that have a gradient.
     ///
     /// # Panics
@@ -114,35 +135,50 @@ impl Optimizer {
     pub fn step<M: Module>(
         &mut self,
         learning_rate: f64,
-        module: M,
+        mut module: M,
         gradients: FlatGradients,
     ) -> M {
         let Some(values) = gradients.values else {
             return module;
         };
-        let mut flat = match self.flat.take() {
-            Some(flat) if flat.ids == gradients.ids => flat,
-            other => {
-                self.split(other);
-                self.join(&module, gradients.ids)
-            }
-        };
-        let state = flat.state.take();
-        let (updated, state) = kernels::adamw(
-            self.settings,
-            learning_rate,
-            gradients.factor,
-            flat.values,
-            values,
-            state,
-        );
-        flat.state = state;
-        let module = module.map(&mut Views {
-            places: &flat.places,
-            values: &updated,
-        });
-        flat.values = updated;
-        self.flat = Some(flat);
+        let mut parts = std::mem::take(&mut self.flat);
+        if !parts.iter().flat_map(|part| &part.ids).eq(&gradients.ids) {
+            self.split(parts);
+            let runs = gradients
+                .ids
+                .chunk_by(|a, b| self.rate(*a) == self.rate(*b));
+            let runs: Vec<_> = runs.map(<[ParamId]>::to_vec).collect();
+            parts = runs
+                .into_iter()
+                .map(|ids| self.join(&module, ids))
+                .collect();
+        }
+        let is_whole = parts.len() == 1;
+        let mut start = 0;
+        for mut part in parts {
+            let count = part.values.dims()[0];
+            let gradients_of_part = if is_whole {
+                values.clone()
+            } else {
+                values.clone().narrow(0, start, count)
+            };
+            start += count;
+            let (updated, state) = kernels::adamw(
+                self.settings,
+                learning_rate * part.rate,
+                gradients.factor,
+                part.values,
+                gradients_of_part,
+                part.state.take(),
+            );
+            part.state = state;
+            module = module.map(&mut Views {
+                places: &part.places,
+                values: &updated,
+            });
+            part.values = updated;
+            self.flat.push(part);
+        }
         self.since_sweep += 1;
         if self.since_sweep >= SWEEP {
             self.since_sweep = 0;
@@ -151,22 +187,26 @@ impl Optimizer {
         module
     }
 
-    /// Splits the state of the flat tensor into one state per parameter.
-    fn split(&mut self, flat: Option<Flat>) {
-        let Some((flat, state)) = flat.and_then(|mut flat| {
-            let state = flat.state.take()?;
-            Some((flat, state))
-        }) else {
-            return;
-        };
-        for (id, place) in flat.places {
-            let part = |x: &Tensor<1>| x.clone().narrow(0, place.start, place.len());
-            let of_parameter = AdaptiveMomentumState::new(
-                state.time,
-                part(&state.moment_1),
-                part(&state.moment_2),
-            );
-            self.separate.insert(id, of_parameter);
+    /// The learning rate of a parameter, as a multiple of the step's.
+    fn rate(&self, id: ParamId) -> f64 {
+        self.rates.get(&id).copied().unwrap_or(1.0)
+    }
+
+    /// Splits the states of flat tensors into one state per parameter.
+    fn split(&mut self, parts: Vec<Flat>) {
+        for Flat { places, state, .. } in parts {
+            let Some(state) = state else {
+                continue;
+            };
+            for (id, place) in places {
+                let part = |x: &Tensor<1>| x.clone().narrow(0, place.start, place.len());
+                let of_parameter = AdaptiveMomentumState::new(
+                    state.time,
+                    part(&state.moment_1),
+                    part(&state.moment_2),
+                );
+                self.separate.insert(id, of_parameter);
+            }
         }
     }
 
@@ -215,6 +255,7 @@ impl Optimizer {
             }
         };
         Flat {
+            rate: ids.first().map_or(1.0, |id| self.rate(*id)),
             ids,
             places,
             values: joined(values),
@@ -228,8 +269,8 @@ impl Optimizer {
     ///
     /// If it cannot be read from the device.
     pub fn moments(&self, id: ParamId) -> Option<Moments> {
-        let flat = self.flat.as_ref();
-        let here = flat.and_then(|flat| Some((flat.places.get(&id)?, flat.state.as_ref()?)));
+        let mut parts = self.flat.iter();
+        let here = parts.find_map(|part| Some((part.places.get(&id)?, part.state.as_ref()?)));
         let (updates, first, second) = match here {
             Some((place, state)) => {
                 let part = |x: &Tensor<1>| x.clone().narrow(0, place.start, place.len());
@@ -249,8 +290,8 @@ impl Optimizer {
 
     /// Restores the result of [`moments`](Self::moments), for a parameter whose value is restored too.
     pub fn set_moments(&mut self, id: ParamId, moments: Moments, device: &Device) {
-        let flat = self.flat.take();
-        self.split(flat);
+        let parts = std::mem::take(&mut self.flat);
+        self.split(parts);
         let device = device.clone().without_autodiff();
         let place = |values: Vec<f32>| {
             let count = values.len();

@@ -16,7 +16,7 @@ use crate::dispatch::Composed;
 use crate::frozen_linear::Direction;
 use crate::limits::{client, has_tf32, rows_at_once};
 use crate::loss::{CrossEntropy, LossTerms, Targets};
-use crate::low_rank::LowRankTerm;
+use crate::low_rank::{LowRankTerm, Normalized};
 use crate::ranges::{AttentionRanges, Segment};
 use crate::rms_norm::InverseRms;
 use crate::rope::{RotaryTables, Rotation};
@@ -179,24 +179,19 @@ impl Kernels for Gpu {
         ranks: &[usize],
         transposed: bool,
     ) -> Option<Vec<Tensor<2>>> {
-        if !groups(wide, ranks.len()) {
-            return None;
-        }
-        let group = Group {
-            ranks: padded(ranks, 0),
-            scales: [1.0; MEMBERS],
-            transposed,
-            dtype: DType::F32,
-        };
-        let [x0, x1, x2] = all_members(wide);
-        let low = low.clone().into_dispatch();
-        let (a, b, c) = Dispatch::low_rank_gradients(low, x0, x1, x2, group);
-        let outputs = [a, b, c].into_iter().take(ranks.len());
-        Some(
-            outputs
-                .map(|output| spoilt("low_rank", Tensor::from_dispatch(output)))
-                .collect(),
-        )
+        groups(wide, ranks.len()).then(|| low_rank_gradients(low, wide, ranks, transposed, None))
+    }
+
+    fn low_rank_gradients_of_norm(
+        &self,
+        low: &Tensor<2>,
+        normalized: &Normalized,
+        ranks: &[usize],
+    ) -> Option<Vec<Tensor<2>>> {
+        let wide = std::slice::from_ref(&normalized.x);
+        let inverse = normalized.inverse.0.clone()?;
+        let norm = [inverse, normalized.gain.clone()];
+        groups(wide, ranks.len()).then(|| low_rank_gradients(low, wide, ranks, true, Some(norm)))
     }
 
     fn rms_norm(
@@ -498,6 +493,34 @@ fn groups(wide: &[Tensor<2>], layers: usize) -> bool {
     Kernel::LowRank.is_on()
         && layers <= MEMBERS
         && wide.iter().all(|x| x.dims()[1].is_multiple_of(4))
+}
+
+/// The gradients of up to three layers; of layers with the same `wide`, one is sufficient. `norm`: the factors of rows
+/// and the gain of an RMSNorm whose output is meant.
+fn low_rank_gradients(
+    low: &Tensor<2>,
+    wide: &[Tensor<2>],
+    ranks: &[usize],
+    transposed: bool,
+    norm: Option<[Tensor<2>; 2]>,
+) -> Vec<Tensor<2>> {
+    let group = Group {
+        ranks: padded(ranks, 0),
+        scales: [1.0; MEMBERS],
+        transposed,
+        dtype: DType::F32,
+    };
+    let [x0, x1, x2] = all_members(wide);
+    let normed = norm.is_some();
+    // Operands that are ignored; something has to stand in their place.
+    let norm = norm.unwrap_or_else(|| [low.clone(), low.clone()]);
+    let [inverse, gain] = norm.map(Tensor::into_dispatch);
+    let low = low.clone().into_dispatch();
+    let (a, b, c) = Dispatch::low_rank_gradients(low, x0, x1, x2, inverse, gain, normed, group);
+    let outputs = [a, b, c].into_iter().take(ranks.len());
+    outputs
+        .map(|output| spoilt("low_rank", Tensor::from_dispatch(output)))
+        .collect()
 }
 
 /// Operands for a kernel of [`MEMBERS`] layers; the first stands for those that are not there.

@@ -8,11 +8,11 @@ use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
 use super::{ends_in_gate, packed_product, sixteen_bits};
 use crate::{
     AdamWSettings, AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight,
-    LossTerms, LowRankPart, LowRankTerm, PlannedAttention, PlannedRotary, Quantization, Rotation,
-    SCORES_AT_ONCE, Segment, Targets, Uploads, adamw, adapted_product, attention,
+    LossTerms, LowRankPart, LowRankTerm, Normalized, PlannedAttention, PlannedRotary, Quantization,
+    Rotation, SCORES_AT_ONCE, Segment, Targets, Uploads, adamw, adapted_product, attention,
     attention_backward, cross_entropy, gated_product, gated_product_backward, low_rank_columns,
-    low_rank_gradients, normal, quantize_data, query_scale, rms_norm, rms_norm_backward, rotate,
-    sums_of_squares, swiglu, swiglu_backward,
+    low_rank_gradients, low_rank_gradients_of_norm, normal, quantize_data, query_scale, rms_norm,
+    rms_norm_backward, rotate, sums_of_squares, swiglu, swiglu_backward,
 };
 use gpu_kernels::{FEW_ROWS, Fault, inject, set_software_driver};
 
@@ -96,7 +96,11 @@ const COMPARISONS: [(&str, Comparison, &[Fault]); 12] = [
         sixteen_bits::attention_and_gradients,
         &[Fault::Mask, Fault::Window, Fault::Correction],
     ),
-    ("low-rank products", low_rank_products, &[Fault::Part]),
+    (
+        "low-rank products",
+        low_rank_products,
+        &[Fault::Part, Fault::Gain],
+    ),
     ("RMSNorm", norms, &[Fault::Mean]),
     ("RoPE", rotations, &[]),
     ("SwiGLU", gates, &[Fault::Slope]),
@@ -575,6 +579,27 @@ fn low_rank_products(gpu: &Device) {
             assert!(
                 distance < BOUND,
                 "{n} {layers:?} {transposed}: {distance:.1e}"
+            );
+        }
+        // The gradients of layers behind a norm, whose output is not computed again.
+        let x = wide[0].clone().mul_scalar(3.0);
+        let gain = normal([1, layers[0].0], 1.0, &mut rng, &cpu);
+        let (output, _) = rms_norm(&x, gain.clone(), 1e-5, DType::F32);
+        let (_, inverse) = rms_norm(&on(gpu, &x), on(gpu, &gain), 1e-5, DType::F32);
+        let normalized = Normalized {
+            x: on(gpu, &x),
+            inverse,
+            gain: on(gpu, &gain),
+        };
+        let got = low_rank_gradients_of_norm(&on(gpu, &expected), &normalized, &ranks);
+        let mut first = 0;
+        for (got, rank) in got.expect("a kernel").into_iter().zip(&ranks) {
+            let low = expected.clone().narrow(1, first, *rank);
+            first += rank;
+            let distance = distance(got, output.clone().transpose().matmul(low));
+            assert!(
+                distance < BOUND,
+                "{n} {layers:?}, of a norm: {distance:.1e}"
             );
         }
         for transposed in [false, true] {

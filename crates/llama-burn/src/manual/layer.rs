@@ -231,8 +231,8 @@ impl LayerPass<'_> {
         let (d_gate, d_up) =
             down.backward_gated(gate, up, down_low, d_block, d_product_needed, accumulate)?;
         let norm = &layer.post_attention_layernorm;
-        let normalized = || norm.again(&middle, &middle_rms, dtype);
         let gain = norm.gain();
+        let normalized = norm.output(&middle, &middle_rms, gain.clone(), dtype);
         let gate_up = self.gate_up_group();
         let d_normalized = gate_up.backward(
             normalized,
@@ -258,10 +258,10 @@ impl LayerPass<'_> {
         let d_q = normalize_heads_backward(&layer.self_attn.q_norm, q_norm, d_q);
         let d_k = normalize_heads_backward(&layer.self_attn.k_norm, k_norm, d_k);
         let norm = &layer.input_layernorm;
-        let normalized = || norm.again(x, &inverse_rms, dtype);
         let attention = self.attention_group();
         let residual = input_gradient.then(|| self.scatter(d_middle, x.dims()[0]));
         let gain = norm.gain();
+        let normalized = norm.output(x, &inverse_rms, gain.clone(), dtype);
         let d_normalized = attention.backward(
             normalized,
             attention_low,

@@ -25,6 +25,7 @@ use crate::prepare::{self, Setup};
 use crate::step::{self, NoGradient, NotFinite, StepGradient, StepInput};
 use data::Order;
 use device::Backend;
+use peft::AdapterTensors;
 use run_config::{OnNonFinite, OnOutOfMemory};
 use terminal::human;
 use train_step::FlatGradients;
@@ -37,6 +38,9 @@ pub struct Learner {
     pub model: Llama,
     /// The optimizer, with the moments of every adapter.
     pub optimizer: Optimizer,
+    /// The adapters that were taken out of the base model's weights, if they were: the trained ones are saved as
+    /// adapters of the base model itself.
+    pub initial: Option<AdapterTensors>,
 }
 
 impl Learner {
@@ -187,7 +191,7 @@ impl<'a> Session<'a> {
                         .loss_scale
                         .map_or(1.0, |scale| scale.factor),
                 };
-                step::gradient(&learner.model, input)
+                step::gradient(&learner.model, learner.optimizer.sums(), input)
             })?;
             match gradient {
                 Ok(gradient) => return Ok(Ok(gradient)),

@@ -2,8 +2,6 @@
 
 use std::time::Instant;
 
-use llama_burn::Llama;
-
 use super::{Learner, Session};
 use crate::checkpoint::{Division, FORMAT, Snapshot, State, TrainingTensors};
 use crate::error::TrainError;
@@ -149,20 +147,24 @@ impl Session<'_> {
                 chat_template_time: self.setup.data.prompt.chat_template_time,
             },
             tensors: TrainingTensors::take(&learner.model, &learner.optimizer),
-            adapter: self.adapter(&learner.model)?,
+            adapter: self.adapter(learner)?,
         })
     }
 
-    /// The adapter on the host.
+    /// The adapter on the host, as one of the base model: what was taken out of the base model's weights is converted.
     pub(super) fn adapter(
         &self,
-        model: &Llama,
+        learner: &Learner,
     ) -> Result<(AdapterConfig, AdapterTensors), AdapterError> {
         let config = AdapterConfig {
             lora: self.setup.config.lora_config(),
             base_model_name_or_path: Some(self.setup.config.base_model.clone()),
         };
-        Ok((config, AdapterTensors::from_model(model)?))
+        let tensors = AdapterTensors::from_model(&learner.model)?;
+        Ok(match &learner.initial {
+            None => (config, tensors),
+            Some(initial) => (config.for_base_model(), tensors.for_base_model(initial)),
+        })
     }
 
     /// What to do after an interruption, and the command.

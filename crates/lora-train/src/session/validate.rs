@@ -77,7 +77,7 @@ impl Session<'_> {
         }
         self.progress.kept = Some(self.progress.step);
         self.progress.kept_scores = scores;
-        let adapter = self.compute(learner, |session| session.adapter(&learner.model))??;
+        let adapter = self.compute(learner, |session| session.adapter(learner))??;
         self.keeper.keep(adapter);
         Ok(true)
     }

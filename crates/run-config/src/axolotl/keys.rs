@@ -222,7 +222,6 @@ const REFUSED: &[(&str, &str)] = &[
         "lora_target_parameters",
         "name modules in lora_target_modules",
     ),
-    ("loraplus_lr_ratio", TAKE_OUT),
     ("lr_div_factor", TAKE_OUT),
     ("lr_groups", TAKE_OUT),
     ("lr_quadratic_warmup", TAKE_OUT),

@@ -34,12 +34,13 @@ enum Kind {
 }
 
 /// Keys of axolotl, our names for them, and how axolotl reads the values.
-const SAME: [(&str, &str, Kind); 29] = [
+const SAME: [(&str, &str, Kind); 30] = [
     ("micro_batch_size", "batch_size", Kind::Number),
     ("num_epochs", "num_epochs", Kind::Number),
     ("learning_rate", "learning_rate", Kind::Number),
     ("weight_decay", "weight_decay", Kind::Number),
     ("max_grad_norm", "max_grad_norm", Kind::Number),
+    ("loraplus_lr_ratio", "loraplus_lr_ratio", Kind::Number),
     ("adam_beta1", "adam_beta1", Kind::Number),
     ("adam_beta2", "adam_beta2", Kind::Number),
     ("adam_epsilon", "adam_epsilon", Kind::Number),
@@ -349,7 +350,7 @@ impl Converter {
         self.targets();
         match self.get("peft_init_lora_weights") {
             Some(entry) if entry.value == Value::Bool(false) => {
-                self.problem(&entry, "must be true or gaussian: B starts at zero here");
+                self.problem(&entry, "must be true, gaussian, pissa, pissa_niter_N or olora: an adapter starts without effect here");
             }
             Some(entry) => self.set("init_lora_weights", entry.value.clone(), &entry),
             None => {}

@@ -3,13 +3,22 @@
 use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, TargetModules};
 use toml::Value as Toml;
 
-use super::{Kind, LARGEST_COUNT, Parsed, Value, choice_or_boolean, must_be, nearest};
+use super::{Kind, LARGEST_COUNT, Parsed, Value, must_be, nearest};
 use super::{none_if_empty, positive, whole, whole_number};
 use crate::error::shown;
 
 /// `init_lora_weights`. PEFT writes `true` for its default, Kaiming-uniform.
 pub(in super::super) fn initialization() -> Kind<Init> {
-    choice_or_boolean("or true for \"kaiming\"", |on| on.then_some(Init::Kaiming))
+    let allowed = "\"kaiming\" (or true), \"gaussian\", \"pissa\", \"pissa_niter_N\" with a number of iterations, as in \
+        \"pissa_niter_16\", or \"olora\"";
+    let parse = |value: &Value| match value {
+        Value::Bool(true) => Some(Init::Kaiming),
+        Value::String(name) => Init::from_name(name),
+        _ => None,
+    };
+    let names = ["kaiming", "gaussian", "pissa", "pissa_niter_16", "olora"].map(Toml::from);
+    let samples = names.into_iter().chain([Toml::from(true)]);
+    Kind::simple(allowed, parse, |init: &Init| init.to_string().into()).with_samples(samples)
 }
 
 /// `target_modules`, as in PEFT: a list of names, `all-linear`, or one expression for the whole module name.
