@@ -50,13 +50,14 @@ def test_a_model_merged_in_f32_gives_pefts_logits(trainer, smollm2, adapter, tmp
     merged = merge(trainer, smollm2, adapter, tmp_path / "merged", "--dtype", "f32")
     tokenizer = AutoTokenizer.from_pretrained(merged)
     ids = tokenizer(TEXT, return_tensors="pt").input_ids
-    expected = logits(with_adapter(smollm2, adapter), ids)
-    got = logits(load(merged), ids)
+    # In f64, so that the order of torch's sums, which depends on the processor, plays no part. What is left is that merged
+    # weights are rounded to f32.
+    expected = logits(with_adapter(smollm2, adapter).double(), ids)
+    got = logits(load(merged).double(), ids)
     difference = (got - expected).abs().max()
     print(f"largest difference of logits: {difference:.2e}, of {expected.abs().max():.1f}")
-    # The bound, for sums in another order.
     assert difference < 1e-4
-    assert (expected - logits(load(smollm2), ids)).abs().max() > 1, "the adapter has no effect"
+    assert (expected - logits(load(smollm2).double(), ids)).abs().max() > 1, "the adapter has no effect"
     assert AutoConfig.from_pretrained(merged).dtype == torch.float32
 
 

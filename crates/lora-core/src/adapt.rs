@@ -396,7 +396,7 @@ fn with_rank_2<const D: usize, E>(
 mod tests {
     use super::*;
     use crate::linear::tests::values;
-    use crate::{ExcludeModules, TargetModules};
+    use crate::{ExcludeModules, Method, TargetModules};
     use burn::nn::transformer::{
         TransformerEncoder, TransformerEncoderConfig, TransformerEncoderInput,
     };
@@ -523,13 +523,20 @@ mod tests {
         let device = Device::flex().autodiff();
         let model = Classifier::new(&device);
         let before = parameters(&model);
-        for quantization in [None, Some(Quantization::Bits8)] {
+        // Names of weights with a dot: what is attached to them comes behind it.
+        let layers = linear_layers(&model).into_iter();
+        let layers: Vec<String> = layers.map(|name| format!("{name}.weight.")).collect();
+        let bases = [None, Some(Quantization::Bits8)];
+        let cases = Method::ALL.into_iter();
+        let cases = cases.flat_map(|method| bases.map(|quantization| (method, quantization)));
+        for (method, quantization) in cases {
             let config = LoraConfig {
                 target_modules: TargetModules::AllLinear,
                 rank_pattern: vec![("mha.key".into(), 2)],
                 alpha_pattern: vec![("mha.key".into(), 1.0)],
                 exclude_modules: Some(ExcludeModules::Names(vec!["linear_inner".into()])),
                 modules_to_save: vec!["head".into()],
+                method,
                 ..config(&[])
             };
             let adapt = Adapt {
@@ -547,14 +554,19 @@ mod tests {
             let end = parameters(&adapted);
             for (name, (values, trained)) in &start {
                 assert_eq!(*values != end[name].0, *trained, "{name}");
-                let expected = name.contains(".lora.") || name.starts_with("head.");
+                let attached = |layer: &str| name.starts_with(layer) && name.len() > layer.len();
+                let expected = layers.iter().any(|layer| attached(layer));
+                let expected = expected || name.starts_with("head.");
                 assert_eq!(*trained, expected, "{name}");
             }
-            assert_eq!(
-                start["encoder.layers.0.mha.key.weight.lora.a"].0.len(),
-                32 * 2
+            let all = attached_parameters(&adapted);
+            let key = all.iter().find(|layer| layer.layer.ends_with("0.mha.key"));
+            let (name, a) = &key.unwrap().parameters[0];
+            assert_eq!((name.as_str(), a.dims()), ("a", [32, 2]));
+            assert!(
+                all.iter()
+                    .all(|layer| !layer.layer.ends_with("linear_inner"))
             );
-            assert!(!start.contains_key("encoder.layers.0.pwff.linear_inner.weight.lora.a"));
             // A record holds base, factors and the trained head.
             let record = adapted.clone().into_record();
             let loaded = adapt.apply(model.clone()).unwrap().load_record(record);

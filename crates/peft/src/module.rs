@@ -65,7 +65,14 @@ fn of_module<M: Module>(module: &M, lora: &LoraConfig) -> Result<AdapterTensors,
         };
         let ([d_in, r], [_, d_out]) = (a.dims(), b.dims());
         let (a, b) = (read(&a_name, a.clone())?, read(&b_name, b.clone())?);
-        let pair = AdapterPair::new(d_in, r, d_out, a, b);
+        let mut pair = AdapterPair::new(d_in, r, d_out, a, b);
+        // The parameters that are not A or B are the method's vectors, in the method's order.
+        let names = lora.method.facts().vectors.iter();
+        let others = attached.parameters.iter();
+        let others = others.filter(|(name, _)| name != "a" && name != "b");
+        for (name, (_, vector)) in names.zip(others) {
+            pair.vectors.insert(name, read(name, vector.clone())?);
+        }
         tensors.modules.insert(attached.layer.clone(), pair);
     }
     let mut whole = Whole {
@@ -262,7 +269,7 @@ mod tests {
     use burn::nn::LinearConfig;
     use burn::nn::conv::{Conv2d, Conv2dConfig};
     use burn::tensor::Device;
-    use lora_core::{TargetModules, adapt};
+    use lora_core::{Method, TargetModules, adapt};
     use std::path::PathBuf;
 
     #[derive(Module, Debug)]
@@ -368,16 +375,23 @@ mod tests {
     #[test]
     fn an_adapter_that_was_saved_loads_on_another_module() {
         let device = Device::flex().autodiff();
-        let net = Net::new(&device);
-        let adapted = adapt(net.clone(), &config().lora).unwrap();
+        for method in Method::ALL {
+            let mut config = config();
+            config.lora.method = method;
+            check_saved_and_loaded(&Net::new(&device), &config, &device);
+        }
+    }
+
+    fn check_saved_and_loaded(net: &Net, config: &AdapterConfig, device: &Device) {
+        let adapted = adapt(net.clone(), &config.lora).unwrap();
         // B is zero at first: something has to differ.
         let adapted = map_attached(adapted);
         let folder = tempfile::tempdir().unwrap();
-        save_module(&adapted, &config(), folder.path()).unwrap();
+        save_module(&adapted, config, folder.path()).unwrap();
         let (loaded, read) = load_module(net.clone(), folder.path()).unwrap();
-        assert_eq!(read, config());
-        let x = Tensor::<2>::ones([2, 6], &device);
-        let outputs = [&net, &adapted, &loaded].map(|net| values(net.forward(x.clone())));
+        assert_eq!(read, *config);
+        let x = Tensor::<2>::ones([2, 6], device);
+        let outputs = [net, &adapted, &loaded].map(|net| values(net.forward(x.clone())));
         for (saved, loaded) in outputs[1].iter().zip(&outputs[2]) {
             // The head's weight is a transposed view: f32 sums in another order.
             assert!((saved - loaded).abs() < 1e-6, "{saved} {loaded}");
@@ -386,7 +400,7 @@ mod tests {
         assert!(changed.into_iter().any(|(a, b)| (a - b).abs() > 1e-2));
         // A module that was put in inference mode has the same adapter.
         let again = tempfile::tempdir().unwrap();
-        save_module(&adapted.valid(), &config(), again.path()).unwrap();
+        save_module(&adapted.valid(), config, again.path()).unwrap();
         assert_eq!(
             read_adapter(again.path()).unwrap(),
             read_adapter(folder.path()).unwrap()

@@ -76,8 +76,11 @@ impl fmt::Display for Method {
     }
 }
 
+/// Finds an adapter of one type on a weight.
+type Of = fn(&Param<Tensor<2>>) -> Option<&dyn Adapter>;
+
 /// The types that a weight can have attached.
-const TYPES: [fn(&Param<Tensor<2>>) -> Option<&dyn Adapter>; 2] = [of::<LoraAdapter>, of::<Dora>];
+const TYPES: [Of; 2] = [of::<LoraAdapter>, of::<Dora>];
 
 fn of<A: Adapter + Reparameterization>(weight: &Param<Tensor<2>>) -> Option<&dyn Adapter> {
     let adapter = weight.reparameterization::<A>()?;
