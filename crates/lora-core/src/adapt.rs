@@ -78,7 +78,7 @@ impl<'a> Adapt<'a> {
     /// Freezes `module` and puts new adapters on the linear layers ([`linear_layers`]) that the settings select. B is
     /// zero: over a base that is not quantized, the module's output does not change.
     ///
-    /// Modules in `modules_to_save` are trained as a whole, and biases as `bias` says.
+    /// Modules in `modules_to_save` are trained as a whole; the setting `bias` selects the biases that are trained.
     ///
     /// # Errors
     ///

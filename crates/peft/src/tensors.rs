@@ -154,7 +154,7 @@ fn place(name: &str) -> Option<(&str, Place)> {
     let mut ends = ends.into_iter();
     let matrix = ends.find_map(|(end, place)| Some((name.strip_suffix(end)?, place)));
     let vector = |vector: &'static str| {
-        // PEFT removes this end when it saves. A state dict that was saved without PEFT has it.
+        // PEFT removes this end when it saves. A state dict that was saved without PEFT has this end.
         let module = name.strip_suffix(".weight").unwrap_or(name);
         let module = module.strip_suffix(vector)?.strip_suffix('.')?;
         Some((module, Place::Vector(vector)))
