@@ -3,6 +3,7 @@
 use cubecl::prelude::*;
 
 use super::fault::Fault;
+use super::product::Lengths;
 use super::swiglu::{gated, gated_backward};
 
 /// What becomes of a product P.
@@ -25,18 +26,22 @@ impl Ending {
     }
 }
 
-/// Writes a vector of outputs. `at` and `sum_at` are its places in the outputs and in the sum.
+/// Writes the vector of outputs that begins at this row and column.
 #[cube]
 pub fn finish<S: Float, O: Float, N: Size>(
     product: Vector<f32, N>,
     sum: &[Vector<S, N>],
     out: &mut [Vector<O, N>],
     other: &mut [Vector<O, N>],
-    sum_at: usize,
-    at: usize,
+    row: usize,
+    col: usize,
+    lengths: &Lengths,
     #[comptime] ending: Ending,
     #[comptime] fault: Fault,
 ) {
+    let width = N::value();
+    let sum_at = (row * lengths.sum_row + col) / width;
+    let at = (row * lengths.m + col) / width;
     if comptime!(ending == Ending::Plain) {
         out[at] = Vector::cast_from(product);
     } else if comptime!(ending == Ending::Sum) {

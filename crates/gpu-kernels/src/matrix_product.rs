@@ -318,8 +318,9 @@ pub fn matrix_product<
                         sum,
                         out,
                         other,
-                        (row * lengths.sum_row + col) / out_width,
-                        (row * lengths.m + col) / out_width,
+                        row,
+                        col,
+                        &lengths,
                         ending,
                         comptime!(packing.fault),
                     );

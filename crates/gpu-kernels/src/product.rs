@@ -214,8 +214,9 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size, O: Fl
                     sum,
                     out,
                     other,
-                    (row * lengths.sum_row + col) / in_vector,
-                    (row * lengths.m + col) / in_vector,
+                    row,
+                    col,
+                    &lengths,
                     ending,
                     comptime!(packing.fault),
                 );

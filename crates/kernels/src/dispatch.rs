@@ -108,9 +108,7 @@ pub trait Kernels: Debug + Sync {
         weight: Tensor<2>,
         low_rank: Option<LowRankTerm>,
     ) -> (Tensor<2>, Tensor<2>) {
-        let up = self.adapted_product(None, x, weight, low_rank, Direction::Forward);
-        let output = self.swiglu(gate, &up);
-        (up, output)
+        product_then_gate(self, gate, x, weight, low_rank)
     }
 
     fn gated_product_backward(
@@ -121,8 +119,7 @@ pub trait Kernels: Debug + Sync {
         weight: Tensor<2>,
         low_rank: Option<LowRankTerm>,
     ) -> (Tensor<2>, Tensor<2>) {
-        let gradient = self.adapted_product(None, gradient, weight, low_rank, Direction::Backward);
-        self.swiglu_backward(gate, up, gradient)
+        product_then_gate_backward(self, gate, up, gradient, weight, low_rank)
     }
 
     fn low_rank_columns(
@@ -275,6 +272,32 @@ pub trait Kernels: Debug + Sync {
             state,
         )
     }
+}
+
+/// [`Kernels::gated_product`] as a product and SwiGLU behind it.
+pub(crate) fn product_then_gate(
+    kernels: &(impl Kernels + ?Sized),
+    gate: &Tensor<2>,
+    x: Tensor<2>,
+    weight: Tensor<2>,
+    low_rank: Option<LowRankTerm>,
+) -> (Tensor<2>, Tensor<2>) {
+    let up = kernels.adapted_product(None, x, weight, low_rank, Direction::Forward);
+    let output = kernels.swiglu(gate, &up);
+    (up, output)
+}
+
+/// [`Kernels::gated_product_backward`] as a product and SwiGLU's backward pass behind it.
+pub(crate) fn product_then_gate_backward(
+    kernels: &(impl Kernels + ?Sized),
+    gate: Tensor<2>,
+    up: Tensor<2>,
+    gradient: Tensor<2>,
+    weight: Tensor<2>,
+    low_rank: Option<LowRankTerm>,
+) -> (Tensor<2>, Tensor<2>) {
+    let gradient = kernels.adapted_product(None, gradient, weight, low_rank, Direction::Backward);
+    kernels.swiglu_backward(gate, up, gradient)
 }
 
 /// Burn's compositions, for any device.

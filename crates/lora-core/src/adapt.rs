@@ -15,8 +15,9 @@ use burn::nn::Linear;
 use burn::tensor::Tensor;
 use kernels::{CounterRng, Quantization};
 
+use crate::count::selection;
 use crate::selector::kinds;
-use crate::{Bias, LoraConfig, LoraError, LoraLinear, ModuleSelector};
+use crate::{LoraConfig, LoraError, LoraLinear, ModuleSelector};
 
 /// Freezes `module` and puts new adapters on the linear layers that `config` selects. See [`Adapt`] for a seed and an
 /// 8-bit base.
@@ -103,14 +104,13 @@ impl<'a> Adapt<'a> {
         selector.check(config, &names)?;
         if !names.iter().any(|name| selector.matches(name)) {
             return Err(LoraError::NothingSelected {
-                targets: format!("{:?}", config.target_modules),
+                targets: selection(config),
                 available: kinds(names.iter().copied()).join(", "),
             });
         }
         let module = module.map(&mut Freeze {
-            adapt: self,
             selector: &selector,
-            path: Path::default(),
+            path: ModulePath::default(),
         });
         let mut index = 0;
         map_linear_weights(module, |name, weight| {
@@ -120,17 +120,6 @@ impl<'a> Adapt<'a> {
             }
             self.weight(weight, &selector, name, index - 1)
         })
-    }
-
-    /// Whether a parameter is trained itself.
-    fn trains(&self, selector: &ModuleSelector, module: &str, parameter: &str) -> bool {
-        let bias = parameter == "bias"
-            && match self.config.bias {
-                Bias::None => false,
-                Bias::All => true,
-                Bias::LoraOnly => selector.matches(module),
-            };
-        bias || selector.saves(module)
     }
 
     /// A linear layer's weight, frozen, with an adapter if the settings select the layer.
@@ -143,11 +132,7 @@ impl<'a> Adapt<'a> {
     ) -> Result<Param<Tensor<2>>, LoraError> {
         let mut layer = LoraLinear::frozen(Linear { weight, bias: None });
         if selector.matches(name) {
-            let config = LoraConfig {
-                r: selector.r(name),
-                lora_alpha: selector.alpha(name),
-                ..self.config.clone()
-            };
+            let config = self.config.of_module(selector, name);
             let seed = CounterRng::new(self.seed).fork(index as u64).next_u64();
             layer = layer.with_new_adapter(&config, seed)?;
         }
@@ -164,24 +149,26 @@ pub fn linear_layers<M: Module>(module: &M) -> Vec<String> {
     Layers::of(module).names
 }
 
-/// Where a walk through a module is.
-#[derive(Default)]
-struct Path {
+/// Where a walk through a module is, for visitors and mappers.
+#[derive(Debug, Default)]
+pub struct ModulePath {
     /// The fields, and the types that they are in.
     fields: Vec<(String, String)>,
 }
 
-impl Path {
-    fn enter(&mut self, name: &str, container: &str) {
+impl ModulePath {
+    /// Enters a field, as `enter_module`.
+    pub fn enter(&mut self, name: &str, container: &str) {
         self.fields.push((name.into(), container.into()));
     }
 
-    fn leave(&mut self) {
+    /// Leaves a field, as `exit_module`.
+    pub fn leave(&mut self) {
         self.fields.pop();
     }
 
     /// The name of the module that the current parameter is in, and the parameter's own.
-    fn split(&self) -> (String, &str) {
+    pub fn split(&self) -> (String, &str) {
         let Some(((parameter, _), module)) = self.fields.split_last() else {
             return (String::new(), "");
         };
@@ -189,11 +176,13 @@ impl Path {
         (module.join("."), parameter)
     }
 
-    fn is_weight_of_linear(&self) -> bool {
+    /// Whether the current parameter is the weight `[d_in, d_out]` of a linear layer ([`linear_layers`]).
+    pub fn is_weight_of_linear(&self) -> bool {
         self.fields.last().is_some_and(is_weight_of_linear)
     }
 
-    fn is_attached(&self) -> bool {
+    /// Whether the current parameter belongs to something that is attached to another, such as an adapter.
+    pub fn is_attached(&self) -> bool {
         let mut containers = self.fields.iter().map(|(_, container)| container);
         containers.any(|container| container == "Reparameterization")
     }
@@ -216,7 +205,7 @@ fn is_weight_of_linear((name, container): &(String, String)) -> bool {
 /// The linear layers of a module.
 #[derive(Default)]
 struct Layers {
-    path: Path,
+    path: ModulePath,
     names: Vec<String>,
     /// Those that have an adapter.
     adapted: Vec<String>,
@@ -249,9 +238,8 @@ impl ModuleVisitor for Layers {
 
 /// Freezes every parameter that is not trained itself.
 struct Freeze<'a> {
-    adapt: &'a Adapt<'a>,
     selector: &'a ModuleSelector,
-    path: Path,
+    path: ModulePath,
 }
 
 impl ModuleMapper for Freeze<'_> {
@@ -265,8 +253,7 @@ impl ModuleMapper for Freeze<'_> {
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (module, parameter) = self.path.split();
-        let trained = self.adapt.trains(self.selector, &module, parameter);
-        param.set_require_grad(trained)
+        param.set_require_grad(self.selector.trains(&module, parameter))
     }
 }
 
@@ -282,7 +269,7 @@ pub fn map_linear_weights<M: Module, E>(
 ) -> Result<M, E> {
     let mut weights = Weights {
         change,
-        path: Path::default(),
+        path: ModulePath::default(),
         error: None,
     };
     let module = module.map(&mut weights);
@@ -294,7 +281,7 @@ pub fn map_linear_weights<M: Module, E>(
 
 struct Weights<C, E> {
     change: C,
-    path: Path,
+    path: ModulePath,
     /// The first error: a mapper cannot return one.
     error: Option<E>,
 }
@@ -346,7 +333,7 @@ pub fn attached_parameters<M: Module>(module: &M) -> Vec<Attached> {
 
 #[derive(Default)]
 struct Parameters {
-    path: Path,
+    path: ModulePath,
     found: Vec<Attached>,
 }
 
@@ -364,10 +351,10 @@ impl ModuleVisitor for Parameters {
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let name = self.path.split().1.to_owned();
         if !self.path.is_attached() {
             return;
         }
+        let name = self.path.split().1.to_owned();
         let param: Box<dyn Any> = Box::new(param.clone());
         if let (Some(layer), Ok(param)) =
             (self.found.last_mut(), param.downcast::<Param<Tensor<2>>>())
@@ -445,7 +432,7 @@ mod tests {
     /// The parameters by their paths: their values, and whether they are trained.
     fn parameters<M: Module>(module: &M) -> BTreeMap<String, (Vec<f32>, bool)> {
         #[derive(Default)]
-        struct All(Path, BTreeMap<String, (Vec<f32>, bool)>);
+        struct All(ModulePath, BTreeMap<String, (Vec<f32>, bool)>);
         impl ModuleVisitor for All {
             fn enter_module(&mut self, name: &str, container: &str) {
                 self.0.enter(name, container);

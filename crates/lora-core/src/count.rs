@@ -91,7 +91,7 @@ impl ParameterCounts {
 }
 
 /// The selection as in a configuration: `target_modules = q_proj, k_proj with layers_to_transform = 7, 8`.
-fn selection(config: &LoraConfig) -> String {
+pub(crate) fn selection(config: &LoraConfig) -> String {
     let targets = match &config.target_modules {
         TargetModules::Names(names) => names.join(", "),
         TargetModules::Regex(pattern) => format!("{pattern:?}"),

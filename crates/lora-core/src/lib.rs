@@ -51,7 +51,9 @@ mod method;
 mod selector;
 mod svd;
 
-pub use adapt::{Adapt, Attached, adapt, attached_parameters, linear_layers, map_linear_weights};
+pub use adapt::{
+    Adapt, Attached, ModulePath, adapt, attached_parameters, linear_layers, map_linear_weights,
+};
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
 pub use dropout::AdapterDropout;

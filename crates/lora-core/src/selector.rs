@@ -3,7 +3,7 @@
 use fancy_regex::Regex;
 
 use crate::config::scale;
-use crate::{ExcludeModules, LoraConfig, LoraError, TargetModules};
+use crate::{Bias, ExcludeModules, LoraConfig, LoraError, TargetModules};
 
 /// Decides by full module name (`model.layers.0.self_attn.q_proj`) whether a module is adapted, and with
 /// which rank and scale.
@@ -21,6 +21,7 @@ pub struct ModuleSelector {
     r: usize,
     alpha: f64,
     use_rslora: bool,
+    bias: Bias,
 }
 
 /// A set of module names.
@@ -119,6 +120,7 @@ impl ModuleSelector {
             r: config.r,
             alpha: config.lora_alpha,
             use_rslora: config.use_rslora,
+            bias: config.bias,
         })
     }
 
@@ -137,6 +139,18 @@ impl ModuleSelector {
     /// Whether the module of this full name is trained as a whole: it, or a module around it, is in `modules_to_save`.
     pub fn saves(&self, name: &str) -> bool {
         self.saved.iter().any(|saved| matches(saved, name))
+    }
+
+    /// Whether the parameter of this name in the module of this full name is trained itself: as a part of a module in
+    /// `modules_to_save`, or as a bias that the setting `bias` selects.
+    pub fn trains(&self, module: &str, parameter: &str) -> bool {
+        let bias = parameter == "bias"
+            && match self.bias {
+                Bias::None => false,
+                Bias::All => true,
+                Bias::LoraOnly => self.matches(module),
+            };
+        bias || self.saves(module)
     }
 
     /// Checks that every entry of `config`, from which the selector was made, matches a linear module of these names.

@@ -10,7 +10,7 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor, TensorData};
 use lora_core::{
-    Bias, LoraConfig, LoraLinear, ModuleSelector, attached_parameters, linear_layers,
+    LoraConfig, LoraLinear, ModulePath, ModuleSelector, attached_parameters, linear_layers,
     map_linear_weights,
 };
 
@@ -76,8 +76,7 @@ fn of_module<M: Module>(module: &M, lora: &LoraConfig) -> Result<AdapterTensors,
         tensors.modules.insert(attached.layer.clone(), pair);
     }
     let mut whole = Whole {
-        walk: Walk::new(module),
-        lora,
+        path: ModulePath::default(),
         selector: lora.selector()?,
         found: BTreeMap::new(),
         error: None,
@@ -108,7 +107,7 @@ fn put_on<M: Module>(
         return Err(in_module(error, &attached.layer));
     }
     let mut put = Put {
-        walk: Walk::new(&module),
+        path: ModulePath::default(),
         left: tensors.whole.clone(),
         error: None,
     };
@@ -131,78 +130,45 @@ fn put_on<M: Module>(
     })
 }
 
-/// Where a walk through a module is, and which of its weights are those of linear layers.
-struct Walk {
-    fields: Vec<(String, bool)>,
-    linears: Vec<String>,
-}
-
-impl Walk {
-    fn new<M: Module>(module: &M) -> Self {
-        let weights = linear_layers(module).into_iter();
-        Self {
-            fields: Vec::new(),
-            linears: weights.map(|name| format!("{name}.weight")).collect(),
-        }
+/// The name of the parameter at this place; `None` for one that is attached to another.
+fn name_at(path: &ModulePath) -> Option<String> {
+    if path.is_attached() {
+        return None;
     }
-
-    fn enter(&mut self, name: &str, container: &str) {
-        let attached = container == "Reparameterization";
-        self.fields.push((name.into(), attached));
-    }
-
-    /// The parameter's name; `None` for one that is attached to another.
-    fn name(&self) -> Option<String> {
-        if self.fields.iter().any(|(_, attached)| *attached) {
-            return None;
-        }
-        let names: Vec<&str> = self.fields.iter().map(|(name, _)| name.as_str()).collect();
-        Some(names.join("."))
-    }
-
-    fn is_linear(&self, name: &String) -> bool {
-        self.linears.contains(name)
-    }
+    let (module, parameter) = path.split();
+    Some(match module.as_str() {
+        "" => parameter.into(),
+        module => format!("{module}.{parameter}"),
+    })
 }
 
 /// Reads the parameters that are trained as a whole.
-struct Whole<'a> {
-    walk: Walk,
-    lora: &'a LoraConfig,
+struct Whole {
+    path: ModulePath,
     selector: ModuleSelector,
     found: BTreeMap<String, WholeTensor>,
     error: Option<AdapterError>,
 }
 
-impl Whole<'_> {
-    fn is_trained(&self, name: &str) -> bool {
-        let (module, parameter) = name.rsplit_once('.').unwrap_or(("", name));
-        let bias = parameter == "bias"
-            && match self.lora.bias {
-                Bias::None => false,
-                Bias::All => true,
-                Bias::LoraOnly => self.selector.matches(module),
-            };
-        bias || self.selector.saves(module)
-    }
-}
-
-impl ModuleVisitor for Whole<'_> {
+impl ModuleVisitor for Whole {
     fn enter_module(&mut self, name: &str, container: &str) {
-        self.walk.enter(name, container);
+        self.path.enter(name, container);
     }
 
     fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.walk.fields.pop();
+        self.path.leave();
     }
 
     fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
-        let Some(name) = self.walk.name() else { return };
-        if !self.is_trained(&name) || self.error.is_some() {
+        let Some(name) = name_at(&self.path) else {
+            return;
+        };
+        let (module, parameter) = self.path.split();
+        if !self.selector.trains(&module, parameter) || self.error.is_some() {
             return;
         }
         let tensor = param.base();
-        let tensor = if self.walk.is_linear(&name) {
+        let tensor = if self.path.is_weight_of_linear() {
             tensor.transpose()
         } else {
             tensor
@@ -223,7 +189,7 @@ impl ModuleVisitor for Whole<'_> {
 
 /// Replaces parameters that were trained as a whole, and freezes the others.
 struct Put {
-    walk: Walk,
+    path: ModulePath,
     /// Those that are not placed yet.
     left: BTreeMap<String, WholeTensor>,
     error: Option<AdapterError>,
@@ -231,20 +197,20 @@ struct Put {
 
 impl ModuleMapper for Put {
     fn enter_module(&mut self, name: &str, container: &str) {
-        self.walk.enter(name, container);
+        self.path.enter(name, container);
     }
 
     fn exit_module(&mut self, _name: &str, _container: &str) {
-        self.walk.fields.pop();
+        self.path.leave();
     }
 
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let name = self.walk.name();
+        let name = name_at(&self.path);
         let found = name.and_then(|name| Some((self.left.remove(&name)?, name)));
         let Some((whole, name)) = found else {
             return param.set_require_grad(false);
         };
-        let linear = self.walk.is_linear(&name);
+        let linear = self.path.is_weight_of_linear();
         let mut expected = param.lazy_shape().to_vec();
         if linear {
             expected.reverse();
@@ -335,7 +301,7 @@ mod tests {
     fn base(device: &Device) -> Net {
         let net = Net::new(device);
         let mut put = Put {
-            walk: Walk::new(&net),
+            path: ModulePath::default(),
             left: tensors("base.safetensors"),
             error: None,
         };

@@ -153,16 +153,19 @@ impl Optimizer {
                 .map(|ids| self.join(&module, ids))
                 .collect();
         }
-        let is_whole = parts.len() == 1;
-        let mut start = 0;
-        for mut part in parts {
-            let count = part.values.dims()[0];
-            let gradients_of_part = if is_whole {
-                values.clone()
-            } else {
-                values.clone().narrow(0, start, count)
-            };
-            start += count;
+        let of_parts = match parts.len() {
+            // All of them, whose memory the update may reuse.
+            1 => vec![values],
+            _ => {
+                let counts = parts.iter().map(|part| part.values.dims()[0]);
+                let of_parts = counts.scan(0, |start, count| {
+                    *start += count;
+                    Some(values.clone().narrow(0, *start - count, count))
+                });
+                of_parts.collect()
+            }
+        };
+        for (mut part, gradients_of_part) in parts.into_iter().zip(of_parts) {
             let (updated, state) = kernels::adamw(
                 self.settings,
                 learning_rate * part.rate,

@@ -12,7 +12,7 @@ use burn::tensor::{DType, Device, Int, Tensor};
 use crate::Kernels;
 use crate::adamw::{AdamWSettings, AdamWState};
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
-use crate::dispatch::Composed;
+use crate::dispatch::{Composed, product_then_gate, product_then_gate_backward};
 use crate::frozen_linear::Direction;
 use crate::limits::{client, has_tf32, rows_at_once};
 use crate::loss::{CrossEntropy, LossTerms, Targets};
@@ -102,9 +102,7 @@ impl Kernels for Gpu {
     ) -> (Tensor<2>, Tensor<2>) {
         let (dtype, direction) = (x.dtype(), Direction::Forward);
         if gate.dtype() != dtype || !ends_in_gate(&x, &weight, direction) {
-            let up = self.adapted_product(None, x, weight, low_rank, direction);
-            let output = self.swiglu(gate, &up);
-            return (up, output);
+            return product_then_gate(self, gate, x, weight, low_rank);
         }
         let (terms, [low, b]) = terms(&x, None, low_rank, direction);
         let (up, output) = Dispatch::gated_product(
@@ -130,8 +128,7 @@ impl Kernels for Gpu {
         let (dtype, direction) = (gradient.dtype(), Direction::Backward);
         let same = gate.dtype() == dtype && up.dtype() == dtype;
         if !same || !ends_in_gate(&gradient, &weight, direction) {
-            let gradient = self.adapted_product(None, gradient, weight, low_rank, direction);
-            return self.swiglu_backward(gate, up, gradient);
+            return product_then_gate_backward(self, gate, up, gradient, weight, low_rank);
         }
         let (terms, [low, b]) = terms(&gradient, None, low_rank, direction);
         let (d_gate, d_up) = Dispatch::gated_product_backward(

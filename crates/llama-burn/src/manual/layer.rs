@@ -218,10 +218,11 @@ impl LayerPass<'_> {
         } = activations;
         let layer = self.layer;
         // Which gradients are needed, from the first block of the layer to the last.
-        let d_mixed_needed = input_gradient || self.attention_group().has_adapters();
-        let d_middle_needed = d_mixed_needed || self.output_group().has_adapters();
-        let d_product_needed = d_middle_needed || self.gate_up_group().has_adapters();
-        let down = self.down_group();
+        let (attention, output) = (self.attention_group(), self.output_group());
+        let (gate_up, down) = (self.gate_up_group(), self.down_group());
+        let d_mixed_needed = input_gradient || attention.has_adapters();
+        let d_middle_needed = d_mixed_needed || output.has_adapters();
+        let d_product_needed = d_middle_needed || gate_up.has_adapters();
         let dtype = self.context.dtype;
         let HiddenGradient {
             whole: d_output,
@@ -233,7 +234,6 @@ impl LayerPass<'_> {
         let norm = &layer.post_attention_layernorm;
         let gain = norm.gain();
         let normalized = norm.output(&middle, &middle_rms, gain.clone(), dtype);
-        let gate_up = self.gate_up_group();
         let d_normalized = gate_up.backward(
             normalized,
             gate_up_low,
@@ -247,7 +247,6 @@ impl LayerPass<'_> {
 
         // Called only if `o_proj` has an adapter.
         let mixed = || mixed.unwrap_or_else(|| unreachable!("saved for the adapter of o_proj"));
-        let output = self.output_group();
         let d_mixed = output.backward(mixed, output_low, [rounded], d_mixed_needed, accumulate)?;
         let d_mixed = self.scatter(d_mixed, x.dims()[0]);
         let heads = layer.self_attn.heads();
@@ -258,7 +257,6 @@ impl LayerPass<'_> {
         let d_q = normalize_heads_backward(&layer.self_attn.q_norm, q_norm, d_q);
         let d_k = normalize_heads_backward(&layer.self_attn.k_norm, k_norm, d_k);
         let norm = &layer.input_layernorm;
-        let attention = self.attention_group();
         let residual = input_gradient.then(|| self.scatter(d_middle, x.dims()[0]));
         let gain = norm.gain();
         let normalized = norm.output(x, &inverse_rms, gain.clone(), dtype);
