@@ -66,14 +66,13 @@ fn counted(shape: &StepShape, selected: &Selected) -> StepCounts {
 
 fn print(name: &str, counts: &Counts) {
     println!(
-        "{name}: {} launches, {:.2} GB ({:.2} where groups are fused), {:.2} TFLOP, {} uploads, {} reads, {:.2} GiB",
+        "{name}: {} launches, {:.2} GB ({:.2} where groups are fused), {:.2} TFLOP, {} uploads, {} reads",
         counts.launches(),
         counts.bytes() as f64 / 1e9,
         counts.fused_bytes() as f64 / 1e9,
         counts.total().flops as f64 / 1e12,
         counts.uploads,
         counts.reads,
-        counts.reserved_bytes as f64 / (1u64 << 30) as f64,
     );
     for (kind, of_kind) in &counts.kinds {
         let bytes = of_kind.bytes_read + of_kind.bytes_written;
@@ -95,7 +94,7 @@ fn a_layer_and_a_step_of_llama_8b_stay_within_their_budgets() {
     let counts = counted(&step_of_8b(DType::F32), &selected);
     print("layer, f32", &counts.layer);
     print("step, f32", &counts.step);
-    assert!(counts.layer.launches() <= 32, "{}", counts.layer.launches());
+    assert!(counts.layer.launches() <= 28, "{}", counts.layer.launches());
     our_kernels_do_the_work(&counts.step);
     assert_eq!((counts.layer.uploads, counts.layer.reads), (0, 0));
     assert!(counts.step.uploads <= 12, "{}", counts.step.uploads);
@@ -107,7 +106,7 @@ fn a_layer_and_a_step_of_llama_8b_stay_within_their_budgets() {
 
 /// In 16 bits, as on CUDA: bf16 and f16 tensors have the same bytes.
 #[test]
-fn a_step_of_llama_8b_in_16_bits_moves_at_most_86_gb() {
+fn a_step_of_llama_8b_in_16_bits_moves_at_most_80_gb() {
     let _one = COUNTING.lock();
     let Some(selected) = wgpu() else { return };
     // As on a card with 8 GB or more: lavapipe binds 128 MiB, and the output layer would be read
@@ -124,12 +123,12 @@ fn a_step_of_llama_8b_in_16_bits_moves_at_most_86_gb() {
     print("layer, f16", &counts.layer);
     print("step, f16", &counts.step);
     assert!(
-        counts.step.fused_bytes() <= 86_000_000_000,
+        counts.step.fused_bytes() <= 80_000_000_000,
         "{}",
         counts.step.fused_bytes()
     );
     assert_eq!((counts.layer.uploads, counts.layer.reads), (0, 0));
-    assert!(counts.layer.launches() <= 32, "{}", counts.layer.launches());
+    assert!(counts.layer.launches() <= 28, "{}", counts.layer.launches());
     our_kernels_do_the_work(&counts.step);
 }
 
@@ -141,6 +140,7 @@ fn our_kernels_do_the_work(step: &Counts) {
     let named = |name: &str| step.details.keys().any(|key| key.contains(name));
     for kernel in [
         "packed_product",
+        "joint_product",
         "tiled_attention",
         "low_rank_columns",
         "low_rank_gradients",

@@ -99,7 +99,8 @@ pub struct Counts {
     /// How often the host waited for numbers from the device: calls of [`read_floats`].
     pub reads: u64,
     /// Bytes held by the device's memory pools at the end, including free pages: the peak, because
-    /// pools do not shrink by themselves.
+    /// pools do not shrink by themselves. 0 in counts that were [extrapolated](Self::extrapolated):
+    /// pages do not grow with the layers.
     pub reserved_bytes: u64,
     /// Launches by the operations that they carry out, with their numbers, to find waste.
     #[serde(skip)]
@@ -160,11 +161,7 @@ impl Counts {
             uploads: line(self.uploads, more.uploads, less.uploads),
             upload_bytes: line(self.upload_bytes, more.upload_bytes, less.upload_bytes),
             reads: line(self.reads, more.reads, less.reads),
-            reserved_bytes: line(
-                self.reserved_bytes,
-                more.reserved_bytes,
-                less.reserved_bytes,
-            ),
+            reserved_bytes: 0,
             details: self.details.clone(),
         }
     }

@@ -243,6 +243,14 @@ fn custom_flops(custom: &CustomOpIr) -> u64 {
             let outputs: u64 = custom.outputs.iter().map(elements).sum();
             2 * outputs * first.shape[0] as u64
         }
+        // Three factors, three weights; the first stands for those that are not there.
+        "joint_product" => {
+            let weights = custom.inputs[3..6].iter();
+            let weights: BTreeMap<_, _> = weights
+                .map(|weight| (weight.id, elements(weight)))
+                .collect();
+            2 * first.shape[0] as u64 * weights.values().sum::<u64>()
+        }
         _ if kind_of_custom(custom) == Kind::Product => {
             2 * elements(&custom.outputs[0])
                 * first.shape.iter().last().copied().unwrap_or(0) as u64

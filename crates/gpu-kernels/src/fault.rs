@@ -11,6 +11,8 @@ pub enum Fault {
     Scale,
     /// Quantized product: the last step along the inner dimension is left out.
     Depth,
+    /// Sum of products: the last one is left out.
+    Member,
     /// Attention: the segments are not compared.
     Mask,
     /// Attention: the sliding window is ignored.
@@ -33,10 +35,11 @@ pub enum Fault {
     Target,
 }
 
-const ALL: [Fault; 13] = [
+const ALL: [Fault; 14] = [
     Fault::None,
     Fault::Scale,
     Fault::Depth,
+    Fault::Member,
     Fault::Mask,
     Fault::Window,
     Fault::Correction,

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | `product.rs` | products with packed weights, with the sum and the low-rank term added |
 //! | `plane_product.rs` | the same for software drivers |
+//! | `joint_product.rs` | sums of products with several weights, one launch for all |
 //! | `ending.rs` | what products do with their sums: SwiGLU, for instance |
 //! | `few_rows.rs` | the same for few rows, as in decoding |
 //! | `attention.rs` | attention tile by tile |
@@ -30,6 +31,7 @@ mod ending;
 mod fault;
 mod few_rows;
 mod fragment;
+mod joint_product;
 mod launch;
 mod low_rank;
 mod matrix_attention;
@@ -52,7 +54,7 @@ pub use choice::{Candidate, Product, burn_is_faster, force as force_product};
 pub use fault::{Fault, inject};
 pub use few_rows::FEW_ROWS;
 pub use low_rank::MEMBERS;
-pub use operations::{GpuOps, Group, Terms, TiledAttention};
+pub use operations::{GpuOps, Group, Joint, Terms, TiledAttention};
 pub use optimizer::AdamWNumbers;
 
 static SOFTWARE: AtomicBool = AtomicBool::new(false);

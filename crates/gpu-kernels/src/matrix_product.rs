@@ -21,6 +21,7 @@
 //! **Order.** Workgroups along x share columns, so that a tile of W is read from memory once and x stays in the cache.
 
 use burn_cubecl::tensor::CubeTensor;
+use cubecl::client::Client;
 use cubecl::cmma::{self, MatrixIdent, MatrixLayout};
 use cubecl::ir::ElemType;
 use cubecl::prelude::*;
@@ -92,6 +93,12 @@ impl MatrixTile {
         self.planes() * self.fragment.plane
     }
 
+    /// One workgroup per tile of an output `[n, m]`.
+    pub fn cubes(self, n: usize, m: usize) -> CubeCount {
+        let (down, across) = (n.div_ceil(self.rows), m.div_ceil(self.cols));
+        CubeCount::Static(down as u32, across as u32, 1)
+    }
+
     /// Values of a row of x in shared memory.
     const fn x_row(self) -> usize {
         self.depth + PADDING
@@ -115,16 +122,19 @@ impl MatrixTile {
         }
     }
 
-    const fn x_values(self) -> usize {
+    /// Values of x in shared memory.
+    pub const fn x_values(self) -> usize {
         self.rows * self.x_row()
     }
 
-    const fn w_values(self, along_cols: bool) -> usize {
+    /// Values of W in shared memory.
+    pub const fn w_values(self, along_cols: bool) -> usize {
         let rows = if along_cols { self.depth } else { self.cols };
         rows * self.w_row(along_cols)
     }
 
-    const fn fragment_values(self) -> usize {
+    /// Values of a fragment of sums.
+    pub const fn fragment_values(self) -> usize {
         self.fragment.m * self.fragment.n
     }
 
@@ -165,14 +175,11 @@ pub fn matrix_product<
     #[define(X, T, L, B, S, O)] _types: [ElemType; 6],
     #[define(NV)] _size: usize,
 ) {
-    let (width, word_vector, out_width) = (NV::value(), NW::value(), NO::value());
-    let unit = UNIT_POS as usize;
+    let (width, out_width) = (NV::value(), NO::value());
     let plane = UNIT_POS_Y as usize;
     let first_row = CUBE_POS_X as usize * tile.rows;
     let first_col = CUBE_POS_Y as usize * tile.cols;
-    let planes_across = comptime!(tile.cols / tile.plane_cols);
-    let plane_row = (plane / planes_across) * tile.plane_rows;
-    let plane_col = (plane % planes_across) * tile.plane_cols;
+    let (plane_row, plane_col) = place_of_plane(tile);
 
     let x_size = comptime!(tile.x_values() / width);
     let w_size = comptime!(tile.w_values(packing.along_cols) / width);
@@ -190,107 +197,21 @@ pub fn matrix_product<
         sums.push(zeros(comptime!(tile.fragment)));
     }
 
-    let mut next_x = Array::<Vector<T, NV>>::new(comptime!(x_loads(tile, width)));
-    let mut next_words =
-        Array::<Vector<u32, NW>>::new(comptime!(w_loads(tile, packing, word_vector)));
-    let mut next_scales = Array::<f32>::new(comptime!(w_loads(tile, packing, word_vector)));
-
-    let mut steps = lengths.k.div_ceil(tile.depth);
-    if comptime!(packing.fault == Fault::Depth) {
-        steps -= 1;
-    }
-    fetch_x::<X, T, NX, NV>(x, &mut next_x, 0, first_row, unit, &lengths, tile);
-    fetch_words::<NW>(
+    accumulate::<X, T, L, B, NX, NW, NV>(
+        x,
         words,
         scales,
-        &mut next_words,
-        &mut next_scales,
-        0,
+        low,
+        b,
+        &mut x_tile,
+        &mut w_tile,
+        &mut sums,
+        first_row,
         first_col,
-        unit,
         &lengths,
         packing,
         tile,
     );
-    keep_x::<T, NV>(&next_x, &mut x_tile, 0, unit, tile);
-    keep_words::<T, NW, NV>(
-        &next_words,
-        &next_scales,
-        &mut w_tile,
-        0,
-        unit,
-        packing,
-        tile,
-    );
-    sync_cube();
-    for step in 0..steps {
-        let copy = step % tile.copies;
-        let is_last = step + 1 >= steps;
-        if !is_last {
-            let first = (step + 1) * tile.depth;
-            fetch_x::<X, T, NX, NV>(x, &mut next_x, first, first_row, unit, &lengths, tile);
-            fetch_words::<NW>(
-                words,
-                scales,
-                &mut next_words,
-                &mut next_scales,
-                first,
-                first_col,
-                unit,
-                &lengths,
-                packing,
-                tile,
-            );
-        }
-        multiply::<T, NV>(
-            &x_tile,
-            &w_tile,
-            &mut sums,
-            copy * x_size,
-            copy * w_size,
-            plane_row,
-            plane_col,
-            packing,
-            tile,
-        );
-        if comptime!(tile.copies == 1) {
-            sync_cube();
-        }
-        if !is_last {
-            let other = (step + 1) % tile.copies;
-            keep_x::<T, NV>(&next_x, &mut x_tile, other * x_size, unit, tile);
-            keep_words::<T, NW, NV>(
-                &next_words,
-                &next_scales,
-                &mut w_tile,
-                other * w_size,
-                unit,
-                packing,
-                tile,
-            );
-        }
-        sync_cube();
-    }
-
-    for step in 0..lengths.rank.div_ceil(tile.depth) {
-        let first = step * tile.depth;
-        load_low::<L, T, NV>(low, &mut x_tile, first, first_row, unit, &lengths, tile);
-        load_b::<B, T, NV>(
-            b,
-            &mut w_tile,
-            first,
-            first_col,
-            unit,
-            &lengths,
-            packing,
-            tile,
-        );
-        sync_cube();
-        multiply::<T, NV>(
-            &x_tile, &w_tile, &mut sums, 0, 0, plane_row, plane_col, packing, tile,
-        );
-        sync_cube();
-    }
 
     let lane = UNIT_POS_X as usize;
     let in_fragment = comptime!(tile.fragment_values() / out_width);
@@ -329,6 +250,126 @@ pub fn matrix_product<
             sync_cube();
         }
     }
+}
+
+/// Adds `x · W [+ low · B]` to the sums of a workgroup's planes. Nothing else may be using the tiles in shared memory.
+#[cube]
+#[allow(clippy::too_many_arguments)]
+pub fn accumulate<X: Float, T: Float, L: Float, B: Float, NX: Size, NW: Size, NV: Size>(
+    x: &[Vector<X, NX>],
+    words: &[Vector<u32, NW>],
+    scales: &[f32],
+    low: &[L],
+    b: &[B],
+    x_tile: &mut Shared<[Vector<T, NV>]>,
+    w_tile: &mut Shared<[Vector<T, NV>]>,
+    sums: &mut Sequence<cmma::Matrix<f32>>,
+    first_row: usize,
+    first_col: usize,
+    lengths: &Lengths,
+    #[comptime] packing: Packing,
+    #[comptime] tile: MatrixTile,
+) {
+    let (width, word_vector) = (NV::value(), NW::value());
+    let unit = UNIT_POS as usize;
+    let (plane_row, plane_col) = place_of_plane(tile);
+    let x_size = comptime!(tile.x_values() / width);
+    let w_size = comptime!(tile.w_values(packing.along_cols) / width);
+    let mut next_x = Array::<Vector<T, NV>>::new(comptime!(x_loads(tile, width)));
+    let mut next_words =
+        Array::<Vector<u32, NW>>::new(comptime!(w_loads(tile, packing, word_vector)));
+    let mut next_scales = Array::<f32>::new(comptime!(w_loads(tile, packing, word_vector)));
+
+    let mut steps = lengths.k.div_ceil(tile.depth);
+    if comptime!(packing.fault == Fault::Depth) {
+        steps -= 1;
+    }
+    fetch_x::<X, T, NX, NV>(x, &mut next_x, 0, first_row, unit, lengths, tile);
+    fetch_words::<NW>(
+        words,
+        scales,
+        &mut next_words,
+        &mut next_scales,
+        0,
+        first_col,
+        unit,
+        lengths,
+        packing,
+        tile,
+    );
+    keep_x::<T, NV>(&next_x, x_tile, 0, unit, tile);
+    keep_words::<T, NW, NV>(&next_words, &next_scales, w_tile, 0, unit, packing, tile);
+    sync_cube();
+    for step in 0..steps {
+        let copy = step % tile.copies;
+        let is_last = step + 1 >= steps;
+        if !is_last {
+            let first = (step + 1) * tile.depth;
+            fetch_x::<X, T, NX, NV>(x, &mut next_x, first, first_row, unit, lengths, tile);
+            fetch_words::<NW>(
+                words,
+                scales,
+                &mut next_words,
+                &mut next_scales,
+                first,
+                first_col,
+                unit,
+                lengths,
+                packing,
+                tile,
+            );
+        }
+        multiply::<T, NV>(
+            &*x_tile,
+            &*w_tile,
+            sums,
+            copy * x_size,
+            copy * w_size,
+            plane_row,
+            plane_col,
+            packing,
+            tile,
+        );
+        if comptime!(tile.copies == 1) {
+            sync_cube();
+        }
+        if !is_last {
+            let other = (step + 1) % tile.copies;
+            keep_x::<T, NV>(&next_x, x_tile, other * x_size, unit, tile);
+            keep_words::<T, NW, NV>(
+                &next_words,
+                &next_scales,
+                w_tile,
+                other * w_size,
+                unit,
+                packing,
+                tile,
+            );
+        }
+        sync_cube();
+    }
+
+    for step in 0..lengths.rank.div_ceil(tile.depth) {
+        let first = step * tile.depth;
+        load_low::<L, T, NV>(low, x_tile, first, first_row, unit, lengths, tile);
+        load_b::<B, T, NV>(b, w_tile, first, first_col, unit, lengths, packing, tile);
+        sync_cube();
+        multiply::<T, NV>(
+            &*x_tile, &*w_tile, sums, 0, 0, plane_row, plane_col, packing, tile,
+        );
+        sync_cube();
+    }
+}
+
+/// The first row and column of a plane's outputs in a workgroup's tile.
+#[cube]
+pub fn place_of_plane(#[comptime] tile: MatrixTile) -> (usize, usize) {
+    let plane = UNIT_POS_Y as usize;
+    let planes_across = comptime!(tile.cols / tile.plane_cols);
+    (
+        (plane / planes_across) * tile.plane_rows,
+        (plane % planes_across) * tile.plane_cols,
+    )
 }
 
 /// Vectors of x that a unit copies per step.
@@ -654,43 +695,39 @@ pub fn tile(operands: &Operands, candidate: Candidate) -> Option<MatrixTile> {
         })
 }
 
-/// Launches [`matrix_product`].
-pub fn launch(operands: &Operands, tile: MatrixTile) -> [CubeTensor; 2] {
-    let (properties, lengths) = (operands.x.client.properties(), operands.product.lengths);
-    let ([n, k, m], packing) = (lengths, operands.packing);
-    let [x_row, _, words_row, _] = operands.rows();
-    // 16 bytes where the compiler has such vectors, else 8.
-    let width = if properties.hardware.max_vector_size >= 8 {
+/// Values of a vector in shared memory: 16 bytes where the compiler has such vectors, else 8.
+pub fn width(client: &Client) -> usize {
+    if client.properties().hardware.max_vector_size >= 8 {
         8
     } else {
         4
-    };
-    let x_vector = if k.is_multiple_of(width) && x_row.is_multiple_of(width) {
-        width
-    } else {
-        1
-    };
+    }
+}
+
+/// Values of a vector of x, and words of a vector of W, that this product allows.
+pub fn vectors(operands: &Operands, width: usize) -> (usize, usize) {
+    let ([_, k, m], packing) = (operands.product.lengths, operands.packing);
+    let [x_row, _, words_row, _] = operands.rows();
+    let wide = k.is_multiple_of(width) && x_row.is_multiple_of(width);
     let values = 4 * 32 / packing.bits;
     let along = if packing.along_cols { m } else { k };
-    let word_vector = if along.is_multiple_of(values)
+    let four_words = along.is_multiple_of(values)
         && words_row.is_multiple_of(4)
-        && packing.block.is_multiple_of(values)
-    {
-        4
-    } else {
-        1
-    };
+        && packing.block.is_multiple_of(values);
+    (if wide { width } else { 1 }, if four_words { 4 } else { 1 })
+}
+
+/// Launches [`matrix_product`].
+pub fn launch(operands: &Operands, tile: MatrixTile) -> [CubeTensor; 2] {
+    let ([n, _, m], packing) = (operands.product.lengths, operands.packing);
+    let width = width(&operands.x.client);
+    let (x_vector, word_vector) = vectors(operands, width);
     let [x, low, b, sum, out] = operands.elements();
-    let cubes = CubeCount::Static(
-        n.div_ceil(tile.rows) as u32,
-        m.div_ceil(tile.cols) as u32,
-        1,
-    );
     let [output, other] = operands.outputs();
     launch!(
         matrix_product::launch_unchecked,
         operands.x.client,
-        cubes,
+        tile.cubes(n, m),
         CubeDim::new_2d(tile.fragment.plane as u32, tile.planes() as u32),
         [x_vector, word_vector, operands.out_vector()],
         [

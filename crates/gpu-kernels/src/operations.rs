@@ -8,7 +8,9 @@ use burn_cubecl::CubeBackend;
 use burn_cubecl::tensor::CubeTensor;
 
 use crate::product::Operands;
-use crate::{AdamWNumbers, attention, low_rank, optimizer, product, rope, rows, swiglu};
+use crate::{
+    AdamWNumbers, attention, joint_product, low_rank, optimizer, product, rope, rows, swiglu,
+};
 
 /// Which terms a [`packed_product`](GpuOps::packed_product) has.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -19,6 +21,19 @@ pub struct Terms {
     pub sum: bool,
     /// The first column of `low` and the number of columns, if `low · b` is a term; else both are ignored.
     pub low: Option<(usize, usize)>,
+    /// The output's type.
+    pub dtype: DType,
+}
+
+/// Which terms a [`joint_product`](GpuOps::joint_product) has.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Joint {
+    /// The number of products. Tensors of those that are not there are ignored.
+    pub members: usize,
+    /// Whether the weights are transposed.
+    pub transposed: bool,
+    /// Per product the first column of `low` and the number of columns, if it has a term of low rank.
+    pub low: [Option<(usize, usize)>; low_rank::MEMBERS],
     /// The output's type.
     pub dtype: DType,
 }
@@ -62,6 +77,24 @@ pub trait GpuOps: Backend {
         low: FloatTensor<Self>,
         b: FloatTensor<Self>,
         terms: Terms,
+    ) -> FloatTensor<Self>;
+
+    /// `Σ xᵢ · Wᵢ [+ lowᵢ · bᵢ]`, where `lowᵢ` are columns of `low`. If no product has such a term, `low` is ignored, and
+    /// the `bᵢ` of products without one.
+    #[fusion(dtype = joint.dtype, shape = joint_shape(x0, weight0, joint))]
+    #[allow(clippy::too_many_arguments)]
+    fn joint_product(
+        x0: FloatTensor<Self>,
+        x1: FloatTensor<Self>,
+        x2: FloatTensor<Self>,
+        weight0: QuantizedTensor<Self>,
+        weight1: QuantizedTensor<Self>,
+        weight2: QuantizedTensor<Self>,
+        low: FloatTensor<Self>,
+        b0: FloatTensor<Self>,
+        b1: FloatTensor<Self>,
+        b2: FloatTensor<Self>,
+        joint: Joint,
     ) -> FloatTensor<Self>;
 
     /// SwiGLU's up, `x · W [+ low · b]`, and its output `silu(gate) · up`. A sum is no term of `terms`.
@@ -236,6 +269,34 @@ impl GpuOps for CubeBackend {
     ) -> FloatTensor<Self> {
         let [output, _] = product::launch(operands(sum, x, weight, low, b, terms));
         output
+    }
+
+    fn joint_product(
+        x0: FloatTensor<Self>,
+        x1: FloatTensor<Self>,
+        x2: FloatTensor<Self>,
+        weight0: QuantizedTensor<Self>,
+        weight1: QuantizedTensor<Self>,
+        weight2: QuantizedTensor<Self>,
+        low: FloatTensor<Self>,
+        b0: FloatTensor<Self>,
+        b1: FloatTensor<Self>,
+        b2: FloatTensor<Self>,
+        joint: Joint,
+    ) -> FloatTensor<Self> {
+        let members = [(x0, weight0, b0), (x1, weight1, b1), (x2, weight2, b2)];
+        let members = members.into_iter().zip(joint.low).take(joint.members);
+        let members = members.map(|((x, weight, b), term)| {
+            let terms = Terms {
+                transposed: joint.transposed,
+                sum: false,
+                // Without a term, both factors are bound and not read.
+                low: Some(term.unwrap_or((0, 0))),
+                dtype: joint.dtype,
+            };
+            operands(x.clone(), x, weight, low.clone(), b, terms)
+        });
+        joint_product::launch_sum(members.collect())
     }
 
     fn gated_product(
@@ -428,6 +489,10 @@ fn gated_outputs(
     _terms: &Terms,
 ) -> (TensorSpec, TensorSpec) {
     (gate.clone(), gate.clone())
+}
+
+fn joint_shape(x: &Shape, weight: &Shape, joint: &Joint) -> Shape {
+    Shape::from([x[0], weight[usize::from(!joint.transposed)]])
 }
 
 fn product_shape(x: &Shape, weight: &Shape, terms: &Terms) -> Shape {

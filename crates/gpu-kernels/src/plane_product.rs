@@ -17,7 +17,7 @@ use cubecl::prelude::*;
 
 use super::ending::{Ending, finish};
 use super::fault::Fault;
-use super::product::{Lengths, Packing, widen};
+use super::product::{Lengths, Packing, vector_of, widen};
 
 type F4 = Vector<f32, Const<4>>;
 
@@ -79,6 +79,51 @@ pub fn plane_product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size,
         sums[i] = F4::new(0.0f32);
     }
 
+    accumulate(
+        x, words, scales, low, b, &mut sums, first_row, first_col, &lengths, packing, tile,
+    );
+
+    let in_vector = NM::value();
+    #[unroll]
+    for i in 0..tile.rows {
+        let row = first_row + i;
+        #[unroll]
+        for j in 0..comptime!(tile.cols / in_vector) {
+            let col = first_col + comptime!(j * in_vector);
+            if row < lengths.n && col < lengths.m {
+                finish::<S, O, NM>(
+                    vector_of::<NM>(&sums, comptime!(i * tile.cols + j * in_vector)),
+                    sum,
+                    out,
+                    other,
+                    row,
+                    col,
+                    &lengths,
+                    ending,
+                    comptime!(packing.fault),
+                );
+            }
+        }
+    }
+}
+
+/// Adds `x · W [+ low · B]` to the sums of a plane's units.
+#[cube]
+pub fn accumulate<X: Float, NX: Size, L: Float, B: Float>(
+    x: &[Vector<X, NX>],
+    words: &[u32],
+    scales: &[f32],
+    low: &[L],
+    b: &[B],
+    sums: &mut Array<F4>,
+    first_row: usize,
+    first_col: usize,
+    lengths: &Lengths,
+    #[comptime] packing: Packing,
+    #[comptime] tile: Tile,
+) {
+    let lane = UNIT_POS as usize;
+    let vectors = comptime!(tile.cols / 4);
     let mut steps = lengths.k.div_ceil(4usize);
     if comptime!(packing.fault == Fault::Depth) {
         steps -= 1;
@@ -88,16 +133,16 @@ pub fn plane_product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size,
         let mut w = Array::<F4>::new(tile.cols);
         if packing.along_cols {
             read_along_columns(
-                words, scales, &mut w, first, first_col, &lengths, packing, tile,
+                words, scales, &mut w, first, first_col, lengths, packing, tile,
             );
         } else {
             read_along_rows(
-                words, scales, &mut w, first, first_col, &lengths, packing, tile,
+                words, scales, &mut w, first, first_col, lengths, packing, tile,
             );
         }
         #[unroll]
         for group in 0..comptime!(tile.rows / tile.units) {
-            let mine = read_x(x, first_row + group * tile.units + lane, first, &lengths);
+            let mine = read_x(x, first_row + group * tile.units + lane, first, lengths);
             #[unroll]
             for i in 0..tile.units {
                 let value = plane_broadcast(mine, comptime!(i as u32));
@@ -119,41 +164,7 @@ pub fn plane_product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size,
         }
     }
 
-    add_low_rank(
-        low, b, &mut sums, first_row, first_col, lane, &lengths, tile,
-    );
-
-    let in_vector = NM::value();
-    #[unroll]
-    for i in 0..tile.rows {
-        let row = first_row + i;
-        #[unroll]
-        for j in 0..comptime!(tile.cols / in_vector) {
-            let col = first_col + comptime!(j * in_vector);
-            if row < lengths.n && col < lengths.m {
-                let mut value = Vector::<f32, NM>::new(0.0f32);
-                #[unroll]
-                for part in 0..in_vector {
-                    let at = comptime!(j * in_vector + part);
-                    value.insert(
-                        part,
-                        sums[comptime!(i * vectors + at / 4)].extract(comptime!(at % 4)),
-                    );
-                }
-                finish::<S, O, NM>(
-                    value,
-                    sum,
-                    out,
-                    other,
-                    row,
-                    col,
-                    &lengths,
-                    ending,
-                    comptime!(packing.fault),
-                );
-            }
-        }
-    }
+    add_low_rank(low, b, sums, first_row, first_col, lane, lengths, tile);
 }
 
 /// Four values of a row of x; zeros behind its end. Rows behind the last are the last, and not written.

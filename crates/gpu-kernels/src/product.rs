@@ -49,7 +49,7 @@ pub struct Tile {
 }
 
 /// Few registers per unit, so that many workgroups run at a time.
-const TILE: Tile = Tile {
+pub const TILE: Tile = Tile {
     rows: 64,
     cols: 64,
     depth: 16,
@@ -63,14 +63,20 @@ impl Tile {
         (self.rows / self.unit_rows) * (self.cols / self.unit_cols)
     }
 
+    /// One workgroup per tile of an output `[n, m]`.
+    pub fn cubes(self, n: usize, m: usize) -> CubeCount {
+        let (across, down) = (m.div_ceil(self.cols), n.div_ceil(self.rows));
+        CubeCount::Static(across as u32, down as u32, 1)
+    }
+
     /// Vectors of a row of x in shared memory: one more than the tile has, so that units of different rows read
     /// different banks.
-    const fn row_of_x(self) -> usize {
+    pub const fn row_of_x(self) -> usize {
         self.depth / 4 + 1
     }
 
     /// Vectors of a tile of W in shared memory.
-    const fn w_vectors(self, along_cols: bool) -> usize {
+    pub const fn w_vectors(self, along_cols: bool) -> usize {
         if along_cols {
             self.depth * self.cols / 4
         } else {
@@ -140,12 +146,9 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size, O: Fl
     #[comptime] ending: Ending,
     #[define(X, L, B, S, O)] _types: [ElemType; 5],
 ) {
-    let per_row = comptime!(tile.cols / tile.unit_cols);
-    let unit = UNIT_POS as usize;
-    let unit_row = (unit / per_row) * tile.unit_rows;
-    let unit_col = (unit % per_row) * tile.unit_cols;
     let first_row = CUBE_POS_Y as usize * tile.rows;
     let first_col = CUBE_POS_X as usize * tile.cols;
+    let (unit_row, unit_col) = place_of_unit(tile);
 
     let mut x_tile =
         Shared::<[Vector<f32, Const<4>>]>::new_slice(comptime!(tile.rows * tile.row_of_x()));
@@ -158,40 +161,19 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size, O: Fl
         sums[i] = Vector::new(0.0f32);
     }
 
-    let mut steps = lengths.k.div_ceil(tile.depth);
-    if comptime!(packing.fault == Fault::Depth) {
-        steps -= 1;
-    }
-    for step in 0..steps {
-        let first = step * tile.depth;
-        load_x(x, &mut x_tile, first, first_row, unit, &lengths, tile);
-        load_packed(
-            words,
-            scales,
-            &mut w_tile,
-            first,
-            first_col,
-            unit,
-            &lengths,
-            packing,
-            tile,
-        );
-        sync_cube();
-        if packing.along_cols {
-            multiply_outer(&x_tile, &w_tile, &mut sums, unit_row, unit_col, tile);
-        } else {
-            multiply_dots(&x_tile, &w_tile, &mut sums, unit_row, unit_col, tile);
-        }
-        sync_cube();
-    }
-
-    add_low_rank(
+    accumulate(
+        x,
+        words,
+        scales,
         low,
         b,
+        &mut x_tile,
+        &mut w_tile,
         &mut sums,
-        first_row + unit_row,
-        first_col + unit_col,
+        first_row,
+        first_col,
         &lengths,
+        packing,
         tile,
     );
 
@@ -203,14 +185,8 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size, O: Fl
         for j in 0..comptime!(tile.unit_cols / in_vector) {
             let col = first_col + unit_col + comptime!(j * in_vector);
             if row < lengths.n && col < lengths.m {
-                let mut value = Vector::<f32, NM>::new(0.0f32);
-                #[unroll]
-                for part in 0..in_vector {
-                    let at = comptime!(i * tile.unit_cols + j * in_vector + part);
-                    value.insert(part, sums[comptime!(at / 4)].extract(comptime!(at % 4)));
-                }
                 finish::<S, O, NM>(
-                    value,
+                    vector_of::<NM>(&sums, comptime!(i * tile.unit_cols + j * in_vector)),
                     sum,
                     out,
                     other,
@@ -223,6 +199,81 @@ pub fn product<X: Float, NX: Size, L: Float, B: Float, S: Float, NM: Size, O: Fl
             }
         }
     }
+}
+
+/// The first row and column of a unit's outputs in a workgroup's tile.
+#[cube]
+pub fn place_of_unit(#[comptime] tile: Tile) -> (usize, usize) {
+    let per_row = comptime!(tile.cols / tile.unit_cols);
+    let unit = UNIT_POS as usize;
+    (
+        (unit / per_row) * tile.unit_rows,
+        (unit % per_row) * tile.unit_cols,
+    )
+}
+
+/// The vector of a unit's sums that begins with the value number `first`.
+#[cube]
+pub fn vector_of<N: Size>(
+    sums: &Array<Vector<f32, Const<4>>>,
+    #[comptime] first: usize,
+) -> Vector<f32, N> {
+    let width = N::value();
+    let mut value = Vector::<f32, N>::new(0.0f32);
+    #[unroll]
+    for part in 0..width {
+        let at = comptime!(first + part);
+        value.insert(part, sums[comptime!(at / 4)].extract(comptime!(at % 4)));
+    }
+    value
+}
+
+/// Adds `x · W [+ low · B]` to the sums of a workgroup's units.
+#[cube]
+pub fn accumulate<X: Float, NX: Size, L: Float, B: Float>(
+    x: &[Vector<X, NX>],
+    words: &[u32],
+    scales: &[f32],
+    low: &[L],
+    b: &[B],
+    x_tile: &mut Shared<[Vector<f32, Const<4>>]>,
+    w_tile: &mut Shared<[Vector<f32, Const<4>>]>,
+    sums: &mut Array<Vector<f32, Const<4>>>,
+    first_row: usize,
+    first_col: usize,
+    lengths: &Lengths,
+    #[comptime] packing: Packing,
+    #[comptime] tile: Tile,
+) {
+    let unit = UNIT_POS as usize;
+    let (unit_row, unit_col) = place_of_unit(tile);
+    let mut steps = lengths.k.div_ceil(tile.depth);
+    if comptime!(packing.fault == Fault::Depth) {
+        steps -= 1;
+    }
+    for step in 0..steps {
+        let first = step * tile.depth;
+        load_x(x, x_tile, first, first_row, unit, lengths, tile);
+        load_packed(
+            words, scales, w_tile, first, first_col, unit, lengths, packing, tile,
+        );
+        sync_cube();
+        if packing.along_cols {
+            multiply_outer(&*x_tile, &*w_tile, sums, unit_row, unit_col, tile);
+        } else {
+            multiply_dots(&*x_tile, &*w_tile, sums, unit_row, unit_col, tile);
+        }
+        sync_cube();
+    }
+    add_low_rank(
+        low,
+        b,
+        sums,
+        first_row + unit_row,
+        first_col + unit_col,
+        lengths,
+        tile,
+    );
 }
 
 /// Copies a tile of x to shared memory, `[rows, depth]`; zeros outside x.
@@ -561,6 +612,15 @@ impl Operands {
         }
     }
 
+    /// With a sum, `[n, m]`.
+    pub fn with_sum(self, sum: CubeTensor) -> Self {
+        Self {
+            sum: with_contiguous_rows(sum),
+            ending: Ending::Sum,
+            ..self
+        }
+    }
+
     /// The product is SwiGLU's up; the outputs are up and SwiGLU's output. `gate`: `[n, m]`, of the output's type.
     pub fn behind_gate(self, gate: CubeTensor) -> Self {
         Self {
@@ -644,7 +704,7 @@ impl Operands {
     }
 
     /// Values of a vector of x: 4 where rows allow it.
-    fn x_vector(&self) -> usize {
+    pub fn x_vector(&self) -> usize {
         let aligned = self.product.lengths[1].is_multiple_of(4) && self.rows()[0].is_multiple_of(4);
         if aligned { 4 } else { 1 }
     }
@@ -796,15 +856,10 @@ fn launch_on_units(operands: &Operands) -> [CubeTensor; 2] {
             tile
         );
     }
-    let cubes = CubeCount::Static(
-        m.div_ceil(TILE.cols) as u32,
-        n.div_ceil(TILE.rows) as u32,
-        1,
-    );
     launch_product!(
         product::launch_unchecked,
         operands,
-        cubes,
+        TILE.cubes(n, m),
         TILE.units(),
         [vector, operands.out_vector()],
         TILE

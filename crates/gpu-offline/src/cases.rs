@@ -16,7 +16,7 @@ use burn_cubecl::{CubeBackend, CubeDevice};
 use cubecl::server::{MemoryLayoutDescriptor, MemoryLayoutStrategy};
 use cubecl::zspace::metadata::Metadata;
 use cubecl_server::client::Client;
-use gpu_kernels::{AdamWNumbers, AttentionShape, GpuOps, Group, Terms, TiledAttention};
+use gpu_kernels::{AdamWNumbers, AttentionShape, GpuOps, Group, Joint, Terms, TiledAttention};
 
 /// A call whose kernels are compiled.
 pub struct Case {
@@ -110,11 +110,24 @@ pub fn all() -> Vec<Case> {
         case("8 bit of GGUF, G·Wᵀ, f32, low rank", |on| {
             product(on, Weight::Gguf, true, F32)
         }),
+        case("three of 8 bit, G·Wᵀ, f32, low rank", |on| {
+            joint_product(on, F32)
+        }),
+        case("three of 8 bit, G·Wᵀ, bf16, low rank", |on| {
+            joint_product(on, BF16)
+        }),
+        case("8 bit, SwiGLU, f32, low rank", |on| gated_products(on, F32)),
+        case("8 bit, SwiGLU, bf16, low rank", |on| {
+            gated_products(on, BF16)
+        }),
         // Attention: width of a head, query heads per key head, type.
         case("head 128, group 4, f32", |on| attention(on, &LLAMA, F32)),
         case("head 128, group 4, bf16", |on| attention(on, &LLAMA, BF16)),
         case("head 64, group 3, f32", |on| attention(on, &SMOL, F32)),
         case("head 64, group 3, bf16", |on| attention(on, &SMOL, BF16)),
+        case("head 128, group 4, bf16, window", |on| {
+            windowed_attention(on, &LLAMA, BF16, true)
+        }),
         // Adapters: types of the wide factor and of the small one.
         case("r 8, f32", |on| low_rank(on, F32)),
         case("r 8, bf16", |on| low_rank(on, BF16)),
@@ -168,7 +181,58 @@ fn product_of(on: &Tensors, weight: Weight, transposed: bool, dtype: DType, rows
     );
 }
 
+/// The gradient of the input of q, k and v.
+fn joint_product(on: &Tensors, dtype: DType) {
+    let [q, kv] = [LLAMA.group, 1].map(|heads| heads * LLAMA.key_heads * LLAMA.head);
+    let weight = |d_out| on.quantized([LLAMA.hidden, d_out], QuantValue::Q8S);
+    let gradient = |d_out| on.floats([TOKENS, d_out], dtype);
+    let a = || on.floats([RANK, LLAMA.hidden], F32);
+    CubeBackend::joint_product(
+        gradient(q),
+        gradient(kv),
+        gradient(kv),
+        weight(q),
+        weight(kv),
+        weight(kv),
+        on.floats([TOKENS, 3 * RANK], F32),
+        a(),
+        a(),
+        a(),
+        Joint {
+            members: 3,
+            transposed: true,
+            low: [Some((0, RANK)), Some((RANK, RANK)), Some((2 * RANK, RANK))],
+            dtype,
+        },
+    );
+}
+
+/// SwiGLU behind up's product, and its backward pass behind that of down_proj.
+fn gated_products(on: &Tensors, dtype: DType) {
+    let (hidden, mlp) = (LLAMA.hidden, LLAMA.mlp);
+    let terms = |transposed| Terms {
+        transposed,
+        sum: false,
+        low: Some((0, RANK)),
+        dtype,
+    };
+    let x = || on.floats([TOKENS, hidden], dtype);
+    let wide = || on.floats([TOKENS, mlp], dtype);
+    let (low, b) = (
+        || on.floats([TOKENS, RANK], F32),
+        || on.floats([RANK, mlp], F32),
+    );
+    let up = on.quantized([hidden, mlp], QuantValue::Q8S);
+    CubeBackend::gated_product(x(), up, wide(), low(), b(), terms(false));
+    let down = on.quantized([mlp, hidden], QuantValue::Q8S);
+    CubeBackend::gated_product_backward(x(), down, wide(), wide(), low(), b(), terms(true));
+}
+
 fn attention(on: &Tensors, model: &Model, dtype: DType) {
+    windowed_attention(on, model, dtype, false);
+}
+
+fn windowed_attention(on: &Tensors, model: &Model, dtype: DType, window: bool) {
     let heads = model.key_heads * model.group;
     let properties = on.client.properties();
     let Some(shape) = AttentionShape::of(properties, dtype, heads, model.key_heads, model.head)
@@ -177,7 +241,7 @@ fn attention(on: &Tensors, model: &Model, dtype: DType) {
     };
     let (wide, narrow) = (heads * model.head, model.key_heads * model.head);
     let tiled = TiledAttention {
-        shape,
+        shape: shape.with_window(window),
         spans: 0,
         keys_of: 2 * TOKENS,
         queries_of: 4 * TOKENS,

@@ -8,7 +8,7 @@ use crate::adamw::{AdamWSettings, AdamWState};
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
 use crate::composed;
 use crate::cpu;
-use crate::frozen_linear::Direction;
+use crate::frozen_linear::{Direction, JointTerm, one_after_the_other};
 use crate::kv_cache::{KvCache, PromptTokens};
 use crate::loss::{CrossEntropy, LOGITS_BYTES_GPU, Targets};
 use crate::low_rank::{LowRankTerm, Normalized};
@@ -99,6 +99,15 @@ pub trait Kernels: Debug + Sync {
             }
             None => product,
         }
+    }
+
+    fn joint_product(
+        &self,
+        low: Option<&Tensor<2>>,
+        terms: Vec<JointTerm>,
+        direction: Direction,
+    ) -> Tensor<2> {
+        one_after_the_other(self, low, terms, direction)
     }
 
     fn gated_product(

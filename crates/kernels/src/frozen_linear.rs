@@ -15,9 +15,9 @@ use burn::backend::{Dispatch, Flex, TensorMetadata, backend_extension};
 use burn::tensor::{DType, Device, Tensor};
 
 use crate::cpu::frozen_linear::flex;
-use crate::dispatch::of;
+use crate::dispatch::{Kernels, of};
 use crate::gpu_products::{ProductOps, product, product_of};
-use crate::low_rank::LowRankTerm;
+use crate::low_rank::{LowRankPart, LowRankTerm};
 
 /// A backend's products with a frozen quantized weight. The default bodies work on every backend; a backend overrides
 /// them with faster kernels.
@@ -234,6 +234,72 @@ pub fn adapted_product(
     direction: Direction,
 ) -> Tensor<2> {
     of(&x).adapted_product(sum, x, weight.without_autodiff(), low_rank, direction)
+}
+
+/// A product that [`joint_product`] adds to others.
+#[derive(Debug, Clone)]
+pub struct JointTerm {
+    /// `[n, d_in]`, backward `[n, d_out]`
+    pub x: Tensor<2>,
+    /// `[d_in, d_out]`, float or quantized
+    pub weight: Tensor<2>,
+    /// The first of the shared columns of low rank that belong to this product, and the matrix that they are multiplied
+    /// with, as in [`LowRankTerm`].
+    pub low_rank: Option<(usize, Tensor<2>)>,
+}
+
+impl JointTerm {
+    /// The factors of the product and its term of low rank, a part of the columns `low`.
+    pub fn apart(self, low: Option<&Tensor<2>>) -> (Tensor<2>, Tensor<2>, Option<LowRankTerm>) {
+        let low_rank = self.low_rank.zip(low).map(|((first, b), all)| LowRankTerm {
+            low: LowRankPart {
+                all: all.clone(),
+                first,
+                rank: b.dims()[0],
+            },
+            b,
+        });
+        (self.x, self.weight, low_rank)
+    }
+}
+
+/// The sum of products of one size, `Σ xᵢ · Wᵢ [+ lowᵢ · bᵢ]`, or with `Wᵢᵀ`, in the type of the xᵢ: the gradient of an
+/// input that several layers share. One launch where there is a kernel, whose partial sums are not rounded to 16 bits.
+///
+/// # Shapes
+///
+/// - `low`: the columns of low rank of all products, `[n, Σ r]`
+/// - output: `[n, d_out]`, backward `[n, d_in]`
+///
+/// # Panics
+///
+/// If there is no product.
+pub fn joint_product(
+    low: Option<&Tensor<2>>,
+    terms: Vec<JointTerm>,
+    direction: Direction,
+) -> Tensor<2> {
+    let terms = terms.into_iter().map(|term| JointTerm {
+        weight: term.weight.without_autodiff(),
+        ..term
+    });
+    let terms: Vec<_> = terms.collect();
+    of(&terms[0].x).joint_product(low, terms, direction)
+}
+
+/// [`joint_product`] as one product after the other.
+pub(crate) fn one_after_the_other(
+    kernels: &(impl Kernels + ?Sized),
+    low: Option<&Tensor<2>>,
+    terms: Vec<JointTerm>,
+    direction: Direction,
+) -> Tensor<2> {
+    let mut sum = None;
+    for term in terms {
+        let (x, weight, low_rank) = term.apart(low);
+        sum = Some(kernels.adapted_product(sum, x, weight, low_rank, direction));
+    }
+    sum.unwrap_or_else(|| unreachable!("there is a product"))
 }
 
 /// `sum + x · W` of a quantized weight by the backend's [`FrozenLinearOps`].

@@ -60,8 +60,8 @@ pub use composed::SCORES_AT_ONCE;
 pub use cpu::{has_bf16_products, heads_apart, use_bf16_products};
 pub use dispatch::Kernels;
 pub use frozen_linear::{
-    Direction, adapted_product, for_each_product_kernel, frozen_linear, frozen_linear_backward,
-    frozen_product,
+    Direction, JointTerm, adapted_product, for_each_product_kernel, frozen_linear,
+    frozen_linear_backward, frozen_product, joint_product,
 };
 pub use fusion::{Fusion, set_fusion};
 pub use gpu_products::{is_exact_f32, product, use_exact_f32};

@@ -7,9 +7,9 @@ use crate::dispatch::{of, of_device};
 /// Bytes of logits that exist at a time on the CPU, so that they stay in its caches.
 pub const LOGITS_BYTES: usize = 32 << 20;
 
-/// As [`LOGITS_BYTES`] on a GPU: 523 positions of a vocabulary of 128,256. Every chunk of positions reads the output
+/// As [`LOGITS_BYTES`] on a GPU: 1,046 positions of a vocabulary of 128,256. Every chunk of positions reads the output
 /// layer's weights once forward and once backward.
-pub const LOGITS_BYTES_GPU: usize = 256 << 20;
+pub const LOGITS_BYTES_GPU: usize = 512 << 20;
 
 /// Bytes of logits that exist at a time on this device: on a GPU at most the size of a buffer that a kernel can bind.
 pub fn logits_bytes(device: &Device) -> usize {

@@ -9,6 +9,8 @@ pub enum Kernel {
     Product,
     /// The same for few rows, as in decoding.
     FewRows,
+    /// Sums of products with several packed weights in one launch.
+    JointProduct,
     /// Attention.
     Attention,
     /// Products of low rank.
@@ -27,9 +29,10 @@ pub enum Kernel {
 
 impl Kernel {
     /// Every kernel.
-    pub const ALL: [Self; 9] = [
+    pub const ALL: [Self; 10] = [
         Self::Product,
         Self::FewRows,
+        Self::JointProduct,
         Self::Attention,
         Self::LowRank,
         Self::RmsNorm,
@@ -44,6 +47,7 @@ impl Kernel {
         match self {
             Self::Product => "product",
             Self::FewRows => "few_rows",
+            Self::JointProduct => "joint_product",
             Self::Attention => "attention",
             Self::LowRank => "low_rank",
             Self::RmsNorm => "rms_norm",

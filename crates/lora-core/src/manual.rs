@@ -13,8 +13,8 @@
 use burn::tensor::{DType, Tensor};
 
 use kernels::{
-    Direction, LowRankPart, LowRankTerm, Normalized, adapted_product, frozen_product,
-    gated_product, gated_product_backward, low_rank_columns, low_rank_gradients,
+    Direction, JointTerm, LowRankPart, LowRankTerm, Normalized, adapted_product, frozen_product,
+    gated_product, gated_product_backward, joint_product, low_rank_columns, low_rank_gradients,
     low_rank_gradients_of_norm, multiply_add, multiply_in_f32, product, swiglu, swiglu_backward,
     transposes_low_rank,
 };
@@ -232,25 +232,23 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         input_gradient: bool,
         accumulate: &mut Accumulate<'_>,
     ) -> Option<Tensor<2>> {
-        let last = |sum, d_output, weight, low_rank| {
-            adapted_product(sum, d_output, weight, low_rank, Direction::Backward)
-        };
-        self.backward_with(x, saved, d_outputs, input_gradient, last, accumulate)
+        let products =
+            |low: Option<&Tensor<2>>, terms| joint_product(low, terms, Direction::Backward);
+        self.backward_with(x, saved, d_outputs, input_gradient, products, accumulate)
     }
 
-    /// As [`backward`](Self::backward). The last product with a frozen weight is `last`, of the sum so far, the gradient
-    /// of a layer's output, its weight and the term of low rank. Unless there is dropout, its result is returned.
+    /// As [`backward`](Self::backward). `products` returns the sum of the products with the frozen weights, as
+    /// [`joint_product`]. Unless there is dropout, its result is returned.
     fn backward_with(
         &self,
         x: impl LinearInput,
         saved: LowRank<N>,
         d_outputs: [Tensor<2>; N],
         input_gradient: bool,
-        last: impl FnOnce(Option<Tensor<2>>, Tensor<2>, Tensor<2>, Option<LowRankTerm>) -> Tensor<2>,
+        products: impl FnOnce(Option<&Tensor<2>>, Vec<JointTerm>) -> Tensor<2>,
         accumulate: &mut Accumulate<'_>,
     ) -> Option<Tensor<2>> {
         let dtype = d_outputs[0].dtype();
-        let mut last_product = Some(last);
         // Under dropout, the gradients of scaled outputs before the scaling: the base layer's undropped part is not
         // scaled.
         let mut d_unscaled: [Option<Tensor<2>>; N] = [const { None }; N];
@@ -290,57 +288,30 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             }
         };
         let mut d_input = None;
-        // The adapters' part of the gradient, added by the last product.
-        let mut low_rank = match &low_gradients {
-            LowGradients::Together(Some(all)) if input_gradient => {
-                let transposed = transposes_low_rank(all);
-                let all = all.clone();
-                let all = if transposed { all.transpose() } else { all };
-                // On GPUs `all_a` has the factor γ that `all` lacks.
-                let a = saved.all_a.unwrap_or_else(|| self.all_a(dtype));
-                Some(LowRankTerm {
-                    low: LowRankPart::whole(all),
-                    b: a.transpose(),
-                })
-            }
-            _ => None,
-        };
-        let parts = match &low_gradients {
-            LowGradients::Grouped(all) => self.parts(all),
-            _ => [const { None }; N],
-        };
         // The gradients of the dropped inputs, before the dropout mask.
         let mut d_dropped: [Option<Tensor<2>>; N] = [const { None }; N];
         if input_gradient {
-            for (i, d_output) in d_outputs.into_iter().enumerate() {
+            let (low, mut low_rank) = self.low_rank_terms(&low_gradients, saved.all_a, dtype);
+            let d_outputs = d_outputs.into_iter().enumerate();
+            let terms = d_outputs.map(|(i, d_output)| {
                 let weight = self.layers[i].weight.base();
-                let d_base = match d_unscaled[i].take() {
+                let x = match d_unscaled[i].take() {
                     None => d_output,
                     Some(d_base) => {
-                        let difference = d_output - d_base.clone();
-                        let weight = weight.clone();
-                        d_dropped[i] = Some(frozen_product(
-                            None,
-                            difference,
-                            weight,
-                            Direction::Backward,
-                        ));
+                        let x = d_output - d_base.clone();
+                        let product = frozen_product(None, x, weight.clone(), Direction::Backward);
+                        d_dropped[i] = Some(product);
                         d_base
                     }
                 };
-                let own = parts[i].clone().zip(self.adapters[i].as_ref());
-                let own = own.map(|(low, adapted)| LowRankTerm {
-                    low,
-                    b: adapted.a.clone().transpose(),
-                });
-                let is_last = i + 1 == N;
-                let low_rank = own.or(if is_last { low_rank.take() } else { None });
-                let sum = d_input.take();
-                d_input = Some(match last_product.take_if(|_| is_last) {
-                    Some(last) => last(sum, d_base, weight, low_rank),
-                    None => adapted_product(sum, d_base, weight, low_rank, Direction::Backward),
-                });
-            }
+                JointTerm {
+                    x,
+                    weight,
+                    low_rank: low_rank[i].take(),
+                }
+            });
+            let terms = terms.collect();
+            d_input = Some(products(low.as_ref(), terms));
         }
         if self.has_adapters() {
             match low_gradients {
@@ -355,6 +326,38 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             }
         }
         d_input
+    }
+
+    /// The adapters' part of the gradient of the input: the columns of low rank, and per layer the first of its columns
+    /// with Aᵀ. The last layer's product adds what all adapters share. Under dropout there is none.
+    #[allow(clippy::type_complexity)]
+    fn low_rank_terms(
+        &self,
+        gradients: &LowGradients<N>,
+        all_a: Option<Tensor<2>>,
+        dtype: DType,
+    ) -> (Option<Tensor<2>>, [Option<(usize, Tensor<2>)>; N]) {
+        let mut terms = [const { None }; N];
+        match gradients {
+            LowGradients::Together(Some(all)) => {
+                let transposed = transposes_low_rank(all);
+                let all = all.clone();
+                let all = if transposed { all.transpose() } else { all };
+                // On GPUs `all_a` has the factor γ that `all` lacks.
+                let a = all_a.unwrap_or_else(|| self.all_a(dtype));
+                terms[N - 1] = Some((0, a.transpose()));
+                (Some(all), terms)
+            }
+            LowGradients::Grouped(all) => {
+                let adapted = self.adapters.iter().zip(self.parts(all));
+                for (term, (adapted, part)) in terms.iter_mut().zip(adapted) {
+                    let own = adapted.as_ref().zip(part);
+                    *term = own.map(|(adapted, part)| (part.first, adapted.a.clone().transpose()));
+                }
+                (Some(all.clone()), terms)
+            }
+            _ => (None, terms),
+        }
     }
 
     /// The gradients of B.
@@ -657,13 +660,17 @@ impl LinearGroup<'_, 1> {
             return Some(swiglu_backward(gate, up, d_input));
         }
         let mut d_gate = None;
-        let last = |_sum, d_output, weight, low_rank| {
+        let product = |low: Option<&Tensor<2>>, terms: Vec<JointTerm>| {
+            let term = terms.into_iter().next();
+            let term = term.unwrap_or_else(|| unreachable!("a group of one layer"));
+            let (d_output, weight, low_rank) = term.apart(low);
             let gradients = gated_product_backward(gate, up, d_output, weight, low_rank);
             d_gate = Some(gradients.0);
             gradients.1
         };
         let d_outputs = [d_output];
-        let d_up = self.backward_with(input, saved, d_outputs, input_gradient, last, accumulate)?;
+        let d_up =
+            self.backward_with(input, saved, d_outputs, input_gradient, product, accumulate)?;
         Some((d_gate?, d_up))
     }
 }

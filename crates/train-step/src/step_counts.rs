@@ -66,8 +66,10 @@ pub fn examples(count: usize, length: usize, vocab_size: usize) -> Vec<Vec<u32>>
 ///
 /// If the device fails.
 pub fn count_step(shape: &StepShape, device: &Device) -> Result<Option<StepCounts>, LoraError> {
-    let (Some(two), Some(three)) = (few_layers(shape, 2, device)?, few_layers(shape, 3, device)?)
-    else {
+    let (Some(two), Some(three)) = (
+        with_layers(shape, 2, device)?,
+        with_layers(shape, 3, device)?,
+    ) else {
         return Ok(None);
     };
     let layers = shape.model.num_hidden_layers;
@@ -83,6 +85,22 @@ pub fn count_step(shape: &StepShape, device: &Device) -> Result<Option<StepCount
     }))
 }
 
+/// The bytes that the device's memory pools hold after a step of the whole model, with all its layers: the peak of this
+/// process. In a dry run ([`StepShape::mode`]) the memory is reserved and not used. `None` on a device without counters, such
+/// as the CPU.
+///
+/// # Errors
+///
+/// If the adapters' configuration does not fit the model.
+///
+/// # Panics
+///
+/// If the device fails, such as for lack of memory.
+pub fn reserved_by_step(shape: &StepShape, device: &Device) -> Result<Option<u64>, LoraError> {
+    let counts = with_layers(shape, shape.model.num_hidden_layers, device)?;
+    Ok(counts.map(|counts| counts.reserved_bytes))
+}
+
 /// How many more times each launch occurs in `more` than in `less`.
 fn difference(more: &Counts, less: &Counts) -> std::collections::BTreeMap<String, u64> {
     let details = more.details.iter().filter_map(|(name, count)| {
@@ -92,7 +110,7 @@ fn difference(more: &Counts, less: &Counts) -> std::collections::BTreeMap<String
     details.collect()
 }
 
-fn few_layers(
+fn with_layers(
     shape: &StepShape,
     layers: usize,
     device: &Device,

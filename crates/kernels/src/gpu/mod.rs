@@ -13,7 +13,7 @@ use crate::Kernels;
 use crate::adamw::{AdamWSettings, AdamWState};
 use crate::attention::{AttentionLayout, Heads, SavedAttention};
 use crate::dispatch::{Composed, product_then_gate, product_then_gate_backward};
-use crate::frozen_linear::Direction;
+use crate::frozen_linear::{Direction, JointTerm, one_after_the_other};
 use crate::limits::{client, has_tf32, rows_at_once};
 use crate::loss::{CrossEntropy, LossTerms, Targets};
 use crate::low_rank::{LowRankTerm, Normalized};
@@ -24,8 +24,8 @@ use crate::spoil::spoilt;
 use crate::switches::Kernel;
 use crate::uploads::{Ints, Uploaded, Uploads};
 use gpu_kernels::{
-    AdamWNumbers, AttentionShape, Candidate, FEW_ROWS, GpuOps as _, Group, MEMBERS, Product, Terms,
-    TiledAttention, burn_is_faster, force_product,
+    AdamWNumbers, AttentionShape, Candidate, FEW_ROWS, GpuOps as _, Group, Joint, MEMBERS, Product,
+    Terms, TiledAttention, burn_is_faster, force_product,
 };
 
 pub use gpu_kernels::set_software_driver;
@@ -91,6 +91,43 @@ impl Kernels for Gpu {
         } else {
             Composed.adapted_product(sum, x, weight, low_rank, direction)
         }
+    }
+
+    fn joint_product(
+        &self,
+        low: Option<&Tensor<2>>,
+        terms: Vec<JointTerm>,
+        direction: Direction,
+    ) -> Tensor<2> {
+        if !joins(&terms, direction) {
+            return one_after_the_other(self, low, terms, direction);
+        }
+        let of_low = terms.iter().map(|term| {
+            let own = term.low_rank.as_ref();
+            own.map(|(first, b)| (*first, b.dims()[0]))
+        });
+        let joint = Joint {
+            members: terms.len(),
+            transposed: direction == Direction::Backward,
+            low: padded(&of_low.collect::<Vec<_>>(), None),
+            dtype: terms[0].x.dtype(),
+        };
+        // Operands that are ignored; something has to stand in their place.
+        let any_b = terms.iter().find_map(|term| term.low_rank.clone());
+        let any_b = any_b.map_or_else(|| terms[0].x.clone(), |(_, b)| b);
+        let low = low.unwrap_or(&terms[0].x).clone().into_dispatch();
+        let (mut x, mut weights, mut b) = (Vec::new(), Vec::new(), Vec::new());
+        for term in terms {
+            x.push(term.x);
+            weights.push(term.weight);
+            b.push(term.low_rank.map_or_else(|| any_b.clone(), |(_, b)| b));
+        }
+        drop(any_b);
+        let [x0, x1, x2] = owned_members(x);
+        let [w0, w1, w2] = owned_members(weights);
+        let [b0, b1, b2] = owned_members(b);
+        let sum = Dispatch::joint_product(x0, x1, x2, w0, w1, w2, low, b0, b1, b2, joint);
+        spoilt(operation_of(direction), Tensor::from_dispatch(sum))
     }
 
     fn gated_product(
@@ -389,6 +426,25 @@ impl Kernels for Gpu {
     }
 }
 
+/// Whether one launch can add these products: several with many rows that are not divided, in one packing.
+fn joins(terms: &[JointTerm], direction: Direction) -> bool {
+    let n = terms[0].x.dims()[0];
+    let scheme = terms[0].weight.dtype();
+    let factors = || terms.iter().filter_map(|term| term.low_rank.as_ref());
+    let of_one_type = |dtype| factors().all(|(_, b)| b.dtype() == dtype);
+    let joins = |term: &JointTerm| {
+        let (k, m) = direction.inner_and_outer(term.weight.dims());
+        term.weight.dtype() == scheme
+            && rows_at_once([n, k, m]) >= n
+            && has_kernel(None, &term.x, &term.weight, direction)
+    };
+    Kernel::JointProduct.is_on()
+        && (2..=MEMBERS).contains(&terms.len())
+        && n >= FEW_ROWS
+        && factors().next().is_none_or(|(_, b)| of_one_type(b.dtype()))
+        && terms.iter().all(joins)
+}
+
 /// Whether a product with a quantized weight can have SwiGLU's gate behind it: with many rows that are not divided.
 fn ends_in_gate(x: &Tensor<2>, weight: &Tensor<2>, direction: Direction) -> bool {
     let n = x.dims()[0];
@@ -448,10 +504,6 @@ fn packed_product(
     let (terms, [low, b]) = terms(&x, sum.as_ref(), low_rank, direction);
     // An operand that is not a term is ignored; something has to stand in its place.
     let sum = sum.unwrap_or_else(|| x.clone());
-    let operation = match direction {
-        Direction::Forward => "quantized_product",
-        Direction::Backward => "quantized_product_backward",
-    };
     let product = Dispatch::packed_product(
         x.into_dispatch(),
         weight.into_dispatch(),
@@ -460,7 +512,15 @@ fn packed_product(
         b.into_dispatch(),
         terms,
     );
-    spoilt(operation, Tensor::from_dispatch(product))
+    spoilt(operation_of(direction), Tensor::from_dispatch(product))
+}
+
+/// The name of the operation in checks of a device.
+fn operation_of(direction: Direction) -> &'static str {
+    match direction {
+        Direction::Forward => "quantized_product",
+        Direction::Backward => "quantized_product_backward",
+    }
 }
 
 /// The terms of a product, and both factors of the low-rank term; without one x stands in their place.
@@ -527,6 +587,18 @@ fn all_members(tensors: &[Tensor<2>]) -> [DispatchTensor; MEMBERS] {
             .get(i)
             .unwrap_or(&tensors[0])
             .clone()
+            .into_dispatch()
+    })
+}
+
+/// As [`all_members`], of tensors that nothing else needs.
+fn owned_members(tensors: Vec<Tensor<2>>) -> [DispatchTensor; MEMBERS] {
+    let first = tensors[0].clone();
+    let mut tensors = tensors.into_iter();
+    std::array::from_fn(|_| {
+        tensors
+            .next()
+            .unwrap_or_else(|| first.clone())
             .into_dispatch()
     })
 }

@@ -10,11 +10,12 @@
 
 use burn::tensor::{DType, Device, FloatDType, Tensor};
 
-use super::tests::{BOUND, Weight, distance, layout, on, segments_and_heads};
-use super::{packed_product, shape};
+use super::tests::{BOUND, JOINT, Weight, distance, joint_terms, layout, on, segments_and_heads};
+use super::{joins, packed_product, shape};
 use crate::{
     CounterRng, Direction, LowRankPart, LowRankTerm, Quantization, attention, attention_backward,
-    gated_product, gated_product_backward, normal, query_scale, swiglu, swiglu_backward,
+    gated_product, gated_product_backward, joint_product, normal, query_scale, swiglu,
+    swiglu_backward,
 };
 
 /// The 16-bit types of a device.
@@ -113,6 +114,44 @@ pub fn products(gpu: &Device) {
                     );
                 }
             }
+        }
+    }
+}
+
+/// Sums of products in one launch. The result is rounded to this type.
+pub fn joint_products(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(16);
+    let direction = Direction::Backward;
+    for dtype in types(gpu) {
+        let bound = if dtype == DType::F16 { 5e-4 } else { 4e-3 };
+        for case in JOINT {
+            let x = |x| rounded(&powers_of_two(x), dtype, gpu);
+            // Kernels without matrix units have these factors in f32, others round them to this type.
+            let factor = |x| {
+                let [on_gpu, x] = rounded(&powers_of_two(x), dtype, gpu);
+                [on_gpu.cast(DType::F32), x]
+            };
+            let [(low_gpu, on_gpu), (low, on_cpu)] =
+                joint_terms(case, direction, &mut rng, [gpu, &cpu], [&x, &factor]);
+            assert!(joins(&on_gpu, direction), "{case:?}");
+            let got = joint_product(Some(&low_gpu), on_gpu, direction);
+            assert_eq!(got.dtype(), dtype);
+            let mut sum = None;
+            for term in on_cpu {
+                let dense = term.weight.dequantize().transpose();
+                let product = term.x.matmul(dense);
+                let product = match term.low_rank {
+                    Some((first, b)) => {
+                        let low = low.clone().narrow(1, first, b.dims()[0]);
+                        product + low.matmul(b)
+                    }
+                    None => product,
+                };
+                sum = Some(sum.map_or(product.clone(), |sum: Tensor<2>| sum + product));
+            }
+            let distance = distance(got, sum.expect("there are products"));
+            assert!(distance < bound, "{dtype:?} {case:?}: {distance:.1e}");
         }
     }
 }

@@ -5,14 +5,15 @@
 
 use burn::tensor::{DType, Device, DeviceKind, Int, Tensor};
 
-use super::{ends_in_gate, packed_product, sixteen_bits};
+use super::{ends_in_gate, joins, packed_product, sixteen_bits};
 use crate::{
     AdamWSettings, AttentionLayout, CounterRng, CrossEntropy, Direction, Heads, IntegerWeight,
-    LossTerms, LowRankPart, LowRankTerm, Normalized, PlannedAttention, PlannedRotary, Quantization,
-    Rotation, SCORES_AT_ONCE, Segment, Targets, Uploads, adamw, adapted_product, attention,
-    attention_backward, cross_entropy, gated_product, gated_product_backward, low_rank_columns,
-    low_rank_gradients, low_rank_gradients_of_norm, normal, quantize_data, query_scale, rms_norm,
-    rms_norm_backward, rotate, sums_of_squares, swiglu, swiglu_backward,
+    JointTerm, LossTerms, LowRankPart, LowRankTerm, Normalized, PlannedAttention, PlannedRotary,
+    Quantization, Rotation, SCORES_AT_ONCE, Segment, Targets, Uploads, adamw, adapted_product,
+    attention, attention_backward, cross_entropy, gated_product, gated_product_backward,
+    joint_product, low_rank_columns, low_rank_gradients, low_rank_gradients_of_norm, normal,
+    quantize_data, query_scale, rms_norm, rms_norm_backward, rotate, sums_of_squares, swiglu,
+    swiglu_backward,
 };
 use gpu_kernels::{FEW_ROWS, Fault, inject, set_software_driver};
 
@@ -69,12 +70,17 @@ type Lengths = &'static [(usize, Option<usize>)];
 type Comparison = fn(&Device);
 
 /// Every comparison, with the faults that it has to notice.
-const COMPARISONS: [(&str, Comparison, &[Fault]); 12] = [
+const COMPARISONS: [(&str, Comparison, &[Fault]); 14] = [
     ("products", products, &[Fault::Scale, Fault::Depth]),
     (
         "products with SwiGLU",
         gated_products,
         &[Fault::Slope, Fault::Depth],
+    ),
+    (
+        "products in one launch",
+        joint_products,
+        &[Fault::Member, Fault::Scale, Fault::Depth],
     ),
     (
         "attention",
@@ -90,6 +96,11 @@ const COMPARISONS: [(&str, Comparison, &[Fault]); 12] = [
         "products with SwiGLU in 16 bits",
         sixteen_bits::gated_products,
         &[],
+    ),
+    (
+        "products in one launch in 16 bits",
+        sixteen_bits::joint_products,
+        &[Fault::Member, Fault::Depth],
     ),
     (
         "attention in 16 bits",
@@ -228,6 +239,95 @@ fn products(gpu: &Device) {
                     "{weight:?} [{n}, {d_in}, {d_out}] {direction:?}, sum {with_sum}, low rank {rank} {with_low}: {distance:.1e}"
                 );
             }
+        }
+    }
+}
+
+/// The weight, the number of rows, d_in, and d_out and the rank of each product.
+pub type JointCase = (Weight, usize, usize, &'static [(usize, usize)]);
+
+/// Sizes that are no multiples of a tile, two and three products, with ranks of 0.
+pub const JOINT: [JointCase; 5] = [
+    (
+        Weight::Ours(Quantization::Bits8),
+        130,
+        96,
+        &[(96, 8), (32, 8), (32, 8)],
+    ),
+    (
+        Weight::Ours(Quantization::Bits8),
+        65,
+        260,
+        &[(160, 3), (96, 0)],
+    ),
+    (
+        Weight::Ours(Quantization::Bits8),
+        40,
+        72,
+        &[(64, 0), (32, 0), (96, 5)],
+    ),
+    (
+        Weight::Ours(Quantization::Bits4),
+        33,
+        64,
+        &[(224, 0), (64, 0)],
+    ),
+    (Weight::Gguf, 129, 224, &[(131, 40), (64, 1), (7, 2)]),
+];
+
+/// The columns of low rank and the products of a case on both devices. `prepared` puts a tensor on both: an `x`, and a
+/// factor of low rank.
+pub fn joint_terms(
+    (weight, n, d_in, sizes): JointCase,
+    direction: Direction,
+    rng: &mut CounterRng,
+    devices: [&Device; 2],
+    [prepared, prepared_factor]: [&dyn Fn(Tensor<2>) -> [Tensor<2>; 2]; 2],
+) -> [(Tensor<2>, Vec<JointTerm>); 2] {
+    let cpu = Device::flex();
+    let ranks: usize = sizes.iter().map(|(_, rank)| rank).sum();
+    let low = prepared_factor(normal([n, ranks.max(1)], 1.0, rng, &cpu));
+    let mut first = 0;
+    let mut terms = low.map(|low| (low, Vec::new()));
+    for (d_out, rank) in sizes {
+        // The products of a sum have outputs of one size.
+        let shape = match direction {
+            Direction::Backward => [d_in, *d_out],
+            Direction::Forward => [*d_out, d_in],
+        };
+        let weights = weight.on(shape, rng, devices);
+        let x = prepared(normal([n, *d_out], 1.0, rng, &cpu));
+        // A transposed view, as an adapter's A in the backward pass.
+        let b = prepared_factor(normal([d_in, (*rank).max(1)], 1.0, rng, &cpu));
+        for (((terms, weight), x), b) in terms.iter_mut().zip(weights).zip(x).zip(b) {
+            terms.1.push(JointTerm {
+                x,
+                weight,
+                low_rank: (*rank > 0).then(|| (first, b.transpose())),
+            });
+        }
+        first += rank;
+    }
+    terms
+}
+
+fn joint_products(gpu: &Device) {
+    let cpu = Device::flex();
+    let mut rng = CounterRng::new(15);
+    for case in JOINT {
+        for direction in [Direction::Forward, Direction::Backward] {
+            // GGUF's blocks lie along d_in, whose length is no multiple of them here.
+            if direction == Direction::Forward && matches!(case.0, Weight::Gguf) {
+                continue;
+            }
+            let both = |x: Tensor<2>| [on(gpu, &x), x];
+            let [(low_gpu, on_gpu), (low, on_cpu)] =
+                joint_terms(case, direction, &mut rng, [gpu, &cpu], [&both, &both]);
+            assert!(joins(&on_gpu, direction), "{case:?}");
+            let got = joint_product(Some(&low_gpu), on_gpu, direction);
+            let expected = joint_product(Some(&low), on_cpu, direction);
+            let distance = distance(got, expected);
+            assert!(distance < BOUND, "{case:?} {direction:?}: {distance:.1e}");
         }
     }
 }
