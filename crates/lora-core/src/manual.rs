@@ -344,6 +344,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
         if self.has_adapters() {
             match low_gradients {
+                LowGradients::Together(_) | LowGradients::Grouped(_) if !self.trains_a() => {}
                 LowGradients::Together(Some(all)) => {
                     self.shared_backward(x.tensor(), all, accumulate);
                 }
@@ -485,7 +486,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 None => xa.mul_scalar(adapted.scale),
             }))
         });
-        (products, Some(all_a))
+        // A factor that is not trained is put side by side again in the backward pass: memory of a whole model's A.
+        let keeps = self.trains_a() || scale != Some(1.0);
+        (products, keeps.then_some(all_a))
+    }
+
+    /// Whether an adapter's A is trained.
+    fn trains_a(&self) -> bool {
+        self.adapted().any(|adapted| adapted.adapter.trains_a())
     }
 
     /// γ·G·Bᵀ of every adapter side by side: `[n, Σ r]`. With [`transposes_low_rank`] it is transposed, `[Σ r, n]`, and
@@ -568,9 +576,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             let (Some(gradient), Some(adapted)) = (gradient, &self.adapters[i]) else {
                 continue;
             };
-            let dropped = self.dropped(i, x.clone());
-            let d_a = multiply_in_f32(dropped.transpose(), gradient.clone());
-            adapted.adapter.gradient_of_a(d_a, accumulate);
+            if adapted.adapter.trains_a() {
+                let dropped = self.dropped(i, x.clone());
+                let d_a = multiply_in_f32(dropped.transpose(), gradient.clone());
+                adapted.adapter.gradient_of_a(d_a, accumulate);
+            }
             if let Some(sum) = d_input.take() {
                 let a = adapted.a.clone().cast(x.dtype()).transpose();
                 let d_dropped = multiply_add(d_dropped[i].take(), 1.0, gradient, a);

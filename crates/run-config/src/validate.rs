@@ -1,6 +1,6 @@
 //! What must hold between the keys of a configuration; what one key may be is in `keys.rs`.
 
-use lora_core::{LoraError, TargetModules};
+use lora_core::{LoraError, Method, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems};
 use super::raw::{RawConfig, SET};
@@ -71,6 +71,19 @@ fn check_together(config: &Config, reader: &mut Reader) {
         reader.problem(
             "init_lora_weights",
             "cannot be combined with init_adapter: it makes new adapters from the weights; remove one of them",
+        );
+    }
+    if config.peft_use_dora && config.peft_type != Method::default() {
+        let message = format!(
+            "cannot be combined with peft_type = {:?}; remove one of them",
+            config.peft_type.facts().peft_type.to_lowercase()
+        );
+        reader.problem("peft_use_dora", &message);
+    }
+    if config.loraplus_lr_ratio.is_some() && config.peft_type.facts().shared.is_some() {
+        reader.problem(
+            "loraplus_lr_ratio",
+            "needs adapters whose A and B are trained; remove it, or choose another peft_type",
         );
     }
     let is_names = matches!(config.target_modules, TargetModules::Names(_));
