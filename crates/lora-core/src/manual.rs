@@ -692,32 +692,41 @@ mod tests {
         normal(shape, 0.3, &mut CounterRng::new(seed), device)
     }
 
-    /// Three layers of different widths and ranks, the second without an adapter, one with a bias. With `dora` the
-    /// first layer is a DoRA.
+    /// Three layers of different widths and ranks, the second without an adapter, one with a bias. The first and the third
+    /// have these methods.
     fn layers(
         device: &Device,
         quantization: Quantization,
         dropout: f64,
-        dora: bool,
+        [first, third]: [Method; 2],
     ) -> [LoraLinear; 3] {
-        let layer = |d_out: usize, r: usize, bias: bool| {
+        let layer = |d_out: usize, r: usize, bias: bool, method: Method| {
             let linear = LinearConfig::new(64, d_out).with_bias(bias).init(device);
             let mut layer = LoraLinear::frozen(linear);
-            if r > 0 {
-                let (a, b) = (random([64, r], 1, device), random([r, d_out], 2, device));
-                layer = layer.with_adapter(a, b, 1.5).unwrap();
-            }
             layer.dropout = AdapterDropout::new(dropout);
             layer = layer.quantize(quantization).unwrap();
-            if dora && bias {
-                let magnitude = random([1, d_out], 8, device).add_scalar(2.0);
-                layer = layer
-                    .with_method(Method::Dora, Some(vec![magnitude]))
-                    .unwrap();
+            if r > 0 {
+                // Shared matrices are wider than the layer.
+                let wider = if method.facts().shared.is_some() {
+                    16
+                } else {
+                    0
+                };
+                let a = random([64 + wider, r], 1, device);
+                let b = random([r, d_out + wider], 2, device);
+                let vectors = method.facts().vectors.iter();
+                let vectors = vectors
+                    .map(|vector| random([1, vector.length(r, d_out)], 8, device).add_scalar(2.0));
+                let vectors = Some(vectors.collect());
+                layer = layer.with_adapter_of(method, [a, b], 1.5, vectors).unwrap();
             }
             layer
         };
-        [layer(96, 4, true), layer(32, 0, false), layer(64, 7, false)]
+        [
+            layer(96, 4, true, first),
+            layer(32, 0, false, first),
+            layer(64, 7, false, third),
+        ]
     }
 
     fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
@@ -729,8 +738,16 @@ mod tests {
     fn outputs_and_gradients_are_those_of_the_autodiff_graph() {
         let device = Device::flex().autodiff();
         for quantization in [Quantization::None, Quantization::Bits8] {
-            for (dropout, dora) in [(0.0, false), (0.3, false), (0.0, true), (0.3, true)] {
-                let layers = layers(&device, quantization, dropout, dora);
+            for (dropout, methods) in [
+                (0.0, [Method::Lora, Method::Lora]),
+                (0.3, [Method::Lora, Method::Lora]),
+                (0.0, [Method::Dora, Method::Lora]),
+                (0.3, [Method::Dora, Method::Lora]),
+                (0.0, [Method::Vera, Method::Lora]),
+                (0.0, [Method::Vera, Method::Vera]),
+                (0.3, [Method::Vera, Method::Vera]),
+            ] {
+                let layers = layers(&device, quantization, dropout, methods);
                 let seeds = [Some(5), Some(6), Some(7)];
                 let x = random([9, 64], 3, &device).require_grad();
                 let gradients = [96, 32, 64].map(|width| random([9, width], width as u64, &device));
@@ -770,8 +787,11 @@ mod tests {
                 );
                 // f32 sums of up to 96 products in another order.
                 assert!(distance(&d_input.unwrap(), &x.grad(&reference).unwrap()) < 2e-6);
-                assert_eq!(accumulated.len(), if dora { 5 } else { 4 });
-                for param in layers.iter().flat_map(LoraLinear::trainable) {
+                let trainable: Vec<_> = layers.iter().flat_map(LoraLinear::trainable).collect();
+                let dora = methods.contains(&Method::Dora);
+                assert_eq!(trainable.len(), if dora { 5 } else { 4 });
+                assert_eq!(accumulated.len(), trainable.len());
+                for param in trainable {
                     let expected = param.val().grad(&reference).unwrap();
                     assert!(distance(&accumulated[&param.id], &expected) < 2e-6);
                 }

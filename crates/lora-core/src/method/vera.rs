@@ -245,3 +245,277 @@ impl Adapter for Vera {
         attached(weight, adapter)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::LoraError;
+    use burn::nn::LinearConfig;
+    use kernels::{CounterRng, Quantization, normal};
+
+    const SCALE: f64 = 1.5;
+
+    fn random(shape: [usize; 2], seed: u64, device: &Device) -> Tensor<2> {
+        normal(shape, 0.3, &mut CounterRng::new(seed), device)
+    }
+
+    /// A layer of 64 inputs and 96 outputs with a bias, whose matrices are for 80 and 100.
+    fn layer(device: &Device, quantization: Quantization) -> LoraLinear {
+        let matrices = [random([80, 4], 1, device), random([4, 100], 2, device)];
+        let vectors = vec![random([1, 96], 5, device), random([1, 4], 6, device)];
+        LoraLinear::frozen(LinearConfig::new(64, 96).init(device))
+            .with_adapter_of(Method::Vera, matrices, SCALE, Some(vectors))
+            .unwrap()
+            .quantize(quantization)
+            .unwrap()
+    }
+
+    fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
+        let norm = |x: Tensor<2>| x.powf_scalar(2.0).sum().sqrt().into_scalar::<f32>();
+        norm(a.clone() - b.clone()) / norm(b.clone())
+    }
+
+    fn values(tensor: Tensor<2>) -> Vec<f32> {
+        tensor.into_data().try_to_vec().unwrap()
+    }
+
+    #[test]
+    fn forward_merge_and_gradients_are_those_of_the_dense_formula() {
+        let device = Device::flex().autodiff();
+        for quantization in [Quantization::None, Quantization::Bits8] {
+            let layer = layer(&device, quantization);
+            let x = random([7, 64], 3, &device).require_grad();
+            let grad = random([7, 96], 4, &device);
+            let y = layer.forward(x.clone());
+            let gradients = (y.clone() * grad.clone()).sum().backward();
+
+            let [lambda_b, lambda_d] = layer.trainable()[..] else {
+                panic!("two trainable tensors");
+            };
+            let plain = |param: &Param<Tensor<2>>| param.val().inner();
+            let (b, d) = (plain(lambda_b), plain(lambda_d));
+            // ((x·A)⊙d)·B ⊙ b, in the order of the paper.
+            let matrix_a = random([80, 4], 1, &Device::flex()).narrow(0, 0, 64);
+            let matrix_b = random([4, 100], 2, &Device::flex()).narrow(1, 0, 96);
+            let (x_plain, grad) = (x.clone().inner(), grad.inner());
+            let xa = x_plain.clone().matmul(matrix_a.clone());
+            let xadb = (xa.clone() * d.clone()).matmul(matrix_b.clone());
+            let bias = layer.bias.as_ref().unwrap().val().inner().unsqueeze();
+            let base = x_plain.clone().matmul(layer.dense_base());
+            let expected = base + xadb.clone() * b.clone() * SCALE + bias;
+            // f32 sums of 64 products.
+            assert!(distance(&y.inner(), &expected) < 3e-6);
+            let delta = (matrix_a.clone() * d.clone()).matmul(matrix_b.clone() * b.clone()) * SCALE;
+            let weight = layer.dense_base() + delta;
+            assert!(distance(&layer.merge().weight.val(), &weight) < 1e-6);
+            let restored = layer.unmerge(layer.merge()).unwrap();
+            assert!(distance(&restored.weight.val(), &layer.dense_base()) < 3e-6);
+
+            let d_low = (grad.clone() * b).matmul(matrix_b.transpose()) * SCALE;
+            for (got, expected) in [
+                (
+                    lambda_b.val().grad(&gradients),
+                    (grad.clone() * xadb * SCALE).sum_dim(0),
+                ),
+                (lambda_d.val().grad(&gradients), (d_low * xa).sum_dim(0)),
+                (x.grad(&gradients), grad.matmul(weight.transpose())),
+            ] {
+                let difference = distance(&got.unwrap(), &expected);
+                assert!(difference < 3e-6, "{quantization:?}: {difference}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_new_adapter_keeps_the_output_and_has_the_initial_values() {
+        let device = Device::flex();
+        let config = LoraConfig {
+            r: 4,
+            method: Method::Vera,
+            d_initial: 0.25,
+            ..LoraConfig::default()
+        };
+        let base = LoraLinear::frozen(LinearConfig::new(64, 96).init(&device));
+        let x = random([5, 64], 3, &device);
+        let before = values(base.forward(x.clone()));
+        let new = base.with_new_adapter(&config, 7).unwrap();
+        assert_eq!(values(new.forward(x)), before);
+        let [b, d] = [0, 1].map(|index| values(new.trainable()[index].val()));
+        assert_eq!((b, d), (vec![0.0; 96], vec![0.25; 4]));
+        assert_eq!(new.adapter().unwrap().scale(), 1.0);
+    }
+
+    #[test]
+    fn the_matrices_are_those_that_peft_draws() {
+        // `_kaiming_init` of PEFT 0.21 with torch 2.15 and the seed 7: a `[5, 24]`, then a `[24, 5]`.
+        let config = |projection_prng_key| LoraConfig {
+            r: 5,
+            projection_prng_key,
+            ..LoraConfig::default()
+        };
+        let Factors { a, b, shape } = projections(&config(7), [24, 24]);
+        assert_eq!(shape, [24, 5, 24]);
+        // In the file's order.
+        let (a, b) = (cpu::transposed(&a, [24, 5]), cpu::transposed(&b, [5, 24]));
+        let bits = |x: f32| x.to_bits();
+        assert_eq!(
+            [a[0], a[1], a[2], a[119]].map(bits),
+            [0x3d0f_0af0, 0xbe9a_3678, 0x3e23_0864, 0x3db5_9470]
+        );
+        assert_eq!(
+            [b[0], b[1], b[2], b[119]].map(bits),
+            [0x3e60_1a84, 0xbee9_099a, 0x3f36_d010, 0xbed6_6e2d]
+        );
+        // The lower 32 bits of the seed count.
+        let again = projections(&config((1 << 32) + 7), [24, 24]);
+        assert_eq!(again, projections(&config(7), [24, 24]));
+        assert_ne!(again, projections(&config(8), [24, 24]));
+    }
+
+    #[test]
+    fn factors_on_the_host_are_those_of_the_layer() {
+        let layer = layer(&Device::flex(), Quantization::None);
+        let adapter = layer.adapter().unwrap();
+        let [a, b] = adapter.shared().unwrap().map(values);
+        let shared = Factors {
+            a,
+            b,
+            shape: [80, 4, 100],
+        };
+        let vectors = adapter
+            .vectors()
+            .into_iter()
+            .map(|vector| values(vector.val()));
+        let vectors: Vec<Vec<f32>> = vectors.collect();
+        let vectors: Vec<&[f32]> = vectors.iter().map(Vec::as_slice).collect();
+        let host = factors(&shared, [64, 96], &vectors);
+        assert_eq!(host.shape, [64, 4, 96]);
+        let [a, b] = adapter.factors().map(values);
+        assert_eq!((host.a, host.b), (a, b));
+    }
+
+    #[test]
+    fn layers_of_a_model_share_their_matrices() {
+        let device = Device::flex();
+        let config = LoraConfig {
+            r: 4,
+            method: Method::Vera,
+            ..LoraConfig::default()
+        };
+        let shared = config.shared_matrices([[64, 96], [96, 32]], &device);
+        let dims = shared.as_ref().unwrap().each_ref().map(Tensor::dims);
+        assert_eq!(dims, [[96, 4], [4, 96]]);
+        let layers = [[64, 96], [96, 32]].map(|[d_in, d_out]| {
+            let linear = LinearConfig::new(d_in, d_out).init(&device);
+            let layer = LoraLinear::frozen(linear);
+            layer
+                .with_new_adapter_sharing(&config, 1, shared.as_ref())
+                .unwrap()
+        });
+        let widths = layers.each_ref().map(|layer| {
+            let [a, b] = layer.adapter().unwrap().factors();
+            [a.dims(), b.dims()]
+        });
+        assert_eq!(widths, [[[64, 4], [4, 96]], [[96, 4], [4, 32]]]);
+        let [first, second] = layers.map(|layer| layer.adapter().unwrap().factors().map(values));
+        assert_eq!(first[0], second[0][..64 * 4]);
+    }
+
+    #[test]
+    fn a_cached_factor_keeps_the_output_and_a_layer_without_its_adapter_is_plain() {
+        let device = Device::flex();
+        let layer = layer(&device, Quantization::Bits8);
+        let x = random([5, 64], 3, &device);
+        let cached = layer.clone().for_inference();
+        let outputs = [&cached, &layer].map(|layer| values(layer.forward(x.clone())));
+        assert_eq!(outputs[0], outputs[1]);
+        let plain = layer.without_adapter();
+        assert!(plain.adapter().is_none() && plain.trainable().is_empty());
+    }
+
+    #[test]
+    fn what_does_not_fit_is_a_typed_error() {
+        let device = Device::flex();
+        let plain = LoraLinear::frozen(LinearConfig::new(8, 4).init(&device));
+        let vectors = || {
+            Some(vec![
+                Tensor::ones([1, 4], &device),
+                Tensor::ones([1, 2], &device),
+            ])
+        };
+        let with = |a: [usize; 2], b: [usize; 2], vectors| {
+            let matrices = [a, b].map(|shape| Tensor::ones(shape, &device));
+            plain
+                .clone()
+                .with_adapter_of(Method::Vera, matrices, 1.0, vectors)
+        };
+        assert!(with([9, 2], [2, 5], vectors()).is_ok());
+        for (a, b, vectors) in [
+            ([7, 2], [2, 5], vectors()),
+            ([9, 2], [2, 3], vectors()),
+            ([9, 2], [3, 5], vectors()),
+            ([9, 2], [2, 5], None),
+            ([9, 2], [2, 5], vectors().map(|mut both| both.split_off(1))),
+            ([9, 3], [3, 5], vectors()),
+        ] {
+            let error = with(a, b, vectors).unwrap_err();
+            assert!(matches!(error, LoraError::Shape { .. }), "{error}");
+        }
+        for (field, change) in [
+            (
+                "lora_alpha",
+                (|c| c.lora_alpha = 8.0) as fn(&mut LoraConfig),
+            ),
+            ("use_rslora", |c| c.use_rslora = true),
+            ("init_lora_weights", |c| c.init = crate::Init::Pissa),
+            ("rank_pattern", |c| c.rank_pattern = vec![("q".into(), 2)]),
+        ] {
+            let mut config = LoraConfig {
+                method: Method::Vera,
+                ..LoraConfig::default()
+            };
+            assert_eq!(config.validate(), Ok(()));
+            change(&mut config);
+            let method = Method::Vera;
+            let expected = LoraError::FieldOfMethod { field, method };
+            assert_eq!(config.validate(), Err(expected));
+        }
+    }
+
+    #[test]
+    fn burns_materialize_is_the_merged_weight() {
+        let device = Device::flex();
+        for quantization in [Quantization::None, Quantization::Bits8] {
+            let layer = layer(&device, quantization);
+            let x = random([5, 64], 3, &device);
+            let expected = layer.forward(x.clone());
+            let materialized = layer.clone().materialize();
+            assert!(materialized.adapter().is_none());
+            assert!(distance(&materialized.forward(x), &expected) < 3e-6);
+            let merged = layer.merge().weight.val();
+            assert!(distance(&layer.weight.val(), &merged) < 1e-6);
+        }
+    }
+
+    #[test]
+    fn records_and_valid_keep_the_vectors_and_training_restores_them() {
+        let device = Device::flex().autodiff();
+        let trained = layer(&device, Quantization::None);
+        let x = random([5, 64], 3, &Device::flex());
+        let expected = trained.forward(x.clone().autodiff()).inner();
+        let valid = trained.valid();
+        assert_eq!(distance(&valid.forward(x.clone()), &expected), 0.0);
+        let again = valid.train();
+        let trainable = again.trainable();
+        assert_eq!(trainable.len(), 2);
+        assert!(trainable.iter().all(|param| param.val().is_require_grad()));
+        // A record has the vectors; the matrices are those of the layer that loads it.
+        let other = layer(&device, Quantization::None);
+        let zeros = [[1, 96], [1, 4]].map(|shape| Tensor::zeros(shape, &device));
+        let matrices = other.adapter().unwrap().shared().unwrap();
+        let other = other.without_adapter();
+        let other = other.with_adapter_of(Method::Vera, matrices, SCALE, Some(zeros.into()));
+        let loaded = other.unwrap().load_record(trained.into_record()).valid();
+        assert_eq!(distance(&loaded.forward(x), &expected), 0.0);
+    }
+}
