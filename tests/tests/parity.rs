@@ -97,9 +97,12 @@ fn shared_matrices_that_are_not_saved_are_drawn_again_as_peft_draws_them() {
     }
     let report = on_the_cpu(folder.path());
     assert!(report.passed(), "{report}");
-    edit_json(&folder.path().join("adapter").join(peft::CONFIG_FILE), |config| {
-        config["projection_prng_key"] = json!(8);
-    });
+    edit_json(
+        &folder.path().join("adapter").join(peft::CONFIG_FILE),
+        |config| {
+            config["projection_prng_key"] = json!(8);
+        },
+    );
     assert!(!on_the_cpu(folder.path()).passed());
 }
 

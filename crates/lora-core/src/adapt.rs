@@ -542,15 +542,24 @@ mod tests {
         let cases = Method::ALL.into_iter();
         let cases = cases.flat_map(|method| bases.map(|quantization| (method, quantization)));
         for (method, quantization) in cases {
-            let config = LoraConfig {
+            let mut config = LoraConfig {
                 target_modules: TargetModules::AllLinear,
-                rank_pattern: vec![("mha.key".into(), 2)],
-                alpha_pattern: vec![("mha.key".into(), 1.0)],
-                exclude_modules: Some(ExcludeModules::Names(vec!["linear_inner".into()])),
                 modules_to_save: vec!["head".into()],
                 method,
                 ..config(&[])
             };
+            let facts = method.facts();
+            let excluded = facts.has("exclude_modules");
+            if facts.has("rank_pattern") {
+                config.rank_pattern = vec![("mha.key".into(), 2)];
+                config.alpha_pattern = vec![("mha.key".into(), 1.0)];
+            } else {
+                config.lora_alpha = LoraConfig::default().lora_alpha;
+            }
+            if excluded {
+                let names = ExcludeModules::Names(vec!["linear_inner".into()]);
+                config.exclude_modules = Some(names);
+            }
             let adapt = Adapt {
                 quantization,
                 ..Adapt::new(&config)
@@ -573,12 +582,12 @@ mod tests {
             }
             let all = attached_parameters(&adapted);
             let key = all.iter().find(|layer| layer.layer.ends_with("0.mha.key"));
-            let (name, a) = &key.unwrap().parameters[0];
-            assert_eq!((name.as_str(), a.dims()), ("a", [32, 2]));
-            assert!(
-                all.iter()
-                    .all(|layer| !layer.layer.ends_with("linear_inner"))
-            );
+            if facts.shared.is_none() {
+                let (name, a) = &key.unwrap().parameters[0];
+                assert_eq!((name.as_str(), a.dims()), ("a", [32, 2]));
+            }
+            let mut names = all.iter().map(|layer| &layer.layer);
+            assert_ne!(names.any(|name| name.ends_with("linear_inner")), excluded);
             // A record holds base, factors and the trained head.
             let record = adapted.clone().into_record();
             let loaded = adapt.apply(model.clone()).unwrap().load_record(record);

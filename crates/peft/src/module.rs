@@ -389,8 +389,38 @@ mod tests {
         for method in Method::ALL {
             let mut config = config();
             config.lora.method = method;
+            if !method.facts().has("lora_alpha") {
+                config.lora.lora_alpha = LoraConfig::default().lora_alpha;
+                config.lora.rank_pattern = Vec::new();
+            }
             check_saved_and_loaded(&Net::new(&device), &config, &device);
         }
+    }
+
+    #[test]
+    fn shared_matrices_are_drawn_again_and_those_of_another_seed_are_refused() {
+        let device = Device::flex();
+        let mut config = config();
+        config.lora = LoraConfig {
+            method: Method::Vera,
+            r: 2,
+            projection_prng_key: 5,
+            save_projection: false,
+            target_modules: TargetModules::Names(vec!["fc1".into(), "fc2".into()]),
+            ..LoraConfig::default()
+        };
+        let graph = Device::flex().autodiff();
+        check_saved_and_loaded(&Net::new(&graph), &config, &graph);
+        config.lora.save_projection = true;
+        let adapted = adapt(Net::new(&device), &config.lora).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        save_module(&adapted, &config, folder.path()).unwrap();
+        load_module(Net::new(&device), folder.path()).unwrap();
+        let (mut read, tensors) = read_adapter(folder.path()).unwrap();
+        read.lora.projection_prng_key = 6;
+        write_adapter(folder.path(), &read, &tensors).unwrap();
+        let error = load_module(Net::new(&device), folder.path()).unwrap_err();
+        assert!(error.to_string().contains("projection_prng_key"), "{error}");
     }
 
     fn check_saved_and_loaded(net: &Net, config: &AdapterConfig, device: &Device) {

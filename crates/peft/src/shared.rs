@@ -138,3 +138,164 @@ impl AdapterTensors {
         Some(Cow::Owned(pair))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{read_adapter, read_adapter_config, write_adapter};
+    use std::path::{Path, PathBuf};
+
+    const DOWN: &str = "model.layers.1.mlp.down_proj";
+    const KEY: &str = "model.layers.0.self_attn.k_proj";
+
+    /// An adapter of PEFT on all linear modules: r = 5, matrices of 24 inputs and 24 outputs.
+    fn fixture(folder: &str) -> PathBuf {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/fixtures/vera");
+        root.join(folder)
+    }
+
+    fn read() -> (LlamaConfig, LoraConfig, AdapterTensors) {
+        let model = LlamaConfig::from_file(&fixture("model")).unwrap();
+        let (config, tensors) = read_adapter(&fixture("adapter")).unwrap();
+        (model, config.lora, tensors)
+    }
+
+    #[test]
+    fn an_adapter_reads_back_as_it_was_written_with_the_matrices_and_without() {
+        let (mut config, tensors) = read_adapter(&fixture("adapter")).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        write_adapter(folder.path(), &config, &tensors).unwrap();
+        let read_back = read_adapter(folder.path()).unwrap();
+        assert_eq!(read_back, (config.clone(), tensors.clone()));
+        config.lora.save_projection = false;
+        write_adapter(folder.path(), &config, &tensors).unwrap();
+        let (written, mut without) = read_adapter(folder.path()).unwrap();
+        assert_eq!((&written, &without.shared), (&config, &None));
+        without.complete(&read().0, &config.lora);
+        assert_eq!(without, tensors);
+    }
+
+    #[test]
+    fn the_matrices_of_a_module_are_parts_of_the_shared_ones_times_its_vectors() {
+        let (model, lora, tensors) = read();
+        let shared = &tensors.shared.as_ref().unwrap().factors;
+        for (module, d_in, d_out) in [(DOWN, 24, 16), (KEY, 16, 8)] {
+            let pair = tensors.low_rank(&model, &lora, module).unwrap();
+            assert_eq!((pair.d_in, pair.r, pair.d_out), (d_in, 5, d_out));
+            let vectors = &tensors.modules[module].vectors;
+            let (b, d) = (&vectors["vera_lambda_b"], &vectors["vera_lambda_d"]);
+            assert_eq!(pair.a, shared.a[..d_in * 5]);
+            for rank in 0..5 {
+                for output in 0..d_out {
+                    let expected = shared.b[rank * 24 + output] * d[rank] * b[output];
+                    assert_eq!(pair.b[rank * d_out + output], expected);
+                }
+            }
+            assert!(pair.vectors.is_empty());
+        }
+        assert!(tensors.low_rank(&model, &lora, "lm_head").is_none());
+    }
+
+    #[test]
+    fn tensors_that_do_not_fit_are_named() {
+        let error = |change: fn(&mut LoraConfig, &mut AdapterTensors)| {
+            let (model, mut lora, mut tensors) = read();
+            tensors.check(&model, &lora).unwrap();
+            change(&mut lora, &mut tensors);
+            tensors.check(&model, &lora).unwrap_err().to_string()
+        };
+        let narrow = error(|_, tensors| {
+            let shared = tensors.shared.as_mut().unwrap();
+            shared.factors.shape[0] = 23;
+        });
+        assert!(
+            narrow.contains("base_model.vera_A") && narrow.contains("23"),
+            "{narrow}"
+        );
+        let vector = error(|_, tensors| {
+            let pair = tensors.modules.get_mut(KEY).unwrap();
+            pair.vectors.insert("vera_lambda_d", vec![0.0; 4]);
+        });
+        assert!(
+            vector.contains("k_proj.vera_lambda_d") && vector.contains("[4]"),
+            "{vector}"
+        );
+        let missing = error(|_, tensors| {
+            let pair = tensors.modules.get_mut(KEY).unwrap();
+            pair.vectors.remove("vera_lambda_b");
+        });
+        assert!(missing.contains("k_proj.vera_lambda_b"), "{missing}");
+        let head = error(|lora, _| {
+            lora.target_modules = lora_core::TargetModules::Names(vec!["lm_head".into()]);
+        });
+        assert!(
+            head.contains("target_modules") && head.contains("lm_head"),
+            "{head}"
+        );
+    }
+
+    #[test]
+    fn files_that_lack_a_matrix_or_have_one_too_many_are_refused() {
+        let bytes = |change: fn(&mut AdapterTensors)| {
+            let (_, _, mut tensors) = read();
+            change(&mut tensors);
+            tensors.to_bytes().unwrap()
+        };
+        let error = |bytes: &[u8], lora: &LoraConfig| {
+            AdapterTensors::from_bytes(bytes, lora)
+                .unwrap_err()
+                .to_string()
+        };
+        let (_, lora, _) = read();
+        let missing = error(&bytes(|tensors| tensors.shared = None), &lora);
+        assert!(missing.contains("base_model.vera_A"), "{missing}");
+        let extra = error(
+            &bytes(|tensors| {
+                let pair = AdapterPair::new(16, 5, 8, vec![0.0; 80], vec![0.0; 40]);
+                tensors.modules.insert(KEY.into(), pair);
+            }),
+            &lora,
+        );
+        assert!(extra.contains("k_proj.lora_A"), "{extra}");
+        let mut other = lora.clone();
+        other.r = 4;
+        let rank = error(&bytes(|_| ()), &other);
+        assert!(rank.contains("[5]") || rank.contains("[5, 24]"), "{rank}");
+        // A LoRA's settings do not explain these tensors.
+        let plain = error(&bytes(|_| ()), &LoraConfig::default());
+        assert!(plain.contains("unexpected"), "{plain}");
+    }
+
+    #[test]
+    fn the_settings_have_pefts_fields_and_no_others() {
+        let config = read_adapter_config(&fixture("adapter")).unwrap();
+        let theirs = std::fs::read_to_string(fixture("adapter/adapter_config.json")).unwrap();
+        let theirs: serde_json::Value = serde_json::from_str(&theirs).unwrap();
+        let ours = config.to_json();
+        for (field, value) in ours.as_object().unwrap() {
+            assert_eq!(theirs.get(field), Some(value), "{field}");
+        }
+        let read = |field: &str, value: serde_json::Value| {
+            let mut json = config.to_json();
+            json[field] = value;
+            crate::AdapterConfig::from_json(&json.to_string())
+        };
+        let dropped = read("vera_dropout", 0.25.into()).unwrap();
+        assert_eq!(dropped.lora.lora_dropout, 0.25);
+        let biased = read("bias", "vera_only".into()).unwrap();
+        assert_eq!(biased.lora.bias, lora_core::Bias::LoraOnly);
+        assert_eq!(biased.to_json()["bias"], "vera_only");
+        for (field, value) in [
+            ("use_dora", serde_json::json!(true)),
+            ("lora_alpha", serde_json::json!(16)),
+            ("lora_dropout", serde_json::json!(0.1)),
+            ("rank_pattern", serde_json::json!({"q_proj": 2})),
+            ("bias", serde_json::json!("lora_only")),
+            ("projection_prng_key", serde_json::json!(-1)),
+            ("peft_type", serde_json::json!("PVERA")),
+        ] {
+            let error = read(field, value).unwrap_err().to_string();
+            assert!(error.contains(field), "{field}: {error}");
+        }
+    }
+}
