@@ -120,7 +120,7 @@ def adapter(model_folder, folder, settings, size=0.05, seed=0, **saving):
             if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, size))
             elif "vera_lambda_b" in name:
-                parameter.normal_(0, 20 * size)
+                parameter.normal_(0, 8 * size)
             elif "vera_lambda_d" in name:
                 parameter.uniform_(0.2, 1)
             elif "lora_magnitude_vector" in name:

@@ -61,7 +61,7 @@ struct Adapted<'a> {
 
 impl<'a> Adapted<'a> {
     fn new(adapter: &'a dyn Adapter) -> Self {
-        let [a, b] = adapter.factors().map(Tensor::without_autodiff);
+        let [a, b] = adapter.detached_factors();
         Self {
             adapter,
             a,

@@ -172,6 +172,7 @@ impl Plan {
             bytes: copies * counts.adapter_bytes,
         };
         let peak = activations::peak(model, options, counts.adapter_bytes)?;
+        let mut step = peak.step;
         let mut adapters = vec![
             Part {
                 parameters: Some(counts.trainable),
@@ -185,15 +186,19 @@ impl Plan {
         ];
         if counts.shared > 0 {
             adapters.push(Part {
-                bytes: 4 * (counts.shared + of_one_layer(model, &options.lora)?),
+                bytes: 4 * counts.shared,
                 ..adapter("frozen matrices of the adapters", 1)
+            });
+            step.push(Part {
+                bytes: 4 * of_one_layer(model, &options.lora)?,
+                ..adapter("matrices of a layer's adapters", 1)
             });
         }
         Ok(Self {
             counts,
             base,
             adapters,
-            step: peak.step,
+            step,
             phase: peak.phase,
             program: if options.on_gpu {
                 0

@@ -516,6 +516,12 @@ mod tests {
             "exclude_modules=[\"k_proj\"]",
         ]));
         round_trip(&load(&[
+            "peft_type=VERA",
+            "projection_prng_key=7",
+            "save_projection=false",
+            "d_initial=0.01",
+        ]));
+        round_trip(&load(&[
             "exclude_modules='.*k_proj'",
             "layers_to_transform=[0, 5]",
             "target_modules=[\"o_proj\"]",

@@ -527,6 +527,39 @@ mod tests {
     }
 
     #[test]
+    fn keys_that_a_vera_adapter_does_not_have_are_named() {
+        let config = parse("peft_type = \"Vera\"\nlora_r = 256\nprojection_prng_key = 3").unwrap();
+        let lora = config.lora_config();
+        assert_eq!(lora.method, lora_core::Method::Vera);
+        assert_eq!(
+            (lora.r, lora.projection_prng_key, lora.scale()),
+            (256, 3, 1.0)
+        );
+        for (key, value) in [
+            ("lora_alpha", "32"),
+            ("peft_use_rslora", "true"),
+            ("peft_use_dora", "true"),
+            ("loraplus_lr_ratio", "4"),
+            ("init_lora_weights", "\"pissa\""),
+            ("rank_pattern", "{ q_proj = 2 }"),
+            ("trainable_token_indices", "[1]"),
+        ] {
+            let found = problems(&format!("peft_type = \"vera\"\n{key} = {value}"));
+            let name = key.trim_start_matches("peft_");
+            assert!(found[0].contains(name), "{found:?}");
+        }
+        for key in ["d_initial = 0.2", "projection_prng_key = 1"] {
+            let found = problems(key);
+            let (name, _) = key.split_once(' ').unwrap();
+            assert!(
+                found[0].contains(name) && found[0].contains("LoRA"),
+                "{found:?}"
+            );
+        }
+        assert!(problems("peft_type = \"lokr\"")[0].contains("\"vera\""));
+    }
+
+    #[test]
     fn finlora_s_run_with_dora_is_read_and_so_are_patterns() {
         let runs =
             r#"{"a": {"base_model": "m", "dataset_path": "d", "peft_use_dora": true}, "b": {}}"#;

@@ -234,6 +234,11 @@ pub trait Adapter: fmt::Debug {
     /// A `[d_in, r]` and B `[r, d_out]`, in the parameters' autodiff graph if they are in one.
     fn factors(&self) -> [Tensor<2>; 2];
 
+    /// As [`factors`](Self::factors), outside an autodiff graph. A method that computes them builds no graph for it.
+    fn detached_factors(&self) -> [Tensor<2>; 2] {
+        self.factors().map(Tensor::without_autodiff)
+    }
+
     /// The trained tensors in a fixed order: A and B, if they are trained, and the [`vectors`](Self::vectors).
     fn trainable(&self) -> Vec<&Param<Tensor<2>>>;
 

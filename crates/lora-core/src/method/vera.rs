@@ -169,6 +169,20 @@ impl Vera {
         let [a, b] = self.shared.clone();
         [a.narrow(0, 0, self.d_in), b.narrow(1, 0, d_out)]
     }
+
+    /// A and `diag(d)·B·diag(b)`, in the vectors' autodiff graph if they are in one.
+    fn factors_with(&self, [lambda_b, lambda_d]: [Tensor<2>; 2]) -> [Tensor<2>; 2] {
+        let tracked = lambda_b.is_autodiff();
+        let [a, b] = self
+            .sliced()
+            .map(|matrix| if tracked { matrix.autodiff() } else { matrix });
+        let b = match &self.cached_b {
+            Some(cached) if tracked => cached.clone().autodiff(),
+            Some(cached) => cached.clone(),
+            None => b * lambda_d.transpose() * lambda_b,
+        };
+        [a, b]
+    }
 }
 
 impl Adapter for Vera {
@@ -185,16 +199,13 @@ impl Adapter for Vera {
     }
 
     fn factors(&self) -> [Tensor<2>; 2] {
-        let (lambda_b, lambda_d) = (self.lambda_b.val(), self.lambda_d.val());
-        let tracked = lambda_b.is_autodiff();
-        let [a, b] = self
-            .sliced()
-            .map(|matrix| if tracked { matrix.autodiff() } else { matrix });
-        let b = match &self.cached_b {
-            Some(b) => b.clone(),
-            None => b * lambda_d.transpose() * lambda_b,
-        };
-        [a, b]
+        let vectors = [self.lambda_b.val(), self.lambda_d.val()];
+        self.factors_with(vectors)
+    }
+
+    fn detached_factors(&self) -> [Tensor<2>; 2] {
+        let vectors = [&self.lambda_b, &self.lambda_d];
+        self.factors_with(vectors.map(|vector| vector.val().without_autodiff()))
     }
 
     fn trainable(&self) -> Vec<&Param<Tensor<2>>> {
@@ -240,7 +251,7 @@ impl Adapter for Vera {
     fn attach_for_inference(&self, weight: Param<Tensor<2>>) -> Param<Tensor<2>> {
         let mut adapter = self.clone();
         adapter.cached_b = None;
-        let [_, b] = adapter.factors();
+        let [_, b] = adapter.detached_factors();
         adapter.cached_b = Some(b);
         attached(weight, adapter)
     }
