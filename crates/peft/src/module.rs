@@ -405,6 +405,8 @@ mod tests {
             method: Method::Vera,
             r: 2,
             projection_prng_key: 5,
+            // Large enough that the outputs change visibly.
+            d_initial: 2.0,
             save_projection: false,
             target_modules: TargetModules::Names(vec!["fc1".into(), "fc2".into()]),
             ..LoraConfig::default()
