@@ -116,7 +116,7 @@ pub struct LoraConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Values that differ from `lora_alpha`, as `rank_pattern`.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// The method, LoRA or a variant of it (PEFT's `use_dora` and the like).
+    /// The method: LoRA, a variant of it (PEFT's `use_dora`), or another `peft_type`.
     pub method: Method,
     /// Which of the base model's biases belong to the adapter.
     pub bias: Bias,

@@ -185,9 +185,9 @@ mod tests {
             let vectors = &tensors.modules[module].vectors;
             let (b, d) = (&vectors["vera_lambda_b"], &vectors["vera_lambda_d"]);
             assert_eq!(pair.a, shared.a[..d_in * 5]);
-            for rank in 0..5 {
-                for output in 0..d_out {
-                    let expected = shared.b[rank * 24 + output] * d[rank] * b[output];
+            for (rank, d) in d.iter().enumerate() {
+                for (output, b) in b.iter().enumerate() {
+                    let expected = shared.b[rank * 24 + output] * d * b;
                     assert_eq!(pair.b[rank * d_out + output], expected);
                 }
             }
