@@ -9,7 +9,7 @@ import shutil
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, VeraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
@@ -47,6 +47,11 @@ MATRIX = {
     "DoRA": dict(use_dora=True, target_modules="all-linear"),
     "DoRA with rslora and patterns": dict(use_dora=True, use_rslora=True, rank_pattern={"q_proj": 2}, alpha_pattern={"v_proj": 3}),
     "DoRA in one layer": dict(use_dora=True, layers_to_transform=[1], target_modules=["down_proj"]),
+    "VeRA": dict(peft_type="VERA"),
+    "VeRA on all linear modules": dict(peft_type="VERA", r=16, target_modules="all-linear", projection_prng_key=3),
+    "VeRA without projections": dict(peft_type="VERA", target_modules=["q_proj", "down_proj"], save_projection=False, projection_prng_key=2**32 + 5),
+    "VeRA with dropout in one layer": dict(peft_type="VERA", vera_dropout=0.3, layers_to_transform=[1]),
+    "VeRA and modules_to_save": dict(peft_type="VERA", modules_to_save=["norm"]),
     "lora_bias": dict(lora_bias=True, target_modules=["q_proj", "down_proj"]),
     "lm_head": dict(target_modules=["q_proj", "lm_head"]),
     "lm_head alone": dict(target_modules=["lm_head"]),
@@ -71,6 +76,7 @@ BIASES = {
     "DoRA beside biases": dict(use_dora=True, target_modules="all-linear"),
     "lora_bias beside biases": dict(lora_bias=True, target_modules=["v_proj", "up_proj"]),
     "modules_to_save with biases": dict(modules_to_save=["self_attn.k_proj"], bias="lora_only"),
+    "bias: vera_only": dict(peft_type="VERA", bias="vera_only"),
     "untied embedding and head": dict(target_modules=["embed_tokens", "lm_head"], modules_to_save=["norm"]),
     "untied DoRA head": dict(target_modules=["lm_head"], use_dora=True),
 }
@@ -103,17 +109,25 @@ def random_model(tmp_path_factory, embedded_model):
 def adapter(model_folder, folder, settings, size=0.05, seed=0, **saving):
     """An adapter that PEFT makes and saves, every number that training would change changed."""
     torch.manual_seed(seed)
-    config = LoraConfig(task_type="CAUSAL_LM", **{"r": 4, "lora_alpha": 12, "target_modules": ["q_proj", "v_proj"], **settings})
+    settings = {"task_type": "CAUSAL_LM", "r": 4, "target_modules": ["q_proj", "v_proj"], **settings}
+    if settings.pop("peft_type", None) == "VERA":
+        config = VeraConfig(**settings)
+    else:
+        config = LoraConfig(**{"lora_alpha": 12, **settings})
     model = get_peft_model(base(model_folder), config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_B" in name or "lora_embedding_A" in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, size))
+            elif "vera_lambda_b" in name:
+                parameter.normal_(0, 8 * size)
+            elif "vera_lambda_d" in name:
+                parameter.uniform_(0.2, 1)
             elif "lora_magnitude_vector" in name:
                 parameter.mul_(torch.empty_like(parameter).uniform_(0.9, 1.1))
             elif parameter.requires_grad and "lora_" not in name:
                 parameter.add_(torch.empty_like(parameter).normal_(0, size))
-            elif config.init_lora_weights == "mica" and "lora_A" in name:
+            elif settings.get("init_lora_weights") == "mica" and "lora_A" in name:
                 parameter.normal_(0, size)
     model.save_pretrained(folder, **saving)
     return folder
@@ -278,6 +292,9 @@ TRAINED = {
     "LoRA": ({}, dict(use_dora=False)),
     "DoRA": (dict(peft_use_dora="true", target_modules='"all-linear"'), dict(use_dora=True)),
     "DoRA with dropout": (dict(peft_use_dora="true", lora_dropout="0.2"), dict(use_dora=True, lora_dropout=0.2)),
+    "VeRA": (dict(peft_type='"vera"', lora_r=16, target_modules='"all-linear"', learning_rate=0.05), dict(peft_type="VERA", r=16, save_projection=True)),
+    "VeRA without projections, with dropout": (dict(peft_type='"vera"', save_projection="false", projection_prng_key=11, lora_dropout="0.2", learning_rate=0.05),
+                                               dict(save_projection=False, projection_prng_key=11, vera_dropout=0.2)),
     "patterns": (dict(rank_pattern="{ q_proj = 2, 'layers\\.1\\..*v_proj' = 3 }", alpha_pattern="{ v_proj = 5.5 }", peft_use_rslora="true"),
                  dict(rank_pattern={"q_proj": 2, r"layers\.1\..*v_proj": 3}, alpha_pattern={"v_proj": 5.5}, use_rslora=True)),
     "exclusion": (dict(target_modules='"all-linear"', exclude_modules="['k_proj', 'mlp.up_proj']"), {}),
@@ -321,6 +338,15 @@ def test_an_adapter_that_we_train_loads_in_peft_unchanged_with_our_logits(traine
     agree(trainer, tmp_path, embedded_model, folder)
 
 
+def test_the_projections_of_ours_are_pefts_bit_for_bit(run, embedded_model, tmp_path):
+    folder = run(tmp_path / "run", peft_type='"vera"', lora_r=24, target_modules="['k_proj', 'down_proj']", projection_prng_key=11, max_steps=1)
+    ours = load_file(folder / "adapter_model.safetensors")
+    config = VeraConfig(task_type="CAUSAL_LM", r=24, target_modules=["k_proj", "down_proj"], projection_prng_key=11)
+    theirs = get_peft_model_state_dict(get_peft_model(base(embedded_model), config))
+    for name in ("base_model.vera_A", "base_model.vera_B"):
+        assert torch.equal(ours[name], theirs[name]), name
+
+
 def test_a_dora_of_ours_on_8_bit_weights_has_the_norms_of_those_weights(run, embedded_model, tmp_path):
     folder = run(tmp_path / "run", quant_bits=8, peft_use_dora="true", max_steps=1, learning_rate=1e-12)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -334,7 +360,7 @@ def test_a_dora_of_ours_on_8_bit_weights_has_the_norms_of_those_weights(run, emb
             assert 0 < relative < 0.01, f"{name}: {relative}"
 
 
-@pytest.mark.parametrize("case", ["names", "DoRA", "rank_pattern", "alpha_pattern", "expression with look-around", "exclude_modules", "layers_pattern", "lm_head"])
+@pytest.mark.parametrize("case", ["names", "DoRA", "VeRA", "VeRA without projections", "rank_pattern", "alpha_pattern", "expression with look-around", "exclude_modules", "layers_pattern", "lm_head"])
 def test_training_goes_on_from_an_adapter_of_pefts(trainer, run, embedded_model, tmp_path, case):
     start = adapter(embedded_model, tmp_path / "start", MATRIX[case])
     # A learning rate that moves nothing shows that the run starts where the adapter is.
@@ -345,7 +371,8 @@ def test_training_goes_on_from_an_adapter_of_pefts(trainer, run, embedded_model,
         assert torch.equal(before[name], after[name]), name
     moved = run(tmp_path / "moved", init_adapter=f'"{start}"', max_steps=2)
     after = load_file(moved / "adapter_model.safetensors")
-    assert all(not torch.equal(before[name], after[name]) for name in own_names(before))
+    trained = {name for name in own_names(before) if not name.startswith("base_model.vera_")}
+    assert all(not torch.equal(before[name], after[name]) for name in trained)
     agree(trainer, tmp_path, embedded_model, moved)
 
 
@@ -366,8 +393,9 @@ def test_keys_that_contradict_the_adapter_and_adapters_that_cannot_be_trained_on
         ("lora_bias", MATRIX["lora_bias"]),
         ("lm_head", MATRIX["DoRA on lm_head"]),
         ("embed_tokens", MATRIX["embedding"]),
+        ("lm_head", dict(peft_type="VERA", target_modules=["q_proj", "lm_head"])),
     ]:
-        refused(adapter(embedded_model, tmp_path / field, settings), [field])
+        refused(adapter(embedded_model, tmp_path / f"{field}-{settings.get('peft_type')}", settings), [field])
     assert not (tmp_path / "run").exists()
 
 
@@ -398,7 +426,7 @@ def test_combined_adapters_are_what_peft_combines(trainer, embedded_model, tmp_p
 
 def test_adapters_that_have_no_weighted_sum_are_refused_by_name(trainer, embedded_model, tmp_path):
     plain = adapter(embedded_model, tmp_path / "plain", {})
-    for field, case in [("use_dora", "DoRA"), ("lora_bias", "lora_bias"), ("modules_to_save", "modules_to_save: norms")]:
+    for field, case in [("use_dora", "DoRA"), ("peft_type", "VeRA"), ("lora_bias", "lora_bias"), ("modules_to_save", "modules_to_save: norms")]:
         other = adapter(embedded_model, tmp_path / field, MATRIX[case])
         trainer.fails("combine", "--adapter", f"{plain}=1", "--adapter", f"{other}=1", "--output", tmp_path / "x", saying=[field, str(other)])
     assert not (tmp_path / "x").exists()

@@ -46,13 +46,23 @@ const BACKENDS: [&str; 7] = [
 ];
 
 /// Names of adapters' methods, and of their tensors, which only their own files write, outside of tests and comments.
-const METHODS: [&str; 4] = ["dora", "DoRA", "Dora", "magnitude_vector"];
+const METHODS: [&str; 8] = [
+    "dora",
+    "DoRA",
+    "Dora",
+    "magnitude_vector",
+    "vera",
+    "VeRA",
+    "Vera",
+    "VERA",
+];
 
 /// Tables that list the methods or the keys of a configuration.
-const LISTS_OF_METHODS: [&str; 4] = [
+const LISTS_OF_METHODS: [&str; 5] = [
     "lora-core/src/method/mod.rs",
     "lora-core/src/lib.rs",
     "run-config/src/keys.rs",
+    "run-config/src/kinds/adapter.rs",
     "run-config/src/pages.rs",
 ];
 
@@ -403,7 +413,15 @@ fn every_link_of_the_documents_leads_to_a_file_and_a_heading() {
 /// Whether the text names a method. A key of a configuration, PEFT's or this project's, does not count.
 fn names_a_method(text: &str) -> bool {
     let text = text.replace("use_dora", "");
-    METHODS.iter().any(|method| text.contains(method))
+    METHODS.iter().any(|method| {
+        let mut found = text.match_indices(method);
+        found.any(|(at, _)| {
+            // Not in "several", "Average" or "OVERALL"; a word begins at a capital after a small letter too.
+            let before = text[..at].chars().next_back().unwrap_or(' ');
+            let capital = method.starts_with(char::is_uppercase);
+            !before.is_alphabetic() || (capital && before.is_lowercase())
+        })
+    })
 }
 
 #[test]
@@ -434,7 +452,9 @@ fn only_its_own_file_names_a_method() {
     }
     none(&problems);
     assert!(names_a_method("Some(Dora::new())") && names_a_method("x.lora_magnitude_vector"));
+    assert!(names_a_method("AsVera") && names_a_method("\"VERA\"") && names_a_method("vera_A"));
     assert!(!names_a_method("peft_use_dora"));
+    assert!(!names_a_method("several, Average, OVERALL"));
 }
 
 #[test]

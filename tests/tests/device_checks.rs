@@ -384,6 +384,7 @@ fn a_layer_of_a_model_is_compared_as_it_is() {
         (Quantization::Bits8, Method::Lora, false),
         (Quantization::Bits4, Method::Dora, false),
         (Quantization::None, Method::Lora, false),
+        (Quantization::Bits8, Method::Vera, false),
         (Quantization::Bits8, Method::Lora, true),
     ];
     for (quantization, method, from_gguf) in forms {

@@ -290,6 +290,46 @@ fn a_lora_file_has_llama_cpps_names_and_its_scale() {
 }
 
 #[test]
+fn a_vera_is_written_as_the_lora_that_adds_what_peft_merges() {
+    let folder = tempfile::tempdir().unwrap();
+    let model = model_with_tokenizer("vera", folder.path());
+    let file = folder.path().join("adapter.gguf");
+    let adapter = fixture("vera").join("trained");
+    export(&[
+        "--model",
+        text(&model),
+        "--adapter",
+        text(&adapter),
+        "--lora",
+        "--output",
+        text(&file),
+    ]);
+    let gguf = GgufFile::open(&file).unwrap();
+    let alpha = gguf.header.metadata["adapter.lora.alpha"].as_decimal();
+    let [a, b] = ["a", "b"].map(|factor| {
+        let name = format!("blk.1.ffn_down.weight.lora_{factor}");
+        gguf.floats(&name).unwrap()
+    });
+    let read = |folder: &str| {
+        let mut weights = Weights::open(&fixture("vera").join(folder)).unwrap();
+        weights.read("model.layers.1.mlp.down_proj.weight").unwrap()
+    };
+    let (base, merged) = (read("model"), read("merged"));
+    let (r, d_in) = (5, 24);
+    let scale = alpha.unwrap() as f32 / r as f32;
+    let mut largest = 0f32;
+    for (index, (base, merged)) in base.iter().zip(&merged).enumerate() {
+        let (output, input) = (index / d_in, index % d_in);
+        let products = (0..r).map(|rank| b[output * r + rank] * a[rank * d_in + input]);
+        let delta = scale * products.sum::<f32>();
+        largest = largest.max(delta.abs());
+        // Roundings of sums below 4.
+        assert!((base + delta - merged).abs() < 2e-6, "{delta}");
+    }
+    assert!(largest > 0.1, "{largest}");
+}
+
+#[test]
 fn what_cannot_be_exported_is_said_and_leaves_no_file() {
     let folder = tempfile::tempdir().unwrap();
     let model = model_with_tokenizer("tied", folder.path());

@@ -69,6 +69,44 @@ fn dora_agrees_with_peft_magnitudes_training_and_merge_included() {
 }
 
 #[test]
+fn vera_agrees_with_peft_vectors_training_and_merge_included() {
+    agrees("vera", None);
+    for end in ["q_proj.vera_lambda_b", "q_proj.vera_lambda_d", "vera_A"] {
+        notices("vera", &["logits", "loss", "LoRA gradients"], |folder| {
+            double(&folder.join("adapter").join(peft::WEIGHTS_FILE), end);
+        });
+    }
+}
+
+#[test]
+fn shared_matrices_that_are_not_saved_are_drawn_again_as_peft_draws_them() {
+    let (config, tensors) = peft::read_adapter(&fixture("vera/adapter")).expect("an adapter");
+    let saved = tensors.shared.expect("shared matrices").factors;
+    let [d_in, _, d_out] = saved.shape;
+    // Bit for bit.
+    assert_eq!(config.lora.shared_factors([[d_in, d_out]]), Some(saved));
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    copy_folder(&fixture("vera"), folder.path());
+    for adapter in ["adapter", "trained"].map(|name| folder.path().join(name)) {
+        let (mut config, tensors) = peft::read_adapter(&adapter).expect("an adapter");
+        config.lora.save_projection = false;
+        peft::write_adapter(&adapter, &config, &tensors).expect("a writable folder");
+        let (read, without) = peft::read_adapter(&adapter).expect("an adapter");
+        assert_eq!((read, without.shared), (config, None));
+    }
+    let report = on_the_cpu(folder.path());
+    assert!(report.passed(), "{report}");
+    edit_json(
+        &folder.path().join("adapter").join(peft::CONFIG_FILE),
+        |config| {
+            config["projection_prng_key"] = json!(8);
+        },
+    );
+    assert!(!on_the_cpu(folder.path()).passed());
+}
+
+#[test]
 fn a_learning_rate_of_its_own_for_b_agrees_with_pefts_loraplus_optimizer() {
     agrees("loraplus", None);
     // With one learning rate for A and B the losses are others.
@@ -483,6 +521,7 @@ fn an_adapter_of_peft_is_written_again_tensor_by_tensor_as_it_was() {
         "sharded_rslora_all_linear",
         "padded_rows",
         "dora",
+        "vera",
         "patterns",
         "adapted_head",
         "trained_biases",

@@ -32,7 +32,7 @@ struct Case {
     supervised: usize,
     r: usize,
     all_linear: bool,
-    dora: bool,
+    method: Method,
     bits8: bool,
     checkpointing: bool,
     /// Adapters of the last layer only, and rows of the embedding and the output layer tied to it.
@@ -54,7 +54,7 @@ const CASE: Case = Case {
     supervised: 2,
     r: 4,
     all_linear: false,
-    dora: false,
+    method: Method::Lora,
     bits8: true,
     checkpointing: false,
     token_rows: false,
@@ -75,9 +75,12 @@ fn cases() -> Vec<Case> {
         Case { hidden: 512, heads: [8, 8], ..CASE },
         Case { vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 8, ..CASE },
         Case { vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 60, checkpointing: true, ..CASE },
-        Case { dora: true, ..CASE },
-        Case { dora: true, all_linear: true, ..CASE },
-        Case { dora: true, all_linear: true, checkpointing: true, rows: 16, ..CASE },
+        Case { method: Method::Dora, ..CASE },
+        Case { method: Method::Dora, all_linear: true, ..CASE },
+        Case { method: Method::Dora, all_linear: true, checkpointing: true, rows: 16, ..CASE },
+        Case { method: Method::Vera, r: 64, ..CASE },
+        Case { method: Method::Vera, r: 64, all_linear: true, ..CASE },
+        Case { method: Method::Vera, r: 256, all_linear: true, checkpointing: true, rows: 16, ..CASE },
         Case { bits8: false, ..CASE },
         Case { layers: 2, rows: 32, supervised: 64, ..CASE },
         Case { layers: 12, rows: 32, length: 16, ..CASE },
@@ -119,11 +122,7 @@ const TRAINED_TOKENS: [usize; 2] = [3, 40];
 fn lora(case: Case) -> LoraConfig {
     let mut lora = LoraConfig {
         r: case.r,
-        method: if case.dora {
-            Method::Dora
-        } else {
-            Method::Lora
-        },
+        method: case.method,
         ..LoraConfig::default()
     };
     if case.all_linear {

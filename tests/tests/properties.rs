@@ -5,10 +5,10 @@ use std::path::Path;
 use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Llama, LlamaConfig, PackedTokens, RopeScaling};
-use lora_core::Init;
+use lora_core::{Init, Method};
 use proptest::prelude::*;
 use proptest::sample::{Index, select, subsequence};
-use run_config::Config;
+use run_config::{Config, Library};
 use serde_json::{Value, json};
 use train_step::gradients::evaluate;
 
@@ -39,6 +39,18 @@ fn reconcile(object: &mut serde_json::Map<String, Value>) {
     {
         object.remove("init_adapter");
         object.remove("peft_use_dora");
+    }
+    let peft_type = object.get("peft_type").and_then(Value::as_str);
+    let method = peft_type.and_then(Method::of_peft_type).unwrap_or_default();
+    let facts = method.facts();
+    for key in run_config::keys() {
+        let mut names = key.elsewhere.iter();
+        if names.any(|(library, name)| *library == Library::Peft && !facts.has(name)) {
+            object.remove(key.name);
+        }
+    }
+    if facts.shared.is_some() {
+        object.remove("loraplus_lr_ratio");
     }
     if object.contains_key("layers_to_transform") {
         object.insert("target_modules".into(), json!(["q_proj"]));

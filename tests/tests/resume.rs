@@ -94,6 +94,28 @@ fn trained_tokens_go_on_bit_for_bit() {
 }
 
 #[test]
+fn adapters_with_shared_matrices_go_on_bit_for_bit() {
+    let workspace = Workspace::new();
+    let vera = [
+        "--set",
+        "peft_type=vera",
+        "--set",
+        "save_projection=false",
+        "--set",
+        "projection_prng_key=9",
+        "--set",
+        "learning_rate=0.05",
+    ];
+    train(&workspace, "whole", &vera, "").succeeded();
+    let stopped = train(&workspace, "parts", &vera, "lost=9");
+    stopped.failed_saying(&["Step 8 is saved"]);
+    resume(&workspace.path("parts"), &[]).succeeded();
+    let (whole, parts) = (workspace.path("whole"), workspace.path("parts"));
+    assert_eq!(numbers(&whole), numbers(&parts));
+    assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
+}
+
+#[test]
 fn adapters_taken_out_of_the_weights_go_on_bit_for_bit_and_are_saved_for_the_base_model() {
     let workspace = Workspace::new();
     for init in ["pissa", "pissa_niter_2", "olora"] {

@@ -106,6 +106,9 @@ impl Llama {
         // Counting reports a configuration that is invalid or selects no module.
         self.count(lora)?;
         let selector = lora.selector()?;
+        let selected = self.linears().filter(|(name, _)| selector.matches(name));
+        let dims: Vec<_> = selected.map(|(_, linear)| linear.dims()).collect();
+        let shared = lora.shared_matrices(dims, &self.device());
         let root = CounterRng::new(seed);
         for (index, layer) in self.layers.iter_mut().enumerate() {
             for (module, (name, linear)) in layer.linears_mut().enumerate() {
@@ -113,7 +116,10 @@ impl Llama {
                 if selector.matches(&name) {
                     let seed = root.fork(index as u64).fork(module as u64).next_u64();
                     let lora = lora.of_module(&selector, &name);
-                    *linear = linear.clone().with_new_adapter(&lora, seed)?;
+                    *linear =
+                        linear
+                            .clone()
+                            .with_new_adapter_sharing(&lora, seed, shared.as_ref())?;
                 }
             }
         }
@@ -144,8 +150,8 @@ impl Llama {
         self.config.count(lora, lora_core::Quantization::None, 4)
     }
 
-    /// The trainable tensors by the module's full name: of an adapter A `[d_in, r]`, B `[r, d_out]` and its method's
-    /// vectors `[1, d_out]`; of trained token rows `[tokens, hidden]`.
+    /// The trainable tensors by the module's full name: of an adapter A `[d_in, r]` and B `[r, d_out]`, if they are
+    /// trained, and its method's vectors `[1, width]`; of trained token rows `[tokens, hidden]`.
     pub fn trainable(&self) -> impl Iterator<Item = (String, Vec<&Param<Tensor<2>>>)> {
         let linears = self.linears();
         let linears = linears.map(|(module, linear)| (module, linear.trainable()));

@@ -108,6 +108,7 @@ impl<'a> Adapt<'a> {
                 available: kinds(names.iter().copied()).join(", "),
             });
         }
+        let shared = shared_matrices(&module, config, &selector);
         let module = module.map(&mut Freeze {
             selector: &selector,
             path: ModulePath::default(),
@@ -118,7 +119,7 @@ impl<'a> Adapt<'a> {
             if selector.saves(name) {
                 return Ok(weight);
             }
-            self.weight(weight, &selector, name, index - 1)
+            self.weight(weight, &selector, name, index - 1, shared.as_ref())
         })
     }
 
@@ -129,12 +130,13 @@ impl<'a> Adapt<'a> {
         selector: &ModuleSelector,
         name: &str,
         index: usize,
+        shared: Option<&[Tensor<2>; 2]>,
     ) -> Result<Param<Tensor<2>>, LoraError> {
         let mut layer = LoraLinear::frozen(Linear { weight, bias: None });
         if selector.matches(name) {
             let config = self.config.of_module(selector, name);
             let seed = CounterRng::new(self.seed).fork(index as u64).next_u64();
-            layer = layer.with_new_adapter(&config, seed)?;
+            layer = layer.with_new_adapter_sharing(&config, seed, shared)?;
         }
         if let Some(quantization) = self.quantization {
             layer = layer.quantize(quantization)?;
@@ -143,10 +145,30 @@ impl<'a> Adapt<'a> {
     }
 }
 
+/// The matrices that the adapters of a module's selected layers share; `None` if each has its own.
+fn shared_matrices<M: Module>(
+    module: &M,
+    config: &LoraConfig,
+    selector: &ModuleSelector,
+) -> Option<[Tensor<2>; 2]> {
+    let layers = linear_layer_dims(module);
+    let device = module.devices().into_iter().next()?;
+    let selected = layers
+        .into_iter()
+        .filter(|(name, _)| selector.matches(name));
+    config.shared_matrices(selected.map(|(_, dims)| dims), &device)
+}
+
 /// The names of a module's linear layers, in order: those of type [`Linear`] and [`LoraLinear`]. A layer's name is the
 /// path of its fields, such as `layers.0.mha.query`; it is the name that `target_modules` selects.
 pub fn linear_layers<M: Module>(module: &M) -> Vec<String> {
     Layers::of(module).names
+}
+
+/// As [`linear_layers`], with `[d_in, d_out]` of each layer.
+pub fn linear_layer_dims<M: Module>(module: &M) -> Vec<(String, [usize; 2])> {
+    let Layers { names, dims, .. } = Layers::of(module);
+    names.into_iter().zip(dims).collect()
 }
 
 /// Where a walk through a module is, for visitors and mappers.
@@ -207,6 +229,7 @@ fn is_weight_of_linear((name, container): &(String, String)) -> bool {
 struct Layers {
     path: ModulePath,
     names: Vec<String>,
+    dims: Vec<[usize; 2]>,
     /// Those that have an adapter.
     adapted: Vec<String>,
 }
@@ -229,9 +252,11 @@ impl ModuleVisitor for Layers {
         self.path.leave();
     }
 
-    fn visit_float<const D: usize>(&mut self, _param: &Param<Tensor<D>>) {
+    fn visit_float<const D: usize>(&mut self, param: &Param<Tensor<D>>) {
         if self.path.is_weight_of_linear() {
+            let shape = param.lazy_shape();
             self.names.push(self.path.split().0);
+            self.dims.push([shape[0], shape[1]]);
         }
     }
 }
@@ -517,15 +542,24 @@ mod tests {
         let cases = Method::ALL.into_iter();
         let cases = cases.flat_map(|method| bases.map(|quantization| (method, quantization)));
         for (method, quantization) in cases {
-            let config = LoraConfig {
+            let mut config = LoraConfig {
                 target_modules: TargetModules::AllLinear,
-                rank_pattern: vec![("mha.key".into(), 2)],
-                alpha_pattern: vec![("mha.key".into(), 1.0)],
-                exclude_modules: Some(ExcludeModules::Names(vec!["linear_inner".into()])),
                 modules_to_save: vec!["head".into()],
                 method,
                 ..config(&[])
             };
+            let facts = method.facts();
+            let excluded = facts.has("exclude_modules");
+            if facts.has("rank_pattern") {
+                config.rank_pattern = vec![("mha.key".into(), 2)];
+                config.alpha_pattern = vec![("mha.key".into(), 1.0)];
+            } else {
+                config.lora_alpha = LoraConfig::default().lora_alpha;
+            }
+            if excluded {
+                let names = ExcludeModules::Names(vec!["linear_inner".into()]);
+                config.exclude_modules = Some(names);
+            }
             let adapt = Adapt {
                 quantization,
                 ..Adapt::new(&config)
@@ -548,12 +582,12 @@ mod tests {
             }
             let all = attached_parameters(&adapted);
             let key = all.iter().find(|layer| layer.layer.ends_with("0.mha.key"));
-            let (name, a) = &key.unwrap().parameters[0];
-            assert_eq!((name.as_str(), a.dims()), ("a", [32, 2]));
-            assert!(
-                all.iter()
-                    .all(|layer| !layer.layer.ends_with("linear_inner"))
-            );
+            if facts.shared.is_none() {
+                let (name, a) = &key.unwrap().parameters[0];
+                assert_eq!((name.as_str(), a.dims()), ("a", [32, 2]));
+            }
+            let mut names = all.iter().map(|layer| &layer.layer);
+            assert_ne!(names.any(|name| name.ends_with("linear_inner")), excluded);
             // A record holds base, factors and the trained head.
             let record = adapted.clone().into_record();
             let loaded = adapt.apply(model.clone()).unwrap().load_record(record);

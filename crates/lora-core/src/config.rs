@@ -116,7 +116,7 @@ pub struct LoraConfig {
     pub rank_pattern: Vec<(String, usize)>,
     /// Values that differ from `lora_alpha`, as `rank_pattern`.
     pub alpha_pattern: Vec<(String, f64)>,
-    /// The method, LoRA or a variant of it (PEFT's `use_dora` and the like).
+    /// The method: LoRA, a variant of it (PEFT's `use_dora`), or another `peft_type`.
     pub method: Method,
     /// Which of the base model's biases belong to the adapter.
     pub bias: Bias,
@@ -129,6 +129,12 @@ pub struct LoraConfig {
     /// Tokens whose rows of an embedding or `lm_head` weight belong to the adapter, by the end of the module's name
     /// (`embed_tokens`), in the order of the rows in the adapter's file.
     pub trainable_token_indices: Vec<(String, Vec<usize>)>,
+    /// Initial value of the vector per rank, for a method that has one.
+    pub d_initial: f64,
+    /// Seed of the matrices that all modules share, for a method that has them. The lower 32 bits count.
+    pub projection_prng_key: u64,
+    /// Whether the shared matrices are saved with the adapter. Otherwise they are made from the seed again.
+    pub save_projection: bool,
 }
 
 impl Default for LoraConfig {
@@ -154,6 +160,9 @@ impl Default for LoraConfig {
             modules_to_save: Vec::new(),
             ensure_weight_tying: false,
             trainable_token_indices: Vec::new(),
+            d_initial: 0.1,
+            projection_prng_key: 0,
+            save_projection: true,
         }
     }
 }
@@ -161,8 +170,14 @@ impl Default for LoraConfig {
 impl LoraConfig {
     /// The scale γ of the adapter: α/r, or α/√r with `use_rslora`. A module to which patterns apply has
     /// [`ModuleSelector::scale`].
+    ///
+    /// 1 for a method without α.
     pub fn scale(&self) -> f64 {
-        scale(self.r, self.lora_alpha, self.use_rslora)
+        if self.method.facts().has("lora_alpha") {
+            scale(self.r, self.lora_alpha, self.use_rslora)
+        } else {
+            1.0
+        }
     }
 
     /// Checks every field.
@@ -183,7 +198,14 @@ impl LoraConfig {
         if !(0.0..1.0).contains(&self.lora_dropout) {
             return Err(LoraError::InvalidDropout(self.lora_dropout));
         }
+        if !self.d_initial.is_finite() {
+            return Err(LoraError::InvalidInitialD(self.d_initial));
+        }
         let facts = self.method.facts();
+        if let Some(field) = self.fields_in_use().find(|field| !facts.has(field)) {
+            let method = self.method;
+            return Err(LoraError::FieldOfMethod { field, method });
+        }
         if self.lora_bias && !facts.allows_lora_bias {
             return Err(LoraError::MethodWithBias(self.method));
         }
@@ -191,6 +213,29 @@ impl LoraConfig {
             return Err(LoraError::MethodOfRest(self.init, self.method));
         }
         self.selector().map(|_| ())
+    }
+
+    /// The fields that not every method has and whose values are not the defaults.
+    fn fields_in_use(&self) -> impl Iterator<Item = &'static str> {
+        let default = Self::default();
+        let fields = [
+            ("lora_alpha", self.lora_alpha != default.lora_alpha),
+            ("use_rslora", self.use_rslora),
+            ("exclude_modules", self.exclude_modules.is_some()),
+            ("rank_pattern", !self.rank_pattern.is_empty()),
+            ("alpha_pattern", !self.alpha_pattern.is_empty()),
+            ("init_lora_weights", self.init != default.init),
+            ("ensure_weight_tying", self.ensure_weight_tying),
+            (
+                "trainable_token_indices",
+                !self.trainable_token_indices.is_empty(),
+            ),
+            ("d_initial", self.d_initial != default.d_initial),
+            ("projection_prng_key", self.projection_prng_key != 0),
+            ("save_projection", !self.save_projection),
+        ];
+        let used = fields.into_iter().filter(|(_, used)| *used);
+        used.map(|(field, _)| field)
     }
 
     /// Compiles everything that depends on a module's name: which modules are adapted, with which rank

@@ -19,15 +19,19 @@ pub struct ModuleShape {
 /// How many parameters are trainable and frozen, and their bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct ParameterCounts {
-    /// Elements of all adapters' `A` and `B`, and of their methods' vectors.
+    /// Elements of all adapters' `A` and `B`, if they are trained, and of their methods' vectors.
     pub trainable: u64,
+    /// Elements of all adapters' `A` and `B`, trained or not, each module's counted.
+    pub low_rank: u64,
+    /// Elements of the frozen matrices that all adapters share.
+    pub shared: u64,
     /// Elements of the base model.
     pub frozen: u64,
     /// Bytes of the linear modules in the decoder as stored, block scales included.
     pub linear_bytes: u64,
     /// Bytes of everything else in the base model: embedding, head, norms, biases.
     pub other_bytes: u64,
-    /// Bytes of the adapters in f32.
+    /// Bytes of the trained tensors in f32.
     pub adapter_bytes: u64,
     /// Modules that get an adapter.
     pub adapted_modules: usize,
@@ -48,6 +52,8 @@ impl ParameterCounts {
     ) -> Result<Self, LoraError> {
         config.validate()?;
         let selector = config.selector()?;
+        let facts = config.method.facts();
+        let mut largest = [0, 0];
         let mut counts = Self::default();
         for module in modules {
             let elements: usize = module.shape.iter().product();
@@ -65,9 +71,13 @@ impl ParameterCounts {
             if let Some((d_in, d_out)) = linear
                 && selector.matches(&module.name)
             {
-                let vectors = config.method.facts().vectors.len() * d_out;
-                let low_rank = selector.r(&module.name) * (d_in + d_out);
-                counts.trainable += (low_rank + vectors) as u64;
+                let r = selector.r(&module.name);
+                let vectors = facts.vectors.iter().map(|vector| vector.length(r, d_out));
+                let low_rank = r * (d_in + d_out);
+                let trained = if facts.shared.is_none() { low_rank } else { 0 };
+                counts.trainable += (trained + vectors.sum::<usize>()) as u64;
+                counts.low_rank += low_rank as u64;
+                largest = [d_in.max(largest[0]), d_out.max(largest[1])];
                 counts.adapted_modules += 1;
             }
         }
@@ -81,6 +91,9 @@ impl ParameterCounts {
         let names: Vec<&str> = linear.map(|module| module.name.as_str()).collect();
         selector.check(config, &names)?;
         counts.adapter_bytes = counts.trainable * 4;
+        if facts.shared.is_some() {
+            counts.shared = (config.r * (largest[0] + largest[1])) as u64;
+        }
         Ok(counts)
     }
 

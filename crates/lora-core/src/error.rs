@@ -42,6 +42,19 @@ pub enum LoraError {
     /// PEFT does not allow `lora_bias` with this method.
     #[error("lora_bias is set with {0}, which PEFT does not support; leave lora_bias out")]
     MethodWithBias(Method),
+    /// The initial value of the vector per rank is not a finite number.
+    #[error("d_initial is {0}; it must be a finite number (0.1 is a usual value)")]
+    InvalidInitialD(f64),
+    /// A setting that PEFT's configuration of the method does not have.
+    #[error(
+        "{field} is set, and {method} has no such setting; leave {field} out, or choose another method"
+    )]
+    FieldOfMethod {
+        /// The setting.
+        field: &'static str,
+        /// The method.
+        method: Method,
+    },
     /// Another method than the plain LoRA, dropout or an initialization from the weight on the output layer's adapter, which training does not
     /// support.
     #[error(

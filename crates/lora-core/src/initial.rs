@@ -7,6 +7,7 @@
 //! The trained adapter belongs to the changed weight. [`Factors::for_original_weight`] makes it an adapter of the
 //! original one, of twice the rank.
 
+use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::CounterRng;
 use kernels::cpu::{self, Matrix, MatrixMut, Threads};
 
@@ -76,6 +77,16 @@ impl LoraConfig {
 }
 
 impl Factors {
+    /// A and B on a device, in f32 and outside an autodiff graph.
+    pub fn on(&self, device: &Device) -> [Tensor<2>; 2] {
+        let [d_in, r, d_out] = self.shape;
+        let place = |values: &[f32], shape: [usize; 2]| {
+            let data = TensorData::new(values.to_vec(), shape);
+            Tensor::from_data(data, (device, DType::F32)).without_autodiff()
+        };
+        [place(&self.a, [d_in, r]), place(&self.b, [r, d_out])]
+    }
+
     /// Subtracts `scale · A·B` from a weight, `[d_in, d_out]` row-major.
     fn subtract_from(&self, weight: &mut [f32], scale: f64) {
         let [d_in, r, d_out] = self.shape;

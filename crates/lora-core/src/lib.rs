@@ -10,7 +10,7 @@
 //! | [`Factors`] | `initial.rs` | PiSSA and OLoRA: adapters that are a part of the weight |
 //! | [`best_factors`] | `svd.rs` | singular values; the best approximation by a lower rank |
 //! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
-//! | [`Method`], [`Adapter`] | `method/` | the methods (LoRA, DoRA), each in a file, and what each is asked for |
+//! | [`Method`], [`Adapter`] | `method/` | the methods (LoRA, DoRA, VeRA), each in a file, and what each is asked for |
 //! | [`merge`](LoraLinear::merge), [`unmerge`](LoraLinear::unmerge) | `merge.rs` | adds the adapter to a plain `Linear`, or subtracts it |
 //! | [`ModuleSelector`] | `selector.rs` | which modules of a model a configuration selects |
 //! | [`ParameterCounts`] | `count.rs` | trainable and frozen parameters from shapes alone |
@@ -52,7 +52,8 @@ mod selector;
 mod svd;
 
 pub use adapt::{
-    Adapt, Attached, ModulePath, adapt, attached_parameters, linear_layers, map_linear_weights,
+    Adapt, Attached, ModulePath, adapt, attached_parameters, linear_layer_dims, linear_layers,
+    map_linear_weights,
 };
 pub use config::{Bias, ExcludeModules, Init, LoraConfig, TargetModules};
 pub use count::{ModuleShape, ParameterCounts};
@@ -65,6 +66,6 @@ pub use kernels::{
 };
 pub use linear::LoraLinear;
 pub use manual::{LinearGroup, LinearInput, LowRank};
-pub use method::{Accumulate, Adapter, Dora, Facts, Method, Scaling};
+pub use method::{Accumulate, Adapter, Dora, Facts, Method, Scaling, Vector, Vera, Width};
 pub use selector::ModuleSelector;
 pub use svd::best_factors;

@@ -55,12 +55,36 @@ impl LoraLinear {
     /// If `config` is invalid or the layer has an adapter. If the adapter is to be taken out of the weight, as
     /// [`LoraConfig::take_out_of`], and for a quantized weight.
     pub fn with_new_adapter(self, config: &LoraConfig, seed: u64) -> Result<Self, LoraError> {
+        let device = self.weight.lazy_device();
+        let shared = config.shared_matrices([self.dims()], &device);
+        self.with_new_adapter_sharing(config, seed, shared.as_ref())
+    }
+
+    /// Adds a new adapter that shares these matrices with those of other layers. Without them, as
+    /// [`with_new_adapter`](Self::with_new_adapter). They are those of [`LoraConfig::shared_matrices`].
+    ///
+    /// # Errors
+    ///
+    /// As [`with_new_adapter`](Self::with_new_adapter), and if the matrices are smaller than the layer.
+    pub fn with_new_adapter_sharing(
+        self,
+        config: &LoraConfig,
+        seed: u64,
+        shared: Option<&[Tensor<2>; 2]>,
+    ) -> Result<Self, LoraError> {
         config.validate()?;
         if config.init.changes_weights() {
             return self.with_part_of_the_weight(config, seed);
         }
         let [d_in, d_out] = self.weight.lazy_shape().dims();
         let device = self.weight.lazy_device();
+        if let Some(shared) = shared {
+            let vectors = config.method.initial_vectors(config, d_out, &device);
+            let scale = config.scale();
+            let mut layer = self.with_adapter_of(config.method, shared.clone(), scale, vectors)?;
+            layer.dropout = AdapterDropout::new(config.lora_dropout);
+            return Ok(layer);
+        }
         // Burn keeps persistent allocations, such as parameters, in separate memory pools.
         let (a, b) = device.memory_persistent_allocations((), |_| {
             let mut rng = CounterRng::new(seed);
@@ -156,8 +180,8 @@ impl LoraLinear {
         self
     }
 
-    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]`, B `[r, d_out]` and the method's vectors,
-    /// `[1, d_out]` each. Empty without an adapter.
+    /// The adapter's trainable tensors in a fixed order: A `[d_in, r]` and B `[r, d_out]`, if they are trained, and the
+    /// method's vectors, `[1, width]` each. Empty without an adapter.
     pub fn trainable(&self) -> Vec<&Param<Tensor<2>>> {
         self.adapter()
             .map_or_else(Vec::new, |adapter| adapter.trainable())

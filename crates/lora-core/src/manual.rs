@@ -61,7 +61,7 @@ struct Adapted<'a> {
 
 impl<'a> Adapted<'a> {
     fn new(adapter: &'a dyn Adapter) -> Self {
-        let [a, b] = adapter.factors().map(Tensor::without_autodiff);
+        let [a, b] = adapter.detached_factors();
         Self {
             adapter,
             a,
@@ -315,6 +315,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         }
         if self.has_adapters() {
             match low_gradients {
+                LowGradients::Together(_) | LowGradients::Grouped(_) if !self.trains_a() => {}
                 LowGradients::Together(Some(all)) => {
                     self.shared_backward(x.tensor(), all, accumulate);
                 }
@@ -488,7 +489,14 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                 None => xa.mul_scalar(adapted.scale),
             }))
         });
-        (products, Some(all_a))
+        // A factor that is not trained is put side by side again in the backward pass: memory of a whole model's A.
+        let keeps = self.trains_a() || scale != Some(1.0);
+        (products, keeps.then_some(all_a))
+    }
+
+    /// Whether an adapter's A is trained.
+    fn trains_a(&self) -> bool {
+        self.adapted().any(|adapted| adapted.adapter.trains_a())
     }
 
     /// γ·G·Bᵀ of every adapter side by side: `[n, Σ r]`. With [`transposes_low_rank`] it is transposed, `[Σ r, n]`, and
@@ -571,9 +579,11 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             let (Some(gradient), Some(adapted)) = (gradient, &self.adapters[i]) else {
                 continue;
             };
-            let dropped = self.dropped(i, x.clone());
-            let d_a = multiply_in_f32(dropped.transpose(), gradient.clone());
-            adapted.adapter.gradient_of_a(d_a, accumulate);
+            if adapted.adapter.trains_a() {
+                let dropped = self.dropped(i, x.clone());
+                let d_a = multiply_in_f32(dropped.transpose(), gradient.clone());
+                adapted.adapter.gradient_of_a(d_a, accumulate);
+            }
             if let Some(sum) = d_input.take() {
                 let a = adapted.a.clone().cast(x.dtype()).transpose();
                 let d_dropped = multiply_add(d_dropped[i].take(), 1.0, gradient, a);
@@ -689,32 +699,41 @@ mod tests {
         normal(shape, 0.3, &mut CounterRng::new(seed), device)
     }
 
-    /// Three layers of different widths and ranks, the second without an adapter, one with a bias. With `dora` the
-    /// first layer is a DoRA.
+    /// Three layers of different widths and ranks, the second without an adapter, one with a bias. The first and the third
+    /// have these methods.
     fn layers(
         device: &Device,
         quantization: Quantization,
         dropout: f64,
-        dora: bool,
+        [first, third]: [Method; 2],
     ) -> [LoraLinear; 3] {
-        let layer = |d_out: usize, r: usize, bias: bool| {
+        let layer = |d_out: usize, r: usize, bias: bool, method: Method| {
             let linear = LinearConfig::new(64, d_out).with_bias(bias).init(device);
             let mut layer = LoraLinear::frozen(linear);
-            if r > 0 {
-                let (a, b) = (random([64, r], 1, device), random([r, d_out], 2, device));
-                layer = layer.with_adapter(a, b, 1.5).unwrap();
-            }
             layer.dropout = AdapterDropout::new(dropout);
             layer = layer.quantize(quantization).unwrap();
-            if dora && bias {
-                let magnitude = random([1, d_out], 8, device).add_scalar(2.0);
-                layer = layer
-                    .with_method(Method::Dora, Some(vec![magnitude]))
-                    .unwrap();
+            if r > 0 {
+                // Shared matrices are wider than the layer.
+                let wider = if method.facts().shared.is_some() {
+                    16
+                } else {
+                    0
+                };
+                let a = random([64 + wider, r], 1, device);
+                let b = random([r, d_out + wider], 2, device);
+                let vectors = method.facts().vectors.iter();
+                let vectors = vectors
+                    .map(|vector| random([1, vector.length(r, d_out)], 8, device).add_scalar(2.0));
+                let vectors = Some(vectors.collect());
+                layer = layer.with_adapter_of(method, [a, b], 1.5, vectors).unwrap();
             }
             layer
         };
-        [layer(96, 4, true), layer(32, 0, false), layer(64, 7, false)]
+        [
+            layer(96, 4, true, first),
+            layer(32, 0, false, first),
+            layer(64, 7, false, third),
+        ]
     }
 
     fn distance(a: &Tensor<2>, b: &Tensor<2>) -> f32 {
@@ -726,8 +745,16 @@ mod tests {
     fn outputs_and_gradients_are_those_of_the_autodiff_graph() {
         let device = Device::flex().autodiff();
         for quantization in [Quantization::None, Quantization::Bits8] {
-            for (dropout, dora) in [(0.0, false), (0.3, false), (0.0, true), (0.3, true)] {
-                let layers = layers(&device, quantization, dropout, dora);
+            for (dropout, methods) in [
+                (0.0, [Method::Lora, Method::Lora]),
+                (0.3, [Method::Lora, Method::Lora]),
+                (0.0, [Method::Dora, Method::Lora]),
+                (0.3, [Method::Dora, Method::Lora]),
+                (0.0, [Method::Vera, Method::Lora]),
+                (0.0, [Method::Vera, Method::Vera]),
+                (0.3, [Method::Vera, Method::Vera]),
+            ] {
+                let layers = layers(&device, quantization, dropout, methods);
                 let seeds = [Some(5), Some(6), Some(7)];
                 let x = random([9, 64], 3, &device).require_grad();
                 let gradients = [96, 32, 64].map(|width| random([9, width], width as u64, &device));
@@ -767,8 +794,11 @@ mod tests {
                 );
                 // f32 sums of up to 96 products in another order.
                 assert!(distance(&d_input.unwrap(), &x.grad(&reference).unwrap()) < 2e-6);
-                assert_eq!(accumulated.len(), if dora { 5 } else { 4 });
-                for param in layers.iter().flat_map(LoraLinear::trainable) {
+                let trainable: Vec<_> = layers.iter().flat_map(LoraLinear::trainable).collect();
+                let dora = methods.contains(&Method::Dora);
+                assert_eq!(trainable.len(), if dora { 5 } else { 4 });
+                assert_eq!(accumulated.len(), trainable.len());
+                for param in trainable {
                     let expected = param.val().grad(&reference).unwrap();
                     assert!(distance(&accumulated[&param.id], &expected) < 2e-6);
                 }

@@ -68,7 +68,7 @@ impl LoraLinear {
     /// `γ·A·B`, `[d_in, d_out]`: what the adapter adds to the weight, outside the autodiff graph.
     pub fn adapter_delta(&self) -> Option<Tensor<2>> {
         self.adapter().map(|adapter| {
-            let [a, b] = adapter.factors().map(Tensor::without_autodiff);
+            let [a, b] = adapter.detached_factors();
             a.matmul(b).mul_scalar(adapter.scale())
         })
     }

@@ -21,6 +21,8 @@ pub struct ModuleSelector {
     r: usize,
     alpha: f64,
     use_rslora: bool,
+    /// Whether the method has a scale γ.
+    scaled: bool,
     bias: Bias,
 }
 
@@ -120,6 +122,7 @@ impl ModuleSelector {
             r: config.r,
             alpha: config.lora_alpha,
             use_rslora: config.use_rslora,
+            scaled: config.method.facts().has("lora_alpha"),
             bias: config.bias,
         })
     }
@@ -234,9 +237,13 @@ impl ModuleSelector {
         first(&self.alphas, name).unwrap_or(self.alpha)
     }
 
-    /// The scale γ of this module's adapter: α/r, or α/√r with `use_rslora`.
+    /// The scale γ of this module's adapter: α/r, or α/√r with `use_rslora`; 1 for a method without α.
     pub fn scale(&self, name: &str) -> f64 {
-        scale(self.r(name), self.alpha(name), self.use_rslora)
+        if self.scaled {
+            scale(self.r(name), self.alpha(name), self.use_rslora)
+        } else {
+            1.0
+        }
     }
 }
 

@@ -66,7 +66,11 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
             lora.lora_dropout
         },
         peft_use_rslora: lora.use_rslora,
+        peft_type: Method::of_peft_type(lora.method.facts().peft_type).unwrap_or_default(),
         peft_use_dora: lora.method.facts().flag == Some("use_dora"),
+        projection_prng_key: lora.projection_prng_key,
+        save_projection: lora.save_projection,
+        d_initial: lora.d_initial,
         target_modules: lora.target_modules,
         layers_to_transform: lora.layers_to_transform,
         exclude_modules: lora.exclude_modules,

@@ -11,6 +11,7 @@ use sha2::{Digest, Sha256};
 
 use crate::metrics::Scores;
 use hub::HubName;
+use lora_core::Method;
 use run_config::Config;
 use terminal::human;
 
@@ -117,7 +118,8 @@ impl ModelCard<'_> {
     fn text(&self) -> String {
         let base = &self.config.base_model;
         let name = HubName::parse(base).filter(|_| !Path::new(base).exists());
-        let mut card = front_matter(name.as_ref());
+        let method = self.config.lora_config().method;
+        let mut card = front_matter(name.as_ref(), method);
         let title = self.config.output_dir.file_name();
         let title = title.map_or_else(
             || "adapter".into(),
@@ -125,7 +127,7 @@ impl ModelCard<'_> {
         );
         card += &format!("\n# {}\n\n", plain(&title));
         card += &format!(
-            "A LoRA adapter for {}, in [PEFT's](https://huggingface.co/docs/peft) format, {} trainable parameters.\n",
+            "A {method} adapter for {}, in [PEFT's](https://huggingface.co/docs/peft) format, {} trainable parameters.\n",
             self.base(name.as_ref()),
             human::count(self.trainable)
         );
@@ -251,7 +253,7 @@ impl ModelCard<'_> {
 
 /// The front matter that the Hub reads, as PEFT 0.21 writes it. A base model whose name cannot be a
 /// Hub name is left out, because the Hub refuses such a card.
-fn front_matter(name: Option<&HubName>) -> String {
+fn front_matter(name: Option<&HubName>, method: Method) -> String {
     let mut text = "---\n".to_string();
     if let Some(name) = name {
         text += &format!("base_model: {}\n", quoted(&name.repository));
@@ -261,7 +263,11 @@ fn front_matter(name: Option<&HubName>) -> String {
         let tag = format!("base_model:adapter:{}", name.repository);
         text += &format!("- {}\n", quoted(&tag));
     }
-    text + "- lora\n- transformers\n---\n"
+    // As PEFT, which has no tag for other types.
+    if method.facts().peft_type == Method::default().facts().peft_type {
+        text += "- lora\n";
+    }
+    text + "- transformers\n---\n"
 }
 
 /// The last part of a path: the name of the file or folder.

@@ -138,6 +138,24 @@ const OF_TOKEN: u64 = 512;
 /// in PEFT's layout, and the best one so far.
 const COPIES: u64 = 5;
 
+/// Copies of the frozen matrices of the adapters while these are saved: on the host, and in PEFT's layout.
+const COPIES_OF_SHARED: u64 = 2;
+
+/// Elements of B of all adapted modules of a layer, each with its own vectors, and of their gradients.
+fn of_one_layer(model: &LlamaConfig, lora: &LoraConfig) -> Result<u64, LoraError> {
+    let selector = lora.selector()?;
+    let in_layer = |layer: usize| {
+        let linears = model.layer_linears().into_iter();
+        let adapted = linears
+            .filter(|linear| selector.matches(&format!("model.layers.{layer}.{}", linear.name)));
+        adapted
+            .map(|linear| 2 * lora.r * linear.d_out)
+            .sum::<usize>()
+    };
+    let most = (0..model.num_hidden_layers).map(in_layer).max();
+    Ok(most.unwrap_or(0) as u64)
+}
+
 impl Plan {
     /// Plans a run of `model`.
     ///
@@ -154,7 +172,8 @@ impl Plan {
             bytes: copies * counts.adapter_bytes,
         };
         let peak = activations::peak(model, options, counts.adapter_bytes)?;
-        let adapters = vec![
+        let mut step = peak.step;
+        let mut adapters = vec![
             Part {
                 parameters: Some(counts.trainable),
                 ..adapter(&options.adapter_name(), 1)
@@ -165,11 +184,21 @@ impl Plan {
             },
             adapter("AdamW moments", 2),
         ];
+        if counts.shared > 0 {
+            adapters.push(Part {
+                bytes: 4 * counts.shared,
+                ..adapter("frozen matrices of the adapters", 1)
+            });
+            step.push(Part {
+                bytes: 4 * of_one_layer(model, &options.lora)?,
+                ..adapter("matrices of a layer's adapters", 1)
+            });
+        }
         Ok(Self {
             counts,
             base,
             adapters,
-            step: peak.step,
+            step,
             phase: peak.phase,
             program: if options.on_gpu {
                 0
@@ -180,7 +209,7 @@ impl Plan {
             saving: Part {
                 name: "while saving (a second copy of adapters and moments)".into(),
                 parameters: None,
-                bytes: COPIES * counts.adapter_bytes,
+                bytes: COPIES * counts.adapter_bytes + COPIES_OF_SHARED * 4 * counts.shared,
             },
         })
     }

@@ -249,8 +249,9 @@ fn by_tensor(adapter: &AdapterTensors) -> BTreeMap<String, Vec<f32>> {
         let [a, b] = tensor_names(module);
         let vectors = pair.vectors.iter();
         let vectors = vectors.map(|(name, values)| (vector_name(module, name), values.clone()));
-        let factors = [(a, pair.a.clone()), (b, pair.b.clone())];
-        factors.into_iter().chain(vectors)
+        let factors = [(a, pair.a.clone()), (b, pair.b.clone())].into_iter();
+        let factors = factors.filter(|_| pair.has_matrices());
+        factors.chain(vectors)
     });
     named.collect()
 }

@@ -7,7 +7,7 @@ use llama_burn::Llama;
 
 use super::ParityError;
 use data::Batch;
-use peft::{tensor_names, vector_name};
+use peft::trained_names;
 use train_step::gradients::{self, AdapterGradients, PassOptions};
 use train_step::loraplus_rates;
 use train_step::optimizer::AdamW;
@@ -34,12 +34,10 @@ pub(super) fn gradients(
     gradients::accumulate(model, batch, options(gradient_checkpointing), &mut sums);
     let tokens = sums.totals().tokens as f64;
     let adapter = model.linears().find_map(|(_, linear)| linear.adapter());
-    let vectors = adapter.map_or(&[][..], |adapter| adapter.method().facts().vectors);
+    let method = adapter.map(|adapter| adapter.method()).unwrap_or_default();
     let mut named = BTreeMap::new();
     for (module, params) in model.trainable() {
-        let vectors = vectors.iter().map(|vector| vector_name(&module, vector));
-        let names = tensor_names(&module).into_iter().chain(vectors);
-        for (name, param) in names.zip(params) {
+        for (name, param) in trained_names(&module, method).into_iter().zip(params) {
             let sum = sums
                 .get(param.id)
                 .ok_or_else(|| ParityError::NoGradient { name: name.clone() })?;

@@ -14,7 +14,7 @@ const PREFIX: &str = "base_model.model.";
 
 /// Every module of `model` that can have an adapter, with `[d_in, d_out]`: the linear ones, the embedding
 /// and the output layer. The output layer is a separate module even if it is tied.
-fn widths(model: &LlamaConfig) -> BTreeMap<String, [usize; 2]> {
+pub(super) fn widths(model: &LlamaConfig) -> BTreeMap<String, [usize; 2]> {
     let (vocab, hidden) = (model.vocab_size, model.hidden_size);
     let layers = (0..model.num_hidden_layers).flat_map(|layer| {
         let linears = model.layer_linears().into_iter();
@@ -66,6 +66,17 @@ impl AdapterTensors {
                         .into(),
             });
         }
+        let facts = lora.method.facts();
+        let table = [EMBEDDING, HEAD]
+            .into_iter()
+            .find(|module| selected(module));
+        if let (Some(module), Some(_)) = (table, facts.shared) {
+            return Err(AdapterError::Config {
+                field: "target_modules".into(),
+                got: module.into(),
+                expected: format!("linear modules of the decoder layers with {}", facts.name),
+            });
+        }
         if let Some(module) = self.modules.keys().find(|module| !selected(module)) {
             let [name, _] = tensor_names(module);
             return Err(AdapterError::Unexpected { name });
@@ -80,7 +91,7 @@ impl AdapterTensors {
             };
             // The names and shapes are those of the file, where the matrices are transposed.
             let r = selector.r(module);
-            if (pair.r, pair.d_in) != (r, *d_in) {
+            if facts.shared.is_none() && (pair.r, pair.d_in) != (r, *d_in) {
                 let got = [pair.r, pair.d_in];
                 return Err(AdapterError::shape(a_name, &[r, *d_in], &got));
             }
@@ -88,18 +99,22 @@ impl AdapterTensors {
                 let got = [pair.d_out, pair.r];
                 return Err(AdapterError::shape(b_name, &[*d_out, r], &got));
             }
-            let asked = lora.method.facts().vectors;
+            if let Some(shared) = &self.shared {
+                shared.check([*d_in, *d_out])?;
+            }
             let vectors = all_vectors().map(|vector| {
                 let values = pair.vectors.get(vector);
-                (asked.contains(&vector), values, vector_name(module, vector))
+                let length = facts.vector(vector).map(|vector| vector.length(r, *d_out));
+                (length, values, vector_name(module, vector))
             });
-            let bias = (lora.lora_bias, pair.bias.as_ref(), bias_name(module));
-            for (asked, values, name) in vectors.chain([bias]) {
-                match (asked, values) {
-                    (true, None) => return Err(AdapterError::Missing { name }),
-                    (false, Some(_)) => return Err(AdapterError::Unexpected { name }),
-                    (true, Some(values)) if values.len() != *d_out => {
-                        return Err(AdapterError::shape(name, &[*d_out], &[values.len()]));
+            let bias = lora.lora_bias.then_some(*d_out);
+            let bias = (bias, pair.bias.as_ref(), bias_name(module));
+            for (length, values, name) in vectors.chain([bias]) {
+                match (length, values) {
+                    (Some(_), None) => return Err(AdapterError::Missing { name }),
+                    (None, Some(_)) => return Err(AdapterError::Unexpected { name }),
+                    (Some(length), Some(values)) if values.len() != length => {
+                        return Err(AdapterError::shape(name, &[length], &[values.len()]));
                     }
                     _ => {}
                 }

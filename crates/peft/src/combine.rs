@@ -43,6 +43,13 @@ pub enum CombineError {
         "{name}: {field} is set, and its update is not a low-rank product that could be weighted; merge this adapter into its base model instead"
     )]
     Field { name: String, field: &'static str },
+    #[error(
+        "{name}: peft_type is {peft_type}, whose file does not hold the matrices of each module; merge this adapter into its base model instead"
+    )]
+    Shared {
+        name: String,
+        peft_type: &'static str,
+    },
     #[error("{name}: it replaces {tensor}, which cannot be weighted")]
     Whole { name: String, tensor: String },
     #[error(
@@ -166,6 +173,12 @@ fn check(adapter: &Weighted) -> Result<ModuleSelector, CombineError> {
     }
     let lora = &config.lora;
     let facts = lora.method.facts();
+    if facts.shared.is_some() {
+        return Err(CombineError::Shared {
+            name: name.clone(),
+            peft_type: facts.peft_type,
+        });
+    }
     let fields = [
         (
             facts.flag.unwrap_or(facts.name),

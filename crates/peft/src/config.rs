@@ -1,7 +1,7 @@
 //! Reads and writes `adapter_config.json` as PEFT 0.21 does.
 
 use llama_burn::limited::clipped;
-use lora_core::{Bias, ExcludeModules, Init, LoraConfig, Method, TargetModules};
+use lora_core::{Bias, ExcludeModules, Facts, Init, LoraConfig, Method, TargetModules};
 use serde_json::{Map, Value, json};
 
 use super::AdapterError;
@@ -16,7 +16,7 @@ pub struct AdapterConfig {
 }
 
 /// Fields that do not change what the adapter computes, whatever their value.
-const HARMLESS: [&str; 11] = [
+const HARMLESS: [&str; 12] = [
     "auto_mapping",
     "revision",
     "peft_version",
@@ -27,6 +27,8 @@ const HARMLESS: [&str; 11] = [
     "base_model_class",
     // Where factors are kept while they are loaded.
     "runtime_config",
+    // An adapter that is saved is no longer initialized.
+    "init_weights",
     // Settings of initializations that leave the base weights unchanged. Others are rejected.
     "eva_config",
     "corda_config",
@@ -34,7 +36,7 @@ const HARMLESS: [&str; 11] = [
 ];
 
 /// Fields that are read, or that are rejected with a specific reason.
-const HANDLED: [&str; 21] = [
+const HANDLED: [&str; 24] = [
     "peft_type",
     "task_type",
     "base_model_name_or_path",
@@ -56,14 +58,18 @@ const HANDLED: [&str; 21] = [
     "ensure_weight_tying",
     "trainable_token_indices",
     "peft_version",
+    "d_initial",
+    "projection_prng_key",
+    "save_projection",
 ];
 
 impl AdapterConfig {
     /// Returns the file's content, with every field that PEFT needs to load the adapter unchanged.
     pub fn to_json(&self) -> Value {
         let lora = &self.lora;
+        let facts = lora.method.facts();
         let mut fields = json!({
-            "peft_type": "LORA",
+            "peft_type": facts.peft_type,
             "task_type": "CAUSAL_LM",
             "auto_mapping": null,
             "base_model_name_or_path": self.base_model_name_or_path,
@@ -95,16 +101,26 @@ impl AdapterConfig {
                 init => json!(init.to_string()),
             },
             "bias": match lora.bias {
-                Bias::None => "none",
-                Bias::All => "all",
-                Bias::LoraOnly => "lora_only",
+                Bias::None => "none".into(),
+                Bias::All => "all".into(),
+                Bias::LoraOnly => adapted_only(facts),
             },
+            "d_initial": lora.d_initial,
+            "projection_prng_key": lora.projection_prng_key,
+            "save_projection": lora.save_projection,
             "lora_bias": lora.lora_bias,
             "fan_in_fan_out": false,
         });
         for method in Method::ALL {
             if let Some(flag) = method.facts().flag {
                 fields[flag] = json!(method == lora.method);
+            }
+        }
+        if let Value::Object(fields) = &mut fields {
+            fields.retain(|field, _| facts.has(field));
+            for (ours, theirs) in facts.renamed {
+                let value = fields.remove(*ours);
+                fields.extend(value.map(|value| (theirs.to_string(), value)));
             }
         }
         fields
@@ -127,19 +143,26 @@ impl AdapterConfig {
                 reason: "the file is not a JSON object".into(),
             });
         };
-        let fields = Fields(fields);
-        fields.must_be("peft_type", &[json!("LORA")], true)?;
-        fields.must_be("task_type", &[json!("CAUSAL_LM"), Value::Null], false)?;
+        let facts = Method::default().facts();
+        let mut fields = Fields { fields, facts };
+        let mut method = fields.required("peft_type", &peft_types(), |value| {
+            Method::of_peft_type(value.as_str()?)
+        })?;
+        let facts = method.facts();
+        fields.facts = facts;
+        fields.must_be("task_type", &[json!("CAUSAL_LM"), Value::Null])?;
         let fan = fields.optional("fan_in_fan_out", "true or false", Value::as_bool)?;
         if fan == Some(true) {
             log::warn!(
                 "the adapter's fan_in_fan_out is true, which is for other layers; as in PEFT, it is false for linear layers"
             );
         }
-        for (field, value) in &fields.0 {
-            let known = HANDLED.contains(&field.as_str())
+        for (field, value) in &fields.fields {
+            let handled = HANDLED.iter().filter(|name| facts.has(name));
+            let mut handled = handled.map(|name| facts.field(name));
+            let known = handled.any(|name| name == field)
                 || HARMLESS.contains(&field.as_str())
-                || Method::of_flag(field).is_some();
+                || (Method::of_flag(field).is_some() && facts.has(field));
             if !known && !is_off(value) {
                 return Err(invalid(
                     field,
@@ -150,7 +173,6 @@ impl AdapterConfig {
         }
         let on = |field| fields.optional(field, "true or false", Value::as_bool);
         let names = |field| fields.optional(field, "a list of names", as_names);
-        let mut method = Method::default();
         for other in Method::ALL {
             if let Some(flag) = other.facts().flag
                 && on(flag)? == Some(true)
@@ -160,7 +182,11 @@ impl AdapterConfig {
         }
         let lora = LoraConfig {
             r: fields.required("r", "a whole number of at least 1", as_index)?,
-            lora_alpha: fields.required("lora_alpha", "a positive number", Value::as_f64)?,
+            lora_alpha: if facts.has("lora_alpha") {
+                fields.required("lora_alpha", "a positive number", Value::as_f64)?
+            } else {
+                LoraConfig::default().lora_alpha
+            },
             lora_dropout: fields
                 .optional("lora_dropout", "a number", Value::as_f64)?
                 .unwrap_or(0.0),
@@ -207,8 +233,17 @@ impl AdapterConfig {
                 })?
                 .unwrap_or_default(),
             bias: fields
-                .optional("bias", "\"none\", \"all\" or \"lora_only\"", as_bias)?
+                .optional("bias", "\"none\", \"all\" or \"lora_only\"", |value| {
+                    as_bias(value, facts)
+                })?
                 .unwrap_or_default(),
+            d_initial: fields
+                .optional("d_initial", "a number", Value::as_f64)?
+                .unwrap_or(LoraConfig::default().d_initial),
+            projection_prng_key: fields
+                .optional("projection_prng_key", "a whole number", Value::as_u64)?
+                .unwrap_or_default(),
+            save_projection: on("save_projection")?.unwrap_or(true),
             modules_to_save: names("modules_to_save")?.unwrap_or_default(),
             trainable_token_indices: fields
                 .optional(
@@ -306,13 +341,28 @@ fn as_tokens(value: &Value) -> Option<Vec<(String, Vec<usize>)>> {
     }
 }
 
-fn as_bias(value: &Value) -> Option<Bias> {
+fn as_bias(value: &Value, facts: &Facts) -> Option<Bias> {
     match value.as_str()? {
         "none" => Some(Bias::None),
         "all" => Some(Bias::All),
-        "lora_only" => Some(Bias::LoraOnly),
+        only if only == adapted_only(facts) => Some(Bias::LoraOnly),
         _ => None,
     }
+}
+
+/// PEFT's word for the biases of adapted modules.
+fn adapted_only(facts: &Facts) -> String {
+    format!("{}_only", facts.peft_type.to_lowercase())
+}
+
+/// The supported values of `peft_type`.
+fn peft_types() -> String {
+    let plain = Method::ALL.into_iter().map(Method::facts);
+    let plain = plain.filter(|facts| facts.flag.is_none());
+    let types: Vec<String> = plain
+        .map(|facts| format!("{:?}", facts.peft_type))
+        .collect();
+    types.join(" or ")
 }
 
 fn as_init(value: &Value) -> Option<Init> {
@@ -360,7 +410,11 @@ fn invalid(field: &str, got: &Value, expected: &str) -> AdapterError {
     }
 }
 
-struct Fields(Map<String, Value>);
+/// The fields of the file, under the names that the method gives to those of [`LoraConfig`].
+struct Fields {
+    fields: Map<String, Value>,
+    facts: &'static Facts,
+}
 
 impl Fields {
     fn optional<T>(
@@ -369,7 +423,9 @@ impl Fields {
         expected: &str,
         read: impl Fn(&Value) -> Option<T>,
     ) -> Result<Option<T>, AdapterError> {
-        match self.0.get(field) {
+        let known = self.facts.has(field);
+        let field = self.facts.field(field);
+        match self.fields.get(field).filter(|_| known) {
             None | Some(Value::Null) => Ok(None),
             Some(value) => match read(value) {
                 Some(read) => Ok(Some(read)),
@@ -386,23 +442,18 @@ impl Fields {
     ) -> Result<T, AdapterError> {
         self.optional(field, expected, read)?
             .ok_or_else(|| AdapterError::Config {
-                field: field.into(),
+                field: self.facts.field(field).into(),
                 got: "nothing".into(),
                 expected: expected.into(),
             })
     }
 
-    fn must_be(&self, field: &str, allowed: &[Value], required: bool) -> Result<(), AdapterError> {
-        let missing = Value::Null;
-        let value = match self.0.get(field) {
-            None if !required => return Ok(()),
-            None => &missing,
-            Some(value) => value,
-        };
-        if allowed.contains(value) {
-            Ok(())
-        } else {
-            Err(invalid(field, value, &allowed[0].to_string()))
+    fn must_be(&self, field: &str, allowed: &[Value]) -> Result<(), AdapterError> {
+        match self.fields.get(field) {
+            Some(value) if !allowed.contains(value) => {
+                Err(invalid(field, value, &allowed[0].to_string()))
+            }
+            _ => Ok(()),
         }
     }
 }

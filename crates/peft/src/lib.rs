@@ -12,6 +12,7 @@ mod initial;
 mod merged;
 mod model;
 mod module;
+mod shared;
 mod tensors;
 mod token_rows;
 
@@ -25,8 +26,11 @@ pub use combine::{Combination, CombineError, Weighted, combine};
 pub use config::AdapterConfig;
 pub use floats::Floats;
 pub use module::{load_module, save_module};
+pub use shared::Shared;
 pub use tensors::read_floats;
-pub use tensors::{AdapterPair, AdapterTensors, WholeTensor, tensor_names, vector_name};
+pub use tensors::{
+    AdapterPair, AdapterTensors, WholeTensor, tensor_names, trained_names, vector_name,
+};
 pub use token_rows::{check_tokens, name_tables, trains_embedding, with_fresh_rows};
 
 /// Name of the file with an adapter's settings.
@@ -199,7 +203,16 @@ pub fn write_adapter(
     config: &AdapterConfig,
     tensors: &AdapterTensors,
 ) -> Result<(), AdapterError> {
-    tensors.write(&folder.join(WEIGHTS_FILE))?;
+    let weights = folder.join(WEIGHTS_FILE);
+    if tensors.shared.is_some() && !config.lora.save_projection {
+        let without = AdapterTensors {
+            shared: None,
+            ..tensors.clone()
+        };
+        without.write(&weights)?;
+    } else {
+        tensors.write(&weights)?;
+    }
     let text = format!("{:#}\n", config.to_json());
     replace_file(&folder.join(CONFIG_FILE), text.as_bytes())
 }

@@ -67,7 +67,7 @@ impl AdapterTensors {
             Some(whole) => whole.to_vec(),
             None => values,
         };
-        if let Some(pair) = self.modules.get(module_of(tensor)) {
+        if let Some(pair) = self.low_rank(model, lora, module_of(tensor)) {
             let scale = lora.selector()?.scale(module_of(tensor));
             pair.merge_into(&mut values, tensor, scale, lora.method)?;
         }
@@ -94,7 +94,7 @@ impl AdapterTensors {
             return Ok(base.to_vec());
         }
         let mut values = values;
-        if let Some(pair) = self.modules.get(module_of(tensor)) {
+        if let Some(pair) = self.low_rank(model, lora, module_of(tensor)) {
             let scale = lora.selector()?.scale(module_of(tensor));
             pair.take_out_of(&mut values, tensor, scale, lora.method, base)?;
         }
@@ -207,7 +207,8 @@ impl AdapterPair {
             }
         }
         let vectors = method.facts().vectors.iter();
-        let vectors = vectors.map(|name| self.vectors.get(name).map_or(&[][..], Vec::as_slice));
+        let vectors =
+            vectors.map(|vector| self.vectors.get(vector.name).map_or(&[][..], Vec::as_slice));
         method.output_factors(&vectors.collect::<Vec<_>>(), &squares)
     }
 

@@ -1,13 +1,17 @@
 //! Moves an adapter between the host and a model.
 
+use std::collections::BTreeMap;
+
 use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, HeadAdapter, Llama};
-use lora_core::{AdapterDropout, LoraConfig, LoraError, LoraLinear, Method};
+use lora_core::{AdapterDropout, Factors, LoraConfig, LoraError, LoraLinear, Method, Vector};
 
 use super::check::HEAD;
 use super::tensors::{EMBEDDING, bias_name, token_rows_name};
-use super::{AdapterError, AdapterPair, AdapterTensors, WholeTensor, tensor_names, vector_name};
+use super::{
+    AdapterError, AdapterPair, AdapterTensors, Shared, WholeTensor, tensor_names, vector_name,
+};
 
 impl AdapterTensors {
     /// Reads every adapter of `model` to the host, in f32, without the parts that [`put_on`](Self::put_on)
@@ -23,11 +27,22 @@ impl AdapterTensors {
                 continue;
             };
             let [a_name, b_name] = tensor_names(&module);
-            let ([a, b], r, [d_in, d_out]) = (on_layer.factors(), on_layer.rank(), linear.dims());
-            let (a, b) = (read(&a_name, a)?, read(&b_name, b)?);
-            let mut pair = AdapterPair::new(d_in, r, d_out, a, b);
-            let vectors = on_layer.method().facts().vectors.iter();
-            for (name, vector) in vectors.zip(on_layer.trainable().into_iter().skip(2)) {
+            let (r, [d_in, d_out]) = (on_layer.rank(), linear.dims());
+            let facts = on_layer.method().facts();
+            let mut pair = match (on_layer.shared(), facts.shared) {
+                (Some(shared), Some(names)) => {
+                    if adapter.shared.is_none() {
+                        adapter.shared = Some(read_shared(names, shared)?);
+                    }
+                    AdapterPair::of_vectors(r, d_out, BTreeMap::new())
+                }
+                _ => {
+                    let [a, b] = on_layer.factors();
+                    let (a, b) = (read(&a_name, a)?, read(&b_name, b)?);
+                    AdapterPair::new(d_in, r, d_out, a, b)
+                }
+            };
+            for (Vector { name, .. }, vector) in facts.vectors.iter().zip(on_layer.vectors()) {
                 let values = read(&vector_name(&module, name), vector.val())?;
                 pair.vectors.insert(name, values);
             }
@@ -75,12 +90,19 @@ impl AdapterTensors {
             let [a, b] = pair.place(&device);
             HeadAdapter::new(a, b, selector.scale(HEAD))
         });
+        let made = match self.shared {
+            Some(_) => None,
+            None => self.made_for(&model.config, lora),
+        };
+        let shared = self.shared.as_ref().or(made.as_ref());
+        let shared = shared.map(|shared| shared.factors.on(&device));
         for (module, linear) in model.linears_mut() {
             let Some(pair) = self.modules.get(&module) else {
                 continue;
             };
             let scale = selector.scale(&module);
-            let adapted = pair.put_on(linear.clone(), lora.method, scale, &device);
+            let linear_before = linear.clone();
+            let adapted = pair.put_on(linear_before, lora.method, scale, &device, shared.as_ref());
             *linear = adapted.map_err(|error| in_module(error, &module))?;
             linear.dropout = AdapterDropout::new(lora.lora_dropout);
             if let Some(bias) = &pair.bias {
@@ -160,13 +182,16 @@ impl AdapterPair {
         method: Method,
         scale: f64,
         device: &Device,
+        shared: Option<&[Tensor<2>; 2]>,
     ) -> Result<LoraLinear, LoraError> {
-        let [a, b] = self.place(device);
-        let adapted = linear.with_adapter(a, b, scale)?;
+        let matrices = match shared {
+            Some(shared) => shared.clone(),
+            None => self.place(device),
+        };
         let vectors = method.facts().vectors.iter();
-        let vectors = vectors.filter_map(|name| self.vectors.get(name));
-        let vectors = vectors.map(|vector| place(vector, [1, self.d_out], device));
-        adapted.with_method(method, Some(vectors.collect()))
+        let vectors = vectors.filter_map(|vector| self.vectors.get(vector.name));
+        let vectors = vectors.map(|vector| place(vector, [1, vector.len()], device));
+        linear.with_adapter_of(method, matrices, scale, Some(vectors.collect()))
     }
 
     /// A and B on a device.
@@ -181,6 +206,18 @@ impl AdapterPair {
 fn place(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {
     let data = TensorData::new(values.to_vec(), shape);
     Tensor::from_data(data, (device, DType::F32))
+}
+
+/// The matrices that all modules share, on the host.
+fn read_shared(names: [&'static str; 2], shared: [Tensor<2>; 2]) -> Result<Shared, AdapterError> {
+    let [a, b] = shared;
+    let ([d_in, r], [_, d_out]) = (a.dims(), b.dims());
+    let factors = Factors {
+        a: read(names[0], a)?,
+        b: read(names[1], b)?,
+        shape: [d_in, r, d_out],
+    };
+    Ok(Shared { names, factors })
 }
 
 pub(super) fn read(name: &str, tensor: Tensor<2>) -> Result<Vec<f32>, AdapterError> {

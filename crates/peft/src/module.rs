@@ -10,13 +10,13 @@ use burn::module::{Module, ModuleMapper, ModuleVisitor, Param};
 use burn::nn::Linear;
 use burn::tensor::{DType, Tensor, TensorData};
 use lora_core::{
-    LoraConfig, LoraLinear, ModulePath, ModuleSelector, attached_parameters, linear_layers,
-    map_linear_weights,
+    LoraConfig, LoraLinear, ModulePath, ModuleSelector, attached_parameters, linear_layer_dims,
+    linear_layers, map_linear_weights,
 };
 
 use super::model::{in_module, read};
 use super::{
-    AdapterConfig, AdapterError, AdapterPair, AdapterTensors, WholeTensor, read_adapter,
+    AdapterConfig, AdapterError, AdapterPair, AdapterTensors, Shared, WholeTensor, read_adapter,
     tensor_names, write_adapter,
 };
 
@@ -53,6 +53,7 @@ pub fn load_module<M: Module>(
 /// The adapters and trained parameters of a module.
 fn of_module<M: Module>(module: &M, lora: &LoraConfig) -> Result<AdapterTensors, AdapterError> {
     let mut tensors = AdapterTensors::default();
+    let dims: BTreeMap<String, [usize; 2]> = linear_layer_dims(module).into_iter().collect();
     for attached in attached_parameters(module) {
         let find = |name: &str| {
             let mut all = attached.parameters.iter();
@@ -60,14 +61,21 @@ fn of_module<M: Module>(module: &M, lora: &LoraConfig) -> Result<AdapterTensors,
                 .map(|(_, tensor)| tensor)
         };
         let [a_name, b_name] = tensor_names(&attached.layer);
-        let (Some(a), Some(b)) = (find("a"), find("b")) else {
-            return Err(AdapterError::Unexpected { name: a_name });
+        let mut pair = match (find("a"), find("b")) {
+            (Some(a), Some(b)) => {
+                let ([d_in, r], [_, d_out]) = (a.dims(), b.dims());
+                let (a, b) = (read(&a_name, a.clone())?, read(&b_name, b.clone())?);
+                AdapterPair::new(d_in, r, d_out, a, b)
+            }
+            _ if lora.method.facts().shared.is_some() => {
+                let layer = dims.get(&attached.layer).copied();
+                let [_, d_out] = layer.unwrap_or_default();
+                AdapterPair::of_vectors(lora.r, d_out, BTreeMap::new())
+            }
+            _ => return Err(AdapterError::Unexpected { name: a_name }),
         };
-        let ([d_in, r], [_, d_out]) = (a.dims(), b.dims());
-        let (a, b) = (read(&a_name, a.clone())?, read(&b_name, b.clone())?);
-        let mut pair = AdapterPair::new(d_in, r, d_out, a, b);
         // The parameters that are not A or B are the method's vectors, in the method's order.
-        let names = lora.method.facts().vectors.iter();
+        let names = lora.method.facts().vectors.iter().map(|vector| vector.name);
         let others = attached.parameters.iter();
         let others = others.filter(|(name, _)| name != "a" && name != "b");
         for (name, (_, vector)) in names.zip(others) {
@@ -75,6 +83,11 @@ fn of_module<M: Module>(module: &M, lora: &LoraConfig) -> Result<AdapterTensors,
         }
         tensors.modules.insert(attached.layer.clone(), pair);
     }
+    let adapted = tensors
+        .modules
+        .keys()
+        .filter_map(|name| dims.get(name).copied());
+    tensors.shared = Shared::of_seed(lora, adapted);
     let mut whole = Whole {
         path: ModulePath::default(),
         selector: lora.selector()?,
@@ -119,15 +132,47 @@ fn put_on<M: Module>(
         return Err(AdapterError::Unexpected { name });
     }
     let selector: ModuleSelector = lora.selector()?;
+    let shared = shared_for(tensors, &module, lora)?;
+    // Placed once, for all layers.
+    let device = module.devices().into_iter().next().unwrap_or_default();
+    let shared = shared.map(|shared| shared.factors.on(&device));
     map_linear_weights(module, |name, weight| {
         let Some(pair) = tensors.modules.get(name) else {
             return Ok(weight);
         };
         let device = weight.lazy_device();
         let layer = LoraLinear::frozen(Linear { weight, bias: None });
-        let adapted = pair.put_on(layer, lora.method, selector.scale(name), &device);
+        let scale = selector.scale(name);
+        let adapted = pair.put_on(layer, lora.method, scale, &device, shared.as_ref());
         Ok(adapted.map_err(|error| in_module(error, name))?.weight)
     })
+}
+
+/// The matrices that the adapted layers share, which the settings make.
+///
+/// A module does not tell the matrices of its adapters, so that [`save_module`] has to make them again. Those of the file
+/// must therefore be the same, up to the rounding of another processor.
+fn shared_for<M: Module>(
+    tensors: &AdapterTensors,
+    module: &M,
+    lora: &LoraConfig,
+) -> Result<Option<Shared>, AdapterError> {
+    let dims = linear_layer_dims(module).into_iter();
+    let adapted = dims.filter(|(name, _)| tensors.modules.contains_key(name));
+    let Some(made) = Shared::of_seed(lora, adapted.map(|(_, dims)| dims)) else {
+        return Ok(None);
+    };
+    match &tensors.shared {
+        Some(saved) if !saved.is_near(&made) => Err(AdapterError::Config {
+            field: "projection_prng_key".into(),
+            got: lora.projection_prng_key.to_string(),
+            expected: format!(
+                "the seed that makes the file's {}",
+                made.names.join(" and ")
+            ),
+        }),
+        saved => Ok(Some(saved.clone().unwrap_or(made))),
+    }
 }
 
 /// The name of the parameter at this place; `None` for one that is attached to another.
@@ -344,8 +389,40 @@ mod tests {
         for method in Method::ALL {
             let mut config = config();
             config.lora.method = method;
+            if !method.facts().has("lora_alpha") {
+                config.lora.lora_alpha = LoraConfig::default().lora_alpha;
+                config.lora.rank_pattern = Vec::new();
+            }
             check_saved_and_loaded(&Net::new(&device), &config, &device);
         }
+    }
+
+    #[test]
+    fn shared_matrices_are_drawn_again_and_those_of_another_seed_are_refused() {
+        let device = Device::flex();
+        let mut config = config();
+        config.lora = LoraConfig {
+            method: Method::Vera,
+            r: 2,
+            projection_prng_key: 5,
+            // Large enough that the outputs change visibly.
+            d_initial: 2.0,
+            save_projection: false,
+            target_modules: TargetModules::Names(vec!["fc1".into(), "fc2".into()]),
+            ..LoraConfig::default()
+        };
+        let graph = Device::flex().autodiff();
+        check_saved_and_loaded(&Net::new(&graph), &config, &graph);
+        config.lora.save_projection = true;
+        let adapted = adapt(Net::new(&device), &config.lora).unwrap();
+        let folder = tempfile::tempdir().unwrap();
+        save_module(&adapted, &config, folder.path()).unwrap();
+        load_module(Net::new(&device), folder.path()).unwrap();
+        let (mut read, tensors) = read_adapter(folder.path()).unwrap();
+        read.lora.projection_prng_key = 6;
+        write_adapter(folder.path(), &read, &tensors).unwrap();
+        let error = load_module(Net::new(&device), folder.path()).unwrap_err();
+        assert!(error.to_string().contains("projection_prng_key"), "{error}");
     }
 
     fn check_saved_and_loaded(net: &Net, config: &AdapterConfig, device: &Device) {

@@ -6,9 +6,10 @@ use std::path::Path;
 use kernels::cpu;
 use llama_burn::floats::first_not_finite;
 use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, floats};
-use lora_core::{Bias, LoraConfig, Method};
+use lora_core::{Bias, LoraConfig, Method, Width};
 use safetensors::{Dtype, SafeTensors};
 
+use super::shared::{Shared, shared_name};
 use super::{AdapterError, not_written};
 use crate::Floats;
 
@@ -35,6 +36,9 @@ const TOKEN_ROWS: &str = ".token_adapter.trainable_tokens_delta";
 /// `a` is `[d_in, r]` and `b` is `[r, d_out]` (PEFT's file holds both transposed).
 ///
 /// An embedding is a module from tokens to hidden states: d_in is the size of the vocabulary.
+///
+/// If all modules share their matrices ([`AdapterTensors::shared`]), a module has vectors only: `a` and `b` are empty, and
+/// `d_in` is 0, because PEFT's file does not contain it. [`AdapterTensors::low_rank`] makes the matrices.
 #[derive(Debug, Clone, PartialEq)]
 pub struct AdapterPair {
     /// Width of the module's input.
@@ -47,7 +51,7 @@ pub struct AdapterPair {
     pub a: Vec<f32>,
     /// `[r, d_out]`.
     pub b: Vec<f32>,
-    /// The vectors of the adapter's method, `[d_out]` each, by the end of PEFT's names
+    /// The vectors of the adapter's method, `[d_out]` or `[r]`, by the end of PEFT's names
     /// ([`Facts::vectors`](lora_core::Facts::vectors)).
     pub vectors: BTreeMap<&'static str, Vec<f32>>,
     /// The bias of B that `lora_bias` trains, before the scale, `[d_out]`.
@@ -73,6 +77,24 @@ impl AdapterPair {
             bias: None,
         }
     }
+
+    /// A pair without matrices, whose module uses those that all modules share.
+    pub fn of_vectors(r: usize, d_out: usize, vectors: BTreeMap<&'static str, Vec<f32>>) -> Self {
+        Self {
+            d_in: 0,
+            d_out,
+            r,
+            a: Vec::new(),
+            b: Vec::new(),
+            vectors,
+            bias: None,
+        }
+    }
+
+    /// Whether the module has matrices of its own.
+    pub fn has_matrices(&self) -> bool {
+        self.d_in > 0
+    }
 }
 
 /// A tensor that replaces one of the base model, row-major as Hugging Face stores it.
@@ -96,6 +118,9 @@ pub struct AdapterTensors {
     /// Rows that replace rows of a vocabulary table, `[tokens, hidden]`, by the table's module
     /// (`model.embed_tokens`). `trainable_token_indices` holds their tokens.
     pub token_rows: BTreeMap<String, WholeTensor>,
+    /// The frozen matrices that all modules share, for a method that has them. `None` if they are to be made from the
+    /// seed in the settings (`save_projection` is false).
+    pub shared: Option<Shared>,
 }
 
 /// The embedding's module.
@@ -118,10 +143,22 @@ pub fn vector_name(module: &str, vector: &str) -> String {
     format!("{PREFIX}{module}.{vector}")
 }
 
+/// PEFT's names of the tensors of a module that are trained, in the order of
+/// [`LoraLinear::trainable`](lora_core::LoraLinear::trainable).
+pub fn trained_names(module: &str, method: Method) -> Vec<String> {
+    let facts = method.facts();
+    let matrices = tensor_names(module).into_iter();
+    let matrices = matrices.filter(|_| facts.shared.is_none());
+    let vectors = facts.vectors.iter();
+    let vectors = vectors.map(|vector| vector_name(module, vector.name));
+    matrices.chain(vectors).collect()
+}
+
 /// The vectors of every method.
 pub(super) fn all_vectors() -> impl Iterator<Item = &'static str> {
     let methods = Method::ALL.into_iter();
-    methods.flat_map(|method| method.facts().vectors.iter().copied())
+    let vectors = methods.flat_map(|method| method.facts().vectors.iter());
+    vectors.map(|vector| vector.name)
 }
 
 /// PEFT's name of the bias of B that `lora_bias` trains.
@@ -220,8 +257,10 @@ impl AdapterTensors {
         for (module, pair) in &self.modules {
             let [a, b] = tensor_names(module);
             let (d_in, r, d_out) = (pair.d_in, pair.r, pair.d_out);
-            tensors.push((a, Floats::transposed(&pair.a, [d_in, r])));
-            tensors.push((b, Floats::transposed(&pair.b, [r, d_out])));
+            if pair.has_matrices() {
+                tensors.push((a, Floats::transposed(&pair.a, [d_in, r])));
+                tensors.push((b, Floats::transposed(&pair.b, [r, d_out])));
+            }
             if let Some(bias) = &pair.bias {
                 tensors.push((bias_name(module), Floats::new(bias, vec![bias.len()])));
             }
@@ -242,6 +281,9 @@ impl AdapterTensors {
         for (module, tensor) in &self.token_rows {
             let rows = Floats::new(&tensor.values, tensor.shape.clone());
             tensors.push((token_rows_name(module), rows));
+        }
+        if let Some(shared) = &self.shared {
+            tensors.extend(shared.entries());
         }
         for (name, tensor) in &tensors {
             check_finite(name, tensor.values())?;
@@ -264,10 +306,18 @@ impl AdapterTensors {
         let mut whole = BTreeMap::new();
         let mut copies: BTreeMap<String, WholeTensor> = BTreeMap::new();
         let mut token_rows = BTreeMap::new();
+        let shared_names = lora.method.facts().shared.filter(|_| lora.save_projection);
+        let mut shared = [const { None }; 2];
         for (name, view) in file.iter() {
             let unexpected = || AdapterError::Unexpected { name: name.into() };
-            let rest = name.strip_prefix(PREFIX).ok_or_else(unexpected)?;
             let read = || Values::read(name, view.dtype(), view.shape(), view.data());
+            let place_of_shared = shared_names
+                .and_then(|names| names.iter().position(|end| shared_name(end) == name));
+            if let Some(index) = place_of_shared {
+                shared[index] = Some(read()?);
+                continue;
+            }
+            let rest = name.strip_prefix(PREFIX).ok_or_else(unexpected)?;
             if let Some((module, place)) = place(rest) {
                 let values = read()?;
                 if matches!(place, Place::A | Place::B) {
@@ -278,7 +328,7 @@ impl AdapterTensors {
                     Place::A => parts.a.replace(values),
                     Place::B => parts.b.replace(values),
                     Place::Bias if lora.lora_bias => parts.bias.replace(values),
-                    Place::Vector(name) if lora.method.facts().vectors.contains(&name) => {
+                    Place::Vector(name) if lora.method.facts().vector(name).is_some() => {
                         parts.vectors.insert(name, values)
                     }
                     Place::Bias | Place::Vector(_) => return Err(unexpected()),
@@ -320,14 +370,77 @@ impl AdapterTensors {
         let selector = lora.selector()?;
         let mut modules = BTreeMap::new();
         for (module, parts) in parts {
-            let pair = pair(&module, parts, lora, selector.r(&module))?;
+            let r = selector.r(&module);
+            let pair = match lora.method.facts().shared {
+                None => pair(&module, parts, lora, r)?,
+                Some(_) => vectors_only(&module, parts, lora, r)?,
+            };
             modules.insert(module, pair);
         }
         Ok(Self {
             modules,
             whole,
             token_rows,
+            shared: shared_names
+                .map(|names| Shared::from_file(names, shared, lora.r))
+                .transpose()?,
         })
+    }
+}
+
+/// Combines the tensors of a module without matrices of its own.
+fn vectors_only(
+    module: &str,
+    parts: Parts,
+    lora: &LoraConfig,
+    r: usize,
+) -> Result<AdapterPair, AdapterError> {
+    let [a, b] = tensor_names(module);
+    for (matrix, name) in [(parts.a, a), (parts.b, b)] {
+        if matrix.is_some() {
+            return Err(AdapterError::Unexpected { name });
+        }
+    }
+    let facts = lora.method.facts();
+    let outputs = facts
+        .vectors
+        .iter()
+        .find(|vector| vector.width == Width::Outputs);
+    let outputs = outputs.and_then(|vector| parts.vectors.get(vector.name));
+    let d_out = outputs.map_or(0, |values| values.values.len());
+    let vectors = vectors_of(module, parts.vectors, lora, [r, d_out])?;
+    Ok(AdapterPair::of_vectors(r, d_out, vectors))
+}
+
+/// The vectors of a module's method, with the right lengths.
+fn vectors_of(
+    module: &str,
+    mut found: BTreeMap<&'static str, Values>,
+    lora: &LoraConfig,
+    [r, d_out]: [usize; 2],
+) -> Result<BTreeMap<&'static str, Vec<f32>>, AdapterError> {
+    let vectors = lora.method.facts().vectors.iter();
+    let vectors = vectors.map(|vector| {
+        let name = vector_name(module, vector.name);
+        let values = vector_of(found.remove(vector.name), name, vector.length(r, d_out))?;
+        Ok((vector.name, values))
+    });
+    vectors.collect()
+}
+
+/// The elements of a tensor that must be a vector of this length.
+fn vector_of(
+    values: Option<Values>,
+    name: String,
+    length: usize,
+) -> Result<Vec<f32>, AdapterError> {
+    let Some(values) = values else {
+        return Err(AdapterError::Missing { name });
+    };
+    if values.shape[..] == [length] {
+        Ok(values.values)
+    } else {
+        Err(AdapterError::shape(name, &[length], &values.shape))
     }
 }
 
@@ -351,25 +464,12 @@ fn pair(
     if b_r != r {
         return Err(AdapterError::shape(b_name, &[d_out, r], &[d_out, b_r]));
     }
-    let vector = |values: Option<Values>, name: String| {
-        let values = needed(values, &name)?;
-        if values.shape[..] == [d_out] {
-            Ok(values.values)
-        } else {
-            Err(AdapterError::shape(name, &[d_out], &values.shape))
-        }
-    };
     let bias = if lora.lora_bias {
-        Some(vector(parts.bias, bias_name(module))?)
+        Some(vector_of(parts.bias, bias_name(module), d_out)?)
     } else {
         None
     };
-    let mut found = parts.vectors;
-    let mut vectors = BTreeMap::new();
-    for name in lora.method.facts().vectors {
-        let values = vector(found.remove(name), vector_name(module, name))?;
-        vectors.insert(*name, values);
-    }
+    let vectors = vectors_of(module, parts.vectors, lora, [r, d_out])?;
     Ok(AdapterPair {
         d_in,
         d_out,
@@ -393,21 +493,21 @@ fn check_finite(name: &str, values: &[f32]) -> Result<(), AdapterError> {
 }
 
 /// The row-major elements of a tensor, widened to f32.
-struct Values {
-    shape: Vec<usize>,
-    values: Vec<f32>,
+pub(super) struct Values {
+    pub shape: Vec<usize>,
+    pub values: Vec<f32>,
 }
 
 impl Values {
     /// The transpose of a row-major `[rows, columns]` matrix.
-    fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Self {
+    pub fn transposed(values: &[f32], [rows, columns]: [usize; 2]) -> Self {
         Self {
             shape: vec![columns, rows],
             values: cpu::transposed(values, [rows, columns]),
         }
     }
 
-    fn matrix(&self, name: &str) -> Result<[usize; 2], AdapterError> {
+    pub fn matrix(&self, name: &str) -> Result<[usize; 2], AdapterError> {
         match self.shape[..] {
             [rows, columns] => Ok([rows, columns]),
             _ => Err(AdapterError::Rank {

@@ -7,14 +7,14 @@
 use std::path::PathBuf;
 
 use data::{Columns, Format, PromptTemplate};
-use lora_core::{ExcludeModules, Init, LoraConfig, TargetModules};
+use lora_core::{ExcludeModules, Init, LoraConfig, Method, TargetModules};
 use toml::{Table, Value as Toml};
 
 use super::kinds::{
     NONE, alpha_pattern, batch_size, boolean, bytes, checkpointing, choice, dataset_columns,
     dataset_format, exclude_modules, fraction, initialization, layers, not_negative, optional,
-    path, positive, prompt_template, quant_bits, rank_pattern, seed, target_modules, text,
-    trained_tokens, val_set_size, whole,
+    path, peft_type, positive, prompt_template, quant_bits, rank_pattern, seed, target_modules,
+    text, trained_tokens, val_set_size, whole,
 };
 use super::reader::Reader;
 use super::{BatchSize, Checkpointing, ComputeDtype, Decay, OnNonFinite, OnOutOfMemory, Source};
@@ -217,6 +217,12 @@ keys! {
     peft_use_rslora: bool = false, boolean(),
         [Peft: "use_rslora", Other: "rslora"];
 
+    /// The kind of adapter. `"vera"` trains a VeRA adapter: frozen random matrices that all modules share, and two trained
+    /// vectors per module. A larger `lora_r`, such as 256, is usual then, and a larger learning rate; `lora_alpha` does not
+    /// apply.
+    peft_type: Method = Method::default(), peft_type(),
+        [Peft: "peft_type", Other: "fine_tune_type"];
+
     /// Train a DoRA adapter: a magnitude vector (one value per output feature) is trained as well.
     peft_use_dora: bool = false, boolean(),
         [Peft: "use_dora", Other: "dora"];
@@ -246,7 +252,20 @@ keys! {
     trainable_token_indices: Vec<(String, Vec<usize>)> = Vec::new(), trained_tokens(),
         [Peft: "trainable_token_indices"];
 
+    /// Seed of the matrices that a VeRA adapter's modules share. They are those of PEFT.
+    projection_prng_key: u64 = 0, seed(),
+        [Peft: "projection_prng_key"];
+
+    /// Whether the shared matrices are written to a VeRA adapter's file. Without them the file is much smaller, and PEFT
+    /// makes them again from `projection_prng_key`.
+    save_projection: bool = true, boolean(),
+        [Peft: "save_projection"];
+
     section "Initialization of the adapter";
+
+    /// Initial value of the vector per rank of a VeRA adapter. The other vector starts at zero.
+    d_initial: f64 = LoraConfig::default().d_initial, positive(),
+        [Peft: "d_initial"];
 
     /// How the adapter is initialized. `"kaiming"` and `"gaussian"` draw A, and B starts at zero. PiSSA and OLoRA take the
     /// adapter out of the base model's weights, before these are quantized; it is saved as an adapter of the original
@@ -495,6 +514,12 @@ mod tests {
             "alpha_pattern={ v_proj = 2.5 }",
             "trainable_token_indices={ embed_tokens = [7, 3], lm_head = [5] }",
             "exclude_modules=[\"k_proj\"]",
+        ]));
+        round_trip(&load(&[
+            "peft_type=VERA",
+            "projection_prng_key=7",
+            "save_projection=false",
+            "d_initial=0.01",
         ]));
         round_trip(&load(&[
             "exclude_modules='.*k_proj'",

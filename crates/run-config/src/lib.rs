@@ -162,6 +162,9 @@ impl Config {
             rank_pattern: self.rank_pattern.clone(),
             alpha_pattern: self.alpha_pattern.clone(),
             trainable_token_indices: self.trainable_token_indices.clone(),
+            d_initial: self.d_initial,
+            projection_prng_key: self.projection_prng_key,
+            save_projection: self.save_projection,
             ..LoraConfig::default()
         }
     }
@@ -169,7 +172,7 @@ impl Config {
     /// The method of the adapter.
     fn method(&self) -> Method {
         let flag = self.peft_use_dora.then_some("use_dora");
-        flag.and_then(Method::of_flag).unwrap_or_default()
+        flag.and_then(Method::of_flag).unwrap_or(self.peft_type)
     }
 
     /// Warm-up steps of a run of `total_steps`: `warmup_steps`, else the fraction `warmup_ratio` of them, rounded up.

@@ -39,7 +39,7 @@ const EXAMPLE: &str = "\
 ";
 
 /// Sections of the documentation that explain a key further.
-const FURTHER: [(&str, &str, &str); 15] = [
+const FURTHER: [(&str, &str, &str); 16] = [
     ("base_model", "hub.md", "the Hub"),
     ("dataset_path", "data.md", "data"),
     ("dataset_format", "data.md#formats", "formats"),
@@ -53,6 +53,7 @@ const FURTHER: [(&str, &str, &str); 15] = [
         "data.md#prompt-templates",
         "prompt templates",
     ),
+    ("peft_type", "adapters.md#vera", "VeRA"),
     ("peft_use_dora", "adapters.md#dora", "DoRA"),
     (
         "init_lora_weights",

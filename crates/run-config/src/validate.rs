@@ -1,6 +1,6 @@
 //! What must hold between the keys of a configuration; what one key may be is in `keys.rs`.
 
-use lora_core::{LoraError, TargetModules};
+use lora_core::{LoraError, Method, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems};
 use super::raw::{RawConfig, SET};
@@ -71,6 +71,19 @@ fn check_together(config: &Config, reader: &mut Reader) {
         reader.problem(
             "init_lora_weights",
             "cannot be combined with init_adapter: it makes new adapters from the weights; remove one of them",
+        );
+    }
+    if config.peft_use_dora && config.peft_type != Method::default() {
+        let message = format!(
+            "cannot be combined with peft_type = {:?}; remove one of them",
+            config.peft_type.facts().peft_type.to_lowercase()
+        );
+        reader.problem("peft_use_dora", &message);
+    }
+    if config.loraplus_lr_ratio.is_some() && config.peft_type.facts().shared.is_some() {
+        reader.problem(
+            "loraplus_lr_ratio",
+            "needs adapters whose A and B are trained; remove it, or choose another peft_type",
         );
     }
     let is_names = matches!(config.target_modules, TargetModules::Names(_));
@@ -511,6 +524,39 @@ mod tests {
             .unwrap_err()
             .to_string();
         assert!(error.contains("2 problems"), "{error}");
+    }
+
+    #[test]
+    fn keys_that_a_vera_adapter_does_not_have_are_named() {
+        let config = parse("peft_type = \"Vera\"\nlora_r = 256\nprojection_prng_key = 3").unwrap();
+        let lora = config.lora_config();
+        assert_eq!(lora.method, lora_core::Method::Vera);
+        assert_eq!(
+            (lora.r, lora.projection_prng_key, lora.scale()),
+            (256, 3, 1.0)
+        );
+        for (key, value) in [
+            ("lora_alpha", "32"),
+            ("peft_use_rslora", "true"),
+            ("peft_use_dora", "true"),
+            ("loraplus_lr_ratio", "4"),
+            ("init_lora_weights", "\"pissa\""),
+            ("rank_pattern", "{ q_proj = 2 }"),
+            ("trainable_token_indices", "[1]"),
+        ] {
+            let found = problems(&format!("peft_type = \"vera\"\n{key} = {value}"));
+            let name = key.trim_start_matches("peft_");
+            assert!(found[0].contains(name), "{found:?}");
+        }
+        for key in ["d_initial = 0.2", "projection_prng_key = 1"] {
+            let found = problems(key);
+            let (name, _) = key.split_once(' ').unwrap();
+            assert!(
+                found[0].contains(name) && found[0].contains("LoRA"),
+                "{found:?}"
+            );
+        }
+        assert!(problems("peft_type = \"lokr\"")[0].contains("\"vera\""));
     }
 
     #[test]

@@ -197,8 +197,8 @@ impl<'a> Run<'a> {
         let (Some(adapter), [d_in, d_out]) = (linear.adapter(), linear.dims()) else {
             return Ok(());
         };
-        let factors = adapter.factors();
-        let [a, b] = factors.map(|factor| factor.without_autodiff().cast(self.dtype));
+        let factors = adapter.detached_factors();
+        let [a, b] = factors.map(|factor| factor.cast(self.dtype));
         let r = a.dims()[1];
         let x = self.place(self.inputs.more(40, d_in));
         let sum = self.place(self.inputs.more(41, d_out));

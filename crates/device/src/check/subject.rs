@@ -136,8 +136,8 @@ impl Subject {
         let linear = |(_, linear): &(_, &LoraLinear)| {
             let bias = linear.bias.as_ref();
             let adapter = linear.adapter().map(|adapter| {
-                let [a, b] = adapter.factors();
-                let vectors = adapter.trainable().into_iter().skip(2);
+                let [a, b] = adapter.shared().unwrap_or_else(|| adapter.factors());
+                let vectors = adapter.vectors().into_iter();
                 Ok::<_, String>(HostAdapter {
                     a: data(a)?,
                     b: data(b)?,
@@ -198,14 +198,11 @@ impl Subject {
                 return linear;
             };
             let factor = |data: &TensorData| place::<2>(data.clone(), DType::F32, device);
-            let adapted =
-                linear
-                    .clone()
-                    .with_adapter(factor(&adapter.a), factor(&adapter.b), adapter.scale);
-            let adapted = adapted.and_then(|linear| {
-                let vectors = adapter.vectors.iter().map(factor);
-                linear.with_method(adapter.method, Some(vectors.collect()))
-            });
+            let matrices = [factor(&adapter.a), factor(&adapter.b)];
+            let vectors = adapter.vectors.iter().map(factor).collect();
+            let (method, scale) = (adapter.method, adapter.scale);
+            let unadapted = linear.clone();
+            let adapted = unadapted.with_adapter_of(method, matrices, scale, Some(vectors));
             // The shapes come from the weight itself.
             adapted.unwrap_or(linear)
         };

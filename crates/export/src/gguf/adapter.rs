@@ -31,8 +31,9 @@ impl Adapter {
             folder: folder.into(),
             source,
         };
-        let (config, tensors) = read_adapter(folder).map_err(failed)?;
+        let (config, mut tensors) = read_adapter(folder).map_err(failed)?;
         tensors.check(model, &config.lora).map_err(failed)?;
+        tensors.complete(model, &config.lora);
         Ok(Self {
             folder: folder.into(),
             config,
@@ -88,7 +89,11 @@ impl Adapter {
             });
         }
         let mut tensors = Vec::new();
-        for (module, pair) in &self.tensors.modules {
+        for module in self.tensors.modules.keys() {
+            let lora = &self.config.lora;
+            let Some(pair) = self.tensors.low_rank(&self.model, lora, module) else {
+                continue;
+            };
             let (d_in, d_out, r) = (pair.d_in, pair.d_out, pair.r);
             let name = format!("{module}.weight");
             let Some(theirs) = llama_cpp_name(&name) else {
@@ -127,7 +132,8 @@ impl Adapter {
         }
         self.tensors.modules.iter().find_map(|(module, pair)| {
             let name = format!("{module}.weight");
-            if let Some(vector) = pair.vectors.keys().next() {
+            let vector = pair.vectors.keys().next().filter(|_| pair.has_matrices());
+            if let Some(vector) = vector {
                 Some(format!("{module}'s {vector}"))
             } else if pair.bias.is_some() {
                 Some(format!("a bias of {module}'s B"))

@@ -27,8 +27,9 @@ impl<'a> Adapter<'a> {
             folder: folder.into(),
             source,
         };
-        let (config, tensors) = peft::read_adapter(folder).map_err(failed)?;
+        let (config, mut tensors) = peft::read_adapter(folder).map_err(failed)?;
         tensors.check(model, &config.lora).map_err(failed)?;
+        tensors.complete(model, &config.lora);
         let adapter = Self {
             folder: folder.into(),
             lora: config.lora,

@@ -5,13 +5,20 @@ use burn::tensor::{DType, Tensor};
 
 use kernels::{Direction, frozen_product, product};
 
-use super::{Accumulate, Adapter, Facts, Method, Scaling, attached};
+use super::{Accumulate, Adapter, Facts, Method, Scaling, Vector, Width, attached};
 use crate::LoraLinear;
 
 pub(super) static FACTS: Facts = Facts {
     name: "DoRA",
+    peft_type: "LORA",
     flag: Some("use_dora"),
-    vectors: &["lora_magnitude_vector"],
+    lacks: &super::lora::LACKS,
+    renamed: &[],
+    shared: None,
+    vectors: &[Vector {
+        name: "lora_magnitude_vector",
+        width: Width::Outputs,
+    }],
     beyond_low_rank: Some(
         "a DoRA scales each output by a norm of the base's weight, which the merged model does not contain",
     ),
@@ -125,6 +132,10 @@ impl Adapter for Dora {
 
     fn trainable(&self) -> Vec<&Param<Tensor<2>>> {
         vec![&self.lora.a, &self.lora.b, &self.magnitude]
+    }
+
+    fn vectors(&self) -> Vec<&Param<Tensor<2>>> {
+        vec![&self.magnitude]
     }
 
     fn gradient_of_a(&self, gradient: Tensor<2>, accumulate: &mut Accumulate<'_>) {

@@ -7,12 +7,19 @@ use super::{Accumulate, Adapter, Facts, Method, attached};
 
 pub(super) static FACTS: Facts = Facts {
     name: "LoRA",
+    peft_type: "LORA",
     flag: None,
+    lacks: &LACKS,
+    renamed: &[],
+    shared: None,
     vectors: &[],
     beyond_low_rank: None,
     scales_outputs: false,
     allows_lora_bias: true,
 };
+
+/// Settings of methods whose matrices are not trained.
+pub(super) static LACKS: [&str; 3] = ["d_initial", "projection_prng_key", "save_projection"];
 
 impl Adapter for LoraAdapter {
     fn method(&self) -> Method {

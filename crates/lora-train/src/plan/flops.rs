@@ -25,7 +25,7 @@ pub const COUNTED: &str = "Counted, a multiplication and an addition as two: the
 pub struct FlopsModel {
     /// Elements of the decoder's linear weights.
     linear: u64,
-    /// Elements of the adapters.
+    /// Elements of the adapters' A and B.
     adapters: u64,
     /// Layers · heads · width of a head, for layers without a sliding window.
     attention: u64,
@@ -52,7 +52,7 @@ impl FlopsModel {
         let windowed = model.windows.iter().flatten().count();
         Ok(Self {
             linear: (in_a_layer * layers) as u64,
-            adapters: counts.trainable,
+            adapters: counts.low_rank,
             attention: ((layers - windowed) * model.query_width()) as u64,
             windowed: ((windowed * model.query_width()) as u64, window as u64),
             head: (model.vocab_size * model.hidden_size) as u64,

@@ -46,7 +46,11 @@ fn adapter_summary(config: &Config, fit: &Fit) -> AdapterSummary {
         targets: plan::targets(&lora.target_modules),
         modules: counts.adapted_modules,
         r: lora.r,
-        alpha: lora.lora_alpha,
+        alpha: lora
+            .method
+            .facts()
+            .has("lora_alpha")
+            .then_some(lora.lora_alpha),
         scale: lora.scale(),
         dropout: lora.lora_dropout,
         trainable: counts.trainable,

@@ -44,8 +44,8 @@ pub struct AdapterSummary {
     pub modules: usize,
     /// Rank.
     pub r: usize,
-    /// Numerator of the scale.
-    pub alpha: f64,
+    /// Numerator of the scale; `None` for a method without a scale.
+    pub alpha: Option<f64>,
     /// The scale γ.
     pub scale: f64,
     /// Dropout on the adapters' input.
@@ -170,13 +170,14 @@ impl AdapterSummary {
         } else {
             String::new()
         };
+        let scale = self.alpha.map_or_else(String::new, |alpha| {
+            format!(", alpha {alpha}, scale {}", trim(self.scale))
+        });
         vec![format!(
-            "{} ({}), r {}, alpha {}, scale {}{dropout}",
+            "{} ({}), r {}{scale}{dropout}",
             self.targets,
             human::counted(self.modules as u64, "module"),
             self.r,
-            self.alpha,
-            trim(self.scale),
         )]
     }
 
@@ -280,7 +281,7 @@ pub(super) mod tests {
                 targets: "q_proj, k_proj, v_proj".into(),
                 modules: 90,
                 r: 8,
-                alpha: 16.0,
+                alpha: Some(16.0),
                 scale: 2.0,
                 dropout: 0.0,
                 trainable: 460_800,

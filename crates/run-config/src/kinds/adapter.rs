@@ -1,6 +1,6 @@
 //! The kinds of PEFT's keys.
 
-use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, TargetModules};
+use lora_core::{ExcludeModules, Init, LoraConfig, LoraError, Method, TargetModules};
 use toml::Value as Toml;
 
 use super::{Kind, LARGEST_COUNT, Parsed, Value, must_be, nearest};
@@ -19,6 +19,18 @@ pub(in super::super) fn initialization() -> Kind<Init> {
     let names = ["kaiming", "gaussian", "pissa", "pissa_niter_16", "olora"].map(Toml::from);
     let samples = names.into_iter().chain([Toml::from(true)]);
     Kind::simple(allowed, parse, |init: &Init| init.to_string().into()).with_samples(samples)
+}
+
+/// `peft_type`, in letters of any case.
+pub(in super::super) fn peft_type() -> Kind<Method> {
+    let allowed = "\"lora\" or \"vera\"";
+    let parse = |value: &Value| match value {
+        Value::String(name) => Method::of_peft_type(name),
+        _ => None,
+    };
+    let name = |method: &Method| method.facts().peft_type.to_lowercase();
+    let samples = ["lora", "vera", "VERA"].map(Toml::from);
+    Kind::simple(allowed, parse, move |method: &Method| name(method).into()).with_samples(samples)
 }
 
 /// `target_modules`, as in PEFT: a list of names, `all-linear`, or one expression for the whole module name.
