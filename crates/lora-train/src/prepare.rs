@@ -200,17 +200,19 @@ impl Setup {
             None => InitialAdapters::new(&lora, &self.loader.config, config.seed)?,
             Some(_) => None,
         };
-        let model = self.loader.load_with(initial.as_mut(), |tensor| {
-            callback.on_loading(tensor.done, total);
-            if let Some(error) = tensor.quantization {
-                log::debug!(
-                    "{}: quantized, relative error {:.3e}, largest {:.3e}",
-                    tensor.name,
-                    error.relative,
-                    error.max_abs
-                );
-            }
-        })?;
+        let model = self
+            .loader
+            .load_with(Some(&lora), initial.as_mut(), |tensor| {
+                callback.on_loading(tensor.done, total);
+                if let Some(error) = tensor.quantization {
+                    log::debug!(
+                        "{}: quantized, relative error {:.3e}, largest {:.3e}",
+                        tensor.name,
+                        error.relative,
+                        error.max_abs
+                    );
+                }
+            })?;
         let initial = initial.map(|initial| AdapterTensors::from_factors(initial.factors));
         let mut model = continued::start(model, config, initial.as_ref())?;
         let mut optimizer = AdamW {

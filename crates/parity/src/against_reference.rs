@@ -54,7 +54,15 @@ pub(super) fn check(
     };
     let load = |initial: Option<&mut InitialAdapters>| {
         let dtype = FloatDType::F32;
-        options.load_with(&reference.model, &config, device, dtype, initial, |_| {})
+        options.load_with(
+            &reference.model,
+            &config,
+            device,
+            dtype,
+            None,
+            initial,
+            |_| {},
+        )
     };
     let base = load(None)?;
     let lora = &reference.config.lora;
