@@ -8,6 +8,8 @@ use data::{Batch, BatchRow, Prefixes};
 use llama_burn::{Biases, Llama, LlamaConfig};
 use lora_core::{Bias, CounterRng, LoraConfig, Quantization, TargetModules};
 use train_step::gradients::{AdapterGradients, PassOptions, accumulate, accumulate_in_graph};
+use train_step::optimizer::AdamW;
+use train_step::{loraplus_rates, undecayed};
 
 /// Three layers with biases and norms of heads; the vocabulary's logits take several chunks.
 fn config(tied: bool) -> LlamaConfig {
@@ -291,5 +293,95 @@ fn counts_are_those_of_the_parameters() {
         assert_eq!(counts.trainable, trained as u64, "{saved:?}");
         let all = burn::module::Module::num_params(&model) as u64;
         assert_eq!(counts.frozen, all - trained as u64, "{saved:?}");
+    }
+}
+
+/// What a first step of AdamW with this decay, and this ratio of LoRA+, adds to every parameter.
+fn first_step(model: &Llama, weight_decay: f64, ratio: f64) -> BTreeMap<String, Vec<f32>> {
+    let adamw = AdamW {
+        weight_decay,
+        ..AdamW::default()
+    };
+    let mut optimizer = adamw
+        .resumable()
+        .with_undecayed(undecayed(model))
+        .with_rates(loraplus_rates(model, ratio));
+    let mut sums = optimizer.sums();
+    accumulate(model, &batch(), PassOptions::default(), &mut sums);
+    let stepped = optimizer.step(0.01, model.clone(), sums.into_mean(0.0).gradients);
+    let values = |model: &Llama| -> Vec<(String, Vec<f32>)> {
+        let whole = model.trained_whole().into_iter();
+        let whole = whole.flat_map(|(name, parts)| {
+            parts
+                .into_iter()
+                .map(move |part| (name.clone(), part.value()))
+        });
+        let factors = model.trainable().flat_map(|(module, params)| {
+            let params = params.into_iter().enumerate();
+            params.map(move |(index, param)| {
+                (format!("{module}.{index}"), param.val().without_autodiff())
+            })
+        });
+        let all = whole.chain(factors);
+        all.map(|(name, value)| (name, value.into_data().try_to_vec().expect("f32")))
+            .collect()
+    };
+    let pairs = values(&stepped).into_iter().zip(values(model));
+    let differences = pairs.map(|((name, after), (_, before))| {
+        let difference = after
+            .iter()
+            .zip(before)
+            .map(|(after, before)| after - before);
+        (name, difference.collect())
+    });
+    differences.collect()
+}
+
+#[test]
+fn weight_decay_leaves_biases_and_norms_alone_and_loraplus_gives_them_the_rate_of_b() {
+    let lora = LoraConfig {
+        bias: Bias::All,
+        lora_bias: true,
+        ..lora(&["q_proj"], &["embed_tokens", "o_proj", "norm"])
+    };
+    let model = model(&config(true), &lora, Quantization::None);
+    let plain = first_step(&model, 0.0, 1.0);
+    let decayed = first_step(&model, 0.5, 1.0);
+    let fast = first_step(&model, 0.0, 4.0);
+    assert!(plain.len() > 30);
+    for (name, plain) in &plain {
+        let is_vector = name.ends_with(".bias") || name.ends_with("norm.weight");
+        assert_eq!(*plain == decayed[name], is_vector, "{name}");
+        let ratio = if is_vector || name.ends_with(".1") {
+            4.0
+        } else {
+            1.0
+        };
+        for (plain, fast) in plain.iter().zip(&fast[name]) {
+            // A rounding of a value of order 1.
+            assert!((ratio * plain - fast).abs() < 2e-6, "{name} {plain} {fast}");
+        }
+        assert!(plain.iter().any(|plain| plain.abs() > 0.0099), "{name}");
+    }
+}
+
+#[test]
+fn entries_that_match_nothing_or_an_adapted_module_are_named() {
+    let error = |saved: &[&str]| {
+        let checked = config(true).check_saved(&lora(&["q_proj"], saved));
+        checked.expect_err("the entry is wrong").to_string()
+    };
+    let unknown = error(&["norm", "nrom"]);
+    assert!(
+        unknown.contains("\"nrom\"") && unknown.contains("k_norm"),
+        "{unknown}"
+    );
+    // The end of q_proj's name, but not its name.
+    let both = error(&["_proj"]);
+    assert!(both.contains("model.layers.0.self_attn.q_proj"), "{both}");
+    for right in [&["q_proj"][..], &["norm", "lm_head"], &["layers.2"]] {
+        config(true)
+            .check_saved(&lora(&["q_proj", "v_proj"], right))
+            .expect("they match");
     }
 }

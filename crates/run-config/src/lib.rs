@@ -162,6 +162,9 @@ impl Config {
             rank_pattern: self.rank_pattern.clone(),
             alpha_pattern: self.alpha_pattern.clone(),
             trainable_token_indices: self.trainable_token_indices.clone(),
+            bias: self.bias,
+            lora_bias: self.lora_bias,
+            modules_to_save: self.modules_to_save.clone(),
             ..LoraConfig::default()
         }
     }

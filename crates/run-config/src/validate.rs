@@ -1,6 +1,6 @@
 //! What must hold between the keys of a configuration; what one key may be is in `keys.rs`.
 
-use lora_core::{LoraError, TargetModules};
+use lora_core::{Bias, LoraError, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems};
 use super::raw::{RawConfig, SET};
@@ -72,6 +72,20 @@ fn check_together(config: &Config, reader: &mut Reader) {
             "init_lora_weights",
             "cannot be combined with init_adapter: it makes new adapters from the weights; remove one of them",
         );
+    }
+    let whole = [
+        ("bias", config.bias != Bias::None),
+        ("lora_bias", config.lora_bias),
+        ("modules_to_save", !config.modules_to_save.is_empty()),
+    ];
+    for (key, is_set) in whole {
+        if is_set && config.init_lora_weights.changes_weights() {
+            let message = format!(
+                "cannot be combined with init_lora_weights = \"{}\"; remove one of them",
+                config.init_lora_weights
+            );
+            reader.problem(key, &message);
+        }
     }
     let is_names = matches!(config.target_modules, TargetModules::Names(_));
     if config.layers_to_transform.is_some() && !is_names {
@@ -292,6 +306,14 @@ mod tests {
             "target_modules = [\"self_attn\"]",
             "layers_to_transform = []",
             "trainable_token_indices = []",
+            "bias = \"lora\"",
+            "bias = true",
+            "lora_bias = \"all\"",
+            "modules_to_save = []",
+            "modules_to_save = \"norm\"",
+            "modules_to_save = [\"\"]",
+            "modules_to_save = [1]",
+            "bias = \"all\"\ninit_lora_weights = \"pissa\"",
             "trainable_token_indices = [-1]",
             "layers_to_transform = [-1]",
             "layers_to_transform = \"all\"",

@@ -18,8 +18,8 @@ use super::error::nearest;
 use super::value::Value;
 
 pub(super) use adapter::{
-    alpha_pattern, exclude_modules, initialization, layers, rank_pattern, target_modules,
-    trained_tokens,
+    alpha_pattern, exclude_modules, initialization, layers, rank_pattern, saved_modules,
+    target_modules, trained_tokens,
 };
 pub(super) use data::{dataset_columns, dataset_format, prompt_template, val_set_size};
 
