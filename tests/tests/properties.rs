@@ -39,6 +39,12 @@ fn reconcile(object: &mut serde_json::Map<String, Value>) {
     {
         object.remove("init_adapter");
         object.remove("peft_use_dora");
+        for whole in ["bias", "lora_bias", "modules_to_save"] {
+            object.remove(whole);
+        }
+    }
+    if object.get("peft_use_dora") == Some(&json!(true)) {
+        object.remove("lora_bias");
     }
     if object.contains_key("layers_to_transform") {
         object.insert("target_modules".into(), json!(["q_proj"]));

@@ -2,6 +2,7 @@
 //! compared with Burn's autodiff graph of the dense formulas.
 
 use std::collections::BTreeMap;
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 use burn::tensor::Device;
 use data::{Batch, BatchRow, Prefixes};
@@ -11,7 +12,7 @@ use train_step::gradients::{AdapterGradients, PassOptions, accumulate, accumulat
 use train_step::optimizer::AdamW;
 use train_step::{loraplus_rates, undecayed};
 
-/// Three layers with biases and norms of heads; the vocabulary's logits take several chunks.
+/// Three layers with biases and norms of heads.
 fn config(tied: bool) -> LlamaConfig {
     LlamaConfig {
         vocab_size: 96,
@@ -44,8 +45,17 @@ fn lora(targets: &[&str], saved: &[&str]) -> LoraConfig {
 
 /// A model with random norms, biases and B.
 fn model(config: &LlamaConfig, lora: &LoraConfig, quantization: Quantization) -> Llama {
-    let device = Device::flex().autodiff();
-    let mut base = Llama::random(config, 1, &device);
+    model_on(&Device::flex(), config, lora, quantization)
+}
+
+/// The same on another device.
+fn model_on(
+    device: &Device,
+    config: &LlamaConfig,
+    lora: &LoraConfig,
+    quantization: Quantization,
+) -> Llama {
+    let mut base = Llama::random(config, 1, &device.clone().autodiff());
     let mut rng = CounterRng::new(4);
     for (name, shape) in config.tensor_shapes() {
         if let [width] = shape[..] {
@@ -145,8 +155,12 @@ fn distance(
     worst
 }
 
-/// Compares the manual passes with the graph, and checks which tensors are trained: `count` of them.
+/// Compares the manual passes on every device of this build with the graph on the CPU, and checks which tensors are
+/// trained: `count` of them.
 fn agrees(config: &LlamaConfig, lora: &LoraConfig, quantization: Quantization, count: usize) {
+    // One test at a time on a GPU.
+    static ALONE: Mutex<()> = Mutex::new(());
+    let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
     let (model, batch) = (model(config, lora, quantization), batch());
     let trained: Vec<String> = model
         .trained_whole()
@@ -157,19 +171,28 @@ fn agrees(config: &LlamaConfig, lora: &LoraConfig, quantization: Quantization, c
     let mut sums = AdapterGradients::default();
     accumulate_in_graph(&model, &batch, 5, &mut sums);
     let expected = named(&model, sums);
-    for gradient_checkpointing in [false, true] {
-        let options = PassOptions {
-            gradient_checkpointing,
-            dropout_seed: 5,
-            ..PassOptions::default()
-        };
-        let mut sums = AdapterGradients::default();
-        accumulate(&model, &batch, options, &mut sums);
-        let (worst, name) = distance(&named(&model, sums), &expected);
-        // f32 sums in another order, through three layers.
-        assert!(worst < 2e-5, "{name} {worst} {lora:?}");
-        println!("{worst:.1e} {name}");
+    for (device_name, device) in all_devices() {
+        let model = model_on(device, config, lora, quantization);
+        for gradient_checkpointing in [false, true] {
+            let options = PassOptions {
+                gradient_checkpointing,
+                dropout_seed: 5,
+                ..PassOptions::default()
+            };
+            let mut sums = AdapterGradients::default();
+            accumulate(&model, &batch, options, &mut sums);
+            let (worst, name) = distance(&named(&model, sums), &expected);
+            println!("{worst:.1e} {device_name} {name}");
+            // f32 sums in another order, through three layers.
+            assert!(worst < 2e-5, "{device_name} {name} {worst} {lora:?}");
+        }
     }
+}
+
+/// The devices of this build; the CPU comes first.
+fn all_devices() -> &'static [(String, Device)] {
+    static DEVICES: OnceLock<Vec<(String, Device)>> = OnceLock::new();
+    DEVICES.get_or_init(tests::devices)
 }
 
 #[test]
@@ -238,6 +261,13 @@ fn gradients_of_embedding_and_head_are_those_of_the_graph() {
             agrees(&config(tied), &lora, Quantization::Bits8, saved.len());
         }
     }
+    // The loss is computed in several chunks of positions, which all add to the head's gradient.
+    let wide = LlamaConfig {
+        vocab_size: 900_000,
+        hidden_size: 8,
+        ..config(true)
+    };
+    agrees(&wide, &lora(&["v_proj"], &["lm_head", "model.norm"]), Quantization::None, 2);
 }
 
 #[test]

@@ -190,6 +190,7 @@ impl<const N: usize> LinearGroup<'_, N> {
 }
 
 /// The input of a group: computed already, or not yet.
+#[allow(clippy::large_enum_variant)] // It lives for a few lines.
 pub(crate) enum Input<X> {
     Known(Tensor<2>),
     Later(X),

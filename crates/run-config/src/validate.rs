@@ -87,6 +87,11 @@ fn check_together(config: &Config, reader: &mut Reader) {
             reader.problem(key, &message);
         }
     }
+    let method = config.lora_config().method;
+    if config.lora_bias && !method.facts().allows_lora_bias {
+        let message = format!("cannot be combined with {method}, as in PEFT; remove one of them");
+        reader.problem("lora_bias", &message);
+    }
     let is_names = matches!(config.target_modules, TargetModules::Names(_));
     if config.layers_to_transform.is_some() && !is_names {
         reader.problem(
@@ -314,6 +319,7 @@ mod tests {
             "modules_to_save = [\"\"]",
             "modules_to_save = [1]",
             "bias = \"all\"\ninit_lora_weights = \"pissa\"",
+            "lora_bias = true\npeft_use_dora = true",
             "trainable_token_indices = [-1]",
             "layers_to_transform = [-1]",
             "layers_to_transform = \"all\"",
