@@ -305,6 +305,18 @@ TRAINED = {
     "OLoRA with patterns": (dict(init_lora_weights='"olora"', lora_r=4, rank_pattern="{ q_proj = 2 }", alpha_pattern="{ v_proj = 5.5 }", peft_use_rslora="true"),
                             dict(r=8, rank_pattern={"q_proj": 4}, use_rslora=True)),
     "lm_head": (dict(target_modules="['v_proj', 'lm_head']", rank_pattern="{ lm_head = 3 }"), dict(rank_pattern={"lm_head": 3})),
+    "a bias of B": (dict(lora_bias="true"), dict(lora_bias=True)),
+    "a whole embedding": (dict(modules_to_save="['embed_tokens']"), dict(modules_to_save=["embed_tokens"])),
+    "a whole head": (dict(modules_to_save="['lm_head']"), dict(modules_to_save=["lm_head"])),
+    "whole embedding and head": (dict(modules_to_save="['embed_tokens', 'lm_head']"), {}),
+    "norms": (dict(modules_to_save="['norm']", target_modules="['down_proj']"), dict(modules_to_save=["norm"])),
+    "whole linear layers": (dict(modules_to_save="['o_proj', 'layers.1.mlp']", lora_dropout="0.1"), {}),
+}
+# The same on the model with biases.
+TRAINED_BIASES = {
+    "all": (dict(bias='"all"', target_modules="['q_proj', 'down_proj']"), dict(bias="all")),
+    "of adapted modules and of B": (dict(bias='"lora_only"', lora_bias="true"), dict(bias="lora_only", lora_bias=True)),
+    "of whole layers": (dict(bias='"lora_only"', modules_to_save="['k_proj', 'lm_head']"), dict(bias="lora_only")),
 }
 
 
@@ -347,6 +359,28 @@ def test_the_projections_of_ours_are_pefts_bit_for_bit(run, embedded_model, tmp_
         assert torch.equal(ours[name], theirs[name]), name
 
 
+@pytest.mark.parametrize("case", TRAINED_BIASES)
+def test_biases_that_we_train_load_in_peft_with_our_logits(trainer, run, random_model, tmp_path, case):
+    keys, fields = TRAINED_BIASES[case]
+    folder = run(tmp_path / "run", base_model=f'"{random_model}"', prompt_template='"raw"', **keys)
+    model = PeftModel.from_pretrained(base(random_model), folder).eval()
+    assert own_names(get_peft_model_state_dict(model)) == own_names(load_file(folder / "adapter_model.safetensors"))
+    for field, value in fields.items():
+        assert getattr(model.peft_config["default"], field) == value
+    agree(trainer, tmp_path, random_model, folder)
+
+
+def test_whole_modules_of_an_8_bit_model_start_from_the_unquantized_weights(run, embedded_model, tmp_path):
+    modules = ["embed_tokens", "o_proj", "input_layernorm"]
+    folder = run(tmp_path / "run", quant_bits=8, modules_to_save=f"{modules}", max_steps=1, learning_rate=1e-30)
+    weights = base(embedded_model).state_dict()
+    whole = {name: tensor for name, tensor in load_file(folder / "adapter_model.safetensors").items() if "lora_" not in name}
+    layers = json.loads((embedded_model / "config.json").read_text())["num_hidden_layers"]
+    assert len(whole) == 1 + 2 * layers
+    for name, tensor in whole.items():
+        assert torch.equal(tensor, weights[name.removeprefix("base_model.model.")]), name
+
+
 def test_a_dora_of_ours_on_8_bit_weights_has_the_norms_of_those_weights(run, embedded_model, tmp_path):
     folder = run(tmp_path / "run", quant_bits=8, peft_use_dora="true", max_steps=1, learning_rate=1e-12)
     tensors = load_file(folder / "adapter_model.safetensors")
@@ -360,7 +394,8 @@ def test_a_dora_of_ours_on_8_bit_weights_has_the_norms_of_those_weights(run, emb
             assert 0 < relative < 0.01, f"{name}: {relative}"
 
 
-@pytest.mark.parametrize("case", ["names", "DoRA", "VeRA", "VeRA without projections", "rank_pattern", "alpha_pattern", "expression with look-around", "exclude_modules", "layers_pattern", "lm_head"])
+@pytest.mark.parametrize("case", ["names", "DoRA", "VeRA", "VeRA without projections", "rank_pattern", "alpha_pattern", "expression with look-around", "exclude_modules", "layers_pattern", "lm_head",
+                                  "lora_bias", "modules_to_save: lm_head", "modules_to_save: both", "modules_to_save: norms", "modules_to_save: a block"])
 def test_training_goes_on_from_an_adapter_of_pefts(trainer, run, embedded_model, tmp_path, case):
     start = adapter(embedded_model, tmp_path / "start", MATRIX[case])
     # A learning rate that moves nothing shows that the run starts where the adapter is.
@@ -389,8 +424,7 @@ def test_keys_that_contradict_the_adapter_and_adapters_that_cannot_be_trained_on
 
     refused(start, ["lora_r", "peft_use_dora", "init_adapter"], lora_r=16, peft_use_dora="true")
     for field, settings in [
-        ("modules_to_save", MATRIX["modules_to_save: lm_head"]),
-        ("lora_bias", MATRIX["lora_bias"]),
+        ("ensure_weight_tying", MATRIX["ensure_weight_tying"]),
         ("lm_head", MATRIX["DoRA on lm_head"]),
         ("embed_tokens", MATRIX["embedding"]),
         ("lm_head", dict(peft_type="VERA", target_modules=["q_proj", "lm_head"])),

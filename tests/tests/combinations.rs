@@ -73,12 +73,21 @@ const FAMILIES: [Kind; 4] = [
 ];
 
 /// A line of the table: the name, and the settings of the run.
-const METHODS: [(&str, &[&str]); 5] = [
+const METHODS: [(&str, &[&str]); 8] = [
     ("LoRA, rsLoRA", &["peft_use_rslora=true"]),
     ("LoRA+", &["loraplus_lr_ratio=16"]),
     ("PiSSA", &["init_lora_weights=pissa"]),
     ("OLoRA", &["init_lora_weights=olora"]),
     ("DoRA", &["peft_use_dora=true"]),
+    (
+        "VeRA",
+        &["peft_type=vera", "lora_r=64", "learning_rate=0.05"],
+    ),
+    ("LoRA and `bias`", &["bias=all"]),
+    (
+        "LoRA and `modules_to_save`",
+        &["modules_to_save=[\"embed_tokens\", \"norm\"]"],
+    ),
 ];
 
 #[test]

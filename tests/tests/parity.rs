@@ -149,8 +149,43 @@ fn an_adapter_of_a_tied_head_agrees_with_peft_training_included() {
 }
 
 #[test]
-fn biases_that_an_adapter_brings_agree_with_peft() {
+fn trained_biases_of_modules_and_of_b_agree_with_peft() {
     agrees("trained_biases", None);
+    agrees("lora_bias", None);
+    // A bias of B without the scale.
+    notices("lora_bias", &["logits", "LoRA gradients"], |folder| {
+        double(
+            &folder.join("adapter").join(peft::WEIGHTS_FILE),
+            "lora_B.bias",
+        );
+    });
+}
+
+#[test]
+fn trained_norms_agree_with_peft() {
+    agrees("saved_norms", None);
+}
+
+#[test]
+fn a_trained_embedding_and_head_of_a_tied_model_agree_with_peft() {
+    for name in ["saved_embedding", "saved_head", "saved_tables"] {
+        agrees(name, None);
+    }
+}
+
+#[test]
+fn whole_linear_layers_and_untied_tables_agree_with_peft() {
+    agrees("saved_linears", None);
+    notices(
+        "saved_linears",
+        &["logits", "loss", "LoRA gradients"],
+        |folder| {
+            double(
+                &folder.join("adapter").join(peft::WEIGHTS_FILE),
+                "layers.0.self_attn.o_proj.weight",
+            );
+        },
+    );
 }
 
 #[test]

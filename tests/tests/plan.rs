@@ -37,6 +37,8 @@ struct Case {
     checkpointing: bool,
     /// Adapters of the last layer only, and rows of the embedding and the output layer tied to it.
     token_rows: bool,
+    /// Modules that are trained as a whole.
+    saved: &'static [&'static str],
     /// Norms of each head's queries and keys.
     head_norms: bool,
     /// The width of a head if it is not `hidden` over the number of heads.
@@ -58,6 +60,7 @@ const CASE: Case = Case {
     bits8: true,
     checkpointing: false,
     token_rows: false,
+    saved: &[],
     head_norms: false,
     head_dim: None,
 };
@@ -90,6 +93,13 @@ fn cases() -> Vec<Case> {
         Case { token_rows: true, ..CASE },
         Case { token_rows: true, checkpointing: true, rows: 16, ..CASE },
         Case { token_rows: true, vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 8, ..CASE },
+        Case { saved: &["norm"], ..CASE },
+        Case { saved: &["norm"], head_norms: true, checkpointing: true, rows: 16, ..CASE },
+        Case { saved: &["o_proj"], ..CASE },
+        Case { saved: &["down_proj"], rows: 16, checkpointing: true, ..CASE },
+        Case { saved: &["embed_tokens"], vocab: 16_384, ..CASE },
+        Case { saved: &["lm_head"], vocab: 49_152, hidden: 64, feed_forward: 128, supervised: 60, checkpointing: true, ..CASE },
+        Case { saved: &["embed_tokens", "lm_head"], vocab: 16_384, supervised: 8, ..CASE },
     ]
 }
 
@@ -123,6 +133,7 @@ fn lora(case: Case) -> LoraConfig {
     let mut lora = LoraConfig {
         r: case.r,
         method: case.method,
+        modules_to_save: case.saved.iter().map(ToString::to_string).collect(),
         ..LoraConfig::default()
     };
     if case.all_linear {

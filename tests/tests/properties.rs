@@ -39,6 +39,12 @@ fn reconcile(object: &mut serde_json::Map<String, Value>) {
     {
         object.remove("init_adapter");
         object.remove("peft_use_dora");
+        for whole in ["bias", "lora_bias", "modules_to_save"] {
+            object.remove(whole);
+        }
+    }
+    if object.get("peft_use_dora") == Some(&json!(true)) {
+        object.remove("lora_bias");
     }
     let peft_type = object.get("peft_type").and_then(Value::as_str);
     let method = peft_type.and_then(Method::of_peft_type).unwrap_or_default();

@@ -116,6 +116,48 @@ fn adapters_with_shared_matrices_go_on_bit_for_bit() {
 }
 
 #[test]
+fn trained_biases_and_whole_modules_go_on_bit_for_bit() {
+    let workspace = Workspace::new();
+    let sets = [
+        "--set",
+        "modules_to_save=[\"embed_tokens\", \"norm\", \"o_proj\"]",
+        "--set",
+        "lora_bias=true",
+        "--set",
+        "loraplus_lr_ratio=4",
+        "--set",
+        "weight_decay=0.1",
+    ];
+    train(&workspace, "whole", &sets, "").succeeded();
+    let stopped = train(&workspace, "parts", &sets, "lost=9");
+    stopped.failed_saying(&["Step 8 is saved"]);
+    resume(&workspace.path("parts"), &[]).succeeded();
+    let (whole, parts) = (workspace.path("whole"), workspace.path("parts"));
+    assert_eq!(numbers(&whole), numbers(&parts));
+    assert!(adapter_bytes(&whole) == adapter_bytes(&parts));
+    let (config, tensors) = peft::read_adapter(&whole.join("adapter")).expect("it is there");
+    assert!(config.lora.lora_bias);
+    let layers = lora_core::LoraConfig::default();
+    assert_eq!(config.lora.target_modules, layers.target_modules);
+    assert!(tensors.modules.values().all(|pair| pair.bias.is_some()));
+    for name in ["model.embed_tokens.weight", "model.norm.weight"] {
+        assert!(tensors.whole.contains_key(name), "{name}");
+    }
+    // Another run continues from this adapter.
+    let from = format!("init_adapter={}", whole.join("adapter").display());
+    train(&workspace, "next", &["--set", &from], "").succeeded();
+    let next = workspace.path("next");
+    let (config_after, after) = peft::read_adapter(&next.join("adapter")).expect("it is there");
+    assert_eq!(
+        config_after.lora.modules_to_save,
+        config.lora.modules_to_save
+    );
+    let norm = "model.norm.weight";
+    assert_ne!(after.whole[norm], tensors.whole[norm]);
+    assert_eq!(after.whole.len(), tensors.whole.len());
+}
+
+#[test]
 fn adapters_taken_out_of_the_weights_go_on_bit_for_bit_and_are_saved_for_the_base_model() {
     let workspace = Workspace::new();
     for init in ["pissa", "pissa_niter_2", "olora"] {

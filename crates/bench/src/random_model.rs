@@ -126,6 +126,7 @@ fn vocab_table(drawn: VocabTable, dtype: DType, device: &Device) -> VocabTable {
     VocabTable {
         pieces: pieces.collect(),
         rows_per_piece,
+        compute: None,
     }
 }
 

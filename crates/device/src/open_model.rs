@@ -56,25 +56,28 @@ impl ModelOptions {
         dtype: FloatDType,
         report: impl FnMut(&TensorReport),
     ) -> Result<Llama, LoadError> {
-        self.load_with(folder, config, device, dtype, None, report)
+        self.load_with(folder, config, device, dtype, None, None, report)
     }
 
-    /// As [`load`](Self::load). Adapters are taken out of the weights that `initial` selects.
+    /// As [`load`](Self::load). Weights that `lora` trains themselves are not quantized; adapters are taken out of the
+    /// weights that `initial` selects.
     ///
     /// # Errors
     ///
     /// As [`load`](Self::load); a weight that cannot be decomposed.
+    #[allow(clippy::too_many_arguments)]
     pub fn load_with(
         &self,
         folder: &Path,
         config: &LlamaConfig,
         device: &Device,
         dtype: FloatDType,
+        lora: Option<&LoraConfig>,
         initial: Option<&mut InitialAdapters>,
         report: impl FnMut(&TensorReport),
     ) -> Result<Llama, LoadError> {
         let (device, options) = (self.on_graph(device), self.load_options(dtype));
-        llama_burn::load_with(folder, config, options, &device, initial, report)
+        llama_burn::load_with(folder, config, options, &device, lora, initial, report)
     }
 
     fn load_options(&self, dtype: FloatDType) -> LoadOptions {
@@ -181,22 +184,31 @@ impl ModelLoader {
     ///
     /// As [`ModelOptions::load`].
     pub fn load(&self, report: impl FnMut(&TensorReport)) -> Result<Llama, LoadError> {
-        self.load_with(None, report)
+        self.load_with(None, None, report)
     }
 
-    /// As [`load`](Self::load). Adapters are taken out of the weights that `initial` selects.
+    /// As [`load`](Self::load). Weights that `lora` trains themselves are not quantized; adapters are taken out of the
+    /// weights that `initial` selects.
     ///
     /// # Errors
     ///
     /// As [`ModelOptions::load_with`].
     pub fn load_with(
         &self,
+        lora: Option<&LoraConfig>,
         initial: Option<&mut InitialAdapters>,
         report: impl FnMut(&TensorReport),
     ) -> Result<Llama, LoadError> {
         let (config, device) = (&self.config, &self.selected.device);
-        self.options
-            .load_with(&self.folder, config, device, self.dtype, initial, report)
+        self.options.load_with(
+            &self.folder,
+            config,
+            device,
+            self.dtype,
+            lora,
+            initial,
+            report,
+        )
     }
 
     /// How [`load`](Self::load) stores weights.

@@ -26,6 +26,12 @@ pub struct Attention {
 }
 
 impl Attention {
+    /// Whether a norm of queries or keys is trained.
+    pub(crate) fn trains_norms(&self) -> bool {
+        let mut norms = [&self.q_norm, &self.k_norm].into_iter().flatten();
+        norms.any(|norm| norm.trained().is_some())
+    }
+
     pub(crate) fn heads(&self) -> Heads {
         Heads {
             query: self.num_attention_heads,

@@ -293,10 +293,11 @@ impl LlamaConfig {
         float_bytes: usize,
     ) -> Result<ParameterCounts, LoraError> {
         let rows = (self.trained_rows(lora) * self.hidden_size) as u64;
+        let whole = self.whole_elements(lora, quantization, float_bytes)?;
         let with_rows = |mut counts: ParameterCounts| {
             counts.trainable += rows;
             counts.adapter_bytes += 4 * rows;
-            counts
+            whole.move_to_trainable(counts, float_bytes)
         };
         let mut modules = self.module_shapes();
         if !self.tie_word_embeddings {

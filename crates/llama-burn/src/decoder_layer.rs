@@ -15,6 +15,15 @@ pub struct DecoderLayer {
     pub mlp: Mlp,
 }
 
+impl DecoderLayer {
+    /// Whether anything of the layer is trained.
+    pub fn trains(&self) -> bool {
+        let linears = self.linears();
+        let linears = linears.iter().any(|(_, linear)| linear.trains());
+        linears || self.norms().any(|(_, norm)| norm.trained().is_some())
+    }
+}
+
 /// Derives a dropout seed per module from the layer's seed.
 pub(crate) struct DropoutSeeds(pub(crate) Option<u64>);
 

@@ -16,6 +16,7 @@
 //! | `rope`, `rope_scaling` | the angles of rotary position embeddings |
 //! | `kv_cache` | generation token by token |
 //! | `head_adapter`, `token_rows` | a LoRA adapter of the output layer; trained rows of embedding and output layer |
+//! | `whole` | biases and whole modules that are trained themselves |
 //! | `initial` | adapters taken out of the weights while these are loaded: PiSSA and OLoRA |
 //! | `replace` | single tensors, replaced or read back by name |
 //! | `random` | a model with random weights made on the device, for measurements |
@@ -51,6 +52,7 @@ mod token_rows;
 mod unsupported;
 mod vocab_table;
 mod weights;
+mod whole;
 
 pub use attention::Attention;
 pub use config::{ConfigError, LlamaConfig};
@@ -75,3 +77,4 @@ pub use vocab_table::{PIECE_BYTES, VocabTable};
 pub use weights::{
     EMBEDDING_WEIGHT, HEAD_WEIGHT, MAPPED_BYTES, Stored, Weights, WeightsError, weight_files,
 };
+pub use whole::{WholeElements, saved_whole};

@@ -6,11 +6,12 @@ use burn::module::Param;
 use burn::nn::Linear;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use kernels::{IntegerWeight, Quantization, QuantizationError, compact, cpu, quantize_data};
-use lora_core::{LoraError, LoraLinear};
+use lora_core::{LoraConfig, LoraError, LoraLinear};
 
 use crate::gguf::IntegerTensor;
 use crate::spec::LinearSpec;
 use crate::weights::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Stored};
+use crate::whole::WholeTensors;
 use crate::{
     DecoderLayer, InitialAdapters, Llama, LlamaConfig, RmsNorm, VocabTable, Weights, WeightsError,
 };
@@ -63,7 +64,7 @@ pub enum LoadError {
         "quantize_lm_head is set, but this model's lm_head is tied to its embedding, which stays unquantized; leave quantize_lm_head out"
     )]
     TiedHead,
-    /// No adapter can be taken out of a weight.
+    /// No adapter can be taken out of a weight, or the adapters' settings are invalid.
     #[error("{module}: {source}")]
     Adapter {
         /// The module's full name.
@@ -90,11 +91,11 @@ pub fn load(
     device: &Device,
     report: impl FnMut(&TensorReport),
 ) -> Result<Llama, LoadError> {
-    load_with(folder, config, options, device, None, report)
+    load_with(folder, config, options, device, None, None, report)
 }
 
 /// As [`load`]. Adapters are taken out of the weights that `initial` selects, before these are quantized; the model
-/// does not have them yet.
+/// does not have them yet. Weights that `lora` trains themselves are not quantized.
 ///
 /// # Errors
 ///
@@ -104,6 +105,7 @@ pub fn load_with(
     config: &LlamaConfig,
     options: LoadOptions,
     device: &Device,
+    lora: Option<&LoraConfig>,
     initial: Option<&mut InitialAdapters>,
     mut report: impl FnMut(&TensorReport),
 ) -> Result<Llama, LoadError> {
@@ -113,7 +115,13 @@ pub fn load_with(
     let mut weights = Weights::open(folder)?;
     let shapes = config.tensor_shapes();
     weights.check(&shapes)?;
+    let invalid = |source| LoadError::Adapter {
+        module: "modules_to_save".into(),
+        source,
+    };
+    let whole = lora.map(WholeTensors::new).transpose().map_err(invalid)?;
     let mut loader = Loader {
+        whole,
         weights: &mut weights,
         options,
         device,
@@ -138,7 +146,9 @@ pub fn load_with(
         layers.push(DecoderLayer::from_parts(config, index, norms, linears));
     }
     let norm = loader.norm("model.norm.weight", config)?;
-    let quantize_head = options.quantize_lm_head && options.quantization != Quantization::None;
+    let quantize_head = options.quantize_lm_head
+        && options.quantization != Quantization::None
+        && !loader.stays_dense(HEAD_WEIGHT);
     let (lm_head, quantized_lm_head) = match (config.tie_word_embeddings, quantize_head) {
         (true, _) => (None, Vec::new()),
         (false, false) => (Some(loader.table(HEAD_WEIGHT, vocab, hidden)?), Vec::new()),
@@ -164,6 +174,8 @@ const EXACT: QuantizationError = QuantizationError {
 };
 
 struct Loader<'a> {
+    /// The tensors that are not quantized.
+    whole: Option<WholeTensors<'a>>,
     weights: &'a mut Weights,
     options: LoadOptions,
     device: &'a Device,
@@ -196,7 +208,11 @@ impl Loader<'_> {
         let name = format!("{module}.weight");
         let initial = self.initial.as_ref();
         let changes = initial.is_some_and(|initial| initial.selects(&module));
-        let integers = if changes { None } else { self.integers(&name)? };
+        let integers = if changes || self.stays_dense(&name) {
+            None
+        } else {
+            self.integers(&name)?
+        };
         let (weight, error) = match integers {
             Some(tensor) => self.exact(tensor, [d_in, d_out]),
             None => {
@@ -208,7 +224,8 @@ impl Loader<'_> {
                         source,
                     })?;
                 }
-                self.packed_or_dense(values, [d_in, d_out])
+                let dense = self.stays_dense(&name);
+                self.packed_or_dense(values, [d_in, d_out], dense)
             }
         };
         self.note(&name, &[d_out, d_in], error);
@@ -258,6 +275,7 @@ impl Loader<'_> {
         Ok(VocabTable {
             pieces,
             rows_per_piece,
+            compute: None,
         })
     }
 
@@ -295,7 +313,7 @@ impl Loader<'_> {
         let pieces = values.chunks(rows * hidden).map(|piece| {
             let rows = piece.len() / hidden;
             let transposed = cpu::transposed(piece, [rows, hidden]);
-            let (weight, error) = self.packed_or_dense(transposed, [hidden, rows]);
+            let (weight, error) = self.packed_or_dense(transposed, [hidden, rows], false);
             if error.map(|e| e.relative) > worst.map(|e| e.relative) {
                 worst = error;
             }
@@ -327,12 +345,26 @@ impl Loader<'_> {
         (frozen(tensor), Some(EXACT))
     }
 
-    /// Quantizes a `[d_in, d_out]` weight and copies it to the device; dense if it cannot be packed.
+    /// Whether the tensor of this name is trained itself.
+    fn stays_dense(&self, name: &str) -> bool {
+        let whole = self.whole.as_ref();
+        whole.is_some_and(|whole| whole.contain(name))
+    }
+
+    /// Quantizes a `[d_in, d_out]` weight and copies it to the device. It is dense, in f32, if it is trained, and dense if
+    /// it cannot be packed.
     fn packed_or_dense(
         &self,
         values: Vec<f32>,
         shape: [usize; 2],
+        trained: bool,
     ) -> (Param<Tensor<2>>, Option<QuantizationError>) {
+        if trained {
+            return (
+                self.place(TensorData::new(values, shape), Some(DType::F32)),
+                None,
+            );
+        }
         match quantize_data(&values, shape, self.options.quantization) {
             Some((data, error)) => {
                 drop(values);

@@ -65,6 +65,7 @@ impl Llama {
                 })
                 .collect(),
             rows_per_piece,
+            compute: None,
         };
         let embed_tokens = table(&mut normal);
         let layers = (0..config.num_hidden_layers).map(|index| {
@@ -95,7 +96,8 @@ impl Llama {
         }
     }
 
-    /// Adds a new adapter to every linear module that `lora` selects.
+    /// Adds a new adapter to every linear module that `lora` selects, and makes the biases and modules trainable that it
+    /// trains themselves.
     ///
     /// An adapter's initialization depends on `seed` and the module's name, not on which other modules are adapted.
     ///
@@ -126,9 +128,9 @@ impl Llama {
         if selector.matches("lm_head") {
             let seed = root.fork(u64::MAX).next_u64();
             let lora = lora.of_module(&selector, "lm_head");
-            return self.with_new_head_adapter(&lora, seed);
+            self = self.with_new_head_adapter(&lora, seed)?;
         }
-        Ok(self)
+        self.with_trained_whole(lora)
     }
 
     /// Computes once what adapters would compute in every pass, for inference with a model that is not trained any more ([`LoraLinear::for_inference`]).
@@ -151,7 +153,8 @@ impl Llama {
     }
 
     /// The trainable tensors by the module's full name: of an adapter A `[d_in, r]` and B `[r, d_out]`, if they are
-    /// trained, and its method's vectors `[1, width]`; of trained token rows `[tokens, hidden]`.
+    /// trained, and its method's vectors `[1, width]`; of trained token rows `[tokens, hidden]`. See also
+    /// [`trained_whole`](Self::trained_whole).
     pub fn trainable(&self) -> impl Iterator<Item = (String, Vec<&Param<Tensor<2>>>)> {
         let linears = self.linears();
         let linears = linears.map(|(module, linear)| (module, linear.trainable()));

@@ -83,6 +83,7 @@ impl Draw<'_> {
         VocabTable {
             pieces: pieces.collect(),
             rows_per_piece,
+            compute: None,
         }
     }
 

@@ -17,19 +17,26 @@ impl Llama {
         self.config.tie_word_embeddings = false;
     }
 
-    /// Replaces a tensor by `values`, row-major as Hugging Face stores them, frozen and in the compute type. A
+    /// Replaces a tensor by `values`, row-major as Hugging Face stores them, frozen and in the compute type, or in f32 on
+    /// a device with an autodiff graph, where it may be trained. A
     /// quantized weight becomes a dense one. A bias may be new. The output layer of a tied model is replaced together
     /// with the embedding, under the embedding's name.
     ///
     /// Returns whether the model has a tensor of this name and size; if not, nothing changes.
     pub fn set_tensor(&mut self, name: &str, values: Vec<f32>) -> bool {
-        let (device, dtype) = (self.device(), self.dtype());
+        let (device, compute) = (self.device(), self.dtype());
+        let dtype = if device.is_autodiff() {
+            DType::F32
+        } else {
+            compute
+        };
         let (vocab, hidden) = (self.config.vocab_size, self.config.hidden_size);
         if name == EMBEDDING_WEIGHT || name == HEAD_WEIGHT {
             if values.len() != vocab * hidden {
                 return false;
             }
-            let table = table(&values, hidden, dtype, &device);
+            let mut table = table(&values, hidden, dtype, &device);
+            table.compute = Some(compute);
             if name == HEAD_WEIGHT {
                 self.quantized_lm_head = Vec::new();
                 self.lm_head = Some(table);
@@ -136,6 +143,7 @@ fn table(values: &[f32], hidden: usize, dtype: DType, device: &Device) -> VocabT
     VocabTable {
         pieces: pieces.collect(),
         rows_per_piece,
+        compute: None,
     }
 }
 

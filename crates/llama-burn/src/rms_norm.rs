@@ -3,13 +3,13 @@
 use burn::module::{Module, Param};
 use burn::tensor::{DType, Tensor};
 use kernels::{InverseRms, Normalized};
-use lora_core::LinearInput;
+use lora_core::{Accumulate, LinearInput, Trained, column_sums};
 
 /// `x / sqrt(mean(x²) + eps) · weight` over the last dimension, as Hugging Face's `LlamaRMSNorm`:
 /// computed in f32 for every type of `x`.
 #[derive(Module, Debug)]
 pub struct RmsNorm {
-    /// The gain, `[hidden]`, or `[head_dim]` of the norms of queries and keys.
+    /// The gain, `[hidden]`, or `[head_dim]` of the norms of queries and keys; frozen unless it requires a gradient.
     pub weight: Param<Tensor<1>>,
     /// Keeps the square root away from zero.
     pub eps: f64,
@@ -66,6 +66,33 @@ impl RmsNorm {
         kernels::rms_norm_backward(x, inverse, gain, self.eps, gradient, sum, dtype)
     }
 
+    /// The gain, if it is trained.
+    pub(crate) fn trained(&self) -> Option<Trained<'_>> {
+        Trained::vector(&self.weight)
+    }
+
+    /// The gradient of a trained gain: the sum of the output's gradient times the input over its root mean square. All
+    /// in f32.
+    ///
+    /// # Shapes
+    ///
+    /// - `x`, `gradient`: `[n, width]`
+    pub(crate) fn gradient_of_gain(
+        &self,
+        x: &Tensor<2>,
+        inverse: &InverseRms,
+        gradient: &Tensor<2>,
+        accumulate: &mut Accumulate<'_>,
+    ) {
+        let Some(gain) = self.trained() else {
+            return;
+        };
+        let ones = Tensor::ones(self.gain().dims(), (&x.device(), DType::F32));
+        let normalized = kernels::rms_norm_again(x, inverse, ones, self.eps, DType::F32);
+        let product = normalized * gradient.clone().cast(DType::F32);
+        gain.accumulate(column_sums(product), accumulate);
+    }
+
     /// Normalizes each head: rows `[n, heads · d]` as `[n · heads, d]`. Types and saved values as in
     /// [`manual_forward`](Self::manual_forward); the output has `x`'s type.
     pub(crate) fn heads_forward(&self, x: &Tensor<2>) -> (Tensor<2>, InverseRms) {
@@ -73,15 +100,18 @@ impl RmsNorm {
         (output.reshape(x.dims()), inverse)
     }
 
-    /// The gradient of the input of [`heads_forward`](Self::heads_forward) from that of its output, in `x`'s type.
+    /// The gradient of the input of [`heads_forward`](Self::heads_forward) from that of its output, in `x`'s type. That
+    /// of a trained gain goes to `accumulate`.
     pub(crate) fn heads_backward(
         &self,
         x: Tensor<2>,
         inverse: InverseRms,
         gradient: Tensor<2>,
+        accumulate: &mut Accumulate<'_>,
     ) -> Tensor<2> {
         let (dims, dtype, gain) = (x.dims(), x.dtype(), self.gain());
         let (x, gradient) = (self.by_heads(x), self.by_heads(gradient));
+        self.gradient_of_gain(&x, &inverse, &gradient, accumulate);
         let zeros = x.zeros_like();
         let (d_x, _) = self.backward(&x, inverse, gain, gradient, zeros, dtype);
         d_x.reshape(dims)

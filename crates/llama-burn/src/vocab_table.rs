@@ -1,8 +1,11 @@
 //! The weight of the embedding and of the output layer: one row per token.
 
 use burn::module::{Module, Param};
-use burn::tensor::{DType, Device, FloatDType, Tensor};
-use kernels::{Ints, Uploaded, Uploads, table_dtype, table_logits, table_logits_backward};
+use burn::tensor::{DType, Device, FloatDType, IndexingUpdateOp, Tensor};
+use kernels::{
+    Ints, Uploaded, Uploads, multiply_in_f32, table_dtype, table_logits, table_logits_backward,
+};
+use lora_core::{Accumulate, Trained};
 
 /// A `[vocab, hidden]` weight in shards of at most [`PIECE_BYTES`], because GPUs limit the size of one buffer. A device
 /// that binds larger buffers gets larger shards, so that logits need not be concatenated. On the CPU the weight may
@@ -13,6 +16,10 @@ pub struct VocabTable {
     pub pieces: Vec<Param<Tensor<2>>>,
     /// Rows of every shard except the last.
     pub rows_per_piece: usize,
+    /// The type that products are computed in, if that is not decided by the shards' type: those of a trained weight are
+    /// f32.
+    #[module(skip)]
+    pub compute: Option<DType>,
 }
 
 /// The rows of a batch's tokens.
@@ -41,7 +48,18 @@ impl VocabTable {
 
     /// The type that products with the weight are computed in.
     pub fn compute_dtype(&self) -> DType {
-        table_dtype(&self.pieces[0].val().without_autodiff())
+        let of_shards = || table_dtype(&self.pieces[0].val().without_autodiff());
+        self.compute.unwrap_or_else(of_shards)
+    }
+
+    /// The shards, if the weight is trained.
+    pub(crate) fn trained(&self) -> impl Iterator<Item = Trained<'_>> {
+        self.pieces.iter().filter_map(Trained::matrix)
+    }
+
+    /// Whether the weight is trained.
+    pub fn trains(&self) -> bool {
+        self.trained().next().is_some()
     }
 
     /// The rows of these tokens, in the compute type.
@@ -56,7 +74,8 @@ impl VocabTable {
     pub fn rows(&self, ids: &[u32]) -> Tensor<2> {
         let mut uploads = Uploads::default();
         let planned = self.planned_rows(ids, &mut uploads);
-        self.rows_at(&planned, &uploads.send(&self.pieces[0].lazy_device()))
+        let uploaded = uploads.send(&self.pieces[0].lazy_device());
+        self.rows_of(&planned, &uploaded, value)
     }
 
     /// Plans the rows of these tokens, for [`rows_at`](Self::rows_at).
@@ -92,8 +111,17 @@ impl VocabTable {
         }
     }
 
-    /// As [`rows`](Self::rows), for rows whose indices are on the device already.
+    /// As [`rows`](Self::rows), outside an autodiff graph, for rows whose indices are on the device already.
     pub(crate) fn rows_at(&self, planned: &PlannedRows, uploaded: &Uploaded) -> Tensor<2> {
+        self.rows_of(planned, uploaded, detached)
+    }
+
+    fn rows_of(
+        &self,
+        planned: &PlannedRows,
+        uploaded: &Uploaded,
+        value: fn(&Param<Tensor<2>>) -> Tensor<2>,
+    ) -> Tensor<2> {
         let found = planned
             .pieces
             .iter()
@@ -118,7 +146,7 @@ impl VocabTable {
                 let piece = self.widened(value(piece)).autodiff();
                 hidden.clone().matmul(piece.transpose())
             } else {
-                table_logits(hidden.clone(), value(piece))
+                table_logits(hidden.clone(), self.computed(piece))
             }
         });
         let mut products: Vec<Tensor<2>> = products.collect();
@@ -138,13 +166,82 @@ impl VocabTable {
         let mut start = 0;
         let mut sum = None;
         for piece in &self.pieces {
-            let piece = piece.val().without_autodiff();
+            let piece = self.computed(piece);
             let rows = piece.dims()[0];
             let gradient = gradient.clone().narrow(1, start, rows);
             sum = Some(table_logits_backward(sum, gradient, piece));
             start += rows;
         }
         sum.unwrap_or_else(|| gradient.narrow(1, 0, 0))
+    }
+
+    /// The gradient of a trained output layer from that of [`logits`](Self::logits), in f32.
+    ///
+    /// # Shapes
+    ///
+    /// - `hidden`: `[m, hidden]`
+    /// - `gradient`: `[m, vocab]`
+    pub(crate) fn gradient_of_logits(
+        &self,
+        hidden: &Tensor<2>,
+        gradient: &Tensor<2>,
+        accumulate: &mut Accumulate<'_>,
+    ) {
+        let mut start = 0;
+        for piece in self.trained() {
+            let [rows, _] = piece.value().dims();
+            let gradient = gradient.clone().narrow(1, start, rows);
+            let product = multiply_in_f32(gradient.transpose(), hidden.clone());
+            piece.accumulate(product, accumulate);
+            start += rows;
+        }
+    }
+
+    /// The gradient of a trained embedding from that of the rows of `ids`, in f32: the sum over each token's positions.
+    ///
+    /// # Shapes
+    ///
+    /// - `gradient`: `[ids.len(), hidden]`
+    pub fn gradient_of_rows(
+        &self,
+        ids: &[u32],
+        gradient: &Tensor<2>,
+        accumulate: &mut Accumulate<'_>,
+    ) {
+        let mut uploads = Uploads::default();
+        let per_piece = self.rows_per_piece;
+        let of_shards = self.trained().enumerate().map(|(index, piece)| {
+            let positions = (0..ids.len()).filter(|i| ids[*i] as usize / per_piece == index);
+            let positions: Vec<u32> = positions.map(|i| i as u32).collect();
+            let rows = positions
+                .iter()
+                .map(|i| (ids[*i as usize] as usize % per_piece) as i32);
+            let rows = (!positions.is_empty()).then(|| uploads.ints(rows));
+            (piece, rows, uploads.indices(&positions))
+        });
+        let of_shards: Vec<_> = of_shards.collect();
+        let uploaded = uploads.send(&gradient.device());
+        for (piece, rows, positions) in of_shards {
+            let zeros = Tensor::zeros(piece.value().dims(), (&gradient.device(), DType::F32));
+            let sums = match rows {
+                None => zeros,
+                Some(rows) => {
+                    let part = gradient.clone().select(0, uploaded.ints(&positions));
+                    let part = part.cast(DType::F32);
+                    zeros.select_assign(0, uploaded.ints(&rows), part, IndexingUpdateOp::Add)
+                }
+            };
+            piece.accumulate(sums, accumulate);
+        }
+    }
+
+    /// The shard outside the autodiff graph, as products read it.
+    fn computed(&self, piece: &Param<Tensor<2>>) -> Tensor<2> {
+        let piece = detached(piece);
+        match self.compute {
+            Some(dtype) => piece.cast(dtype),
+            None => piece,
+        }
     }
 
     fn widened(&self, x: Tensor<2>) -> Tensor<2> {
@@ -155,6 +252,11 @@ impl VocabTable {
             x.cast(FloatDType::from(dtype))
         }
     }
+}
+
+/// The shard, outside the autodiff graph.
+fn detached(piece: &Param<Tensor<2>>) -> Tensor<2> {
+    piece.val().without_autodiff()
 }
 
 /// The shard, outside the autodiff graph unless it is trained.
@@ -182,6 +284,7 @@ mod tests {
         let table = VocabTable {
             pieces: pieces.to_vec(),
             rows_per_piece: 4,
+            compute: None,
         };
         let ids = [9u32, 0, 4, 3, 9, 5];
         let index = Tensor::<1, Int>::from_data([9, 0, 4, 3, 9, 5], &device);

@@ -92,6 +92,9 @@ impl<'a> Adapt<'a> {
         if config.lora_dropout > 0.0 {
             return Err(LoraError::DropoutInLinear);
         }
+        if config.lora_bias {
+            return Err(LoraError::BiasInLinear);
+        }
         if config.init.changes_weights() {
             return Err(LoraError::InitOfModule(config.init));
         }

@@ -74,6 +74,10 @@ impl LoraLinear {
         if let Some(bias) = &self.bias {
             y = y + bias.val().unsqueeze();
         }
+        if let Some(bias) = &self.lora_bias {
+            let scale = self.adapter().map_or(1.0, |adapter| adapter.scale());
+            y = y + bias.val().mul_scalar(scale).unsqueeze();
+        }
         shape[D - 1] = d_out;
         y.reshape(shape)
     }

@@ -180,6 +180,11 @@ impl LoraConfig {
         }
     }
 
+    /// Whether parameters of the base model, or biases of B, are trained beside the adapters.
+    pub fn trains_whole(&self) -> bool {
+        self.bias != Bias::None || self.lora_bias || !self.modules_to_save.is_empty()
+    }
+
     /// Checks every field.
     ///
     /// # Errors

@@ -90,6 +90,16 @@ pub enum LoraError {
         /// The kinds of module that exist.
         available: String,
     },
+    /// An entry of `modules_to_save` is the end of an adapted module's name, but not a whole name.
+    #[error(
+        "modules_to_save: an entry matches {0}, which also gets an adapter; write the module's name, or exclude it from the targets"
+    )]
+    SavedAndAdapted(Box<str>),
+    /// A plain `Linear` cannot compute a bias of B.
+    #[error(
+        "lora_bias is set, which only a LoraLinear computes; use LoraLinear in place of Linear"
+    )]
+    BiasInLinear,
     /// A setting names something that the model does not have.
     #[error("{field}: {entry:?} matches none of {among}{}", did_you_mean(nearest))]
     MatchesNothing {

@@ -7,6 +7,7 @@
 //! | [`LoraLinear::forward`] | `autodiff.rs` | its forward pass in Burn's autodiff graph |
 //! | [`adapt`], [`Adapt`] | `adapt.rs` | adapters in any Burn module, by the names of its layers |
 //! | [`LinearGroup`] | `manual.rs` | the manual forward and backward pass, without a graph, for trainers |
+//! | [`Trained`] | `whole.rs` | biases and whole weights that are trained themselves |
 //! | [`Factors`] | `initial.rs` | PiSSA and OLoRA: adapters that are a part of the weight |
 //! | [`best_factors`] | `svd.rs` | singular values; the best approximation by a lower rank |
 //! | [`AdapterDropout`] | `dropout.rs` | dropout of the adapter's input |
@@ -50,6 +51,7 @@ mod merge;
 mod method;
 mod selector;
 mod svd;
+mod whole;
 
 pub use adapt::{
     Adapt, Attached, ModulePath, adapt, attached_parameters, linear_layer_dims, linear_layers,
@@ -69,3 +71,4 @@ pub use manual::{LinearGroup, LinearInput, LowRank};
 pub use method::{Accumulate, Adapter, Dora, Facts, Method, Scaling, Vector, Vera, Width};
 pub use selector::ModuleSelector;
 pub use svd::best_factors;
+pub use whole::{Trained, column_sums};

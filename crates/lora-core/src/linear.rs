@@ -20,8 +20,10 @@ pub struct LoraLinear {
     /// The frozen weight W₀, `[d_in, d_out]`, float or quantized, with the adapter:
     /// [`base`](Param::base) is W₀ alone, [`val`](Param::val) would build `W₀ + γ·A·B`.
     pub weight: Param<Tensor<2>>,
-    /// The frozen bias, `[d_out]`.
+    /// The bias, `[d_out]`, frozen unless it requires a gradient.
     pub bias: Option<Param<Tensor<1>>>,
+    /// The trained bias of B (PEFT's `lora_bias`), `[d_out]`: it adds γ times its value to the output.
+    pub lora_bias: Option<Param<Tensor<1>>>,
     /// Dropout of the adapter's input in training.
     pub dropout: AdapterDropout,
 }
@@ -32,6 +34,7 @@ impl LoraLinear {
         Self {
             weight: linear.weight.set_require_grad(false),
             bias: linear.bias.map(|bias| bias.set_require_grad(false)),
+            lora_bias: None,
             dropout: AdapterDropout::new(0.0),
         }
     }
@@ -99,6 +102,9 @@ impl LoraLinear {
         });
         let mut layer = self.with_adapter(a, b, config.scale())?;
         layer.dropout = AdapterDropout::new(config.lora_dropout);
+        if config.lora_bias {
+            layer = layer.with_lora_bias(Tensor::zeros([d_out], (&device, DType::F32)));
+        }
         layer.with_method(config.method, None)
     }
 
@@ -174,6 +180,11 @@ impl LoraLinear {
 
     /// Computes once what does not change while the layer is not trained. Training it afterwards would use old values.
     pub fn for_inference(mut self) -> Self {
+        if self.lora_bias.is_some() {
+            let added = self.added_bias(DType::F32).map(Param::from_tensor);
+            self.bias = added.map(|bias| bias.set_require_grad(false));
+            self.lora_bias = None;
+        }
         if let Some(adapter) = self.adapter() {
             self.weight = adapter.attach_for_inference(self.bare_weight());
         }
@@ -211,6 +222,7 @@ impl LoraLinear {
     /// The layer without its adapter.
     pub fn without_adapter(mut self) -> Self {
         self.weight = self.bare_weight();
+        self.lora_bias = None;
         self
     }
 

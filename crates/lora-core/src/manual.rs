@@ -21,6 +21,7 @@ use kernels::{
 
 use crate::LoraLinear;
 use crate::method::{Accumulate, Adapter, Scaling};
+use crate::whole::Input;
 
 /// The input of a group in its backward pass: a tensor that is computed again, if it is needed at all.
 pub trait LinearInput {
@@ -41,10 +42,10 @@ impl<F: FnOnce() -> Tensor<2>> LinearInput for F {
 
 /// Layers with the same input, run together outside an autodiff graph.
 ///
-/// The frozen weights get no gradient, even if they are trainable.
+/// Weights and biases get a gradient only if they require one ([`Trained`](crate::Trained)).
 #[derive(Debug, Clone)]
 pub struct LinearGroup<'a, const N: usize> {
-    layers: [&'a LoraLinear; N],
+    pub(crate) layers: [&'a LoraLinear; N],
     adapters: [Option<Adapted<'a>>; N],
     dropout_seeds: [Option<u64>; N],
 }
@@ -146,7 +147,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         let (mut gate, mut gated) = (None, None);
         let outputs = std::array::from_fn(|i| {
             let layer = self.layers[i];
-            let weight = layer.weight.base();
+            let weight = layer.weight_in(x.dtype());
             let sum = sums[i].take();
             let adapted = self.adapters[i].as_ref();
             let scaling = adapted.and_then(|adapted| adapted.adapter.scaling(&weight));
@@ -184,7 +185,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                         low,
                         b: adapted.b.clone(),
                     });
-                    match gate.as_ref().filter(|_| layer.bias.is_none() && i + 1 == N) {
+                    match gate.as_ref().filter(|_| !layer.adds_bias() && i + 1 == N) {
                         Some(gate) => {
                             let (up, output) = gated_product(gate, x.clone(), weight, low_rank);
                             gated = Some(output);
@@ -196,9 +197,8 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
                     }
                 }
             };
-            if let Some(bias) = &layer.bias {
-                let dtype = y.dtype();
-                y = y + bias.val().without_autodiff().cast(dtype).unsqueeze();
+            if let Some(bias) = layer.added_bias(y.dtype()) {
+                y = y + bias.unsqueeze();
             }
             if gates && i == 0 {
                 gate = Some(y.clone());
@@ -214,10 +214,10 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         (outputs, saved, gated)
     }
 
-    /// Computes the gradients of the adapters, each passed to `accumulate` in f32. Returns the gradient of `x` if
-    /// `input_gradient` is set.
+    /// Computes the gradients of the adapters and of what else is trained, each passed to `accumulate` in f32. Returns
+    /// the gradient of `x` if `input_gradient` is set.
     ///
-    /// `x` is read only if a layer has an adapter, because it may compute the input again. `saved` comes from
+    /// `x` is read only if [`reads_input`](Self::reads_input), because it may compute the input again. `saved` comes from
     /// [`forward`](Self::forward). See also [`backward_gated`](LinearGroup::backward_gated).
     ///
     /// # Shapes
@@ -249,6 +249,12 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
         accumulate: &mut Accumulate<'_>,
     ) -> Option<Tensor<2>> {
         let dtype = d_outputs[0].dtype();
+        let x = if self.trains_weight() {
+            Input::Known(x.tensor())
+        } else {
+            Input::Later(x)
+        };
+        self.gradients_of_whole(x.known(), &d_outputs, accumulate);
         // Under dropout, the gradients of scaled outputs before the scaling: the base layer's undropped part is not
         // scaled.
         let mut d_unscaled: [Option<Tensor<2>>; N] = [const { None }; N];
@@ -294,7 +300,7 @@ impl<'a, const N: usize> LinearGroup<'a, N> {
             let (low, mut low_rank) = self.low_rank_terms(&low_gradients, saved.all_a, dtype);
             let d_outputs = d_outputs.into_iter().enumerate();
             let terms = d_outputs.map(|(i, d_output)| {
-                let weight = self.layers[i].weight.base();
+                let weight = self.layers[i].weight_in(dtype);
                 let x = match d_unscaled[i].take() {
                     None => d_output,
                     Some(d_base) => {
@@ -662,8 +668,8 @@ impl LinearGroup<'_, 1> {
         accumulate: &mut Accumulate<'_>,
     ) -> Option<(Tensor<2>, Tensor<2>)> {
         // Computed before the gradients take the place of gate and up.
-        let input = self.has_adapters().then(|| swiglu(&gate, &up));
-        let input = || input.unwrap_or_else(|| unreachable!("there is an adapter"));
+        let input = self.reads_input().then(|| swiglu(&gate, &up));
+        let input = || input.unwrap_or_else(|| unreachable!("computed if it is read"));
         if self.drops() {
             // Dropout changes the gradient after the product.
             let d_input = self.backward(input, saved, [d_output], input_gradient, accumulate)?;

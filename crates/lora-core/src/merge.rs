@@ -86,11 +86,13 @@ impl LoraLinear {
 
     fn plain_linear(&self, weight: Tensor<2>) -> Linear {
         let frozen = |tensor| Param::from_tensor(tensor).set_require_grad(false);
+        let frozen_bias = |bias: Tensor<1>| Param::from_tensor(bias).set_require_grad(false);
         Linear {
             weight: frozen(weight),
-            bias: self.bias.as_ref().map(|bias| {
-                Param::from_tensor(bias.val().without_autodiff()).set_require_grad(false)
-            }),
+            bias: match (&self.bias, &self.lora_bias) {
+                (Some(bias), None) => Some(frozen_bias(bias.val().without_autodiff())),
+                _ => self.added_bias(DType::F32).map(frozen_bias),
+            },
         }
     }
 }

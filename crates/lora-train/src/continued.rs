@@ -2,10 +2,8 @@
 
 use std::path::Path;
 
-use llama_burn::{InitialAdapters, Llama, LlamaConfig};
-use lora_core::{
-    Bias, ExcludeModules, LoraConfig, LoraError, Method, ModuleSelector, TargetModules,
-};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, InitialAdapters, Llama, LlamaConfig, saved_whole};
+use lora_core::{ExcludeModules, LoraConfig, LoraError, Method, ModuleSelector, TargetModules};
 
 use hub::{self, HubError};
 use peft::{AdapterConfig, AdapterError, AdapterTensors, read_adapter, read_adapter_config};
@@ -77,6 +75,9 @@ pub fn continued(config: &Config, model: &LlamaConfig) -> Result<Config, StartEr
         rank_pattern: lora.rank_pattern,
         alpha_pattern: lora.alpha_pattern,
         trainable_token_indices: lora.trainable_token_indices,
+        bias: lora.bias,
+        lora_bias: lora.lora_bias,
+        modules_to_save: lora.modules_to_save,
         ..config.clone()
     };
     let conflicts = conflicts(config, &continued, folder);
@@ -114,7 +115,7 @@ pub fn start(
     };
     let folder = &hub::adapter_folder(folder)?;
     let (_, tensors) = read_adapter(folder).map_err(StartError::Adapter)?;
-    trainable_tensors(folder, &tensors)?;
+    trainable_tensors(folder, &tensors, &model.config, &lora)?;
     let model = tensors.put_on(model, &lora);
     model.map_err(|error| StartError::Adapter(error.in_file(folder)))
 }
@@ -134,22 +135,11 @@ fn trainable(
         StartError::Adapter(error.in_file(&folder.join(peft::CONFIG_FILE)))
     };
     let lora = adapter.lora;
-    if lora.bias != Bias::None {
-        let got = format!("{:?}", lora.bias);
-        let why = "the base model's biases are frozen here; merge this adapter first";
-        return Err(refused("bias", got, why));
-    }
-    if lora.lora_bias {
-        let why = "B's bias is frozen here; merge this adapter first";
-        return Err(refused("lora_bias", "true".into(), why));
-    }
-    if !lora.modules_to_save.is_empty() {
-        let why = "whole modules are frozen here; merge this adapter first";
-        return Err(refused(
-            "modules_to_save",
-            format!("{:?}", lora.modules_to_save),
-            why,
-        ));
+    let tables = [EMBEDDING_WEIGHT, HEAD_WEIGHT];
+    let saves_table = tables.iter().any(|name| saved_whole(&lora, name));
+    if lora.ensure_weight_tying && model.tie_word_embeddings && saves_table {
+        let why = "embedding and output layer would be two weights here; merge this adapter first";
+        return Err(refused("ensure_weight_tying", "true".into(), why));
     }
     check_targets(&lora, model)?;
     let mut plain = lora.clone();
@@ -178,6 +168,7 @@ fn trainable(
 /// LoRA; trained tokens must be in the vocabulary.
 fn check_targets(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartError> {
     check_tokens(lora, model).map_err(StartError::Tokens)?;
+    model.check_saved(lora)?;
     let selector: ModuleSelector = lora.selector()?;
     if selector.matches("lm_head") && (lora.method != Method::default() || lora.lora_dropout > 0.0)
     {
@@ -192,10 +183,19 @@ fn check_targets(lora: &LoraConfig, model: &LlamaConfig) -> Result<(), StartErro
     Ok(())
 }
 
-fn trainable_tensors(folder: &Path, tensors: &AdapterTensors) -> Result<(), StartError> {
+fn trainable_tensors(
+    folder: &Path,
+    tensors: &AdapterTensors,
+    model: &LlamaConfig,
+    lora: &LoraConfig,
+) -> Result<(), StartError> {
+    let trained = model.whole_tensors(lora)?;
     // PEFT also saves an adapted output layer's own weight; it is the base model's.
-    let changed =
-        |name: &&String| *name != "lm_head.weight" || !tensors.modules.contains_key("lm_head");
+    let changed = |name: &&String| {
+        let trains = trained.iter().any(|(other, _)| other == *name);
+        let head = *name == HEAD_WEIGHT && tensors.modules.contains_key("lm_head");
+        !trains && !head
+    };
     match tensors.whole.keys().find(changed) {
         None => Ok(()),
         Some(name) => {

@@ -88,6 +88,17 @@ pub enum TrainError {
     /// The device computed wrong numbers during the run.
     #[error(transparent)]
     WrongNumbers(Box<WrongNumbers>),
+    /// What is trained does not fit into one buffer of the device.
+    #[error(
+        "modules_to_save, biases and adapters have {needed} of trained parameters, which are updated as one tensor; \
+         the largest buffer of this device is {limit}. Train fewer modules as a whole, or use --backend cpu"
+    )]
+    TrainedTooLarge {
+        /// Their size.
+        needed: String,
+        /// The device's limit.
+        limit: String,
+    },
     /// A data file that changed while it was read.
     #[error("{} changed while it was read; start the run again when the file is complete", path.display())]
     DataChanged {

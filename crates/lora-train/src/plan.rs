@@ -11,8 +11,8 @@ pub mod flops;
 pub mod on_gpu;
 mod report;
 
-use llama_burn::{LinearSpec, LlamaConfig};
-use lora_core::{LoraConfig, LoraError, ParameterCounts, Quantization, TargetModules};
+use llama_burn::{LinearSpec, LlamaConfig, WholeElements};
+use lora_core::{Bias, LoraConfig, LoraError, ParameterCounts, Quantization, TargetModules};
 
 use data::Batch;
 
@@ -165,7 +165,8 @@ impl Plan {
     pub fn new(model: &LlamaConfig, options: &PlanOptions) -> Result<Self, LoraError> {
         let quantization = options.stored();
         let counts = model.count(&options.lora, quantization, options.float_bytes)?;
-        let base = base_parts(model, options, &counts);
+        let whole = model.whole_elements(&options.lora, quantization, options.float_bytes)?;
+        let base = base_parts(model, options, &counts, whole);
         let adapter = |name: &str, copies: u64| Part {
             name: name.into(),
             parameters: None,
@@ -297,9 +298,10 @@ impl PlanOptions {
             ", embedding rows of tokens"
         };
         format!(
-            "adapters: {}, r {}{rows}, f32",
+            "adapters: {}, r {}{rows}{}, f32",
             targets(&self.lora.target_modules),
-            self.lora.r
+            self.lora.r,
+            beside(&self.lora)
         )
     }
 }
@@ -313,8 +315,31 @@ pub fn targets(targets: &TargetModules) -> String {
     }
 }
 
-/// The base model's parts. Their sums are those of `counts`.
-fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCounts) -> Vec<Part> {
+/// What is trained beside the adapters, to be appended to the targets: `, biases of adapted modules, whole: norm`.
+pub fn beside(lora: &LoraConfig) -> String {
+    let mut text = String::new();
+    text += match lora.bias {
+        Bias::None => "",
+        Bias::All => ", all biases",
+        Bias::LoraOnly => ", biases of adapted modules",
+    };
+    if lora.lora_bias {
+        text += ", biases of B";
+    }
+    if !lora.modules_to_save.is_empty() {
+        text += ", whole: ";
+        text += &lora.modules_to_save.join(", ");
+    }
+    text
+}
+
+/// The base model's frozen parts. Their sums are those of `counts`. `whole` is trained.
+fn base_parts(
+    model: &LlamaConfig,
+    options: &PlanOptions,
+    counts: &ParameterCounts,
+    whole: WholeElements,
+) -> Vec<Part> {
     let float = options.table_bytes(model) as u64;
     let table = (model.vocab_size * model.hidden_size) as u64;
     let tied = model.tie_word_embeddings;
@@ -323,6 +348,7 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
         .iter()
         .map(|linear| (linear.elements() * model.num_hidden_layers) as u64)
         .sum();
+    let linear = linear - whole.linear as u64;
     let bits = match (options.quantization, options.stored()) {
         (Quantization::Bits4, Quantization::Bits8) => "4 bits stored in bytes".into(),
         (Quantization::Bits4, _) => "4 bits".into(),
@@ -339,15 +365,18 @@ fn base_parts(model: &LlamaConfig, options: &PlanOptions, counts: &ParameterCoun
         parameters: Some(parameters),
         bytes,
     };
-    let mut parts = vec![
-        part(embedding.into(), table, table * float),
-        part(
-            format!("linear layers, {bits}"),
-            linear,
-            counts.linear_bytes,
-        ),
-    ];
-    if !tied {
+    let mut parts = Vec::new();
+    // The two uses of a tied table keep it until both are trained.
+    let trains_embedding = whole.embedding > 0 && (!tied || whole.head > 0);
+    if !trains_embedding {
+        parts.push(part(embedding.into(), table, table * float));
+    }
+    parts.push(part(
+        format!("linear layers, {bits}"),
+        linear,
+        counts.linear_bytes,
+    ));
+    if !tied && whole.head == 0 {
         parts.push(part("lm_head".into(), table, table * float));
     }
     let rest = counts.frozen - parts.iter().filter_map(|part| part.parameters).sum::<u64>();

@@ -24,9 +24,10 @@ use device::{Backend, KeptKernels, ModelLoader, ModelOptions, Selected};
 use durable::faults::{self, Kernels};
 use peft::AdapterTensors;
 use run_config::{ComputeDtype, Config};
-use train_step::loraplus_rates;
+use terminal::human;
 use train_step::loss_scale::LossScale;
 use train_step::optimizer::AdamW;
+use train_step::{loraplus_rates, undecayed};
 
 /// A run that is ready to load its model.
 pub struct Prepared {
@@ -200,17 +201,19 @@ impl Setup {
             None => InitialAdapters::new(&lora, &self.loader.config, config.seed)?,
             Some(_) => None,
         };
-        let model = self.loader.load_with(initial.as_mut(), |tensor| {
-            callback.on_loading(tensor.done, total);
-            if let Some(error) = tensor.quantization {
-                log::debug!(
-                    "{}: quantized, relative error {:.3e}, largest {:.3e}",
-                    tensor.name,
-                    error.relative,
-                    error.max_abs
-                );
-            }
-        })?;
+        let model = self
+            .loader
+            .load_with(Some(&lora), initial.as_mut(), |tensor| {
+                callback.on_loading(tensor.done, total);
+                if let Some(error) = tensor.quantization {
+                    log::debug!(
+                        "{}: quantized, relative error {:.3e}, largest {:.3e}",
+                        tensor.name,
+                        error.relative,
+                        error.max_abs
+                    );
+                }
+            })?;
         let initial = initial.map(|initial| AdapterTensors::from_factors(initial.factors));
         let mut model = continued::start(model, config, initial.as_ref())?;
         let mut optimizer = AdamW {
@@ -219,7 +222,8 @@ impl Setup {
             epsilon: config.adam_epsilon,
             weight_decay: config.weight_decay,
         }
-        .resumable();
+        .resumable()
+        .with_undecayed(undecayed(&model));
         if let Some(ratio) = config.loraplus_lr_ratio {
             optimizer = optimizer.with_rates(loraplus_rates(&model, ratio));
         }
@@ -277,10 +281,20 @@ fn plan(
     resumed: Option<&Resumed>,
 ) -> Result<(Fit, bool), TrainError> {
     let (model, selected, dtype) = (&loader.config, &loader.selected, loader.dtype);
-    Ok(match resumed.map(Resumed::division) {
+    let planned = match resumed.map(Resumed::division) {
         Some(before) => fit::refit(config, model, selected, dtype, data, before)?,
         None => (fit::fit(config, model, selected, dtype, data)?, false),
-    })
+    };
+    let needed = planned.0.plan.counts.adapter_bytes;
+    match device::largest_buffer(selected) {
+        Some(limit) if needed > limit && config.lora_config().trains_whole() => {
+            Err(TrainError::TrainedTooLarge {
+                needed: human::bytes(needed),
+                limit: human::bytes(limit),
+            })
+        }
+        _ => Ok(planned),
+    }
 }
 
 fn compare_with_the_cpu(

@@ -54,7 +54,15 @@ pub(super) fn check(
     };
     let load = |initial: Option<&mut InitialAdapters>| {
         let dtype = FloatDType::F32;
-        options.load_with(&reference.model, &config, device, dtype, initial, |_| {})
+        options.load_with(
+            &reference.model,
+            &config,
+            device,
+            dtype,
+            None,
+            initial,
+            |_| {},
+        )
     };
     let base = load(None)?;
     let lora = &reference.config.lora;
@@ -183,8 +191,16 @@ fn training(
         None => trained,
         Some(_) => trained.for_base_model(&reference.adapter),
     };
-    let got = by_tensor(&trained);
-    let expected = by_tensor(&reference.trained);
+    let mut got = by_tensor(&trained);
+    let mut expected = by_tensor(&reference.trained);
+    // PEFT also saves tables that it does not train.
+    let config = LlamaConfig::from_file(&reference.model)?;
+    for (name, _) in config.whole_tensors(&reference.config.lora)? {
+        let whole = |adapter: &AdapterTensors| Some(adapter.whole.get(&name)?.values.clone());
+        let name = run::whole_name(&name);
+        got.extend(whole(&trained).map(|values| (name.clone(), values)));
+        expected.extend(whole(&reference.trained).map(|values| (name, values)));
+    }
     checks.push(tensors("adapter after training", TRAINED, &got, &expected)?);
     Ok(checks)
 }
@@ -251,7 +267,9 @@ fn by_tensor(adapter: &AdapterTensors) -> BTreeMap<String, Vec<f32>> {
         let vectors = vectors.map(|(name, values)| (vector_name(module, name), values.clone()));
         let factors = [(a, pair.a.clone()), (b, pair.b.clone())].into_iter();
         let factors = factors.filter(|_| pair.has_matrices());
-        factors.chain(vectors)
+        let bias = pair.bias.clone();
+        let bias = bias.map(|bias| (run::whole_name(&format!("{module}.lora_B.bias")), bias));
+        factors.chain(vectors).chain(bias)
     });
     named.collect()
 }

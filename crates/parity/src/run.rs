@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use burn::tensor::Tensor;
-use llama_burn::Llama;
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Llama};
 
 use super::ParityError;
 use data::Batch;
@@ -45,7 +45,27 @@ pub(super) fn gradients(
             named.insert(name.clone(), values(mean, &name)?);
         }
     }
+    for (name, parts) in model.trained_whole() {
+        let is_table = [EMBEDDING_WEIGHT, HEAD_WEIGHT].contains(&name.as_str());
+        let name = whole_name(&name);
+        let mut all = Vec::new();
+        for part in parts {
+            let sum = sums
+                .get(part.id())
+                .ok_or_else(|| ParityError::NoGradient { name: name.clone() })?;
+            let mean = sum.div_scalar(tokens);
+            // Hugging Face stores the transpose of a linear weight.
+            let mean = if is_table { mean } else { mean.transpose() };
+            all.extend(values(mean, &name)?);
+        }
+        named.insert(name, all);
+    }
     Ok(named)
+}
+
+/// The name of a tensor of the base model in PEFT's files.
+pub(super) fn whole_name(tensor: &str) -> String {
+    format!("base_model.model.{tensor}")
 }
 
 fn options(gradient_checkpointing: bool) -> PassOptions {

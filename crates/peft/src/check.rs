@@ -2,10 +2,10 @@
 
 use std::collections::BTreeMap;
 
-use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig, saved_whole};
 use lora_core::{Bias, LoraConfig, TargetModules};
 
-use super::tensors::{EMBEDDING, all_vectors, bias_name, saved_whole};
+use super::tensors::{EMBEDDING, all_vectors, bias_name};
 use super::{AdapterError, AdapterTensors, tensor_names, vector_name};
 
 /// The output layer's module.

@@ -1,10 +1,10 @@
 //! Merges an adapter into the tensors of a base model, one at a time on the host.
 
 use kernels::cpu::{self, Matrix, MatrixMut, Threads};
-use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, LlamaConfig, saved_whole};
 use lora_core::{LoraConfig, Method};
 
-use super::tensors::{EMBEDDING, saved_whole};
+use super::tensors::EMBEDDING;
 use super::token_rows::put_rows;
 use super::{AdapterError, AdapterPair, AdapterTensors};
 

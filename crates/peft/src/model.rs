@@ -2,10 +2,11 @@
 
 use std::collections::BTreeMap;
 
-use burn::module::Param;
 use burn::tensor::{DType, Device, Tensor, TensorData};
 use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, HeadAdapter, Llama};
-use lora_core::{AdapterDropout, Factors, LoraConfig, LoraError, LoraLinear, Method, Vector};
+use lora_core::{
+    AdapterDropout, Factors, LoraConfig, LoraError, LoraLinear, Method, Trained, Vector,
+};
 
 use super::check::HEAD;
 use super::tensors::{EMBEDDING, bias_name, token_rows_name};
@@ -14,8 +15,8 @@ use super::{
 };
 
 impl AdapterTensors {
-    /// Reads every adapter of `model` to the host, in f32, without the parts that [`put_on`](Self::put_on)
-    /// wrote into the base model.
+    /// Reads every adapter of `model` to the host, in f32, and what else is trained, without the frozen parts that
+    /// [`put_on`](Self::put_on) wrote into the base model.
     ///
     /// # Errors
     ///
@@ -46,6 +47,9 @@ impl AdapterTensors {
                 let values = read(&vector_name(&module, name), vector.val())?;
                 pair.vectors.insert(name, values);
             }
+            if let Some(bias) = &linear.lora_bias {
+                pair.bias = Some(read(&bias_name(&module), bias.val().unsqueeze())?);
+            }
             adapter.modules.insert(module, pair);
         }
         if let Some(head) = &model.lm_head_adapter {
@@ -64,11 +68,19 @@ impl AdapterTensors {
                 adapter.token_rows.insert(module.into(), rows);
             }
         }
+        for (name, parts) in model.trained_whole() {
+            // The pairs have it.
+            if !name.ends_with(LORA_BIAS) {
+                let tensor = whole(&name, parts)?;
+                adapter.whole.insert(name, tensor);
+            }
+        }
         Ok(adapter)
     }
 
     /// Puts this adapter on every module of `model` that `lora` selects, in place of the model's current
-    /// adapters. The factors and the method's vectors are trainable, in f32.
+    /// adapters. The factors, the method's vectors and, on a device with an autodiff graph, the tensors that `lora` trains
+    /// themselves are trainable, in f32.
     ///
     /// Parts that are not a low-rank path beside a linear layer are written into the model: replaced tensors,
     /// biases, an adapter of the embedding, and an adapter of the output layer that is not a plain LoRA. The last two are merged into
@@ -106,19 +118,13 @@ impl AdapterTensors {
             *linear = adapted.map_err(|error| in_module(error, &module))?;
             linear.dropout = AdapterDropout::new(lora.lora_dropout);
             if let Some(bias) = &pair.bias {
-                let scaled = bias.iter().map(|value| value * scale as f32);
-                let values = match &linear.bias {
-                    None => scaled.collect(),
-                    Some(old) => {
-                        let old = read(&bias_name(&module), old.val().unsqueeze())?;
-                        scaled.zip(old).map(|(bias, old)| bias + old).collect()
-                    }
-                };
-                let values: Vec<f32> = values;
-                let data = TensorData::new(values, [pair.d_out]);
-                let bias = Tensor::<1>::from_data(data, (&device, DType::F32));
-                linear.bias = Some(Param::from_tensor(bias).set_require_grad(false));
+                let data = TensorData::new(bias.clone(), [pair.d_out]);
+                let bias = Tensor::from_data(data, (&device, DType::F32));
+                *linear = linear.clone().with_lora_bias(bias);
             }
+        }
+        if device.is_autodiff() {
+            model = model.with_trained_whole(lora)?;
         }
         Ok(model)
     }
@@ -201,6 +207,33 @@ impl AdapterPair {
             place(&self.b, [self.r, self.d_out], device),
         ]
     }
+}
+
+/// The end of a bias of B's name in [`Llama::trained_whole`].
+const LORA_BIAS: &str = ".lora_B.bias";
+
+/// A tensor as Hugging Face stores it, from its parts in the model.
+fn whole(name: &str, parts: Vec<Trained<'_>>) -> Result<WholeTensor, AdapterError> {
+    let is_table = [EMBEDDING_WEIGHT, HEAD_WEIGHT].contains(&name);
+    let (mut shape, mut values) = (Vec::new(), Vec::new());
+    for part in parts {
+        let value = part.value();
+        let (value, of_part) = match part {
+            Trained::Vector(_) => (value.clone(), vec![value.dims()[1]]),
+            Trained::Matrix(_) if is_table => (value.clone(), value.dims().to_vec()),
+            Trained::Matrix(_) => {
+                let value = value.transpose();
+                (value.clone(), value.dims().to_vec())
+            }
+        };
+        values.extend(read(name, value)?);
+        // The shards of a table lie below each other.
+        match shape.first_mut() {
+            None => shape = of_part,
+            Some(rows) => *rows += of_part[0],
+        }
+    }
+    Ok(WholeTensor { shape, values })
 }
 
 fn place(values: &[f32], shape: [usize; 2], device: &Device) -> Tensor<2> {

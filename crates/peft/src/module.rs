@@ -119,6 +119,9 @@ fn put_on<M: Module>(
         let error = lora_core::LoraError::AlreadyAdapted(attached.layer.as_str().into());
         return Err(in_module(error, &attached.layer));
     }
+    if let Some(name) = tensors.modules.keys().next().filter(|_| lora.lora_bias) {
+        return Err(in_module(lora_core::LoraError::BiasInLinear, name));
+    }
     let mut put = Put {
         path: ModulePath::default(),
         left: tensors.whole.clone(),

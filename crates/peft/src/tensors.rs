@@ -5,7 +5,7 @@ use std::path::Path;
 
 use kernels::cpu;
 use llama_burn::floats::first_not_finite;
-use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, floats};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, floats, saved_whole};
 use lora_core::{Bias, LoraConfig, Method, Width};
 use safetensors::{Dtype, SafeTensors};
 
@@ -197,17 +197,6 @@ fn place(name: &str) -> Option<(&str, Place)> {
         Some((module, Place::Vector(vector)))
     };
     matrix.or_else(|| all_vectors().find_map(vector))
-}
-
-/// Whether `modules_to_save` contains this tensor of the base model: the name of its module, or of a module around
-/// it, ends with one of the entries.
-pub(super) fn saved_whole(lora: &LoraConfig, tensor: &str) -> bool {
-    let dots = tensor.match_indices('.').map(|(dot, _)| &tensor[..dot]);
-    let mut modules = dots;
-    modules.any(|module| {
-        let mut saved = lora.modules_to_save.iter();
-        saved.any(|saved| module.ends_with(saved.as_str()))
-    })
 }
 
 /// Whether the settings allow a tensor of the base model in the file.

@@ -1,11 +1,11 @@
 //! PEFT's trainable tokens: an adapter that replaces rows of a vocabulary table.
 
 use burn::tensor::Device;
-use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Llama, LlamaConfig, TokenRows};
+use llama_burn::{EMBEDDING_WEIGHT, HEAD_WEIGHT, Llama, LlamaConfig, TokenRows, saved_whole};
 use lora_core::{LoraConfig, TargetModules};
 
 use super::check::HEAD;
-use super::tensors::{EMBEDDING, saved_whole, token_rows_name};
+use super::tensors::{EMBEDDING, token_rows_name};
 use super::{AdapterError, AdapterTensors, WholeTensor};
 
 const FIELD: &str = "trainable_token_indices";

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use crate::Decay;
+use lora_core::Bias;
 
 /// The number format in which the layers compute.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -105,6 +106,14 @@ impl Choice for OnNonFinite {
 
 impl Choice for OnOutOfMemory {
     const NAMES: &'static [(&'static str, Self)] = &[("halve", Self::Halve), ("stop", Self::Stop)];
+}
+
+impl Choice for Bias {
+    const NAMES: &'static [(&'static str, Self)] = &[
+        ("none", Self::None),
+        ("lora_only", Self::LoraOnly),
+        ("all", Self::All),
+    ];
 }
 
 impl Choice for Decay {

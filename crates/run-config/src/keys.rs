@@ -7,14 +7,14 @@
 use std::path::PathBuf;
 
 use data::{Columns, Format, PromptTemplate};
-use lora_core::{ExcludeModules, Init, LoraConfig, Method, TargetModules};
+use lora_core::{Bias, ExcludeModules, Init, LoraConfig, Method, TargetModules};
 use toml::{Table, Value as Toml};
 
 use super::kinds::{
     NONE, alpha_pattern, batch_size, boolean, bytes, checkpointing, choice, dataset_columns,
     dataset_format, exclude_modules, fraction, initialization, layers, not_negative, optional,
-    path, peft_type, positive, prompt_template, quant_bits, rank_pattern, seed, target_modules,
-    text, trained_tokens, val_set_size, whole,
+    path, peft_type, positive, prompt_template, quant_bits, rank_pattern, saved_modules, seed,
+    target_modules, text, trained_tokens, val_set_size, whole,
 };
 use super::reader::Reader;
 use super::{BatchSize, Checkpointing, ComputeDtype, Decay, OnNonFinite, OnOutOfMemory, Source};
@@ -260,6 +260,20 @@ keys! {
     /// makes them again from `projection_prng_key`.
     save_projection: bool = true, boolean(),
         [Peft: "save_projection"];
+
+    /// Biases of the base model that are trained as well: `"lora_only"` trains those of the adapted modules, `"all"` every
+    /// bias.
+    bias: Bias = Bias::None, choice::<Bias>(),
+        [Peft: "bias"];
+
+    /// Train a bias of B as well. It starts at zero. Not possible with DoRA.
+    lora_bias: bool = false, boolean(),
+        [Peft: "lora_bias"];
+
+    /// Modules that are trained and saved as a whole, in f32 and not quantized: ends of module names, such as
+    /// `embed_tokens`, `lm_head`, `norm` or `o_proj`. They get no adapter.
+    modules_to_save: Vec<String> = Vec::new(), saved_modules(),
+        [Peft: "modules_to_save"];
 
     section "Initialization of the adapter";
 
@@ -514,6 +528,8 @@ mod tests {
             "alpha_pattern={ v_proj = 2.5 }",
             "trainable_token_indices={ embed_tokens = [7, 3], lm_head = [5] }",
             "exclude_modules=[\"k_proj\"]",
+            "bias=lora_only",
+            "modules_to_save=[\"embed_tokens\", \"layers.1.mlp\"]",
         ]));
         round_trip(&load(&[
             "peft_type=VERA",

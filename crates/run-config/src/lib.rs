@@ -165,6 +165,9 @@ impl Config {
             d_initial: self.d_initial,
             projection_prng_key: self.projection_prng_key,
             save_projection: self.save_projection,
+            bias: self.bias,
+            lora_bias: self.lora_bias,
+            modules_to_save: self.modules_to_save.clone(),
             ..LoraConfig::default()
         }
     }

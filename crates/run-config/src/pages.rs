@@ -39,7 +39,7 @@ const EXAMPLE: &str = "\
 ";
 
 /// Sections of the documentation that explain a key further.
-const FURTHER: [(&str, &str, &str); 16] = [
+const FURTHER: [(&str, &str, &str); 19] = [
     ("base_model", "hub.md", "the Hub"),
     ("dataset_path", "data.md", "data"),
     ("dataset_format", "data.md#formats", "formats"),
@@ -69,6 +69,21 @@ const FURTHER: [(&str, &str, &str); 16] = [
         "trainable_token_indices",
         "adapters.md#trainable-tokens",
         "trainable tokens",
+    ),
+    (
+        "bias",
+        "adapters.md#biases-and-whole-modules",
+        "biases and whole modules",
+    ),
+    (
+        "lora_bias",
+        "adapters.md#biases-and-whole-modules",
+        "biases and whole modules",
+    ),
+    (
+        "modules_to_save",
+        "adapters.md#biases-and-whole-modules",
+        "biases and whole modules",
     ),
     (
         "init_adapter",

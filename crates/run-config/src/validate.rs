@@ -1,6 +1,6 @@
 //! What must hold between the keys of a configuration; what one key may be is in `keys.rs`.
 
-use lora_core::{LoraError, Method, TargetModules};
+use lora_core::{Bias, LoraError, Method, TargetModules};
 
 use super::error::{ConfigError, Problem, Problems};
 use super::raw::{RawConfig, SET};
@@ -85,6 +85,25 @@ fn check_together(config: &Config, reader: &mut Reader) {
             "loraplus_lr_ratio",
             "needs adapters whose A and B are trained; remove it, or choose another peft_type",
         );
+    }
+    let whole = [
+        ("bias", config.bias != Bias::None),
+        ("lora_bias", config.lora_bias),
+        ("modules_to_save", !config.modules_to_save.is_empty()),
+    ];
+    for (key, is_set) in whole {
+        if is_set && config.init_lora_weights.changes_weights() {
+            let message = format!(
+                "cannot be combined with init_lora_weights = \"{}\"; remove one of them",
+                config.init_lora_weights
+            );
+            reader.problem(key, &message);
+        }
+    }
+    let method = config.lora_config().method;
+    if config.lora_bias && !method.facts().allows_lora_bias {
+        let message = format!("cannot be combined with {method}, as in PEFT; remove one of them");
+        reader.problem("lora_bias", &message);
     }
     let is_names = matches!(config.target_modules, TargetModules::Names(_));
     if config.layers_to_transform.is_some() && !is_names {
@@ -305,6 +324,15 @@ mod tests {
             "target_modules = [\"self_attn\"]",
             "layers_to_transform = []",
             "trainable_token_indices = []",
+            "bias = \"lora\"",
+            "bias = true",
+            "lora_bias = \"all\"",
+            "modules_to_save = []",
+            "modules_to_save = \"norm\"",
+            "modules_to_save = [\"\"]",
+            "modules_to_save = [1]",
+            "bias = \"all\"\ninit_lora_weights = \"pissa\"",
+            "lora_bias = true\npeft_use_dora = true",
             "trainable_token_indices = [-1]",
             "layers_to_transform = [-1]",
             "layers_to_transform = \"all\"",

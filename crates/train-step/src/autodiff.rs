@@ -33,7 +33,16 @@ pub fn accumulate_in_graph(
         let gradient = param.val().grad_remove(&mut of_loss)?;
         Some((param.id, gradient))
     });
-    into.add(gradients.collect());
+    let mut gradients: Vec<_> = gradients.collect();
+    for param in model
+        .trained_whole()
+        .into_iter()
+        .flat_map(|(_, parts)| parts)
+    {
+        let gradient = param.take_gradient(&mut of_loss);
+        gradients.extend(gradient.map(|gradient| (param.id(), gradient)));
+    }
+    into.add(gradients);
 }
 
 /// The summed loss in the autodiff graph of `hidden`, for a backward pass.

@@ -2,7 +2,6 @@
 //!
 //! [`accumulate`] computes them with the manual passes, [`accumulate_in_graph`] in Burn's autodiff graph.
 
-use std::collections::HashMap;
 use std::sync::Arc;
 
 use burn::module::ParamId;
@@ -10,6 +9,7 @@ use burn::tensor::{Shape, Tensor};
 
 pub use crate::autodiff::accumulate_in_graph;
 use crate::flat::{self, FlatGradients, joined};
+use crate::groups::Groups;
 use crate::loss::{self, LossOnDevice, LossSums};
 pub use crate::manual::{PassOptions, accumulate, evaluate};
 
@@ -23,8 +23,8 @@ pub struct AdapterGradients {
     ids: Vec<ParamId>,
     shapes: Vec<Shape>,
     sum: Option<Tensor<1>>,
-    /// Learning rates that differ from the step's. Parameters with the same rate are next to each other in `ids`.
-    rates: Arc<HashMap<ParamId, f64>>,
+    /// What the optimizer does differently. Parameters of a group are next to each other in `ids`.
+    groups: Arc<Groups>,
     /// The loss scale of the micro-batches so far.
     pub(crate) scale: Option<f64>,
     /// Losses and tokens of the micro-batches so far, without those in `on_device`.
@@ -80,10 +80,10 @@ pub struct PhaseTimes {
 }
 
 impl AdapterGradients {
-    /// Sums for an optimizer that has these learning rates, as multiples of the step's.
-    pub(crate) fn ordered(rates: Arc<HashMap<ParamId, f64>>) -> Self {
+    /// Sums for an optimizer with these groups.
+    pub(crate) fn ordered(groups: Arc<Groups>) -> Self {
         Self {
-            rates,
+            groups,
             ..Self::default()
         }
     }
@@ -115,9 +115,9 @@ impl AdapterGradients {
         if gradients.is_empty() {
             return;
         }
-        // Stable: without rates of their own the order is that of the passes.
-        let rate = |id: &ParamId| self.rates.get(id).copied().unwrap_or(1.0);
-        gradients.sort_by(|(a, _), (b, _)| rate(a).total_cmp(&rate(b)));
+        // Stable: within a group the order is that of the passes.
+        let group = |id: &ParamId| self.groups.of(*id);
+        gradients.sort_by(|(a, _), (b, _)| group(a).order(&group(b)));
         let (ids, gradients): (Vec<_>, Vec<_>) = gradients.into_iter().unzip();
         let shapes = gradients.iter().map(|gradient| gradient.shape()).collect();
         let flat = gradients.into_iter().map(|gradient| {

@@ -9,6 +9,7 @@
 //! | [`loss`] | sums of the loss, on the device and read back to the host |
 //! | [`loss_scale`] | the factor that keeps gradients within f16's range |
 //! | [`optimizer`] | AdamW over one flat tensor |
+//! | `groups.rs` | parameters with other settings of the optimizer: learning rate, weight decay
 //! | `loraplus.rs` | LoRA+: a learning rate of its own for B |
 //! | `flat.rs` | many tensors joined into one |
 //! | [`step_counts`] | launches, uploads, reads and bytes of a step |
@@ -16,6 +17,7 @@
 mod autodiff;
 mod flat;
 pub mod gradients;
+mod groups;
 mod loraplus;
 pub mod loss;
 pub mod loss_scale;
@@ -24,4 +26,5 @@ pub mod optimizer;
 pub mod step_counts;
 
 pub use flat::{FlatGradients, joined, places};
+pub use groups::undecayed;
 pub use loraplus::loraplus_rates;

@@ -5,15 +5,20 @@ use std::collections::HashMap;
 use burn::module::ParamId;
 use llama_burn::Llama;
 
+use crate::groups::undecayed;
+
 /// The learning rates of LoRA+ for [`Optimizer::with_rates`](crate::optimizer::Optimizer::with_rates): `ratio` times
-/// the step's for every B and every vector, such as a magnitude per output. A and trained rows of a table keep the
-/// step's. The groups are those of PEFT's `create_loraplus_optimizer`.
+/// the step's for every B and every vector, such as a magnitude per output, a bias or a norm. A, trained rows of a table
+/// and whole weights keep the step's. The groups are those of PEFT's `create_loraplus_optimizer`.
 pub fn loraplus_rates(model: &Llama, ratio: f64) -> HashMap<ParamId, f64> {
     let params = model.trainable().flat_map(|(_, params)| {
         // A, or the rows, come first.
         params.into_iter().skip(1)
     });
-    params.map(|param| (param.id, ratio)).collect()
+    let of_adapters = params.map(|param| param.id);
+    let vectors = undecayed(model);
+    let ids = of_adapters.chain(vectors);
+    ids.map(|id| (id, ratio)).collect()
 }
 
 #[cfg(test)]

@@ -2,7 +2,7 @@
 //!
 //! The forward pass saves what each layer's backward pass reads ([`llama_burn::LayerPass`]). With gradient
 //! checkpointing (Chen et al., 2016, <https://arxiv.org/abs/1604.06174>) it saves each layer's input only, and the
-//! backward pass runs the layer again. Layers before the first one with an adapter have no backward pass, and the last
+//! backward pass runs the layer again. Layers before the first one that is trained have no backward pass, and the last
 //! layer computes its output for the loss positions only.
 //!
 //! The loss is computed in chunks of positions, so that the logits of a large vocabulary are never all in memory and
@@ -56,7 +56,7 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     assert_eq!(scale, options.loss_scale, "one loss scale per step");
     let started = Instant::now();
     let mut passes = Passes::new(model, batch, Some(options.dropout_seed));
-    let lowest = lowest_adapted(model);
+    let lowest = lowest_trained(model);
     let mut hidden = passes.take_embedded();
     let mut saved: Vec<(Tensor<2>, Option<Activations>)> = Vec::new();
     for index in 0..model.layers.len() {
@@ -91,13 +91,18 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
         let activations = activations.unwrap_or_else(|| pass.forward(&input).1);
         let mut add =
             |param: &Param<Tensor<2>>, gradient| add_gradient(&mut gradients, param, gradient);
-        let needed = index > lowest || model.embed_rows.is_some();
+        let needed = index > lowest || trains_embedding(model);
         d_output = pass.backward(&input, activations, gradient, needed, &mut add);
     }
-    if let (Some(rows), Some(d_embeddings)) = (&model.embed_rows, d_output) {
+    if let Some(d_embeddings) = d_output.filter(|_| trains_embedding(model)) {
         let mut add =
             |param: &Param<Tensor<2>>, gradient| add_gradient(&mut gradients, param, gradient);
-        rows.embeddings_backward(&batch.tokens.ids, d_embeddings.whole, &mut add);
+        let ids = &batch.tokens.ids;
+        let table = &model.embed_tokens;
+        table.gradient_of_rows(ids, &d_embeddings.whole, &mut add);
+        if let Some(rows) = &model.embed_rows {
+            rows.embeddings_backward(ids, d_embeddings.whole, &mut add);
+        }
     }
     into.add(gradients);
     into.times.forward_s += forward.as_secs_f64();
@@ -105,7 +110,7 @@ pub fn accumulate(model: &Llama, batch: &Batch, options: PassOptions, into: &mut
     into.times.backward_s += (started.elapsed() - loss).as_secs_f64();
 }
 
-/// Adds a parameter's gradient to `all`. The head's adapter gets one gradient per chunk of the loss.
+/// Adds a parameter's gradient to `all`. What the output layer trains gets one gradient per chunk of the loss.
 fn add_gradient(
     all: &mut Vec<(ParamId, Tensor<2>)>,
     param: &Param<Tensor<2>>,
@@ -213,20 +218,18 @@ impl<'a> Passes<'a> {
     }
 }
 
-/// The first layer with an adapter; no layer before it needs a gradient. Trained embeddings come before all layers.
-fn lowest_adapted(model: &Llama) -> usize {
-    if model.embed_rows.is_some() {
+/// The first layer that is trained; no layer before it needs a gradient. Trained embeddings come before all layers.
+fn lowest_trained(model: &Llama) -> usize {
+    if trains_embedding(model) {
         return 0;
     }
-    let adapted = |layer: &DecoderLayer| {
-        let linears = layer.linears();
-        linears.iter().any(|(_, linear)| linear.adapter().is_some())
-    };
-    model
-        .layers
-        .iter()
-        .position(adapted)
-        .unwrap_or(model.layers.len())
+    let mut layers = model.layers.iter();
+    let lowest = layers.position(DecoderLayer::trains);
+    lowest.unwrap_or(model.layers.len())
+}
+
+fn trains_embedding(model: &Llama) -> bool {
+    model.embed_rows.is_some() || model.embed_tokens.trains()
 }
 
 /// Cross entropy over the loss positions.
@@ -245,7 +248,7 @@ pub fn loss(model: &Llama, hidden: Tensor<2>, batch: &Batch, targets: &Tensor<1,
 }
 
 /// As [`loss()`]. Also returns the gradient of the summed loss with respect to `hidden`, times `scale`. The gradients
-/// of the head's adapter go to `accumulate`, once per chunk.
+/// of what the output layer trains go to `accumulate`, once per chunk.
 pub fn loss_and_gradient(
     model: &Llama,
     hidden: Tensor<2>,

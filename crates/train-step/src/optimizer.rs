@@ -3,9 +3,9 @@
 //!
 //! All parameters are updated together as one flat tensor. On a GPU a step is then a few kernel launches, instead of a
 //! few per tensor for several hundred small tensors. The parameters in the model are views of the flat tensor. With
-//! learning rates of their own (LoRA+) there is one flat tensor, and one launch, per learning rate.
+//! groups, such as learning rates of their own (LoRA+), there is one flat tensor, and one launch, per group.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -17,6 +17,7 @@ use kernels::AdamWSettings;
 
 use crate::flat::{FlatGradients, joined};
 use crate::gradients::AdapterGradients;
+use crate::groups::{Group, Groups};
 
 /// AdamW's hyper-parameters except the learning rate, which comes from the schedule.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -56,7 +57,7 @@ impl AdamW {
     pub fn resumable(&self) -> Optimizer {
         Optimizer {
             settings: self.settings(),
-            rates: Arc::default(),
+            groups: Arc::default(),
             flat: Vec::new(),
             separate: HashMap::new(),
             since_sweep: 0,
@@ -79,9 +80,9 @@ impl AdamW {
 /// The optimizer keeps the parameters' values: nothing else may change them between two steps.
 pub struct Optimizer {
     settings: AdamWSettings,
-    /// Learning rates that differ from the step's, as multiples of it.
-    rates: Arc<HashMap<ParamId, f64>>,
-    /// The parameters of the last step, in the order of its gradients: one entry per learning rate.
+    /// What differs from the step's settings.
+    groups: Arc<Groups>,
+    /// The parameters of the last step, in the order of its gradients: one entry per group.
     flat: Vec<Flat>,
     /// The state of parameters that the last step did not update, for example before the first step of a resumed run.
     separate: HashMap<ParamId, AdaptiveMomentumState<1>>,
@@ -92,8 +93,7 @@ pub struct Optimizer {
 /// Parameters that are updated together, joined into one tensor.
 struct Flat {
     ids: Vec<ParamId>,
-    /// Their learning rate, as a multiple of the step's.
-    rate: f64,
+    group: Group,
     places: HashMap<ParamId, Range<usize>>,
     values: Tensor<1>,
     state: Option<AdaptiveMomentumState<1>>,
@@ -116,15 +116,24 @@ pub struct Moments {
 impl Optimizer {
     /// The same optimizer with learning rates that differ from the step's, as multiples of it. Set them before the
     /// first step. The gradients should come from [`sums`](Self::sums): an update is one launch per run of
-    /// parameters with the same rate.
+    /// parameters of the same group.
     pub fn with_rates(mut self, rates: HashMap<ParamId, f64>) -> Self {
-        self.rates = Arc::new(rates);
+        Arc::make_mut(&mut self.groups).rates = rates;
         self
     }
 
-    /// Empty sums of gradients, which will have the parameters of each learning rate side by side.
+    /// The same optimizer without weight decay of these parameters. As [`with_rates`](Self::with_rates).
+    pub fn with_undecayed(mut self, undecayed: HashSet<ParamId>) -> Self {
+        // Without weight decay there is nothing to distinguish.
+        if self.settings.weight_decay != 0.0 {
+            Arc::make_mut(&mut self.groups).undecayed = undecayed;
+        }
+        self
+    }
+
+    /// Empty sums of gradients, which will have the parameters of each group side by side.
     pub fn sums(&self) -> AdapterGradients {
-        AdapterGradients::ordered(Arc::clone(&self.rates))
+        AdapterGradients::ordered(Arc::clone(&self.groups))
     }
 
     /// Updates the parameters of `module` that have a gradient.
@@ -146,7 +155,7 @@ impl Optimizer {
             self.split(parts);
             let runs = gradients
                 .ids
-                .chunk_by(|a, b| self.rate(*a) == self.rate(*b));
+                .chunk_by(|a, b| self.groups.of(*a) == self.groups.of(*b));
             let runs: Vec<_> = runs.map(<[ParamId]>::to_vec).collect();
             parts = runs
                 .into_iter()
@@ -166,9 +175,13 @@ impl Optimizer {
             }
         };
         for (mut part, gradients_of_part) in parts.into_iter().zip(of_parts) {
+            let mut settings = self.settings;
+            if !part.group.decays {
+                settings.weight_decay = 0.0;
+            }
             let (updated, state) = kernels::adamw(
-                self.settings,
-                learning_rate * part.rate,
+                settings,
+                learning_rate * part.group.rate,
                 gradients.factor,
                 part.values,
                 gradients_of_part,
@@ -188,11 +201,6 @@ impl Optimizer {
             sweep(&module);
         }
         module
-    }
-
-    /// The learning rate of a parameter, as a multiple of the step's.
-    fn rate(&self, id: ParamId) -> f64 {
-        self.rates.get(&id).copied().unwrap_or(1.0)
     }
 
     /// Splits the states of flat tensors into one state per parameter.
@@ -258,7 +266,9 @@ impl Optimizer {
             }
         };
         Flat {
-            rate: ids.first().map_or(1.0, |id| self.rate(*id)),
+            group: ids
+                .first()
+                .map_or_else(Group::default, |id| self.groups.of(*id)),
             ids,
             places,
             values: joined(values),

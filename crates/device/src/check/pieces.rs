@@ -273,6 +273,7 @@ impl<'a> Run<'a> {
             embed_tokens: VocabTable {
                 pieces: vec![frozen(self.place(table))],
                 rows_per_piece: vocab,
+                compute: None,
             },
             layers: Vec::new(),
             norm: RmsNorm {

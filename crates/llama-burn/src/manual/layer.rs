@@ -12,7 +12,7 @@ use kernels::{
     AttentionLayout, InverseRms, KvCache, Rotation, SavedAttention, attention, attention_backward,
     query_scale, rotate,
 };
-use lora_core::{LinearGroup, LowRank};
+use lora_core::{Accumulate, LinearGroup, LowRank};
 
 use crate::decoder_layer::DropoutSeeds;
 use crate::{DecoderLayer, PackedContext, RmsNorm};
@@ -61,7 +61,8 @@ struct SavedNorm {
 #[derive(Debug, Clone)]
 struct AfterAttention {
     output_low: LowRank<1>,
-    /// The attention output before `o_proj`, `[m, heads · d]`, if `o_proj` has an adapter: nothing else reads it again.
+    /// The attention output before `o_proj`, `[m, heads · d]`, if `o_proj` has an adapter or is trained: nothing else
+    /// reads it again.
     mixed: Option<Tensor<2>>,
     /// The input and residual of the feed-forward block, `[m, hidden]`.
     middle: Tensor<2>,
@@ -160,7 +161,7 @@ impl LayerPass<'_> {
     ) -> (Tensor<2>, AfterAttention) {
         let group = self.output_group();
         let ([middle], output_low) = group.forward(&mixed, [Some(residual)]);
-        let mixed = group.has_adapters().then_some(mixed);
+        let mixed = group.reads_input().then_some(mixed);
 
         let norm = &self.layer.post_attention_layernorm;
         let (normalized, inverse_rms) = norm.manual_forward(&middle, self.context.dtype);
@@ -180,8 +181,8 @@ impl LayerPass<'_> {
         (output, after)
     }
 
-    /// Returns the gradient of the layer's input if `input_gradient` is set. The gradients of the adapters go to
-    /// `accumulate`, in f32.
+    /// Returns the gradient of the layer's input if `input_gradient` is set. The gradients of the adapters, and of what
+    /// else is trained, go to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
@@ -220,9 +221,13 @@ impl LayerPass<'_> {
         // Which gradients are needed, from the first block of the layer to the last.
         let (attention, output) = (self.attention_group(), self.output_group());
         let (gate_up, down) = (self.gate_up_group(), self.down_group());
-        let d_mixed_needed = input_gradient || attention.has_adapters();
-        let d_middle_needed = d_mixed_needed || output.has_adapters();
-        let d_product_needed = d_middle_needed || gate_up.has_adapters();
+        let d_x_normalized_needed = input_gradient || layer.input_layernorm.trained().is_some();
+        let d_mixed_needed =
+            d_x_normalized_needed || attention.trains() || layer.self_attn.trains_norms();
+        let d_middle_needed = d_mixed_needed || output.trains();
+        let d_normalized_needed =
+            d_middle_needed || layer.post_attention_layernorm.trained().is_some();
+        let d_product_needed = d_normalized_needed || gate_up.trains();
         let dtype = self.context.dtype;
         let HiddenGradient {
             whole: d_output,
@@ -238,15 +243,19 @@ impl LayerPass<'_> {
             normalized,
             gate_up_low,
             [d_gate, d_up],
-            d_middle_needed,
+            d_normalized_needed,
             accumulate,
         )?;
+        norm.gradient_of_gain(&middle, &middle_rms, &d_normalized, accumulate);
+        if !d_middle_needed {
+            return None;
+        }
         let (d_middle, rounded) =
             norm.backward(&middle, middle_rms, gain, d_normalized, d_output, dtype);
         drop(middle);
 
-        // Called only if `o_proj` has an adapter.
-        let mixed = || mixed.unwrap_or_else(|| unreachable!("saved for the adapter of o_proj"));
+        // Called only if `o_proj` has an adapter or is trained.
+        let mixed = || mixed.unwrap_or_else(|| unreachable!("saved if it is read"));
         let d_mixed = output.backward(mixed, output_low, [rounded], d_mixed_needed, accumulate)?;
         let d_mixed = self.scatter(d_mixed, x.dims()[0]);
         let heads = layer.self_attn.heads();
@@ -254,8 +263,8 @@ impl LayerPass<'_> {
         let scale = query_scale(&d_q, heads);
         let d_q = self.rotate(d_q, Rotation::Inverse, scale);
         let d_k = self.rotate(d_k, Rotation::Inverse, 1.0);
-        let d_q = normalize_heads_backward(&layer.self_attn.q_norm, q_norm, d_q);
-        let d_k = normalize_heads_backward(&layer.self_attn.k_norm, k_norm, d_k);
+        let d_q = normalize_heads_backward(&layer.self_attn.q_norm, q_norm, d_q, accumulate);
+        let d_k = normalize_heads_backward(&layer.self_attn.k_norm, k_norm, d_k, accumulate);
         let norm = &layer.input_layernorm;
         let residual = input_gradient.then(|| self.scatter(d_middle, x.dims()[0]));
         let gain = norm.gain();
@@ -264,9 +273,10 @@ impl LayerPass<'_> {
             normalized,
             attention_low,
             [d_q, d_k, d_v],
-            input_gradient,
+            d_x_normalized_needed,
             accumulate,
         )?;
+        norm.gradient_of_gain(x, &inverse_rms, &d_normalized, accumulate);
         let (whole, rounded) = norm.backward(x, inverse_rms, gain, d_normalized, residual?, dtype);
         let rounded = Some(rounded);
         Some(HiddenGradient { whole, rounded })
@@ -339,9 +349,12 @@ fn normalize_heads_backward(
     norm: &Option<RmsNorm>,
     saved: Option<SavedNorm>,
     gradient: Tensor<2>,
+    accumulate: &mut Accumulate<'_>,
 ) -> Tensor<2> {
     match (norm, saved) {
-        (Some(norm), Some(saved)) => norm.heads_backward(saved.input, saved.inverse_rms, gradient),
+        (Some(norm), Some(saved)) => {
+            norm.heads_backward(saved.input, saved.inverse_rms, gradient, accumulate)
+        }
         _ => gradient,
     }
 }

@@ -95,7 +95,7 @@ impl Llama {
     }
 
     /// The gradient of `hidden` from that of [`manual_logits`](Self::manual_logits)' output. The gradients of the
-    /// head's adapter and trained rows go to `accumulate`, in f32.
+    /// head's adapter and trained rows, and of the norm and the head if these are trained, go to `accumulate`, in f32.
     ///
     /// # Shapes
     ///
@@ -121,6 +121,9 @@ impl Llama {
             }
             None => (gradient, None),
         };
+        if let Some(head) = self.lm_head.as_ref().filter(|head| head.trains()) {
+            head.gradient_of_logits(&normalized(), &gradient, accumulate);
+        }
         let d_normalized = match (&self.quantized_lm_head[..], &self.lm_head) {
             ([], head) => head
                 .as_ref()
@@ -152,6 +155,8 @@ impl Llama {
             }
             None => d_normalized,
         };
+        self.norm
+            .gradient_of_gain(hidden, &inverse_rms, &d_normalized, accumulate);
         let (gain, zeros, dtype) = (self.norm.gain(), hidden.zeros_like(), hidden.dtype());
         self.norm
             .backward(hidden, inverse_rms, gain, d_normalized, zeros, dtype)

@@ -27,7 +27,7 @@ pub fn head_norm(norm: &RmsNorm, x: &Tensor<2>) -> Tensor<2> {
 /// The gradient of the input of [`head_norm`] from that of its output, `[n, heads · d]`.
 pub fn head_norm_backward(norm: &RmsNorm, x: Tensor<2>, gradient: Tensor<2>) -> Tensor<2> {
     let (_, inverse) = norm.heads_forward(&x);
-    norm.heads_backward(x, inverse, gradient)
+    norm.heads_backward(x, inverse, gradient, &mut |_, _| {})
 }
 
 /// Queries or keys `[n, heads · d]` rotated by their positions' angles, or with `back` by the negative angles.

@@ -4,7 +4,7 @@
 //! counted one by one. A test of the workspace (`tests/tests/plan.rs`) counts every byte of real
 //! passes and compares.
 
-use llama_burn::{LinearSpec, LlamaConfig};
+use llama_burn::{EMBEDDING_WEIGHT, LinearSpec, LlamaConfig};
 use lora_core::{LoraError, ModuleSelector, Quantization};
 
 use super::{Part, PlanOptions};
@@ -85,13 +85,15 @@ pub(super) fn peak(
         }
     };
 
+    let whole = model.whole_elements(&options.lora, options.stored(), options.float_bytes)?;
     let supervised = options.workload.supervised;
     let at_once = supervised.min(positions_at_once(model.vocab_size, options.logits_bytes()));
     let loss = Bytes {
         inputs,
         layers: kept_layers * all.layer() + if checkpointing { 0.0 } else { last },
         gradients: 3.0 * wanted.hidden,
-        adapters: of_layers(0.0),
+        // A chunk's gradient of the output layer and the sum of those before it.
+        adapters: of_layers(0.0) + 8.0 * whole.head as f64,
         logits: copies_of_scores(model, options) * 4.0 * (at_once * model.vocab_size) as f64,
         ..Bytes::default()
     };
@@ -142,12 +144,23 @@ pub(super) fn peak(
         adapters: of_layers(layers),
         ..Bytes::default()
     };
+    // The gradients are joined into one tensor. Beside whole weights, activations are not always larger.
+    let copies = if options.accumulates { 3.0 } else { 2.0 };
+    let joining = Bytes {
+        adapters: if options.lora.trains_whole() {
+            copies * adapter_bytes
+        } else {
+            0.0
+        },
+        ..Bytes::default()
+    };
 
     let phases = [
         ("the loss", loss),
         ("the backward pass of the last layer's attention", attention),
         ("the backward pass of a feed-forward block", feed_forward),
         ("the backward pass of the lowest adapted layer", first),
+        ("the sum of the gradients", joining),
     ];
     let mut largest = phases[0];
     for phase in phases {
@@ -264,12 +277,12 @@ impl Sizes {
     }
 }
 
-/// Where the adapters are.
+/// Where the adapters and the trained tensors of the base model are.
 struct Adapted {
-    /// Layers from the lowest adapted one to the last: those that have a backward pass. All layers
-    /// if embedding rows are trained.
+    /// Layers from the lowest one in which something is trained to the last: those that have a backward pass. All
+    /// layers if the embedding or rows of it are trained.
     layers: usize,
-    /// The layer's linear modules that are adapted in any layer, with the floats per token that the
+    /// The layer's linear modules that are adapted or whole in any layer, with the floats per token that the
     /// most demanding of them saves: its low-rank activation, and the input of the scaling of outputs.
     modules: Vec<(&'static str, usize)>,
 }
@@ -281,16 +294,29 @@ impl Adapted {
         let adapted = |layer: usize, name: &str| selector.matches(&full(layer, name));
         let linears = model.layer_linears();
         let all = 0..model.num_hidden_layers;
-        let lowest = if trains_embedding(&options.lora, model) {
+        let whole = model.whole_tensors(&options.lora)?;
+        let is_whole = |name: &str| whole.iter().any(|(tensor, _)| tensor == name);
+        let whole_in = |layer: usize| {
+            let prefix = format!("model.layers.{layer}.");
+            whole.iter().any(|(tensor, _)| tensor.starts_with(&prefix))
+        };
+        let embedding = trains_embedding(&options.lora, model) || is_whole(EMBEDDING_WEIGHT);
+        let lowest = if embedding {
             Some(0)
         } else {
-            all.clone()
-                .find(|layer| linears.iter().any(|linear| adapted(*layer, linear.name)))
+            all.clone().find(|layer| {
+                let mut linears = linears.iter();
+                linears.any(|linear| adapted(*layer, linear.name)) || whole_in(*layer)
+            })
         };
         let modules = linears.iter().filter_map(|linear| {
             let LinearSpec { name, d_out, .. } = *linear;
             let layers = all.clone().filter(|layer| adapted(*layer, name));
-            let r = layers.map(|layer| selector.r(&full(layer, name))).max()?;
+            let r = layers.map(|layer| selector.r(&full(layer, name))).max();
+            let Some(r) = r else {
+                let weight = |layer| is_whole(&format!("{}.weight", full(layer, name)));
+                return all.clone().any(weight).then_some((name, 0));
+            };
             let scales = options.lora.method.facts().scales_outputs;
             let scaled = if scales { d_out } else { 0 };
             Some((name, r + scaled))
@@ -302,7 +328,8 @@ impl Adapted {
     }
 
     fn has(&self, name: &str) -> bool {
-        self.kept_floats(name) > 0
+        let mut modules = self.modules.iter();
+        modules.any(|(module, _)| module.ends_with(name))
     }
 
     fn kept_floats(&self, name: &str) -> usize {

@@ -6,7 +6,8 @@
 //! - attention's two products, each query with the keys up to its own position and within its window,
 //!   forward and twice backward;
 //! - the adapters' two products, forward and twice backward (input and factors);
-//! - the head at positions in the loss, forward and once backward.
+//! - the head at positions in the loss, forward and once backward;
+//! - the gradients of whole linear layers and of a whole head (`modules_to_save`).
 //!
 //! Not counted: norms, rotations, softmax, the embedding, AdamW. Padding, recomputation and logits
 //! of positions that are not in the loss are not counted either: they lower a program's
@@ -33,6 +34,10 @@ pub struct FlopsModel {
     windowed: (u64, u64),
     /// Vocabulary · hidden.
     head: u64,
+    /// Elements of linear weights that are trained themselves.
+    whole: u64,
+    /// The same of the head.
+    whole_head: u64,
 }
 
 impl FlopsModel {
@@ -45,6 +50,7 @@ impl FlopsModel {
         let quantization = lora_core::Quantization::None;
         let counts =
             lora_core::ParameterCounts::new(&model.module_shapes(), lora, quantization, 4)?;
+        let whole = model.whole_elements(lora, quantization, 4)?;
         let linears = model.layer_linears();
         let in_a_layer: usize = linears.iter().map(LinearSpec::elements).sum();
         let layers = model.num_hidden_layers;
@@ -56,6 +62,8 @@ impl FlopsModel {
             attention: ((layers - windowed) * model.query_width()) as u64,
             windowed: ((windowed * model.query_width()) as u64, window as u64),
             head: (model.vocab_size * model.hidden_size) as u64,
+            whole: whole.linear as u64,
+            whole_head: whole.head as u64,
         })
     }
 
@@ -70,6 +78,8 @@ impl FlopsModel {
             + 3 * 2 * 2 * (self.attention * pairs + windowed * pairs_within)
             + 3 * 2 * self.adapters * tokens
             + 2 * 2 * self.head * supervised
+            + 2 * self.whole * tokens
+            + 2 * self.whole_head * supervised
     }
 
     /// Operations per useful token, over examples with so many tokens and so many of them in the

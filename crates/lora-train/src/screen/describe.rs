@@ -43,7 +43,7 @@ fn run_name(config: &Config) -> String {
 fn adapter_summary(config: &Config, fit: &Fit) -> AdapterSummary {
     let (lora, counts) = (config.lora_config(), &fit.plan.counts);
     AdapterSummary {
-        targets: plan::targets(&lora.target_modules),
+        targets: plan::targets(&lora.target_modules) + &plan::beside(&lora),
         modules: counts.adapted_modules,
         r: lora.r,
         alpha: lora

@@ -215,10 +215,6 @@ const REFUSED: &[(&str, &str)] = &[
     ("image_size", "only text is trained on"),
     ("lora_fan_in_fan_out", "Llama has no such layers; remove it"),
     (
-        "lora_modules_to_save",
-        "only adapters are trained here; remove it, or use axolotl",
-    ),
-    (
         "lora_target_parameters",
         "name modules in lora_target_modules",
     ),

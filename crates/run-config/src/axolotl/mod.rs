@@ -34,7 +34,7 @@ enum Kind {
 }
 
 /// Keys of axolotl, our names for them, and how axolotl reads the values.
-const SAME: [(&str, &str, Kind); 30] = [
+const SAME: [(&str, &str, Kind); 31] = [
     ("micro_batch_size", "batch_size", Kind::Number),
     ("num_epochs", "num_epochs", Kind::Number),
     ("learning_rate", "learning_rate", Kind::Number),
@@ -52,6 +52,7 @@ const SAME: [(&str, &str, Kind); 30] = [
     ("lora_rank_pattern", "rank_pattern", Kind::Plain),
     ("lora_alpha_pattern", "alpha_pattern", Kind::Plain),
     ("lora_exclude_modules", "exclude_modules", Kind::Plain),
+    ("lora_modules_to_save", "modules_to_save", Kind::Plain),
     (
         "peft_layers_to_transform",
         "layers_to_transform",

@@ -488,6 +488,8 @@ fn numbers_formats_and_schedules_mean_what_they_do_there() {
         "lora_rank_pattern: {q_proj: 4}\npeft_layers_to_transform: ",
     );
     assert_eq!(patterns.rank_pattern, [("q_proj".to_string(), 4)]);
+    let whole = of(&[], "lora_modules_to_save: [embed_tokens, lm_head]");
+    assert_eq!(whole.modules_to_save, ["embed_tokens", "lm_head"]);
 }
 
 #[test]

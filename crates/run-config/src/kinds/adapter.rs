@@ -166,6 +166,24 @@ pub(in super::super) fn trained_tokens() -> Kind<Vec<(String, Vec<usize>)>> {
     none_if_empty(Kind::simple(allowed, parse, write).with_samples(samples))
 }
 
+/// `modules_to_save`: ends of modules' names. Which there are depends on the model.
+pub(in super::super) fn saved_modules() -> Kind<Vec<String>> {
+    let allowed = "a list of module names, as in [\"embed_tokens\", \"lm_head\"]";
+    let name = |value: &Value| match value {
+        Value::String(name) if !name.is_empty() => Some(name.clone()),
+        _ => None,
+    };
+    let parse = move |value: &Value| match value {
+        Value::List(items) if !items.is_empty() => items.iter().map(name).collect(),
+        _ => None,
+    };
+    let samples = [vec!["embed_tokens", "lm_head"], vec!["norm"]].map(Toml::from);
+    none_if_empty(
+        Kind::simple(allowed, parse, |names: &Vec<String>| names.clone().into())
+            .with_samples(samples),
+    )
+}
+
 /// `rank_pattern`.
 pub(in super::super) fn rank_pattern() -> Kind<Vec<(String, usize)>> {
     pattern(whole(1), |rank_pattern| LoraConfig {

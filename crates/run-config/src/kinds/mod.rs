@@ -18,7 +18,7 @@ use super::error::nearest;
 use super::value::Value;
 
 pub(super) use adapter::{
-    alpha_pattern, exclude_modules, initialization, layers, peft_type, rank_pattern,
+    alpha_pattern, exclude_modules, initialization, layers, peft_type, rank_pattern, saved_modules,
     target_modules, trained_tokens,
 };
 pub(super) use data::{dataset_columns, dataset_format, prompt_template, val_set_size};
