@@ -267,7 +267,12 @@ fn gradients_of_embedding_and_head_are_those_of_the_graph() {
         hidden_size: 8,
         ..config(true)
     };
-    agrees(&wide, &lora(&["v_proj"], &["lm_head", "model.norm"]), Quantization::None, 2);
+    agrees(
+        &wide,
+        &lora(&["v_proj"], &["lm_head", "model.norm"]),
+        Quantization::None,
+        2,
+    );
 }
 
 #[test]
