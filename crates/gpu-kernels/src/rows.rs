@@ -209,6 +209,12 @@ fn units() -> usize {
     if super::is_software_driver() { 8 } else { 64 }
 }
 
+/// As [`units`], for rows of this length. Mesa's software driver ends the loops of a unit without a word after 65,535
+/// rounds, those of [`cross_entropy`] counted together.
+fn units_for(length: usize) -> usize {
+    if length > 1 << 17 { 64 } else { units() }
+}
+
 /// Launches [`rms_norm`]. The output has the type `dtype`.
 ///
 /// # Shapes
@@ -308,6 +314,7 @@ pub fn launch_cross_entropy(
     };
     let targets = into_contiguous(targets);
     let [m, vocab] = dims(&logits);
+    let units = units_for(vocab);
     let gradient = empty(&logits, if in_place { UNUSED } else { [m, vocab] }, dtype);
     let [losses, hits] = [(); 2].map(|()| super::launch::empty_vector(&logits, m, DType::F32));
     let elements = [element_of_ints(targets.dtype), element(dtype)];
@@ -316,7 +323,7 @@ pub fn launch_cross_entropy(
         cross_entropy::launch_unchecked(
             &client,
             workgroups(m),
-            CubeDim::new_1d(units() as u32),
+            CubeDim::new_1d(units as u32),
             logits.clone().into_buffer_arg(),
             targets.into_buffer_arg(),
             losses.clone().into_buffer_arg(),
@@ -325,7 +332,7 @@ pub fn launch_cross_entropy(
             scale,
             m,
             vocab,
-            units(),
+            units,
             in_place,
             fault::current(),
             elements,
