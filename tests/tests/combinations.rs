@@ -56,9 +56,9 @@ const FAMILIES: [Kind; 4] = [
         model_type: "qwen2",
         class: "Qwen2ForCausalLM",
         tensors: &[
-            ("q_proj.bias", Width::Queries),
-            ("k_proj.bias", Width::Keys),
-            ("v_proj.bias", Width::Keys),
+            ("self_attn.q_proj.bias", Width::Queries),
+            ("self_attn.k_proj.bias", Width::Keys),
+            ("self_attn.v_proj.bias", Width::Keys),
         ],
     },
     Kind {
@@ -66,8 +66,8 @@ const FAMILIES: [Kind; 4] = [
         model_type: "qwen3",
         class: "Qwen3ForCausalLM",
         tensors: &[
-            ("q_norm.weight", Width::Head),
-            ("k_norm.weight", Width::Head),
+            ("self_attn.q_norm.weight", Width::Head),
+            ("self_attn.k_norm.weight", Width::Head),
         ],
     },
 ];
@@ -206,10 +206,7 @@ fn write_model(kind: &Kind, folder: &Path) {
             let middle = if name.ends_with("bias") { 0.0 } else { 1.0 };
             let value = |i: usize| middle + ((i * 37 + layer) % 19) as f32 / 100.0 - 0.09;
             let bytes = (0..width).flat_map(|i| value(i).to_le_bytes());
-            more.push((
-                format!("model.layers.{layer}.self_attn.{name}"),
-                bytes.collect(),
-            ));
+            more.push((format!("model.layers.{layer}.{name}"), bytes.collect()));
         }
     }
     let more = more.iter().map(|(name, bytes)| {

@@ -155,9 +155,23 @@ fn distance(
     worst
 }
 
+/// f32 sums in another order, through three layers.
+const BOUND: f64 = 2e-5;
+
+/// [`agrees_within`] the bound for small models.
+fn agrees(config: &LlamaConfig, lora: &LoraConfig, quantization: Quantization, count: usize) {
+    agrees_within(BOUND, config, lora, quantization, count);
+}
+
 /// Compares the manual passes on every device of this build with the graph on the CPU, and checks which tensors are
 /// trained: `count` of them.
-fn agrees(config: &LlamaConfig, lora: &LoraConfig, quantization: Quantization, count: usize) {
+fn agrees_within(
+    bound: f64,
+    config: &LlamaConfig,
+    lora: &LoraConfig,
+    quantization: Quantization,
+    count: usize,
+) {
     // One test at a time on a GPU.
     static ALONE: Mutex<()> = Mutex::new(());
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -183,8 +197,7 @@ fn agrees(config: &LlamaConfig, lora: &LoraConfig, quantization: Quantization, c
             accumulate(&model, &batch, options, &mut sums);
             let (worst, name) = distance(&named(&model, sums), &expected);
             println!("{worst:.1e} {device_name} {name}");
-            // f32 sums in another order, through three layers.
-            assert!(worst < 2e-5, "{device_name} {name} {worst} {lora:?}");
+            assert!(worst < bound, "{device_name} {name} {worst} {lora:?}");
         }
     }
 }
@@ -267,7 +280,9 @@ fn gradients_of_embedding_and_head_are_those_of_the_graph() {
         hidden_size: 8,
         ..config(true)
     };
-    agrees(
+    // The gradient of a hidden state is an f32 sum over the vocabulary: √900,000 roundings of 6e-8 are 6e-5.
+    agrees_within(
+        1e-4,
         &wide,
         &lora(&["v_proj"], &["lm_head", "model.norm"]),
         Quantization::None,

@@ -214,7 +214,7 @@ impl LoraConfig {
         if self.lora_bias && !facts.allows_lora_bias {
             return Err(LoraError::MethodWithBias(self.method));
         }
-        if self.init.changes_weights() && facts.beyond_low_rank.is_some() {
+        if self.init.changes_weights() && !facts.vectors.is_empty() {
             return Err(LoraError::MethodOfRest(self.init, self.method));
         }
         self.selector().map(|_| ())

@@ -180,10 +180,7 @@ fn check(adapter: &Weighted) -> Result<ModuleSelector, CombineError> {
         });
     }
     let fields = [
-        (
-            facts.flag.unwrap_or(facts.name),
-            facts.beyond_low_rank.is_some(),
-        ),
+        (facts.flag.unwrap_or(facts.name), !facts.vectors.is_empty()),
         ("lora_bias", lora.lora_bias),
         ("bias", lora.bias != Bias::None),
         ("modules_to_save", !lora.modules_to_save.is_empty()),

@@ -111,10 +111,8 @@ impl AdapterConfig {
             "lora_bias": lora.lora_bias,
             "fan_in_fan_out": false,
         });
-        for method in Method::ALL {
-            if let Some(flag) = method.facts().flag {
-                fields[flag] = json!(method == lora.method);
-            }
+        for (method, flag) in flags(facts) {
+            fields[flag] = json!(method == lora.method);
         }
         if let Value::Object(fields) = &mut fields {
             fields.retain(|field, _| facts.has(field));
@@ -162,7 +160,7 @@ impl AdapterConfig {
             let mut handled = handled.map(|name| facts.field(name));
             let known = handled.any(|name| name == field)
                 || HARMLESS.contains(&field.as_str())
-                || (Method::of_flag(field).is_some() && facts.has(field));
+                || flags(facts).any(|(_, flag)| flag == field);
             if !known && !is_off(value) {
                 return Err(invalid(
                     field,
@@ -173,11 +171,9 @@ impl AdapterConfig {
         }
         let on = |field| fields.optional(field, "true or false", Value::as_bool);
         let names = |field| fields.optional(field, "a list of names", as_names);
-        for other in Method::ALL {
-            if let Some(flag) = other.facts().flag
-                && on(flag)? == Some(true)
-            {
-                method = other;
+        for (flagged, flag) in flags(facts) {
+            if on(flag)? == Some(true) {
+                method = flagged;
             }
         }
         let lora = LoraConfig {
@@ -339,6 +335,16 @@ fn as_tokens(value: &Value) -> Option<Vec<(String, Vec<usize>)>> {
         Value::Array(_) => Some(vec![("embed_tokens".into(), tokens(value)?)]),
         value => as_pattern(value, tokens),
     }
+}
+
+/// The methods of the same `peft_type` that a field switches on, with the field.
+fn flags(facts: &Facts) -> impl Iterator<Item = (Method, &'static str)> {
+    let methods = Method::ALL.into_iter();
+    methods.filter_map(|method| {
+        let other = method.facts();
+        let flag = other.flag?;
+        (other.peft_type == facts.peft_type).then_some((method, flag))
+    })
 }
 
 fn as_bias(value: &Value, facts: &Facts) -> Option<Bias> {

@@ -38,7 +38,7 @@ impl AdapterTensors {
                     AdapterPair::of_vectors(r, d_out, BTreeMap::new())
                 }
                 _ => {
-                    let [a, b] = on_layer.factors();
+                    let [a, b] = on_layer.matrices();
                     let (a, b) = (read(&a_name, a)?, read(&b_name, b)?);
                     AdapterPair::new(d_in, r, d_out, a, b)
                 }

@@ -119,8 +119,30 @@ impl AdapterTensors {
         module: &str,
     ) -> Option<Cow<'_, AdapterPair>> {
         let pair = self.modules.get(module)?;
-        if pair.has_matrices() {
+        let vectors = lora.method.facts().vectors.iter();
+        let vectors =
+            vectors.map(|vector| pair.vectors.get(vector.name).map_or(&[][..], Vec::as_slice));
+        let vectors: Vec<&[f32]> = vectors.collect();
+        let of = |factors: Factors| {
+            let [d_in, r, d_out] = factors.shape;
+            AdapterPair::new(d_in, r, d_out, factors.a, factors.b)
+        };
+        if pair.has_matrices() && vectors.is_empty() {
             return Some(Cow::Borrowed(pair));
+        }
+        if pair.has_matrices() {
+            let own = Factors {
+                a: pair.a.clone(),
+                b: pair.b.clone(),
+                shape: [pair.d_in, pair.r, pair.d_out],
+            };
+            let made = lora
+                .method
+                .factors_of(&own, [pair.d_in, pair.d_out], &vectors);
+            return Some(match made {
+                Some(factors) => Cow::Owned(of(factors)),
+                None => Cow::Borrowed(pair),
+            });
         }
         let layer = widths(model).remove(module)?;
         let made = match self.shared {
@@ -128,14 +150,8 @@ impl AdapterTensors {
             None => self.made_for(model, lora),
         };
         let shared = self.shared.as_ref().or(made.as_ref())?;
-        let vectors = lora.method.facts().vectors.iter();
-        let vectors =
-            vectors.map(|vector| pair.vectors.get(vector.name).map_or(&[][..], Vec::as_slice));
-        let vectors: Vec<&[f32]> = vectors.collect();
         let factors = lora.method.factors_of(&shared.factors, layer, &vectors)?;
-        let [d_in, r, d_out] = factors.shape;
-        let pair = AdapterPair::new(d_in, r, d_out, factors.a, factors.b);
-        Some(Cow::Owned(pair))
+        Some(Cow::Owned(of(factors)))
     }
 }
 

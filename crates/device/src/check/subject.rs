@@ -136,7 +136,7 @@ impl Subject {
         let linear = |(_, linear): &(_, &LoraLinear)| {
             let bias = linear.bias.as_ref();
             let adapter = linear.adapter().map(|adapter| {
-                let [a, b] = adapter.shared().unwrap_or_else(|| adapter.factors());
+                let [a, b] = adapter.shared().unwrap_or_else(|| adapter.matrices());
                 let vectors = adapter.vectors().into_iter();
                 Ok::<_, String>(HostAdapter {
                     a: data(a)?,

@@ -132,7 +132,9 @@ impl Adapter {
         }
         self.tensors.modules.iter().find_map(|(module, pair)| {
             let name = format!("{module}.weight");
-            let vector = pair.vectors.keys().next().filter(|_| pair.has_matrices());
+            let facts = self.config.lora.method.facts();
+            let vector = pair.vectors.keys().next();
+            let vector = vector.filter(|_| facts.beyond_low_rank.is_some());
             if let Some(vector) = vector {
                 Some(format!("{module}'s {vector}"))
             } else if pair.bias.is_some() {

@@ -69,7 +69,8 @@ pub struct Rows {
 /// The order of rows of a tensor with this Hugging Face name in a model of this configuration; `None` if both programs
 /// have the same order.
 pub fn rows_of(name: &str, config: &LlamaConfig) -> Option<Rows> {
-    let rotated = name.contains(".q_proj.") || name.contains(".k_proj.");
+    let rotated = [".q_proj.", ".k_proj.", ".q_norm.", ".k_norm."];
+    let rotated = rotated.iter().any(|part| name.contains(part));
     let head_dim = config.head_dim;
     (rotated && config.family.gguf_rotates_pairs).then_some(Rows { head_dim })
 }

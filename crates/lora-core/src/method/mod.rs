@@ -94,17 +94,17 @@ impl Method {
         }
     }
 
-    /// A and B of a layer of `[d_in, d_out]`, on the host, from the shared matrices and from the method's vectors in the
-    /// order of [`vectors`](Facts::vectors). `None` if every adapter has its own A and B.
+    /// A and B of a layer of `[d_in, d_out]`, on the host, from the matrices in PEFT's file, shared or the layer's own, and
+    /// from the method's vectors in the order of [`vectors`](Facts::vectors). `None` if A and B are these matrices.
     pub fn factors_of(
         self,
-        shared: &Factors,
+        matrices: &Factors,
         layer: [usize; 2],
         vectors: &[&[f32]],
     ) -> Option<Factors> {
         match self {
             Self::Lora | Self::Dora => None,
-            Self::Vera => Some(vera::factors(shared, layer, vectors)),
+            Self::Vera => Some(vera::factors(matrices, layer, vectors)),
         }
     }
 
@@ -237,6 +237,11 @@ pub trait Adapter: fmt::Debug {
     /// As [`factors`](Self::factors), outside an autodiff graph. A method that computes them builds no graph for it.
     fn detached_factors(&self) -> [Tensor<2>; 2] {
         self.factors().map(Tensor::without_autodiff)
+    }
+
+    /// The matrices of PEFT's file, if the adapter has its own: A and B without the method's vectors.
+    fn matrices(&self) -> [Tensor<2>; 2] {
+        self.factors()
     }
 
     /// The trained tensors in a fixed order: A and B, if they are trained, and the [`vectors`](Self::vectors).

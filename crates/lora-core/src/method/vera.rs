@@ -15,7 +15,6 @@ pub(super) static FACTS: Facts = Facts {
     lacks: &[
         "lora_alpha",
         "use_rslora",
-        "use_dora",
         "exclude_modules",
         "rank_pattern",
         "alpha_pattern",
