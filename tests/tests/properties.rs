@@ -49,9 +49,15 @@ fn reconcile(object: &mut serde_json::Map<String, Value>) {
     let peft_type = object.get("peft_type").and_then(Value::as_str);
     let method = peft_type.and_then(Method::of_peft_type).unwrap_or_default();
     let facts = method.facts();
+    // A flag belongs to methods of one peft_type.
+    let of_another_type = |name: &str| {
+        let flagged = Method::of_flag(name).map(Method::facts);
+        flagged.is_some_and(|other| other.peft_type != facts.peft_type)
+    };
+    let lacks = |name: &str| !facts.has(name) || of_another_type(name);
     for key in run_config::keys() {
         let mut names = key.elsewhere.iter();
-        if names.any(|(library, name)| *library == Library::Peft && !facts.has(name)) {
+        if names.any(|(library, name)| *library == Library::Peft && lacks(name)) {
             object.remove(key.name);
         }
     }
